@@ -1,0 +1,70 @@
+/* What only the calling process can know or do: its own state, and starting the helper. */
+#ifndef EB_CALLER_H
+#define EB_CALLER_H
+
+#include "state.h"
+
+/* Who the calling thread is to the kernel.  Two equal ones may share a helper.  No padding: compared as
+ * bytes. */
+struct eb_identity {
+    uint64_t capabilities[5]; /* inheritable, permitted, effective, bounding, ambient */
+    uint64_t groups;          /* hash of the supplementary groups */
+    uint32_t uids[4];         /* real, effective, saved, file system */
+    uint32_t gids[4];
+    int32_t no_new_privs, seccomp, seccomp_filters;
+    int32_t pid, sid;
+    int32_t complete;         /* 0: /proc could not be read, some of the above is not known */
+};
+
+enum eb_peer {
+    EB_PEER_NONE = 0,     /* no connection was asked about */
+    EB_PEER_GOOD = 1,
+    EB_PEER_ENDED = 2,    /* the helper has closed it */
+    EB_PEER_REPLACED = 3, /* the descriptor is closed, or something else by now */
+};
+
+struct eb_caller {
+    struct eb_identity identity;
+    int32_t peer;       /* eb_peer */
+    int32_t fs_differs; /* 1: this thread's working directory, root and umask are not the helper's */
+    int32_t nice;
+    int32_t std_fds;    /* bit n: descriptor n, of 0 to 2, is open and inheritable */
+    uint32_t umask;
+    uint32_t options_size;
+    uint8_t options[2048]; /* SPAWN options: SIGMASK, SIGIGN, PGROUP, RLIMITS, NICE, AFFINITY */
+    uint8_t *environment;  /* the C library's, as a SPAWN string list; allocated */
+    size_t environment_size, environment_capacity;
+};
+
+enum {
+    EB_RESTORE_SIGNALS = 1, /* SIGPIPE and SIGXFSZ are not ignored in the child */
+    EB_WITH_PGROUP = 2,     /* PGROUP with the caller's process group */
+    EB_WITH_UMASK = 4,      /* read the umask, which costs a moment of race where /proc does not tell it */
+};
+
+/* NULL if memory is short. */
+struct eb_caller *eb_caller_new(void);
+void eb_caller_free(struct eb_caller *c);
+
+/*
+ * Fills `c` for the calling thread.  `helper` is the helper's pid, to compare the working directory with,
+ * or 0.  `fd` is the connection to be used, with the device and inode that it had when it was made, or
+ * -1.  Returns 0 or an errno.
+ */
+int eb_caller_read(struct eb_caller *c, int helper, int flags, int fd, uint64_t device, uint64_t inode);
+
+/*
+ * Reads the environment into `c`.  Returns 0 or ENOMEM.  os.putenv moves it under the GIL, so this must be
+ * called under the GIL.
+ */
+int eb_caller_read_environment(struct eb_caller *c);
+
+/*
+ * Starts the program `path` as a helper whose descriptor 3 is `control`, with the NULL-terminated
+ * `arguments`.  The calling process is not copied.  With `*share_fs`, the helper shares this process's
+ * working directory, root and umask; cleared if the kernel refuses that.  Returns the helper's pid,
+ * or -errno.
+ */
+int eb_start_helper(const char *path, char **arguments, int control, int *share_fs);
+
+#endif

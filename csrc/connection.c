@@ -1,0 +1,119 @@
+#include "connection.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { SMALL = 4 << 10, LARGE = 256 << 10 };
+
+int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame)
+{
+    struct eb_reader r = eb_reader(c->in, c->in_size);
+    uint32_t size = eb_get_u32(&r);
+    uint8_t kind = eb_get_u8(&r);
+    if (r.bad)
+        return 0;
+    if (size > EB_MAX_FRAME)
+        return -1;
+    *frame = (struct eb_frame){.kind = kind, .size = size};
+    if (size > eb_remaining(&r))
+        return 0;
+    frame->payload = eb_get_bytes(&r, size);
+    return 1;
+}
+
+/* Room grows with what has really come, so that a declared length costs its sender, not us. */
+static bool make_room(struct eb_connection *c)
+{
+    if (c->in_size < c->in_capacity)
+        return true;
+    size_t capacity = c->in_capacity == 0 ? SMALL : c->in_capacity < LARGE ? LARGE : c->in_capacity * 2;
+    if (capacity > 2 * (size_t)EB_MAX_FRAME)
+        return false;
+    uint8_t *in = realloc(c->in, capacity);
+    if (in == NULL)
+        return false;
+    c->in = in;
+    c->in_capacity = capacity;
+    return true;
+}
+
+int eb_connection_fill(struct eb_connection *c)
+{
+    if (!make_room(c))
+        return -1;
+    ssize_t n = eb_receive(c->fd, c->in + c->in_size, c->in_capacity - c->in_size, &c->fds);
+    if (n < 0)
+        return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -1;
+    c->in_size += (size_t)n;
+    return n > 0 ? 1 : -1;
+}
+
+void eb_connection_consume(struct eb_connection *c, size_t size)
+{
+    c->in_size -= size;
+    if (c->in_size > 0) {
+        memmove(c->in, c->in + size, c->in_size);
+    } else {
+        free(c->in);
+        c->in = NULL;
+        c->in_capacity = 0;
+    }
+}
+
+static bool keep(struct eb_connection *c, const uint8_t *data, size_t size)
+{
+    uint8_t *out = realloc(c->out, c->out_size + size);
+    if (out == NULL)
+        return false;
+    memcpy(out + c->out_size, data, size);
+    c->out = out;
+    c->out_size += size;
+    return true;
+}
+
+bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const struct eb_writer *payload)
+{
+    uint8_t frame[EB_HEADER_SIZE + EB_MAX_REASON];
+    struct eb_writer w = eb_writer(frame, sizeof frame);
+    eb_put_u32(&w, (uint32_t)eb_written(payload));
+    eb_put_u8(&w, kind);
+    eb_put_bytes(&w, payload->start, eb_written(payload));
+    if (c->out_size > 0)
+        return keep(c, frame, eb_written(&w));
+    ssize_t n = eb_send(c->fd, frame, eb_written(&w));
+    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
+        return false;
+    size_t sent = n > 0 ? (size_t)n : 0;
+    return sent == eb_written(&w) || keep(c, frame + sent, eb_written(&w) - sent);
+}
+
+bool eb_connection_flush(struct eb_connection *c)
+{
+    if (c->out_size == 0)
+        return true;
+    ssize_t n = eb_send(c->fd, c->out, c->out_size);
+    if (n < 0)
+        return errno == EAGAIN || errno == EWOULDBLOCK;
+    c->out_size -= (size_t)n;
+    memmove(c->out, c->out + n, c->out_size);
+    if (c->out_size == 0) {
+        free(c->out);
+        c->out = NULL;
+    }
+    return true;
+}
+
+void eb_connection_close(struct eb_connection *c)
+{
+    if (c->fd >= 0)
+        close(c->fd);
+    c->fd = -1;
+    eb_fds_clear(&c->fds);
+    eb_request_free(&c->request);
+    free(c->in);
+    free(c->out);
+    c->in = c->out = NULL;
+    c->in_size = c->in_capacity = c->out_size = 0;
+}

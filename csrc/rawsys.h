@@ -1,0 +1,53 @@
+/*
+ * System calls without the C library: no errno (a thread-local variable, which a process made with
+ * CLONE_VM shares with its maker), no cancellation, no broadcast of ids to threads.  Each returns the
+ * kernel's own result: -errno on failure.
+ */
+#ifndef EB_RAWSYS_H
+#define EB_RAWSYS_H
+
+#include <sys/syscall.h>
+
+#if defined(__x86_64__)
+#define EB_HAVE_RAW 1
+
+static inline long eb_raw(long n, long a, long b, long c, long d)
+{
+    long result;
+    register long r10 __asm__("r10") = d;
+    __asm__ volatile("syscall"
+                     : "=a"(result)
+                     : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10)
+                     : "rcx", "r11", "memory");
+    return result;
+}
+
+#elif defined(__aarch64__)
+#define EB_HAVE_RAW 1
+
+static inline long eb_raw(long n, long a, long b, long c, long d)
+{
+    register long x8 __asm__("x8") = n;
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    register long x3 __asm__("x3") = d;
+    __asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3) : "memory", "cc");
+    return x0;
+}
+
+#else
+#define EB_HAVE_RAW 0
+#endif
+
+#ifndef SYS_close_range
+#define SYS_close_range 436 /* the same number on all architectures */
+#endif
+
+/* For code that runs between clone and exec on a stack of its own: nothing may be called there behind
+ * its back. */
+#if defined(__clang__) || defined(__GNUC__)
+#define EB_BARE __attribute__((no_sanitize("address", "undefined"), noinline))
+#endif
+
+#endif

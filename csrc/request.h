@@ -1,0 +1,54 @@
+/* A SPAWN payload, checked and taken apart. */
+#ifndef EB_REQUEST_H
+#define EB_REQUEST_H
+
+#include <sys/resource.h>
+#include <sys/types.h>
+
+#include "wire.h"
+
+struct eb_rlimit {
+    int resource;
+    struct rlimit limit;
+};
+
+struct eb_request {
+    uint32_t present; /* bit per eb_tag, see eb_has */
+    /* The three lists are NULL-terminated; the strings stay in the payload, which must outlive this. */
+    char **executables, **argv, **env;
+    char **strings; /* the one allocation behind them */
+    int *targets;   /* allocated */
+    uint32_t target_count;
+    const char *cwd;
+    mode_t umask;
+    uint64_t sigmask, sigign;
+    pid_t pgroup;
+    struct eb_rlimit rlimits[EB_MAX_RLIMITS];
+    uint32_t rlimit_count;
+    int nice;
+    const uint8_t *affinity;
+    uint32_t affinity_size;
+    gid_t *groups; /* allocated */
+    uint32_t group_count;
+    gid_t gid;
+    uid_t uid;
+};
+
+static inline bool eb_has(const struct eb_request *q, enum eb_tag tag)
+{
+    return (q->present >> tag & 1) != 0;
+}
+
+_Static_assert(EB_TAG_END <= 32, "`present` has a bit for each tag");
+
+/* The number of descriptors that the request comes with. */
+uint32_t eb_request_fds(const struct eb_request *q);
+
+/*
+ * Reads `payload`.  Returns 0; or an errno that the command's start fails with (E2BIG, ENOMEM); or -1 if
+ * the payload is malformed, with why in `reason` (EB_MAX_REASON bytes).  Call eb_request_free in each case.
+ */
+int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, char *reason);
+void eb_request_free(struct eb_request *q);
+
+#endif

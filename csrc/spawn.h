@@ -1,0 +1,36 @@
+/* Starting one command.  The caller does not learn which system calls did it. */
+#ifndef EB_SPAWN_H
+#define EB_SPAWN_H
+
+#include <sys/types.h>
+
+#include "request.h"
+#include "state.h"
+
+/* One start under way, then its outcome. */
+struct eb_start {
+    pid_t pid;    /* 0 if no process was made */
+    int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once */
+    int error;    /* 0: the command runs */
+    enum eb_stage stage;
+    void *job;    /* the implementation's own */
+};
+
+struct eb_spawner {
+    /* Fills `start`; from then until eb_spawn_end, `q` and `fds` must stay as they are.  `fds` holds
+     * eb_request_fds(q) descriptors, close-on-exec, none of them 0, 1 or 2. */
+    void (*begin)(struct eb_start *start, const struct eb_request *q, int *fds);
+    /* Once done_fd has hung up, if there is one: gives the outcome and releases what the start held. */
+    void (*end)(struct eb_start *start);
+    /* Whose child the next process will be. */
+    enum eb_owner (*owner)(void);
+};
+
+/* Linux: clone(2) without CLONE_VFORK, so that a slow exec holds up nobody.  With `parent`, new processes
+ * are children of this process's parent (CLONE_PARENT) where the kernel allows that.  NULL if this
+ * machine's architecture has none.  `self` is this process's state, and must stay valid. */
+const struct eb_spawner *eb_spawner_clone(const struct eb_state *self, bool parent);
+/* Any POSIX system: posix_spawn(3).  What it cannot express fails with ENOTSUP. */
+const struct eb_spawner *eb_spawner_posix(const struct eb_state *self);
+
+#endif

@@ -1,0 +1,204 @@
+/*
+ * posix_spawn(3) has no way to set ids, resource limits or niceness: a request in which they differ from
+ * this process's own fails with ENOTSUP.  The umask and ignored signals are set here around the call,
+ * which one thread may do.  The call returns when the command runs, so a slow exec holds up the others.
+ */
+#include "spawn.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+extern char **environ;
+
+static const struct eb_state *self;
+
+static bool is_target(const struct eb_request *q, int fd)
+{
+    for (uint32_t i = 0; i < q->target_count; i++)
+        if (q->targets[i] == fd)
+            return true;
+    return false;
+}
+
+/* posix_spawn performs its actions in order, in the child: no source may be an earlier action's target. */
+static int move_sources(const struct eb_request *q, int *fds)
+{
+    for (uint32_t i = 0; i < eb_request_fds(q); i++) {
+        int least = 3;
+        while (is_target(q, fds[i]) && !(i < q->target_count && fds[i] == q->targets[i])) {
+            int copy = fcntl(fds[i], F_DUPFD_CLOEXEC, least);
+            if (copy < 0)
+                return errno;
+            if (is_target(q, copy)) {
+                close(copy);
+                least = copy + 1;
+            } else {
+                close(fds[i]);
+                fds[i] = copy;
+            }
+        }
+    }
+    return 0;
+}
+
+static int add_actions(const struct eb_request *q, const int *fds, posix_spawn_file_actions_t *actions)
+{
+    int error = 0;
+    for (uint32_t i = 0; i < q->target_count && error == 0; i++)
+        error = posix_spawn_file_actions_adddup2(actions, fds[i], q->targets[i]);
+    if (error == 0 && eb_has(q, EB_TAG_CWD_FD))
+        error = posix_spawn_file_actions_addfchdir_np(actions, fds[q->target_count]);
+    if (error == 0 && eb_has(q, EB_TAG_CWD))
+        error = posix_spawn_file_actions_addchdir_np(actions, q->cwd);
+    return error;
+}
+
+static void to_sigset(uint64_t bits, sigset_t *set)
+{
+    sigemptyset(set);
+    for (int n = 1; n <= EB_SIGNALS; n++)
+        if (bits >> (n - 1) & 1)
+            (void)sigaddset(set, n);
+}
+
+static int add_attributes(const struct eb_request *q, posix_spawnattr_t *attributes)
+{
+    short flags = 0;
+    sigset_t set;
+    int error = 0;
+    if (eb_has(q, EB_TAG_SIGMASK)) {
+        to_sigset(q->sigmask, &set);
+        error = posix_spawnattr_setsigmask(attributes, &set);
+        flags |= POSIX_SPAWN_SETSIGMASK;
+    }
+    if (error == 0 && eb_has(q, EB_TAG_SIGIGN)) {
+        to_sigset(self->sigign & ~q->sigign, &set);
+        error = posix_spawnattr_setsigdefault(attributes, &set);
+        flags |= POSIX_SPAWN_SETSIGDEF;
+    }
+    if (eb_has(q, EB_TAG_SETSID))
+        flags |= POSIX_SPAWN_SETSID;
+    if (error == 0 && eb_has(q, EB_TAG_PGROUP) && (q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID))) {
+        error = posix_spawnattr_setpgroup(attributes, q->pgroup);
+        flags |= POSIX_SPAWN_SETPGROUP;
+    }
+    return error != 0 ? error : posix_spawnattr_setflags(attributes, flags);
+}
+
+static bool same_rlimits(const struct eb_request *q)
+{
+    for (uint32_t i = 0; i < q->rlimit_count; i++) {
+        const struct rlimit *own = &self->rlimits[q->rlimits[i].resource];
+        if (q->rlimits[i].limit.rlim_cur != own->rlim_cur || q->rlimits[i].limit.rlim_max != own->rlim_max)
+            return false;
+    }
+    return true;
+}
+
+/* The stage that posix_spawn cannot express, or 0. */
+static enum eb_stage unsupported(const struct eb_request *q)
+{
+    if (!same_rlimits(q))
+        return EB_STAGE_RLIMITS;
+    if (eb_has(q, EB_TAG_NICE) && q->nice != self->nice)
+        return EB_STAGE_NICE;
+    if (eb_has(q, EB_TAG_AFFINITY) &&
+        (q->affinity_size != self->affinity_size || memcmp(q->affinity, self->affinity, q->affinity_size) != 0))
+        return EB_STAGE_AFFINITY;
+    if (eb_has(q, EB_TAG_GROUPS))
+        return EB_STAGE_GROUPS;
+    if (eb_has(q, EB_TAG_GID))
+        return EB_STAGE_GID;
+    if (eb_has(q, EB_TAG_UID))
+        return EB_STAGE_UID;
+    return 0;
+}
+
+static void set_ignored(uint64_t signals, void (*action)(int))
+{
+    for (int n = 1; n <= EB_SIGNALS; n++)
+        if (signals >> (n - 1) & 1)
+            (void)signal(n, action);
+}
+
+static int spawn_first(const struct eb_request *q, pid_t *pid, const posix_spawn_file_actions_t *actions,
+                       const posix_spawnattr_t *attributes)
+{
+    char **env = q->env != NULL ? q->env : environ;
+    int first = 0, error = ENOENT;
+    for (char **path = q->executables; *path != NULL; path++) {
+        error = posix_spawn(pid, *path, actions, attributes, q->argv, env);
+        if (error == 0)
+            return 0;
+        if (error != ENOENT && error != ENOTDIR && first == 0)
+            first = error;
+    }
+    return first != 0 ? first : error;
+}
+
+/* posix_spawn does not say what failed.  A directory that cannot be entered is told by trying. */
+static enum eb_stage guess_stage(const struct eb_request *q)
+{
+    struct stat info;
+    if (eb_has(q, EB_TAG_CWD) &&
+        (stat(q->cwd, &info) != 0 || !S_ISDIR(info.st_mode) || access(q->cwd, X_OK) != 0))
+        return EB_STAGE_CWD;
+    return EB_STAGE_EXEC;
+}
+
+static void begin(struct eb_start *start, const struct eb_request *q, int *fds)
+{
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    *start = (struct eb_start){.done_fd = -1, .stage = unsupported(q)};
+    if (start->stage != 0) {
+        start->error = ENOTSUP;
+        return;
+    }
+    start->stage = EB_STAGE_START;
+    if ((start->error = posix_spawn_file_actions_init(&actions)) != 0)
+        return;
+    if ((start->error = posix_spawnattr_init(&attributes)) != 0)
+        goto no_attributes;
+    if ((start->error = move_sources(q, fds)) != 0 || (start->error = add_actions(q, fds, &actions)) != 0 ||
+        (start->error = add_attributes(q, &attributes)) != 0)
+        goto no_spawn;
+
+    uint64_t also_ignored = eb_has(q, EB_TAG_SIGIGN) ? q->sigign & ~self->sigign : 0;
+    mode_t umask_before = eb_has(q, EB_TAG_UMASK) ? umask(q->umask) : 0;
+    set_ignored(also_ignored, SIG_IGN);
+    start->error = spawn_first(q, &start->pid, &actions, &attributes);
+    set_ignored(also_ignored, SIG_DFL);
+    if (eb_has(q, EB_TAG_UMASK))
+        umask(umask_before);
+    if (start->error != 0) {
+        start->pid = 0;
+        start->stage = guess_stage(q);
+    }
+no_spawn:
+    posix_spawnattr_destroy(&attributes);
+no_attributes:
+    posix_spawn_file_actions_destroy(&actions);
+}
+
+static void end(struct eb_start *start)
+{
+    (void)start; /* the outcome was there at once */
+}
+
+static enum eb_owner owner(void)
+{
+    return EB_OWNER_HELPER;
+}
+
+const struct eb_spawner *eb_spawner_posix(const struct eb_state *state)
+{
+    static const struct eb_spawner spawner = {.begin = begin, .end = end, .owner = owner};
+    self = state;
+    return &spawner;
+}

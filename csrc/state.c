@@ -1,0 +1,57 @@
+#include "state.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
+
+static uint64_t ignored_signals(void)
+{
+    uint64_t set = 0;
+    for (int n = 1; n <= EB_SIGNALS; n++) {
+        struct sigaction action;
+        if (sigaction(n, NULL, &action) == 0 && action.sa_handler == SIG_IGN)
+            set |= (uint64_t)1 << (n - 1);
+    }
+    return set;
+}
+
+static uint64_t blocked_signals(uint64_t known)
+{
+#ifdef __linux__
+    /* sigset_t functions refuse the two signals that glibc keeps for itself; the kernel does not. */
+    uint64_t set = 0;
+    return syscall(SYS_rt_sigprocmask, SIG_BLOCK, NULL, &set, sizeof set) == 0 ? set : known;
+#else
+    sigset_t mask;
+    if (pthread_sigmask(SIG_BLOCK, NULL, &mask) != 0)
+        return known;
+    uint64_t set = 0;
+    for (int n = 1; n <= EB_SIGNALS; n++)
+        if (sigismember(&mask, n) == 1)
+            set |= (uint64_t)1 << (n - 1);
+    return set;
+#endif
+}
+
+void eb_state_read(struct eb_state *s)
+{
+    s->sigmask = blocked_signals(s->sigmask);
+    s->sigign = ignored_signals();
+    s->pgrp = getpgrp();
+    errno = 0;
+    int nice = getpriority(PRIO_PROCESS, 0);
+    if (nice != -1 || errno == 0)
+        s->nice = nice;
+    for (int i = 0; i < EB_MAX_RLIMITS; i++) {
+        struct rlimit limit;
+        if (getrlimit((unsigned)i, &limit) == 0)
+            s->rlimits[i] = limit;
+    }
+#ifdef __linux__
+    long size = syscall(SYS_sched_getaffinity, 0, sizeof s->affinity, s->affinity);
+    s->affinity_size = size > 0 ? (uint32_t)size : 0;
+#endif
+}

@@ -1,0 +1,325 @@
+"""Popen: the standard library's, but for how the child is started."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, AnyStr
+
+from errand_boy import helper as _helper
+from errand_boy import protocol
+from errand_boy._native import lib
+from errand_boy.connection import Connection, NotServedError
+from errand_boy.errors import HelperError
+from errand_boy.helper import Caller, Helper
+from errand_boy.protocol import Exited, Failed, Spawned
+
+if TYPE_CHECKING:
+    _Base = subprocess.Popen[AnyStr]
+else:
+    _Base = subprocess.Popen
+
+
+class Popen(_Base):
+    """subprocess.Popen whose child is started by errand-boy's helper.
+
+    All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and on
+    Linux the child is a child of this process. `preexec_fn` may be None, os.setsid or os.setpgrp;
+    any other function runs the standard library's way, by a fork of this process, with a warning.
+    """
+
+    # Set where the helper owns the child (no CLONE_PARENT, or posix_spawn): the connection over
+    # which it reports the child's end.
+    _lease: tuple[Helper, Connection] | None = None
+
+    def _execute_child(
+        self,
+        args: Any,
+        executable: Any,
+        preexec_fn: Callable[[], Any] | None,
+        close_fds: bool,
+        pass_fds: Iterable[int],
+        cwd: Any,
+        env: Mapping[Any, Any] | None,
+        startupinfo: Any,
+        creationflags: int,
+        shell: bool,
+        p2cread: int,
+        p2cwrite: int,
+        c2pread: int,
+        c2pwrite: int,
+        errread: int,
+        errwrite: int,
+        restore_signals: bool,
+        gid: int | None,
+        gids: list[int] | None,
+        uid: int | None,
+        umask: int,
+        start_new_session: bool,
+        process_group: int = -1,  # Python 3.11
+    ) -> None:
+        # Follows CPython's _execute_child of 3.13, which gives the reasons.
+        if preexec_fn is os.setsid:
+            start_new_session = True
+        elif preexec_fn is os.setpgrp:
+            process_group = 0
+        elif preexec_fn is not None:
+            _warn_of_fork(preexec_fn)
+            after_310 = () if sys.version_info < (3, 11) else (process_group,)
+            super()._execute_child(  # type: ignore[misc]
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
+                creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
+                restore_signals, gid, gids, uid, umask, start_new_session, *after_310,
+            )  # fmt: skip
+            return
+
+        if isinstance(args, (str, bytes)):
+            args = [args]
+        elif isinstance(args, os.PathLike):
+            if shell:
+                raise TypeError("path-like args is not allowed when shell is true")
+            args = [args]
+        else:
+            args = list(args)
+        if shell:
+            args = ["/bin/sh", "-c", *args]
+            if executable:
+                args[0] = executable
+        if executable is None:
+            executable = args[0]
+        sys.audit("subprocess.Popen", executable, args, cwd, env)
+
+        options = [
+            protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in args]),
+            protocol.strings(lib.EB_TAG_EXECUTABLES, _candidates(executable, env)),
+        ]
+        if env is not None:
+            options.append(protocol.strings(lib.EB_TAG_ENV, _environment(env)))
+        if cwd is not None:
+            options.append(protocol.string(lib.EB_TAG_CWD, os.fsencode(cwd)))
+        if umask >= 0:
+            options.append(protocol.number(lib.EB_TAG_UMASK, umask))
+        if start_new_session:
+            options.append(protocol.option(lib.EB_TAG_SETSID))
+        if process_group >= 0:
+            options.append(protocol.number(lib.EB_TAG_PGROUP, process_group))
+        if gids is not None:
+            options.append(protocol.numbers(lib.EB_TAG_GROUPS, gids))
+        if gid is not None and gid >= 0:
+            options.append(protocol.number(lib.EB_TAG_GID, gid))
+        if uid is not None and uid >= 0:
+            options.append(protocol.number(lib.EB_TAG_UID, uid))
+
+        flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
+        if not start_new_session and process_group < 0:
+            flags |= lib.EB_WITH_PGROUP
+        standard = (p2cread, c2pwrite, errwrite)
+
+        def request(helper: Helper, state: Caller) -> tuple[bytes, list[int]]:
+            targets = _targets(close_fds, pass_fds, standard, state.std_fds)
+            fds = [targets[target] for target in sorted(targets)]
+            parts = [*options, state.options]
+            parts.append(protocol.numbers(lib.EB_TAG_FDS, sorted(targets)))
+            if env is None:
+                parts.append(state.environment())
+            if not helper.shares_fs:
+                fds.append(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+                parts.append(protocol.option(lib.EB_TAG_CWD_FD))
+                if umask < 0:
+                    parts.append(protocol.number(lib.EB_TAG_UMASK, state.umask))
+            return protocol.frame(lib.EB_SPAWN, parts), fds
+
+        try:
+            reply, interruption = self._start(flags, request)
+        except OSError as error:
+            if error.errno == errno.E2BIG:
+                raise OSError(error.errno, error.strerror, executable) from None
+            raise
+        if isinstance(reply, Spawned):
+            self.pid = reply.pid
+            self._child_created = True
+            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        elif isinstance(reply, Failed) and reply.pid > 0:
+            self._reap_failed(reply.pid)
+        if interruption is not None:
+            raise interruption
+        if isinstance(reply, Failed):
+            _raise_failure(reply, executable, cwd)
+
+    if TYPE_CHECKING:
+
+        def _close_pipe_fds(self, *fds: int) -> None: ...
+        def _handle_exitstatus(self, status: int) -> None: ...
+
+        _waitpid_lock: Any
+
+    def _start(
+        self, flags: int, request: Callable[[Helper, Caller], tuple[bytes, list[int]]]
+    ) -> tuple[Spawned | Failed | None, BaseException | None]:
+        for _ in range(3):
+            helper, connection, state = _helper.acquire(flags)
+            frame, fds = request(helper, state)
+            try:
+                reply, interruption = connection.start(frame, fds)
+            except NotServedError:
+                _helper.discard(helper, connection)
+                continue
+            except BaseException:
+                # Descriptors that cannot be sent end the connection, not the helper; if it is the
+                # helper that ended, the next start finds that out.
+                connection.close()
+                raise
+            finally:
+                if not helper.shares_fs:
+                    os.close(fds[-1])
+            if interruption is not None:
+                connection.close()
+            elif isinstance(reply, Spawned) and reply.by_helper:
+                self._lease = (helper, connection)
+            else:
+                helper.release(connection)
+            return reply, interruption
+        raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
+
+    def _reap_failed(self, pid: int) -> None:
+        self.pid = pid
+        try:
+            _, status = os.waitpid(pid, 0)
+            self._handle_exitstatus(status)
+        except ChildProcessError:
+            pass  # somebody waited for any child
+
+    # -- where the helper owns the child --
+
+    def _internal_poll(self, _deadstate: int | None = None, **kwargs: Any) -> int | None:
+        if self._lease is None:
+            return super()._internal_poll(_deadstate, **kwargs)  # type: ignore[misc,no-any-return]
+        if self.returncode is None and self._waitpid_lock.acquire(False):
+            try:
+                with contextlib.suppress(TimeoutError):
+                    self._await_exit(0.0)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._lease is None:
+            return super()._wait(timeout)  # type: ignore[misc,no-any-return]
+        start = time.monotonic()
+        if not self._waitpid_lock.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        try:
+            rest = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
+            self._await_exit(rest)
+        except TimeoutError:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+        finally:
+            self._waitpid_lock.release()
+        return self.returncode
+
+    def _await_exit(self, timeout: float | None) -> None:
+        if self.returncode is not None or self._lease is None:
+            return
+        helper, connection = self._lease
+        try:
+            reply = connection.receive(timeout)
+        except TimeoutError:
+            raise
+        except (NotServedError, OSError):
+            connection.close()
+            self._lease = None
+            self.returncode = -signal.SIGKILL  # nobody can tell any more
+            raise
+        if isinstance(reply, Exited):
+            self._handle_exitstatus(reply.status)
+            helper.release(connection)
+
+    def send_signal(self, sig: int) -> None:
+        """Send a signal to the process; does nothing if it is known to have ended."""
+        if self._lease is None:
+            super().send_signal(sig)
+            return
+        self.poll()
+        if self.returncode is None:
+            frame = protocol.frame(lib.EB_SIGNAL, [int(sig).to_bytes(4, "little", signed=True)])
+            self._lease[1].send(frame)
+
+
+def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
+    inside = (os.path.dirname(__file__) + os.sep, subprocess.__file__)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame = frame.f_back
+        level += 1
+    name = getattr(preexec_fn, "__qualname__", repr(preexec_fn))
+    warnings.warn(
+        f"preexec_fn={name} makes Popen fork this process. Use user=, group=, extra_groups=, umask=, "
+        "cwd=, start_new_session= or process_group= instead, or start a small program that does it "
+        "and then executes the command",
+        RuntimeWarning,
+        stacklevel=level,
+    )
+
+
+def _candidates(executable: Any, env: Mapping[Any, Any] | None) -> list[bytes]:
+    name = os.fsencode(executable)
+    if os.path.dirname(name):
+        return [name]
+    return [os.path.join(os.fsencode(path), name) for path in os.get_exec_path(env)]
+
+
+def _environment(env: Mapping[Any, Any]) -> list[bytes]:
+    result = []
+    for key, value in env.items():
+        name = os.fsencode(key)
+        if b"=" in name:
+            raise ValueError("illegal environment variable name")
+        result.append(name + b"=" + os.fsencode(value))
+    return result
+
+
+def _targets(
+    close_fds: bool, pass_fds: Iterable[int], standard: Sequence[int], std_fds: int
+) -> dict[int, int]:
+    """Return the descriptors that the child gets: its number for each to ours."""
+    targets = {}
+    if not close_fds:
+        targets.update((fd, fd) for fd in _inheritable() if fd > 2)
+    for fd in map(int, pass_fds):
+        if fd < 0:
+            raise ValueError("bad value(s) in fds_to_keep")
+        targets[fd] = fd
+    for number, fd in enumerate(standard):
+        if fd != -1:
+            targets[number] = fd
+        elif std_fds >> number & 1:
+            targets[number] = number
+    return targets
+
+
+def _inheritable() -> list[int]:
+    fds = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if os.get_inheritable(int(name)):
+                fds.append(int(name))
+    return fds
+
+
+def _raise_failure(failed: Failed, executable: Any, cwd: Any) -> None:
+    text = os.strerror(failed.errno)
+    if failed.errno == errno.ENOTSUP:
+        step = protocol.STAGES.get(failed.stage, failed.stage)
+        raise OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
+    if failed.stage == lib.EB_STAGE_CWD:
+        raise OSError(failed.errno, text, cwd)
+    if failed.stage == lib.EB_STAGE_EXEC:
+        raise OSError(failed.errno, text, executable)
+    raise OSError(failed.errno, text)

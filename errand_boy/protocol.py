@@ -1,0 +1,103 @@
+"""Encoding of requests and decoding of replies; csrc/wire.h is the format's definition. No I/O."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from errand_boy._native import lib
+
+HEADER = struct.Struct("<IB")
+HELLO = HEADER.pack(4, lib.EB_HELLO) + struct.pack("<I", lib.EB_VERSION)
+OPENING = b"\0" + HELLO
+
+_OPTION = struct.Struct("<BI")
+_LIST = struct.Struct("<BII")
+_SPAWNED = struct.Struct("<iB")
+_FAILED = struct.Struct("<iiB")
+_EXITED = struct.Struct("<i9Q")
+
+STAGES = {
+    getattr(lib, name): name.removeprefix("EB_STAGE_").lower()
+    for name in dir(lib)
+    if name.startswith("EB_STAGE_")
+}
+
+
+class Spawned(NamedTuple):
+    """A command runs. ``by_helper``: it is the helper's child, and Exited will follow."""
+
+    pid: int
+    by_helper: bool
+
+
+class Failed(NamedTuple):
+    """A command was not started. ``pid``: a process that the caller must wait for, or 0."""
+
+    pid: int
+    errno: int
+    stage: int
+
+
+class Exited(NamedTuple):
+    """The end of a command: its wait status, and what it used."""
+
+    status: int
+    usage: tuple[int, ...]
+
+
+Reply = Spawned | Failed | Exited
+
+
+def option(tag: int, value: bytes = b"") -> bytes:
+    """Return one option of a SPAWN request."""
+    return _OPTION.pack(tag, len(value)) + value
+
+
+def strings(tag: int, values: Sequence[bytes]) -> bytes:
+    """Return a string list option. Raises ValueError if a string holds a NUL byte."""
+    text = b"\0".join(values) + b"\0" if values else b""
+    if text.count(0) != len(values):
+        raise ValueError("embedded null byte")
+    return _LIST.pack(tag, len(text) + 4, len(values)) + text
+
+
+def string(tag: int, value: bytes) -> bytes:
+    """Return an option that is one string. Raises ValueError if it holds a NUL byte."""
+    if 0 in value:
+        raise ValueError("embedded null byte")
+    return option(tag, value + b"\0")
+
+
+def numbers(tag: int, values: Sequence[int]) -> bytes:
+    """Return an option that is a list of u32."""
+    return option(tag, struct.pack(f"<{len(values)}I", *values))
+
+
+def number(tag: int, value: int) -> bytes:
+    """Return an option that is one number, taken modulo 2**32."""
+    return option(tag, struct.pack("<I", value & 0xFFFFFFFF))
+
+
+def frame(kind: int, parts: Iterable[bytes]) -> bytes:
+    """Return a whole frame. Raises OSError (E2BIG) if it is longer than a frame may be."""
+    payload = b"".join(parts)
+    if len(payload) > lib.EB_MAX_FRAME:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+    return HEADER.pack(len(payload), kind) + payload
+
+
+def reply(kind: int, payload: bytes) -> Reply | None:
+    """Decode a reply; None if it is of another kind. Raises struct.error if it is malformed."""
+    if kind == lib.EB_SPAWNED:
+        pid, owner = _SPAWNED.unpack(payload)
+        return Spawned(pid, owner == lib.EB_OWNER_HELPER)
+    if kind == lib.EB_FAILED:
+        return Failed(*_FAILED.unpack(payload))
+    if kind == lib.EB_EXITED:
+        status, *usage = _EXITED.unpack(payload)
+        return Exited(status, tuple(usage))
+    return None
