@@ -74,7 +74,7 @@ static bool find_ids(char **at, const char *label, uint32_t *ids)
     return true;
 }
 
-static bool identity_from_status(struct eb_caller *c)
+static bool identity_from_status(struct eb_caller *c, struct eb_state *state)
 {
     static const char *const sets[] = {"\nCapInh:", "\nCapPrm:", "\nCapEff:", "\nCapBnd:", "\nCapAmb:"};
     struct eb_identity *id = &c->identity;
@@ -86,18 +86,22 @@ static bool identity_from_status(struct eb_caller *c)
         c->umask = (uint32_t)value;
     if (!find_ids(&at, "\nUid:", id->uids) || !find_ids(&at, "\nGid:", id->gids))
         return false;
-    char *groups = strstr(at, "\nGroups:"), *end;
-    if (groups == NULL)
+    char *groups = strstr(at, "\nGroups:");
+    char *line_end = groups == NULL ? NULL : strchr(groups + 1, '\n');
+    if (line_end == NULL)
         return false;
     id->groups = HASH_START;
-    for (at = groups + 8; *at != '\n' && *at != '\0'; at = end) {
+    *line_end = '\0'; /* strtoul would read on in the next line */
+    for (char *end = at = groups + 8;; at = end) {
         unsigned long group = strtoul(at, &end, 10);
-        while (*end == ' ')
-            end++;
         if (end == at)
-            return false;
+            break;
         id->groups = hash(id->groups, group);
     }
+    *line_end = '\n';
+    at = line_end;
+    if (!find(&at, "\nSigBlk:", 16, &state->sigmask) || !find(&at, "\nSigIgn:", 16, &state->sigign))
+        return false;
     for (int i = 0; i < 5; i++)
         if (!find(&at, sets[i], 16, &id->capabilities[i]))
             return false;
@@ -152,11 +156,13 @@ static int identity_from_syscalls(struct eb_identity *id)
     return 0;
 }
 
-static int read_identity(struct eb_caller *c)
+/* Also the signals of `state`, which /proc tells at the same price. */
+static int read_identity(struct eb_caller *c, struct eb_state *state)
 {
-    if (identity_from_status(c))
+    if (identity_from_status(c, state))
         return 0;
     c->identity = (struct eb_identity){0};
+    eb_state_read_signals(state);
     return identity_from_syscalls(&c->identity);
 }
 
@@ -168,9 +174,10 @@ static bool fs_differs(int helper)
 
 #else
 
-static int read_identity(struct eb_caller *c)
+static int read_identity(struct eb_caller *c, struct eb_state *state)
 {
     struct eb_identity *id = &c->identity;
+    eb_state_read_signals(state);
     id->uids[0] = getuid();
     id->uids[1] = geteuid();
     id->gids[0] = getgid();
@@ -241,7 +248,7 @@ int eb_caller_read(struct eb_caller *c, int helper, int flags, int fd, uint64_t 
     struct eb_state state = {0};
     memset(&c->identity, 0, sizeof c->identity);
     c->umask = UINT32_MAX;
-    int error = read_identity(c);
+    int error = read_identity(c, &state);
     if (error != 0)
         return error;
     c->identity.pid = getpid();

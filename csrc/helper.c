@@ -318,7 +318,8 @@ static void on_spawn(struct eb_connection *c, const struct eb_frame *frame)
                (unsigned)c->fds.count);
         return;
     }
-    spawner->begin(&c->start, &c->request, c->fds.at);
+    memcpy(c->request.sources, c->fds.at, eb_request_fds(&c->request) * sizeof(int));
+    spawner->begin(&c->start, &c->request);
     c->starting = true;
     if (c->start.pid > 0 && spawner->owner() == EB_OWNER_HELPER)
         add_child(c, c->start.pid);
@@ -540,6 +541,7 @@ int main(int argc, char **argv)
         files.rlim_cur = files.rlim_max;
         (void)setrlimit(RLIMIT_NOFILE, &files);
     }
+    eb_state_read_signals(&self);
     eb_state_read(&self);
     spawner = posix ? NULL : eb_spawner_clone(&self, private && !own);
     if (spawner == NULL)

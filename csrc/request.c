@@ -216,6 +216,9 @@ int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, 
             if (error != 0)
                 return error;
         }
+    q->sources = malloc((eb_request_fds(q) + 1) * sizeof *q->sources);
+    if (q->sources == NULL)
+        return ENOMEM;
     return get_string_lists(q, values, reason);
 }
 
@@ -228,6 +231,7 @@ void eb_request_free(struct eb_request *q)
 {
     free(q->strings);
     free(q->targets);
+    free(q->sources);
     free(q->groups);
     *q = (struct eb_request){0};
 }

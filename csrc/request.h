@@ -19,6 +19,7 @@ struct eb_request {
     char **strings; /* the one allocation behind them */
     int *targets;   /* allocated */
     uint32_t target_count;
+    int *sources; /* allocated, for eb_request_fds descriptors; the spawner's to change */
     const char *cwd;
     mode_t umask;
     uint64_t sigmask, sigign;

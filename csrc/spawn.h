@@ -17,9 +17,9 @@ struct eb_start {
 };
 
 struct eb_spawner {
-    /* Fills `start`; from then until eb_spawn_end, `q` and `fds` must stay as they are.  `fds` holds
-     * eb_request_fds(q) descriptors, close-on-exec, none of them 0, 1 or 2. */
-    void (*begin)(struct eb_start *start, const struct eb_request *q, int *fds);
+    /* Fills `start`.  Until `end`, `q` and what it points to must stay as they are, and the descriptors
+     * in its `sources` open: close-on-exec ones, none of them 0, 1 or 2. */
+    void (*begin)(struct eb_start *start, const struct eb_request *q);
     /* Once done_fd has hung up, if there is one: gives the outcome and releases what the start held. */
     void (*end)(struct eb_start *start);
     /* Whose child the next process will be. */

@@ -35,7 +35,6 @@ struct job {
     volatile pid_t alive; /* cleared by the kernel */
     /* read by it */
     const struct eb_request *q;
-    int *fds;
     int pipe;
     /* ours */
     struct job *next;
@@ -86,18 +85,18 @@ static EB_BARE long place_fds(struct job *job)
         job->pipe = (int)r;
     }
     for (uint32_t i = 0; i < count; i++) {
-        bool in_place = i < q->target_count && job->fds[i] == q->targets[i];
-        if (!in_place && is_target(q, job->fds[i])) {
-            if ((r = move_away(q, job->fds[i])) < 0)
+        bool in_place = i < q->target_count && q->sources[i] == q->targets[i];
+        if (!in_place && is_target(q, q->sources[i])) {
+            if ((r = move_away(q, q->sources[i])) < 0)
                 return r;
-            job->fds[i] = (int)r;
+            q->sources[i] = (int)r;
         }
     }
     for (uint32_t i = 0; i < q->target_count; i++) {
-        if (job->fds[i] == q->targets[i])
-            r = eb_raw(SYS_fcntl, job->fds[i], F_SETFD, 0, 0);
+        if (q->sources[i] == q->targets[i])
+            r = eb_raw(SYS_fcntl, q->sources[i], F_SETFD, 0, 0);
         else
-            r = eb_raw(SYS_dup3, job->fds[i], q->targets[i], 0, 0);
+            r = eb_raw(SYS_dup3, q->sources[i], q->targets[i], 0, 0);
         if (r < 0)
             return r;
     }
@@ -174,7 +173,7 @@ static EB_BARE int child(void *arg)
 
     STEP(FDS, place_fds(job));
     if (eb_has(q, EB_TAG_CWD_FD))
-        STEP(CWD, eb_raw(SYS_fchdir, job->fds[q->target_count], 0, 0, 0));
+        STEP(CWD, eb_raw(SYS_fchdir, q->sources[q->target_count], 0, 0, 0));
     if (eb_has(q, EB_TAG_CWD))
         STEP(CWD, eb_raw(SYS_chdir, (long)q->cwd, 0, 0, 0));
     if (eb_has(q, EB_TAG_UMASK))
@@ -281,7 +280,7 @@ static pid_t make_process(struct job *job)
     return pid;
 }
 
-static void begin(struct eb_start *start, const struct eb_request *q, int *fds)
+static void begin(struct eb_start *start, const struct eb_request *q)
 {
     int pipe[2];
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
@@ -290,7 +289,7 @@ static void begin(struct eb_start *start, const struct eb_request *q, int *fds)
         start->error = errno;
         return;
     }
-    *job = (struct job){.q = q, .fds = fds};
+    *job = (struct job){.q = q};
     if (pipe2(pipe, O_CLOEXEC) != 0) {
         start->error = errno;
         free_job(job);

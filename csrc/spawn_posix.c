@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <spawn.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -25,34 +26,43 @@ static bool is_target(const struct eb_request *q, int fd)
     return false;
 }
 
-/* posix_spawn performs its actions in order, in the child: no source may be an earlier action's target. */
-static int move_sources(const struct eb_request *q, int *fds)
+/* posix_spawn performs its actions in order, in the child: no source may be an earlier action's target.
+ * Such a one is replaced by a copy. */
+static int move_sources(const struct eb_request *q)
 {
     for (uint32_t i = 0; i < eb_request_fds(q); i++) {
-        int least = 3;
-        while (is_target(q, fds[i]) && !(i < q->target_count && fds[i] == q->targets[i])) {
-            int copy = fcntl(fds[i], F_DUPFD_CLOEXEC, least);
+        int fd = q->sources[i], least = 3;
+        if (!is_target(q, fd) || (i < q->target_count && fd == q->targets[i]))
+            continue;
+        for (uint32_t tries = 0; tries <= q->target_count && q->sources[i] == fd; tries++) {
+            int copy = fcntl(fd, F_DUPFD_CLOEXEC, least);
             if (copy < 0)
                 return errno;
             if (is_target(q, copy)) {
                 close(copy);
                 least = copy + 1;
             } else {
-                close(fds[i]);
-                fds[i] = copy;
+                q->sources[i] = copy;
             }
         }
     }
     return 0;
 }
 
-static int add_actions(const struct eb_request *q, const int *fds, posix_spawn_file_actions_t *actions)
+static void close_copies(const struct eb_request *q, const int *originals)
+{
+    for (uint32_t i = 0; i < eb_request_fds(q); i++)
+        if (q->sources[i] != originals[i])
+            close(q->sources[i]);
+}
+
+static int add_actions(const struct eb_request *q, posix_spawn_file_actions_t *actions)
 {
     int error = 0;
     for (uint32_t i = 0; i < q->target_count && error == 0; i++)
-        error = posix_spawn_file_actions_adddup2(actions, fds[i], q->targets[i]);
+        error = posix_spawn_file_actions_adddup2(actions, q->sources[i], q->targets[i]);
     if (error == 0 && eb_has(q, EB_TAG_CWD_FD))
-        error = posix_spawn_file_actions_addfchdir_np(actions, fds[q->target_count]);
+        error = posix_spawn_file_actions_addfchdir_np(actions, q->sources[q->target_count]);
     if (error == 0 && eb_has(q, EB_TAG_CWD))
         error = posix_spawn_file_actions_addchdir_np(actions, q->cwd);
     return error;
@@ -151,8 +161,9 @@ static enum eb_stage guess_stage(const struct eb_request *q)
     return EB_STAGE_EXEC;
 }
 
-static void begin(struct eb_start *start, const struct eb_request *q, int *fds)
+static void begin(struct eb_start *start, const struct eb_request *q)
 {
+    size_t size = eb_request_fds(q) * sizeof(int);
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     *start = (struct eb_start){.done_fd = -1, .stage = unsupported(q)};
@@ -161,11 +172,17 @@ static void begin(struct eb_start *start, const struct eb_request *q, int *fds)
         return;
     }
     start->stage = EB_STAGE_START;
-    if ((start->error = posix_spawn_file_actions_init(&actions)) != 0)
+    int *originals = malloc(size + 1);
+    if (originals == NULL) {
+        start->error = ENOMEM;
         return;
+    }
+    memcpy(originals, q->sources, size);
+    if ((start->error = posix_spawn_file_actions_init(&actions)) != 0)
+        goto no_actions;
     if ((start->error = posix_spawnattr_init(&attributes)) != 0)
         goto no_attributes;
-    if ((start->error = move_sources(q, fds)) != 0 || (start->error = add_actions(q, fds, &actions)) != 0 ||
+    if ((start->error = move_sources(q)) != 0 || (start->error = add_actions(q, &actions)) != 0 ||
         (start->error = add_attributes(q, &attributes)) != 0)
         goto no_spawn;
 
@@ -181,9 +198,12 @@ static void begin(struct eb_start *start, const struct eb_request *q, int *fds)
         start->stage = guess_stage(q);
     }
 no_spawn:
+    close_copies(q, originals);
     posix_spawnattr_destroy(&attributes);
 no_attributes:
     posix_spawn_file_actions_destroy(&actions);
+no_actions:
+    free(originals);
 }
 
 static void end(struct eb_start *start)

@@ -36,10 +36,14 @@ static uint64_t blocked_signals(uint64_t known)
 #endif
 }
 
-void eb_state_read(struct eb_state *s)
+void eb_state_read_signals(struct eb_state *s)
 {
     s->sigmask = blocked_signals(s->sigmask);
     s->sigign = ignored_signals();
+}
+
+void eb_state_read(struct eb_state *s)
+{
     s->pgrp = getpgrp();
     errno = 0;
     int nice = getpriority(PRIO_PROCESS, 0);

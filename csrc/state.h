@@ -18,7 +18,9 @@ struct eb_state {
     uint8_t affinity[EB_MAX_AFFINITY];
 };
 
-/* Fills `s`.  A part that the system refuses to tell (a seccomp filter) keeps the value it had. */
+/* Fill `s`: its signals, and all the rest.  A part that the system refuses to tell (a seccomp filter)
+ * keeps the value it had. */
+void eb_state_read_signals(struct eb_state *s);
 void eb_state_read(struct eb_state *s);
 
 #endif

@@ -111,11 +111,11 @@ class Popen(_Base):
         if process_group >= 0:
             options.append(protocol.number(lib.EB_TAG_PGROUP, process_group))
         if gids is not None:
-            options.append(protocol.numbers(lib.EB_TAG_GROUPS, gids))
+            options.append(protocol.numbers(lib.EB_TAG_GROUPS, [_id(g, "gid") for g in gids]))
         if gid is not None and gid >= 0:
-            options.append(protocol.number(lib.EB_TAG_GID, gid))
+            options.append(protocol.number(lib.EB_TAG_GID, _id(gid, "gid")))
         if uid is not None and uid >= 0:
-            options.append(protocol.number(lib.EB_TAG_UID, uid))
+            options.append(protocol.number(lib.EB_TAG_UID, _id(uid, "uid")))
 
         flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
         if not start_new_session and process_group < 0:
@@ -283,6 +283,12 @@ def _environment(env: Mapping[Any, Any]) -> list[bytes]:
             raise ValueError("illegal environment variable name")
         result.append(name + b"=" + os.fsencode(value))
     return result
+
+
+def _id(value: int, name: str) -> int:
+    if value >= 0xFFFFFFFF:  # that one means "unchanged" to the kernel
+        raise OverflowError(f"{name} is greater than maximum")
+    return value
 
 
 def _targets(
