@@ -111,7 +111,7 @@ class Popen(_Base):
         if process_group >= 0:
             options.append(protocol.number(lib.EB_TAG_PGROUP, process_group))
         if gids is not None:
-            options.append(protocol.numbers(lib.EB_TAG_GROUPS, [_id(g, "gid") for g in gids]))
+            options.append(protocol.numbers(lib.EB_TAG_GROUPS, _group_ids(gids)))
         if gid is not None and gid >= 0:
             options.append(protocol.number(lib.EB_TAG_GID, _id(gid, "gid")))
         if uid is not None and uid >= 0:
@@ -289,6 +289,13 @@ def _id(value: int, name: str) -> int:
     if value >= 0xFFFFFFFF:  # that one means "unchanged" to the kernel
         raise OverflowError(f"{name} is greater than maximum")
     return value
+
+
+def _group_ids(values: list[int]) -> list[int]:
+    try:
+        return [_id(value, "gid") for value in values]
+    except OverflowError:
+        raise ValueError("invalid group id") from None
 
 
 def _targets(
