@@ -9,11 +9,7 @@ CSRC = Path(__file__).parent / "csrc"
 SOURCES = ["csrc/wire.c", "csrc/state.c", "csrc/caller.c"]
 
 FUNCTIONS = """
-struct eb_identity { int32_t complete; ...; };
-
 struct eb_caller {
-    struct eb_identity identity;
-    int32_t peer, fs_differs, nice, std_fds;
     uint32_t umask, options_size;
     uint8_t options[...];
     uint8_t *environment;
@@ -23,8 +19,8 @@ struct eb_caller {
 
 struct eb_caller *eb_caller_new(void);
 void eb_caller_free(struct eb_caller *c);
-int eb_caller_read(struct eb_caller *c, int helper, int flags, int fd, uint64_t device,
-                   uint64_t inode);
+int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags,
+                   int fd, uint64_t device, uint64_t inode);
 int caller_read_environment(struct eb_caller *c);
 int eb_start_helper(const char *path, char **arguments, int control, int *share_fs);
 """

@@ -196,16 +196,24 @@ static bool fs_differs(int helper)
 
 /* -- the calling thread -- */
 
-static enum eb_peer check_peer(int fd, uint64_t device, uint64_t inode)
+static int check_connection(int fd, uint64_t device, uint64_t inode)
 {
     struct stat info;
     char byte;
-    if (fd < 0)
-        return EB_PEER_NONE;
-    if (fstat(fd, &info) != 0 || info.st_dev != device || info.st_ino != inode)
-        return EB_PEER_REPLACED;
+    if (fd < 0 || fstat(fd, &info) != 0 || info.st_dev != device || info.st_ino != inode)
+        return 0;
+    /* Bytes to read: the helper's HELLO. */
     ssize_t n = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) ? EB_PEER_GOOD : EB_PEER_ENDED;
+    return n > 0 || (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) ? EB_CONNECTION_GOOD
+                                                                          : EB_CONNECTION_ENDED;
+}
+
+static bool fits(const struct eb_caller *c, const struct eb_caller *start, int helper)
+{
+    return memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 &&
+           c->identity.complete && /* else a filter more or less is not to be told: a new one each time */
+           c->nice >= start->nice && /* going back down may take a privilege */
+           !fs_differs(helper);
 }
 
 static void put_option(struct eb_writer *w, enum eb_tag tag, uint32_t size)
@@ -243,32 +251,34 @@ static void put_options(struct eb_caller *c, const struct eb_state *s, int flags
     c->options_size = w.bad ? 0 : (uint32_t)eb_written(&w);
 }
 
-int eb_caller_read(struct eb_caller *c, int helper, int flags, int fd, uint64_t device, uint64_t inode)
+int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd,
+                   uint64_t device, uint64_t inode)
 {
     struct eb_state state = {0};
     memset(&c->identity, 0, sizeof c->identity);
     c->umask = UINT32_MAX;
     int error = read_identity(c, &state);
     if (error != 0)
-        return error;
+        return -error;
     c->identity.pid = getpid();
     c->identity.sid = getsid(0);
     if (c->umask == UINT32_MAX && flags & EB_WITH_UMASK) {
         c->umask = umask(077);
         umask(c->umask);
     }
-    c->peer = check_peer(fd, device, inode);
-    c->fs_differs = fs_differs(helper);
-    c->std_fds = 0;
-    for (int i = 0; i < 3; i++) {
-        int fd_flags = fcntl(i, F_GETFD);
-        if (fd_flags >= 0 && !(fd_flags & FD_CLOEXEC))
-            c->std_fds |= 1 << i;
-    }
     eb_state_read(&state);
     c->nice = state.nice;
     put_options(c, &state, flags);
-    return 0;
+
+    int found = check_connection(fd, device, inode);
+    for (int i = 0; i < 3; i++) {
+        int fd_flags = fcntl(i, F_GETFD);
+        if (fd_flags >= 0 && !(fd_flags & FD_CLOEXEC))
+            found |= EB_STDIN << i;
+    }
+    if (start != NULL && fits(c, start, helper))
+        found |= EB_FITS;
+    return found;
 }
 
 int eb_caller_read_environment(struct eb_caller *c)

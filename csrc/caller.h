@@ -16,19 +16,9 @@ struct eb_identity {
     int32_t complete;         /* 0: /proc could not be read, some of the above is not known */
 };
 
-enum eb_peer {
-    EB_PEER_NONE = 0,     /* no connection was asked about */
-    EB_PEER_GOOD = 1,
-    EB_PEER_ENDED = 2,    /* the helper has closed it */
-    EB_PEER_REPLACED = 3, /* the descriptor is closed, or something else by now */
-};
-
 struct eb_caller {
     struct eb_identity identity;
-    int32_t peer;       /* eb_peer */
-    int32_t fs_differs; /* 1: this thread's working directory, root and umask are not the helper's */
     int32_t nice;
-    int32_t std_fds;    /* bit n: descriptor n, of 0 to 2, is open and inheritable */
     uint32_t umask;
     uint32_t options_size;
     uint8_t options[2048]; /* SPAWN options: SIGMASK, SIGIGN, PGROUP, RLIMITS, NICE, AFFINITY */
@@ -46,12 +36,24 @@ enum {
 struct eb_caller *eb_caller_new(void);
 void eb_caller_free(struct eb_caller *c);
 
+/* What eb_caller_read found out. */
+enum {
+    EB_STDIN = 1, /* descriptors 0 to 2: open, and inheritable */
+    EB_STDOUT = 2,
+    EB_STDERR = 4,
+    EB_FITS = 8,               /* a command started by the helper is what the caller would start */
+    EB_CONNECTION_GOOD = 16,   /* it is what it was, and the helper has not closed it */
+    EB_CONNECTION_ENDED = 32,  /* the helper has closed it; neither: the descriptor is another's */
+};
+
 /*
- * Fills `c` for the calling thread.  `helper` is the helper's pid, to compare the working directory with,
- * or 0.  `fd` is the connection to be used, with the device and inode that it had when it was made, or
- * -1.  Returns 0 or an errno.
+ * Fills `c` for the calling thread.  `start` is what was read by the thread that started the helper, or
+ * NULL; `helper` the helper's pid if it shares the working directory, root and umask of that thread, or
+ * 0.  `fd` is the connection to be used, with the device and inode that it had when it was made, or -1.
+ * Returns what was found out, or -errno.
  */
-int eb_caller_read(struct eb_caller *c, int helper, int flags, int fd, uint64_t device, uint64_t inode);
+int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd,
+                   uint64_t device, uint64_t inode);
 
 /*
  * Reads the environment into `c`.  Returns 0 or ENOMEM.  os.putenv moves it under the GIL, so this must be

@@ -24,8 +24,8 @@ struct eb_connection {
     struct eb_fds fds;
     uint8_t *out;
     size_t out_size;
-    struct eb_connection *next, **link; /* all connections */
-    struct eb_connection *next_child;   /* those in one bucket of the child table */
+    struct eb_connection *next;       /* among the closed ones */
+    struct eb_connection *next_child; /* in its bucket of the child table */
 };
 
 struct eb_frame {

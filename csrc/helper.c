@@ -37,7 +37,8 @@ static struct eb_state self;
 static const struct eb_spawner *spawner;
 static int epoll_fd, children_fd;
 static bool ending;
-static struct eb_connection *connections; /* open ones, and closed ones that something still needs */
+static unsigned open_connections;
+static struct eb_connection *closed; /* kept while events, a start or a child may still point to them */
 static struct eb_connection *children[CHILD_BUCKETS];
 
 static void fatal(const char *what)
@@ -70,6 +71,40 @@ static void unwatch(struct eb_connection *c)
 
 /* -- connections -- */
 
+static void close_connection(struct eb_connection *c)
+{
+    if (c->fd < 0)
+        return;
+    if (c->control)
+        ending = true;
+    unwatch(c);
+    if (c->starting) {
+        /* The request is still being read: see finish_start. */
+        close(c->fd);
+        c->fd = -1;
+    } else {
+        eb_connection_close(c);
+    }
+    open_connections--;
+    c->next = closed;
+    closed = c;
+}
+
+/* Frees what nothing needs any more.  Between two rounds of events only, since they point to it. */
+static void sweep(void)
+{
+    struct eb_connection **at = &closed;
+    while (*at != NULL) {
+        struct eb_connection *c = *at;
+        if (c->starting || c->child != 0) {
+            at = &c->next;
+        } else {
+            *at = c->next;
+            free(c);
+        }
+    }
+}
+
 static bool adopt(int fd, bool control)
 {
     struct eb_connection *c = calloc(1, sizeof *c);
@@ -80,50 +115,16 @@ static bool adopt(int fd, bool control)
     *c = (struct eb_connection){
         .source = EB_SOURCE_CONNECTION, .start_source = EB_SOURCE_START, .fd = fd, .control = control};
     c->start.done_fd = -1;
-    c->next = connections;
-    c->link = &connections;
-    if (connections != NULL)
-        connections->link = &c->next;
-    connections = c;
+    open_connections++;
 
     uint8_t payload[4];
     struct eb_writer hello = eb_writer(payload, sizeof payload);
     eb_put_u32(&hello, EB_VERSION);
     if (!eb_connection_send(c, EB_HELLO, &hello) || !watch(c, c->out_size > 0)) {
-        eb_connection_close(c); /* freed with the next sweep */
+        close_connection(c);
         return false;
     }
     return true;
-}
-
-static void close_connection(struct eb_connection *c)
-{
-    if (c->fd < 0)
-        return;
-    if (c->control)
-        ending = true;
-    unwatch(c);
-    if (c->starting) {
-        /* The request and its descriptors are still being read: see finish_start. */
-        close(c->fd);
-        c->fd = -1;
-    } else {
-        eb_connection_close(c);
-    }
-}
-
-/* Frees what nothing needs any more.  Between two rounds of events only, since they point to it. */
-static void sweep(void)
-{
-    for (struct eb_connection *c = connections, *next; c != NULL; c = next) {
-        next = c->next;
-        if (c->fd >= 0 || c->starting || c->child != 0)
-            continue;
-        *c->link = next;
-        if (next != NULL)
-            next->link = c->link;
-        free(c);
-    }
 }
 
 /* The reason is sent if the socket takes it at once; a peer that sends what it may not is owed no more. */
@@ -201,7 +202,6 @@ static void finish_start(struct eb_connection *c)
         (void)waitpid(c->child, NULL, 0);
         (void)remove_child(c->child);
     }
-    eb_fds_drop(&c->fds, eb_request_fds(&c->request));
     eb_request_free(&c->request);
     if (c->fd < 0) {
         eb_connection_close(c);
@@ -321,6 +321,7 @@ static void on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     memcpy(c->request.sources, c->fds.at, eb_request_fds(&c->request) * sizeof(int));
     spawner->begin(&c->start, &c->request);
     c->starting = true;
+    eb_fds_drop(&c->fds, eb_request_fds(&c->request)); /* the new process has its own by now */
     if (c->start.pid > 0 && spawner->owner() == EB_OWNER_HELPER)
         add_child(c, c->start.pid);
     if (c->start.done_fd < 0) {
@@ -457,7 +458,7 @@ static void on_connection(struct eb_connection *c, uint32_t events)
 
 static bool done(void)
 {
-    return ending && connections == NULL;
+    return ending && open_connections == 0 && closed == NULL;
 }
 
 static void serve(void)

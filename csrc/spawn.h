@@ -17,8 +17,8 @@ struct eb_start {
 };
 
 struct eb_spawner {
-    /* Fills `start`.  Until `end`, `q` and what it points to must stay as they are, and the descriptors
-     * in its `sources` open: close-on-exec ones, none of them 0, 1 or 2. */
+    /* Fills `start`.  Until `end`, `q` and what it points to must stay as they are.  The descriptors in
+     * its `sources` are close-on-exec, none of them is 0, 1 or 2, and the new process has its own. */
     void (*begin)(struct eb_start *start, const struct eb_request *q);
     /* Once done_fd has hung up, if there is one: gives the outcome and releases what the start held. */
     void (*end)(struct eb_start *start);

@@ -17,6 +17,15 @@ from errand_boy.protocol import Exited, Failed, Reply, Spawned
 _MAX_REPLY = 4096  # bytes; the longest is a reason or a resource usage
 
 
+_Ancillary = list[tuple[int, int, bytes]]
+
+
+def _rights(fds: Sequence[int]) -> _Ancillary:
+    if not fds:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+
+
 class NotServedError(Exception):
     """The helper has gone without having read the request: it may be sent to another one."""
 
@@ -56,20 +65,16 @@ class Connection:
         Raises NotServedError if the helper has gone, ProtocolError with its reason if it refused
         the connection, and OSError for descriptors that cannot be sent.
         """
-        data = memoryview(frame if self._opened else protocol.OPENING + frame)
-        self._opened = True
-        most = lib.EB_MAX_FDS_PER_SEND
+        if not self._opened:
+            frame = protocol.OPENING + frame
+            self._opened = True
         try:
-            while fds:
-                some = fds[:most]
-                rights = struct.pack(f"{len(some)}i", *some)
-                # A byte for each batch of descriptors but the last, which comes with all the rest.
-                piece = data if len(fds) <= most else data[:1]
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-                data = data[self.sock.sendmsg([piece], ancillary) :]
-                fds = fds[most:]
-            if data:
-                self.sock.sendall(data)
+            if len(fds) <= lib.EB_MAX_FDS_PER_SEND:
+                sent = self.sock.sendmsg([frame], _rights(fds))
+                if sent < len(frame):
+                    self.sock.sendall(memoryview(frame)[sent:])
+            else:
+                self._send_in_batches(frame, fds)
         except (BrokenPipeError, ConnectionResetError):
             # What was sent is not a whole request, so nothing has been run.
             try:
@@ -77,6 +82,14 @@ class Connection:
             except HelperDiedError:
                 raise NotServedError from None
             raise
+
+    def _send_in_batches(self, frame: bytes, fds: Sequence[int]) -> None:
+        data = memoryview(frame)
+        most = lib.EB_MAX_FDS_PER_SEND
+        for start in range(0, len(fds), most):
+            self.sock.sendmsg([data[:1]], _rights(fds[start : start + most]))
+            data = data[1:]
+        self.sock.sendall(data)
 
     def receive(self, timeout: float | None = None) -> Reply:
         """Return the next reply.

@@ -35,26 +35,29 @@ class Caller:
             raise MemoryError
         self._c: Any = ffi.gc(c, lib.eb_caller_free)
         self._options: Any = ffi.buffer(c.options)
-        self._identity: Any = ffi.buffer(ffi.addressof(c, "identity"))
-        self.identity = b""
 
-    def read(self, helper: Helper | None, connection: Connection | None, flags: int) -> None:
-        """Read the state anew, for a start by `helper` over `connection`."""
-        if connection is None:
-            where = (-1, 0, 0)
-        else:
-            where = (connection.sock.fileno(), connection.device, connection.inode)
-        pid = helper.pid if helper is not None and helper.shares_fs else 0
-        error = lib.eb_caller_read(self._c, pid, flags, *where)
-        if error:
-            raise OSError(error, os.strerror(error))
-        self.identity = self._identity[:]
-        self.peer: int = self._c.peer
-        self.fs_differs: bool = self._c.fs_differs != 0
-        self.nice: int = self._c.nice
-        self.std_fds: int = self._c.std_fds
-        self.umask: int = self._c.umask
-        self.complete: bool = self._c.identity.complete != 0
+    def read(
+        self, flags: int, helper: Helper | None = None, connection: Connection | None = None
+    ) -> int:
+        """Read the state anew, for a start by `helper` over `connection`; return what was found."""
+        start, pid = ffi.NULL, 0
+        fd, device, inode = -1, 0, 0
+        if helper is not None:
+            start = helper.caller._c
+            if helper.shares_fs:
+                pid = helper.pid
+        if connection is not None:
+            fd, device, inode = connection.sock.fileno(), connection.device, connection.inode
+        found: int = lib.eb_caller_read(self._c, start, pid, flags, fd, device, inode)
+        if found < 0:
+            raise OSError(-found, os.strerror(-found))
+        return found
+
+    @property
+    def umask(self) -> int:
+        """The file mode creation mask."""
+        mask: int = self._c.umask
+        return mask
 
     @property
     def options(self) -> bytes:
@@ -82,10 +85,9 @@ def caller() -> Caller:
 class Helper:
     """A running helper process, and the connections to it that are not in use."""
 
-    def __init__(self, state: Caller) -> None:
-        state.read(None, None, 0)
-        self.identity = state.identity
-        self.nice = state.nice
+    def __init__(self) -> None:
+        self.caller = Caller()
+        self.caller.read(0)
         self._owner = os.getpid()
         path = os.environ.get("ERRAND_BOY_HELPER") or _EXECUTABLE
         posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix"
@@ -107,15 +109,6 @@ class Helper:
         self._control = Connection(ours)
         self._control_lock = threading.Lock()
         ours.sendall(protocol.OPENING)
-
-    def fits(self, state: Caller) -> bool:
-        """Return whether commands started by this helper are what the caller would start."""
-        return (
-            state.identity == self.identity
-            and not state.fs_differs
-            and state.nice >= self.nice  # going back down may take a privilege
-            and state.complete  # else a filter more or less cannot be told: a new one each time
-        )
 
     def connect(self) -> Connection:
         """Return a new connection. Raises BrokenPipeError if the helper has gone."""
@@ -153,7 +146,7 @@ class Helper:
         self._control.close()
 
 
-def acquire(flags: int) -> tuple[Helper, Connection, Caller]:
+def acquire(flags: int) -> tuple[Helper, Connection, Caller, int]:
     """Return a connection to a helper that fits the calling thread, whose state has been read.
 
     Raises HelperError if none can be started, and OSError for a lack of descriptors.
@@ -165,21 +158,21 @@ def acquire(flags: int) -> tuple[Helper, Connection, Caller]:
             connection = helper.idle.pop()
         except IndexError:
             connection = None
-        state.read(helper, connection, flags)
-        if not helper.fits(state):
+        found = state.read(flags, helper, connection)
+        if not found & lib.EB_FITS:
             if connection is not None:
                 connection.close()
             _replace(helper)
         elif connection is None:
             try:
-                return helper, helper.connect(), state
+                return helper, helper.connect(), state, found
             except (BrokenPipeError, ConnectionResetError):
                 _replace(helper)
-        elif state.peer == lib.EB_PEER_GOOD:
-            return helper, connection, state
+        elif found & lib.EB_CONNECTION_GOOD:
+            return helper, connection, state, found
         else:
             connection.close()
-            if state.peer == lib.EB_PEER_ENDED:
+            if found & lib.EB_CONNECTION_ENDED:
                 _replace(helper)
     raise HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
 
@@ -199,7 +192,7 @@ def _replace(old: Helper | None) -> Helper:
         if _current is old:
             _retire_current()
         if _current is None:
-            helper = Helper(caller())
+            helper = Helper()
             # A signal handler may have started one meanwhile, in this very thread.
             _retire_current()
             _current = helper
@@ -230,7 +223,7 @@ def start() -> None:
     A helper that is started early, while the process is small and single-threaded, starts fastest.
     Raises HelperError.
     """
-    helper, connection, _ = acquire(0)
+    helper, connection, *_ = acquire(0)
     helper.release(connection)
 
 

@@ -122,8 +122,8 @@ class Popen(_Base):
             flags |= lib.EB_WITH_PGROUP
         standard = (p2cread, c2pwrite, errwrite)
 
-        def request(helper: Helper, state: Caller) -> tuple[bytes, list[int]]:
-            targets = _targets(close_fds, pass_fds, standard, state.std_fds)
+        def request(helper: Helper, state: Caller, found: int) -> tuple[bytes, list[int]]:
+            targets = _targets(close_fds, pass_fds, standard, found)
             fds = [targets[target] for target in sorted(targets)]
             parts = [*options, state.options]
             parts.append(protocol.numbers(lib.EB_TAG_FDS, sorted(targets)))
@@ -161,11 +161,11 @@ class Popen(_Base):
         _waitpid_lock: Any
 
     def _start(
-        self, flags: int, request: Callable[[Helper, Caller], tuple[bytes, list[int]]]
+        self, flags: int, request: Callable[[Helper, Caller, int], tuple[bytes, list[int]]]
     ) -> tuple[Spawned | Failed | None, BaseException | None]:
         for _ in range(3):
-            helper, connection, state = _helper.acquire(flags)
-            frame, fds = request(helper, state)
+            helper, connection, state, found = _helper.acquire(flags)
+            frame, fds = request(helper, state, found)
             try:
                 reply, interruption = connection.start(frame, fds)
             except NotServedError:
@@ -299,7 +299,7 @@ def _group_ids(values: list[int]) -> list[int]:
 
 
 def _targets(
-    close_fds: bool, pass_fds: Iterable[int], standard: Sequence[int], std_fds: int
+    close_fds: bool, pass_fds: Iterable[int], standard: Sequence[int], found: int
 ) -> dict[int, int]:
     """Return the descriptors that the child gets: its number for each to ours."""
     targets = {}
@@ -312,7 +312,7 @@ def _targets(
     for number, fd in enumerate(standard):
         if fd != -1:
             targets[number] = fd
-        elif std_fds >> number & 1:
+        elif found >> number & 1:  # EB_STDIN and its neighbours
             targets[number] = number
     return targets
 

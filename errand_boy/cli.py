@@ -1,0 +1,66 @@
+"""The command ``errand-boy``: arguments only."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+import errand_boy
+
+# What a supervisor or a user sends to one process; the terminal sends its own to the whole group.
+_FORWARDED = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="errand-boy", description="Start commands without forking the process that wants them."
+    )
+    parser.add_argument("--version", action="version", version=errand_boy.__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="run one command, with this terminal, and exit with its status",
+        usage="errand-boy run [-h] [--] COMMAND [ARGUMENT ...]",
+    )
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
+    options = parser.parse_args(arguments)
+    argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
+    if not argv:
+        run.error("which command?")
+    return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Run a command; return its status as a shell gives it: 128 + n for an end by signal n."""
+    early: list[int] = []
+    for number in _FORWARDED:
+        signal.signal(number, lambda number, frame: early.append(number))
+    try:
+        process = errand_boy.Popen(argv)
+    except OSError as error:
+        print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
+        return 127 if isinstance(error, FileNotFoundError) else 126
+    # Only now, since the child inherits the mask.
+    awaited = {*_FORWARDED, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    for number in early:
+        process.send_signal(number)
+    while process.poll() is None:
+        # No SIGCHLD where the helper owns the child; there the time-out finds its end.
+        info = signal.sigtimedwait(awaited, 0.1)
+        # A positive code: the kernel's, for the terminal, which has told the child too.
+        if info is not None and info.si_signo != signal.SIGCHLD and info.si_code <= 0:
+            process.send_signal(info.si_signo)
+    status: int = process.returncode
+    return status if status >= 0 else 128 - status
