@@ -150,6 +150,7 @@ static int identity_from_syscalls(struct eb_identity *id)
         id->capabilities[4] |= (uint64_t)(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, i, 0, 0) > 0) << i;
     }
     id->no_new_privs = prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0);
+    id->securebits = prctl(PR_GET_SECUREBITS, 0, 0, 0, 0);
     id->seccomp = prctl(PR_GET_SECCOMP, 0, 0, 0, 0);
     /* Whether another filter has been added to the first is not to be had. */
     id->complete = id->seccomp == 0;
@@ -159,9 +160,11 @@ static int identity_from_syscalls(struct eb_identity *id)
 /* Also the signals of `state`, which /proc tells at the same price. */
 static int read_identity(struct eb_caller *c, struct eb_state *state)
 {
-    if (identity_from_status(c, state))
+    if (identity_from_status(c, state)) {
+        c->identity.securebits = prctl(PR_GET_SECUREBITS, 0, 0, 0, 0);
         return 0;
-    c->identity = (struct eb_identity){0};
+    }
+    memset(&c->identity, 0, sizeof c->identity);
     eb_state_read_signals(state);
     return identity_from_syscalls(&c->identity);
 }
@@ -196,16 +199,10 @@ static bool fs_differs(int helper)
 
 /* -- the calling thread -- */
 
-static int check_connection(int fd, uint64_t device, uint64_t inode)
+static bool same_file(int fd, uint64_t device, uint64_t inode)
 {
     struct stat info;
-    char byte;
-    if (fd < 0 || fstat(fd, &info) != 0 || info.st_dev != device || info.st_ino != inode)
-        return 0;
-    /* Bytes to read: the helper's HELLO. */
-    ssize_t n = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    return n > 0 || (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) ? EB_CONNECTION_GOOD
-                                                                          : EB_CONNECTION_ENDED;
+    return fd >= 0 && fstat(fd, &info) == 0 && info.st_dev == device && info.st_ino == inode;
 }
 
 static bool fits(const struct eb_caller *c, const struct eb_caller *start, int helper)
@@ -270,7 +267,7 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
     c->nice = state.nice;
     put_options(c, &state, flags);
 
-    int found = check_connection(fd, device, inode);
+    int found = same_file(fd, device, inode) ? EB_CONNECTION : 0;
     for (int i = 0; i < 3; i++) {
         int fd_flags = fcntl(i, F_GETFD);
         if (fd_flags >= 0 && !(fd_flags & FD_CLOEXEC))

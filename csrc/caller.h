@@ -11,9 +11,10 @@ struct eb_identity {
     uint64_t groups;          /* hash of the supplementary groups */
     uint32_t uids[4];         /* real, effective, saved, file system */
     uint32_t gids[4];
-    int32_t no_new_privs, seccomp, seccomp_filters;
+    int32_t no_new_privs, securebits, seccomp, seccomp_filters;
     int32_t pid, sid;
     int32_t complete;         /* 0: /proc could not be read, some of the above is not known */
+    int32_t unused;           /* keeps the size a multiple of 8 */
 };
 
 struct eb_caller {
@@ -41,9 +42,8 @@ enum {
     EB_STDIN = 1, /* descriptors 0 to 2: open, and inheritable */
     EB_STDOUT = 2,
     EB_STDERR = 4,
-    EB_FITS = 8,               /* a command started by the helper is what the caller would start */
-    EB_CONNECTION_GOOD = 16,   /* it is what it was, and the helper has not closed it */
-    EB_CONNECTION_ENDED = 32,  /* the helper has closed it; neither: the descriptor is another's */
+    EB_FITS = 8,        /* a command started by the helper is what the caller would start */
+    EB_CONNECTION = 16, /* the connection's descriptor still is what it was */
 };
 
 /*

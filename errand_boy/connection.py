@@ -65,15 +65,16 @@ class Connection:
         Raises NotServedError if the helper has gone, ProtocolError with its reason if it refused
         the connection, and OSError for descriptors that cannot be sent.
         """
-        if not self._opened:
-            frame = protocol.OPENING + frame
-            self._opened = True
+        opening = b"" if self._opened else protocol.OPENING
+        self._opened = True
         try:
             if len(fds) <= lib.EB_MAX_FDS_PER_SEND:
-                sent = self.sock.sendmsg([frame], _rights(fds))
-                if sent < len(frame):
-                    self.sock.sendall(memoryview(frame)[sent:])
+                data = opening + frame
+                sent = self.sock.sendmsg([data], _rights(fds))
+                if sent < len(data):
+                    self.sock.sendall(memoryview(data)[sent:])
             else:
+                self.sock.sendall(opening)  # its bytes are no place for the frame's descriptors
                 self._send_in_batches(frame, fds)
         except (BrokenPipeError, ConnectionResetError):
             # What was sent is not a whole request, so nothing has been run.

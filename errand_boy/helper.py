@@ -22,7 +22,7 @@ _EXECUTABLE = str(Path(__file__).with_name("errand-boy-helper"))
 
 _lock = threading.RLock()
 _current: Helper | None = None
-_unreaped: list[int] = []  # helpers that have ended, or will soon
+_unreaped: list[Helper] = []  # retired; they have ended, or will soon
 _thread = threading.local()
 
 
@@ -46,6 +46,8 @@ class Caller:
             start = helper.caller._c
             if helper.shares_fs:
                 pid = helper.pid
+            else:
+                flags |= lib.EB_WITH_UMASK
         if connection is not None:
             fd, device, inode = connection.sock.fileno(), connection.device, connection.inode
         found: int = lib.eb_caller_read(self._c, start, pid, flags, fd, device, inode)
@@ -105,6 +107,7 @@ class Helper:
             raise HelperError(-pid, f"cannot start the helper: {os.strerror(-pid)}", path)
         self.pid: int = pid
         self.shares_fs: bool = share_fs[0] != 0
+        self.owns_children = False  # until a reply says so
         self.idle: list[Connection] = []
         self._control = Connection(ours)
         self._control_lock = threading.Lock()
@@ -142,7 +145,7 @@ class Helper:
             if self._control.is_ours():
                 # Also where forked processes hold copies of it.
                 self._control.sock.shutdown(socket.SHUT_RDWR)
-            _unreaped.append(self.pid)
+            _unreaped.append(self)
         self._control.close()
 
 
@@ -168,12 +171,10 @@ def acquire(flags: int) -> tuple[Helper, Connection, Caller, int]:
                 return helper, helper.connect(), state, found
             except (BrokenPipeError, ConnectionResetError):
                 _replace(helper)
-        elif found & lib.EB_CONNECTION_GOOD:
+        elif found & lib.EB_CONNECTION:
             return helper, connection, state, found
         else:
             connection.close()
-            if found & lib.EB_CONNECTION_ENDED:
-                _replace(helper)
     raise HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
 
 
@@ -208,13 +209,15 @@ def _retire_current() -> None:
 
 
 def _reap(options: int) -> None:
-    for pid in _unreaped[:]:
+    for helper in _unreaped[:]:
+        # One that owns children stays until the last of them has ended.
+        wait = os.WNOHANG if helper.owns_children else options
         try:
-            done, _ = os.waitpid(pid, options)
+            done, _ = os.waitpid(helper.pid, wait)
         except ChildProcessError:
-            done = pid  # somebody waited for any child
+            done = helper.pid  # somebody waited for any child
         if done:
-            _unreaped.remove(pid)
+            _unreaped.remove(helper)
 
 
 def start() -> None:

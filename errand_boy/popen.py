@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, AnyStr
 
 from errand_boy import helper as _helper
@@ -96,19 +97,17 @@ class Popen(_Base):
             executable = args[0]
         sys.audit("subprocess.Popen", executable, args, cwd, env)
 
-        options = [
-            protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in args]),
-            protocol.strings(lib.EB_TAG_EXECUTABLES, _candidates(executable, env)),
-        ]
+        options = [protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in args])]
         if env is not None:
             options.append(protocol.strings(lib.EB_TAG_ENV, _environment(env)))
+        options.append(protocol.strings(lib.EB_TAG_EXECUTABLES, _candidates(executable, env)))
         if cwd is not None:
             options.append(protocol.string(lib.EB_TAG_CWD, os.fsencode(cwd)))
-        if umask >= 0:
+        if index(umask) >= 0:
             options.append(protocol.number(lib.EB_TAG_UMASK, umask))
         if start_new_session:
             options.append(protocol.option(lib.EB_TAG_SETSID))
-        if process_group >= 0:
+        if index(process_group) >= 0:
             options.append(protocol.number(lib.EB_TAG_PGROUP, process_group))
         if gids is not None:
             options.append(protocol.numbers(lib.EB_TAG_GROUPS, _group_ids(gids)))
@@ -182,6 +181,7 @@ class Popen(_Base):
             if interruption is not None:
                 connection.close()
             elif isinstance(reply, Spawned) and reply.by_helper:
+                helper.owns_children = True
                 self._lease = (helper, connection)
             else:
                 helper.release(connection)
@@ -210,7 +210,7 @@ class Popen(_Base):
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int:
-        if self._lease is None:
+        if self._lease is None and self.returncode is None:
             return super()._wait(timeout)  # type: ignore[misc,no-any-return]
         start = time.monotonic()
         if not self._waitpid_lock.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
@@ -238,6 +238,7 @@ class Popen(_Base):
             self.returncode = -signal.SIGKILL  # nobody can tell any more
             raise
         if isinstance(reply, Exited):
+            self._lease = None
             self._handle_exitstatus(reply.status)
             helper.release(connection)
 
@@ -252,12 +253,20 @@ class Popen(_Base):
             self._lease[1].send(frame)
 
 
+_warned: set[tuple[str, int]] = set()
+
+
 def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
     inside = (os.path.dirname(__file__) + os.sep, subprocess.__file__)
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame = frame.f_back
         level += 1
+    # Not left to the warnings module: os.get_exec_path resets its memory with each command.
+    place = (frame.f_code.co_filename, frame.f_lineno)
+    if place in _warned:
+        return
+    _warned.add(place)
     name = getattr(preexec_fn, "__qualname__", repr(preexec_fn))
     warnings.warn(
         f"preexec_fn={name} makes Popen fork this process. Use user=, group=, extra_groups=, umask=, "
@@ -292,6 +301,8 @@ def _id(value: int, name: str) -> int:
 
 
 def _group_ids(values: list[int]) -> list[int]:
+    if len(values) > lib.EB_MAX_GROUPS:
+        raise ValueError("too many extra_groups")
     try:
         return [_id(value, "gid") for value in values]
     except OverflowError:
@@ -306,7 +317,7 @@ def _targets(
     if not close_fds:
         targets.update((fd, fd) for fd in _inheritable() if fd > 2)
     for fd in map(int, pass_fds):
-        if fd < 0:
+        if not 0 <= fd <= 0x7FFFFFFF:
             raise ValueError("bad value(s) in fds_to_keep")
         targets[fd] = fd
     for number, fd in enumerate(standard):
