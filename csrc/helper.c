@@ -194,6 +194,10 @@ static void report_start(struct eb_connection *c)
 static void finish_start(struct eb_connection *c)
 {
     struct eb_frame frame;
+    /* Closing is not enough: other new processes hold copies of it until they exec, and with them it would
+     * go on to report events, for a start that is over. */
+    if (c->start.done_fd >= 0)
+        (void)epoll_ctl(epoll_fd, EPOLL_CTL_DEL, c->start.done_fd, NULL);
     spawner->end(&c->start);
     c->starting = false;
     if (c->start.error != 0 && c->child != 0) {
@@ -465,6 +469,7 @@ static void serve(void)
 {
     struct epoll_event events[64];
     while (!done()) {
+        bool child_ended = false;
         int n = epoll_wait(epoll_fd, events, 64, -1);
         if (n < 0 && errno != EINTR)
             fatal("epoll_wait");
@@ -476,20 +481,21 @@ static void serve(void)
                 break;
             case EB_SOURCE_START: {
                 struct eb_connection *c = OWNER_OF(source, start_source);
-                if (c->starting) { /* else reap() was there first */
-                    finish_start(c);
-                    proceed(c);
-                }
+                finish_start(c);
+                proceed(c);
                 break;
             }
             case EB_SOURCE_CHILDREN:
-                reap();
+                child_ended = true;
                 break;
             case EB_SOURCE_CALLER:
                 /* What is being started shares our memory; it stays until they have gone. */
                 _exit(0);
             }
         }
+        /* Last, since it may finish a start whose own event is in this round, and begin another. */
+        if (child_ended)
+            reap();
         sweep();
     }
 }
