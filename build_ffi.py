@@ -22,7 +22,7 @@ void eb_caller_free(struct eb_caller *c);
 int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags,
                    int fd, uint64_t device, uint64_t inode);
 int caller_read_environment(struct eb_caller *c);
-int eb_start_helper(const char *path, char **arguments, int control, int *share_fs);
+int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
 """
 
 # cffi calls without the GIL, and os.putenv moves the environment under it.

@@ -207,9 +207,11 @@ static bool same_file(int fd, uint64_t device, uint64_t inode)
 
 static bool fits(const struct eb_caller *c, const struct eb_caller *start, int helper)
 {
-    return memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 &&
-           c->identity.complete && /* else a filter more or less is not to be told: a new one each time */
-           c->nice >= start->nice && /* going back down may take a privilege */
+    /* What only a privilege can raise again has not been raised since. */
+    for (int i = 0; i < EB_MAX_RLIMITS; i++)
+        if (c->hard_limits[i] > start->hard_limits[i])
+            return false;
+    return c->nice >= start->nice && memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 &&
            !fs_differs(helper);
 }
 
@@ -265,6 +267,8 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
     }
     eb_state_read(&state);
     c->nice = state.nice;
+    for (int i = 0; i < EB_MAX_RLIMITS; i++)
+        c->hard_limits[i] = state.rlimits[i].rlim_max;
     put_options(c, &state, flags);
 
     int found = same_file(fd, device, inode) ? EB_CONNECTION : 0;
@@ -274,7 +278,7 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
             found |= EB_STDIN << i;
     }
     if (start != NULL && fits(c, start, helper))
-        found |= EB_FITS;
+        found |= c->identity.complete ? EB_FITS : EB_FITS | EB_UNSURE;
     return found;
 }
 
@@ -314,12 +318,12 @@ void eb_caller_free(struct eb_caller *c)
 
 #if defined(__linux__) && EB_HAVE_RAW
 
-enum { START_STACK = 64 << 10 };
+enum { START_STACK = 64 << 10, PROGRAM_FD = 5 };
 
 struct start {
     const char *path;
     char **arguments;
-    int control, caller;
+    int program, control, caller;
     long open_max;
     volatile int error;
 };
@@ -337,10 +341,10 @@ static EB_BARE int helper_child(void *arg)
 {
     struct start *s = arg;
     char *env[] = {NULL}; /* nothing of the caller's, LD_PRELOAD included, is meant for the helper */
-    long control = eb_raw(SYS_fcntl, s->control, F_DUPFD, 5, 0);
-    long caller = control < 0 ? control : eb_raw(SYS_fcntl, s->caller, F_DUPFD, 5, 0);
-    long null, r = caller;
-    if (r < 0)
+    long control = eb_raw(SYS_fcntl, s->control, F_DUPFD, PROGRAM_FD + 1, 0);
+    long caller = control < 0 ? control : eb_raw(SYS_fcntl, s->caller, F_DUPFD, PROGRAM_FD + 1, 0);
+    long null, program = -1, r = caller;
+    if (r < 0 || (s->program >= 0 && (r = program = eb_raw(SYS_fcntl, s->program, F_DUPFD, PROGRAM_FD + 1, 0)) < 0))
         goto failed;
     if ((r = eb_raw(SYS_dup3, control, 3, 0, 0)) < 0 || (r = eb_raw(SYS_dup3, caller, 4, 0, 0)) < 0)
         goto failed;
@@ -350,20 +354,30 @@ static EB_BARE int helper_child(void *arg)
     for (int fd = 0; fd < 3; fd++)
         if (null != fd && (r = eb_raw(SYS_dup3, null < 0 ? 3 : null, fd, 0, 0)) < 0)
             goto failed;
-    close_from(5, s->open_max);
-    r = eb_raw(SYS_execve, (long)s->path, (long)s->arguments, (long)env, 0);
+    if (program >= 0) {
+        /* On a number below those that are closed; it goes with the exec. */
+        if ((r = eb_raw(SYS_dup3, program, PROGRAM_FD, O_CLOEXEC, 0)) < 0)
+            goto failed;
+        close_from(PROGRAM_FD + 1, s->open_max);
+        r = eb_raw5(SYS_execveat, PROGRAM_FD, (long)"", (long)s->arguments, (long)env, AT_EMPTY_PATH);
+    } else {
+        close_from(PROGRAM_FD, s->open_max);
+        r = eb_raw(SYS_execve, (long)s->path, (long)s->arguments, (long)env, 0);
+    }
 failed:
     s->error = (int)-r;
     eb_raw(SYS_exit_group, 127, 0, 0, 0);
     return 127;
 }
 
-int eb_start_helper(const char *path, char **arguments, int control, int *share_fs)
+int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
 {
-    struct start s = {.path = path, .arguments = arguments, .control = control};
+    struct start s = {.path = path, .arguments = arguments, .program = program, .control = control};
     const int flags = CLONE_VM | CLONE_VFORK | SIGCHLD;
     uint64_t all = ~(uint64_t)0, before;
     s.open_max = sysconf(_SC_OPEN_MAX);
+    if (s.open_max < 0)
+        s.open_max = 1 << 20; /* no limit; close_range makes this moot on Linux 5.9 */
     s.caller = (int)syscall(SYS_pidfd_open, getpid(), 0);
     if (s.caller < 0)
         return -errno;
@@ -383,7 +397,8 @@ int eb_start_helper(const char *path, char **arguments, int control, int *share_
     int error = pid < 0 ? errno : s.error;
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
     if (pid > 0 && error != 0)
-        (void)waitpid(pid, NULL, 0);
+        while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
+            ;
     munmap(stack, START_STACK);
     close(s.caller);
     return error != 0 ? -error : pid;
@@ -391,9 +406,9 @@ int eb_start_helper(const char *path, char **arguments, int control, int *share_
 
 #else
 
-int eb_start_helper(const char *path, char **arguments, int control, int *share_fs)
+int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
 {
-    (void)path, (void)arguments, (void)control, (void)share_fs;
+    (void)program, (void)path, (void)arguments, (void)control, (void)share_fs;
     return -ENOSYS;
 }
 

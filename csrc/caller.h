@@ -19,6 +19,7 @@ struct eb_identity {
 
 struct eb_caller {
     struct eb_identity identity;
+    rlim_t hard_limits[EB_MAX_RLIMITS];
     int32_t nice;
     uint32_t umask;
     uint32_t options_size;
@@ -44,6 +45,7 @@ enum {
     EB_STDERR = 4,
     EB_FITS = 8,        /* a command started by the helper is what the caller would start */
     EB_CONNECTION = 16, /* the connection's descriptor still is what it was */
+    EB_UNSURE = 32,     /* EB_FITS, but another seccomp filter would not have been noticed */
 };
 
 /*
@@ -62,11 +64,11 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
 int eb_caller_read_environment(struct eb_caller *c);
 
 /*
- * Starts the program `path` as a helper whose descriptor 3 is `control`, with the NULL-terminated
+ * Starts the program behind the O_PATH descriptor `program`, or if that is -1 `path`, as a helper whose descriptor 3 is `control`, with the NULL-terminated
  * `arguments`.  The calling process is not copied.  With `*share_fs`, the helper shares this process's
  * working directory, root and umask; cleared if the kernel refuses that.  Returns the helper's pid,
  * or -errno.
  */
-int eb_start_helper(const char *path, char **arguments, int control, int *share_fs);
+int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
 
 #endif

@@ -79,13 +79,13 @@ void eb_fds_drop(struct eb_fds *fds, uint32_t count)
     for (uint32_t i = 0; i < count; i++)
         close(fds->at[i]);
     fds->count -= count;
-    memmove(fds->at, fds->at + count, fds->count * sizeof *fds->at);
+    if (count > 0 && fds->count > 0)
+        memmove(fds->at, fds->at + count, fds->count * sizeof *fds->at);
 }
 
 void eb_fds_clear(struct eb_fds *fds)
 {
-    if (fds->count > 0)
-        eb_fds_drop(fds, fds->count);
+    eb_fds_drop(fds, fds->count);
     free(fds->at);
     *fds = (struct eb_fds){0};
 }

@@ -53,7 +53,7 @@ static bool watch(struct eb_connection *c, bool hungry)
 {
     if (c->watched && c->hungry == hungry)
         return true;
-    struct epoll_event event = {.events = EPOLLIN | (hungry ? EPOLLOUT : 0), .data.ptr = &c->source};
+    struct epoll_event event = {.events = hungry ? EPOLLOUT : EPOLLIN, .data.ptr = &c->source};
     if (epoll_ctl(epoll_fd, c->watched ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, c->fd, &event) != 0)
         return false;
     c->watched = true;
@@ -120,7 +120,8 @@ static bool adopt(int fd, bool control)
     uint8_t payload[4];
     struct eb_writer hello = eb_writer(payload, sizeof payload);
     eb_put_u32(&hello, EB_VERSION);
-    if (!eb_connection_send(c, EB_HELLO, &hello) || !watch(c, c->out_size > 0)) {
+    /* The control socket's peer may have ended its side already: what it sent before counts. */
+    if ((!control && !eb_connection_send(c, EB_HELLO, &hello)) || !watch(c, c->out_size > 0)) {
         close_connection(c);
         return false;
     }
@@ -178,13 +179,12 @@ static void report_start(struct eb_connection *c)
 {
     uint8_t payload[16];
     struct eb_writer w = eb_writer(payload, sizeof payload);
-    enum eb_owner owner = spawner->owner();
     if (c->start.error == 0) {
         eb_put_u32(&w, (uint32_t)c->start.pid);
-        eb_put_u8(&w, owner);
+        eb_put_u8(&w, c->start.owner);
         reply(c, EB_SPAWNED, &w);
     } else {
-        eb_put_u32(&w, owner == EB_OWNER_CALLER ? (uint32_t)c->start.pid : 0);
+        eb_put_u32(&w, c->start.owner == EB_OWNER_CALLER ? (uint32_t)c->start.pid : 0);
         eb_put_u32(&w, (uint32_t)c->start.error);
         eb_put_u8(&w, c->start.stage);
         reply(c, EB_FAILED, &w);
@@ -322,11 +322,12 @@ static void on_spawn(struct eb_connection *c, const struct eb_frame *frame)
                (unsigned)c->fds.count);
         return;
     }
-    memcpy(c->request.sources, c->fds.at, eb_request_fds(&c->request) * sizeof(int));
+    if (c->fds.count > 0)
+        memcpy(c->request.sources, c->fds.at, eb_request_fds(&c->request) * sizeof(int));
     spawner->begin(&c->start, &c->request);
     c->starting = true;
     eb_fds_drop(&c->fds, eb_request_fds(&c->request)); /* the new process has its own by now */
-    if (c->start.pid > 0 && spawner->owner() == EB_OWNER_HELPER)
+    if (c->start.pid > 0 && c->start.owner == EB_OWNER_HELPER)
         add_child(c, c->start.pid);
     if (c->start.done_fd < 0) {
         finish_start(c);
@@ -344,12 +345,13 @@ static void on_spawn(struct eb_connection *c, const struct eb_frame *frame)
 static void on_signal(struct eb_connection *c, const struct eb_frame *frame)
 {
     struct eb_reader r = eb_reader(frame->payload, frame->size);
+    pid_t pid = (pid_t)eb_get_u32(&r);
     int number = (int)eb_get_u32(&r);
     eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
     /* Not yet waited for, so the pid is still its own.  A signal may cross with EXITED: then it is late,
      * as it would be with kill(2). */
-    if (c->child != 0)
-        (void)kill(c->child, number);
+    if (c->child != 0 && c->child == pid)
+        (void)kill(pid, number);
 }
 
 static const struct rule {
@@ -360,7 +362,7 @@ static const struct rule {
 } rules[] = {
     [EB_ADOPT] = {"ADOPT", true, 0, 0, on_adopt},
     [EB_SPAWN] = {"SPAWN", false, 0, EB_MAX_FRAME, on_spawn},
-    [EB_SIGNAL] = {"SIGNAL", false, 4, 4, on_signal},
+    [EB_SIGNAL] = {"SIGNAL", false, 8, 8, on_signal},
 };
 
 /* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */

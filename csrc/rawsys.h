@@ -11,13 +11,14 @@
 #if defined(__x86_64__)
 #define EB_HAVE_RAW 1
 
-static inline long eb_raw(long n, long a, long b, long c, long d)
+static inline long eb_raw5(long n, long a, long b, long c, long d, long e)
 {
     long result;
     register long r10 __asm__("r10") = d;
+    register long r8 __asm__("r8") = e;
     __asm__ volatile("syscall"
                      : "=a"(result)
-                     : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10)
+                     : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
                      : "rcx", "r11", "memory");
     return result;
 }
@@ -25,19 +26,30 @@ static inline long eb_raw(long n, long a, long b, long c, long d)
 #elif defined(__aarch64__)
 #define EB_HAVE_RAW 1
 
-static inline long eb_raw(long n, long a, long b, long c, long d)
+static inline long eb_raw5(long n, long a, long b, long c, long d, long e)
 {
     register long x8 __asm__("x8") = n;
     register long x0 __asm__("x0") = a;
     register long x1 __asm__("x1") = b;
     register long x2 __asm__("x2") = c;
     register long x3 __asm__("x3") = d;
-    __asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3) : "memory", "cc");
+    register long x4 __asm__("x4") = e;
+    __asm__ volatile("svc 0"
+                     : "+r"(x0)
+                     : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+                     : "memory", "cc");
     return x0;
 }
 
 #else
 #define EB_HAVE_RAW 0
+#endif
+
+#if EB_HAVE_RAW
+static inline long eb_raw(long n, long a, long b, long c, long d)
+{
+    return eb_raw5(n, a, b, c, d, 0);
+}
 #endif
 
 #ifndef SYS_close_range
@@ -46,8 +58,6 @@ static inline long eb_raw(long n, long a, long b, long c, long d)
 
 /* For code that runs between clone and exec on a stack of its own: nothing may be called there behind
  * its back. */
-#if defined(__clang__) || defined(__GNUC__)
 #define EB_BARE __attribute__((no_sanitize("address", "undefined"), noinline))
-#endif
 
 #endif

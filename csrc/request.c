@@ -222,11 +222,6 @@ int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, 
     return get_string_lists(q, values, reason);
 }
 
-uint32_t eb_request_fds(const struct eb_request *q)
-{
-    return q->target_count + (eb_has(q, EB_TAG_CWD_FD) ? 1 : 0);
-}
-
 void eb_request_free(struct eb_request *q)
 {
     free(q->strings);

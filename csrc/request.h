@@ -43,7 +43,10 @@ static inline bool eb_has(const struct eb_request *q, enum eb_tag tag)
 _Static_assert(EB_TAG_END <= 32, "`present` has a bit for each tag");
 
 /* The number of descriptors that the request comes with. */
-uint32_t eb_request_fds(const struct eb_request *q);
+static inline uint32_t eb_request_fds(const struct eb_request *q)
+{
+    return q->target_count + (eb_has(q, EB_TAG_CWD_FD) ? 1 : 0);
+}
 
 /*
  * Reads `payload`.  Returns 0; or an errno that the command's start fails with (E2BIG, ENOMEM); or -1 if

@@ -10,6 +10,7 @@
 /* One start under way, then its outcome. */
 struct eb_start {
     pid_t pid;    /* 0 if no process was made */
+    enum eb_owner owner;
     int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once */
     int error;    /* 0: the command runs */
     enum eb_stage stage;
@@ -22,8 +23,6 @@ struct eb_spawner {
     void (*begin)(struct eb_start *start, const struct eb_request *q);
     /* Once done_fd has hung up, if there is one: gives the outcome and releases what the start held. */
     void (*end)(struct eb_start *start);
-    /* Whose child the next process will be. */
-    enum eb_owner (*owner)(void);
 };
 
 /* Linux: clone(2) without CLONE_VFORK, so that a slow exec holds up nobody.  With `parent`, new processes

@@ -6,7 +6,8 @@
  * exec_mmap comes before do_close_on_exec; kernel/exit.c: exit_mm before exit_files).
  *
  * A process that changes its ids here still shares our memory for a moment.  The kernel marks memory
- * undumpable at that instant (commit_creds), so its new user's processes cannot trace it.
+ * undumpable at that instant (commit_creds), so its new user's processes cannot trace it, unless the
+ * administrator has set fs.suid_dumpable to 1.
  */
 #include "spawn.h"
 
@@ -25,7 +26,7 @@
 enum {
     STACK_SIZE = 32 << 10,
     GUARD_SIZE = 64 << 10, /* at least a page, whatever its size */
-    SPARE_STACKS = 8,
+    SPARE_STACKS = 2, /* two pages of each stay resident */
 };
 
 struct job {
@@ -35,6 +36,7 @@ struct job {
     volatile pid_t alive; /* cleared by the kernel */
     /* read by it */
     const struct eb_request *q;
+    struct rlimit nproc; /* what this process starts with */
     int pipe;
     /* ours */
     struct job *next;
@@ -60,16 +62,17 @@ static EB_BARE bool is_target(const struct eb_request *q, long fd)
     return low < q->target_count && q->targets[low] == fd;
 }
 
-/* A copy of `fd` whose number is nobody's target. */
-static EB_BARE long move_away(const struct eb_request *q, int fd)
+/* A copy of `fd` whose number is nobody's target, searched from `*least` on. */
+static EB_BARE long move_away(const struct eb_request *q, int fd, long *least)
 {
-    long least = 3;
     for (uint32_t i = 0; i <= q->target_count; i++) {
-        long copy = eb_raw(SYS_fcntl, fd, F_DUPFD_CLOEXEC, least, 0);
-        if (copy < 0 || !is_target(q, copy))
+        long copy = eb_raw(SYS_fcntl, fd, F_DUPFD_CLOEXEC, *least, 0);
+        if (copy < 0)
+            return copy;
+        *least = copy + 1;
+        if (!is_target(q, copy))
             return copy;
         eb_raw(SYS_close, copy, 0, 0, 0);
-        least = copy + 1;
     }
     return -EMFILE;
 }
@@ -78,16 +81,16 @@ static EB_BARE long place_fds(struct job *job)
 {
     const struct eb_request *q = job->q;
     uint32_t count = eb_request_fds(q);
-    long r;
+    long r, least = 3;
     if (is_target(q, job->pipe)) {
-        if ((r = move_away(q, job->pipe)) < 0)
+        if ((r = move_away(q, job->pipe, &least)) < 0)
             return r;
         job->pipe = (int)r;
     }
     for (uint32_t i = 0; i < count; i++) {
         bool in_place = i < q->target_count && q->sources[i] == q->targets[i];
         if (!in_place && is_target(q, q->sources[i])) {
-            if ((r = move_away(q, q->sources[i])) < 0)
+            if ((r = move_away(q, q->sources[i], &least)) < 0)
                 return r;
             q->sources[i] = (int)r;
         }
@@ -120,12 +123,13 @@ static EB_BARE long set_ignored(uint64_t wanted)
     return 0;
 }
 
-static EB_BARE long set_rlimits(const struct eb_request *q)
+static EB_BARE long set_rlimits(const struct job *job)
 {
+    const struct eb_request *q = job->q;
     for (uint32_t i = 0; i < q->rlimit_count; i++) {
         int resource = q->rlimits[i].resource;
         const struct rlimit *limit = &q->rlimits[i].limit;
-        const struct rlimit *own = resource == RLIMIT_NPROC ? &nproc : &self->rlimits[resource];
+        const struct rlimit *own = resource == RLIMIT_NPROC ? &job->nproc : &self->rlimits[resource];
         if (limit->rlim_cur != own->rlim_cur || limit->rlim_max != own->rlim_max) {
             long r = eb_raw(SYS_prlimit64, 0, resource, (long)limit, 0);
             if (r < 0)
@@ -184,7 +188,7 @@ static EB_BARE int child(void *arg)
         STEP(SETSID, eb_raw(SYS_setsid, 0, 0, 0, 0));
     if (eb_has(q, EB_TAG_PGROUP) && (q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID)))
         STEP(PGROUP, eb_raw(SYS_setpgid, 0, q->pgroup, 0, 0));
-    STEP(RLIMITS, set_rlimits(q));
+    STEP(RLIMITS, set_rlimits(job));
     if (eb_has(q, EB_TAG_NICE) && q->nice != self->nice)
         STEP(NICE, eb_raw(SYS_setpriority, PRIO_PROCESS, 0, q->nice, 0));
     if (eb_has(q, EB_TAG_AFFINITY) && !same_affinity(q))
@@ -298,6 +302,7 @@ static void begin(struct eb_start *start, const struct eb_request *q)
     job->pipe = pipe[1];
     job->alive = 1;
     adopt_nproc(q);
+    job->nproc = nproc;
     pid_t pid = make_process(job);
     int error = errno;
     close(pipe[1]);
@@ -309,6 +314,7 @@ static void begin(struct eb_start *start, const struct eb_request *q)
         return;
     }
     start->pid = pid;
+    start->owner = use_parent ? EB_OWNER_CALLER : EB_OWNER_HELPER;
     start->done_fd = pipe[0];
     start->job = job;
 }
@@ -326,14 +332,9 @@ static void end(struct eb_start *start)
     free_job(job);
 }
 
-static enum eb_owner owner(void)
-{
-    return use_parent ? EB_OWNER_CALLER : EB_OWNER_HELPER;
-}
-
 const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent)
 {
-    static const struct eb_spawner spawner = {.begin = begin, .end = end, .owner = owner};
+    static const struct eb_spawner spawner = {.begin = begin, .end = end};
     self = state;
     nproc = state->rlimits[RLIMIT_NPROC];
     use_parent = parent;

@@ -166,7 +166,7 @@ static void begin(struct eb_start *start, const struct eb_request *q)
     size_t size = eb_request_fds(q) * sizeof(int);
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
-    *start = (struct eb_start){.done_fd = -1, .stage = unsupported(q)};
+    *start = (struct eb_start){.done_fd = -1, .owner = EB_OWNER_HELPER, .stage = unsupported(q)};
     if (start->stage != 0) {
         start->error = ENOTSUP;
         return;
@@ -211,14 +211,9 @@ static void end(struct eb_start *start)
     (void)start; /* the outcome was there at once */
 }
 
-static enum eb_owner owner(void)
-{
-    return EB_OWNER_HELPER;
-}
-
 const struct eb_spawner *eb_spawner_posix(const struct eb_state *state)
 {
-    static const struct eb_spawner spawner = {.begin = begin, .end = end, .owner = owner};
+    static const struct eb_spawner spawner = {.begin = begin, .end = end};
     self = state;
     return &spawner;
 }

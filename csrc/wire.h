@@ -40,7 +40,7 @@ enum eb_kind {
     EB_ADOPT = 2,    /* empty; one descriptor: a connection to serve */
     /* client to helper */
     EB_SPAWN = 3,    /* options, see eb_tag */
-    EB_SIGNAL = 4,   /* i32 signal number, for the live child of this connection */
+    EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child */
     /* helper to client */
     EB_SPAWNED = 16, /* i32 pid | u8 eb_owner */
     EB_FAILED = 17,  /* i32 pid that the caller must wait for, 0: none | i32 errno | u8 eb_stage */

@@ -54,8 +54,8 @@ def _run(argv: Sequence[str]) -> int:
     # Only now, since the child inherits the mask.
     awaited = {*_FORWARDED, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-    for number in early:
-        process.send_signal(number)
+    for early_one in early:
+        process.send_signal(early_one)
     while process.poll() is None:
         # No SIGCHLD where the helper owns the child; there the time-out finds its end.
         info = signal.sigtimedwait(awaited, 0.1)

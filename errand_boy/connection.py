@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 import time
+import weakref
 from collections.abc import Sequence
 
 from errand_boy import protocol
@@ -14,7 +16,7 @@ from errand_boy._native import lib
 from errand_boy.errors import HelperDiedError, ProtocolError
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
-_MAX_REPLY = 4096  # bytes; the longest is a reason or a resource usage
+_BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
 
 
 _Ancillary = list[tuple[int, int, bytes]]
@@ -30,26 +32,55 @@ class NotServedError(Exception):
     """The helper has gone without having read the request: it may be sent to another one."""
 
 
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Close the copies that a forked process has of its parent's connections."""
+    for connection in list(_connections):
+        connection.close()
+
+
 class Connection:
     """A socket whose other end a helper serves, one command at a time."""
 
-    __slots__ = ("_buffer", "_greeted", "_opened", "device", "inode", "sock")
+    __slots__ = (
+        "__weakref__",
+        "_buffer",
+        "_greeted",
+        "_opened",
+        "_owner",
+        "_size",
+        "device",
+        "inode",
+        "reply",
+        "sock",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         info = os.fstat(sock.fileno())
+        sock.settimeout(None)  # whatever socket.setdefaulttimeout says
         self.sock = sock
+        self._owner = os.getpid()
         self.device = info.st_dev
         self.inode = info.st_ino
-        self._buffer = b""
+        self._buffer = bytearray(_BUFFER_SIZE)
+        self._size = 0  # of what has come into it
         self._opened = False
         self._greeted = False
+        self.reply: Reply | None = None  # the last one, to the command that is being started
+        _connections.add(self)
 
     def close(self) -> None:
         """Close the socket, unless its descriptor has become somebody else's."""
-        if self.is_ours():
-            self.sock.close()
-        else:
+        if not self.is_ours():
             self.sock.detach()
+            return
+        if self._owner == os.getpid():
+            # Forked processes may hold copies, which must not keep the helper.
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
 
     def is_ours(self) -> bool:
         """Return whether the descriptor still is the socket that it was."""
@@ -79,7 +110,7 @@ class Connection:
         except (BrokenPipeError, ConnectionResetError):
             # What was sent is not a whole request, so nothing has been run.
             try:
-                self._frame(None)
+                self.receive()
             except HelperDiedError:
                 raise NotServedError from None
             raise
@@ -100,76 +131,74 @@ class Connection:
         """
         kind, payload = self._frame(timeout)
         try:
-            reply = protocol.reply(kind, payload)
+            self.reply = protocol.reply(kind, payload)
         except struct.error:
-            reply = None
-        if reply is None:
+            self.reply = None
+        if self.reply is None:
             raise ProtocolError(errno.EPROTO, f"reply {kind} of {len(payload)} bytes")
-        return reply
+        self._consume(protocol.HEADER.size + len(payload))  # last, see start()
+        return self.reply
 
-    def start(
-        self, frame: bytes, fds: Sequence[int]
-    ) -> tuple[Spawned | Failed | None, BaseException | None]:
-        """Send a request; return its outcome, and what interrupted the wait for it.
+    def start(self, frame: bytes, fds: Sequence[int]) -> Spawned | Failed:
+        """Send a request and return its outcome.
 
         An exception that comes in from outside (KeyboardInterrupt, a greenlet's Timeout) must not
-        cost the command's pid: the outcome is awaited nevertheless, and is None if the request had
-        not been sent whole. The connection is of no use then.
+        cost the command's pid: the outcome is awaited nevertheless, and left in `reply`, unless the
+        request had not been sent whole. The connection is of no use then.
         """
         try:
             self.send(frame, fds)
             reply = self.receive()
         except (NotServedError, OSError):
             raise
-        except BaseException as interruption:
-            # After its end the helper answers what came whole, then closes: this wait is bounded.
-            self.sock.shutdown(socket.SHUT_WR)
-            try:
-                reply = self.receive()
-            except (NotServedError, OSError):
-                return None, interruption
-            return self._outcome(reply), interruption
-        return self._outcome(reply), None
-
-    @staticmethod
-    def _outcome(reply: Reply) -> Spawned | Failed:
+        except BaseException:
+            if self.reply is None:
+                self._recover()
+                # The helper answers what came whole, then closes: this wait is bounded.
+                self.sock.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(NotServedError, OSError):
+                    self.receive()
+            raise
         if isinstance(reply, Exited):
             raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
         return reply
 
     def _frame(self, timeout: float | None) -> tuple[int, bytes]:
+        """Return the kind and the payload of the next frame but HELLO; it stays in the buffer."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        size = protocol.HEADER.size
+        header = protocol.HEADER.size
         while True:
-            if len(self._buffer) >= size:
+            if self._size >= header:
                 length, kind = protocol.HEADER.unpack_from(self._buffer)
-                if length > _MAX_REPLY:
+                if header + length > len(self._buffer):
                     raise ProtocolError(errno.EPROTO, f"reply of {length} bytes")
-                end = size + length
-                if len(self._buffer) >= end:
-                    payload = self._buffer[size:end]
-                    self._buffer = self._buffer[end:]
+                if self._size >= header + length:
+                    payload = bytes(self._buffer[header : header + length])
+                    if kind == lib.EB_HELLO:
+                        self._greet(payload)
+                        self._consume(header + length)
+                        continue
                     if kind == lib.EB_REFUSED:
                         reason = payload.decode("utf-8", "replace")
                         raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
-                    if kind != lib.EB_HELLO:
-                        return kind, payload
-                    (version,) = struct.unpack_from("<I", payload)
-                    if version != lib.EB_VERSION:
-                        raise ProtocolError(
-                            errno.EPROTO,
-                            f"the helper speaks version {version} of the protocol, this client "
-                            f"version {lib.EB_VERSION}: restart the older one",
-                        )
-                    self._greeted = True
-                    continue
-            self._buffer += self._recv(deadline)
+                    return kind, payload
+            self._receive_some(deadline)
 
-    def _recv(self, deadline: float | None) -> bytes:
+    def _greet(self, payload: bytes) -> None:
+        version = int.from_bytes(payload[:4], "little")
+        if version != lib.EB_VERSION:
+            raise ProtocolError(
+                errno.EPROTO,
+                f"the helper speaks version {version} of the protocol, this client version "
+                f"{lib.EB_VERSION}: restart the older one",
+            )
+        self._greeted = True
+
+    def _receive_some(self, deadline: float | None) -> None:
         if deadline is not None:
             self.sock.settimeout(max(0.0, deadline - time.monotonic()))
         try:
-            data = self.sock.recv(_MAX_REPLY)
+            size = self.sock.recv_into(memoryview(self._buffer)[self._size :])
         except BlockingIOError:
             raise TimeoutError from None
         except ConnectionResetError:
@@ -179,11 +208,24 @@ class Connection:
         finally:
             if deadline is not None:
                 self.sock.settimeout(None)
-        if not data:
+        if size == 0:
             if not self._greeted:
                 raise NotServedError
             raise HelperDiedError(
                 errno.EPIPE,
                 "errand-boy's helper ended before it answered: the command may have been started",
             )
-        return data
+        self._size += size
+
+    def _consume(self, size: int) -> None:
+        self._buffer[:] = self._buffer[size:] + bytes(size)  # zeros again, see _recover
+        self._size -= size
+
+    def _recover(self) -> None:
+        """Count the frames that an interrupted _receive_some has received but not counted."""
+        header = protocol.HEADER.size
+        while self._size + header <= len(self._buffer):
+            length, kind = protocol.HEADER.unpack_from(self._buffer, self._size)
+            if kind == 0:
+                break
+            self._size += header + length

@@ -9,16 +9,29 @@ from typing import Any
 NAMES = ("call", "check_call", "check_output", "getoutput", "getstatusoutput", "run")
 
 
+def original_popen() -> type[subprocess.Popen[Any]]:
+    """Return the standard library's own Popen, also where gevent or eventlet has replaced it."""
+    for base in subprocess.Popen.__mro__:
+        if base.__module__ == "subprocess":  # eventlet's is derived from it
+            return base
+    from gevent.monkey import get_original  # noqa: PLC0415
+
+    original: type[subprocess.Popen[Any]] = get_original("subprocess", "Popen")
+    return original
+
+
 def bound_to(popen: type[subprocess.Popen[Any]]) -> dict[str, Any]:
     """Return the running Python's own functions, by name, with `popen` in the place of Popen.
 
     They are the same code objects over another global namespace, so they stay what this Python's
     are, and none of its users sees a change.
     """
-    namespace: dict[str, Any] = {**vars(subprocess), "Popen": popen}
-    functions = {}
+    functions: dict[str, Any] = {}
+    namespace: dict[str, Any] = {}
     for name in NAMES:
         original: FunctionType = getattr(subprocess, name)
+        if not namespace:  # that of subprocess, or of gevent.subprocess
+            namespace = {**original.__globals__, "Popen": popen}
         bound = FunctionType(
             original.__code__, namespace, name, original.__defaults__, original.__closure__
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import os
+import select
+import signal
 import socket
 import struct
 import threading
@@ -13,21 +16,45 @@ from typing import Any
 
 from errand_boy import protocol
 from errand_boy._native import ffi, lib
-from errand_boy.connection import Connection
+from errand_boy.connection import Connection, close_all
 from errand_boy.errors import HelperError
 
 _MOST_IDLE = 32  # connections kept for later
 
 _EXECUTABLE = str(Path(__file__).with_name("errand-boy-helper"))
+_GRACE = 1.0  # seconds
+_PATIENCE = 100  # helpers started in vain for one command, by a process that changes all the time
 
 _lock = threading.RLock()
 _current: Helper | None = None
 _unreaped: list[Helper] = []  # retired; they have ended, or will soon
-_thread = threading.local()
+_callers: list[Caller] = []  # not in use
+
+
+def _open_program() -> tuple[int, int, int]:
+    """Return a descriptor of the helper's program, for use after a change of root or ids."""
+    try:
+        fd = os.open(_EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return -1, 0, 0  # the attempt to start it will say why
+    info = os.fstat(fd)
+    return fd, info.st_dev, info.st_ino
+
+
+_program = _open_program()
+
+
+def _program_fd() -> int:
+    fd, device, inode = _program
+    try:
+        info = os.fstat(fd)
+    except OSError:
+        return -1
+    return fd if (info.st_dev, info.st_ino) == (device, inode) else -1
 
 
 class Caller:
-    """The calling thread's state as the kernel has it; one object for each thread."""
+    """The state of a calling thread as the kernel has it."""
 
     def __init__(self) -> None:
         c = lib.eb_caller_new()
@@ -75,13 +102,16 @@ class Caller:
         return protocol.option(lib.EB_TAG_ENV, ffi.buffer(c.environment, c.environment_size)[:])
 
 
-def caller() -> Caller:
-    """Return the calling thread's Caller."""
-    try:
-        return _thread.caller  # type: ignore[no-any-return]
-    except AttributeError:
-        _thread.caller = Caller()
-        return _thread.caller  # type: ignore[no-any-return]
+class State:
+    """What a start needs to know of its caller."""
+
+    __slots__ = ("environment", "found", "options", "umask")
+
+    def __init__(self, caller: Caller, found: int, with_environment: bool) -> None:
+        self.found = found
+        self.options = caller.options
+        self.umask = caller.umask
+        self.environment = caller.environment() if with_environment else b""
 
 
 class Helper:
@@ -91,7 +121,7 @@ class Helper:
         self.caller = Caller()
         self.caller.read(0)
         self._owner = os.getpid()
-        path = os.environ.get("ERRAND_BOY_HELPER") or _EXECUTABLE
+        path = os.environ.get("ERRAND_BOY_HELPER")
         posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix"
         arguments = [b"errand-boy: helper of %d" % self._owner, b"--private"]
         if posix:
@@ -101,80 +131,143 @@ class Helper:
         share_fs = ffi.new("int *", 0 if posix else 1)
         ours, theirs = socket.socketpair()
         with theirs:
-            pid = lib.eb_start_helper(os.fsencode(path), argv, theirs.fileno(), share_fs)
+            pid = lib.eb_start_helper(
+                -1 if path else _program_fd(),
+                os.fsencode(path or _EXECUTABLE),
+                argv,
+                theirs.fileno(),
+                share_fs,
+            )
         if pid < 0:
             ours.close()
-            raise HelperError(-pid, f"cannot start the helper: {os.strerror(-pid)}", path)
+            raise HelperError(
+                -pid, f"cannot start the helper: {os.strerror(-pid)}", path or _EXECUTABLE
+            )
         self.pid: int = pid
         self.shares_fs: bool = share_fs[0] != 0
         self.owns_children = False  # until a reply says so
         self.idle: list[Connection] = []
         self._control = Connection(ours)
-        self._control_lock = threading.Lock()
-        ours.sendall(protocol.OPENING)
+        self._control.sock.sendall(protocol.OPENING)
 
-    def connect(self) -> Connection:
-        """Return a new connection. Raises BrokenPipeError if the helper has gone."""
-        if not self._control.is_ours():
-            raise BrokenPipeError
+    def connect(self) -> Connection | None:
+        """Return a new connection; None if the helper has gone."""
         ours, theirs = socket.socketpair()
+        connection = Connection(ours)
         try:
-            with theirs, self._control_lock:
+            with theirs:
                 rights = struct.pack("i", theirs.fileno())
-                self._control.sock.sendmsg(
-                    [protocol.HEADER.pack(0, lib.EB_ADOPT)],
-                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
-                )
-            return Connection(ours)
+                if self._control.is_ours():
+                    # So small a message is sent whole, whatever other threads send.
+                    self._control.sock.sendmsg(
+                        [protocol.HEADER.pack(0, lib.EB_ADOPT)],
+                        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
+                    )
+                    return connection
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except OSError as error:
+            if error.errno != errno.EBADF:  # else retired by another thread just now
+                connection.close()
+                raise
         except BaseException:
-            ours.close()
+            connection.close()
             raise
+        connection.close()
+        return None
 
     def release(self, connection: Connection) -> None:
         """Take back a connection whose last command has ended or is the caller's own child."""
+        connection.reply = None
         if self is _current and len(self.idle) < _MOST_IDLE:
             self.idle.append(connection)
+            if self is not _current:  # retired meanwhile
+                self._close_idle()
         else:
             connection.close()
+
+    def _close_idle(self) -> None:
+        while self.idle:
+            with contextlib.suppress(IndexError):  # another thread took it
+                self.idle.pop().close()
 
     def retire(self) -> None:
         """Close everything; the helper ends when its last connection does."""
-        while self.idle:
-            self.idle.pop().close()
+        self._close_idle()
         if self._owner == os.getpid():
-            if self._control.is_ours():
-                # Also where forked processes hold copies of it.
-                self._control.sock.shutdown(socket.SHUT_RDWR)
             _unreaped.append(self)
+            if not self._control.is_ours():
+                # Closed under us, so it can't be told to end, and forked processes may have copies
+                # that keep it.
+                self._kill()
         self._control.close()
 
+    def ended(self, grace: float) -> bool:
+        """Return whether it has ended, and reap it; with a grace (seconds), it has."""
+        with contextlib.suppress(ChildProcessError):  # somebody waited for any child
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                if not grace:
+                    return False
+                # A copy of a connection, where nobody knows it, must not keep us waiting.
+                pidfd = os.pidfd_open(self.pid)
+                try:
+                    poll = select.poll()
+                    poll.register(pidfd, select.POLLIN)
+                    if not poll.poll(grace * 1000):
+                        self._kill()
+                finally:
+                    os.close(pidfd)
+                os.waitpid(self.pid, 0)
+        return True
 
-def acquire(flags: int) -> tuple[Helper, Connection, Caller, int]:
-    """Return a connection to a helper that fits the calling thread, whose state has been read.
+    def _kill(self) -> None:
+        # Not yet waited for by us; if it was by others, the pid is no child of ours.
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def acquire(flags: int, with_environment: bool) -> tuple[Helper, Connection, State]:
+    """Return a connection to a helper that fits the calling thread, and that thread's state.
 
     Raises HelperError if none can be started, and OSError for a lack of descriptors.
     """
-    state = caller()
-    for _ in range(_MOST_IDLE + 8):
-        helper = _current or _replace(None)
-        try:
-            connection = helper.idle.pop()
-        except IndexError:
-            connection = None
-        found = state.read(flags, helper, connection)
-        if not found & lib.EB_FITS:
+    fresh: Helper | None = None
+    if _unreaped:
+        _reap()
+    try:
+        caller = _callers.pop()
+    except IndexError:
+        caller = Caller()
+    connection: Connection | None = None
+    try:
+        for _ in range(_PATIENCE):
+            helper = _current
+            if helper is None:
+                helper = fresh = _replace(None)
+            try:
+                connection = helper.idle.pop()
+            except IndexError:
+                connection = None
+            found = caller.read(flags, helper, connection)
+            if not found & lib.EB_FITS or (found & lib.EB_UNSURE and helper is not fresh):
+                fresh = _replace(helper)
+            elif connection is None:
+                connection = helper.connect()
+                if connection is not None:
+                    return helper, connection, State(caller, found, with_environment)
+                fresh = _replace(helper)
+            elif found & lib.EB_CONNECTION:
+                return helper, connection, State(caller, found, with_environment)
             if connection is not None:
                 connection.close()
-            _replace(helper)
-        elif connection is None:
-            try:
-                return helper, helper.connect(), state, found
-            except (BrokenPipeError, ConnectionResetError):
-                _replace(helper)
-        elif found & lib.EB_CONNECTION:
-            return helper, connection, state, found
-        else:
+                connection = None
+    except BaseException:
+        if connection is not None:
             connection.close()
+        raise
+    finally:
+        _callers.append(caller)
     raise HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
 
 
@@ -194,9 +287,11 @@ def _replace(old: Helper | None) -> Helper:
             _retire_current()
         if _current is None:
             helper = Helper()
-            # A signal handler may have started one meanwhile, in this very thread.
-            _retire_current()
-            _current = helper
+            if _current is None:
+                _current = helper
+            else:  # a signal handler has started one meanwhile, in this very thread
+                helper.retire()
+                _reap()
         return _current
 
 
@@ -205,19 +300,16 @@ def _retire_current() -> None:
     helper, _current = _current, None
     if helper is not None:
         helper.retire()
-    _reap(os.WNOHANG)
+    _reap()
 
 
-def _reap(options: int) -> None:
+def _reap(grace: float = 0.0) -> None:
+    """Wait for the retired helpers; end those that own no children and are there after `grace`."""
     for helper in _unreaped[:]:
         # One that owns children stays until the last of them has ended.
-        wait = os.WNOHANG if helper.owns_children else options
-        try:
-            done, _ = os.waitpid(helper.pid, wait)
-        except ChildProcessError:
-            done = helper.pid  # somebody waited for any child
-        if done:
-            _unreaped.remove(helper)
+        if helper.ended(0.0 if helper.owns_children else grace):
+            with contextlib.suppress(ValueError):  # a signal handler was here first
+                _unreaped.remove(helper)
 
 
 def start() -> None:
@@ -226,7 +318,7 @@ def start() -> None:
     A helper that is started early, while the process is small and single-threaded, starts fastest.
     Raises HelperError.
     """
-    helper, connection, *_ = acquire(0)
+    helper, connection, _ = acquire(0, False)
     helper.release(connection)
 
 
@@ -238,7 +330,7 @@ def stop() -> None:
     """
     with _lock:
         _retire_current()
-        _reap(0)
+        _reap(_GRACE)
 
 
 def helper_pid() -> int | None:
@@ -248,14 +340,12 @@ def helper_pid() -> int | None:
 
 
 def _after_fork() -> None:
-    global _current, _lock, _thread
+    global _current, _lock
     # The parent's helper is not ours; a lock may be held by a thread that exists no more.
     _lock = threading.RLock()
-    _thread = threading.local()
     _unreaped.clear()
-    helper, _current = _current, None
-    if helper is not None:
-        helper.retire()
+    _current = None
+    close_all()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -18,22 +19,24 @@ from errand_boy import helper as _helper
 from errand_boy import protocol
 from errand_boy._native import lib
 from errand_boy.connection import Connection, NotServedError
-from errand_boy.errors import HelperError
-from errand_boy.helper import Caller, Helper
-from errand_boy.protocol import Exited, Failed, Spawned
+from errand_boy.errors import HelperDiedError, HelperError
+from errand_boy.functions import original_popen
+from errand_boy.helper import Helper, State
+from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
 if TYPE_CHECKING:
-    _Base = subprocess.Popen[AnyStr]
-else:
     _Base = subprocess.Popen
+else:
+    _Base = original_popen()
 
 
-class Popen(_Base):
+class Popen(_Base[AnyStr]):
     """subprocess.Popen whose child is started by errand-boy's helper.
 
-    All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and on
-    Linux the child is a child of this process. `preexec_fn` may be None, os.setsid or os.setpgrp;
-    any other function runs the standard library's way, by a fork of this process, with a warning.
+    All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and
+    on Linux the child is a child of this process. `preexec_fn` may be None, os.setsid or
+    os.setpgrp; any other function runs the standard library's way, by a fork of this process, with
+    a warning.
     """
 
     # Set where the helper owns the child (no CLONE_PARENT, or posix_spawn): the connection over
@@ -97,7 +100,9 @@ class Popen(_Base):
             executable = args[0]
         sys.audit("subprocess.Popen", executable, args, cwd, env)
 
-        options = [protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in args])]
+        options: list[bytes] = [
+            protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in args])
+        ]
         if env is not None:
             options.append(protocol.strings(lib.EB_TAG_ENV, _environment(env)))
         options.append(protocol.strings(lib.EB_TAG_EXECUTABLES, _candidates(executable, env)))
@@ -121,13 +126,15 @@ class Popen(_Base):
             flags |= lib.EB_WITH_PGROUP
         standard = (p2cread, c2pwrite, errwrite)
 
-        def request(helper: Helper, state: Caller, found: int) -> tuple[bytes, list[int]]:
-            targets = _targets(close_fds, pass_fds, standard, found)
+        pass_fds = list(pass_fds)
+
+        def request(helper: Helper, state: State) -> tuple[bytes, list[int]]:
+            targets = _targets(close_fds, pass_fds, standard, state.found)
             fds = [targets[target] for target in sorted(targets)]
             parts = [*options, state.options]
             parts.append(protocol.numbers(lib.EB_TAG_FDS, sorted(targets)))
             if env is None:
-                parts.append(state.environment())
+                parts.append(state.environment)
             if not helper.shares_fs:
                 fds.append(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
                 parts.append(protocol.option(lib.EB_TAG_CWD_FD))
@@ -136,21 +143,14 @@ class Popen(_Base):
             return protocol.frame(lib.EB_SPAWN, parts), fds
 
         try:
-            reply, interruption = self._start(flags, request)
+            reply = self._start(flags, env is None, request)
         except OSError as error:
             if error.errno == errno.E2BIG:
                 raise OSError(error.errno, error.strerror, executable) from None
             raise
-        if isinstance(reply, Spawned):
-            self.pid = reply.pid
-            self._child_created = True
-            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
-        elif isinstance(reply, Failed) and reply.pid > 0:
-            self._reap_failed(reply.pid)
-        if interruption is not None:
-            raise interruption
         if isinstance(reply, Failed):
             _raise_failure(reply, executable, cwd)
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
     if TYPE_CHECKING:
 
@@ -160,41 +160,50 @@ class Popen(_Base):
         _waitpid_lock: Any
 
     def _start(
-        self, flags: int, request: Callable[[Helper, Caller, int], tuple[bytes, list[int]]]
-    ) -> tuple[Spawned | Failed | None, BaseException | None]:
-        for _ in range(3):
-            helper, connection, state, found = _helper.acquire(flags)
-            frame, fds = request(helper, state, found)
+        self,
+        flags: int,
+        with_environment: bool,
+        request: Callable[[Helper, State], tuple[bytes, list[int]]],
+    ) -> Spawned | Failed:
+        for _ in range(100):  # threads with different ids take the helper from each other
+            helper, connection, state = _helper.acquire(flags, with_environment)
+            fds: list[int] = []
             try:
-                reply, interruption = connection.start(frame, fds)
+                frame, fds = request(helper, state)
+                reply = connection.start(frame, fds)
+                self._take(reply, helper, connection)
             except NotServedError:
                 _helper.discard(helper, connection)
                 continue
             except BaseException:
                 # Descriptors that cannot be sent end the connection, not the helper; if it is the
                 # helper that ended, the next start finds that out.
-                connection.close()
+                if connection.reply is not None:
+                    self._take(connection.reply, helper, connection)
+                if self._lease is None:
+                    connection.close()
                 raise
             finally:
-                if not helper.shares_fs:
+                if fds and not helper.shares_fs:
                     os.close(fds[-1])
-            if interruption is not None:
-                connection.close()
-            elif isinstance(reply, Spawned) and reply.by_helper:
-                helper.owns_children = True
-                self._lease = (helper, connection)
-            else:
+            if self._lease is None:
                 helper.release(connection)
-            return reply, interruption
+            return reply
         raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
 
-    def _reap_failed(self, pid: int) -> None:
-        self.pid = pid
-        try:
-            _, status = os.waitpid(pid, 0)
-            self._handle_exitstatus(status)
-        except ChildProcessError:
-            pass  # somebody waited for any child
+    def _take(self, reply: Reply, helper: Helper, connection: Connection) -> None:
+        """Make the outcome this object's own; once more does nothing more."""
+        if isinstance(reply, Spawned):
+            self.pid = reply.pid
+            self._child_created = True
+            if reply.by_helper:
+                helper.owns_children = True
+                self._lease = (helper, connection)
+        elif isinstance(reply, Failed) and reply.pid > 0 and self.returncode is None:
+            self.pid = reply.pid
+            with contextlib.suppress(ChildProcessError):  # somebody waited for any child
+                _, status = os.waitpid(reply.pid, 0)
+                self._handle_exitstatus(status)
 
     # -- where the helper owns the child --
 
@@ -225,32 +234,38 @@ class Popen(_Base):
         return self.returncode
 
     def _await_exit(self, timeout: float | None) -> None:
-        if self.returncode is not None or self._lease is None:
+        lease = self._lease
+        if self.returncode is not None or lease is None:
             return
-        helper, connection = self._lease
+        helper, connection = lease
         try:
             reply = connection.receive(timeout)
         except TimeoutError:
             raise
-        except (NotServedError, OSError):
+        except (NotServedError, OSError) as error:
             connection.close()
-            self._lease = None
             self.returncode = -signal.SIGKILL  # nobody can tell any more
+            self._lease = None
+            if isinstance(error, NotServedError):
+                raise HelperDiedError(
+                    errno.EPIPE, "errand-boy's helper ended: the command's exit status is lost"
+                ) from None
             raise
         if isinstance(reply, Exited):
-            self._lease = None
             self._handle_exitstatus(reply.status)
+            self._lease = None
             helper.release(connection)
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
-        if self._lease is None:
+        lease = self._lease
+        if lease is None:
             super().send_signal(sig)
-            return
-        self.poll()
-        if self.returncode is None:
-            frame = protocol.frame(lib.EB_SIGNAL, [int(sig).to_bytes(4, "little", signed=True)])
-            self._lease[1].send(frame)
+        elif self.poll() is None:
+            frame = protocol.frame(lib.EB_SIGNAL, [struct.pack("<ii", self.pid, sig)])
+            # Names the pid: by now the connection may carry another command.
+            with contextlib.suppress(NotServedError):
+                lease[1].send(frame)
 
 
 _warned: set[tuple[str, int]] = set()
@@ -269,9 +284,9 @@ def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
     _warned.add(place)
     name = getattr(preexec_fn, "__qualname__", repr(preexec_fn))
     warnings.warn(
-        f"preexec_fn={name} makes Popen fork this process. Use user=, group=, extra_groups=, umask=, "
-        "cwd=, start_new_session= or process_group= instead, or start a small program that does it "
-        "and then executes the command",
+        f"preexec_fn={name} makes Popen fork this process. Use user=, group=, extra_groups=, "
+        "umask=, cwd=, start_new_session= or process_group= instead, or start a small program that "
+        "does it and then executes the command",
         RuntimeWarning,
         stacklevel=level,
     )
@@ -313,7 +328,7 @@ def _targets(
     close_fds: bool, pass_fds: Iterable[int], standard: Sequence[int], found: int
 ) -> dict[int, int]:
     """Return the descriptors that the child gets: its number for each to ours."""
-    targets = {}
+    targets: dict[int, int] = {}
     if not close_fds:
         targets.update((fd, fd) for fd in _inheritable() if fd > 2)
     for fd in map(int, pass_fds):
