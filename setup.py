@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -24,8 +23,9 @@ HELPER_SOURCES = [
     )
 ]
 COMPILE = ["-std=c11", "-O2", "-fPIE", "-Wall", "-Wextra", "-fstack-protector-strong"]
-# A static helper works in a chroot without a C library, starts faster and is smaller in memory.
-LINKS = (["-static-pie"], ["-pie", "-Wl,-z,relro,-z,now"], [])
+# Dynamic: the C library's text is shared with all other processes; a static one would be its own.
+# Resolved at once: a new process that shares the helper's memory must not run the dynamic linker.
+LINK = ["-pie", "-Wl,-z,relro,-z,now"]
 
 
 class BuildExt(build_ext):
@@ -42,17 +42,9 @@ class BuildExt(build_ext):
             extra_preargs=[*COMPILE, *flags],
             depends=[str(path) for path in Path("csrc").glob("*.h")],
         )
-        links = ([],) if flags else LINKS  # sanitizers have no static form
-        for number, link in enumerate(links, 1):
-            try:
-                self.compiler.link_executable(
-                    objects, HELPER, output_dir=str(package), extra_postargs=[*link, *flags]
-                )
-                break
-            except Exception:
-                if number == len(links):
-                    raise
-                print(f"{HELPER}: cannot link with {' '.join(link)}", file=sys.stderr)
+        self.compiler.link_executable(
+            objects, HELPER, output_dir=str(package), extra_postargs=[*LINK, *flags]
+        )
 
 
 setup(

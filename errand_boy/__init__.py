@@ -22,13 +22,13 @@ from subprocess import (
     list2cmdline,
     run,
 )
-from typing import TYPE_CHECKING
 
 from errand_boy.errors import ErrandBoyError, HelperDiedError, HelperError, ProtocolError
 from errand_boy.functions import bound_to
 from errand_boy.helper import helper_pid, start, stop
 from errand_boy.popen import Popen
 
+TYPE_CHECKING = False
 if not TYPE_CHECKING:  # to a type checker they are what the imports say
     globals().update(bound_to(Popen))
 

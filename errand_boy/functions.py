@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from types import FunctionType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 NAMES = ("call", "check_call", "check_output", "getoutput", "getstatusoutput", "run")
 

@@ -11,17 +11,19 @@ import signal
 import socket
 import struct
 import threading
-from pathlib import Path
-from typing import Any
 
 from errand_boy import protocol
 from errand_boy._native import ffi, lib
 from errand_boy.connection import Connection, close_all
 from errand_boy.errors import HelperError
 
+TYPE_CHECKING = False  # typing takes milliseconds to import
+if TYPE_CHECKING:
+    from typing import Any
+
 _MOST_IDLE = 32  # connections kept for later
 
-_EXECUTABLE = str(Path(__file__).with_name("errand-boy-helper"))
+_EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _GRACE = 1.0  # seconds
 _PATIENCE = 100  # helpers started in vain for one command, by a process that changes all the time
 

@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
-from typing import TYPE_CHECKING, Any, AnyStr
 
 from errand_boy import helper as _helper
 from errand_boy import protocol
@@ -24,9 +23,13 @@ from errand_boy.functions import original_popen
 from errand_boy.helper import Helper, State
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, AnyStr
+
     _Base = subprocess.Popen
 else:
+    AnyStr = str  # typing takes milliseconds to import
     _Base = original_popen()
 
 
@@ -129,10 +132,16 @@ class Popen(_Base[AnyStr]):
         pass_fds = list(pass_fds)
 
         def request(helper: Helper, state: State) -> tuple[bytes, list[int]]:
-            targets = _targets(close_fds, pass_fds, standard, state.found)
-            fds = [targets[target] for target in sorted(targets)]
             parts = [*options, state.options]
-            parts.append(protocol.numbers(lib.EB_TAG_FDS, sorted(targets)))
+            if close_fds and not pass_fds and standard == (-1, -1, -1):
+                present = state.found & 7
+                parts.append(_STANDARD[present])
+                fds = [fd for fd in (0, 1, 2) if present >> fd & 1]
+            else:
+                targets = _targets(close_fds, pass_fds, standard, state.found)
+                numbers = sorted(targets)
+                parts.append(protocol.numbers(lib.EB_TAG_FDS, numbers))
+                fds = [targets[number] for number in numbers]
             if env is None:
                 parts.append(state.environment)
             if not helper.shares_fs:
@@ -150,7 +159,8 @@ class Popen(_Base[AnyStr]):
             raise
         if isinstance(reply, Failed):
             _raise_failure(reply, executable, cwd)
-        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        if standard != (-1, -1, -1):
+            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
     if TYPE_CHECKING:
 
@@ -268,6 +278,12 @@ class Popen(_Base[AnyStr]):
                 lease[1].send(frame)
 
 
+# The descriptors of a command that inherits 0 to 2, by which of them are open: EB_STDIN and so on.
+_STANDARD = [
+    protocol.numbers(lib.EB_TAG_FDS, [fd for fd in range(3) if present >> fd & 1])
+    for present in range(8)
+]
+
 _warned: set[tuple[str, int]] = set()
 
 
@@ -294,7 +310,7 @@ def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
 
 def _candidates(executable: Any, env: Mapping[Any, Any] | None) -> list[bytes]:
     name = os.fsencode(executable)
-    if os.path.dirname(name):
+    if b"/" in name:
         return [name]
     return [os.path.join(os.fsencode(path), name) for path in os.get_exec_path(env)]
 
@@ -355,7 +371,7 @@ def _inheritable() -> list[int]:
 def _raise_failure(failed: Failed, executable: Any, cwd: Any) -> None:
     text = os.strerror(failed.errno)
     if failed.errno == errno.ENOTSUP:
-        step = protocol.STAGES.get(failed.stage, failed.stage)
+        step = protocol.stage_name(failed.stage)
         raise OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
     if failed.stage == lib.EB_STAGE_CWD:
         raise OSError(failed.errno, text, cwd)

@@ -6,7 +6,6 @@ import errno
 import os
 import struct
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from errand_boy._native import lib
 
@@ -20,36 +19,47 @@ _SPAWNED = struct.Struct("<iB")
 _FAILED = struct.Struct("<iiB")
 _EXITED = struct.Struct("<i9Q")
 
-STAGES = {
-    getattr(lib, name): name.removeprefix("EB_STAGE_").lower()
-    for name in dir(lib)
-    if name.startswith("EB_STAGE_")
-}
 
-
-class Spawned(NamedTuple):
+class Spawned:
     """A command runs. ``by_helper``: it is the helper's child, and Exited will follow."""
 
-    pid: int
-    by_helper: bool
+    __slots__ = ("by_helper", "pid")
+
+    def __init__(self, pid: int, by_helper: bool) -> None:
+        self.pid = pid
+        self.by_helper = by_helper
 
 
-class Failed(NamedTuple):
+class Failed:
     """A command was not started. ``pid``: a process that the caller must wait for, or 0."""
 
-    pid: int
-    errno: int
-    stage: int
+    __slots__ = ("errno", "pid", "stage")
+
+    def __init__(self, pid: int, error: int, stage: int) -> None:
+        self.pid = pid
+        self.errno = error
+        self.stage = stage
 
 
-class Exited(NamedTuple):
-    """The end of a command: its wait status, and what it used."""
+class Exited:
+    """The end of a command: its wait status, and what it used, in the order of csrc/wire.h."""
 
-    status: int
-    usage: tuple[int, ...]
+    __slots__ = ("status", "usage")
+
+    def __init__(self, status: int, *usage: int) -> None:
+        self.status = status
+        self.usage = usage
 
 
 Reply = Spawned | Failed | Exited
+
+
+def stage_name(stage: int) -> str:
+    """Return what a start was doing, as a word."""
+    for name in dir(lib):
+        if name.startswith("EB_STAGE_") and getattr(lib, name) == stage:
+            return name.removeprefix("EB_STAGE_").lower()
+    return str(stage)
 
 
 def option(tag: int, value: bytes = b"") -> bytes:
@@ -98,6 +108,5 @@ def reply(kind: int, payload: bytes) -> Reply | None:
     if kind == lib.EB_FAILED:
         return Failed(*_FAILED.unpack(payload))
     if kind == lib.EB_EXITED:
-        status, *usage = _EXITED.unpack(payload)
-        return Exited(status, tuple(usage))
+        return Exited(*_EXITED.unpack(payload))
     return None
