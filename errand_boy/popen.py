@@ -327,13 +327,19 @@ def _environment(env: Mapping[Any, Any]) -> list[bytes]:
 
 def _id(value: int, name: str) -> int:
     if value >= 0xFFFFFFFF:  # that one means "unchanged" to the kernel
-        raise OverflowError(f"{name} is greater than maximum")
+        # The words are CPython's (_Py_Uid_Converter).
+        raise OverflowError(
+            f"{name} is greater than maximum"
+            if value > sys.maxsize
+            else f"{name} is less than minimum"
+        )
     return value
 
 
 def _group_ids(values: list[int]) -> list[int]:
     if len(values) > lib.EB_MAX_GROUPS:
-        raise ValueError("too many extra_groups")
+        extra = "extra_" if sys.version_info >= (3, 12) else ""
+        raise ValueError(f"too many {extra}groups")
     try:
         return [_id(value, "gid") for value in values]
     except OverflowError:

@@ -1,0 +1,166 @@
+"""A caller of known weight. Run as a program it holds what it is told to and times starts on
+request; imported, `Caller` drives such a program.
+
+A request is a line `case library count`; the answer is a JSON list of that many numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import importlib.util
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+TRUE = ["/bin/true"]
+NOBODY = 65534
+
+
+def popen(library: Any) -> None:
+    library.Popen(TRUE).wait()
+
+
+def run(library: Any) -> None:
+    library.run(TRUE, capture_output=True)
+
+
+def user(library: Any) -> None:
+    library.Popen(TRUE, user=NOBODY).wait()
+
+
+def preexec_setsid(library: Any) -> None:
+    library.Popen(TRUE, preexec_fn=os.setsid).wait()
+
+
+def new_session(library: Any) -> None:
+    library.Popen(TRUE, start_new_session=True).wait()
+
+
+def posix_spawn(_library: Any) -> None:
+    os.waitpid(os.posix_spawn(TRUE[0], TRUE, os.environ), 0)
+
+
+def fork_exec(_library: Any) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.execv(TRUE[0], TRUE)
+        finally:
+            os._exit(127)
+    os.waitpid(pid, 0)
+
+
+CASES: dict[str, Callable[[Any], None]] = {
+    case.__name__: case
+    for case in (popen, run, user, preexec_setsid, new_session, posix_spawn, fork_exec)
+}
+
+
+def nanoseconds(case: Callable[[Any], None], library: Any, count: int) -> list[int]:
+    taken = []
+    for _ in range(count):
+        start = time.perf_counter_ns()
+        case(library)
+        taken.append(time.perf_counter_ns() - start)
+    return taken
+
+
+def peak_kib(library: Any) -> int:
+    process = library.Popen(TRUE)
+    _pid, process.returncode, usage = os.wait4(process.pid, 0)
+    return usage.ru_maxrss
+
+
+def hold_memory(size: int) -> mmap.mmap:
+    held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Huge pages would make fork's copy of the page tables, which is the matter here, 500 times
+    # smaller; the heap of a Python program is made of small pages.
+    held.madvise(mmap.MADV_NOHUGEPAGE)
+    block = b"\1" * (1 << 20)
+    while held.tell() < size:
+        held.write(block[: size - held.tell()])
+    return held
+
+
+def serve(resident: float, descriptors: int) -> None:
+    requests = os.fdopen(os.dup(0))
+    replies = os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    # Held before a library is imported: a helper that is started late must cost no more.
+    held = hold_memory(int(resident * (1 << 30))) if resident else None
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(descriptors)]
+    gc.disable()
+    for request in requests:
+        case, library_name, count = request.split()
+        library = importlib.import_module(library_name)
+        if case == "peak_kib":
+            numbers = [peak_kib(library) for _ in range(int(count))]
+        else:
+            numbers = nanoseconds(CASES[case], library, int(count))
+        replies.write(json.dumps(numbers) + "\n")
+        replies.flush()
+        gc.collect()
+    for descriptor in opened:
+        os.close(descriptor)
+    if held is not None:
+        held.close()
+
+
+class Caller:
+    """A process that times starts when asked to: this file's program, or the C loop."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": package_parent()},
+        )
+
+    def ask(self, case: str, library: str, count: int) -> list[int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{case} {library} {count}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            status = self._process.wait()
+            raise RuntimeError(f"{self._command} ended with {status} at {case} {library}")
+        numbers: list[int] = json.loads(answer)
+        return numbers
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def package_parent() -> str:
+    """Where fresh interpreters find the errand_boy that this one would import."""
+    found = importlib.util.find_spec("errand_boy")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("errand_boy is neither installed nor in the current directory")
+    return str(Path(found.origin).parent.parent)
+
+
+def heavy_caller(resident: float = 0, descriptors: int = 0) -> Caller:
+    options = [f"--resident={resident}", f"--descriptors={descriptors}"]
+    return Caller([sys.executable, __file__, *options])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--resident", type=float, default=0, metavar="GIB")
+    parser.add_argument("--descriptors", type=int, default=0, metavar="N")
+    arguments = parser.parse_args()
+    serve(arguments.resident, arguments.descriptors)

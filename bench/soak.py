@@ -1,0 +1,108 @@
+"""Starts many commands, then says what they left behind. Exit status 1 if that is anything.
+
+    python -m bench.soak [N]
+
+The commands are a plain one, one with its input and output captured, and one that does not exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import time
+from pathlib import Path
+
+import errand_boy
+
+WARM_UP = 300
+REPORTS = 10
+PRIVATE = ("Private_Clean:", "Private_Dirty:")
+
+
+def plain() -> None:
+    assert errand_boy.Popen(["/bin/true"]).wait() == 0
+
+
+def captured() -> None:
+    done = errand_boy.run(["/bin/cat"], input=b"errand", capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"errand")
+
+
+def missing() -> None:
+    try:
+        errand_boy.Popen(["/nonexistent"])
+    except FileNotFoundError:
+        return
+    raise AssertionError("/nonexistent was started")
+
+
+def spawn(count: int) -> None:
+    for case in itertools.islice(itertools.cycle([plain, captured, missing]), count):
+        case()
+
+
+def memory_kib(pid: int, *names: str) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(names))
+
+
+def count_of(pid: int, what: str) -> int:
+    return len(os.listdir(f"/proc/{pid}/{what}"))
+
+
+def zombies() -> int:
+    """Zombie children of this process: state and parent follow the name's closing parenthesis."""
+    found = 0
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found += state == "Z" and int(parent) == os.getpid()
+    return found
+
+
+def inventory() -> dict[str, int]:
+    helper = errand_boy.helper_pid()
+    assert helper is not None
+    caller = os.getpid()
+    return {
+        "helper pid": helper,
+        "helper private KiB": memory_kib(helper, *PRIVATE),
+        # Of the program's file, too, is private what no other process maps: a second helper shares
+        # it. This part is each helper's own.
+        "helper anonymous KiB": memory_kib(helper, "Anonymous:"),
+        "helper descriptors": count_of(helper, "fd"),
+        "helper threads": count_of(helper, "task"),
+        "caller private KiB": memory_kib(caller, *PRIVATE),
+        "caller descriptors": count_of(caller, "fd"),
+        "caller threads": count_of(caller, "task"),
+        "zombies": zombies(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("count", type=int, nargs="?", default=100_000, metavar="N")
+    count: int = parser.parse_args().count
+
+    spawn(WARM_UP)
+    before = inventory()
+    start = time.monotonic()
+    for part in range(REPORTS):
+        spawn(count * (part + 1) // REPORTS - count * part // REPORTS)
+        print(f"{count * (part + 1) // REPORTS} starts, {time.monotonic() - start:.0f} s")
+    after = inventory()
+
+    print(f"{'':22}{'before':>10}{'after':>10}")
+    for what in before:
+        print(f"{what:22}{before[what]:10}{after[what]:10}")
+    left = [what for what in before if not what.endswith("KiB") and before[what] != after[what]]
+    if left:
+        print("changed:", ", ".join(left))
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,167 @@
+"""What the tests share: both implementations, scripts in fresh processes, a look at what is left.
+
+A test that takes `subprocess` runs once with the standard library and once with errand_boy in its
+place; marked `portable`, once more with the helper's posix_spawn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess as stdlib
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import pytest
+
+LONGEST_TEST = 80
+LONGEST_SCRIPT = 50
+
+PRELUDE = """
+import ctypes, fcntl, gc, importlib, json, os, resource, select, signal, socket, stat
+import subprocess as stdlib
+import sys, threading, time, warnings
+subprocess = importlib.import_module(sys.argv[1])
+start = getattr(subprocess, "start", lambda: None)
+helper_pid = getattr(subprocess, "helper_pid", lambda: None)
+stdlib._USE_POSIX_SPAWN = False
+libc = ctypes.CDLL(None, use_errno=True)
+
+def report(value):
+    print(json.dumps(value), flush=True)
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "root: needs the rights of root")
+    config.addinivalue_line("markers", "portable: runs through the helper's posix_spawn as well")
+    # Python 3.13 starts some commands through posix_spawn, where its errors read differently.
+    stdlib._USE_POSIX_SPAWN = False  # type: ignore[misc]
+    if sys.platform == "linux":
+        # A script's orphans become ours, so that nothing_left_behind sees them.
+        pr_set_child_subreaper = 36
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        pytest.skip("needs the rights of root")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "subprocess" in metafunc.fixturenames:
+        names = ["subprocess", "errand_boy"]
+        if any(mark.name == "portable" for mark in metafunc.definition.iter_markers()):
+            names.append("errand_boy-posix")
+        metafunc.parametrize("subprocess", names, indirect=True)
+
+
+@pytest.fixture
+def subprocess(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    name, _, spawn = request.param.partition("-")
+    module = importlib.import_module(name)
+    if not spawn:
+        yield module
+        return
+    module.stop()
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", spawn)
+    yield module
+    module.stop()
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    def expire(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"the test has run for {LONGEST_TEST} seconds")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(LONGEST_TEST)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(deadline: None) -> Iterator[None]:
+    me = psutil.Process()
+    before = set(me.children(recursive=True))
+    yield
+    errand_boy = sys.modules.get("errand_boy")
+    helper = errand_boy.helper_pid() if errand_boy else None
+    new = [p for p in me.children(recursive=True) if p not in before and p.pid != helper]
+    # A helper notices the end of its script a moment after we do.
+    _, alive = psutil.wait_procs(new, timeout=5)
+    found = [str(process) for process in alive]
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    assert not found
+
+
+@pytest.fixture
+def public_dir() -> Iterator[Path]:
+    """A directory that every user can enter, which pytest's own is not."""
+    with tempfile.TemporaryDirectory(prefix="errand-boy-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name).resolve()
+
+
+def script_environment() -> dict[str, str]:
+    spec = importlib.util.find_spec("errand_boy")
+    assert spec is not None and spec.origin is not None
+    return {**os.environ, "PYTHONPATH": str(Path(spec.origin).parent.parent)}
+
+
+@contextmanager
+def started_script(
+    source: str,
+    implementation: str = "errand_boy",
+    args: Sequence[object] = (),
+    *,
+    under: Sequence[str | Path] = (),
+    **options: Any,
+) -> Iterator[stdlib.Popen[str]]:
+    """Run `source` in a fresh interpreter, for a conversation over its stdin and stdout.
+
+    `under` is a command that runs the interpreter, such as strace.
+    """
+    code = PRELUDE + textwrap.dedent(source)
+    command = [*under, sys.executable, "-c", code, implementation, *map(str, args)]
+    options = {"stdin": stdlib.PIPE, "stdout": stdlib.PIPE, "stderr": stdlib.PIPE, **options}
+    with stdlib.Popen(command, text=True, env=script_environment(), **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def run_script(
+    source: str, implementation: str = "errand_boy", args: Sequence[object] = (), **options: Any
+) -> Any:
+    """Run `source` in a fresh interpreter and return what it gave to `report`."""
+    with started_script(source, implementation, args, **options) as process:
+        try:
+            out, err = process.communicate(timeout=LONGEST_SCRIPT)
+        except stdlib.TimeoutExpired as expired:
+            pytest.fail(f"the script hangs:\n{expired.output!r}\n{expired.stderr!r}")
+    if process.returncode:
+        pytest.fail(f"the script returned {process.returncode}:\n{out}\n{err}", pytrace=False)
+    return json.loads(out.splitlines()[-1])
+
+
+def compare_scripts(source: str, args: Sequence[object] = (), **options: Any) -> Any:
+    """Run `source` with both implementations, expect one report from them, and return it."""
+    expected = run_script(source, "subprocess", args, **options)
+    assert run_script(source, "errand_boy", args, **options) == expected
+    return expected

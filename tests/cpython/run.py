@@ -1,0 +1,296 @@
+"""Runs the interpreter's own tests of subprocess with errand_boy.Popen as subprocess.Popen.
+
+    python tests/cpython/run.py [--stdlib] [subprocess|asyncio] [-v] [-k PATTERN]...
+
+With --stdlib nothing is replaced or excluded: what fails then is the machine's doing.
+Exit status 1 if a test fails, 77 if this Python is installed without its `test` package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import functools
+import importlib
+import inspect
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import unittest
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+NOT_INSTALLED = 77
+MANY_DESCRIPTORS = 1024
+
+SUITES = {
+    "subprocess": "test.test_subprocess",
+    "asyncio": "test.test_asyncio.test_subprocess",
+}
+
+
+class Named(NamedTuple):
+    """One test of one suite, in each Python from `since` on, and why it is named.
+
+    Patch releases move tests from class to class, so that only the method's name is given; the
+    summary has the whole name of what was found, and finding nothing is a failure.
+    """
+
+    suite: str
+    test: str
+    since: tuple[int, int]
+    reason: str
+
+    def applies(self, suite: str) -> bool:
+        return self.suite == suite and sys.version_info >= self.since
+
+
+# Tests that put a mock in the place of the code that errand_boy.Popen replaces: they can't pass,
+# since their mock is never called. Python 3.10 has a test__use_vfork without a mock, which is run.
+EXCLUDED = (
+    Named(
+        "subprocess",
+        "test__use_vfork",
+        (3, 11),
+        "patches subprocess._fork_exec and looks at the arguments of that C function",
+    ),
+    Named(
+        "subprocess",
+        "test_exception_errpipe_normal",
+        (3, 10),
+        "patches the fork_exec of subprocess to write into the error pipe of its child",
+    ),
+    Named(
+        "subprocess",
+        "test_exception_errpipe_bad_data",
+        (3, 10),
+        "patches the fork_exec of subprocess to write nonsense into the error pipe of its child",
+    ),
+)
+
+# Tests that start their commands from a Python interpreter of their own. It is made to replace
+# Popen too: otherwise they would pass without having met errand_boy.
+REPLACED_IN_CHILD = (
+    Named("subprocess", "test_stdout_none", (3, 10), "stdout is passed on by a child"),
+    Named("subprocess", "test_issue8780", (3, 10), "stdout is passed on by a child"),
+    Named("subprocess", "test_encoding_warning", (3, 11), "counts the warnings of a child"),
+    Named(
+        "subprocess",
+        "test_close_fds_when_max_fd_is_lowered",
+        (3, 10),
+        "lowers RLIMIT_NOFILE below open descriptors in a child",
+    ),
+    Named(
+        "subprocess",
+        "test_wait_when_sigchild_ignored",
+        (3, 10),
+        "ignores SIGCHLD in a child",
+    ),
+    Named(
+        "subprocess",
+        "test_preexec_at_exit",
+        (3, 12),
+        "uses preexec_fn when a child finalizes",
+    ),
+)
+
+
+class Result(unittest.TextTestResult):
+    """Also remembers which tests passed, by id; a subtest counts as its test."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.passed: set[str] = set()
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self.passed.add(test.id())
+
+    def addExpectedFailure(self, test: unittest.TestCase, err: Any) -> None:
+        super().addExpectedFailure(test, err)
+        self.passed.add(test.id())
+
+    def skips(self) -> dict[str, str]:
+        return {test_id(test): reason for test, reason in self.skipped}
+
+    def failed(self) -> set[str]:
+        tests = [test for test, _ in self.failures + self.errors] + self.unexpectedSuccesses
+        return {test_id(test) for test in tests}
+
+
+def test_id(test: unittest.TestCase) -> str:
+    whole: unittest.TestCase = getattr(test, "test_case", test)
+    return whole.id()
+
+
+def tests_in(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
+    for item in suite:
+        if isinstance(item, unittest.TestSuite):
+            yield from tests_in(item)
+        else:
+            yield item
+
+
+def method_name(test: unittest.TestCase) -> str:
+    return test.id().rpartition(".")[2]
+
+
+def check_names(suite: str, module: ModuleType) -> list[str]:
+    """Complaints about tests that are named for this Python, which does not have them."""
+    cases = [c for c in vars(module).values() if isinstance(c, type)]
+    return [
+        f"{named.test} is named for this Python, but {module.__name__} does not have it"
+        for named in EXCLUDED + REPLACED_IN_CHILD
+        if named.applies(suite) and not any(hasattr(case, named.test) for case in cases)
+    ]
+
+
+def without_silent_fallback(execute_child: Callable[..., None]) -> Callable[..., None]:
+    """The standard library's start of a child, refused where errand_boy has no reason to use it."""
+    signature = inspect.signature(execute_child)
+
+    @functools.wraps(execute_child)
+    def start(*args: Any, **options: Any) -> None:
+        if signature.bind(*args, **options).arguments["preexec_fn"] is None:
+            raise AssertionError("started by the standard library, without a preexec_fn")
+        execute_child(*args, **options)
+
+    return start
+
+
+def replace_popen(undo: ExitStack) -> None:
+    errand_boy: Any = importlib.import_module("errand_boy")
+    # The helper is one more child and holds a descriptor: some tests compare before and after.
+    errand_boy.start()
+    standard: Any = subprocess.Popen
+    start = without_silent_fallback(standard._execute_child)
+    undo.enter_context(mock.patch.object(standard, "_execute_child", start))
+    undo.enter_context(mock.patch.object(subprocess, "Popen", errand_boy.Popen))
+
+
+def replace_in_child(test: unittest.TestCase) -> None:
+    """Let interpreters that `test` starts replace Popen too."""
+    errand_boy: Any = importlib.import_module("errand_boy")
+    name = method_name(test)
+    method = getattr(test, name)
+    places = [Path(__file__).parent / "replaced", Path(errand_boy.__file__).parent.parent]
+    path = os.pathsep.join(str(place.resolve()) for place in places)
+
+    @functools.wraps(method)
+    def run() -> None:
+        # script_helper isolates its interpreters from PYTHONPATH unless they need the environment.
+        needed = "test.support.script_helper.interpreter_requires_environment"
+        with mock.patch.dict(os.environ, PYTHONPATH=path), mock.patch(needed, lambda: True):
+            method()
+
+    setattr(test, name, run)
+
+
+def run(suite: str, arguments: argparse.Namespace) -> bool:
+    """Run one suite, print the summary, and tell whether all is well."""
+    module = importlib.import_module(SUITES[suite])
+    support: Any = importlib.import_module("test.support")
+    os_helper: Any = importlib.import_module("test.support.os_helper")
+    loader = unittest.TestLoader()
+    if arguments.patterns:
+        loader.testNamePatterns = arguments.patterns
+    tests = list(tests_in(loader.loadTestsFromModule(module)))
+    problems: list[str] = []
+    excluded: dict[str, str] = {}
+    if not arguments.stdlib:
+        problems += check_names(suite, module)
+        reasons = {named.test: named.reason for named in EXCLUDED if named.applies(suite)}
+        children = {named.test for named in REPLACED_IN_CHILD if named.applies(suite)}
+        excluded = {t.id(): reasons[method_name(t)] for t in tests if method_name(t) in reasons}
+        tests = [test for test in tests if test.id() not in excluded]
+        for test in tests:
+            if method_name(test) in children:
+                replace_in_child(test)
+
+    runner = unittest.TextTestRunner(resultclass=Result, verbosity=1 + arguments.verbose)
+    support.environment_altered = False
+    with tempfile.TemporaryDirectory() as empty, os_helper.change_cwd(empty):
+        result = runner.run(unittest.TestSuite(tests))
+    assert isinstance(result, Result)
+    if support.environment_altered:
+        problems.append("left threads or children behind, or raised where nobody could catch it")
+
+    failed, skips = result.failed(), result.skips()
+    lost = {test.id() for test in tests} - result.passed - failed - skips.keys()
+    problems += [f"failed {test}" for test in sorted(failed)]
+    problems += [f"no result from {test}" for test in sorted(lost)]
+    for reason, count in sorted(Counter(skips.values()).items()):
+        print(f"  skipped by the suite, {count} times: {' '.join(reason.split())}")
+    for name, reason in excluded.items():
+        print(f"  excluded {name.removeprefix(module.__name__ + '.')}: {reason}")
+    for problem in problems:
+        print(f"  {problem}")
+    print(
+        f"{module.__name__}, Python {platform.python_version()},",
+        "subprocess.Popen:" if arguments.stdlib else "errand_boy.Popen:",
+        f"{len(result.passed | failed)} ran, {len(result.passed - failed)} passed,",
+        f"{len(skips)} skipped by the suite, {len(excluded)} excluded,",
+        f"{len(failed) + len(lost)} failed",
+        flush=True,
+    )
+    return not problems
+
+
+def pattern(text: str) -> str:
+    """As unittest's own -k: a substring, unless it holds an asterisk."""
+    return text if "*" in text else f"*{text}*"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Run CPython's tests of subprocess with errand_boy.Popen in place of its own."
+    )
+    parser.add_argument("suite", nargs="?", choices=SUITES, help="one suite only")
+    parser.add_argument("--stdlib", action="store_true", help="replace and exclude nothing")
+    parser.add_argument("-v", "--verbose", action="store_true", help="name each test")
+    parser.add_argument(
+        "-k",
+        dest="patterns",
+        action="append",
+        type=pattern,
+        help="as in unittest",
+        metavar="PATTERN",
+    )
+    parser.add_argument("--timeout", type=float, default=600, help="give up after these seconds")
+    arguments = parser.parse_args()
+    suites = [arguments.suite] if arguments.suite else list(SUITES)
+
+    faulthandler.dump_traceback_later(arguments.timeout, exit=True)
+    # test_no_leaking uses up the descriptors, and skips itself if there are many more than this.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft > MANY_DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MANY_DESCRIPTORS, hard))
+    with ExitStack() as undo:
+        if not arguments.stdlib:
+            replace_popen(undo)
+        try:
+            for suite in suites:
+                importlib.import_module(SUITES[suite])
+            regrtest: Any = importlib.import_module("test.libregrtest.utils")
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.partition(".")[0] != "test":
+                raise
+            print(f"Python {platform.python_version()} has no {error.name}")
+            return NOT_INSTALLED
+        # These set support.environment_altered.
+        regrtest.setup_unraisable_hook()
+        regrtest.setup_threading_excepthook()
+        well = [run(suite, arguments) for suite in suites]
+    return 0 if all(well) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""CPython's own tests of subprocess pass with errand_boy.Popen in place of subprocess.Popen."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import script_environment
+
+RUN = Path(__file__).parent / "cpython" / "run.py"
+NOT_INSTALLED = 77
+LONGEST_SUITE = 300
+
+
+@pytest.mark.parametrize("suite", ["subprocess", "asyncio"])
+def test_suite_passes_with_popen_replaced(suite: str, tmp_path: Path) -> None:
+    # The runner gives up by itself, with a traceback. These are for the case that it can't.
+    signal.alarm(LONGEST_SUITE + 20)
+    command = [sys.executable, str(RUN), "--timeout", str(LONGEST_SUITE), suite]
+    # Not a pipe: a command that a suite has left behind would hold it open.
+    output = tmp_path / "output"
+    with output.open("w") as stream:
+        returncode = subprocess.call(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=script_environment(),
+            timeout=LONGEST_SUITE + 10,
+        )
+    report = output.read_text(errors="replace")
+    if returncode == NOT_INSTALLED:
+        pytest.skip(report.strip())
+    if returncode:
+        pytest.fail(f"run.py returned {returncode}:\n{report}", pytrace=False)

@@ -1,0 +1,972 @@
+"""The helper over real sockets: what it answers, and that an offender harms only itself."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import started_script
+from errand_boy._native import lib
+
+import errand_boy
+from errand_boy import protocol
+from errand_boy.connection import Connection
+from errand_boy.protocol import Exited, Failed, Reply, Spawned
+
+HELPER = os.environ.get("ERRAND_BOY_HELPER") or str(
+    Path(errand_boy.__file__).with_name("errand-boy-helper")
+)
+PATIENCE = 20.0
+MODES = {
+    "private": ["--private"],
+    "own": ["--private", "--own-children"],
+    "posix": ["--private", "--posix-spawn"],
+    "unrelated": ["--own-children"],
+}
+every_mode = pytest.mark.parametrize("helper", MODES, indirect=True)
+owning_modes = pytest.mark.parametrize("helper", ["own", "posix", "unrelated"], indirect=True)
+clone_modes = pytest.mark.parametrize("helper", ["private", "own"], indirect=True)
+
+
+class Client:
+    """One end of a connection; every wait is bounded."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.settimeout(PATIENCE)
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+        sent = self.sock.sendmsg([data], rights if fds else [])
+        if sent < len(data):
+            self.sock.sendall(data[sent:])
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                more = self.sock.recv(size - len(data))
+            except ConnectionResetError:  # it was closed with bytes that nobody had read
+                more = b""
+            if not more:
+                break
+            data += more
+        return data
+
+    def frame(self) -> tuple[int, bytes]:
+        header = self._read(protocol.HEADER.size)
+        assert len(header) == protocol.HEADER.size, f"closed after {header!r}"
+        size, kind = protocol.HEADER.unpack(header)
+        payload = self._read(size)
+        assert len(payload) == size
+        return kind, payload
+
+    def reply(self) -> Reply:
+        kind, payload = self.frame()
+        answer = protocol.reply(kind, payload)
+        assert answer is not None, (kind, payload)
+        return answer
+
+    def refusal(self) -> str:
+        """The reason, after which the connection is closed."""
+        kind, payload = self.frame()
+        assert kind == lib.EB_REFUSED, (kind, payload)
+        assert self.closed()
+        return payload.decode()
+
+    def closed(self) -> bool:
+        return self._read(1) == b""
+
+    def run(self, *argv: str, fds: Sequence[int] = (), targets: Sequence[int] = ()) -> Reply:
+        self.send(spawn(*argv, targets=targets), fds)
+        return self.reply()
+
+    def status(self, *argv: str) -> int:
+        """Run a command, whoever owns it; return its wait status."""
+        started = self.run(*argv)
+        assert isinstance(started, Spawned), started
+        if not started.by_helper:
+            return os.waitpid(started.pid, 0)[1]
+        ended = self.reply()
+        assert isinstance(ended, Exited)
+        return ended.status
+
+
+class Helper:
+    def __init__(self, *arguments: str) -> None:
+        ours, theirs = socket.socketpair()
+        caller = os.pidfd_open(os.getpid())
+        # Out of the way of the numbers that they are to get.
+        control = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 10)
+        moved = fcntl.fcntl(caller, fcntl.F_DUPFD_CLOEXEC, 10)
+        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
+            *((os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)),
+            (os.POSIX_SPAWN_DUP2, control, 3),
+            (os.POSIX_SPAWN_DUP2, moved, 4),
+        ]
+        self.pid = os.posix_spawn(HELPER, ["helper", *arguments], {}, file_actions=actions)
+        theirs.close()
+        for fd in (caller, control, moved):
+            os.close(fd)
+        self.pidfd = os.pidfd_open(self.pid)
+        self.clients: list[Client] = []
+        self.control = Client(ours)
+        self.control.send(protocol.OPENING)
+
+    def adopt(self, fd: int) -> None:
+        self.control.send(frame(lib.EB_ADOPT), [fd])
+
+    def unopened(self) -> Client:
+        """A connection over which we have sent nothing."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.adopt(theirs.fileno())
+        client = Client(ours)
+        self.clients.append(client)
+        return client
+
+    def connect(self) -> Client:
+        client = self.unopened()
+        client.send(protocol.OPENING)
+        assert client.frame() == (lib.EB_HELLO, struct.pack("<I", lib.EB_VERSION))
+        return client
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def comes_to(self, descriptors: int) -> bool:
+        """Whether its descriptors become so many; what it is told of is not done at once."""
+        deadline = time.monotonic() + PATIENCE
+        while self.descriptors() != descriptors:
+            if time.monotonic() > deadline:
+                return False
+            os.sched_yield()
+        return True
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def children(self) -> list[int]:
+        return list(
+            map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
+        )
+
+    def ended(self, seconds: float = PATIENCE) -> bool:
+        return bool(select.select([self.pidfd], [], [], seconds)[0])
+
+    def close(self) -> None:
+        for client in (*self.clients, self.control):
+            client.sock.close()
+
+
+@pytest.fixture
+def helper(request: pytest.FixtureRequest) -> Iterator[Helper]:
+    """A helper that must have lost nothing, and must come to its normal end, after the test."""
+    it = Helper(*MODES[getattr(request, "param", "private")])
+    before = it.descriptors()
+    try:
+        yield it
+        if it.control.sock.fileno() != -1:
+            for client in it.clients:
+                client.sock.close()
+            assert it.comes_to(before)
+    finally:
+        it.close()
+        ended = it.ended()
+        if not ended:
+            os.kill(it.pid, signal.SIGKILL)
+        _, status = os.waitpid(it.pid, 0)
+        os.close(it.pidfd)
+    assert ended
+    assert status == 0
+
+
+@pytest.fixture
+def witness(helper: Helper) -> Iterator[Client]:
+    """A connection made before the offence, which still must work after it."""
+    client = helper.connect()
+    assert client.status("/bin/true") == 0
+    yield client
+    assert client.status("/bin/sh", "-c", "exit 3") == 3 << 8
+
+
+def frame(kind: int, *parts: bytes) -> bytes:
+    return protocol.frame(kind, parts)
+
+
+def strings(tag: int, *values: str) -> bytes:
+    return protocol.strings(tag, [os.fsencode(value) for value in values])
+
+
+def spawn(*argv: str, targets: Sequence[int] = ()) -> bytes:
+    """A request as clients send it: the helper's own signals are all blocked."""
+    options = [
+        strings(lib.EB_TAG_EXECUTABLES, argv[0]),
+        strings(lib.EB_TAG_ARGV, *argv),
+        option(lib.EB_TAG_SIGMASK, bytes(8)),
+    ]
+    if targets:
+        options.append(protocol.numbers(lib.EB_TAG_FDS, targets))
+    return frame(lib.EB_SPAWN, *options)
+
+
+def signal_frame(pid: int, number: int) -> bytes:
+    return frame(lib.EB_SIGNAL, struct.pack("<ii", pid, number))
+
+
+TRUE = strings(lib.EB_TAG_EXECUTABLES, "/bin/true") + strings(lib.EB_TAG_ARGV, "true")
+GREETING = protocol.OPENING
+
+
+def option(tag: int, value: bytes = b"") -> bytes:
+    return protocol.option(tag, value)
+
+
+def u32(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}I", *values)
+
+
+# Greetings
+
+
+def test_helper_says_its_version_before_it_is_asked(helper: Helper) -> None:
+    assert helper.unopened().frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
+
+
+def test_request_may_come_with_the_greeting(helper: Helper) -> None:
+    client = helper.unopened()
+    client.send(GREETING + spawn("/bin/true"))
+    assert client.frame()[0] == lib.EB_HELLO
+    started = client.reply()
+    assert isinstance(started, Spawned)
+    assert os.waitpid(started.pid, 0)[1] == 0
+
+
+def test_bytes_may_come_one_by_one(helper: Helper) -> None:
+    client = helper.unopened()
+    for byte in GREETING + spawn("/bin/true"):
+        client.send(bytes([byte]))
+    assert client.frame()[0] == lib.EB_HELLO
+    started = client.reply()
+    assert isinstance(started, Spawned)
+    assert os.waitpid(started.pid, 0)[1] == 0
+
+
+# Offenders
+
+BAD_OPENINGS = {
+    "text": (b"ls -al\r\n\r\n", "starts with a NUL byte"),
+    "no HELLO": (b"\0" + spawn("/bin/true"), "first frame must be HELLO"),
+    "HELLO without a version": (b"\0" + frame(lib.EB_HELLO), "first frame must be HELLO"),
+    "long HELLO": (b"\0" + frame(lib.EB_HELLO, bytes(5)), "first frame must be HELLO"),
+    "HELLO of another version": (
+        b"\0" + frame(lib.EB_HELLO, u32(lib.EB_VERSION + 1)),
+        f"speaks version {lib.EB_VERSION} of the protocol, not {lib.EB_VERSION + 1}",
+    ),
+    "longest frame and a byte": (
+        b"\0" + protocol.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_HELLO),
+        "frame of more than",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPENINGS)
+def test_bad_opening_is_refused(case: str, helper: Helper, witness: Client) -> None:
+    data, reason = BAD_OPENINGS[case]
+    client = helper.unopened()
+    client.send(data)
+    assert client.frame()[0] == lib.EB_HELLO
+    assert reason in client.refusal()
+
+
+BAD_FRAMES = {
+    "second HELLO": (protocol.HELLO, "unknown frame kind 1"),
+    "ADOPT on a connection": (frame(lib.EB_ADOPT), "ADOPT is not for this connection"),
+    "SIGNAL without a number": (frame(lib.EB_SIGNAL), "SIGNAL with a payload of 0 bytes"),
+    "long SIGNAL": (frame(lib.EB_SIGNAL, bytes(9)), "SIGNAL with a payload of 9 bytes"),
+    "header of the longest frame and a byte": (
+        protocol.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_SPAWN),
+        "frame of more than",
+    ),
+    "header of the longest length there is": (
+        protocol.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWN),
+        "frame of more than",
+    ),
+    "header alone of a frame that is not for us": (
+        protocol.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_ADOPT),
+        "ADOPT is not for this connection",
+    ),
+    **{
+        f"kind {kind}": (frame(kind), f"unknown frame kind {kind}")
+        for kind in (0, 5, lib.EB_SPAWNED, lib.EB_REFUSED, 255)
+    },
+}
+
+
+@pytest.mark.parametrize("case", BAD_FRAMES)
+def test_bad_frame_is_refused(case: str, helper: Helper, witness: Client) -> None:
+    data, reason = BAD_FRAMES[case]
+    client = helper.connect()
+    client.send(data)
+    assert reason in client.refusal()
+
+
+EXACT = {"UMASK": 4, "SIGMASK": 8, "SIGIGN": 8, "PGROUP": 4, "NICE": 4, "GID": 4, "UID": 4}
+EMPTY = ("CWD_FD", "SETSID")
+LISTS = {"EXECUTABLES": lib.EB_TAG_EXECUTABLES, "ARGV": lib.EB_TAG_ARGV, "ENV": lib.EB_TAG_ENV}
+TAGS = {
+    name.removeprefix("EB_TAG_"): getattr(lib, name)
+    for name in dir(lib)
+    if name.startswith("EB_TAG_") and name != "EB_TAG_END"
+}
+
+
+def with_list(name: str, value: bytes) -> bytes:
+    """A payload in which one string list has this value and all others are good."""
+    rest = TRUE if name == "ENV" else b""
+    if name == "EXECUTABLES":
+        rest = strings(lib.EB_TAG_ARGV, "true")
+    elif name == "ARGV":
+        rest = strings(lib.EB_TAG_EXECUTABLES, "/bin/true")
+    return rest + option(LISTS[name], value)
+
+
+BAD_REQUESTS = {
+    "nothing": (b"", "EXECUTABLES and ARGV are required"),
+    "no ARGV": (strings(lib.EB_TAG_EXECUTABLES, "/bin/true"), "ARGV are required"),
+    "no EXECUTABLES": (strings(lib.EB_TAG_ARGV, "true"), "EXECUTABLES and ARGV are required"),
+    "half an option header": (TRUE + b"\3\0", "longer than its frame"),
+    "option longer than its frame": (
+        TRUE + struct.pack("<BI", lib.EB_TAG_UMASK, 5) + bytes(4),
+        "longer than its frame",
+    ),
+    "option of the longest length there is": (
+        TRUE + struct.pack("<BI", lib.EB_TAG_ENV, 0xFFFFFFFF),
+        "longer than its frame",
+    ),
+    **{
+        f"unknown tag {tag}": (TRUE + option(tag), f"unknown option {tag}")
+        for tag in (0, lib.EB_TAG_END, 255)
+    },
+    **{f"{name} twice": (2 * option(tag), f"{name}: given twice") for name, tag in TAGS.items()},
+    **{
+        f"{name} of {size} bytes": (TRUE + option(TAGS[name], bytes(size)), f"{name}: bad length")
+        for name, exact in EXACT.items()
+        for size in (0, exact - 1, exact + 1)
+    },
+    **{
+        f"{name} with a value": (TRUE + option(TAGS[name], b"\0"), f"{name}: bad length")
+        for name in EMPTY
+    },
+    **{
+        f"{name}, {case}": (with_list(name, value), f"{name}: not a string list")
+        for name in LISTS
+        for case, value in {
+            "no count": b"\0\0\0",
+            "count that nothing follows": u32(1),
+            "count above its strings": u32(2) + b"a\0",
+            "count below its strings": u32(1) + b"a\0b\0",
+            "greatest count there is": u32(0xFFFFFFFF) + b"a\0",
+            "string without its NUL": u32(1) + b"a",
+            "bytes after the last string": u32(1) + b"a\0b",
+            "bytes after no string": u32(0) + b"\0",
+        }.items()
+    },
+    "CWD empty": (TRUE + option(lib.EB_TAG_CWD), "CWD: not one string"),
+    "CWD without its NUL": (TRUE + option(lib.EB_TAG_CWD, b"/"), "CWD: not one string"),
+    "CWD of two strings": (TRUE + option(lib.EB_TAG_CWD, b"/\0/\0"), "CWD: not one string"),
+    "FDS of 3 bytes": (TRUE + option(lib.EB_TAG_FDS, bytes(3)), "FDS: bad length"),
+    "FDS, one too many": (
+        TRUE + option(lib.EB_TAG_FDS, u32(*range(lib.EB_MAX_FDS + 1))),
+        "FDS: bad length",
+    ),
+    "FDS equal": (TRUE + option(lib.EB_TAG_FDS, u32(1, 1)), "not ascending"),
+    "FDS descending": (TRUE + option(lib.EB_TAG_FDS, u32(2, 1)), "not ascending"),
+    "FDS negative": (TRUE + option(lib.EB_TAG_FDS, u32(0xFFFFFFFF)), "not ascending"),
+    "RLIMITS of 16 bytes": (TRUE + option(lib.EB_TAG_RLIMITS, bytes(16)), "RLIMITS: bad length"),
+    "RLIMITS, one too many": (
+        TRUE + option(lib.EB_TAG_RLIMITS, bytes(17 * (lib.EB_MAX_RLIMITS + 1))),
+        "RLIMITS: bad length",
+    ),
+    "RLIMITS of no resource": (
+        TRUE + option(lib.EB_TAG_RLIMITS, struct.pack("<BQQ", lib.EB_MAX_RLIMITS, 0, 0)),
+        "RLIMITS: no such resource",
+    ),
+    "AFFINITY empty": (TRUE + option(lib.EB_TAG_AFFINITY), "AFFINITY: bad length"),
+    "AFFINITY too long": (
+        TRUE + option(lib.EB_TAG_AFFINITY, bytes(lib.EB_MAX_AFFINITY + 1)),
+        "AFFINITY: bad length",
+    ),
+    "GROUPS of 5 bytes": (TRUE + option(lib.EB_TAG_GROUPS, bytes(5)), "GROUPS: bad length"),
+    "GROUPS, one too many": (
+        TRUE + option(lib.EB_TAG_GROUPS, bytes(4 * (lib.EB_MAX_GROUPS + 1))),
+        "GROUPS: bad length",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_bad_request_is_refused(case: str, helper: Helper, witness: Client) -> None:
+    payload, reason = BAD_REQUESTS[case]
+    client = helper.connect()
+    client.send(frame(lib.EB_SPAWN, payload))
+    refusal = client.refusal()
+    assert refusal.startswith("malformed SPAWN: ")
+    assert reason in refusal
+
+
+@pytest.mark.parametrize(
+    "named, sent, reason",
+    [
+        (1, 0, "1 descriptors named, 0 sent"),
+        (3, 2, "3 descriptors named, 2 sent"),
+        (0, 1, "1 descriptors that no frame names"),
+        (2, 5, "3 descriptors that no frame names"),
+    ],
+)
+@clone_modes
+def test_wrong_number_of_descriptors(
+    named: int, sent: int, reason: str, helper: Helper, witness: Client
+) -> None:
+    client = helper.connect()
+    client.send(spawn("/bin/true", targets=range(10, 10 + named)), [0] * sent)
+    kind, payload = client.frame()
+    while kind != lib.EB_REFUSED:  # those that are too many show when the frame has been served
+        started = protocol.reply(kind, payload)
+        if isinstance(started, Spawned) and not started.by_helper:
+            os.waitpid(started.pid, 0)
+        kind, payload = client.frame()
+    assert reason in payload.decode()
+    assert client.closed()
+
+
+@pytest.mark.parametrize("count", [1, 253])
+def test_descriptors_with_a_frame_that_takes_none(
+    count: int, helper: Helper, witness: Client
+) -> None:
+    client = helper.connect()
+    client.send(signal_frame(1, 0), [0] * count)
+    assert f"{count} descriptors that no frame names" in client.refusal()
+
+
+@pytest.mark.parametrize("data", [b"\0", b"\5", protocol.HEADER.pack(9, lib.EB_SPAWN), None])
+@pytest.mark.parametrize("fds", [0, 253])
+def test_truncated_frame_then_silence_then_close(
+    data: bytes | None, fds: int, helper: Helper, witness: Client
+) -> None:
+    before = helper.descriptors()
+    client = helper.connect()
+    client.send(spawn("/bin/true")[:-1] if data is None else data, [0] * fds)
+    assert witness.status("/bin/true") == 0
+    assert helper.descriptors() == before + 1 + fds
+    client.sock.close()
+    assert helper.comes_to(before)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (spawn("/bin/true"), "SPAWN is not for this connection"),
+        (frame(lib.EB_SIGNAL, bytes(8)), "SIGNAL is not for this connection"),
+        (frame(lib.EB_ADOPT), "ADOPT came without a descriptor"),
+        (frame(lib.EB_ADOPT, b"\0"), "ADOPT with a payload of 1 bytes"),
+        (frame(9), "unknown frame kind 9"),
+    ],
+)
+def test_offence_on_the_control_socket_ends_no_connection(
+    data: bytes, reason: str, helper: Helper
+) -> None:
+    client = helper.connect()
+    helper.control.send(data)
+    assert reason in helper.control.refusal()
+    assert client.status("/bin/true") == 0
+    assert not helper.ended(0)
+    helper.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "unconnected socket", "socket of a dead peer"])
+def test_adopted_descriptor_that_is_no_connection(
+    kind: str, helper: Helper, witness: Client
+) -> None:
+    before = helper.descriptors()
+    if kind == "file":
+        with tempfile.TemporaryFile() as file:
+            helper.adopt(file.fileno())
+    elif kind == "pipe":
+        for fd in os.pipe():
+            helper.adopt(fd)
+            os.close(fd)
+    elif kind == "unconnected socket":
+        with socket.socket(socket.AF_UNIX) as sock:
+            helper.adopt(sock.fileno())
+    else:
+        ours, theirs = socket.socketpair()
+        ours.close()
+        with theirs:
+            helper.adopt(theirs.fileno())
+    assert witness.status("/bin/true") == 0
+    assert helper.comes_to(before)
+
+
+@pytest.mark.parametrize("arguments, status", [(["--nonsense"], 2), ([], 1)])
+def test_helper_started_by_hand_says_so(arguments: list[str], status: int) -> None:
+    done = subprocess.run([HELPER, *arguments], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == status
+    assert done.stderr.startswith("errand-boy-helper: ")
+
+
+# Descriptors
+
+
+def test_descriptors_arrive_in_order_over_several_sends(helper: Helper, witness: Client) -> None:
+    """The kernel takes 253 with each send."""
+    count = 2 * lib.EB_MAX_FDS_PER_SEND + 94
+    most = lib.EB_MAX_FDS_PER_SEND
+    names = [f"errand-boy-{number}" for number in range(count)]
+    fds = [os.memfd_create(name) for name in names]
+    read, write = os.pipe()
+    try:
+        client = helper.connect()
+        data = spawn("/bin/ls", "-l", "/proc/self/fd", targets=[1, *range(1000, 1000 + count)])
+        sent = [write, *fds]
+        for start in range(0, len(sent), most):
+            last = start + most >= len(sent)
+            client.send(data if last else data[:1], sent[start : start + most])
+            data = data[1:]
+        started = client.reply()
+        os.close(write)
+        assert isinstance(started, Spawned)
+        with open(read) as stream:
+            lines = [line.rpartition(" -> ") for line in stream if " -> " in line]
+        assert os.waitpid(started.pid, 0)[1] == 0
+    finally:
+        for fd in fds:
+            os.close(fd)
+    seen = {before.split()[-1]: target.strip() for before, _, target in lines}
+    assert len(seen) == count + 2  # its output, and the directory that it reads
+    for number, name in enumerate(names):
+        assert seen[str(1000 + number)] == f"/memfd:{name} (deleted)"
+
+
+def test_client_sends_no_descriptor_before_the_frame_that_names_it() -> None:
+    """The helper reads when it likes: descriptors on the greeting are nobody's."""
+    count = 2 * lib.EB_MAX_FDS_PER_SEND + 94
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours)
+    with theirs:
+        connection.send(spawn("/bin/true", targets=range(count)), [0] * count)
+        connection.close()
+        received = 0
+        greeting = len(protocol.OPENING)
+        while greeting:
+            data, fds, *_ = socket.recv_fds(theirs, greeting, lib.EB_MAX_FDS_PER_SEND)
+            assert not fds, f"{len(fds)} with {data!r}"
+            greeting -= len(data)
+        while True:
+            data, fds, *_ = socket.recv_fds(theirs, 4096, lib.EB_MAX_FDS_PER_SEND)
+            for fd in fds:
+                os.close(fd)
+            received += len(fds)
+            if not data:
+                break
+        assert received == count
+
+
+def test_first_command_of_a_connection_may_pass_many_descriptors() -> None:
+    fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(600)]
+    try:
+        for _ in range(20):
+            errand_boy.stop()
+            errand_boy.run(["true"], pass_fds=fds, check=True)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@contextmanager
+def room_for(descriptors: int, helper: Helper) -> Iterator[None]:
+    limits = resource.prlimit(helper.pid, resource.RLIMIT_NOFILE)
+    lowered = (helper.descriptors() + descriptors, limits[1])
+    resource.prlimit(helper.pid, resource.RLIMIT_NOFILE, lowered)
+    try:
+        yield
+    finally:
+        resource.prlimit(helper.pid, resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("room", range(5))
+@every_mode
+def test_no_room_for_what_is_sent(room: int, helper: Helper, witness: Client) -> None:
+    client = helper.connect()
+    before = helper.descriptors()
+    with room_for(room, helper):
+        failed = client.run("/bin/true", fds=[0] * 5, targets=range(20, 25))
+    assert failed == Failed(0, errno.EMFILE, lib.EB_STAGE_FDS)
+    assert helper.descriptors() == before
+    assert client.status("/bin/true") == 0
+
+
+@pytest.mark.parametrize("room", range(2))
+@clone_modes
+def test_no_room_for_the_start_itself(room: int, helper: Helper, witness: Client) -> None:
+    client = helper.connect()
+    before = helper.descriptors()
+    with room_for(room, helper):
+        failed = client.run("/bin/true")
+    assert failed == Failed(0, errno.EMFILE, lib.EB_STAGE_START)
+    assert helper.descriptors() == before
+    assert client.status("/bin/true") == 0
+
+
+def test_no_room_for_a_connection(helper: Helper, witness: Client) -> None:
+    with room_for(0, helper):
+        assert helper.unopened().closed()
+    assert helper.connect().status("/bin/true") == 0
+
+
+# One command at a time
+
+
+@clone_modes
+def test_signal_without_a_child_is_late_not_wrong(helper: Helper, witness: Client) -> None:
+    client = helper.connect()
+    for pid in (helper.pid, os.getpid(), 0, -1, 1):
+        client.send(signal_frame(pid, signal.SIGKILL))
+        assert client.status("/bin/true") == 0
+
+
+@owning_modes
+def test_signal_reaches_no_other_connections_child(helper: Helper, witness: Client) -> None:
+    ours, theirs = helper.connect(), helper.connect()
+    pids = []
+    for client in (ours, theirs):
+        started = client.run("/bin/sleep", "100")
+        assert isinstance(started, Spawned)
+        pids.append(started.pid)
+    for pid in (pids[1], helper.pid, os.getpid(), 0, -1, -pids[0]):
+        ours.send(signal_frame(pid, signal.SIGKILL))
+    for client, pid in zip((ours, theirs), pids, strict=True):
+        client.send(signal_frame(pid, signal.SIGTERM))
+        ended = client.reply()
+        assert isinstance(ended, Exited)
+        assert ended.status == signal.SIGTERM
+
+
+def test_requests_in_a_row_are_answered_in_order(helper: Helper, witness: Client) -> None:
+    client = helper.connect()
+    read, write = os.pipe()
+    names = [f"command {number}\n" for number in range(20)]
+    for name in names:
+        client.send(spawn("/bin/echo", name.strip(), targets=[1]), [write])
+    os.close(write)
+    pids = []
+    for _ in names:
+        started = client.reply()
+        assert isinstance(started, Spawned)
+        pids.append(started.pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(names)
+    with open(read) as stream:
+        assert sorted(stream) == sorted(names)
+
+
+def test_requests_in_one_write_are_answered_in_order(helper: Helper, witness: Client) -> None:
+    client = helper.connect()
+    client.send(spawn("/none") + spawn("/bin/true") + spawn("/bin"))
+    seen = [client.reply() for _ in range(3)]
+    for answer in seen:
+        assert not isinstance(answer, Exited)
+        os.waitpid(answer.pid, 0)
+    kinds = [answer.errno if isinstance(answer, Failed) else 0 for answer in seen]
+    assert kinds == [errno.ENOENT, 0, errno.EACCES]
+
+
+def test_request_after_one_that_is_too_long_keeps_its_descriptors(helper: Helper) -> None:
+    """Bytes of one frame and descriptors of the next may be read together."""
+    client = helper.connect()
+    too_many = ["a"] * lib.EB_MAX_STRINGS
+    first = spawn("/bin/true", *too_many)
+    client.send(first[:-1])
+    assert helper.connect().status("/bin/true") == 0
+    os.kill(helper.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, helper.pid, os.WSTOPPED)
+    client.send(first[-1:])
+    client.send(spawn("/bin/true", targets=[0]), [0])
+    os.kill(helper.pid, signal.SIGCONT)
+    assert client.reply() == Failed(0, errno.E2BIG, lib.EB_STAGE_EXEC)
+    started = client.reply()
+    assert isinstance(started, Spawned)
+    assert os.waitpid(started.pid, 0)[1] == 0
+
+
+@every_mode
+def test_connection_closed_for_writing_still_gets_its_answer(
+    helper: Helper, witness: Client
+) -> None:
+    for argv in (["/bin/true"], ["/none"]):
+        client = helper.connect()
+        client.send(spawn(*argv))
+        client.sock.shutdown(socket.SHUT_WR)
+        answer = client.reply()
+        if isinstance(answer, Spawned | Failed) and answer.pid and not is_owner(helper):
+            os.waitpid(answer.pid, 0)
+
+
+@clone_modes
+def test_connection_closed_during_the_start(helper: Helper, witness: Client) -> None:
+    """The request is still being read then, by the new process."""
+    before = helper.descriptors()
+    client = helper.connect()
+    client.send(slow("/bin/true"))
+    client.sock.close()
+    assert witness.status("/bin/true") == 0
+    assert helper.comes_to(before)
+    if not is_owner(helper):
+        os.waitpid(-1, 0)
+
+
+def is_owner(helper: Helper) -> bool:
+    """Whether new processes are the helper's own children."""
+    client = helper.connect()
+    started = client.run("/bin/true")
+    assert isinstance(started, Spawned)
+    if started.by_helper:
+        client.reply()
+    else:
+        os.waitpid(started.pid, 0)
+    client.sock.close()
+    return started.by_helper
+
+
+def slow(program: str, tries: int = 200_000) -> bytes:
+    """A request whose exec takes tenths of a second: many names are tried in vain."""
+    names = [*["/-"] * tries, program]
+    return frame(
+        lib.EB_SPAWN, strings(lib.EB_TAG_EXECUTABLES, *names), strings(lib.EB_TAG_ARGV, "slow")
+    )
+
+
+# The helper's own children
+
+
+@owning_modes
+def test_second_request_while_the_command_runs_is_refused(helper: Helper, witness: Client) -> None:
+    client = helper.connect()
+    started = client.run("/bin/sleep", "100")
+    assert isinstance(started, Spawned)
+    client.send(spawn("/bin/true"))
+    assert client.refusal() == f"SPAWN while this connection's command {started.pid} is running"
+    assert started.pid in helper.children()
+    os.kill(started.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("helper", ["own", "unrelated"], indirect=True)
+def test_end_and_next_request_at_once(helper: Helper) -> None:
+    """What epoll told before the end was seen must not be taken for the next start's outcome."""
+    other, client, witness = helper.connect(), helper.connect(), helper.connect()
+    first = other.run("/bin/sleep", "100")
+    assert isinstance(first, Spawned)
+    second = slow("/bin/true")
+    client.send(second[:-1])
+    assert witness.status("/bin/true") == 0
+    client.send(second[-1:] + slow("/none", 2000))  # read together
+    assert witness.run("/none") == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+    os.kill(helper.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, helper.pid, os.WSTOPPED)
+    os.kill(first.pid, signal.SIGKILL)
+    for pid in [first.pid, *helper.children()]:
+        pidfd = os.pidfd_open(pid)
+        assert select.select([pidfd], [], [], PATIENCE)[0]
+        os.close(pidfd)
+    os.kill(helper.pid, signal.SIGCONT)
+    assert isinstance(other.reply(), Exited)
+    assert isinstance(client.reply(), Spawned)
+    kind, payload = client.frame()
+    if kind == lib.EB_REFUSED:  # it need not have been seen that the first one has ended
+        assert payload.startswith(b"SPAWN while")
+    else:
+        assert kind == lib.EB_EXITED
+        assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+
+
+@pytest.mark.parametrize(
+    "script, status",
+    [
+        ("exit 0", 0),
+        ("exit 3", 3 << 8),
+        ("exit 255", 255 << 8),
+        ("kill -TERM $$", signal.SIGTERM),
+        ("kill -KILL $$", signal.SIGKILL),
+        ("kill -USR2 $$", signal.SIGUSR2),
+    ],
+)
+@owning_modes
+def test_wait_status(script: str, status: int, helper: Helper) -> None:
+    assert helper.connect().status("/bin/sh", "-c", script) == status
+
+
+@owning_modes
+def test_resource_usage_is_the_commands(helper: Helper) -> None:
+    client = helper.connect()
+    burn = "import os\nwhile sum(os.times()[:2]) < 0.3: pass\nx = bytearray(60 << 20)"
+    used = []
+    for argv in ((sys.executable, "-S", "-c", burn), ("/bin/true",)):
+        assert isinstance(client.run(*argv), Spawned)
+        ended = client.reply()
+        assert isinstance(ended, Exited)
+        used.append(ended.usage)
+    user, system, resident, minor, *_ = used[0]
+    assert 290_000 < user + system < 5_000_000
+    assert 60 << 10 < resident < 200 << 10
+    assert minor > 15_000
+    assert used[1][0] + used[1][1] < 290_000
+    assert used[1][2] < 60 << 10
+
+
+@owning_modes
+def test_signals_reach_the_child(helper: Helper) -> None:
+    client = helper.connect()
+    read, write = os.pipe()
+    script = "trap 'echo got' USR1; echo ready; while :; do sleep 0.01; done"
+    started = client.run("/bin/sh", "-c", script, fds=[write], targets=[1])
+    os.close(write)
+    assert isinstance(started, Spawned)
+    with open(read) as stream:
+        assert stream.readline() == "ready\n"
+        client.send(signal_frame(started.pid, signal.SIGUSR1))
+        assert stream.readline() == "got\n"
+    for number in (0, 65, -1, signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL):
+        client.send(signal_frame(started.pid, number))
+    ended = client.reply()
+    assert isinstance(ended, Exited)
+    assert ended.status == signal.SIGKILL
+
+
+@owning_modes
+def test_connection_is_used_again(helper: Helper) -> None:
+    client = helper.connect()
+    for number in range(50):
+        assert client.status("/bin/sh", "-c", f"exit {number}") == number << 8
+        failed = client.run("/none")
+        assert failed == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+
+
+@owning_modes
+def test_child_outlives_its_connection(helper: Helper, witness: Client) -> None:
+    client = helper.connect()
+    started = client.run("/bin/sleep", "100")
+    assert isinstance(started, Spawned)
+    client.sock.close()
+    assert witness.status("/bin/true") == 0
+    assert started.pid in helper.children()
+    os.kill(started.pid, signal.SIGKILL)
+
+
+# Clients that do not read
+
+
+@pytest.fixture
+def deaf(request: pytest.FixtureRequest, helper: Helper) -> tuple[Client, int]:
+    """A client that has sent all that it could and read nothing; and the requests it sent."""
+    client = helper.connect()
+    one = spawn("/none")
+    many = one * 50
+    sent = 0
+    while select.select([], [client.sock], [], 0.5)[1]:
+        sent += client.sock.send(many[sent % len(one) :], socket.MSG_DONTWAIT)
+    return client, sent // len(one)
+
+
+own_mode = pytest.mark.parametrize("helper", ["own"], indirect=True)
+
+
+@own_mode
+def test_client_that_does_not_read_holds_up_nobody(
+    helper: Helper, witness: Client, deaf: tuple[Client, int]
+) -> None:
+    client, count = deaf
+    for _ in range(50):
+        assert witness.status("/bin/true") == 0
+    for _ in range(count):
+        assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+
+
+@pytest.mark.parametrize("shut", [None, socket.SHUT_WR, socket.SHUT_RDWR])
+@own_mode
+def test_client_that_does_not_read_costs_no_processor_time(
+    shut: int | None, helper: Helper, witness: Client, deaf: tuple[Client, int]
+) -> None:
+    if shut is not None:
+        deaf[0].sock.shutdown(shut)
+    assert witness.status("/bin/true") == 0
+    before = helper.cpu_seconds()
+    assert witness.status("/bin/sleep", "0.5") == 0
+    assert helper.cpu_seconds() - before < 0.2
+
+
+@own_mode
+def test_client_that_does_not_read_goes_away(
+    helper: Helper, witness: Client, deaf: tuple[Client, int]
+) -> None:
+    before = helper.descriptors()
+    deaf[0].sock.close()
+    assert helper.comes_to(before - 1)
+
+
+# The end
+
+
+@every_mode
+def test_helper_ends_with_its_control_socket(helper: Helper) -> None:
+    assert helper.connect().status("/bin/true") == 0
+    helper.close()
+    assert helper.ended(1)
+
+
+@every_mode
+def test_helper_serves_its_last_connection_after_the_control_socket(helper: Helper) -> None:
+    client = helper.connect()
+    helper.control.sock.close()
+    assert client.status("/bin/true") == 0
+    assert not helper.ended(0)
+    client.sock.close()
+    assert helper.ended(1)
+
+
+@pytest.mark.parametrize("mode", ["clone", "posix"])
+def test_helper_ends_with_its_caller_whoever_holds_its_sockets(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", mode)
+    script = """
+        start()
+        holder = os.fork()
+        if holder == 0:
+            signal.pause()
+        report([helper_pid(), holder])
+        sys.stdin.read()
+    """
+    with started_script(script) as process:
+        assert process.stdout is not None
+        pid, holder = json.loads(process.stdout.readline())
+        pidfd = os.pidfd_open(pid)
+        process.kill()
+        process.wait()
+        assert select.select([pidfd], [], [], 1)[0]
+        os.close(pidfd)
+        os.kill(holder, signal.SIGKILL)

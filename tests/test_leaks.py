@@ -1,0 +1,135 @@
+"""Thousands of starts, good and bad and from many threads, and what they leave: nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+
+import errand_boy
+
+SPAWNS = """
+import psutil
+
+THREADS = 8
+
+def spawn(count, number):
+    for turn in range(count):
+        kind = (turn + number) % 5
+        try:
+            if kind == 0:
+                subprocess.run(["true"], check=True)
+            elif kind == 1:
+                out = subprocess.run(["echo", str(turn)], capture_output=True, text=True).stdout
+                assert out == f"{turn}\\n"
+            elif kind == 2:
+                subprocess.run(["/none/program"])
+                raise AssertionError
+            elif kind == 3:
+                subprocess.run(["true"], cwd="/none")
+                raise AssertionError
+            else:
+                r, w = os.pipe()
+                process = subprocess.Popen(["cat"], stdin=r, pass_fds=[w], stdout=subprocess.PIPE)
+                process.kill()
+                assert process.communicate() == (b"", None) and process.returncode == -9
+                os.close(r)
+                os.close(w)
+        except FileNotFoundError:
+            assert kind in (2, 3)
+
+def spawn_in_threads(count):
+    failures = []
+    def run(number):
+        try:
+            spawn(count // THREADS, number)
+        except BaseException as error:
+            failures.append(repr(error))
+    threads = [threading.Thread(target=run, args=[number]) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+def private_kib(pid):
+    with open(f"/proc/{pid}/smaps_rollup") as rollup:
+        lines = [line.split() for line in rollup if line.startswith("Private_")]
+    return {name.rstrip(":"): int(kib) for name, kib, _ in lines}
+
+def state():
+    gc.collect()
+    me = psutil.Process()
+    return {
+        "caller's descriptors": sorted(os.listdir("/proc/self/fd")),
+        "helper's descriptors": sorted(os.listdir(f"/proc/{helper_pid()}/fd")),
+        "children": [child.pid for child in me.children(recursive=True)],
+        "threads": me.num_threads(),
+        "helper": helper_pid(),
+    }
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    # A copy, so that nobody else's helper shares its pages and makes it look smaller.
+    original = Path(errand_boy.__file__).with_name("errand-boy-helper")
+    helper = shutil.copy(original, tmp_path_factory.mktemp("helper"))
+    with open(helper, "rb") as file:
+        os.fsync(file)  # its program text would count as dirty
+    source = f"""{SPAWNS}
+os.environ["ERRAND_BOY_HELPER"] = sys.argv[2]
+start()
+spawn_in_threads(400)
+before = state()
+spawn_in_threads(2000)
+report(dict(before=before, after=state(), private=private_kib(helper_pid())))
+"""
+    result: dict[str, object] = run_script(source, args=[helper])
+    return result
+
+
+def test_two_thousand_starts_leave_nothing(seen: dict[str, object]) -> None:
+    assert seen["after"] == seen["before"]
+
+
+def test_the_helper_is_the_only_child(seen: dict[str, dict[str, object]]) -> None:
+    assert seen["after"]["children"] == [seen["after"]["helper"]]
+    assert seen["after"]["threads"] == 1
+
+
+def test_private_memory_of_the_helper(seen: dict[str, dict[str, int]]) -> None:
+    print(f"memory of the helper in KiB: {seen['private']}")
+    assert seen["private"]["Private_Clean"] + seen["private"]["Private_Dirty"] <= 150
+
+
+def test_stop_leaves_nothing() -> None:
+    source = f"""{SPAWNS}
+before = sorted(os.listdir("/proc/self/fd"))
+for _ in range(20):
+    start()
+    spawn_in_threads(40)
+    subprocess.stop()
+    assert helper_pid() is None
+gc.collect()
+after = sorted(os.listdir("/proc/self/fd"))
+report([after == before, len(psutil.Process().children()), psutil.Process().num_threads()])
+"""
+    assert run_script(source) == [True, 0, 1]
+
+
+def test_starts_that_each_pass_many_descriptors() -> None:
+    source = f"""{SPAWNS}
+passed = [os.open("/dev/null", os.O_RDONLY) for _ in range(500)]
+start()
+subprocess.run(["true"], pass_fds=passed, check=True)
+before = state()
+for _ in range(50):
+    subprocess.run(["true"], pass_fds=passed, check=True)
+report([before, state()])
+"""
+    before, after = run_script(source)
+    assert after == before
