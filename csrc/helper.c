@@ -291,8 +291,12 @@ static void on_adopt(struct eb_connection *c, const struct eb_frame *frame)
 static void fail_start(struct eb_connection *c, const struct eb_frame *frame, int error, enum eb_stage stage)
 {
     c->start = (struct eb_start){.done_fd = -1, .error = error, .stage = stage};
+    /* Those behind them belong to the next frame, unless the order is lost. */
+    if (c->fds.lost || c->fds.count < eb_request_fds(&c->request))
+        eb_fds_clear(&c->fds);
+    else
+        eb_fds_drop(&c->fds, eb_request_fds(&c->request));
     eb_request_free(&c->request);
-    eb_fds_clear(&c->fds);
     eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
     report_start(c);
 }
@@ -426,7 +430,7 @@ static void proceed(struct eb_connection *c)
         close_connection(c);
 }
 
-static void on_connection(struct eb_connection *c, uint32_t events)
+static void on_connection(struct eb_connection *c)
 {
     if (c->fd < 0)
         return;
@@ -435,7 +439,8 @@ static void on_connection(struct eb_connection *c, uint32_t events)
         unwatch(c);
         return;
     }
-    if (events & EPOLLOUT) {
+    /* Also on a hang-up, which is reported again and again until the socket is closed. */
+    if (c->out_size > 0) {
         if (!eb_connection_flush(c)) {
             close_connection(c);
             return;
@@ -479,7 +484,7 @@ static void serve(void)
             enum eb_source *source = events[i].data.ptr;
             switch (*source) {
             case EB_SOURCE_CONNECTION:
-                on_connection(OWNER_OF(source, source), events[i].events);
+                on_connection(OWNER_OF(source, source));
                 break;
             case EB_SOURCE_START: {
                 struct eb_connection *c = OWNER_OF(source, start_source);
