@@ -49,7 +49,7 @@ class Spawned(NamedTuple):
 
     @property
     def by_helper(self) -> bool:
-        return self.owner == lib.EB_OWNER_HELPER
+        return bool(self.owner == lib.EB_OWNER_HELPER)
 
 
 class Failed(NamedTuple):
@@ -299,6 +299,51 @@ def test_bytes_may_come_one_by_one(helper: Helper) -> None:
     started = client.reply()
     assert isinstance(started, Spawned)
     assert os.waitpid(started.pid, 0)[1] == 0
+
+
+@pytest.mark.root
+@clone_modes
+def test_all_options_at_once(helper: Helper) -> None:
+    client = helper.connect()
+    cpus = max(os.sched_getaffinity(0)) // 8 + 1
+    mask = sum(1 << cpu for cpu in os.sched_getaffinity(0)).to_bytes(cpus, "little")
+    script = "ulimit -n; umask; pwd; echo $A; exec /usr/bin/id"
+    read, write = os.pipe()
+    directory = os.open("/usr", os.O_PATH)
+    values = {
+        "EXECUTABLES": strings(lib.EB_TAG_EXECUTABLES, "/none", "/bin/sh"),
+        "ARGV": strings(lib.EB_TAG_ARGV, "sh", "-c", script),
+        "ENV": strings(lib.EB_TAG_ENV, "A=b", "LC_ALL=C"),
+        "FDS": option(lib.EB_TAG_FDS, u32(1)),
+        "CWD_FD": option(lib.EB_TAG_CWD_FD),
+        "CWD": protocol.string(lib.EB_TAG_CWD, b"lib/.."),
+        "UMASK": option(lib.EB_TAG_UMASK, u32(0o27)),
+        "SIGMASK": option(lib.EB_TAG_SIGMASK, bytes(8)),
+        "SIGIGN": option(lib.EB_TAG_SIGIGN, bytes(8)),
+        "SETSID": option(lib.EB_TAG_SETSID),
+        "RLIMITS": option(lib.EB_TAG_RLIMITS, struct.pack("<BQQ", resource.RLIMIT_NOFILE, 77, 77)),
+        "NICE": option(lib.EB_TAG_NICE, u32(1)),
+        "AFFINITY": option(lib.EB_TAG_AFFINITY, mask),
+        "GROUPS": option(lib.EB_TAG_GROUPS, u32(12345, 12346)),
+        "GID": option(lib.EB_TAG_GID, u32(12344)),
+        "UID": option(lib.EB_TAG_UID, u32(12343)),
+    }
+    assert set(values) == set(TAGS) - {"PGROUP"}  # a session's leader may not change its group
+    with open(read) as stream:
+        client.send(frame(lib.EB_SPAWN, *reversed(values.values())), [write, directory])
+        os.close(write)
+        os.close(directory)
+        started = client.reply()
+        assert isinstance(started, Spawned)
+        if not started.by_helper:
+            os.waitpid(started.pid, 0)
+        assert stream.read().splitlines() == [
+            "77",
+            "0027",
+            "/usr",
+            "b",
+            "uid=12343 gid=12344 groups=12344,12345,12346",
+        ]
 
 
 # Offenders
