@@ -22,7 +22,7 @@ HELPER_SOURCES = [
         "wire",
     )
 ]
-COMPILE = ["-std=c11", "-O2", "-fPIE", "-Wall", "-Wextra", "-fstack-protector-strong"]
+COMPILE = ["-std=c11", "-Os", "-fPIE", "-Wall", "-Wextra", "-fstack-protector-strong"]
 # Dynamic: the C library's text is shared with all other processes; a static one would be its own.
 # Resolved at once: a new process that shares the helper's memory must not run the dynamic linker.
 LINK = ["-pie", "-Wl,-z,relro,-z,now,-z,noseparate-code"]

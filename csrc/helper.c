@@ -12,6 +12,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -31,6 +32,7 @@ enum {
     CALLER_FD = 4,
     READS_PER_TURN = 16, /* of one connection, before the others have theirs */
     CHILD_BUCKETS = 1024,
+    REST_MS = 100,
 };
 
 static struct eb_state self;
@@ -38,6 +40,7 @@ static const struct eb_spawner *spawner;
 static int epoll_fd, children_fd;
 static bool ending;
 static unsigned open_connections;
+static bool untidy; /* several connections have been at work at once */
 static struct eb_connection *closed; /* kept while events, a start or a child may still point to them */
 static struct eb_connection *children[CHILD_BUCKETS];
 
@@ -477,7 +480,14 @@ static void serve(void)
     struct epoll_event events[64];
     while (!done()) {
         bool child_ended = false;
-        int n = epoll_wait(epoll_fd, events, 64, -1);
+        int n = epoll_wait(epoll_fd, events, 64, untidy ? REST_MS : -1);
+        if (n == 0) {
+            /* At rest after a burst: what it took goes back. */
+            malloc_trim(0);
+            untidy = false;
+        } else if (n > 1) {
+            untidy = true;
+        }
         if (n < 0 && errno != EINTR)
             fatal("epoll_wait");
         for (int i = 0; i < n; i++) {

@@ -26,7 +26,7 @@
 enum {
     STACK_SIZE = 32 << 10,
     GUARD_SIZE = 64 << 10, /* at least a page, whatever its size */
-    SPARE_STACKS = 2, /* two pages of each stay resident */
+    SPARE_STACKS = 1, /* two pages of each stay resident */
 };
 
 struct job {

@@ -21,7 +21,7 @@ TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
     from typing import Any
 
-_MOST_IDLE = 32  # connections kept for later
+_MOST_IDLE = 8  # connections kept for later
 
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _GRACE = 1.0  # seconds
@@ -150,7 +150,8 @@ class Helper:
         self.owns_children = False  # until a reply says so
         self.idle: list[Connection] = []
         self._control = Connection(ours)
-        self._control.sock.sendall(protocol.OPENING)
+        with contextlib.suppress(BrokenPipeError):  # it ended at once: connect() will tell
+            self._control.sock.sendall(protocol.OPENING)
 
     def connect(self) -> Connection | None:
         """Return a new connection; None if the helper has gone."""

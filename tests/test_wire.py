@@ -1,0 +1,256 @@
+"""csrc/wire.h and csrc/request.c against errand_boy.protocol: what one encodes, the other reads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from errand_boy._native import lib
+
+from errand_boy import protocol
+from errand_boy.protocol import Exited, Failed, Spawned
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
+SOURCES = [HERE / "c" / "parse_request.c", CSRC / "request.c", CSRC / "wire.c"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1"}
+
+COMPILER = shutil.which("cc")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+
+
+def compile_c(target: Path, *arguments: str | Path) -> None:
+    flags = ["-std=c11", "-g", "-O1", "-D_GNU_SOURCE", f"-I{CSRC}"]
+    command = ["cc", *flags, *arguments, "-o", target]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def works(program: Path) -> bool:
+    return not subprocess.run([program, "bounds"], input=b"", capture_output=True).returncode
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with sanitizers, where compiler and kernel have them."""
+    target = tmp_path_factory.mktemp("wire") / "parse_request"
+    try:
+        compile_c(target, *SANITIZE, *SOURCES)
+    except AssertionError:
+        compile_c(target, *SOURCES)
+    else:
+        if not works(target):
+            compile_c(target, *SOURCES)
+    return target
+
+
+def run(program: Path, payload: bytes, mode: str = "show") -> str:
+    done = subprocess.run([program, mode], input=payload, capture_output=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    return done.stdout.decode()
+
+
+def understood(program: Path, *options: bytes) -> dict[str, str]:
+    lines = run(program, b"".join(options)).splitlines()
+    return {name: value for name, _, value in (line.partition(" ") for line in lines)}
+
+
+def listed(*values: bytes) -> str:
+    return " ".join("." + value.hex() for value in values)
+
+
+def names(prefix: str) -> set[str]:
+    return {name for name in dir(lib) if name.startswith(prefix)}
+
+
+EXECUTABLES = protocol.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a"])
+ARGV = protocol.strings(lib.EB_TAG_ARGV, [b"a"])
+
+OPTIONS = {
+    "EXECUTABLES": (
+        protocol.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a", b"b", b""]),
+        listed(b"/bin/a", b"b", b""),
+    ),
+    "ARGV": (
+        protocol.strings(lib.EB_TAG_ARGV, [b"", b"a b", b"", b"\xff\n", b""]),
+        listed(b"", b"a b", b"", b"\xff\n", b""),
+    ),
+    "ENV": (protocol.strings(lib.EB_TAG_ENV, [b"A=", b"B=b"]), listed(b"A=", b"B=b")),
+    "FDS": (protocol.numbers(lib.EB_TAG_FDS, [0, 2, 3, 2**31 - 1]), "0 2 3 2147483647"),
+    "CWD_FD": (protocol.option(lib.EB_TAG_CWD_FD), ""),
+    "CWD": (protocol.string(lib.EB_TAG_CWD, b"/a\xff"), b"/a\xff".hex()),
+    "UMASK": (protocol.number(lib.EB_TAG_UMASK, 0o7777), str(0o777)),
+    "SIGMASK": (protocol.option(lib.EB_TAG_SIGMASK, b"\1" + bytes(6) + b"\x80"), str(1 + 2**63)),
+    "SIGIGN": (protocol.option(lib.EB_TAG_SIGIGN, b"\2" + bytes(7)), "2"),
+    "SETSID": (protocol.option(lib.EB_TAG_SETSID), ""),
+    "PGROUP": (protocol.number(lib.EB_TAG_PGROUP, -5), "-5"),
+    "RLIMITS": (
+        protocol.option(lib.EB_TAG_RLIMITS, struct.pack("<BQQBQQ", 0, 1, 2, 15, 3, 2**64 - 1)),
+        f"0:1:2 15:3:{2**64 - 1}",
+    ),
+    "NICE": (protocol.number(lib.EB_TAG_NICE, -20), "-20"),
+    "AFFINITY": (protocol.option(lib.EB_TAG_AFFINITY, b"\1\2\3"), "010203"),
+    "GROUPS": (protocol.numbers(lib.EB_TAG_GROUPS, [0, 2**32 - 2]), f"0 {2**32 - 2}"),
+    "GID": (protocol.number(lib.EB_TAG_GID, 2**32 - 2), str(2**32 - 2)),
+    "UID": (protocol.number(lib.EB_TAG_UID, 12), "12"),
+}
+WHOLE = b"".join(option for option, _ in OPTIONS.values())
+
+
+# The numbers
+
+
+def test_every_constant_is_what_the_header_says(tmp_path: Path) -> None:
+    text = re.sub(r"/\*.*?\*/", "", (CSRC / "wire.h").read_text(), flags=re.DOTALL)
+    constants = set(re.findall(r"\bEB_[A-Z_]+\b", text)) - {"EB_WIRE_H"}
+    assert {"EB_VERSION", "EB_MAX_FRAME", "EB_SPAWN", "EB_TAG_UID", "EB_STAGE_EXEC"} <= constants
+    lines = [f'printf("%s %lld\\n", "{name}", (long long)({name}));' for name in constants]
+    source = tmp_path / "constants.c"
+    source.write_text(
+        '#include <stdio.h>\n#include "wire.h"\nint main(void)\n{\n' + "\n".join(lines) + "\n}\n"
+    )
+    compile_c(tmp_path / "constants", source)
+    done = subprocess.run([tmp_path / "constants"], stdout=subprocess.PIPE, text=True, check=True)
+    in_c = dict(line.split() for line in done.stdout.splitlines())
+    assert {name: int(value) for name, value in in_c.items()} == {
+        name: getattr(lib, name) for name in constants
+    }
+
+
+def test_tags_are_consecutive_and_all_tested() -> None:
+    tags = names("EB_TAG_") - {"EB_TAG_END"}
+    assert sorted(getattr(lib, tag) for tag in tags) == list(range(1, lib.EB_TAG_END))
+    assert {tag.removeprefix("EB_TAG_") for tag in tags} == set(OPTIONS)
+
+
+def test_python_has_the_size_of_the_header() -> None:
+    assert protocol.HEADER.size == lib.EB_HEADER_SIZE
+    assert protocol.OPENING[0] == 0
+
+
+# Requests
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option(name: str, program: Path) -> None:
+    encoded, expected = OPTIONS[name]
+    others = [option for option in (EXECUTABLES, ARGV) if option[0] != encoded[0]]
+    seen = understood(program, *others, encoded)
+    assert seen[name] == expected
+    assert seen.keys() == {"EXECUTABLES", "ARGV", "descriptors", name}
+    assert int(seen["descriptors"]) == {"FDS": 4, "CWD_FD": 1}.get(name, 0)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_all_options(order: int, program: Path) -> None:
+    seen = understood(program, *[option for option, _ in OPTIONS.values()][::order])
+    assert seen.pop("descriptors") == "5"
+    assert seen == {name: expected for name, (_, expected) in OPTIONS.items()}
+
+
+@pytest.mark.parametrize("values", [[], [b""], [b"", b""], [b"a" * 131_071], [b"x"] * 100_000])
+@pytest.mark.parametrize("name", ["EXECUTABLES", "ARGV", "ENV"])
+def test_string_lists(name: str, values: list[bytes], program: Path) -> None:
+    encoded = protocol.strings(getattr(lib, f"EB_TAG_{name}"), values)
+    others = [option for option in (EXECUTABLES, ARGV) if option[0] != encoded[0]]
+    assert understood(program, *others, encoded)[name] == listed(*values)
+
+
+def test_environment_of_a_mebibyte(program: Path) -> None:
+    values = [b"N%d=%s" % (number, b"v" * 1000) for number in range(1060)]
+    encoded = protocol.strings(lib.EB_TAG_ENV, values)
+    assert len(encoded) > 1 << 20
+    assert understood(program, EXECUTABLES, ARGV, encoded)["ENV"] == listed(*values)
+
+
+def test_most_strings(program: Path) -> None:
+    """Each of the two lists here has a NULL at its end; one more string is one too many."""
+    most = lib.EB_MAX_STRINGS - 3
+    values = [b""] * most
+    seen = understood(program, EXECUTABLES, protocol.strings(lib.EB_TAG_ARGV, values))
+    assert seen["ARGV"].count(".") == most
+    one_more = protocol.strings(lib.EB_TAG_ARGV, [*values, b""])
+    assert run(program, EXECUTABLES + one_more) == f"error {errno.E2BIG}\n"
+
+
+@pytest.mark.parametrize(
+    "name, most, size", [("FDS", lib.EB_MAX_FDS, 4), ("GROUPS", lib.EB_MAX_GROUPS, 4)]
+)
+def test_most_numbers(name: str, most: int, size: int, program: Path) -> None:
+    tag = getattr(lib, f"EB_TAG_{name}")
+    seen = understood(program, EXECUTABLES, ARGV, protocol.numbers(tag, range(most)))
+    assert len(seen[name].split()) == most
+    too_many = protocol.numbers(tag, range(most + 1))
+    assert run(program, EXECUTABLES + ARGV + too_many).startswith(f"refused: option {name}: ")
+
+
+def test_longest_frame() -> None:
+    most = lib.EB_MAX_FRAME
+    assert len(protocol.frame(lib.EB_SPAWN, [bytes(most)])) == lib.EB_HEADER_SIZE + most
+    with pytest.raises(OSError) as caught:
+        protocol.frame(lib.EB_SPAWN, [bytes(most), b"\0"])
+    assert caught.value.errno == errno.E2BIG
+
+
+@pytest.mark.parametrize("values", [[b"\0"], [b"a", b"b\0"], [b"", b"\0a", b""]])
+def test_nul_byte_in_a_string_is_an_error_here(values: list[bytes]) -> None:
+    with pytest.raises(ValueError, match="embedded null byte"):
+        protocol.strings(lib.EB_TAG_ARGV, values)
+    with pytest.raises(ValueError, match="embedded null byte"):
+        protocol.string(lib.EB_TAG_CWD, values[-2:][0] + b"\0")
+
+
+# Replies
+
+
+def test_replies() -> None:
+    spawned = protocol.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_HELPER))
+    assert isinstance(spawned, Spawned)
+    assert (spawned.pid, spawned.by_helper) == (77, True)
+    spawned = protocol.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_CALLER))
+    assert isinstance(spawned, Spawned)
+    assert not spawned.by_helper
+    failed = protocol.reply(lib.EB_FAILED, struct.pack("<iiB", 78, 2, lib.EB_STAGE_EXEC))
+    assert isinstance(failed, Failed)
+    assert (failed.pid, failed.errno, failed.stage) == (78, 2, lib.EB_STAGE_EXEC)
+    exited = protocol.reply(lib.EB_EXITED, struct.pack("<i9Q", 9, *range(9)))
+    assert isinstance(exited, Exited)
+    assert (exited.status, tuple(exited.usage)) == (9, tuple(range(9)))
+    assert protocol.reply(200, b"") is None
+
+
+@pytest.mark.parametrize("kind, size", [("SPAWNED", 5), ("FAILED", 9), ("EXITED", 76)])
+def test_reply_of_another_size(kind: str, size: int) -> None:
+    for wrong in (0, size - 1, size + 1):
+        with pytest.raises(struct.error):
+            protocol.reply(getattr(lib, f"EB_{kind}"), bytes(wrong))
+
+
+# What is not a request
+
+
+def test_reader_and_writer_keep_their_bounds(program: Path) -> None:
+    assert run(program, b"", "bounds") == "good\n"
+
+
+def test_every_truncation_is_answered(program: Path) -> None:
+    """Whole options may be missing at the end, but neither of the two that are required."""
+    good, errors, refused = map(int, run(program, WHOLE, "truncate").split())
+    assert good == len(OPTIONS) - 2
+    assert errors == 0
+    assert good + refused == len(WHOLE)
+
+
+def test_every_byte_may_be_wrong(program: Path) -> None:
+    good, errors, refused = map(int, run(program, WHOLE, "corrupt").split())
+    assert good + errors + refused == 255 * len(WHOLE)
+    assert errors == 0
+    assert good > 0
+    assert refused > 0
