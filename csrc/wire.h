@@ -6,7 +6,8 @@
  *
  *     u32 length of the payload | u8 kind | payload
  *
- * Integers are little-endian and unaligned.  Each side's first frame is HELLO.  A client need not wait
+ * Integers are little-endian and unaligned.  Each side's first frame is HELLO, but for a helper's on its
+ * control socket, where it sends none.  A client need not wait
  * for the helper's HELLO before it sends its first request.
  *
  * Descriptors ride as SCM_RIGHTS on any bytes of the frame they belong to (the kernel allows 253 for
