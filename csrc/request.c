@@ -1,8 +1,9 @@
 #include "request.h"
 
+#include "rawsys.h"
+
 #include <errno.h>
 #include <limits.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -220,6 +221,19 @@ int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, 
     if (q->sources == NULL)
         return ENOMEM;
     return get_string_lists(q, values, reason);
+}
+
+EB_BARE bool eb_is_target(const struct eb_request *q, long fd)
+{
+    uint32_t low = 0, high = q->target_count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (q->targets[middle] < fd)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < q->target_count && q->targets[low] == fd;
 }
 
 void eb_request_free(struct eb_request *q)

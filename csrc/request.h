@@ -48,6 +48,9 @@ static inline uint32_t eb_request_fds(const struct eb_request *q)
     return q->target_count + (eb_has(q, EB_TAG_CWD_FD) ? 1 : 0);
 }
 
+/* Whether the child is to have a descriptor `fd`.  Also called between clone and exec. */
+bool eb_is_target(const struct eb_request *q, long fd);
+
 /*
  * Reads `payload`.  Returns 0; or an errno that the command's start fails with (E2BIG, ENOMEM); or -1 if
  * the payload is malformed, with why in `reason` (EB_MAX_REASON bytes).  Call eb_request_free in each case.

@@ -49,19 +49,6 @@ static struct job *spare;      /* memory that nobody uses */
 static unsigned spare_count;
 static struct job *lingering;  /* hung up, but not yet let go: not seen on Linux, kept for its imitations */
 
-static EB_BARE bool is_target(const struct eb_request *q, long fd)
-{
-    uint32_t low = 0, high = q->target_count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (q->targets[middle] < fd)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low < q->target_count && q->targets[low] == fd;
-}
-
 /* A copy of `fd` whose number is nobody's target, searched from `*least` on. */
 static EB_BARE long move_away(const struct eb_request *q, int fd, long *least)
 {
@@ -70,7 +57,7 @@ static EB_BARE long move_away(const struct eb_request *q, int fd, long *least)
         if (copy < 0)
             return copy;
         *least = copy + 1;
-        if (!is_target(q, copy))
+        if (!eb_is_target(q, copy))
             return copy;
         eb_raw(SYS_close, copy, 0, 0, 0);
     }
@@ -82,14 +69,14 @@ static EB_BARE long place_fds(struct job *job)
     const struct eb_request *q = job->q;
     uint32_t count = eb_request_fds(q);
     long r, least = 3;
-    if (is_target(q, job->pipe)) {
+    if (eb_is_target(q, job->pipe)) {
         if ((r = move_away(q, job->pipe, &least)) < 0)
             return r;
         job->pipe = (int)r;
     }
     for (uint32_t i = 0; i < count; i++) {
         bool in_place = i < q->target_count && q->sources[i] == q->targets[i];
-        if (!in_place && is_target(q, q->sources[i])) {
+        if (!in_place && eb_is_target(q, q->sources[i])) {
             if ((r = move_away(q, q->sources[i], &least)) < 0)
                 return r;
             q->sources[i] = (int)r;

@@ -18,27 +18,19 @@ extern char **environ;
 
 static const struct eb_state *self;
 
-static bool is_target(const struct eb_request *q, int fd)
-{
-    for (uint32_t i = 0; i < q->target_count; i++)
-        if (q->targets[i] == fd)
-            return true;
-    return false;
-}
-
 /* posix_spawn performs its actions in order, in the child: no source may be an earlier action's target.
  * Such a one is replaced by a copy. */
 static int move_sources(const struct eb_request *q)
 {
     for (uint32_t i = 0; i < eb_request_fds(q); i++) {
         int fd = q->sources[i], least = 3;
-        if (!is_target(q, fd) || (i < q->target_count && fd == q->targets[i]))
+        if (!eb_is_target(q, fd) || (i < q->target_count && fd == q->targets[i]))
             continue;
         for (uint32_t tries = 0; tries <= q->target_count && q->sources[i] == fd; tries++) {
             int copy = fcntl(fd, F_DUPFD_CLOEXEC, least);
             if (copy < 0)
                 return errno;
-            if (is_target(q, copy)) {
+            if (eb_is_target(q, copy)) {
                 close(copy);
                 least = copy + 1;
             } else {

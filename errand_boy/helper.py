@@ -25,7 +25,7 @@ _MOST_IDLE = 8  # connections kept for later
 
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _GRACE = 1.0  # seconds
-_PATIENCE = 100  # helpers started in vain for one command, by a process that changes all the time
+PATIENCE = 100  # attempts at one command, of a process whose threads differ in what they are
 
 _lock = threading.RLock()
 _current: Helper | None = None
@@ -244,7 +244,7 @@ def acquire(flags: int, with_environment: bool) -> tuple[Helper, Connection, Sta
         caller = Caller()
     connection: Connection | None = None
     try:
-        for _ in range(_PATIENCE):
+        for _ in range(PATIENCE):
             helper = _current
             if helper is None:
                 helper = fresh = _replace(None)

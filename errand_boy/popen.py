@@ -175,7 +175,7 @@ class Popen(_Base[AnyStr]):
         with_environment: bool,
         request: Callable[[Helper, State], tuple[bytes, list[int]]],
     ) -> Spawned | Failed:
-        for _ in range(100):  # threads with different ids take the helper from each other
+        for _ in range(_helper.PATIENCE):
             helper, connection, state = _helper.acquire(flags, with_environment)
             fds: list[int] = []
             try:

@@ -10,15 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "check.h"
 #include "request.h"
-
-#define CHECK(condition)                                                                                \
-    do {                                                                                                \
-        if (!(condition)) {                                                                             \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);                     \
-            abort();                                                                                    \
-        }                                                                                               \
-    } while (0)
 
 static void print_hex(const void *data, size_t size)
 {

@@ -15,15 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../c/check.h"
 #include "request.h"
-
-#define CHECK(condition)                                                                                \
-    do {                                                                                                \
-        if (!(condition)) {                                                                             \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);                     \
-            abort();                                                                                    \
-        }                                                                                               \
-    } while (0)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
