@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     """Run a command; return its status as a shell gives it: 128 + n for an end by signal n."""
     early: list[int] = []
-    for number in _FORWARDED:
+    # What is ignored (nohup, a shell's background job) stays so, for the command too.
+    forwarded = [n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
+    for number in forwarded:
         signal.signal(number, lambda number, frame: early.append(number))
     try:
         process = errand_boy.Popen(argv)
@@ -52,7 +54,7 @@ def _run(argv: Sequence[str]) -> int:
         print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
         return 127 if isinstance(error, FileNotFoundError) else 126
     # Only now, since the child inherits the mask.
-    awaited = {*_FORWARDED, signal.SIGCHLD}
+    awaited = {*forwarded, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     for early_one in early:
         process.send_signal(early_one)
