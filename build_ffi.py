@@ -1,4 +1,4 @@
-"""The cffi extension ``errand_boy._native``: the protocol's numbers, and csrc/caller.c."""
+"""The cffi extension ``errand_boy._native``: the protocol's numbers, and the caller's side in C."""
 
 import re
 from pathlib import Path
@@ -6,43 +6,77 @@ from pathlib import Path
 from cffi import FFI
 
 CSRC = Path(__file__).parent / "csrc"
-SOURCES = ["csrc/wire.c", "csrc/state.c", "csrc/caller.c"]
+SOURCES = [f"csrc/{name}.c" for name in ("wire", "state", "caller", "outgoing", "launch")]
+HEADERS = ("wire.h", "caller.h", "outgoing.h")
 
 FUNCTIONS = """
 struct eb_caller {
-    uint32_t umask, options_size;
-    uint8_t options[...];
-    uint8_t *environment;
-    size_t environment_size;
+    uint32_t umask;
+    ...;
+};
+
+struct eb_outgoing {
+    struct eb_caller caller;
+    uint8_t *frame;
+    size_t size, sent;
+    int *fds;
+    uint32_t fd_count;
     ...;
 };
 
 struct eb_caller *eb_caller_new(void);
 void eb_caller_free(struct eb_caller *c);
+void eb_caller_close(struct eb_caller *c);
 int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags,
                    int fd, uint64_t device, uint64_t inode);
-int caller_read_environment(struct eb_caller *c);
+struct eb_outgoing *eb_outgoing_new(void);
+void eb_outgoing_free(struct eb_outgoing *o);
+void eb_outgoing_done(struct eb_outgoing *o);
+int outgoing_prepare(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags,
+                     int fd, uint64_t device, uint64_t inode, const uint8_t *options,
+                     size_t options_size, int in, int out, int err, const int *others,
+                     uint32_t other_count);
 int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
 """
 
-# cffi calls without the GIL, and os.putenv moves the environment under it.
 SOURCE = """
-#include "caller.h"
+#include "launch.h"
+#include "outgoing.h"
 
-static int caller_read_environment(struct eb_caller *c)
+/*
+ * Reads the calling thread's state; if the helper that `start` belongs to fits it, or without one,
+ * builds the request; and if `fd` still is a connection to it, sends that. One call, since each one
+ * lets go of the GIL and waits for it. Returns what was found, or -errno.
+ */
+static int outgoing_prepare(struct eb_outgoing *o, const struct eb_caller *start, int helper,
+                            int flags, int fd, uint64_t device, uint64_t inode,
+                            const uint8_t *options, size_t options_size, int in, int out, int err,
+                            const int *others, uint32_t other_count)
 {
-    PyGILState_STATE state = PyGILState_Ensure();
-    int error = eb_caller_read_environment(c);
-    PyGILState_Release(state);
-    return error;
+    const struct eb_wanted_fds wanted = {
+        .standard = {in, out, err}, .others = others, .other_count = other_count};
+    int found = eb_caller_read(&o->caller, start, helper, flags, fd, device, inode);
+    if (found < 0 || (start != NULL && !(found & EB_FITS)))
+        return found;
+    PyGILState_STATE state = 0;
+    if (flags & EB_WITH_ENVIRONMENT)
+        state = PyGILState_Ensure();
+    int error = eb_outgoing_build(o, found, flags, options, options_size, &wanted);
+    if (flags & EB_WITH_ENVIRONMENT)
+        PyGILState_Release(state);
+    if (error != 0)
+        return -error;
+    if (found & EB_CONNECTION && !(found & EB_UNSURE))
+        eb_outgoing_send(o, fd);
+    return o->sent == o->size ? found | EB_SENT : found;
 }
 """
 
 
 def constants() -> str:
-    """Declarations of all constants of wire.h and caller.h, their values left to the C compiler."""
+    """Declarations of all constants of the HEADERS, their values left to the C compiler."""
     lines = []
-    for header in ("wire.h", "caller.h"):
+    for header in HEADERS:
         text = re.sub(r"/\*.*?\*/", "", (CSRC / header).read_text(), flags=re.DOTALL)
         lines += re.findall(r"^#define (EB_[A-Z_]+) \d+$", text, flags=re.MULTILINE)
         for body in re.findall(r"^enum(?: \w+)? \{(.*?)\}", text, flags=re.DOTALL | re.MULTILINE):

@@ -1,26 +1,18 @@
 #include "caller.h"
 
-#include "rawsys.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <linux/capability.h>
 #include <linux/kcmp.h>
-#include <sched.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #endif
-
-extern char **environ;
-
-/* -- identity -- */
 
 static uint64_t hash(uint64_t h, uint64_t value)
 {
@@ -32,18 +24,41 @@ static uint64_t hash(uint64_t h, uint64_t value)
 
 static const uint64_t HASH_START = 0xcbf29ce484222325u;
 
+static bool same_file(int fd, uint64_t device, uint64_t inode)
+{
+    struct stat info;
+    return fd >= 0 && fstat(fd, &info) == 0 && info.st_dev == device && info.st_ino == inode;
+}
+
 #ifdef __linux__
 
 enum { STATUS_SIZE = 16 << 10 };
 
-/* /proc/thread-self/status, whole; false without /proc, or if it does not fit (thousands of groups). */
-static bool read_status(char *text)
+/* A descriptor of this thread's /proc/thread-self/status, or -1.  Kept, since opening costs more than
+ * reading; found out if it has been closed under us, or if it is another thread's. */
+static int status_fd(struct eb_caller *c)
 {
-    int fd = open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return false;
-    ssize_t n = read(fd, text, STATUS_SIZE - 1);
-    close(fd);
+    pid_t thread = (pid_t)syscall(SYS_gettid);
+    if (same_file(c->status_fd, c->status_device, c->status_inode)) {
+        if (c->status_thread == thread)
+            return c->status_fd;
+        close(c->status_fd);
+    }
+    struct stat info;
+    c->status_fd = open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC);
+    if (c->status_fd >= 0 && fstat(c->status_fd, &info) == 0) {
+        c->status_device = info.st_dev;
+        c->status_inode = info.st_ino;
+        c->status_thread = thread;
+    }
+    return c->status_fd;
+}
+
+/* That file, whole; false without /proc, or if it does not fit (thousands of groups). */
+static bool read_status(struct eb_caller *c, char *text)
+{
+    int fd = status_fd(c);
+    ssize_t n = fd < 0 ? -1 : pread(fd, text, STATUS_SIZE - 1, 0);
     if (n <= 0 || n == STATUS_SIZE - 1)
         return false;
     text[n] = '\0';
@@ -74,13 +89,14 @@ static bool find_ids(char **at, const char *label, uint32_t *ids)
     return true;
 }
 
-static bool identity_from_status(struct eb_caller *c, struct eb_state *state)
+static bool identity_from_status(struct eb_caller *c)
 {
+    struct eb_state *state = &c->state;
     static const char *const sets[] = {"\nCapInh:", "\nCapPrm:", "\nCapEff:", "\nCapBnd:", "\nCapAmb:"};
     struct eb_identity *id = &c->identity;
     char text[STATUS_SIZE], *at = text;
     uint64_t value;
-    if (!read_status(text))
+    if (!read_status(c, text))
         return false;
     if (find(&at, "\nUmask:", 8, &value)) /* Linux 4.7 */
         c->umask = (uint32_t)value;
@@ -157,15 +173,15 @@ static int identity_from_syscalls(struct eb_identity *id)
     return 0;
 }
 
-/* Also the signals of `state`, which /proc tells at the same price. */
-static int read_identity(struct eb_caller *c, struct eb_state *state)
+/* Also the signals of the state, which /proc tells at the same price. */
+static int read_identity(struct eb_caller *c)
 {
-    if (identity_from_status(c, state)) {
+    if (identity_from_status(c)) {
         c->identity.securebits = prctl(PR_GET_SECUREBITS, 0, 0, 0, 0);
         return 0;
     }
     memset(&c->identity, 0, sizeof c->identity);
-    eb_state_read_signals(state);
+    eb_state_read_signals(&c->state);
     return identity_from_syscalls(&c->identity);
 }
 
@@ -177,10 +193,10 @@ static bool fs_differs(int helper)
 
 #else
 
-static int read_identity(struct eb_caller *c, struct eb_state *state)
+static int read_identity(struct eb_caller *c)
 {
     struct eb_identity *id = &c->identity;
-    eb_state_read_signals(state);
+    eb_state_read_signals(&c->state);
     id->uids[0] = getuid();
     id->uids[1] = geteuid();
     id->gids[0] = getgid();
@@ -197,66 +213,23 @@ static bool fs_differs(int helper)
 
 #endif
 
-/* -- the calling thread -- */
-
-static bool same_file(int fd, uint64_t device, uint64_t inode)
-{
-    struct stat info;
-    return fd >= 0 && fstat(fd, &info) == 0 && info.st_dev == device && info.st_ino == inode;
-}
-
 static bool fits(const struct eb_caller *c, const struct eb_caller *start, int helper)
 {
     /* What only a privilege can raise again has not been raised since. */
     for (int i = 0; i < EB_MAX_RLIMITS; i++)
-        if (c->hard_limits[i] > start->hard_limits[i])
+        if (c->state.rlimits[i].rlim_max > start->state.rlimits[i].rlim_max)
             return false;
-    return c->nice >= start->nice && memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 &&
-           !fs_differs(helper);
-}
-
-static void put_option(struct eb_writer *w, enum eb_tag tag, uint32_t size)
-{
-    eb_put_u8(w, tag);
-    eb_put_u32(w, size);
-}
-
-static void put_options(struct eb_caller *c, const struct eb_state *s, int flags)
-{
-    struct eb_writer w = eb_writer(c->options, sizeof c->options);
-    uint64_t sigign = s->sigign;
-    if (flags & EB_RESTORE_SIGNALS)
-        sigign &= ~((uint64_t)1 << (SIGPIPE - 1) | (uint64_t)1 << (SIGXFSZ - 1));
-    put_option(&w, EB_TAG_SIGMASK, 8);
-    eb_put_u64(&w, s->sigmask);
-    put_option(&w, EB_TAG_SIGIGN, 8);
-    eb_put_u64(&w, sigign);
-    if (flags & EB_WITH_PGROUP) {
-        put_option(&w, EB_TAG_PGROUP, 4);
-        eb_put_u32(&w, (uint32_t)s->pgrp);
-    }
-    put_option(&w, EB_TAG_RLIMITS, EB_MAX_RLIMITS * 17);
-    for (int i = 0; i < EB_MAX_RLIMITS; i++) {
-        eb_put_u8(&w, (uint8_t)i);
-        eb_put_u64(&w, s->rlimits[i].rlim_cur);
-        eb_put_u64(&w, s->rlimits[i].rlim_max);
-    }
-    put_option(&w, EB_TAG_NICE, 4);
-    eb_put_u32(&w, (uint32_t)s->nice);
-    if (s->affinity_size > 0) {
-        put_option(&w, EB_TAG_AFFINITY, s->affinity_size);
-        eb_put_bytes(&w, s->affinity, s->affinity_size);
-    }
-    c->options_size = w.bad ? 0 : (uint32_t)eb_written(&w);
+    return c->state.nice >= start->state.nice &&
+           memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 && !fs_differs(helper);
 }
 
 int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd,
                    uint64_t device, uint64_t inode)
 {
-    struct eb_state state = {0};
     memset(&c->identity, 0, sizeof c->identity);
+    memset(&c->state, 0, sizeof c->state);
     c->umask = UINT32_MAX;
-    int error = read_identity(c, &state);
+    int error = read_identity(c);
     if (error != 0)
         return -error;
     c->identity.pid = getpid();
@@ -265,11 +238,7 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
         c->umask = umask(077);
         umask(c->umask);
     }
-    eb_state_read(&state);
-    c->nice = state.nice;
-    for (int i = 0; i < EB_MAX_RLIMITS; i++)
-        c->hard_limits[i] = state.rlimits[i].rlim_max;
-    put_options(c, &state, flags);
+    eb_state_read(&c->state);
 
     int found = same_file(fd, device, inode) ? EB_CONNECTION : 0;
     for (int i = 0; i < 3; i++) {
@@ -282,134 +251,28 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
     return found;
 }
 
-int eb_caller_read_environment(struct eb_caller *c)
+void eb_caller_init(struct eb_caller *c)
 {
-    size_t size = 4;
-    uint32_t count = 0;
-    for (char **e = environ; e != NULL && *e != NULL; e++, count++)
-        size += strlen(*e) + 1;
-    if (size > c->environment_capacity) {
-        uint8_t *data = realloc(c->environment, size);
-        if (data == NULL)
-            return ENOMEM;
-        c->environment = data;
-        c->environment_capacity = size;
-    }
-    struct eb_writer w = eb_writer(c->environment, size);
-    eb_put_u32(&w, count);
-    for (uint32_t i = 0; i < count; i++)
-        eb_put_bytes(&w, environ[i], strlen(environ[i]) + 1);
-    c->environment_size = eb_written(&w);
-    return 0;
+    *c = (struct eb_caller){.status_fd = -1};
+}
+
+void eb_caller_close(struct eb_caller *c)
+{
+    if (same_file(c->status_fd, c->status_device, c->status_inode))
+        close(c->status_fd);
+    c->status_fd = -1;
 }
 
 struct eb_caller *eb_caller_new(void)
 {
-    return calloc(1, sizeof(struct eb_caller));
+    struct eb_caller *c = malloc(sizeof *c);
+    if (c != NULL)
+        eb_caller_init(c);
+    return c;
 }
 
 void eb_caller_free(struct eb_caller *c)
 {
-    free(c->environment);
+    eb_caller_close(c);
     free(c);
 }
-
-/* -- starting the helper -- */
-
-#if defined(__linux__) && EB_HAVE_RAW
-
-enum { START_STACK = 64 << 10, PROGRAM_FD = 5 };
-
-struct start {
-    const char *path;
-    char **arguments;
-    int program, control, caller;
-    long open_max;
-    volatile int error;
-};
-
-static EB_BARE void close_from(long least, long open_max)
-{
-    if (eb_raw(SYS_close_range, least, ~0u, 0, 0) == 0)
-        return;
-    for (long fd = least; fd < open_max; fd++)
-        eb_raw(SYS_close, fd, 0, 0, 0);
-}
-
-/* In the caller's memory, while one of its threads waits: the others go on. */
-static EB_BARE int helper_child(void *arg)
-{
-    struct start *s = arg;
-    char *env[] = {NULL}; /* nothing of the caller's, LD_PRELOAD included, is meant for the helper */
-    long control = eb_raw(SYS_fcntl, s->control, F_DUPFD, PROGRAM_FD + 1, 0);
-    long caller = control < 0 ? control : eb_raw(SYS_fcntl, s->caller, F_DUPFD, PROGRAM_FD + 1, 0);
-    long null, program = -1, r = caller;
-    if (r < 0 || (s->program >= 0 && (r = program = eb_raw(SYS_fcntl, s->program, F_DUPFD, PROGRAM_FD + 1, 0)) < 0))
-        goto failed;
-    if ((r = eb_raw(SYS_dup3, control, 3, 0, 0)) < 0 || (r = eb_raw(SYS_dup3, caller, 4, 0, 0)) < 0)
-        goto failed;
-    /* The helper's own 0 to 2 must be taken, lest a descriptor that it receives lands there; in a root
-     * without /dev the control socket does. */
-    null = eb_raw(SYS_openat, AT_FDCWD, (long)"/dev/null", O_RDWR, 0);
-    for (int fd = 0; fd < 3; fd++)
-        if (null != fd && (r = eb_raw(SYS_dup3, null < 0 ? 3 : null, fd, 0, 0)) < 0)
-            goto failed;
-    if (program >= 0) {
-        /* On a number below those that are closed; it goes with the exec. */
-        if ((r = eb_raw(SYS_dup3, program, PROGRAM_FD, O_CLOEXEC, 0)) < 0)
-            goto failed;
-        close_from(PROGRAM_FD + 1, s->open_max);
-        r = eb_raw5(SYS_execveat, PROGRAM_FD, (long)"", (long)s->arguments, (long)env, AT_EMPTY_PATH);
-    } else {
-        close_from(PROGRAM_FD, s->open_max);
-        r = eb_raw(SYS_execve, (long)s->path, (long)s->arguments, (long)env, 0);
-    }
-failed:
-    s->error = (int)-r;
-    eb_raw(SYS_exit_group, 127, 0, 0, 0);
-    return 127;
-}
-
-int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
-{
-    struct start s = {.path = path, .arguments = arguments, .program = program, .control = control};
-    const int flags = CLONE_VM | CLONE_VFORK | SIGCHLD;
-    uint64_t all = ~(uint64_t)0, before;
-    s.open_max = sysconf(_SC_OPEN_MAX);
-    if (s.open_max < 0)
-        s.open_max = 1 << 20; /* no limit; close_range makes this moot on Linux 5.9 */
-    s.caller = (int)syscall(SYS_pidfd_open, getpid(), 0);
-    if (s.caller < 0)
-        return -errno;
-    char *stack = mmap(NULL, START_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-    if (stack == MAP_FAILED) {
-        int error = errno;
-        close(s.caller);
-        return -error;
-    }
-    /* No signal handler of the caller's may run in its half-made child. */
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
-    pid_t pid = clone(helper_child, stack + START_STACK, flags | (*share_fs ? CLONE_FS : 0), &s);
-    if (pid < 0 && *share_fs && errno != EAGAIN && errno != ENOMEM) {
-        *share_fs = 0;
-        pid = clone(helper_child, stack + START_STACK, flags, &s);
-    }
-    int error = pid < 0 ? errno : s.error;
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
-    if (pid > 0 && error != 0)
-        while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
-            ;
-    munmap(stack, START_STACK);
-    close(s.caller);
-    return error != 0 ? -error : pid;
-}
-
-#else
-
-int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
-{
-    (void)program, (void)path, (void)arguments, (void)control, (void)share_fs;
-    return -ENOSYS;
-}
-
-#endif

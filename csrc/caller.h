@@ -1,4 +1,4 @@
-/* What only the calling process can know or do: its own state, and starting the helper. */
+/* What only the calling process can know: its own state, and whether a helper still fits it. */
 #ifndef EB_CALLER_H
 #define EB_CALLER_H
 
@@ -19,24 +19,14 @@ struct eb_identity {
 
 struct eb_caller {
     struct eb_identity identity;
-    rlim_t hard_limits[EB_MAX_RLIMITS];
-    int32_t nice;
+    struct eb_state state;
     uint32_t umask;
-    uint32_t options_size;
-    uint8_t options[2048]; /* SPAWN options: SIGMASK, SIGIGN, PGROUP, RLIMITS, NICE, AFFINITY */
-    uint8_t *environment;  /* the C library's, as a SPAWN string list; allocated */
-    size_t environment_size, environment_capacity;
+    int status_fd; /* see caller.c */
+    pid_t status_thread;
+    uint64_t status_device, status_inode;
 };
 
-enum {
-    EB_RESTORE_SIGNALS = 1, /* SIGPIPE and SIGXFSZ are not ignored in the child */
-    EB_WITH_PGROUP = 2,     /* PGROUP with the caller's process group */
-    EB_WITH_UMASK = 4,      /* read the umask, which costs a moment of race where /proc does not tell it */
-};
-
-/* NULL if memory is short. */
-struct eb_caller *eb_caller_new(void);
-void eb_caller_free(struct eb_caller *c);
+enum { EB_WITH_UMASK = 1 }; /* read the umask, which costs a moment of race where /proc does not tell it */
 
 /* What eb_caller_read found out. */
 enum {
@@ -48,6 +38,15 @@ enum {
     EB_UNSURE = 32,     /* EB_FITS, but another seccomp filter would not have been noticed */
 };
 
+/* NULL if memory is short. */
+struct eb_caller *eb_caller_new(void);
+void eb_caller_free(struct eb_caller *c);
+
+/* In place of eb_caller_new, for one inside another object. */
+void eb_caller_init(struct eb_caller *c);
+/* Lets go of what only the next eb_caller_read would need. */
+void eb_caller_close(struct eb_caller *c);
+
 /*
  * Fills `c` for the calling thread.  `start` is what was read by the thread that started the helper, or
  * NULL; `helper` the helper's pid if it shares the working directory, root and umask of that thread, or
@@ -56,19 +55,5 @@ enum {
  */
 int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd,
                    uint64_t device, uint64_t inode);
-
-/*
- * Reads the environment into `c`.  Returns 0 or ENOMEM.  os.putenv moves it under the GIL, so this must be
- * called under the GIL.
- */
-int eb_caller_read_environment(struct eb_caller *c);
-
-/*
- * Starts the program behind the O_PATH descriptor `program`, or if that is -1 `path`, as a helper whose descriptor 3 is `control`, with the NULL-terminated
- * `arguments`.  The calling process is not copied.  With `*share_fs`, the helper shares this process's
- * working directory, root and umask; cleared if the kernel refuses that.  Returns the helper's pid,
- * or -errno.
- */
-int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
 
 #endif

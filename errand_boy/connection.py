@@ -16,8 +16,12 @@ from errand_boy._native import lib
 from errand_boy.errors import HelperDiedError, ProtocolError
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
-_BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
+TYPE_CHECKING = False  # typing takes milliseconds to import
+if TYPE_CHECKING:
+    from errand_boy.outgoing import Outgoing
 
+_NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
+_BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
 
 _Ancillary = list[tuple[int, int, bytes]]
 
@@ -48,7 +52,6 @@ class Connection:
         "__weakref__",
         "_buffer",
         "_greeted",
-        "_opened",
         "_owner",
         "_size",
         "device",
@@ -66,7 +69,6 @@ class Connection:
         self.inode = info.st_ino
         self._buffer = bytearray(_BUFFER_SIZE)
         self._size = 0  # of what has come into it
-        self._opened = False
         self._greeted = False
         self.reply: Reply | None = None  # the last one, to the command that is being started
         _connections.add(self)
@@ -90,23 +92,26 @@ class Connection:
             return False
         return (info.st_dev, info.st_ino) == (self.device, self.inode)
 
-    def send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
-        """Send one frame with its descriptors.
+    def open(self) -> None:
+        """Send the connection's first bytes. Raises BrokenPipeError if the helper has gone."""
+        self.sock.sendall(protocol.OPENING, _NOSIGNAL)
+
+    def send(self, frame: bytes | memoryview, fds: Sequence[int] = ()) -> None:
+        """Send one frame, or the rest of one, with its descriptors.
 
         Raises NotServedError if the helper has gone, ProtocolError with its reason if it refused
         the connection, and OSError for descriptors that cannot be sent.
         """
-        opening = b"" if self._opened else protocol.OPENING
-        self._opened = True
+        data = memoryview(frame)
+        most = lib.EB_MAX_FDS_PER_SEND
         try:
-            if len(fds) <= lib.EB_MAX_FDS_PER_SEND:
-                data = opening + frame
-                sent = self.sock.sendmsg([data], _rights(fds))
-                if sent < len(data):
-                    self.sock.sendall(memoryview(data)[sent:])
-            else:
-                self.sock.sendall(opening)  # its bytes are no place for the frame's descriptors
-                self._send_in_batches(frame, fds)
+            for start in range(0, len(fds) - most, most):
+                self.sock.sendmsg([data[:1]], _rights(fds[start : start + most]), _NOSIGNAL)
+                data = data[1:]
+            last = fds[(len(fds) - 1) // most * most :] if fds else fds
+            sent = self.sock.sendmsg([data], _rights(last), _NOSIGNAL)
+            if sent < len(data):
+                self.sock.sendall(data[sent:], _NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError):
             # What was sent is not a whole request, so nothing has been run.
             try:
@@ -114,14 +119,6 @@ class Connection:
             except HelperDiedError:
                 raise NotServedError from None
             raise
-
-    def _send_in_batches(self, frame: bytes, fds: Sequence[int]) -> None:
-        data = memoryview(frame)
-        most = lib.EB_MAX_FDS_PER_SEND
-        for start in range(0, len(fds), most):
-            self.sock.sendmsg([data[:1]], _rights(fds[start : start + most]))
-            data = data[1:]
-        self.sock.sendall(data)
 
     def receive(self, timeout: float | None = None) -> Reply:
         """Return the next reply.
@@ -136,32 +133,32 @@ class Connection:
             self.reply = None
         if self.reply is None:
             raise ProtocolError(errno.EPROTO, f"reply {kind} of {len(payload)} bytes")
-        self._consume(protocol.HEADER.size + len(payload))  # last, see start()
+        self._consume(protocol.HEADER.size + len(payload))  # last, see recover()
         return self.reply
 
-    def start(self, frame: bytes, fds: Sequence[int]) -> Spawned | Failed:
-        """Send a request and return its outcome.
-
-        An exception that comes in from outside (KeyboardInterrupt, a greenlet's Timeout) must not
-        cost the command's pid: the outcome is awaited nevertheless, and left in `reply`, unless the
-        request had not been sent whole. The connection is of no use then.
-        """
-        try:
-            self.send(frame, fds)
-            reply = self.receive()
-        except (NotServedError, OSError):
-            raise
-        except BaseException:
-            if self.reply is None:
-                self._recover()
-                # The helper answers what came whole, then closes: this wait is bounded.
-                self.sock.shutdown(socket.SHUT_WR)
-                with contextlib.suppress(NotServedError, OSError):
-                    self.receive()
-            raise
+    def outcome(self, outgoing: Outgoing) -> Spawned | Failed:
+        """Send what has not been sent of a request, and return its outcome."""
+        frame = outgoing.frame
+        if frame:
+            self.send(frame, outgoing.fds)
+        reply = self.receive()
         if isinstance(reply, Exited):
             raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
         return reply
+
+    def recover(self) -> None:
+        """Await the outcome after all, when an exception came in from outside.
+
+        KeyboardInterrupt or a greenlet's Timeout must not cost the command's pid: the outcome is
+        then in `reply`, unless the request had not been sent whole. The connection is of no use
+        any more.
+        """
+        if self.reply is None:
+            self._count_received()
+            with contextlib.suppress(NotServedError, OSError):
+                # The helper answers what came whole, then closes: this wait is bounded.
+                self.sock.shutdown(socket.SHUT_WR)
+                self.receive()
 
     def _frame(self, timeout: float | None) -> tuple[int, bytes]:
         """Return the kind and the payload of the next frame but HELLO; it stays in the buffer."""
@@ -218,10 +215,10 @@ class Connection:
         self._size += size
 
     def _consume(self, size: int) -> None:
-        self._buffer[:] = self._buffer[size:] + bytes(size)  # zeros again, see _recover
+        self._buffer[:] = self._buffer[size:] + bytes(size)  # zeros again, see _count_received
         self._size -= size
 
-    def _recover(self) -> None:
+    def _count_received(self) -> None:
         """Count the frames that an interrupted _receive_some has received but not counted."""
         header = protocol.HEADER.size
         while self._size + header <= len(self._buffer):

@@ -16,10 +16,7 @@ from errand_boy import protocol
 from errand_boy._native import ffi, lib
 from errand_boy.connection import Connection, close_all
 from errand_boy.errors import HelperError
-
-TYPE_CHECKING = False  # typing takes milliseconds to import
-if TYPE_CHECKING:
-    from typing import Any
+from errand_boy.outgoing import Caller, Outgoing, Request, forget, take
 
 _MOST_IDLE = 8  # connections kept for later
 
@@ -27,10 +24,11 @@ _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _GRACE = 1.0  # seconds
 PATIENCE = 100  # attempts at one command, of a process whose threads differ in what they are
 
+_WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
+
 _lock = threading.RLock()
 _current: Helper | None = None
 _unreaped: list[Helper] = []  # retired; they have ended, or will soon
-_callers: list[Caller] = []  # not in use
 
 
 def _open_program() -> tuple[int, int, int]:
@@ -55,73 +53,11 @@ def _program_fd() -> int:
     return fd if (info.st_dev, info.st_ino) == (device, inode) else -1
 
 
-class Caller:
-    """The state of a calling thread as the kernel has it."""
-
-    def __init__(self) -> None:
-        c = lib.eb_caller_new()
-        if c == ffi.NULL:
-            raise MemoryError
-        self._c: Any = ffi.gc(c, lib.eb_caller_free)
-        self._options: Any = ffi.buffer(c.options)
-
-    def read(
-        self, flags: int, helper: Helper | None = None, connection: Connection | None = None
-    ) -> int:
-        """Read the state anew, for a start by `helper` over `connection`; return what was found."""
-        start, pid = ffi.NULL, 0
-        fd, device, inode = -1, 0, 0
-        if helper is not None:
-            start = helper.caller._c
-            if helper.shares_fs:
-                pid = helper.pid
-            else:
-                flags |= lib.EB_WITH_UMASK
-        if connection is not None:
-            fd, device, inode = connection.sock.fileno(), connection.device, connection.inode
-        found: int = lib.eb_caller_read(self._c, start, pid, flags, fd, device, inode)
-        if found < 0:
-            raise OSError(-found, os.strerror(-found))
-        return found
-
-    @property
-    def umask(self) -> int:
-        """The file mode creation mask."""
-        mask: int = self._c.umask
-        return mask
-
-    @property
-    def options(self) -> bytes:
-        """The options of a SPAWN request that make the child inherit this state."""
-        data: bytes = self._options[: self._c.options_size]
-        return data
-
-    def environment(self) -> bytes:
-        """Return the C library's environment, which os.putenv changes, as an option."""
-        if lib.caller_read_environment(self._c):
-            raise MemoryError
-        c = self._c
-        return protocol.option(lib.EB_TAG_ENV, ffi.buffer(c.environment, c.environment_size)[:])
-
-
-class State:
-    """What a start needs to know of its caller."""
-
-    __slots__ = ("environment", "found", "options", "umask")
-
-    def __init__(self, caller: Caller, found: int, with_environment: bool) -> None:
-        self.found = found
-        self.options = caller.options
-        self.umask = caller.umask
-        self.environment = caller.environment() if with_environment else b""
-
-
 class Helper:
     """A running helper process, and the connections to it that are not in use."""
 
     def __init__(self) -> None:
         self.caller = Caller()
-        self.caller.read(0)
         self._owner = os.getpid()
         path = os.environ.get("ERRAND_BOY_HELPER")
         posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix"
@@ -151,7 +87,16 @@ class Helper:
         self.idle: list[Connection] = []
         self._control = Connection(ours)
         with contextlib.suppress(BrokenPipeError):  # it ended at once: connect() will tell
-            self._control.sock.sendall(protocol.OPENING)
+            self._control.open()
+
+    def fits(self, fresh: Helper | None) -> bool:
+        """Return whether the calling thread may use it; `fresh` is one that it has just started."""
+        outgoing = take()
+        try:
+            found = outgoing.read(self.caller, self.pid if self.shares_fs else 0)
+        finally:
+            outgoing.done()
+        return _fits(found, self is fresh)
 
     def connect(self) -> Connection | None:
         """Return a new connection; None if the helper has gone."""
@@ -165,7 +110,9 @@ class Helper:
                     self._control.sock.sendmsg(
                         [protocol.HEADER.pack(0, lib.EB_ADOPT)],
                         [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
+                        socket.MSG_NOSIGNAL,
                     )
+                    connection.open()
                     return connection
         except (BrokenPipeError, ConnectionResetError):
             pass
@@ -230,48 +177,54 @@ class Helper:
                 os.kill(self.pid, signal.SIGKILL)
 
 
-def acquire(flags: int, with_environment: bool) -> tuple[Helper, Connection, State]:
-    """Return a connection to a helper that fits the calling thread, and that thread's state.
+def _fits(found: int, fresh: bool) -> bool:
+    return bool(found & lib.EB_FITS) and (fresh or not found & lib.EB_UNSURE)
 
-    Raises HelperError if none can be started, and OSError for a lack of descriptors.
+
+def acquire(request: Request, outgoing: Outgoing) -> tuple[Helper, Connection]:
+    """Prepare `request` for a helper that fits the calling thread; return it and a connection.
+
+    They are those of `outgoing` too, for an exception that comes in from outside: the request may
+    have been sent by then. Raises HelperError if no helper can be started, and OSError
+    for a lack of descriptors or a request that is too long (E2BIG).
     """
     fresh: Helper | None = None
     if _unreaped:
         _reap()
-    try:
-        caller = _callers.pop()
-    except IndexError:
-        caller = Caller()
-    connection: Connection | None = None
-    try:
-        for _ in range(PATIENCE):
-            helper = _current
-            if helper is None:
-                helper = fresh = _replace(None)
-            try:
-                connection = helper.idle.pop()
-            except IndexError:
-                connection = None
-            found = caller.read(flags, helper, connection)
-            if not found & lib.EB_FITS or (found & lib.EB_UNSURE and helper is not fresh):
-                fresh = _replace(helper)
-            elif connection is None:
-                connection = helper.connect()
-                if connection is not None:
-                    return helper, connection, State(caller, found, with_environment)
-                fresh = _replace(helper)
-            elif found & lib.EB_CONNECTION:
-                return helper, connection, State(caller, found, with_environment)
+    for _ in range(PATIENCE):
+        helper = _current
+        if helper is None:
+            helper = fresh = _replace(None)
+        try:
+            connection = outgoing.connection = helper.idle.pop()
+        except IndexError:
+            connection = None
+        outgoing.helper = helper
+        pid, flags = (helper.pid, 0) if helper.shares_fs else (0, _WITH_FS)
+        try:
+            found = outgoing.prepare(request, helper.caller, pid, flags, connection)
+        except OSError:  # the request is too long: nothing has been sent
+            outgoing.connection = None
             if connection is not None:
-                connection.close()
-                connection = None
-    except BaseException:
+                helper.release(connection)
+            raise
+        if not _fits(found, helper is fresh):
+            fresh = _replace(helper)
+        elif connection is None:
+            connection = outgoing.connection = helper.connect()
+            if connection is not None:
+                return helper, connection
+            fresh = _replace(helper)
+        elif found & lib.EB_CONNECTION:
+            return helper, connection
         if connection is not None:
+            outgoing.connection = None
             connection.close()
-        raise
-    finally:
-        _callers.append(caller)
-    raise HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
+    raise _ends_at_once()
+
+
+def _ends_at_once() -> HelperError:
+    return HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
 
 
 def discard(helper: Helper, connection: Connection) -> None:
@@ -321,8 +274,17 @@ def start() -> None:
     A helper that is started early, while the process is small and single-threaded, starts fastest.
     Raises HelperError.
     """
-    helper, connection, _ = acquire(0, False)
-    helper.release(connection)
+    fresh: Helper | None = None
+    for _ in range(PATIENCE):
+        helper = _current
+        if helper is not None and helper.fits(fresh):
+            connection = None if helper.idle else helper.connect()
+            if connection is not None:
+                helper.release(connection)
+            if helper.idle:
+                return
+        fresh = _replace(helper)
+    raise _ends_at_once()
 
 
 def stop() -> None:
@@ -334,6 +296,7 @@ def stop() -> None:
     with _lock:
         _retire_current()
         _reap(_GRACE)
+    forget()
 
 
 def helper_pid() -> int | None:

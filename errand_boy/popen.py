@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from operator import index
 
 from errand_boy import helper as _helper
@@ -20,7 +20,8 @@ from errand_boy._native import lib
 from errand_boy.connection import Connection, NotServedError
 from errand_boy.errors import HelperDiedError, HelperError
 from errand_boy.functions import original_popen
-from errand_boy.helper import Helper, State
+from errand_boy.helper import Helper
+from errand_boy.outgoing import Outgoing, Request, take
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
 TYPE_CHECKING = False
@@ -111,8 +112,10 @@ class Popen(_Base[AnyStr]):
         options.append(protocol.strings(lib.EB_TAG_EXECUTABLES, _candidates(executable, env)))
         if cwd is not None:
             options.append(protocol.string(lib.EB_TAG_CWD, os.fsencode(cwd)))
+        flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
         if index(umask) >= 0:
             options.append(protocol.number(lib.EB_TAG_UMASK, umask))
+            flags |= lib.EB_UMASK_GIVEN
         if start_new_session:
             options.append(protocol.option(lib.EB_TAG_SETSID))
         if index(process_group) >= 0:
@@ -124,35 +127,15 @@ class Popen(_Base[AnyStr]):
         if uid is not None and uid >= 0:
             options.append(protocol.number(lib.EB_TAG_UID, _id(uid, "uid")))
 
-        flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
         if not start_new_session and process_group < 0:
             flags |= lib.EB_WITH_PGROUP
+        if env is None:
+            flags |= lib.EB_WITH_ENVIRONMENT
         standard = (p2cread, c2pwrite, errwrite)
-
-        pass_fds = list(pass_fds)
-
-        def request(helper: Helper, state: State) -> tuple[bytes, list[int]]:
-            parts = [*options, state.options]
-            if close_fds and not pass_fds and standard == (-1, -1, -1):
-                present = state.found & 7
-                parts.append(_STANDARD[present])
-                fds = [fd for fd in (0, 1, 2) if present >> fd & 1]
-            else:
-                targets = _targets(close_fds, pass_fds, standard, state.found)
-                numbers = sorted(targets)
-                parts.append(protocol.numbers(lib.EB_TAG_FDS, numbers))
-                fds = [targets[number] for number in numbers]
-            if env is None:
-                parts.append(state.environment)
-            if not helper.shares_fs:
-                fds.append(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-                parts.append(protocol.option(lib.EB_TAG_CWD_FD))
-                if umask < 0:
-                    parts.append(protocol.number(lib.EB_TAG_UMASK, state.umask))
-            return protocol.frame(lib.EB_SPAWN, parts), fds
+        others = _others(close_fds, pass_fds)
 
         try:
-            reply = self._start(flags, env is None, request)
+            reply = self._start(Request(b"".join(options), standard, others, flags))
         except OSError as error:
             if error.errno == errno.E2BIG:
                 raise OSError(error.errno, error.strerror, executable) from None
@@ -169,37 +152,40 @@ class Popen(_Base[AnyStr]):
 
         _waitpid_lock: Any
 
-    def _start(
-        self,
-        flags: int,
-        with_environment: bool,
-        request: Callable[[Helper, State], tuple[bytes, list[int]]],
-    ) -> Spawned | Failed:
-        for _ in range(_helper.PATIENCE):
-            helper, connection, state = _helper.acquire(flags, with_environment)
-            fds: list[int] = []
-            try:
-                frame, fds = request(helper, state)
-                reply = connection.start(frame, fds)
-                self._take(reply, helper, connection)
-            except NotServedError:
-                _helper.discard(helper, connection)
-                continue
-            except BaseException:
-                # Descriptors that cannot be sent end the connection, not the helper; if it is the
-                # helper that ended, the next start finds that out.
-                if connection.reply is not None:
-                    self._take(connection.reply, helper, connection)
+    def _start(self, request: Request) -> Spawned | Failed:
+        outgoing = take()
+        try:
+            for _ in range(_helper.PATIENCE):
+                try:
+                    helper, connection = _helper.acquire(request, outgoing)
+                    reply = connection.outcome(outgoing)
+                    self._take(reply, helper, connection)
+                except NotServedError:
+                    _helper.discard(helper, connection)
+                    continue
+                except BaseException as error:
+                    self._abandon(outgoing, error)
+                    raise
                 if self._lease is None:
-                    connection.close()
-                raise
-            finally:
-                if fds and not helper.shares_fs:
-                    os.close(fds[-1])
-            if self._lease is None:
-                helper.release(connection)
-            return reply
+                    helper.release(connection)
+                return reply
+        finally:
+            outgoing.done()
         raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
+
+    def _abandon(self, outgoing: Outgoing, error: BaseException) -> None:
+        """Have what became of a request whose start has failed with `error`."""
+        # Descriptors that cannot be sent end the connection, not the helper; if it is the helper
+        # that ended, the next start finds that out.
+        helper, connection = outgoing.helper, outgoing.connection
+        if helper is None or connection is None:
+            return
+        if not isinstance(error, OSError):
+            connection.recover()
+        if connection.reply is not None:
+            self._take(connection.reply, helper, connection)
+        if self._lease is None:
+            connection.close()
 
     def _take(self, reply: Reply, helper: Helper, connection: Connection) -> None:
         """Make the outcome this object's own; once more does nothing more."""
@@ -278,12 +264,6 @@ class Popen(_Base[AnyStr]):
                 lease[1].send(frame)
 
 
-# The descriptors of a command that inherits 0 to 2, by which of them are open: EB_STDIN and so on.
-_STANDARD = [
-    protocol.numbers(lib.EB_TAG_FDS, [fd for fd in range(3) if present >> fd & 1])
-    for present in range(8)
-]
-
 _warned: set[tuple[str, int]] = set()
 
 
@@ -346,23 +326,16 @@ def _group_ids(values: list[int]) -> list[int]:
         raise ValueError("invalid group id") from None
 
 
-def _targets(
-    close_fds: bool, pass_fds: Iterable[int], standard: Sequence[int], found: int
-) -> dict[int, int]:
-    """Return the descriptors that the child gets: its number for each to ours."""
-    targets: dict[int, int] = {}
-    if not close_fds:
-        targets.update((fd, fd) for fd in _inheritable() if fd > 2)
+def _others(close_fds: bool, pass_fds: Iterable[int]) -> list[int]:
+    """Return the descriptors, in ascending order, that keep their numbers in the child."""
+    kept = set()
     for fd in map(int, pass_fds):
         if not 0 <= fd <= 0x7FFFFFFF:
             raise ValueError("bad value(s) in fds_to_keep")
-        targets[fd] = fd
-    for number, fd in enumerate(standard):
-        if fd != -1:
-            targets[number] = fd
-        elif found >> number & 1:  # EB_STDIN and its neighbours
-            targets[number] = number
-    return targets
+        kept.add(fd)
+    if not close_fds:
+        kept.update(fd for fd in _inheritable() if fd > 2)
+    return sorted(kept)
 
 
 def _inheritable() -> list[int]:

@@ -648,6 +648,7 @@ def test_client_sends_no_descriptor_before_the_frame_that_names_it() -> None:
     ours, theirs = socket.socketpair()
     connection = Connection(ours)
     with theirs:
+        connection.open()
         connection.send(spawn("/bin/true", targets=range(count)), [0] * count)
         connection.close()
         received = 0

@@ -1,0 +1,13 @@
+/* Starting the private helper. */
+#ifndef EB_LAUNCH_H
+#define EB_LAUNCH_H
+
+/*
+ * Starts the program behind the O_PATH descriptor `program`, or if that is -1 `path`, as a helper whose
+ * descriptor 3 is `control`, with the NULL-terminated `arguments`.  The calling process is not copied.
+ * With `*share_fs`, the helper shares this process's working directory, root and umask; cleared if the
+ * kernel refuses that.  Returns the helper's pid, or -errno.
+ */
+int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
+
+#endif
