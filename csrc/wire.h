@@ -32,23 +32,56 @@ enum {
     EB_MAX_GROUPS = 1 << 16,   /* NGROUPS_MAX */
     EB_MAX_AFFINITY = 1024,    /* bytes of a CPU mask: 8,192 CPUs, the kernel's limit */
     EB_MAX_REASON = 200,       /* bytes of a reason text */
+    EB_WINDOW = 64 << 10,      /* bytes of STDIN on their way */
 };
 
 enum eb_kind {
-    /* either side */
+    /* either side's first frame, but see EB_STATUS */
     EB_HELLO = 1,    /* u32 version */
-    /* on a helper's control socket */
-    EB_ADOPT = 2,    /* empty; one descriptor: a connection to serve */
+
     /* client to helper */
     EB_SPAWN = 3,    /* options, see eb_tag */
-    EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child */
+    EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
+                        negative of it: its process group, as for kill(2) */
+    EB_STDIN = 10,   /* bytes for a streamed standard input; empty: its end */
+
+    /* client to daemon, its first frame in place of HELLO */
+    EB_STATUS = 5,   /* u32 version; answered by STATUS_REPLY, then the daemon closes the connection */
+
     /* helper to client */
     EB_SPAWNED = 16, /* i32 pid | u8 eb_owner */
     EB_FAILED = 17,  /* i32 pid that the caller must wait for, 0: none | i32 errno | u8 eb_stage */
     EB_EXITED = 18,  /* i32 wait status | u64 * 9: user and system time (microseconds), peak resident set
                         (KiB), minor and major faults, blocks in and out, voluntary and involuntary
                         context switches */
-    EB_REFUSED = 19, /* UTF-8 reason; the helper closes the connection after it */
+    EB_REFUSED = 19, /* UTF-8 reason; the sender closes the connection after it */
+    EB_STDOUT = 20,  /* bytes of a streamed standard output; empty: its end */
+    EB_STDERR = 21,
+    EB_CREDIT = 22,  /* u32: so many more bytes of STDIN may be sent, beyond the first EB_WINDOW */
+
+    /* daemon to client */
+    EB_STATUS_REPLY = 23, /* JSON */
+
+    /* server to helper, on its control socket */
+    EB_ADOPT = 2,    /* u32 connection id | u8 eb_adopt; empty: 0 and 0.  One descriptor: a connection to serve */
+    EB_DRAIN = 6,    /* empty: close connections that are at rest, and others after the end of their command */
+    EB_END = 7,      /* u8 signal number, sent to the process groups of all live commands */
+    EB_QUERY = 8,    /* empty; answered by REPORT */
+    EB_GRANT = 9,    /* u32 connection id, in answer to WANT */
+
+    /* helper to server, on its control socket */
+    EB_WANT = 24,    /* u32 connection id: it asks to start a command, and waits for GRANT */
+    EB_DONE = 25,    /* u32 connection id: the command that was granted has ended or failed to start, or the
+                        wish for it is withdrawn */
+    EB_CLOSED = 26,  /* u32 connection id: it has gone */
+    EB_FULL = 27,    /* empty: --max-tasks have been started; sent once */
+    EB_REPORT = 28,  /* see docs/protocol.md */
+};
+
+/* How a connection is to be served. */
+enum eb_adopt {
+    EB_AS_PEER = 1, /* its commands run with the ids and groups of the process that connected */
+    EB_ASK = 2,     /* each start waits for GRANT */
 };
 
 /* Whose child the new process is, that is, who must wait for it. */
@@ -81,6 +114,11 @@ enum eb_tag {
     EB_TAG_GROUPS = 15,     /* u32 * n: supplementary groups */
     EB_TAG_GID = 16,        /* u32: real, effective and saved */
     EB_TAG_UID = 17,        /* u32: real, effective and saved */
+    EB_TAG_STREAMS = 18,    /* u8, bit n for descriptor n of 0 to 2: it is a pipe of the helper's, whose data
+                               travel as frames.  Helpers that own their children only */
+    EB_TAG_ON_CLOSE = 19,   /* u32 milliseconds: if the connection ends before the command, its process group
+                               gets SIGTERM, and after that time SIGKILL.  Absent: it lives on, unless
+                               streamed; then 1,000 */
     EB_TAG_END              /* one past the last */
 };
 
