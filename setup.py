@@ -13,6 +13,9 @@ HELPER_SOURCES = [
     f"csrc/{name}.c"
     for name in (
         "helper",
+        "commands",
+        "control",
+        "streams",
         "connection",
         "fdpass",
         "request",

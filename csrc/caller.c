@@ -244,7 +244,7 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
     for (int i = 0; i < 3; i++) {
         int fd_flags = fcntl(i, F_GETFD);
         if (fd_flags >= 0 && !(fd_flags & FD_CLOEXEC))
-            found |= EB_STDIN << i;
+            found |= EB_HAS_STDIN << i;
     }
     if (start != NULL && fits(c, start, helper))
         found |= c->identity.complete ? EB_FITS : EB_FITS | EB_UNSURE;

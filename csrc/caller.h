@@ -30,9 +30,9 @@ enum { EB_WITH_UMASK = 1 }; /* read the umask, which costs a moment of race wher
 
 /* What eb_caller_read found out. */
 enum {
-    EB_STDIN = 1, /* descriptors 0 to 2: open, and inheritable */
-    EB_STDOUT = 2,
-    EB_STDERR = 4,
+    EB_HAS_STDIN = 1, /* descriptors 0 to 2: open, and inheritable */
+    EB_HAS_STDOUT = 2,
+    EB_HAS_STDERR = 4,
     EB_FITS = 8,        /* a command started by the helper is what the caller would start */
     EB_CONNECTION = 16, /* the connection's descriptor still is what it was */
     EB_UNSURE = 32,     /* EB_FITS, but another seccomp filter would not have been noticed */

@@ -64,6 +64,8 @@ void eb_connection_consume(struct eb_connection *c, size_t size)
 
 static bool keep(struct eb_connection *c, const uint8_t *data, size_t size)
 {
+    if (size == 0)
+        return true;
     uint8_t *out = realloc(c->out, c->out_size + size);
     if (out == NULL)
         return false;
@@ -73,27 +75,27 @@ static bool keep(struct eb_connection *c, const uint8_t *data, size_t size)
     return true;
 }
 
-bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const struct eb_writer *payload)
+bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size)
 {
-    uint8_t frame[EB_HEADER_SIZE + EB_MAX_REASON];
-    struct eb_writer w = eb_writer(frame, sizeof frame);
-    eb_put_u32(&w, (uint32_t)eb_written(payload));
+    uint8_t header[EB_HEADER_SIZE];
+    struct eb_writer w = eb_writer(header, sizeof header);
+    eb_put_u32(&w, (uint32_t)size);
     eb_put_u8(&w, kind);
-    eb_put_bytes(&w, payload->start, eb_written(payload));
-    if (c->out_size > 0)
-        return keep(c, frame, eb_written(&w));
-    ssize_t n = eb_send(c->fd, frame, eb_written(&w));
+    ssize_t n = c->out_size > 0 ? 0 : eb_send(c->fd, header, sizeof header, payload, size);
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
         return false;
     size_t sent = n > 0 ? (size_t)n : 0;
-    return sent == eb_written(&w) || keep(c, frame + sent, eb_written(&w) - sent);
+    if (sent < sizeof header)
+        return keep(c, header + sent, sizeof header - sent) && keep(c, payload, size);
+    sent -= sizeof header;
+    return sent == size || keep(c, (const uint8_t *)payload + sent, size - sent);
 }
 
 bool eb_connection_flush(struct eb_connection *c)
 {
     if (c->out_size == 0)
         return true;
-    ssize_t n = eb_send(c->fd, c->out, c->out_size);
+    ssize_t n = eb_send(c->fd, c->out, c->out_size, NULL, 0);
     if (n < 0)
         return errno == EAGAIN || errno == EWOULDBLOCK;
     c->out_size -= (size_t)n;

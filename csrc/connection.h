@@ -6,26 +6,62 @@
 #include "request.h"
 #include "spawn.h"
 
-/* What an epoll event points to. */
-enum eb_source { EB_SOURCE_CONNECTION, EB_SOURCE_START, EB_SOURCE_CALLER, EB_SOURCE_CHILDREN };
+/* What an epoll event points to: a member of a connection, by which its owner is found. */
+enum eb_source {
+    EB_SOURCE_CONNECTION,
+    EB_SOURCE_START,
+    EB_SOURCE_STDIN, /* three in a row */
+    EB_SOURCE_STDOUT,
+    EB_SOURCE_STDERR,
+    EB_SOURCE_CALLER,
+    EB_SOURCE_CHILDREN,
+};
+
+/* A command's standard input and output that travel as frames. */
+struct eb_streams {
+    int fds[3];        /* ours of the pipes; -1: none, or closed */
+    bool watched[3];
+    bool ended;        /* the client has ended the input */
+    uint32_t window;   /* bytes of input that the client may send */
+    uint32_t credit;   /* bytes that it could be told it may send more */
+    uint8_t *pending;  /* input that the pipe has not taken, EB_WINDOW at most; allocated */
+    uint32_t pending_size;
+};
 
 struct eb_connection {
-    enum eb_source source; /* EB_SOURCE_CONNECTION */
+    enum eb_source source;       /* EB_SOURCE_CONNECTION */
     enum eb_source start_source; /* EB_SOURCE_START */
+    enum eb_source stream_sources[3]; /* EB_SOURCE_STDIN and its neighbours */
     int fd; /* -1: closed; the rest lives until its start and its child have ended */
+    uint32_t id;
     bool control, greeted, opened; /* opened: the NUL byte has come; greeted: the peer's HELLO */
-    bool watched, hungry; /* in the epoll set; hungry: for room to send */
+    bool released; /* among the dead */
+    bool watched;
+    uint32_t events; /* watched for */
     bool starting;
+    bool ask, wanting, granted; /* ask: each start needs a GRANT */
+    bool on_close;   /* the command is ended with the connection: SIGTERM, and SIGKILL after so long */
+    bool dying;      /* that has begun */
+    uint32_t on_close_ms;
+    uint64_t deadline; /* of eb_now_ms: for the rest of a frame, or for SIGKILL; 0: none */
+    uint64_t begun_ns;
     struct eb_start start;
     struct eb_request request; /* its strings are in the frame at the head of `in` */
+    struct eb_peer *peer;      /* whose ids its commands get; NULL: this process's */
+    struct eb_streams *streams;
     pid_t child; /* live and ours; 0: none */
+    uint64_t child_since; /* milliseconds since 1970 */
+    uint8_t *title;       /* the beginning of its argv, for the report; allocated */
+    uint16_t title_size;
+    pid_t client;
+    uid_t client_uid;
     uint8_t *in;
     size_t in_size, in_capacity;
     struct eb_fds fds;
     uint8_t *out;
     size_t out_size;
-    struct eb_connection *next;       /* among the closed ones */
-    struct eb_connection *next_child; /* in its bucket of the child table */
+    struct eb_connection *next, *previous; /* among all; or next among the dead */
+    struct eb_connection *next_child;      /* in its bucket of the child table */
 };
 
 struct eb_frame {
@@ -41,10 +77,10 @@ int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame);
 /* Removes the first `size` bytes. */
 void eb_connection_consume(struct eb_connection *c, size_t size);
 /* Sends a frame, or keeps what the socket does not take; false: the peer is gone or memory is short. */
-bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const struct eb_writer *payload);
+bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
 /* Sends what was kept. */
 bool eb_connection_flush(struct eb_connection *c);
-/* Closes the socket and all descriptors, frees all buffers. */
+/* Closes the socket and all descriptors, frees all buffers but those of the command. */
 void eb_connection_close(struct eb_connection *c);
 
 #endif

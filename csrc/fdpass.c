@@ -65,11 +65,15 @@ ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds)
     return n;
 }
 
-ssize_t eb_send(int socket, const void *data, size_t size)
+ssize_t eb_send(int socket, const void *first, size_t first_size, const void *second, size_t second_size)
 {
+    /* sendmsg's prototype lacks a const. */
+    struct iovec parts[] = {{.iov_base = (void *)(uintptr_t)first, .iov_len = first_size},
+                            {.iov_base = (void *)(uintptr_t)second, .iov_len = second_size}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = second_size > 0 ? 2 : 1};
     ssize_t n;
     do
-        n = send(socket, data, size, MSG_DONTWAIT | MSG_NOSIGNAL);
+        n = sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     while (n < 0 && errno == EINTR);
     return n;
 }

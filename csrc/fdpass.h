@@ -17,8 +17,8 @@ struct eb_fds {
 /* Receives up to `size` bytes; the descriptors that come with them are appended to `fds`, close-on-exec.
  * Returns as recv(2) does. */
 ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds);
-/* Sends as send(2) does, never raising SIGPIPE. */
-ssize_t eb_send(int socket, const void *data, size_t size);
+/* Sends two parts as send(2) does one, never raising SIGPIPE. */
+ssize_t eb_send(int socket, const void *first, size_t first_size, const void *second, size_t second_size);
 
 /* Closes the oldest `count`. */
 void eb_fds_drop(struct eb_fds *fds, uint32_t count);

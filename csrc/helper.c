@@ -3,13 +3,16 @@
  * commands that they ask for.  One thread, never waiting but in epoll_wait.
  *
  *   --private         started by the process that it serves: descriptor 4 is that process's pidfd, and new
- *                     processes become that process's children
+ *                     processes become that process's children; else it is one of a daemon's
  *   --own-children    keep the children, wait for them and report their ends
  *   --posix-spawn     start through posix_spawn(3); implies --own-children
+ *   --max-tasks=N     tell the server after so many starts
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
  * socket is at its end and the last connection has gone.
  */
+#include "service.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <malloc.h>
@@ -19,29 +22,23 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/resource.h>
 #include <sys/signalfd.h>
-#include <sys/wait.h>
+#include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
-
-#include "connection.h"
 
 enum {
     CONTROL_FD = 3,
     CALLER_FD = 4,
     READS_PER_TURN = 16, /* of one connection, before the others have theirs */
-    CHILD_BUCKETS = 1024,
     REST_MS = 100,
+    TICK_MS = 50,           /* how late a deadline may be noticed */
+    FRAME_TIMEOUT_MS = 30000, /* for the rest of a frame that has begun */
+    MOST_PEER_GROUPS = 1 << 16,
 };
 
-static struct eb_state self;
-static const struct eb_spawner *spawner;
+struct eb_service service;
 static int epoll_fd, children_fd;
-static bool ending;
-static unsigned open_connections;
-static bool untidy; /* several connections have been at work at once */
-static struct eb_connection *closed; /* kept while events, a start or a child may still point to them */
-static struct eb_connection *children[CHILD_BUCKETS];
 
 static void fatal(const char *what)
 {
@@ -49,17 +46,24 @@ static void fatal(const char *what)
     exit(1);
 }
 
+uint64_t eb_now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
 /* -- the epoll set -- */
 
-static bool watch(struct eb_connection *c, bool hungry)
+bool eb_watch(struct eb_connection *c, uint32_t events)
 {
-    if (c->watched && c->hungry == hungry)
+    if (c->watched && c->events == events)
         return true;
-    struct epoll_event event = {.events = hungry ? EPOLLOUT : EPOLLIN, .data.ptr = &c->source};
+    struct epoll_event event = {.events = events, .data.ptr = &c->source};
     if (epoll_ctl(epoll_fd, c->watched ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, c->fd, &event) != 0)
         return false;
     c->watched = true;
-    c->hungry = hungry;
+    c->events = events;
     return true;
 }
 
@@ -67,47 +71,113 @@ static bool watch(struct eb_connection *c, bool hungry)
 static void unwatch(struct eb_connection *c)
 {
     if (c->watched)
-        epoll_ctl(epoll_fd, EPOLL_CTL_DEL, c->fd, NULL);
+        eb_unwatch_fd(c->fd);
     c->watched = false;
+}
+
+bool eb_watch_fd(int fd, uint32_t events, enum eb_source *source)
+{
+    struct epoll_event event = {.events = events, .data.ptr = source};
+    return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0;
+}
+
+void eb_unwatch_fd(int fd)
+{
+    (void)epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
 }
 
 /* -- connections -- */
 
-static void close_connection(struct eb_connection *c)
+static void add_connection(struct eb_connection *c)
+{
+    c->next = service.all;
+    if (c->next != NULL)
+        c->next->previous = c;
+    service.all = c;
+    if (!c->control)
+        service.count++;
+}
+
+void eb_release(struct eb_connection *c)
+{
+    if (c->released || c->fd >= 0 || c->starting || c->child != 0)
+        return;
+    c->released = true;
+    if (c->previous != NULL)
+        c->previous->next = c->next;
+    else
+        service.all = c->next;
+    if (c->next != NULL)
+        c->next->previous = c->previous;
+    if (!c->control) {
+        service.count--;
+        eb_tell(EB_CLOSED, c);
+    }
+    free(c->peer);
+    c->peer = NULL;
+    c->previous = NULL;
+    c->next = service.dead;
+    service.dead = c;
+}
+
+void eb_close_connection(struct eb_connection *c)
 {
     if (c->fd < 0)
         return;
-    if (c->control)
-        ending = true;
     unwatch(c);
     if (c->starting) {
-        /* The request is still being read: see finish_start. */
+        /* The request is still being read: see eb_finish_start. */
         close(c->fd);
         c->fd = -1;
     } else {
         eb_connection_close(c);
+        eb_streams_close(c);
     }
-    open_connections--;
-    c->next = closed;
-    closed = c;
+    eb_abandon_command(c);
+    if (c->control) {
+        service.control = NULL;
+        eb_server_gone();
+    }
+    eb_release(c);
 }
 
-/* Frees what nothing needs any more.  Between two rounds of events only, since they point to it. */
 static void sweep(void)
 {
-    struct eb_connection **at = &closed;
-    while (*at != NULL) {
-        struct eb_connection *c = *at;
-        if (c->starting || c->child != 0) {
-            at = &c->next;
-        } else {
-            *at = c->next;
-            free(c);
-        }
+    while (service.dead != NULL) {
+        struct eb_connection *c = service.dead;
+        service.dead = c->next;
+        free(c);
     }
 }
 
-static bool adopt(int fd, bool control)
+/* The kernel's word for who connected; false if it has none. */
+static bool identify(struct eb_connection *c, bool as_peer)
+{
+    struct ucred ucred;
+    socklen_t size = sizeof ucred;
+    if (getsockopt(c->fd, SOL_SOCKET, SO_PEERCRED, &ucred, &size) != 0)
+        return false;
+    c->client = ucred.pid;
+    c->client_uid = ucred.uid;
+    if (!as_peer)
+        return true;
+    socklen_t groups = 0;
+    if (getsockopt(c->fd, SOL_SOCKET, SO_PEERGROUPS, NULL, &groups) != 0 && errno != ERANGE)
+        return false;
+    if (groups > MOST_PEER_GROUPS * sizeof(gid_t))
+        return false;
+    c->peer = malloc(sizeof *c->peer + groups);
+    if (c->peer == NULL)
+        return false;
+    if (groups > 0 && getsockopt(c->fd, SOL_SOCKET, SO_PEERGROUPS, c->peer->groups, &groups) != 0)
+        return false;
+    c->peer->uid = ucred.uid;
+    c->peer->gid = ucred.gid;
+    c->peer->group_count = (uint32_t)(groups / sizeof(gid_t));
+    return true;
+}
+
+bool eb_adopt(int fd, uint32_t id, uint8_t flags, bool control)
 {
     struct eb_connection *c = calloc(1, sizeof *c);
     if (c == NULL) {
@@ -115,147 +185,49 @@ static bool adopt(int fd, bool control)
         return false;
     }
     *c = (struct eb_connection){
-        .source = EB_SOURCE_CONNECTION, .start_source = EB_SOURCE_START, .fd = fd, .control = control};
+        .source = EB_SOURCE_CONNECTION,
+        .start_source = EB_SOURCE_START,
+        .stream_sources = {EB_SOURCE_STDIN, EB_SOURCE_STDOUT, EB_SOURCE_STDERR},
+        .fd = fd,
+        .id = id,
+        .control = control,
+        .ask = (flags & EB_ASK) != 0,
+    };
     c->start.done_fd = -1;
-    open_connections++;
+    add_connection(c);
+    if (control)
+        service.control = c;
 
     uint8_t payload[4];
     struct eb_writer hello = eb_writer(payload, sizeof payload);
     eb_put_u32(&hello, EB_VERSION);
+    bool known = control || !service.pool || identify(c, (flags & EB_AS_PEER) != 0);
     /* The control socket's peer may have ended its side already: what it sent before counts. */
-    if ((!control && !eb_connection_send(c, EB_HELLO, &hello)) || !watch(c, c->out_size > 0)) {
-        close_connection(c);
+    if (!known || (!control && !eb_connection_send(c, EB_HELLO, payload, eb_written(&hello))) ||
+        !eb_watch(c, c->out_size > 0 ? EPOLLOUT : EPOLLIN)) {
+        eb_close_connection(c);
         return false;
     }
     return true;
 }
 
-/* The reason is sent if the socket takes it at once; a peer that sends what it may not is owed no more. */
-static void refuse(struct eb_connection *c, const char *format, ...)
+void eb_refuse(struct eb_connection *c, const char *format, ...)
 {
     char reason[EB_MAX_REASON];
     va_list arguments;
     va_start(arguments, format);
     int length = vsnprintf(reason, sizeof reason, format, arguments);
     va_end(arguments);
-    struct eb_writer w = eb_writer(reason, sizeof reason);
-    w.at += length < (int)sizeof reason ? length : (int)sizeof reason - 1;
-    (void)eb_connection_send(c, EB_REFUSED, &w);
-    close_connection(c);
+    size_t size = length < (int)sizeof reason ? (size_t)length : sizeof reason - 1;
+    if (c->fd >= 0)
+        (void)eb_connection_send(c, EB_REFUSED, reason, size);
+    eb_close_connection(c);
 }
 
-static void reply(struct eb_connection *c, enum eb_kind kind, const struct eb_writer *payload)
+void eb_reply(struct eb_connection *c, enum eb_kind kind, const struct eb_writer *payload)
 {
-    if (c->fd >= 0 && !eb_connection_send(c, kind, payload))
-        close_connection(c);
-}
-
-/* -- children -- */
-
-static struct eb_connection **child_bucket(pid_t pid)
-{
-    return &children[(unsigned)pid % CHILD_BUCKETS];
-}
-
-static void add_child(struct eb_connection *c, pid_t pid)
-{
-    struct eb_connection **bucket = child_bucket(pid);
-    c->child = pid;
-    c->next_child = *bucket;
-    *bucket = c;
-}
-
-static struct eb_connection *remove_child(pid_t pid)
-{
-    for (struct eb_connection **at = child_bucket(pid); *at != NULL; at = &(*at)->next_child)
-        if ((*at)->child == pid) {
-            struct eb_connection *c = *at;
-            *at = c->next_child;
-            c->child = 0;
-            return c;
-        }
-    return NULL;
-}
-
-static void report_start(struct eb_connection *c)
-{
-    uint8_t payload[16];
-    struct eb_writer w = eb_writer(payload, sizeof payload);
-    if (c->start.error == 0) {
-        eb_put_u32(&w, (uint32_t)c->start.pid);
-        eb_put_u8(&w, c->start.owner);
-        reply(c, EB_SPAWNED, &w);
-    } else {
-        eb_put_u32(&w, c->start.owner == EB_OWNER_CALLER ? (uint32_t)c->start.pid : 0);
-        eb_put_u32(&w, (uint32_t)c->start.error);
-        eb_put_u8(&w, c->start.stage);
-        reply(c, EB_FAILED, &w);
-    }
-}
-
-static void finish_start(struct eb_connection *c)
-{
-    struct eb_frame frame;
-    /* Closing is not enough: other new processes hold copies of it until they exec, and with them it would
-     * go on to report events, for a start that is over. */
-    if (c->start.done_fd >= 0)
-        (void)epoll_ctl(epoll_fd, EPOLL_CTL_DEL, c->start.done_fd, NULL);
-    spawner->end(&c->start);
-    c->starting = false;
-    if (c->start.error != 0 && c->child != 0) {
-        /* Its descriptors are closed already, so it is ending and this wait is short.  No EXITED: its
-         * client is told why it failed. */
-        (void)waitpid(c->child, NULL, 0);
-        (void)remove_child(c->child);
-    }
-    eb_request_free(&c->request);
-    if (c->fd < 0) {
-        eb_connection_close(c);
-    } else {
-        if (eb_connection_frame(c, &frame) == 1)
-            eb_connection_consume(c, EB_HEADER_SIZE + frame.size);
-        report_start(c);
-    }
-}
-
-static void report_end(struct eb_connection *c, int status, const struct rusage *used)
-{
-    uint8_t payload[4 + 9 * 8];
-    struct eb_writer w = eb_writer(payload, sizeof payload);
-    eb_put_u32(&w, (uint32_t)status);
-    eb_put_u64(&w, (uint64_t)used->ru_utime.tv_sec * 1000000 + (uint64_t)used->ru_utime.tv_usec);
-    eb_put_u64(&w, (uint64_t)used->ru_stime.tv_sec * 1000000 + (uint64_t)used->ru_stime.tv_usec);
-    eb_put_u64(&w, (uint64_t)used->ru_maxrss);
-    eb_put_u64(&w, (uint64_t)used->ru_minflt);
-    eb_put_u64(&w, (uint64_t)used->ru_majflt);
-    eb_put_u64(&w, (uint64_t)used->ru_inblock);
-    eb_put_u64(&w, (uint64_t)used->ru_oublock);
-    eb_put_u64(&w, (uint64_t)used->ru_nvcsw);
-    eb_put_u64(&w, (uint64_t)used->ru_nivcsw);
-    reply(c, EB_EXITED, &w);
-}
-
-static void proceed(struct eb_connection *c);
-
-static void reap(void)
-{
-    struct signalfd_siginfo info;
-    (void)!read(children_fd, &info, sizeof info);
-    struct rusage used;
-    int status;
-    pid_t pid;
-    while ((pid = wait4(-1, &status, WNOHANG, &used)) > 0) {
-        struct eb_connection *c = remove_child(pid);
-        if (c == NULL)
-            continue;
-        /* It may have come and gone before its start was noticed; the pipe has hung up by now. */
-        bool told = !c->starting;
-        if (!told)
-            finish_start(c);
-        if (told || c->start.error == 0)
-            report_end(c, status, &used);
-        proceed(c);
-    }
+    if (c->fd >= 0 && !eb_connection_send(c, kind, payload->start, eb_written(payload)))
+        eb_close_connection(c);
 }
 
 /* -- frames -- */
@@ -265,99 +237,13 @@ static void on_hello(struct eb_connection *c, const struct eb_frame *frame)
     struct eb_reader r = eb_reader(frame->payload, frame->size);
     uint32_t version = eb_get_u32(&r);
     if (version != EB_VERSION) {
-        refuse(c, "this helper speaks version %d of the protocol, not %u: one of the two sides is of an older "
-                  "release; restart it",
-               EB_VERSION, (unsigned)version);
+        eb_refuse(c, "this helper speaks version %d of the protocol, not %u: one of the two sides is of an older "
+                     "release; restart it",
+                  EB_VERSION, (unsigned)version);
         return;
     }
     c->greeted = true;
     eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
-}
-
-static void on_adopt(struct eb_connection *c, const struct eb_frame *frame)
-{
-    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
-    if (c->fds.count == 0) {
-        /* Out of descriptors: the other end of what was dropped reads end-of-file before any HELLO. */
-        if (!c->fds.lost)
-            refuse(c, "ADOPT came without a descriptor");
-        eb_fds_clear(&c->fds);
-        return;
-    }
-    int fd = c->fds.at[0];
-    c->fds.count--;
-    memmove(c->fds.at, c->fds.at + 1, c->fds.count * sizeof *c->fds.at);
-    (void)adopt(fd, false);
-}
-
-static void fail_start(struct eb_connection *c, const struct eb_frame *frame, int error, enum eb_stage stage)
-{
-    c->start = (struct eb_start){.done_fd = -1, .error = error, .stage = stage};
-    /* Those behind them belong to the next frame, unless the order is lost. */
-    if (c->fds.lost || c->fds.count < eb_request_fds(&c->request))
-        eb_fds_clear(&c->fds);
-    else
-        eb_fds_drop(&c->fds, eb_request_fds(&c->request));
-    eb_request_free(&c->request);
-    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
-    report_start(c);
-}
-
-static void on_spawn(struct eb_connection *c, const struct eb_frame *frame)
-{
-    char reason[EB_MAX_REASON];
-    if (c->child != 0) {
-        refuse(c, "SPAWN while this connection's command %d is running", (int)c->child);
-        return;
-    }
-    int error = eb_request_parse(&c->request, frame->payload, frame->size, reason);
-    if (error < 0) {
-        refuse(c, "malformed SPAWN: %s", reason);
-        return;
-    }
-    if (error > 0) {
-        fail_start(c, frame, error, EB_STAGE_EXEC);
-        return;
-    }
-    if (c->fds.lost) {
-        fail_start(c, frame, EMFILE, EB_STAGE_FDS);
-        return;
-    }
-    if (c->fds.count < eb_request_fds(&c->request)) {
-        refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(&c->request),
-               (unsigned)c->fds.count);
-        return;
-    }
-    if (c->fds.count > 0)
-        memcpy(c->request.sources, c->fds.at, eb_request_fds(&c->request) * sizeof(int));
-    spawner->begin(&c->start, &c->request);
-    c->starting = true;
-    eb_fds_drop(&c->fds, eb_request_fds(&c->request)); /* the new process has its own by now */
-    if (c->start.pid > 0 && c->start.owner == EB_OWNER_HELPER)
-        add_child(c, c->start.pid);
-    if (c->start.done_fd < 0) {
-        finish_start(c);
-        return;
-    }
-    struct epoll_event event = {.events = 0, .data.ptr = &c->start_source};
-    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, c->start.done_fd, &event) != 0) {
-        /* Out of memory or watches: wait for this one here rather than lose it. */
-        char byte;
-        (void)!read(c->start.done_fd, &byte, 1);
-        finish_start(c);
-    }
-}
-
-static void on_signal(struct eb_connection *c, const struct eb_frame *frame)
-{
-    struct eb_reader r = eb_reader(frame->payload, frame->size);
-    pid_t pid = (pid_t)eb_get_u32(&r);
-    int number = (int)eb_get_u32(&r);
-    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
-    /* Not yet waited for, so the pid is still its own.  A signal may cross with EXITED: then it is late,
-     * as it would be with kill(2). */
-    if (c->child != 0 && c->child == pid)
-        (void)kill(pid, number);
 }
 
 static const struct rule {
@@ -366,9 +252,14 @@ static const struct rule {
     uint32_t least, most;
     void (*act)(struct eb_connection *c, const struct eb_frame *frame);
 } rules[] = {
-    [EB_ADOPT] = {"ADOPT", true, 0, 0, on_adopt},
-    [EB_SPAWN] = {"SPAWN", false, 0, EB_MAX_FRAME, on_spawn},
-    [EB_SIGNAL] = {"SIGNAL", false, 8, 8, on_signal},
+    [EB_ADOPT] = {"ADOPT", true, 0, 5, eb_on_adopt},
+    [EB_SPAWN] = {"SPAWN", false, 0, EB_MAX_FRAME, eb_on_spawn},
+    [EB_SIGNAL] = {"SIGNAL", false, 8, 8, eb_on_signal},
+    [EB_DRAIN] = {"DRAIN", true, 0, 0, eb_on_drain},
+    [EB_END] = {"END", true, 1, 1, eb_on_end},
+    [EB_QUERY] = {"QUERY", true, 0, 0, eb_on_query},
+    [EB_GRANT] = {"GRANT", true, 4, 4, eb_on_grant},
+    [EB_STDIN] = {"STDIN", false, 0, EB_WINDOW, eb_on_stdin},
 };
 
 /* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */
@@ -377,29 +268,28 @@ static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
     if (!c->greeted) {
         if (frame->kind == EB_HELLO && frame->size == 4)
             return true;
-        refuse(c, "the first frame must be HELLO with a version");
+        eb_refuse(c, "the first frame must be HELLO with a version");
         return false;
     }
     const struct rule *rule = frame->kind < sizeof rules / sizeof *rules ? &rules[frame->kind] : NULL;
     if (rule == NULL || rule->act == NULL)
-        refuse(c, "unknown frame kind %u", (unsigned)frame->kind);
+        eb_refuse(c, "unknown frame kind %u", (unsigned)frame->kind);
     else if (rule->control != c->control)
-        refuse(c, "%s is not for this connection", rule->name);
+        eb_refuse(c, "%s is not for this connection", rule->name);
     else if (frame->size < rule->least || frame->size > rule->most)
-        refuse(c, "%s with a payload of %u bytes", rule->name, (unsigned)frame->size);
+        eb_refuse(c, "%s with a payload of %u bytes", rule->name, (unsigned)frame->size);
     else
         return true;
     return false;
 }
 
-/* Acts on the frames that have come whole, as far as the connection's state lets it. */
-static void proceed(struct eb_connection *c)
+void eb_proceed(struct eb_connection *c)
 {
-    while (c->fd >= 0 && !c->starting && c->out_size == 0 && c->in_size > 0) {
+    while (c->fd >= 0 && !c->starting && !c->wanting && c->out_size == 0 && c->in_size > 0) {
         struct eb_frame frame = {0};
         if (!c->opened) {
             if (c->in[0] != 0) {
-                refuse(c, "a framed connection starts with a NUL byte");
+                eb_refuse(c, "a framed connection starts with a NUL byte");
                 return;
             }
             c->opened = true;
@@ -408,7 +298,7 @@ static void proceed(struct eb_connection *c)
         }
         int whole = eb_connection_frame(c, &frame);
         if (whole < 0) {
-            refuse(c, "a frame of more than %d bytes", EB_MAX_FRAME);
+            eb_refuse(c, "a frame of more than %d bytes", EB_MAX_FRAME);
             return;
         }
         if (whole == 0 && c->in_size < EB_HEADER_SIZE)
@@ -425,14 +315,30 @@ static void proceed(struct eb_connection *c)
     if (c->fd < 0)
         return;
     if (c->in_size == 0 && c->fds.count > 0) {
-        refuse(c, "%u descriptors that no frame names", (unsigned)c->fds.count);
+        eb_refuse(c, "%u descriptors that no frame names", (unsigned)c->fds.count);
         return;
     }
-    if (!c->starting && !watch(c, c->out_size > 0))
-        close_connection(c);
+    if (c->starting)
+        return;
+    eb_streams_resume(c);
+    if (c->fd < 0)
+        return;
+    bool waits = c->in_size > 0 && !c->wanting && c->out_size == 0;
+    if (!waits || !service.pool || c->control) {
+        c->deadline = 0;
+    } else if (c->deadline == 0) {
+        c->deadline = eb_now_ms() + FRAME_TIMEOUT_MS;
+        service.timed = true;
+    }
+    if (service.draining && !c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0) {
+        eb_close_connection(c);
+        return;
+    }
+    if (!eb_watch(c, c->wanting ? 0 : c->out_size > 0 ? EPOLLOUT : EPOLLIN))
+        eb_close_connection(c);
 }
 
-static void on_connection(struct eb_connection *c)
+static void on_connection(struct eb_connection *c, uint32_t events)
 {
     if (c->fd < 0)
         return;
@@ -441,26 +347,55 @@ static void on_connection(struct eb_connection *c)
         unwatch(c);
         return;
     }
+    if (c->wanting) {
+        if (events & (EPOLLHUP | EPOLLERR))
+            eb_close_connection(c);
+        return;
+    }
     /* Also on a hang-up, which is reported again and again until the socket is closed. */
     if (c->out_size > 0) {
         if (!eb_connection_flush(c)) {
-            close_connection(c);
+            eb_close_connection(c);
             return;
         }
-        proceed(c);
+        eb_proceed(c);
     }
-    for (int i = 0; i < READS_PER_TURN && c->fd >= 0 && !c->starting && c->out_size == 0; i++) {
+    for (int i = 0; i < READS_PER_TURN && c->fd >= 0 && !c->starting && !c->wanting && c->out_size == 0; i++) {
         int got = eb_connection_fill(c);
         if (got < 0) {
-            close_connection(c);
+            eb_close_connection(c);
             return;
         }
         if (got == 0)
             break;
         bool drained = c->in_size < c->in_capacity;
-        proceed(c);
+        eb_proceed(c);
         if (drained)
             break;
+    }
+}
+
+static void check_deadlines(void)
+{
+    static uint64_t last;
+    uint64_t now = eb_now_ms();
+    if (!service.timed || now - last < TICK_MS)
+        return;
+    last = now;
+    service.timed = false;
+    for (struct eb_connection *c = service.all, *next; c != NULL; c = next) {
+        next = c->next;
+        if (c->deadline == 0)
+            continue;
+        if (now < c->deadline) {
+            service.timed = true;
+            continue;
+        }
+        c->deadline = 0;
+        if (c->dying)
+            eb_kill(c, SIGKILL);
+        else
+            eb_refuse(c, "the rest of a frame has not come in %d seconds", FRAME_TIMEOUT_MS / 1000);
     }
 }
 
@@ -469,57 +404,67 @@ static void on_connection(struct eb_connection *c)
 #define OWNER_OF(pointer, member) \
     ((struct eb_connection *)(void *)((char *)(pointer)-offsetof(struct eb_connection, member)))
 
-static bool done(void)
+static void dispatch(enum eb_source *source, uint32_t events, bool *child_ended)
 {
-    return ending && open_connections == 0 && closed == NULL;
+    switch (*source) {
+    case EB_SOURCE_CONNECTION:
+        on_connection(OWNER_OF(source, source), events);
+        break;
+    case EB_SOURCE_START: {
+        struct eb_connection *c = OWNER_OF(source, start_source);
+        if (c->starting)
+            eb_finish_start(c);
+        eb_proceed(c);
+        break;
+    }
+    case EB_SOURCE_STDIN:
+    case EB_SOURCE_STDOUT:
+    case EB_SOURCE_STDERR: {
+        int number = (int)(*source - EB_SOURCE_STDIN);
+        eb_on_stream(OWNER_OF(source - number, stream_sources), number);
+        break;
+    }
+    case EB_SOURCE_CHILDREN:
+        *child_ended = true;
+        break;
+    case EB_SOURCE_CALLER:
+        /* What is being started shares our memory; it stays until they have gone. */
+        _exit(0);
+    }
 }
 
 static void serve(void)
 {
     struct epoll_event events[64];
-    while (!done()) {
+    while (service.control != NULL || service.count > 0) {
         bool child_ended = false;
-        int n = epoll_wait(epoll_fd, events, 64, untidy ? REST_MS : -1);
-        if (n == 0) {
+        int timeout = service.timed ? TICK_MS : service.untidy ? REST_MS : -1;
+        int n = epoll_wait(epoll_fd, events, 64, timeout);
+        if (n == 0 && service.untidy) {
             /* At rest after a burst: what it took goes back. */
             malloc_trim(0);
-            untidy = false;
+            service.untidy = false;
         } else if (n > 1) {
-            untidy = true;
+            service.untidy = true;
         }
         if (n < 0 && errno != EINTR)
             fatal("epoll_wait");
-        for (int i = 0; i < n; i++) {
-            enum eb_source *source = events[i].data.ptr;
-            switch (*source) {
-            case EB_SOURCE_CONNECTION:
-                on_connection(OWNER_OF(source, source));
-                break;
-            case EB_SOURCE_START: {
-                struct eb_connection *c = OWNER_OF(source, start_source);
-                finish_start(c);
-                proceed(c);
-                break;
-            }
-            case EB_SOURCE_CHILDREN:
-                child_ended = true;
-                break;
-            case EB_SOURCE_CALLER:
-                /* What is being started shares our memory; it stays until they have gone. */
-                _exit(0);
-            }
-        }
+        for (int i = 0; i < n; i++)
+            dispatch(events[i].data.ptr, events[i].events, &child_ended);
         /* Last, since it may finish a start whose own event is in this round, and begin another. */
-        if (child_ended)
-            reap();
+        if (child_ended) {
+            struct signalfd_siginfo info;
+            (void)!read(children_fd, &info, sizeof info);
+            eb_reap();
+        }
+        check_deadlines();
         sweep();
     }
 }
 
-static void watch_fd(int fd, enum eb_source *source)
+static void watch_own(int fd, enum eb_source *source)
 {
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = source};
-    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0)
+    if (!eb_watch_fd(fd, EPOLLIN, source))
         fatal("epoll_ctl");
 }
 
@@ -550,6 +495,8 @@ int main(int argc, char **argv)
             own = true;
         else if (strcmp(argv[i], "--posix-spawn") == 0)
             posix = true;
+        else if (strncmp(argv[i], "--max-tasks=", 12) == 0)
+            eb_set_max_tasks(strtoull(argv[i] + 12, NULL, 10));
         else {
             fprintf(stderr, "errand-boy-helper: it is started by errand_boy, not by hand\n");
             return 2;
@@ -560,22 +507,26 @@ int main(int argc, char **argv)
         if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 && (fd <= CONTROL_FD || private))
             fatal("descriptors 0 to 4");
     struct rlimit files;
-    if (!posix && getrlimit(RLIMIT_NOFILE, &files) == 0) {
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        service.open_files = files.rlim_cur;
         files.rlim_cur = files.rlim_max;
-        (void)setrlimit(RLIMIT_NOFILE, &files);
+        if (!posix)
+            (void)setrlimit(RLIMIT_NOFILE, &files);
     }
-    eb_state_read_signals(&self);
-    eb_state_read(&self);
-    spawner = posix ? NULL : eb_spawner_clone(&self, private && !own);
-    if (spawner == NULL)
-        spawner = eb_spawner_posix(&self);
+    service.pool = !private;
+    service.privileged = geteuid() == 0;
+    eb_state_read_signals(&service.self);
+    eb_state_read(&service.self);
+    service.spawner = posix ? NULL : eb_spawner_clone(&service.self, private && !own);
+    if (service.spawner == NULL)
+        service.spawner = eb_spawner_posix(&service.self);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (epoll_fd < 0)
         fatal("epoll_create1");
-    watch_fd(children_fd, &children_source);
+    watch_own(children_fd, &children_source);
     if (private)
-        watch_fd(CALLER_FD, &caller_source);
-    if (!adopt(CONTROL_FD, true))
+        watch_own(CALLER_FD, &caller_source);
+    if (!eb_adopt(CONTROL_FD, 0, 0, true))
         fatal("control socket");
     serve();
     close(epoll_fd);

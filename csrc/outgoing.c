@@ -84,7 +84,7 @@ static int collect_fds(struct eb_outgoing *o, int found, const struct eb_wanted_
         next += kept;
         if (wanted->standard[number] >= 0)
             o->fds[count++] = wanted->standard[number];
-        else if (kept || found & EB_STDIN << number)
+        else if (kept || found & EB_HAS_STDIN << number)
             o->fds[count++] = number;
         else
             continue;

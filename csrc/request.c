@@ -19,7 +19,7 @@ static const char *const tag_names[EB_TAG_END] = {
     [EB_TAG_UMASK] = "UMASK",             [EB_TAG_SIGMASK] = "SIGMASK",   [EB_TAG_SIGIGN] = "SIGIGN",
     [EB_TAG_SETSID] = "SETSID",           [EB_TAG_PGROUP] = "PGROUP",     [EB_TAG_RLIMITS] = "RLIMITS",
     [EB_TAG_NICE] = "NICE",               [EB_TAG_AFFINITY] = "AFFINITY", [EB_TAG_GROUPS] = "GROUPS",
-    [EB_TAG_GID] = "GID",                 [EB_TAG_UID] = "UID",
+    [EB_TAG_GID] = "GID",                 [EB_TAG_UID] = "UID",                 [EB_TAG_STREAMS] = "STREAMS", [EB_TAG_ON_CLOSE] = "ON_CLOSE",
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -80,21 +80,33 @@ static int get_string_lists(struct eb_request *q, const struct value *values, ch
     return 0;
 }
 
+/* The numbers of FDS and those of STREAMS, which are the lowest, in one ascending list. */
 static int get_targets(struct eb_request *q, struct value v, char *reason)
 {
+    uint32_t count = (uint32_t)(v.size / 4);
     if (v.size % 4 != 0 || v.size / 4 > EB_MAX_FDS)
         return malformed(reason, EB_TAG_FDS, "bad length");
-    q->target_count = (uint32_t)(v.size / 4);
-    q->targets = malloc((q->target_count + 1) * sizeof *q->targets);
+    q->targets = malloc((count + 3 + 1) * sizeof *q->targets);
     if (q->targets == NULL)
         return ENOMEM;
     struct eb_reader r = eb_reader(v.at, v.size);
-    for (uint32_t i = 0; i < q->target_count; i++) {
+    int streamed = 0;
+    for (uint32_t i = 0; i < count; i++) {
         uint32_t target = eb_get_u32(&r);
-        if (target > INT_MAX || (i > 0 && (int)target <= q->targets[i - 1]))
+        for (; streamed < 3 && (uint32_t)streamed < target; streamed++)
+            if (eb_is_streamed(q, streamed))
+                q->targets[q->target_count++] = streamed;
+        bool ascends = q->target_count == 0 || (int)target > q->targets[q->target_count - 1];
+        if (target > INT_MAX || !ascends)
             return malformed(reason, EB_TAG_FDS, "numbers are not ascending");
-        q->targets[i] = (int)target;
+        if (eb_is_streamed(q, (int)target))
+            return malformed(reason, EB_TAG_FDS, "names a streamed descriptor");
+        q->targets[q->target_count++] = (int)target;
     }
+    for (; streamed < 3; streamed++)
+        if (eb_is_streamed(q, streamed) &&
+            (q->target_count == 0 || streamed > q->targets[q->target_count - 1]))
+            q->targets[q->target_count++] = streamed;
     return 0;
 }
 
@@ -135,14 +147,13 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         [EB_TAG_EXECUTABLES] = -1, [EB_TAG_ARGV] = -1,     [EB_TAG_ENV] = -1,    [EB_TAG_FDS] = -1,
         [EB_TAG_CWD] = -1,         [EB_TAG_UMASK] = 4,     [EB_TAG_SIGMASK] = 8, [EB_TAG_SIGIGN] = 8,
         [EB_TAG_PGROUP] = 4,       [EB_TAG_RLIMITS] = -1,  [EB_TAG_NICE] = 4,    [EB_TAG_AFFINITY] = -1,
-        [EB_TAG_GROUPS] = -1,      [EB_TAG_GID] = 4,       [EB_TAG_UID] = 4,
+        [EB_TAG_GROUPS] = -1,      [EB_TAG_GID] = 4,       [EB_TAG_UID] = 4,     [EB_TAG_STREAMS] = 1,
+        [EB_TAG_ON_CLOSE] = 4,
     };
     if (sizes[tag] >= 0 && v.size != (size_t)sizes[tag])
         return malformed(reason, tag, "bad length");
     struct eb_reader r = eb_reader(v.at, v.size);
     switch (tag) {
-    case EB_TAG_FDS:
-        return get_targets(q, v, reason);
     case EB_TAG_CWD:
         if (v.size == 0 || memchr(v.at, 0, v.size) != v.at + v.size - 1)
             return malformed(reason, tag, "not one string");
@@ -179,7 +190,15 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
     case EB_TAG_UID:
         q->uid = eb_get_u32(&r);
         break;
-    default: /* the string lists, read together; and the empty ones */
+    case EB_TAG_STREAMS:
+        q->streams = eb_get_u8(&r);
+        if (q->streams > 7)
+            return malformed(reason, tag, "no such descriptor");
+        break;
+    case EB_TAG_ON_CLOSE:
+        q->on_close_ms = eb_get_u32(&r);
+        break;
+    default: /* the string lists and the descriptors, read together; and the empty ones */
         break;
     }
     return 0;
@@ -217,7 +236,12 @@ int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, 
             if (error != 0)
                 return error;
         }
-    q->sources = malloc((eb_request_fds(q) + 1) * sizeof *q->sources);
+    if (eb_has(q, EB_TAG_FDS) || q->streams != 0) {
+        int error = get_targets(q, values[EB_TAG_FDS], reason);
+        if (error != 0)
+            return error;
+    }
+    q->sources = malloc((eb_request_sources(q) + 1) * sizeof *q->sources);
     if (q->sources == NULL)
         return ENOMEM;
     return get_string_lists(q, values, reason);

@@ -12,6 +12,14 @@ struct eb_rlimit {
     struct rlimit limit;
 };
 
+/* Whom a command runs as: the process at the other end of its connection, as the kernel tells. */
+struct eb_peer {
+    uid_t uid;
+    gid_t gid;
+    uint32_t group_count;
+    gid_t groups[];
+};
+
 struct eb_request {
     uint32_t present; /* bit per eb_tag, see eb_has */
     /* The three lists are NULL-terminated; the strings stay in the payload, which must outlive this. */
@@ -19,7 +27,7 @@ struct eb_request {
     char **strings; /* the one allocation behind them */
     int *targets;   /* allocated */
     uint32_t target_count;
-    int *sources; /* allocated, for eb_request_fds descriptors; the spawner's to change */
+    int *sources; /* allocated, for eb_request_sources descriptors; the spawner's to change */
     const char *cwd;
     mode_t umask;
     uint64_t sigmask, sigign;
@@ -33,6 +41,9 @@ struct eb_request {
     uint32_t group_count;
     gid_t gid;
     uid_t uid;
+    uint8_t streams; /* bit per descriptor of 0 to 2; they are among the targets */
+    uint32_t on_close_ms;
+    const struct eb_peer *peer; /* not parsed: the spawner's to take on before all steps but FDS */
 };
 
 static inline bool eb_has(const struct eb_request *q, enum eb_tag tag)
@@ -42,10 +53,22 @@ static inline bool eb_has(const struct eb_request *q, enum eb_tag tag)
 
 _Static_assert(EB_TAG_END <= 32, "`present` has a bit for each tag");
 
+/* The number of `sources`: one for each target, then the working directory. */
+static inline uint32_t eb_request_sources(const struct eb_request *q)
+{
+    return q->target_count + (eb_has(q, EB_TAG_CWD_FD) ? 1 : 0);
+}
+
+static inline bool eb_is_streamed(const struct eb_request *q, int target)
+{
+    return target < 3 && (q->streams >> target & 1) != 0;
+}
+
 /* The number of descriptors that the request comes with. */
 static inline uint32_t eb_request_fds(const struct eb_request *q)
 {
-    return q->target_count + (eb_has(q, EB_TAG_CWD_FD) ? 1 : 0);
+    uint32_t streamed = (q->streams & 1) + (q->streams >> 1 & 1) + (q->streams >> 2 & 1);
+    return eb_request_sources(q) - streamed;
 }
 
 /* Whether the child is to have a descriptor `fd`.  Also called between clone and exec. */

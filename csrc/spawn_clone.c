@@ -67,7 +67,7 @@ static EB_BARE long move_away(const struct eb_request *q, int fd, long *least)
 static EB_BARE long place_fds(struct job *job)
 {
     const struct eb_request *q = job->q;
-    uint32_t count = eb_request_fds(q);
+    uint32_t count = eb_request_sources(q);
     long r, least = 3;
     if (eb_is_target(q, job->pipe)) {
         if ((r = move_away(q, job->pipe, &least)) < 0)
@@ -163,6 +163,12 @@ static EB_BARE int child(void *arg)
     } while (0)
 
     STEP(FDS, place_fds(job));
+    if (q->peer != NULL) {
+        /* First of all: what follows is done with the peer's rights, not with ours. */
+        STEP(GROUPS, eb_raw(SYS_setgroups, q->peer->group_count, (long)q->peer->groups, 0, 0));
+        STEP(GID, eb_raw(SYS_setresgid, q->peer->gid, q->peer->gid, q->peer->gid, 0));
+        STEP(UID, eb_raw(SYS_setresuid, q->peer->uid, q->peer->uid, q->peer->uid, 0));
+    }
     if (eb_has(q, EB_TAG_CWD_FD))
         STEP(CWD, eb_raw(SYS_fchdir, q->sources[q->target_count], 0, 0, 0));
     if (eb_has(q, EB_TAG_CWD))

@@ -22,7 +22,7 @@ static const struct eb_state *self;
  * Such a one is replaced by a copy. */
 static int move_sources(const struct eb_request *q)
 {
-    for (uint32_t i = 0; i < eb_request_fds(q); i++) {
+    for (uint32_t i = 0; i < eb_request_sources(q); i++) {
         int fd = q->sources[i], least = 3;
         if (!eb_is_target(q, fd) || (i < q->target_count && fd == q->targets[i]))
             continue;
@@ -43,7 +43,7 @@ static int move_sources(const struct eb_request *q)
 
 static void close_copies(const struct eb_request *q, const int *originals)
 {
-    for (uint32_t i = 0; i < eb_request_fds(q); i++)
+    for (uint32_t i = 0; i < eb_request_sources(q); i++)
         if (q->sources[i] != originals[i])
             close(q->sources[i]);
 }
@@ -116,7 +116,7 @@ static enum eb_stage unsupported(const struct eb_request *q)
         return EB_STAGE_GROUPS;
     if (eb_has(q, EB_TAG_GID))
         return EB_STAGE_GID;
-    if (eb_has(q, EB_TAG_UID))
+    if (eb_has(q, EB_TAG_UID) || q->peer != NULL)
         return EB_STAGE_UID;
     return 0;
 }
@@ -155,7 +155,7 @@ static enum eb_stage guess_stage(const struct eb_request *q)
 
 static void begin(struct eb_start *start, const struct eb_request *q)
 {
-    size_t size = eb_request_fds(q) * sizeof(int);
+    size_t size = eb_request_sources(q) * sizeof(int);
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     *start = (struct eb_start){.done_fd = -1, .owner = EB_OWNER_HELPER, .stage = unsupported(q)};

@@ -327,8 +327,10 @@ def test_all_options_at_once(helper: Helper) -> None:
         "GROUPS": option(lib.EB_TAG_GROUPS, u32(12345, 12346)),
         "GID": option(lib.EB_TAG_GID, u32(12344)),
         "UID": option(lib.EB_TAG_UID, u32(12343)),
+        "ON_CLOSE": option(lib.EB_TAG_ON_CLOSE, u32(1000)),
     }
-    assert set(values) == set(TAGS) - {"PGROUP"}  # a session's leader may not change its group
+    # A session's leader may not change its group; only a daemon's helper has streams.
+    assert set(values) == set(TAGS) - {"PGROUP", "STREAMS"}
     with open(read) as stream:
         client.send(frame(lib.EB_SPAWN, *reversed(values.values())), [write, directory])
         os.close(write)
@@ -564,7 +566,7 @@ def test_truncated_frame_then_silence_then_close(
         (frame(lib.EB_SIGNAL, bytes(8)), "SIGNAL is not for this connection"),
         (frame(lib.EB_ADOPT), "ADOPT came without a descriptor"),
         (frame(lib.EB_ADOPT, b"\0"), "ADOPT with a payload of 1 bytes"),
-        (frame(9), "unknown frame kind 9"),
+        (frame(99), "unknown frame kind 99"),
     ],
 )
 def test_offence_on_the_control_socket_ends_no_connection(
@@ -1021,7 +1023,7 @@ def test_helper_ends_with_its_control_socket(helper: Helper) -> None:
     assert helper.ended(1)
 
 
-@every_mode
+@pytest.mark.parametrize("helper", ["private", "own", "posix"], indirect=True)
 def test_helper_serves_its_last_connection_after_the_control_socket(helper: Helper) -> None:
     client = helper.connect()
     helper.control.sock.close()

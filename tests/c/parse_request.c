@@ -40,7 +40,8 @@ static void print_request(const struct eb_request *q)
     if (eb_has(q, EB_TAG_FDS)) {
         printf("FDS");
         for (uint32_t i = 0; i < q->target_count; i++)
-            printf(" %d", q->targets[i]);
+            if (!eb_is_streamed(q, q->targets[i]))
+                printf(" %d", q->targets[i]);
         putchar('\n');
     }
     if (eb_has(q, EB_TAG_CWD_FD))
@@ -85,6 +86,10 @@ static void print_request(const struct eb_request *q)
         printf("GID %u\n", (unsigned)q->gid);
     if (eb_has(q, EB_TAG_UID))
         printf("UID %u\n", (unsigned)q->uid);
+    if (eb_has(q, EB_TAG_STREAMS))
+        printf("STREAMS %u\n", (unsigned)q->streams);
+    if (eb_has(q, EB_TAG_ON_CLOSE))
+        printf("ON_CLOSE %u\n", (unsigned)q->on_close_ms);
 }
 
 /* From an allocation of exactly that size, so that a sanitizer sees one byte too far. */

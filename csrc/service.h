@@ -1,0 +1,83 @@
+/* What the parts of the helper share: its connections, and what each part does with them. */
+#ifndef EB_SERVICE_H
+#define EB_SERVICE_H
+
+#include "connection.h"
+
+struct eb_service {
+    struct eb_state self; /* this process, as it was started but for its raised limit of open files */
+    rlim_t open_files;    /* that limit as it was */
+    bool privileged;
+    bool pool;            /* one of a daemon's helpers, not a caller's own */
+    bool draining;        /* takes no command any more */
+    bool timed;           /* some connection has a deadline */
+    bool untidy;          /* several connections have been at work at once */
+    const struct eb_spawner *spawner;
+    struct eb_connection *control; /* NULL: at its end */
+    struct eb_connection *all;     /* those that are open, and those whose command lives on */
+    struct eb_connection *dead;    /* freed between two rounds of events, which may point to them */
+    unsigned count;                /* of `all`, without the control socket */
+};
+
+extern struct eb_service service;
+
+uint64_t eb_now_ms(void);
+
+/* -- helper.c: the connections, and the epoll set -- */
+
+bool eb_adopt(int fd, uint32_t id, uint8_t flags, bool control);
+/* Watches for `events`, 0 for a hang-up only. */
+bool eb_watch(struct eb_connection *c, uint32_t events);
+bool eb_watch_fd(int fd, uint32_t events, enum eb_source *source);
+void eb_unwatch_fd(int fd);
+/* Acts on the frames that have come whole, as far as the connection's state lets it. */
+void eb_proceed(struct eb_connection *c);
+void eb_reply(struct eb_connection *c, enum eb_kind kind, const struct eb_writer *payload);
+/* The reason is sent if the socket takes it at once; who sends what he may not is owed no more. */
+__attribute__((format(printf, 2, 3))) void eb_refuse(struct eb_connection *c, const char *format, ...);
+void eb_close_connection(struct eb_connection *c);
+/* Lets go of a connection that is closed, once nothing else needs it. */
+void eb_release(struct eb_connection *c);
+
+/* -- commands.c: from the request to the end of the process -- */
+
+void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame);
+void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame);
+void eb_finish_start(struct eb_connection *c);
+void eb_reap(void);
+/* Signals the process group of the connection's live command, or it alone if it leads none. */
+void eb_kill(const struct eb_connection *c, int number);
+/* The client has gone: what that means for its command is the request's choice. */
+void eb_abandon_command(struct eb_connection *c);
+/* Whether a SPAWN would be welcome. */
+bool eb_at_rest(const struct eb_connection *c);
+
+/* -- streams.c: standard input and output as frames -- */
+
+/* Makes the pipes that the request names; `ends` are the command's, -1 elsewhere. */
+bool eb_streams_make(struct eb_connection *c, int ends[3]);
+/* Moves output again, as far as the socket takes it; ends when there is nothing more to come. */
+void eb_streams_resume(struct eb_connection *c);
+void eb_streams_close(struct eb_connection *c);
+void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame);
+void eb_on_stream(struct eb_connection *c, int number);
+
+/* -- control.c: what server and helper tell each other -- */
+
+void eb_on_adopt(struct eb_connection *c, const struct eb_frame *frame);
+void eb_on_drain(struct eb_connection *c, const struct eb_frame *frame);
+void eb_on_end(struct eb_connection *c, const struct eb_frame *frame);
+void eb_on_query(struct eb_connection *c, const struct eb_frame *frame);
+void eb_on_grant(struct eb_connection *c, const struct eb_frame *frame);
+void eb_drain(void);
+/* The control socket is at its end. */
+void eb_server_gone(void);
+/* Tells the server something of a connection; WANT, DONE or CLOSED. */
+void eb_tell(enum eb_kind kind, const struct eb_connection *c);
+void eb_set_max_tasks(uint64_t count);
+/* For the REPORT. */
+void eb_count_start(uint64_t microseconds);
+void eb_count_failure(enum eb_stage stage, int error);
+void eb_count_end(void);
+
+#endif
