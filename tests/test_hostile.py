@@ -185,6 +185,21 @@ report([only_helper_left(), descriptors() == before])
     assert run_script(source) == [True, True]
 
 
+def test_helper_killed_where_sigpipe_has_its_default_action() -> None:
+    """As a program that writes to pipes sets it; writing to the dead helper must not end it."""
+    source = f"""{ENDED}
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+descriptors = [os.open("/dev/null", os.O_RDONLY) for _ in range(300)]  # a longer way to send
+for passed in [], descriptors:
+    subprocess.run(["true"], check=True)
+    os.kill(helper_pid(), signal.SIGKILL)
+    ended(helper_pid())
+    subprocess.run(["true"], pass_fds=passed, check=True)
+report("alive")
+"""
+    assert run_script(source) == "alive"
+
+
 def test_helper_killed_with_a_live_child() -> None:
     source = f"""{ENDED}
 process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
