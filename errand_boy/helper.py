@@ -27,7 +27,6 @@ PATIENCE = 100  # attempts at one command, of a process whose threads differ in 
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 
 _lock = threading.RLock()
-_current: Helper | None = None
 _unreaped: list[Helper] = []  # retired; they have ended, or will soon
 
 
@@ -56,12 +55,15 @@ def _program_fd() -> int:
 class Helper:
     """A running helper process, and the connections to it that are not in use."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self.caller = Caller()
         self._owner = os.getpid()
         path = os.environ.get("ERRAND_BOY_HELPER")
         posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix"
         arguments = [b"errand-boy: helper of %d" % self._owner, b"--private"]
+        if keeper.own_children:
+            arguments.append(b"--own-children")
         if posix:
             arguments.append(b"--posix-spawn")
         strings = [ffi.new("char[]", argument) for argument in arguments]
@@ -129,9 +131,9 @@ class Helper:
     def release(self, connection: Connection) -> None:
         """Take back a connection whose last command has ended or is the caller's own child."""
         connection.reply = None
-        if self is _current and len(self.idle) < _MOST_IDLE:
+        if self is self._keeper.current and len(self.idle) < _MOST_IDLE:
             self.idle.append(connection)
-            if self is not _current:  # retired meanwhile
+            if self is not self._keeper.current:  # retired meanwhile
                 self._close_idle()
         else:
             connection.close()
@@ -181,82 +183,106 @@ def _fits(found: int, fresh: bool) -> bool:
     return bool(found & lib.EB_FITS) and (fresh or not found & lib.EB_UNSURE)
 
 
-def acquire(request: Request, outgoing: Outgoing) -> tuple[Helper, Connection]:
-    """Prepare `request` for a helper that fits the calling thread; return it and a connection.
-
-    They are those of `outgoing` too, for an exception that comes in from outside: the request may
-    have been sent by then. Raises HelperError if no helper can be started, and OSError
-    for a lack of descriptors or a request that is too long (E2BIG).
-    """
-    fresh: Helper | None = None
-    if _unreaped:
-        _reap()
-    for _ in range(PATIENCE):
-        helper = _current
-        if helper is None:
-            helper = fresh = _replace(None)
-        try:
-            connection = outgoing.connection = helper.idle.pop()
-        except IndexError:
-            connection = None
-        outgoing.helper = helper
-        pid, flags = (helper.pid, 0) if helper.shares_fs else (0, _WITH_FS)
-        try:
-            found = outgoing.prepare(request, helper.caller, pid, flags, connection)
-        except OSError:  # the request is too long: nothing has been sent
-            outgoing.connection = None
-            if connection is not None:
-                helper.release(connection)
-            raise
-        if not _fits(found, helper is fresh):
-            fresh = _replace(helper)
-        elif connection is None:
-            connection = outgoing.connection = helper.connect()
-            if connection is not None:
-                return helper, connection
-            fresh = _replace(helper)
-        elif found & lib.EB_CONNECTION:
-            return helper, connection
-        if connection is not None:
-            outgoing.connection = None
-            connection.close()
-    raise _ends_at_once()
-
-
 def _ends_at_once() -> HelperError:
     return HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
 
 
-def discard(helper: Helper, connection: Connection) -> None:
-    """Take note that `connection` broke, and probably the helper with it."""
-    connection.close()
-    with _lock:
-        if helper is _current:
-            _retire_current()
+class Keeper:
+    """Starts, finds and replaces the helper of one kind.
+
+    With `own_children`, that helper's commands are its own children, and so can be streamed.
+    """
+
+    def __init__(self, own_children: bool) -> None:
+        self.own_children = own_children
+        self.current: Helper | None = None
+
+    def acquire(self, request: Request, outgoing: Outgoing) -> tuple[Helper, Connection]:
+        """Prepare `request` for a helper that fits the calling thread; return it and a connection.
+
+        They are those of `outgoing` too, for an exception that comes in from outside: the request
+        may have been sent by then. Raises HelperError if no helper can be started, and OSError for
+        a lack of descriptors or a request that is too long (E2BIG).
+        """
+        fresh: Helper | None = None
+        if _unreaped:
+            _reap()
+        for _ in range(PATIENCE):
+            helper = self.current
+            if helper is None:
+                helper = fresh = self._replace(None)
+            try:
+                connection = outgoing.connection = helper.idle.pop()
+            except IndexError:
+                connection = None
+            outgoing.helper = helper
+            pid, flags = (helper.pid, 0) if helper.shares_fs else (0, _WITH_FS)
+            try:
+                found = outgoing.prepare(request, helper.caller, pid, flags, connection)
+            except OSError:  # the request is too long: nothing has been sent
+                outgoing.connection = None
+                if connection is not None:
+                    helper.release(connection)
+                raise
+            if not _fits(found, helper is fresh):
+                fresh = self._replace(helper)
+            elif connection is None:
+                connection = outgoing.connection = helper.connect()
+                if connection is not None:
+                    return helper, connection
+                fresh = self._replace(helper)
+            elif found & lib.EB_CONNECTION:
+                return helper, connection
+            if connection is not None:
+                outgoing.connection = None
+                connection.close()
+        raise _ends_at_once()
+
+    def start(self) -> None:
+        """Have a helper that fits the calling thread."""
+        fresh: Helper | None = None
+        for _ in range(PATIENCE):
+            helper = self.current
+            if helper is not None and helper.fits(fresh):
+                connection = None if helper.idle else helper.connect()
+                if connection is not None:
+                    helper.release(connection)
+                if helper.idle:
+                    return
+            fresh = self._replace(helper)
+        raise _ends_at_once()
+
+    def discard(self, helper: Helper, connection: Connection) -> None:
+        """Take note that `connection` broke, and probably the helper with it."""
+        connection.close()
+        with _lock:
+            if helper is self.current:
+                self.retire()
+
+    def _replace(self, old: Helper | None) -> Helper:
+        """Start a helper in place of `old`, unless another thread has."""
+        with _lock:
+            if self.current is old:
+                self.retire()
+            if self.current is None:
+                helper = Helper(self)
+                if self.current is None:
+                    self.current = helper
+                else:  # a signal handler has started one meanwhile, in this very thread
+                    helper.retire()
+                    _reap()
+            return self.current
+
+    def retire(self) -> None:
+        """Have none. Call it with the lock held."""
+        helper, self.current = self.current, None
+        if helper is not None:
+            helper.retire()
+        _reap()
 
 
-def _replace(old: Helper | None) -> Helper:
-    """Start a helper in place of `old`, unless another thread has."""
-    global _current
-    with _lock:
-        if _current is old:
-            _retire_current()
-        if _current is None:
-            helper = Helper()
-            if _current is None:
-                _current = helper
-            else:  # a signal handler has started one meanwhile, in this very thread
-                helper.retire()
-                _reap()
-        return _current
-
-
-def _retire_current() -> None:
-    global _current
-    helper, _current = _current, None
-    if helper is not None:
-        helper.retire()
-    _reap()
+callers = Keeper(own_children=False)  # whose commands are the calling process's own children
+owner = Keeper(own_children=True)
 
 
 def _reap(grace: float = 0.0) -> None:
@@ -274,17 +300,7 @@ def start() -> None:
     A helper that is started early, while the process is small and single-threaded, starts fastest.
     Raises HelperError.
     """
-    fresh: Helper | None = None
-    for _ in range(PATIENCE):
-        helper = _current
-        if helper is not None and helper.fits(fresh):
-            connection = None if helper.idle else helper.connect()
-            if connection is not None:
-                helper.release(connection)
-            if helper.idle:
-                return
-        fresh = _replace(helper)
-    raise _ends_at_once()
+    callers.start()
 
 
 def stop() -> None:
@@ -294,23 +310,24 @@ def stop() -> None:
     process shares the working directory, as the helper does.
     """
     with _lock:
-        _retire_current()
+        callers.retire()
+        owner.retire()
         _reap(_GRACE)
     forget()
 
 
 def helper_pid() -> int | None:
     """Return the running helper's pid, or None."""
-    helper = _current
+    helper = callers.current
     return None if helper is None else helper.pid
 
 
 def _after_fork() -> None:
-    global _current, _lock
-    # The parent's helper is not ours; a lock may be held by a thread that exists no more.
+    global _lock
+    # The parent's helpers are not ours; a lock may be held by a thread that exists no more.
     _lock = threading.RLock()
     _unreaped.clear()
-    _current = None
+    callers.current = owner.current = None
     close_all()
 
 
