@@ -113,7 +113,7 @@ static void report_end(struct eb_connection *c, int status, const struct rusage 
     eb_put_u64(&w, (uint64_t)used->ru_oublock);
     eb_put_u64(&w, (uint64_t)used->ru_nvcsw);
     eb_put_u64(&w, (uint64_t)used->ru_nivcsw);
-    eb_reply(c, EB_EXITED, &w);
+    eb_reply(c, EB_EXITED, payload, eb_written(&w));
 }
 
 void eb_reap(void)
@@ -147,12 +147,12 @@ static void report_start(struct eb_connection *c)
     if (c->start.error == 0) {
         eb_put_u32(&w, (uint32_t)c->start.pid);
         eb_put_u8(&w, c->start.owner);
-        eb_reply(c, EB_SPAWNED, &w);
+        eb_reply(c, EB_SPAWNED, payload, eb_written(&w));
     } else {
         eb_put_u32(&w, c->start.owner == EB_OWNER_CALLER ? (uint32_t)c->start.pid : 0);
         eb_put_u32(&w, (uint32_t)c->start.error);
         eb_put_u8(&w, c->start.stage);
-        eb_reply(c, EB_FAILED, &w);
+        eb_reply(c, EB_FAILED, payload, eb_written(&w));
     }
 }
 
@@ -206,7 +206,8 @@ void eb_finish_start(struct eb_connection *c)
     } else {
         if (eb_connection_frame(c, &frame) == 1)
             eb_connection_consume(c, EB_HEADER_SIZE + frame.size);
-        report_start(c);
+        if (c->start.error != 0 || !c->brief)
+            report_start(c);
     }
     if (c->start.error != 0 || c->start.owner == EB_OWNER_CALLER)
         settle(c);
@@ -256,14 +257,21 @@ static void complete(const struct eb_connection *c, struct eb_request *q)
     }
 }
 
+static int made_source(const struct eb_request *q, int target, const int ends[3])
+{
+    if (q->nulls >> target & 1)
+        return service.null_fd;
+    return target == 2 && (q->streams & EB_JOINED) ? ends[1] : ends[target];
+}
+
 /* Gives each target its source: what was sent, or the end of a pipe. */
 static void place_sources(struct eb_connection *c, const int ends[3])
 {
     struct eb_request *q = &c->request;
     uint32_t next = 0;
     for (uint32_t i = 0; i < eb_request_sources(q); i++)
-        if (i < q->target_count && eb_is_streamed(q, q->targets[i]))
-            q->sources[i] = ends[q->targets[i]];
+        if (i < q->target_count && eb_is_made(q, q->targets[i]))
+            q->sources[i] = made_source(q, q->targets[i], ends);
         else
             q->sources[i] = c->fds.at[next++];
 }
@@ -312,8 +320,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
         return;
     }
     if (q->streams != 0) {
-        if (!service.pool) {
-            eb_refuse(c, "malformed SPAWN: option STREAMS is for a daemon's helper");
+        if (!service.owns_children) {
+            eb_refuse(c, "malformed SPAWN: option STREAMS needs a helper that owns its children");
             return;
         }
         if (!eb_streams_make(c, ends)) {
@@ -324,6 +332,7 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     place_sources(c, ends);
     complete(c, q);
     q->peer = c->peer;
+    c->brief = eb_has(q, EB_TAG_BRIEF);
     c->on_close = eb_has(q, EB_TAG_ON_CLOSE) || q->streams != 0;
     c->on_close_ms = eb_has(q, EB_TAG_ON_CLOSE) ? q->on_close_ms : STREAMED_GRACE_MS;
     c->begun_ns = nanoseconds(CLOCK_MONOTONIC);

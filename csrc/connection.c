@@ -91,6 +91,15 @@ bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const void *
     return sent == size || keep(c, (const uint8_t *)payload + sent, size - sent);
 }
 
+bool eb_connection_hold(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size)
+{
+    uint8_t header[EB_HEADER_SIZE];
+    struct eb_writer w = eb_writer(header, sizeof header);
+    eb_put_u32(&w, (uint32_t)size);
+    eb_put_u8(&w, kind);
+    return keep(c, header, sizeof header) && keep(c, payload, size);
+}
+
 bool eb_connection_flush(struct eb_connection *c)
 {
     if (c->out_size == 0)

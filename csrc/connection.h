@@ -39,6 +39,10 @@ struct eb_connection {
     bool watched;
     uint32_t events; /* watched for */
     bool starting;
+    bool brief;      /* the command's frames are held back, to go together */
+    bool held;       /* `out` holds such frames */
+    bool ahead;      /* the next SPAWN has come before its time */
+    uint64_t held_until; /* of eb_now_ms */
     bool ask, wanting, granted; /* ask: each start needs a GRANT */
     bool on_close;   /* the command is ended with the connection: SIGTERM, and SIGKILL after so long */
     bool dying;      /* that has begun */
@@ -78,6 +82,8 @@ int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame);
 void eb_connection_consume(struct eb_connection *c, size_t size);
 /* Sends a frame, or keeps what the socket does not take; false: the peer is gone or memory is short. */
 bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
+/* Keeps a frame, to be sent with the next ones; false: memory is short. */
+bool eb_connection_hold(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
 /* Sends what was kept. */
 bool eb_connection_flush(struct eb_connection *c);
 /* Closes the socket and all descriptors, frees all buffers but those of the command. */

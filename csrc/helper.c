@@ -32,7 +32,9 @@ enum {
     CALLER_FD = 4,
     READS_PER_TURN = 16, /* of one connection, before the others have theirs */
     REST_MS = 100,
-    TICK_MS = 50,           /* how late a deadline may be noticed */
+    HOLD_MS = 10,
+    MOST_HELD = 32 << 10,   /* bytes */
+    TICK_MS = 40,           /* how late a deadline may be noticed */
     FRAME_TIMEOUT_MS = 30000, /* for the rest of a frame that has begun */
     MOST_PEER_GROUPS = 1 << 16,
 };
@@ -219,15 +221,42 @@ void eb_refuse(struct eb_connection *c, const char *format, ...)
     int length = vsnprintf(reason, sizeof reason, format, arguments);
     va_end(arguments);
     size_t size = length < (int)sizeof reason ? (size_t)length : sizeof reason - 1;
+    eb_let_go(c);
     if (c->fd >= 0)
         (void)eb_connection_send(c, EB_REFUSED, reason, size);
     eb_close_connection(c);
 }
 
-void eb_reply(struct eb_connection *c, enum eb_kind kind, const struct eb_writer *payload)
+bool eb_is_blocked(const struct eb_connection *c)
 {
-    if (c->fd >= 0 && !eb_connection_send(c, kind, payload->start, eb_written(payload)))
+    return c->out_size > 0 && !c->held;
+}
+
+void eb_let_go(struct eb_connection *c)
+{
+    if (!c->held)
+        return;
+    c->held = false;
+    if (c->fd >= 0 && !eb_connection_flush(c))
         eb_close_connection(c);
+}
+
+void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size)
+{
+    if (c->fd < 0)
+        return;
+    bool hold = c->brief && !eb_is_blocked(c);
+    if (!(hold ? eb_connection_hold : eb_connection_send)(c, kind, payload, size)) {
+        eb_close_connection(c);
+        return;
+    }
+    if (hold && !c->held) {
+        c->held = true;
+        c->held_until = eb_now_ms() + HOLD_MS;
+        service.timed = true;
+    }
+    if (c->held && c->out_size > MOST_HELD)
+        eb_let_go(c);
 }
 
 /* -- frames -- */
@@ -285,7 +314,8 @@ static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
 
 void eb_proceed(struct eb_connection *c)
 {
-    while (c->fd >= 0 && !c->starting && !c->wanting && c->out_size == 0 && c->in_size > 0) {
+    c->ahead = false;
+    while (c->fd >= 0 && !c->starting && !c->wanting && !eb_is_blocked(c) && c->in_size > 0) {
         struct eb_frame frame = {0};
         if (!c->opened) {
             if (c->in[0] != 0) {
@@ -307,6 +337,10 @@ void eb_proceed(struct eb_connection *c)
             return;
         if (whole == 0)
             break;
+        if (frame.kind == EB_SPAWN && c->brief && !eb_at_rest(c)) {
+            c->ahead = true;
+            break;
+        }
         if (frame.kind == EB_HELLO)
             on_hello(c, &frame);
         else
@@ -323,7 +357,7 @@ void eb_proceed(struct eb_connection *c)
     eb_streams_resume(c);
     if (c->fd < 0)
         return;
-    bool waits = c->in_size > 0 && !c->wanting && c->out_size == 0;
+    bool waits = c->in_size > 0 && eb_at_rest(c) && !eb_is_blocked(c);
     if (!waits || !service.pool || c->control) {
         c->deadline = 0;
     } else if (c->deadline == 0) {
@@ -334,8 +368,13 @@ void eb_proceed(struct eb_connection *c)
         eb_close_connection(c);
         return;
     }
-    if (!eb_watch(c, c->wanting ? 0 : c->out_size > 0 ? EPOLLOUT : EPOLLIN))
+    if (!eb_watch(c, c->wanting || c->ahead ? 0 : eb_is_blocked(c) ? EPOLLOUT : EPOLLIN))
         eb_close_connection(c);
+}
+
+static bool may_read(const struct eb_connection *c)
+{
+    return !c->starting && !c->wanting && !c->ahead && !eb_is_blocked(c);
 }
 
 static void on_connection(struct eb_connection *c, uint32_t events)
@@ -347,20 +386,20 @@ static void on_connection(struct eb_connection *c, uint32_t events)
         unwatch(c);
         return;
     }
-    if (c->wanting) {
+    if (c->wanting || c->ahead) {
         if (events & (EPOLLHUP | EPOLLERR))
             eb_close_connection(c);
         return;
     }
     /* Also on a hang-up, which is reported again and again until the socket is closed. */
-    if (c->out_size > 0) {
+    if (eb_is_blocked(c)) {
         if (!eb_connection_flush(c)) {
             eb_close_connection(c);
             return;
         }
         eb_proceed(c);
     }
-    for (int i = 0; i < READS_PER_TURN && c->fd >= 0 && !c->starting && !c->wanting && c->out_size == 0; i++) {
+    for (int i = 0; i < READS_PER_TURN && c->fd >= 0 && may_read(c); i++) {
         int got = eb_connection_fill(c);
         if (got < 0) {
             eb_close_connection(c);
@@ -385,6 +424,11 @@ static void check_deadlines(void)
     service.timed = false;
     for (struct eb_connection *c = service.all, *next; c != NULL; c = next) {
         next = c->next;
+        if (c->held && now >= c->held_until) {
+            eb_let_go(c);
+            eb_proceed(c);
+        }
+        service.timed = service.timed || c->held;
         if (c->deadline == 0)
             continue;
         if (now < c->deadline) {
@@ -517,6 +561,8 @@ int main(int argc, char **argv)
     service.privileged = geteuid() == 0;
     eb_state_read_signals(&service.self);
     eb_state_read(&service.self);
+    service.owns_children = !private || own || posix;
+    service.null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
     service.spawner = posix ? NULL : eb_spawner_clone(&service.self, private && !own);
     if (service.spawner == NULL)
         service.spawner = eb_spawner_posix(&service.self);

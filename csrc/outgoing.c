@@ -136,7 +136,7 @@ int eb_outgoing_build(struct eb_outgoing *o, int found, int flags, const uint8_t
     put_state(&w, &o->caller, flags);
     if (flags & EB_WITH_ENVIRONMENT)
         put_environment(&w, environment, count);
-    error = collect_fds(o, found, wanted, &w);
+    error = collect_fds(o, flags & EB_WITHOUT_STANDARD ? 0 : found, wanted, &w);
     if (error != 0)
         return error;
     o->size = eb_written(&w);

@@ -20,6 +20,7 @@ static const char *const tag_names[EB_TAG_END] = {
     [EB_TAG_SETSID] = "SETSID",           [EB_TAG_PGROUP] = "PGROUP",     [EB_TAG_RLIMITS] = "RLIMITS",
     [EB_TAG_NICE] = "NICE",               [EB_TAG_AFFINITY] = "AFFINITY", [EB_TAG_GROUPS] = "GROUPS",
     [EB_TAG_GID] = "GID",                 [EB_TAG_UID] = "UID",                 [EB_TAG_STREAMS] = "STREAMS", [EB_TAG_ON_CLOSE] = "ON_CLOSE",
+    [EB_TAG_NULL] = "NULL",               [EB_TAG_BRIEF] = "BRIEF",
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -80,7 +81,7 @@ static int get_string_lists(struct eb_request *q, const struct value *values, ch
     return 0;
 }
 
-/* The numbers of FDS and those of STREAMS, which are the lowest, in one ascending list. */
+/* The numbers of FDS and those that are made, which are the lowest, in one ascending list. */
 static int get_targets(struct eb_request *q, struct value v, char *reason)
 {
     uint32_t count = (uint32_t)(v.size / 4);
@@ -90,23 +91,23 @@ static int get_targets(struct eb_request *q, struct value v, char *reason)
     if (q->targets == NULL)
         return ENOMEM;
     struct eb_reader r = eb_reader(v.at, v.size);
-    int streamed = 0;
+    int made = 0;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t target = eb_get_u32(&r);
-        for (; streamed < 3 && (uint32_t)streamed < target; streamed++)
-            if (eb_is_streamed(q, streamed))
-                q->targets[q->target_count++] = streamed;
+        for (; made < 3 && (uint32_t)made < target; made++)
+            if (eb_is_made(q, made))
+                q->targets[q->target_count++] = made;
         bool ascends = q->target_count == 0 || (int)target > q->targets[q->target_count - 1];
         if (target > INT_MAX || !ascends)
             return malformed(reason, EB_TAG_FDS, "numbers are not ascending");
-        if (eb_is_streamed(q, (int)target))
-            return malformed(reason, EB_TAG_FDS, "names a streamed descriptor");
+        if (eb_is_made(q, (int)target))
+            return malformed(reason, EB_TAG_FDS, "names a descriptor that STREAMS or NULL has");
         q->targets[q->target_count++] = (int)target;
     }
-    for (; streamed < 3; streamed++)
-        if (eb_is_streamed(q, streamed) &&
-            (q->target_count == 0 || streamed > q->targets[q->target_count - 1]))
-            q->targets[q->target_count++] = streamed;
+    for (; made < 3; made++)
+        if (eb_is_made(q, made) &&
+            (q->target_count == 0 || made > q->targets[q->target_count - 1]))
+            q->targets[q->target_count++] = made;
     return 0;
 }
 
@@ -148,7 +149,7 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         [EB_TAG_CWD] = -1,         [EB_TAG_UMASK] = 4,     [EB_TAG_SIGMASK] = 8, [EB_TAG_SIGIGN] = 8,
         [EB_TAG_PGROUP] = 4,       [EB_TAG_RLIMITS] = -1,  [EB_TAG_NICE] = 4,    [EB_TAG_AFFINITY] = -1,
         [EB_TAG_GROUPS] = -1,      [EB_TAG_GID] = 4,       [EB_TAG_UID] = 4,     [EB_TAG_STREAMS] = 1,
-        [EB_TAG_ON_CLOSE] = 4,
+        [EB_TAG_ON_CLOSE] = 4,     [EB_TAG_NULL] = 1,
     };
     if (sizes[tag] >= 0 && v.size != (size_t)sizes[tag])
         return malformed(reason, tag, "bad length");
@@ -192,8 +193,15 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         break;
     case EB_TAG_STREAMS:
         q->streams = eb_get_u8(&r);
-        if (q->streams > 7)
+        if (q->streams > 15 || ((q->streams & EB_JOINED) != 0 && (q->streams & 6) != 2))
             return malformed(reason, tag, "no such descriptor");
+        break;
+    case EB_TAG_NULL: /* after STREAMS, whose number is lower */
+        q->nulls = eb_get_u8(&r);
+        if (q->nulls > 7)
+            return malformed(reason, tag, "no such descriptor");
+        if (q->nulls & (q->streams | (q->streams & EB_JOINED ? 4 : 0)))
+            return malformed(reason, tag, "names a streamed descriptor");
         break;
     case EB_TAG_ON_CLOSE:
         q->on_close_ms = eb_get_u32(&r);
@@ -236,7 +244,7 @@ int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, 
             if (error != 0)
                 return error;
         }
-    if (eb_has(q, EB_TAG_FDS) || q->streams != 0) {
+    if (eb_has(q, EB_TAG_FDS) || eb_made(q) != 0) {
         int error = get_targets(q, values[EB_TAG_FDS], reason);
         if (error != 0)
             return error;

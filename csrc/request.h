@@ -41,7 +41,7 @@ struct eb_request {
     uint32_t group_count;
     gid_t gid;
     uid_t uid;
-    uint8_t streams; /* bit per descriptor of 0 to 2; they are among the targets */
+    uint8_t streams, nulls; /* bit per descriptor of 0 to 2; they are among the targets */
     uint32_t on_close_ms;
     const struct eb_peer *peer; /* not parsed: the spawner's to take on before all steps but FDS */
 };
@@ -59,16 +59,24 @@ static inline uint32_t eb_request_sources(const struct eb_request *q)
     return q->target_count + (eb_has(q, EB_TAG_CWD_FD) ? 1 : 0);
 }
 
-static inline bool eb_is_streamed(const struct eb_request *q, int target)
+enum { EB_JOINED = 8 }; /* the bit of STREAMS by which 2 is the same pipe as 1 */
+
+/* The descriptors of 0 to 2 that the helper makes, a bit for each. */
+static inline unsigned eb_made(const struct eb_request *q)
 {
-    return target < 3 && (q->streams >> target & 1) != 0;
+    return (q->streams & 7u) | (q->streams & EB_JOINED ? 4u : 0) | q->nulls;
+}
+
+static inline bool eb_is_made(const struct eb_request *q, int target)
+{
+    return target < 3 && (eb_made(q) >> target & 1) != 0;
 }
 
 /* The number of descriptors that the request comes with. */
 static inline uint32_t eb_request_fds(const struct eb_request *q)
 {
-    uint32_t streamed = (q->streams & 1) + (q->streams >> 1 & 1) + (q->streams >> 2 & 1);
-    return eb_request_sources(q) - streamed;
+    unsigned made = eb_made(q);
+    return eb_request_sources(q) - (made & 1) - (made >> 1 & 1) - (made >> 2 & 1);
 }
 
 /* Whether the child is to have a descriptor `fd`.  Also called between clone and exec. */

@@ -16,6 +16,8 @@ struct eb_service {
     struct eb_connection *control; /* NULL: at its end */
     struct eb_connection *all;     /* those that are open, and those whose command lives on */
     struct eb_connection *dead;    /* freed between two rounds of events, which may point to them */
+    int null_fd;                   /* /dev/null */
+    bool owns_children;
     unsigned count;                /* of `all`, without the control socket */
 };
 
@@ -32,7 +34,12 @@ bool eb_watch_fd(int fd, uint32_t events, enum eb_source *source);
 void eb_unwatch_fd(int fd);
 /* Acts on the frames that have come whole, as far as the connection's state lets it. */
 void eb_proceed(struct eb_connection *c);
-void eb_reply(struct eb_connection *c, enum eb_kind kind, const struct eb_writer *payload);
+/* Sends a frame, or holds it back for a moment if the command's are to go together. */
+void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
+/* Sends what is held back. */
+void eb_let_go(struct eb_connection *c);
+/* Whether frames wait for room in the socket. */
+bool eb_is_blocked(const struct eb_connection *c);
 /* The reason is sent if the socket takes it at once; who sends what he may not is owed no more. */
 __attribute__((format(printf, 2, 3))) void eb_refuse(struct eb_connection *c, const char *format, ...);
 void eb_close_connection(struct eb_connection *c);

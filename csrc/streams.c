@@ -49,7 +49,7 @@ bool eb_streams_make(struct eb_connection *c, int ends[3])
     *s = (struct eb_streams){.fds = {-1, -1, -1}, .window = EB_WINDOW};
     for (int i = 0; i < 3; i++) {
         int pipe[2];
-        if (!eb_is_streamed(&c->request, i))
+        if (!(c->request.streams >> i & 1))
             continue;
         if (pipe2(pipe, O_CLOEXEC) != 0)
             goto failed;
@@ -91,21 +91,17 @@ static void finish(struct eb_connection *c)
     struct eb_streams *s = c->streams;
     if (s != NULL && c->child == 0 && !c->starting && s->fds[1] < 0 && s->fds[2] < 0)
         eb_streams_close(c);
+    if (eb_at_rest(c))
+        eb_let_go(c);
 }
 
 void eb_streams_resume(struct eb_connection *c)
 {
-    if (c->streams == NULL || c->starting)
+    if (c->starting)
         return;
     finish(c);
     for (int i = 1; i < 3 && c->streams != NULL; i++)
-        want(c, i, c->out_size == 0);
-}
-
-static void put_frame(struct eb_connection *c, enum eb_kind kind, const void *data, size_t size)
-{
-    if (c->fd >= 0 && !eb_connection_send(c, kind, data, size))
-        eb_close_connection(c);
+        want(c, i, !eb_is_blocked(c));
 }
 
 static void give_credit(struct eb_connection *c, uint32_t size)
@@ -119,7 +115,8 @@ static void give_credit(struct eb_connection *c, uint32_t size)
     eb_put_u32(&w, s->credit);
     s->window += s->credit;
     s->credit = 0;
-    put_frame(c, EB_CREDIT, payload, sizeof payload);
+    eb_reply(c, EB_CREDIT, payload, sizeof payload);
+    eb_let_go(c); /* it is waited for */
 }
 
 /* Returns how much of it is done with. */
@@ -193,13 +190,13 @@ static void pass_output(struct eb_connection *c, int number)
         n = 0;
         close_stream(s, number);
     }
-    put_frame(c, number == 1 ? EB_STDOUT : EB_STDERR, chunk, (size_t)n);
+    eb_reply(c, number == 1 ? EB_STDOUT : EB_STDERR, chunk, (size_t)n);
 }
 
 void eb_on_stream(struct eb_connection *c, int number)
 {
     struct eb_streams *s = c->streams;
-    if (s == NULL || s->fds[number] < 0 || !s->watched[number] || (number > 0 && c->out_size > 0))
+    if (s == NULL || s->fds[number] < 0 || !s->watched[number] || (number > 0 && eb_is_blocked(c)))
         return;
     if (number == 0)
         drain_input(c);

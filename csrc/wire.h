@@ -115,10 +115,14 @@ enum eb_tag {
     EB_TAG_GID = 16,        /* u32: real, effective and saved */
     EB_TAG_UID = 17,        /* u32: real, effective and saved */
     EB_TAG_STREAMS = 18,    /* u8, bit n for descriptor n of 0 to 2: it is a pipe of the helper's, whose data
-                               travel as frames.  Helpers that own their children only */
+                               travel as frames; bit 3: 2 is the same pipe as 1.  Helpers that own their
+                               children only */
     EB_TAG_ON_CLOSE = 19,   /* u32 milliseconds: if the connection ends before the command, its process group
                                gets SIGTERM, and after that time SIGKILL.  Absent: it lives on, unless
                                streamed; then 1,000 */
+    EB_TAG_NULL = 20,       /* u8, bit n for descriptor n of 0 to 2: it is /dev/null */
+    EB_TAG_BRIEF = 21,      /* empty: no SPAWNED, and all other frames together, when the command is over or
+                               there are many or 50 ms have passed; the next SPAWN may be sent ahead */
     EB_TAG_END              /* one past the last */
 };
 

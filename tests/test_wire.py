@@ -101,6 +101,8 @@ OPTIONS = {
     "GID": (protocol.number(lib.EB_TAG_GID, 2**32 - 2), str(2**32 - 2)),
     "UID": (protocol.number(lib.EB_TAG_UID, 12), "12"),
     "STREAMS": (protocol.option(lib.EB_TAG_STREAMS, b"\2"), "2"),
+    "NULL": (protocol.option(lib.EB_TAG_NULL, b"\0"), "0"),
+    "BRIEF": (protocol.option(lib.EB_TAG_BRIEF), ""),
     "ON_CLOSE": (protocol.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())

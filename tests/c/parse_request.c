@@ -40,7 +40,7 @@ static void print_request(const struct eb_request *q)
     if (eb_has(q, EB_TAG_FDS)) {
         printf("FDS");
         for (uint32_t i = 0; i < q->target_count; i++)
-            if (!eb_is_streamed(q, q->targets[i]))
+            if (!eb_is_made(q, q->targets[i]))
                 printf(" %d", q->targets[i]);
         putchar('\n');
     }
@@ -88,6 +88,10 @@ static void print_request(const struct eb_request *q)
         printf("UID %u\n", (unsigned)q->uid);
     if (eb_has(q, EB_TAG_STREAMS))
         printf("STREAMS %u\n", (unsigned)q->streams);
+    if (eb_has(q, EB_TAG_NULL))
+        printf("NULL %u\n", (unsigned)q->nulls);
+    if (eb_has(q, EB_TAG_BRIEF))
+        printf("BRIEF\n");
     if (eb_has(q, EB_TAG_ON_CLOSE))
         printf("ON_CLOSE %u\n", (unsigned)q->on_close_ms);
 }
