@@ -25,9 +25,9 @@ HELPER_SOURCES = [
         "wire",
     )
 ]
-COMPILE = ["-std=c11", "-Os", "-fPIE", "-Wall", "-Wextra", "-fstack-protector-strong"]
+COMPILE = ["-std=c11", "-Os", "-fPIE", "-Wall", "-Wextra", "-fstack-protector"]
 # Fewer pages of its own: no tables for unwinding, no indirection that LINK resolves at once.
-COMPILE += ["-fno-asynchronous-unwind-tables", "-fno-plt"]
+COMPILE += ["-fno-asynchronous-unwind-tables", "-fno-plt", "-fvisibility=hidden"]
 # Dynamic: the C library's text is shared with all other processes; a static one would be its own.
 # Resolved at once: a new process that shares the helper's memory must not run the dynamic linker.
 LINK = ["-pie", "-Wl,-z,relro,-z,now,-z,noseparate-code"]

@@ -32,6 +32,14 @@ def run(library: Any) -> None:
     library.run(TRUE, capture_output=True)
 
 
+def run_shell(library: Any) -> None:
+    library.run("true", shell=True, capture_output=True)
+
+
+def run_cmd(library: Any) -> None:
+    library.UNIXSocketTransport().run_cmd("true")
+
+
 def user(library: Any) -> None:
     library.Popen(TRUE, user=NOBODY).wait()
 
@@ -60,7 +68,17 @@ def fork_exec(_library: Any) -> None:
 
 CASES: dict[str, Callable[[Any], None]] = {
     case.__name__: case
-    for case in (popen, run, user, preexec_setsid, new_session, posix_spawn, fork_exec)
+    for case in (
+        popen,
+        run,
+        run_shell,
+        run_cmd,
+        user,
+        preexec_setsid,
+        new_session,
+        posix_spawn,
+        fork_exec,
+    )
 }
 
 

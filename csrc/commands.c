@@ -364,6 +364,6 @@ void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame)
     eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
     /* Not yet waited for, so the pid is still its own.  A signal may cross with EXITED: then it is late,
      * as it would be with kill(2). */
-    if (c->child != 0 && (pid == c->child || pid == -c->child))
-        (void)kill(pid, number);
+    if (c->child != 0 && (pid == 0 || pid == c->child || pid == -c->child))
+        (void)kill(pid != 0 ? pid : c->child, number);
 }

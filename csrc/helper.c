@@ -7,6 +7,7 @@
  *   --own-children    keep the children, wait for them and report their ends
  *   --posix-spawn     start through posix_spawn(3); implies --own-children
  *   --max-tasks=N     tell the server after so many starts
+ *   --open-files=N    the soft limit of open files for commands whose request has none
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
  * socket is at its end and the last connection has gone.
@@ -24,6 +25,7 @@
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -539,6 +541,8 @@ int main(int argc, char **argv)
             own = true;
         else if (strcmp(argv[i], "--posix-spawn") == 0)
             posix = true;
+        else if (strncmp(argv[i], "--open-files=", 13) == 0)
+            service.open_files = strtoull(argv[i] + 13, NULL, 10);
         else if (strncmp(argv[i], "--max-tasks=", 12) == 0)
             eb_set_max_tasks(strtoull(argv[i] + 12, NULL, 10));
         else {
@@ -546,13 +550,19 @@ int main(int argc, char **argv)
             return 2;
         }
     }
-    block_signals();
-    for (int fd = 0; fd <= CALLER_FD; fd++)
-        if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 && (fd <= CONTROL_FD || private))
+    int last = private ? CALLER_FD : CONTROL_FD;
+    for (int fd = 0; fd <= last; fd++)
+        if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)
             fatal("descriptors 0 to 4");
+    /* What else the server was given is not for the commands. */
+#ifdef SYS_close_range
+    (void)syscall(SYS_close_range, last + 1, ~0u, 0);
+#endif
+    block_signals();
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
-        service.open_files = files.rlim_cur;
+        if (service.open_files == 0)
+            service.open_files = files.rlim_cur;
         files.rlim_cur = files.rlim_max;
         if (!posix)
             (void)setrlimit(RLIMIT_NOFILE, &files);

@@ -11,9 +11,18 @@ static uint64_t ignored_signals(void)
 {
     uint64_t set = 0;
     for (int n = 1; n <= EB_SIGNALS; n++) {
+#ifdef __linux__
+        /* glibc hides two signals; the kernel's own struct starts with the handler. */
+        struct {
+            uintptr_t handler, flags, restorer, mask[16];
+        } action;
+        bool ignored = syscall(SYS_rt_sigaction, n, NULL, &action, sizeof(uint64_t)) == 0 &&
+                       action.handler == (uintptr_t)SIG_IGN;
+#else
         struct sigaction action;
-        if (sigaction(n, NULL, &action) == 0 && action.sa_handler == SIG_IGN)
-            set |= (uint64_t)1 << (n - 1);
+        bool ignored = sigaction(n, NULL, &action) == 0 && action.sa_handler == SIG_IGN;
+#endif
+        set |= (uint64_t)ignored << (n - 1);
     }
     return set;
 }

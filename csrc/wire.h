@@ -42,7 +42,7 @@ enum eb_kind {
     /* client to helper */
     EB_SPAWN = 3,    /* options, see eb_tag */
     EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
-                        negative of it: its process group, as for kill(2) */
+                        negative of it: its process group, as for kill(2); or 0: the child, whichever it is */
     EB_STDIN = 10,   /* bytes for a streamed standard input; empty: its end */
 
     /* client to daemon, its first frame in place of HELLO */

@@ -6,6 +6,7 @@ started by a small C helper, as this process's own child.
 
 from __future__ import annotations
 
+import os
 from subprocess import (
     DEVNULL,
     PIPE,
@@ -23,13 +24,64 @@ from subprocess import (
     run,
 )
 
-from errand_boy.errors import ErrandBoyError, HelperDiedError, HelperError, ProtocolError
+from errand_boy.errors import (
+    ErrandBoyError,
+    HelperDiedError,
+    HelperError,
+    NoDaemonError,
+    ProtocolError,
+    RefusedError,
+    SessionClosedError,
+)
 from errand_boy.functions import bound_to
 from errand_boy.helper import helper_pid, start, stop
 from errand_boy.popen import Popen
 
 TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from errand_boy.client import Client
+
+
+def connect(path: str | os.PathLike[str] | None = None) -> Client:
+    """Return the client of the daemon that listens at `path`, or where daemons listen by default.
+
+    It has the functions, constants and exceptions of subprocess, and all of its commands are the
+    daemon's. The default is ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in
+    ``$XDG_RUNTIME_DIR``, else in a directory of the user's under the temporary directory. Nothing
+    is sent before the first command, which raises NoDaemonError if nobody listens, and RefusedError
+    if the daemon does not serve this user.
+    """
+    from errand_boy import client  # noqa: PLC0415  only those who need it pay for it
+
+    return client.connect(path)
+
+
+def patch() -> None:
+    """Make the process's own subprocess.Popen start commands through errand-boy from now on.
+
+    That goes for all that uses the class, whenever it has imported it, and for the Popen of gevent
+    and of eventlet, asyncio's loops and uvloop, be they loaded before or after. See
+    docs/frameworks.md. Once more does nothing more.
+    """
+    from errand_boy import patching  # noqa: PLC0415
+
+    patching.patch()
+
+
+def unpatch() -> None:
+    """Undo what patch() did.
+
+    Where the helper owns the children (not on an ordinary Linux), those that were started under
+    patch() should have been waited for.
+    """
+    from errand_boy import patching  # noqa: PLC0415
+
+    patching.unpatch()
+
+
 if not TYPE_CHECKING:  # to a type checker they are what the imports say
+    if os.environ.get("ERRAND_BOY_SOCKET"):
+        Popen = connect().Popen
     globals().update(bound_to(Popen))
 
 __version__ = "1.0.0.dev0"
@@ -43,18 +95,24 @@ __all__ = [
     "ErrandBoyError",
     "HelperDiedError",
     "HelperError",
+    "NoDaemonError",
     "Popen",
     "ProtocolError",
+    "RefusedError",
+    "SessionClosedError",
     "SubprocessError",
     "TimeoutExpired",
     "call",
     "check_call",
     "check_output",
+    "connect",
     "getoutput",
     "getstatusoutput",
     "helper_pid",
     "list2cmdline",
+    "patch",
     "run",
     "start",
     "stop",
+    "unpatch",
 ]

@@ -9,22 +9,31 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import errno
 import os
+import select
 import signal
+import socket
 import subprocess
+import time
+import warnings
 from asyncio import base_subprocess, streams
+from asyncio.log import logger
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process, SubprocessStreamProtocol
 from collections.abc import Callable
 from typing import IO, Any
 
-from errand_boy import client as _client
 from errand_boy import helper as _helper
 from errand_boy import popen, remote
 from errand_boy._native import lib
 from errand_boy.connection import Connection, NotServedError
-from errand_boy.errors import HelperError
+from errand_boy.errors import HelperError, ProtocolError
 from errand_boy.outgoing import Outgoing, Request, take
-from errand_boy.protocol import Failed, Reply, Spawned
+from errand_boy.protocol import Exited, Failed, Reply, Spawned
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from errand_boy import client as _client
 
 __all__ = [
     "DEVNULL",
@@ -40,8 +49,8 @@ __all__ = [
 
 _LIMIT: int = streams._DEFAULT_LIMIT  # type: ignore[attr-defined]
 _UNKNOWN = 255  # asyncio's own word for a child that somebody else has waited for
-
-_MOMENT = 0.02  # seconds
+_MOMENT = 1.0  # seconds that a cancelled start waits for its command's end
+_PAUSE = 0.01  # seconds between attempts to reach a daemon that has many others waiting
 
 _burials: set[_Burial] = set()
 
@@ -49,70 +58,163 @@ _burials: set[_Burial] = set()
 class _Popen(popen.Popen[bytes]):
     """A Popen whose constructor sends nothing: `begin` does, without blocking the loop."""
 
-    _request: Request
+    _request: Request | None = None
     _child_fds: tuple[int, ...] = ()
+    _watch: _Watch | None = None
+    lost: OSError | None = None  # why nobody knows how the command ended
 
-    def _start(self, request: Request) -> Spawned | Failed | None:
+    def _start(self, request: Request) -> None:
         self._request = request
-        return None
 
     def _close_pipe_fds(self, *fds: int) -> None:
         self._child_fds = fds  # still to be sent
 
-    def _close_child_fds(self) -> None:
-        fds, self._child_fds = self._child_fds, ()
-        if fds:
-            super()._close_pipe_fds(*fds)
-
-    async def begin(self) -> None:
+    async def begin(self) -> _Watch:
         """Start the command. Raises what the constructor of subprocess.Popen does."""
+        loop = asyncio.get_running_loop()
         try:
-            reply = await self._ask()
-            if isinstance(reply, Failed):
-                self._raise_failure(reply)
-        except BaseException:
+            if self._request is not None:  # else preexec_fn had the standard library start it
+                reply = await self._ask(loop, self._request)
+                if isinstance(reply, Failed):
+                    raise popen.failure(reply, *self._names)
+            try:
+                return _Watch(loop, self)
+            except BaseException:
+                self._end()
+                raise
+        except BaseException as error:
             for pipe in (self.stdin, self.stdout, self.stderr):
                 if pipe is not None:
                     pipe.close()
+            if isinstance(error, OSError) and error.errno == errno.E2BIG and not error.filename:
+                raise OSError(error.errno, error.strerror, self._names[0]) from None
             raise
         finally:
-            self._close_child_fds()
+            fds, self._child_fds = self._child_fds, ()
+            if fds:
+                super()._close_pipe_fds(*fds)
 
-    async def _ask(self) -> Reply:
-        loop = asyncio.get_running_loop()
+    async def _ask(self, loop: asyncio.AbstractEventLoop, request: Request) -> Reply:
         if _burials:
             _end_burials()
-        outgoing = take()
-        try:
-            for _ in range(_helper.PATIENCE):
-                try:
-                    lender, connection = self._acquire(self._request, outgoing)
+        for _ in range(_helper.PATIENCE):
+            await self._until_reachable(loop)
+            outgoing, connection = take(), None
+            try:
+                lender, connection = self._acquire(request, outgoing)
+                if outgoing.frame:
                     await _send(loop, connection, outgoing)
-                    self._close_child_fds()
-                    reply = await _receive(loop, connection)
-                    self._take(reply, lender, connection)
-                except NotServedError:
-                    self._discard(lender, connection)
-                    continue
-                except asyncio.CancelledError:
-                    if not outgoing.frame:  # sent whole: it is being started
-                        _Burial(loop, self, lender, connection)
-                    else:
-                        connection.close()
-                    raise
-                except BaseException as error:
+            except NotServedError:
+                assert connection is not None
+                self._discard(lender, connection)
+                continue
+            except BaseException as error:
+                if connection is None:
                     self._abandon(outgoing, error)
-                    raise
-                if self._lease is None:
-                    lender.release(connection)
-                return reply
-        finally:
-            outgoing.done()
-        raise HelperError("the helper ends as soon as it is asked to start a command")
+                    if self._child_created:  # an interrupt came when it had been sent
+                        self._end()
+                else:  # not sent whole: it will not be started
+                    connection.close()
+                raise
+            finally:
+                outgoing.done()
+            try:
+                reply = await _receive(loop, connection)
+            except NotServedError:
+                self._discard(lender, connection)
+                continue
+            except Exception:
+                connection.close()
+                raise
+            except BaseException as error:
+                over = _Burial(loop, self, lender, connection).over
+                # asyncio.run() waits for the tasks that it cancels: leave nothing for later.
+                if isinstance(error, asyncio.CancelledError):
+                    await asyncio.wait([over], timeout=_MOMENT)
+                raise
+            self._take(reply, lender, connection)
+            if self._lease is None:
+                lender.release(connection)
+            return reply
+        raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
+
+    async def _until_reachable(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until `_acquire` can make a connection without waiting."""
+        helper = _helper.callers.current
+        while helper is not None and not helper.idle and not _is_writable(helper._control.sock):
+            with contextlib.closing(helper._control.sock.dup()) as sock:  # one waits for each start
+                await _ready(loop, sock.fileno(), loop.add_writer, loop.remove_writer)
+            helper = _helper.callers.current
+
+    # -- the end --
+
+    def _end(self) -> None:
+        """Kill a child of whose end nobody will be told."""
+        with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+            self.kill()
+            self.wait(_MOMENT)
+
+    def reap(self) -> int | None:
+        """Return the return code if the child has ended."""
+        if self._lease is not None:
+            return self.poll()
+        if self.returncode is None and self._waitpid_lock.acquire(False):
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self._handle_exitstatus(status)
+            except ChildProcessError:
+                logger.warning(
+                    "Unknown child process pid %d, will report returncode %d", self.pid, _UNKNOWN
+                )
+                self.returncode = _UNKNOWN
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+    def _await_exit(self, timeout: float | None) -> None:
+        try:
+            super()._await_exit(timeout)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            self.lost = error
+        # Whoever read it, nothing more will come for the loop to see.
+        if self._watch is not None:
+            self._watch.look_soon()
 
 
 class _RemotePopen(_Popen, remote.Popen[bytes]):
     """The same for a daemon's child."""
+
+    async def _until_reachable(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Nothing tells of room in the backlog of a Unix socket.
+        while not self._client._idle and not _connected(self._client):
+            await asyncio.sleep(_PAUSE)
+
+
+def _connected(client: _client.Client) -> bool:
+    """Give `client` a connection if that can be made without waiting; return whether it can."""
+    from errand_boy.client import _Idle  # noqa: PLC0415
+
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    try:
+        sock.connect(client.path)
+    except OSError as error:
+        sock.close()
+        return not isinstance(error, BlockingIOError)  # it will meet others too, and explain them
+    connection = _Idle(sock)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.open()
+    client.release(connection)
+    return True
+
+
+def _is_writable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 async def _ready(
@@ -135,31 +237,85 @@ async def _send(
     loop: asyncio.AbstractEventLoop, connection: Connection, outgoing: Outgoing
 ) -> None:
     """Send what has not been sent of a request."""
-    sock = connection.sock
-    while outgoing.frame:
-        most = len(outgoing.frame)
-        # More descriptors than one message takes are rare, and may wait for the helper.
-        if len(outgoing.fds) > lib.EB_MAX_FDS_PER_SEND:
-            connection.send(outgoing.frame, outgoing.fds)
-            outgoing.count_sent(most)
-            return
+    sock, most = connection.sock, lib.EB_MAX_FDS_PER_SEND
+    fds = outgoing.fds
+    while frame := outgoing.frame:
         try:
-            sent = connection.send_some(outgoing.frame, outgoing.fds)
+            sent = connection.send_some(frame[:1] if len(fds) > most else frame, fds[:most])
         except BlockingIOError:
             await _ready(loop, sock.fileno(), loop.add_writer, loop.remove_writer)
         else:
             outgoing.count_sent(sent)
+            fds = fds[most:]
 
 
 async def _receive(loop: asyncio.AbstractEventLoop, connection: Connection) -> Reply:
     while True:
         await _ready(loop, connection.sock.fileno(), loop.add_reader, loop.remove_reader)
-        with contextlib.suppress(TimeoutError):  # only a part of it has come
-            return connection.receive(0.0)
+        try:
+            reply = connection.receive(0.0)
+        except TimeoutError:  # only a part of it has come
+            continue
+        if isinstance(reply, Exited):
+            raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
+        return reply
+
+
+class _Watch:
+    """Tells the loop when a child has ended."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, process: _Popen) -> None:
+        self._fd = -1
+        self._loop = loop
+        self._process = process
+        self._ended: Callable[[int], Any] | None = None
+        lease = process._lease
+        if lease is not None:
+            # A copy: the connection may be in use for another command before this is removed.
+            self._fd = os.dup(lease[1].sock.fileno())
+            process._watch = self
+        else:
+            with contextlib.suppress(ProcessLookupError):  # somebody has waited for it
+                self._fd = os.pidfd_open(process.pid)
+
+    def begin(self, ended: Callable[[int], Any]) -> None:
+        """From now on: call `ended` with the return code, once."""
+        self._ended = ended
+        if self._fd >= 0:
+            self._loop.add_reader(self._fd, self._look)
+        lease = self._process._lease
+        if self._fd < 0 or (lease is not None and lease[1].has_received()):
+            self._loop.call_soon(self._look)
+
+    def look_soon(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._look)
+
+    def _look(self) -> None:
+        process, ended = self._process, self._ended
+        if ended is None:
+            return
+        watch, process._watch = process._watch, None
+        returncode = process.reap()
+        if returncode is None:
+            process._watch = watch
+            return
+        self._ended = None
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+        self._close()
+        ended(returncode)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = _close
 
 
 class _Burial:
-    """Ends a command whose start was cancelled, once it is known to run."""
+    """Ends a command whose start was cancelled when it had been asked for."""
 
     def __init__(
         self,
@@ -168,91 +324,84 @@ class _Burial:
         lender: popen.Lender,
         connection: Connection,
     ) -> None:
-        self._loop = loop
+        self.over: asyncio.Future[None] = loop.create_future()
+        self.loop = loop
         self._process = process
         self._lender = lender
         self._connection = connection
-        self._fd = connection.sock.fileno()
         _burials.add(self)
-        if not self._conclude(_MOMENT):
-            loop.add_reader(self._fd, self._look)
+        if loop.is_closed():
+            self.end_without_loop(_MOMENT)
+        else:  # which may run in another thread
+            loop.call_soon_threadsafe(self._await_reply)
 
-    def _conclude(self, timeout: float | None) -> bool:
+    def _await_reply(self) -> None:
+        self.loop.add_reader(self._connection.sock.fileno(), self._look)
+
+    def _look(self) -> None:
+        self.loop.remove_reader(self._connection.sock.fileno())
+        try:
+            self._begin(0.0)
+        except TimeoutError:
+            self._await_reply()
+            return
+        if self._process._child_created:
+            try:
+                _Watch(self.loop, self._process).begin(self._end)
+            except OSError:  # no descriptor is free; it is subprocess that will wait for it
+                self._end()
+        else:
+            self._end()
+
+    def _begin(self, timeout: float) -> None:
+        """Take the outcome, and kill the command."""
+        process = self._process
         try:
             reply = self._connection.receive(timeout)
         except TimeoutError:
-            return False
+            raise
         except (NotServedError, OSError):
-            self._close()
-            return True
-        self._process._take(reply, self._lender, self._connection)
+            self._connection.close()
+            return
+        process._take(reply, self._lender, self._connection)
         if isinstance(reply, Spawned):
-            self._process.kill()
-            # It ends within moments, but for one in the midst of slow input or output.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_MOMENT)
-        self._close()
-        return True
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has other ids
+                process.kill()
+        if process._lease is None:
+            self._lender.release(self._connection)
 
-    def _look(self) -> None:
-        if self._conclude(0.0):
-            self._loop.remove_reader(self._fd)
-
-    def _close(self) -> None:
-        self._connection.close()
+    def _end(self, returncode: int = 0) -> None:
         _burials.discard(self)
+        if not self.over.done() and not self.loop.is_closed():
+            self.over.set_result(None)
 
-    def end_without_loop(self) -> None:
-        """Conclude it now if its loop is over; the answer comes when the program runs."""
-        if self._loop.is_closed():
-            self._conclude(None)
+    def end_without_loop(self, timeout: float) -> None:
+        """Do what can be done within so many seconds."""
+        with contextlib.suppress(TimeoutError, subprocess.TimeoutExpired):
+            if not self._process._child_created:
+                self._begin(timeout)
+            if self._process._child_created:
+                self._process.wait(timeout)
+            self._end()
 
 
 def _end_burials() -> None:
     for burial in list(_burials):
-        burial.end_without_loop()
+        if burial.loop.is_closed():
+            burial.end_without_loop(0.0)
 
 
-atexit.register(_end_burials)
-
-
-# -- the end --
-
-
-def _wait_status(process: _Popen) -> int | None:
-    """Return the return code if the child has ended, and reap it."""
-    if process.returncode is not None or process._lease is not None:
-        return process.poll()
-    try:
-        pid, status = os.waitpid(process.pid, os.WNOHANG)
-    except ChildProcessError:
-        return _UNKNOWN
-    return os.waitstatus_to_exitcode(status) if pid else None
-
-
-def _watch(loop: asyncio.AbstractEventLoop, process: _Popen, ended: Callable[[int], Any]) -> None:
-    """Call `ended` with the return code when the child has ended."""
-    lease = process._lease
-    fd = os.pidfd_open(process.pid) if lease is None else os.dup(lease[1].sock.fileno())
-
-    def look() -> None:
-        try:
-            returncode = _wait_status(process)
-        except OSError:  # the helper has gone, and with it the status
-            returncode = process.returncode
-        if returncode is not None:
-            loop.remove_reader(fd)
-            os.close(fd)
-            process.returncode = returncode
-            ended(returncode)
-
-    loop.add_reader(fd, look)
+@atexit.register
+def _end_all_burials() -> None:
+    end = time.monotonic() + _MOMENT
+    for burial in list(_burials):
+        burial.end_without_loop(max(0.0, end - time.monotonic()))
 
 
 class _Transport(base_subprocess.BaseSubprocessTransport):
     """asyncio's own transport, for a child that runs already."""
 
-    _loop: asyncio.AbstractEventLoop
+    _closed: bool
     _proc: _Popen | None
 
     def __init__(self, process: _Popen, *args: Any, **kwargs: Any) -> None:
@@ -261,6 +410,17 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
 
     def _start(self, *args: Any, **kwargs: Any) -> None:
         self._proc = self._started
+
+    def _process_exited(self, returncode: int) -> None:
+        super()._process_exited(returncode)
+        if self._started.lost is not None:
+            self.close()  # its pipes, which the command may hold for long
+
+    async def _wait(self) -> int:
+        returncode: int = await super()._wait()
+        if self._started.lost is not None:
+            raise self._started.lost
+        return returncode
 
     def send_signal(self, signal: int) -> None:
         self._check_proc()
@@ -274,6 +434,20 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def abandon(self) -> None:
+        """End the command though nothing may be awaited any more."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._started.kill()
+
+    def __del__(self, _warn: Callable[..., Any] = warnings.warn) -> None:
+        # asyncio's own would have the pipes call a loop that is closed, before it kills.
+        loop: asyncio.AbstractEventLoop | None = self._loop
+        if not self._closed and loop is not None and loop.is_closed():
+            _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
+            self.abandon()
+        super().__del__()
+
 
 async def make_transport(
     loop: asyncio.AbstractEventLoop,
@@ -286,26 +460,28 @@ async def make_transport(
     bufsize: int,
     extra: Any = None,
     *,
-    _popen: type[_Popen] = _Popen,
+    _popen: type[_Popen] | None = None,
     **kwargs: Any,
 ) -> _Transport:
     """Start a command and return its transport; the arguments are those of asyncio's own loops."""
-    process = _popen(
+    process = (_popen or _functions.popen)(
         args, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **kwargs
     )
-    await process.begin()
+    watch = await process.begin()
     waiter = loop.create_future()
     transport = _Transport(
         process, loop, protocol, args, shell, stdin, stdout, stderr, bufsize, waiter, extra
     )
-    _watch(loop, process, transport._process_exited)
+    watch.begin(transport._process_exited)
     try:
         await waiter
-    except (SystemExit, KeyboardInterrupt):
+    except (Exception, asyncio.CancelledError):
+        transport.close()
+        with contextlib.suppress(OSError):  # how it ended does not matter
+            await transport._wait()
         raise
     except BaseException:
-        transport.close()
-        await transport._wait()
+        transport.abandon()
         raise
     return transport
 
@@ -313,186 +489,11 @@ async def make_transport(
 # -- the functions --
 
 
-class _Protocol(SubprocessStreamProtocol):
-    def __init__(self, limit: int, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(limit=limit, loop=loop)
-        self.exited = asyncio.Event()
+class _Functions:
+    """asyncio's functions of this kind, for one kind of Popen."""
 
-    def process_exited(self) -> None:
-        super().process_exited()
-        self.exited.set()
-
-
-async def _create(
-    popen_class: type[_Popen],
-    args: Any,
-    shell: bool,
-    stdin: Any,
-    stdout: Any,
-    stderr: Any,
-    limit: int,
-    options: dict[str, Any],
-) -> Process:
-    for name in ("universal_newlines", "text", "encoding", "errors", "bufsize"):
-        if options.pop(name, None):
-            raise ValueError(f"{name} must not be given: the streams carry bytes")
-    loop = asyncio.get_running_loop()
-    protocol = _Protocol(limit=limit, loop=loop)
-    transport = await make_transport(
-        loop, protocol, args, shell, stdin, stdout, stderr, 0, _popen=popen_class, **options
-    )
-    return Process(transport, protocol, loop)
-
-
-async def create_subprocess_exec(
-    program: str | bytes | os.PathLike[Any],
-    *args: str | bytes | os.PathLike[Any],
-    stdin: int | IO[Any] | None = None,
-    stdout: int | IO[Any] | None = None,
-    stderr: int | IO[Any] | None = None,
-    limit: int = _LIMIT,
-    **options: Any,
-) -> Process:
-    """Start a program; return what asyncio.create_subprocess_exec does.
-
-    `limit` is the size (bytes) of each stream's buffer, the options are those of errand_boy.Popen.
-    If the call is cancelled, the program is not started, or is killed at once.
-    """
-    return await _create(_Popen, (program, *args), False, stdin, stdout, stderr, limit, options)
-
-
-async def create_subprocess_shell(
-    cmd: str | bytes,
-    stdin: int | IO[Any] | None = None,
-    stdout: int | IO[Any] | None = None,
-    stderr: int | IO[Any] | None = None,
-    limit: int = _LIMIT,
-    **options: Any,
-) -> Process:
-    """Start a shell command; else as create_subprocess_exec."""
-    return await _create(_Popen, _line(cmd), True, stdin, stdout, stderr, limit, options)
-
-
-def _line(cmd: str | bytes) -> str | bytes:
-    if not isinstance(cmd, (str, bytes)):
-        raise ValueError("cmd must be a string")
-    return cmd
-
-
-async def run(
-    args: Any,
-    *,
-    input: bytes | None = None,
-    capture_output: bool = False,
-    timeout: float | None = None,
-    check: bool = False,
-    shell: bool = False,
-    **options: Any,
-) -> subprocess.CompletedProcess[bytes]:
-    """Run a command to its end, as subprocess.run does, in bytes.
-
-    `timeout` is in seconds: after it the command is killed, and TimeoutExpired has what it wrote
-    until then. If the call is cancelled, the command is killed too.
-    """
-    return await _run(
-        _Popen,
-        args,
-        input=input,
-        capture_output=capture_output,
-        timeout=timeout,
-        check=check,
-        shell=shell,
-        **options,
-    )
-
-
-async def _run(
-    popen_class: type[_Popen],
-    args: Any,
-    *,
-    input: bytes | None,
-    capture_output: bool,
-    timeout: float | None,
-    check: bool,
-    shell: bool,
-    stdin: Any = None,
-    stdout: Any = None,
-    stderr: Any = None,
-    limit: int = _LIMIT,
-    **options: Any,
-) -> subprocess.CompletedProcess[bytes]:
-    if input is not None:
-        if stdin is not None:
-            raise ValueError("stdin and input arguments may not both be used.")
-        stdin = PIPE
-    if capture_output:
-        if stdout is not None or stderr is not None:
-            raise ValueError("stdout and stderr arguments may not be used with capture_output.")
-        stdout = stderr = PIPE
-    if not shell:
-        args_of_it = (args,) if isinstance(args, (str, bytes, os.PathLike)) else tuple(args)
-    else:
-        args_of_it = args
-    process = await _create(
-        popen_class, args_of_it, shell, stdin, stdout, stderr, limit, dict(options)
-    )
-    protocol: _Protocol = process._protocol  # type: ignore[attr-defined]
-    got: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
-
-    async def collect(name: str, stream: asyncio.StreamReader | None) -> None:
-        while stream is not None and (data := await stream.read(1 << 16)):
-            got[name].append(data)
-
-    async def feed() -> None:
-        if process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                process.stdin.write(input or b"")
-                await process.stdin.drain()
-            process.stdin.close()
-
-    def output(name: str, wanted: Any) -> bytes | None:
-        return b"".join(got[name]) if wanted == PIPE else None
-
-    everything = asyncio.gather(
-        collect("stdout", process.stdout),
-        collect("stderr", process.stderr),
-        feed(),
-        process.wait(),
-    )
-    # What its parts raise when it is cancelled is nobody's concern.
-    everything.add_done_callback(lambda done: done.cancelled() or done.exception())
-    try:
-        await asyncio.wait_for(asyncio.shield(everything), timeout)
-    except BaseException as error:
-        process.kill()
-        # The command itself, not its descendants: they may hold its output for ever.
-        await protocol.exited.wait()
-        everything.cancel()
-        process._transport.close()  # type: ignore[attr-defined]
-        if not isinstance(error, asyncio.TimeoutError):  # TimeoutError itself from 3.11 on
-            raise
-        raise subprocess.TimeoutExpired(
-            args, timeout or 0, output("stdout", stdout), output("stderr", stderr)
-        ) from None
-    returncode = process.returncode
-    assert returncode is not None
-    done = subprocess.CompletedProcess(
-        args, returncode, output("stdout", stdout), output("stderr", stderr)
-    )
-    if check:
-        done.check_returncode()
-    return done
-
-
-# -- the daemon's --
-
-
-class Client:
-    """The same functions, for commands that a daemon starts; see errand_boy.connect."""
-
-    def __init__(self, client: _client.Client) -> None:
-        self.path = client.path
-        self._popen: type[_RemotePopen] = type("Popen", (_RemotePopen,), {"_client": client})
+    def __init__(self, popen_class: type[_Popen]) -> None:
+        self.popen = popen_class
 
     async def create_subprocess_exec(
         self,
@@ -504,9 +505,13 @@ class Client:
         limit: int = _LIMIT,
         **options: Any,
     ) -> Process:
-        """Start a program through the daemon; else as the function of this name."""
-        args = (program, *args)
-        return await _create(self._popen, args, False, stdin, stdout, stderr, limit, options)
+        """Start a program; return what asyncio.create_subprocess_exec does.
+
+        `limit` is the size (bytes) of each stream's buffer, the options are those of
+        errand_boy.Popen. If the call is cancelled, the program is not started, or is killed.
+        """
+        _check(options, False)
+        return await self._create((program, *args), False, stdin, stdout, stderr, limit, options)
 
     async def create_subprocess_shell(
         self,
@@ -517,8 +522,28 @@ class Client:
         limit: int = _LIMIT,
         **options: Any,
     ) -> Process:
-        """Start a shell command through the daemon; else as the function of this name."""
-        return await _create(self._popen, _line(cmd), True, stdin, stdout, stderr, limit, options)
+        """Start a shell command; else as create_subprocess_exec."""
+        if not isinstance(cmd, (str, bytes)):
+            raise ValueError("cmd must be a string")
+        _check(options, True)
+        return await self._create(cmd, True, stdin, stdout, stderr, limit, options)
+
+    async def _create(
+        self,
+        args: Any,
+        shell: bool,
+        stdin: Any,
+        stdout: Any,
+        stderr: Any,
+        limit: int,
+        options: dict[str, Any],
+    ) -> Process:
+        loop = asyncio.get_running_loop()
+        protocol = SubprocessStreamProtocol(limit=limit, loop=loop)
+        transport = await make_transport(
+            loop, protocol, args, shell, stdin, stdout, stderr, 0, _popen=self.popen, **options
+        )
+        return Process(transport, protocol, loop)
 
     async def run(
         self,
@@ -529,21 +554,95 @@ class Client:
         timeout: float | None = None,
         check: bool = False,
         shell: bool = False,
+        stdin: int | IO[Any] | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
+        limit: int = _LIMIT,
         **options: Any,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command through the daemon to its end; else as the function of this name."""
-        return await _run(
-            self._popen,
-            args,
-            input=input,
-            capture_output=capture_output,
-            timeout=timeout,
-            check=check,
-            shell=shell,
-            **options,
-        )
+        """Run a command to its end, as subprocess.run does, in bytes.
+
+        `timeout` is in seconds: after it the command is killed, and TimeoutExpired has what it
+        wrote until then. If the call is cancelled, the command is killed too.
+        """
+        if input is not None:
+            if stdin is not None:
+                raise ValueError("stdin and input arguments may not both be used.")
+            stdin = PIPE
+        if capture_output:
+            if stdout is not None or stderr is not None:
+                raise ValueError("stdout and stderr arguments may not be used with capture_output.")
+            stdout = stderr = PIPE
+        _check(options, shell)
+        command = args if shell or not isinstance(args, (str, bytes, os.PathLike)) else (args,)
+        process = await self._create(command, shell, stdin, stdout, stderr, limit, options)
+        got: list[list[bytes]] = [[], []]
+
+        async def collect(stream: asyncio.StreamReader | None, into: list[bytes]) -> None:
+            while stream is not None and (data := await stream.read(1 << 16)):
+                into.append(data)
+
+        async def everything() -> None:
+            parts = [collect(process.stdout, got[0]), collect(process.stderr, got[1])]
+            if process.stdin is not None:
+                parts.append(process._feed_stdin(input or b""))  # type: ignore[attr-defined]
+            await asyncio.gather(*parts)
+            await process.wait()
+
+        def output() -> list[bytes | None]:
+            streams = zip((process.stdout, process.stderr), got, strict=True)
+            return [None if stream is None else b"".join(data) for stream, data in streams]
+
+        try:
+            await asyncio.wait_for(everything(), timeout)
+        except BaseException as error:
+            transport = process._transport  # type: ignore[attr-defined]
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            transport.close()  # its descendants may hold its output for ever
+            await transport._wait()
+            if isinstance(error, asyncio.TimeoutError):  # TimeoutError itself from 3.11 on
+                raise subprocess.TimeoutExpired(args, timeout or 0, *output()) from None
+            raise
+        assert process.returncode is not None
+        done = subprocess.CompletedProcess(args, process.returncode, *output())
+        if check:
+            done.check_returncode()
+        return done
+
+
+def _check(options: dict[str, Any], shell: bool) -> None:
+    """Refuse what asyncio does: the streams carry bytes, without buffers of a file's."""
+    # The words are asyncio's (BaseEventLoop.subprocess_exec).
+    wanted = {"universal_newlines": False, "shell": shell, "bufsize": 0, "text": False}
+    for name, value in {**wanted, "encoding": None, "errors": None}.items():
+        if options.pop(name, value) not in (value, None):
+            raise ValueError(f"{name} must be {value}")
+
+
+class Client(_Functions):
+    """The same functions, for commands that a daemon starts; see errand_boy.connect.
+
+    Their options are those of errand_boy.remote.Popen. When the helper that owns a command has
+    gone, its `wait` and `communicate` raise HelperDiedError.
+    """
+
+    def __init__(self, client: _client.Client) -> None:
+        super().__init__(type("Popen", (_RemotePopen,), {"_client": client}))
+        self.path = client.path
+
+    def __repr__(self) -> str:
+        return f"<errand_boy asyncio client of {self.path}>"
 
 
 def connect(path: str | os.PathLike[str] | None = None) -> Client:
     """Return a client of the daemon at `path`, as errand_boy.connect does, for asyncio."""
-    return Client(_client.connect(path))
+    from errand_boy import client  # noqa: PLC0415  only those who need it pay for it
+
+    return Client(client.connect(path))
+
+
+_functions = connect() if os.environ.get("ERRAND_BOY_SOCKET") else _Functions(_Popen)
+create_subprocess_exec = _functions.create_subprocess_exec
+create_subprocess_shell = _functions.create_subprocess_shell
+run = _functions.run

@@ -3,26 +3,214 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
 
 import errand_boy
-from errand_boy import foreground
+
+_COMMANDS = ("serve", "run", "status")
+_GIVEN = ("-h", "--help", "--version")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+    """Run the command line; return the exit status. To serve, this process becomes the daemon."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in (*_COMMANDS, *_GIVEN):
+        arguments = ["serve", *arguments]
     parser = argparse.ArgumentParser(
         prog="errand-boy", description="Start commands without forking the process that wants them."
     )
     parser.add_argument("--version", action="version", version=errand_boy.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="be the daemon; the default")
+    add_serve_options(serve)
     run = commands.add_parser(
         "run",
         help="run one command, with this terminal, and exit with its status",
-        usage="errand-boy run [-h] [--] COMMAND [ARGUMENT ...]",
+        usage="errand-boy run [-h] [--socket PATH] [--] COMMAND [ARGUMENT ...]",
     )
+    _add_socket(run)
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
+    status = commands.add_parser("status", help="tell what the daemon is doing")
+    _add_socket(status)
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument("--metrics", action="store_true", help="in Prometheus's text form")
     options = parser.parse_args(arguments)
+    if options.command == "serve":
+        return run_server(serve, options)
+    if options.command == "status":
+        return _status(options)
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     if not argv:
         run.error("which command?")
-    return foreground.run(argv)
+    from errand_boy import foreground  # noqa: PLC0415
+
+    return foreground.run(argv, options.socket)
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
+        "$XDG_RUNTIME_DIR, else in a directory of this user's under the temp folder)",
+    )
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Add the daemon's options to `parser`."""
+    _add_socket(parser)
+    count = _number(int, 0)
+    parser.add_argument(
+        "--pool-size",
+        type=_number(int, 1),
+        metavar="N",
+        default=len(os.sched_getaffinity(0)),
+        help="helpers (default: the number of CPUs)",
+    )
+    parser.add_argument(
+        "--max-accepts",
+        type=count,
+        metavar="N",
+        default=0,
+        help="end after so many connections, when what runs has finished (default: 0, no limit)",
+    )
+    parser.add_argument(
+        "--max-child-tasks",
+        type=count,
+        metavar="N",
+        default=0,
+        help="replace a helper after so many commands (default: 0, never)",
+    )
+    parser.add_argument(
+        "--allow-uid",
+        type=_user,
+        action="append",
+        metavar="USER",
+        default=[],
+        help="who may use it besides the daemon's own user; repeatable",
+    )
+    parser.add_argument(
+        "--allow-gid",
+        type=_group,
+        action="append",
+        metavar="GROUP",
+        default=[],
+        help="a group whose members may use it; repeatable",
+    )
+    parser.add_argument(
+        "--as-peer",
+        action="store_true",
+        help="commands run with the ids and groups of who asked for them; needs root",
+    )
+    parser.add_argument(
+        "--max-processes",
+        type=count,
+        metavar="N",
+        default=0,
+        help="commands at a time; the others wait (default: 0, no limit)",
+    )
+    parser.add_argument(
+        "--max-processes-per-client",
+        type=count,
+        metavar="N",
+        default=0,
+        help="the same for each client process",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_number(float, 0),
+        metavar="SECONDS",
+        default=30.0,
+        help="for commands to finish, after SIGTERM (default: 30)",
+    )
+    parser.add_argument("--patience", type=_number(float, 0), default=30.0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="the least that is logged, on standard error (default: info)",
+    )
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    parser.add_argument("--pid-file", metavar="PATH", help="written when it listens")
+    parser.add_argument(
+        "-t",
+        "--transport",
+        choices=("unixsocket",),
+        default="unixsocket",
+        help="for compatibility; there is one",
+    )
+
+
+def _number(of: type[int] | type[float], least: int) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = of(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+        return value
+
+    parse.__name__ = "number"  # for argparse's own message
+    return parse
+
+
+def _user(text: str) -> int:
+    import pwd  # noqa: PLC0415
+
+    if text.isdecimal():
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no user {text}") from None
+
+
+def _group(text: str) -> int:
+    import grp  # noqa: PLC0415
+
+    if text.isdecimal():
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group {text}") from None
+
+
+def run_server(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Become the daemon that `options` describe; does not return but for an error."""
+    root = os.geteuid() == 0
+    if options.as_peer and not root:
+        parser.error("--as-peer needs root: only root can give commands the ids of others")
+    if root and not options.as_peer and (options.allow_uid or options.allow_gid):
+        parser.error(
+            "a daemon of root with --allow-uid or --allow-gid would run the commands of others "
+            "as root: add --as-peer to run them with their own ids"
+        )
+    values = vars(options)
+    kept = {name: value for name, value in values.items() if name not in ("command", "transport")}
+    if kept["socket"] is not None:
+        kept["socket"] = os.path.abspath(kept["socket"])
+    kept["version"] = errand_boy.__version__
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "serve.py")
+    argument = json.dumps({"path": [path for path in sys.path if path], "options": kept})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The same process, so that its supervisor finds it, but without what this command line took.
+    os.execv(sys.executable, [sys.executable, "-I", "-S", program, argument])
+
+
+def _status(options: argparse.Namespace) -> int:
+    from errand_boy import listen, status  # noqa: PLC0415
+
+    try:
+        value = status.fetch(options.socket or listen.default_path())
+    except (status.NoAnswerError, OSError) as error:
+        print(f"errand-boy: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(value, indent=2))
+    else:
+        sys.stdout.write(status.metrics(value) if options.metrics else status.table(value))
+    return 0

@@ -7,13 +7,14 @@ import errno
 import os
 import socket
 import struct
+import threading
 import time
 import weakref
 from collections.abc import Sequence
 
 from errand_boy import protocol
 from errand_boy._native import lib
-from errand_boy.errors import HelperDiedError, ProtocolError
+from errand_boy.errors import HelperDiedError, ProtocolError, RefusedError
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
 TYPE_CHECKING = False  # typing takes milliseconds to import
@@ -51,11 +52,12 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_buffer",
-        "_greeted",
         "_owner",
         "_size",
         "device",
+        "greeted",
         "inode",
+        "lock",
         "reply",
         "sock",
     )
@@ -69,8 +71,11 @@ class Connection:
         self.inode = info.st_ino
         self._buffer = bytearray(_BUFFER_SIZE)
         self._size = 0  # of what has come into it
-        self._greeted = False
+        self.greeted = False
         self.reply: Reply | None = None  # the last one, to the command that is being started
+        # Held while a signal is sent to the live command, and while that one gives the connection
+        # back. Reentrant: a handler of ours may signal the command of the code that it interrupts.
+        self.lock = threading.RLock()
         _connections.add(self)
 
     def close(self) -> None:
@@ -91,6 +96,10 @@ class Connection:
         except OSError:
             return False
         return (info.st_dev, info.st_ino) == (self.device, self.inode)
+
+    def is_foreign(self) -> bool:
+        """Return whether it was made by another process, of which this one is a fork."""
+        return self._owner != os.getpid()
 
     def open(self) -> None:
         """Send the connection's first bytes. Raises BrokenPipeError if the helper has gone."""
@@ -113,12 +122,39 @@ class Connection:
             if sent < len(data):
                 self.sock.sendall(data[sent:], _NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError):
-            # What was sent is not a whole request, so nothing has been run.
-            try:
-                self.receive()
-            except HelperDiedError:
-                raise NotServedError from None
+            self._raise_unserved()
             raise
+
+    def _raise_unserved(self) -> None:
+        # What was sent is not a whole request, so nothing has been run.
+        try:
+            self.receive()
+        except HelperDiedError:
+            raise NotServedError from None
+
+    def send_some(self, data: memoryview, fds: Sequence[int]) -> int:
+        """Send what the socket takes without waiting, and all descriptors; return how many bytes.
+
+        Raises BlockingIOError if it takes nothing now, and what `send` does.
+        """
+        try:
+            return self.sock.sendmsg([data], _rights(fds), _NOSIGNAL | socket.MSG_DONTWAIT)
+        except (BrokenPipeError, ConnectionResetError):
+            self._raise_unserved()
+            raise
+
+    def send_signal(self, pid: int, number: int) -> None:
+        """Have a signal sent to the live command, or with its negative pid to its process group.
+
+        A helper that has gone is for the receiver of replies to notice, maybe in another thread.
+        """
+        frame = protocol.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)])
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.sock.sendall(frame, _NOSIGNAL)
+
+    def has_received(self) -> bool:
+        """Return whether a part of the next reply is here, of which the socket does not tell."""
+        return self._size > 0
 
     def receive(self, timeout: float | None = None) -> Reply:
         """Return the next reply.
@@ -126,6 +162,7 @@ class Connection:
         Raises TimeoutError after `timeout` seconds, NotServedError or HelperDiedError if the
         helper has gone before or after it read what was sent, and ProtocolError.
         """
+        self._count_received()
         kind, payload = self._frame(timeout)
         try:
             self.reply = protocol.reply(kind, payload)
@@ -154,7 +191,6 @@ class Connection:
         any more.
         """
         if self.reply is None:
-            self._count_received()
             with contextlib.suppress(NotServedError, OSError):
                 # The helper answers what came whole, then closes: this wait is bounded.
                 self.sock.shutdown(socket.SHUT_WR)
@@ -172,16 +208,19 @@ class Connection:
                 if self._size >= header + length:
                     payload = bytes(self._buffer[header : header + length])
                     if kind == lib.EB_HELLO:
-                        self._greet(payload)
+                        self.greet(payload)
                         self._consume(header + length)
                         continue
                     if kind == lib.EB_REFUSED:
                         reason = payload.decode("utf-8", "replace")
+                        if not self.greeted:  # so it is the daemon who speaks
+                            raise RefusedError(errno.EACCES, f"the daemon refused: {reason}")
                         raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
                     return kind, payload
             self._receive_some(deadline)
 
-    def _greet(self, payload: bytes) -> None:
+    def greet(self, payload: bytes) -> None:
+        """Take the other side's HELLO. Raises ProtocolError if it speaks another version."""
         version = int.from_bytes(payload[:4], "little")
         if version != lib.EB_VERSION:
             raise ProtocolError(
@@ -189,7 +228,7 @@ class Connection:
                 f"the helper speaks version {version} of the protocol, this client version "
                 f"{lib.EB_VERSION}: restart the older one",
             )
-        self._greeted = True
+        self.greeted = True
 
     def _receive_some(self, deadline: float | None) -> None:
         if deadline is not None:
@@ -206,7 +245,7 @@ class Connection:
             if deadline is not None:
                 self.sock.settimeout(None)
         if size == 0:
-            if not self._greeted:
+            if not self.greeted:
                 raise NotServedError
             raise HelperDiedError(
                 errno.EPIPE,

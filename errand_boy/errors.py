@@ -18,3 +18,15 @@ class HelperDiedError(HelperError):
 
 class ProtocolError(ErrandBoyError, OSError):
     """The other side sent something that is not the protocol, or refused what was sent."""
+
+
+class RefusedError(ProtocolError, PermissionError):
+    """The daemon does not serve this client; its reason is part of the message."""
+
+
+class NoDaemonError(ErrandBoyError, ConnectionError):
+    """No daemon listens where it was expected; the cause is the OSError of the attempt."""
+
+
+class SessionClosedError(ErrandBoyError):
+    """A session of the classic interface was used after its end."""

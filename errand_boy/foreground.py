@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import errand_boy
+from errand_boy import popen, remote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # What a supervisor or a user sends to one process; the terminal sends its own to the whole group.
-_FORWARDED = (
+_FORWARDED = {
     signal.SIGHUP,
     signal.SIGINT,
     signal.SIGQUIT,
@@ -17,31 +24,81 @@ _FORWARDED = (
     signal.SIGUSR1,
     signal.SIGUSR2,
     signal.SIGWINCH,
-)
+}
+# The daemon's commands are not in this process's session, so the terminal stops us only.
+_JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run a command; return its status as a shell gives it: 128 + n for an end by signal n."""
+def run(argv: Sequence[str], socket: str | None = None) -> int:
+    """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
+
+    The daemon runs it that listens at `socket`, or where daemons listen by default; if none does, a
+    private helper.
+    """
     early: list[int] = []
     # What is ignored (nohup, a shell's background job) stays so, for the command too.
-    forwarded = [n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
+    candidates = _FORWARDED | _JOB_CONTROL
+    forwarded = {n for n in candidates if signal.getsignal(n) is not signal.SIG_IGN}
     for number in forwarded:
         signal.signal(number, lambda number, frame: early.append(number))
     try:
-        process = errand_boy.Popen(argv)
+        process = _start(argv, socket)
     except OSError as error:
+        if isinstance(error, errand_boy.ErrandBoyError):
+            print(f"errand-boy: {error.strerror}", file=sys.stderr)
+            return 125
         print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
         return 127 if isinstance(error, FileNotFoundError) else 126
+    if not isinstance(process, remote.Popen):
+        for number in _JOB_CONTROL & forwarded:
+            signal.signal(number, signal.SIG_DFL)
+        forwarded -= _JOB_CONTROL
     # Only now, since the child inherits the mask.
     awaited = {*forwarded, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    failures: list[OSError] = []
+    waiter = threading.Thread(target=_await_end, args=[process, failures], daemon=True)
+    waiter.start()
     for early_one in early:
-        process.send_signal(early_one)
-    while process.poll() is None:
-        # No SIGCHLD where the helper owns the child; there the time-out finds its end.
-        info = signal.sigtimedwait(awaited, 0.1)
-        # A positive code: the kernel's, for the terminal, which has told the child too.
-        if info is not None and info.si_signo != signal.SIGCHLD and info.si_code <= 0:
-            process.send_signal(info.si_signo)
+        _forward(process, early_one)
+    while process.returncode is None:
+        info = signal.sigwaitinfo(awaited)
+        # A positive code: the kernel's, for the terminal, which has told a child of our own too.
+        by_terminal = info.si_code > 0 and not isinstance(process, remote.Popen)
+        if info.si_signo != signal.SIGCHLD and not by_terminal:
+            _forward(process, info.si_signo)
+    waiter.join()
+    for failure in failures:
+        print(f"errand-boy: {failure.strerror}", file=sys.stderr)
+        return 125
     status: int = process.returncode
     return status if status >= 0 else 128 - status
+
+
+def _start(argv: Sequence[str], socket: str | None) -> popen.Popen[Any]:
+    try:
+        client = errand_boy.connect(socket)
+    except PermissionError:  # somebody else has the place where ours would listen
+        return popen.Popen(argv)
+    try:
+        return client.Popen(argv)
+    except errand_boy.NoDaemonError:
+        return popen.Popen(argv)
+
+
+def _await_end(process: popen.Popen[Any], failures: list[OSError]) -> None:
+    try:
+        process.wait()
+    except OSError as error:
+        failures.append(error)
+    # The kernel sends one for a child of our own only, and that may have come before the wait.
+    os.kill(os.getpid(), signal.SIGCHLD)
+
+
+def _forward(process: popen.Popen[Any], number: int) -> None:
+    if not isinstance(process, remote.Popen):
+        process.send_signal(number)
+        return
+    process.send_group_signal(number)
+    if number == signal.SIGTSTP:
+        os.kill(os.getpid(), signal.SIGSTOP)

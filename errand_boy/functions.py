@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,16 +23,17 @@ def original_popen() -> type[subprocess.Popen[Any]]:
     return original
 
 
-def bound_to(popen: type[subprocess.Popen[Any]]) -> dict[str, Any]:
-    """Return the running Python's own functions, by name, with `popen` in the place of Popen.
+def bound_to(popen: type[Any], module: ModuleType = subprocess) -> dict[str, Any]:
+    """Return the functions of `module`, by name, with `popen` in the place of Popen.
 
+    `module` is subprocess or one that stands for it; by default they are the running Python's own.
     They are the same code objects over another global namespace, so they stay what this Python's
     are, and none of its users sees a change.
     """
     functions: dict[str, Any] = {}
     namespace: dict[str, Any] = {}
     for name in NAMES:
-        original: FunctionType = getattr(subprocess, name)
+        original: FunctionType = getattr(module, name)
         if not namespace:  # that of subprocess, or of gevent.subprocess
             namespace = {**original.__globals__, "Popen": popen}
         bound = FunctionType(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import atexit
 import contextlib
 import errno
@@ -52,6 +53,16 @@ def _program_fd() -> int:
     return fd if (info.st_dev, info.st_ino) == (device, inode) else -1
 
 
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    # Where gevent or eventlet has replaced them, sockets would let others run, and gevent's loop
+    # reap the command, before its pid is known.
+    classes = _socket.socket.__subclasses__()
+    native: type[socket.socket]
+    native = next(c for c in classes if c.__module__ == "socket")  # type: ignore[assignment]
+    one, other = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
+    return one, other
+
+
 class Helper:
     """A running helper process, and the connections to it that are not in use."""
 
@@ -69,7 +80,7 @@ class Helper:
         strings = [ffi.new("char[]", argument) for argument in arguments]
         argv = ffi.new("char *[]", [*strings, ffi.NULL])
         share_fs = ffi.new("int *", 0 if posix else 1)
-        ours, theirs = socket.socketpair()
+        ours, theirs = _socketpair()
         with theirs:
             pid = lib.eb_start_helper(
                 -1 if path else _program_fd(),
@@ -102,7 +113,7 @@ class Helper:
 
     def connect(self) -> Connection | None:
         """Return a new connection; None if the helper has gone."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = _socketpair()
         connection = Connection(ours)
         try:
             with theirs:
@@ -183,7 +194,8 @@ def _fits(found: int, fresh: bool) -> bool:
     return bool(found & lib.EB_FITS) and (fresh or not found & lib.EB_UNSURE)
 
 
-def _ends_at_once() -> HelperError:
+def ends_at_once() -> HelperError:
+    """Return the error for a helper that cannot be kept alive."""
     return HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
 
 
@@ -236,7 +248,7 @@ class Keeper:
             if connection is not None:
                 outgoing.connection = None
                 connection.close()
-        raise _ends_at_once()
+        raise ends_at_once()
 
     def start(self) -> None:
         """Have a helper that fits the calling thread."""
@@ -250,11 +262,15 @@ class Keeper:
                 if helper.idle:
                     return
             fresh = self._replace(helper)
-        raise _ends_at_once()
+        raise ends_at_once()
 
     def discard(self, helper: Helper, connection: Connection) -> None:
         """Take note that `connection` broke, and probably the helper with it."""
         connection.close()
+        self.dismiss(helper)
+
+    def dismiss(self, helper: Helper) -> None:
+        """Let go of `helper`, if it is the current one."""
         with _lock:
             if helper is self.current:
                 self.retire()

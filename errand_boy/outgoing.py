@@ -11,6 +11,7 @@ TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
     from typing import Any
 
+    from errand_boy.client import Client
     from errand_boy.connection import Connection
     from errand_boy.helper import Helper
 
@@ -63,7 +64,7 @@ class Outgoing:
             raise MemoryError
         self._c: Any = ffi.gc(c, lib.eb_outgoing_free)
         self.connection: Connection | None = None
-        self.helper: Helper | None = None
+        self.helper: Helper | Client | None = None
 
     def read(self, start: Caller, helper: int) -> int:
         """Read the calling thread's state; return what was found, as csrc/caller.h has it."""
@@ -114,6 +115,10 @@ class Outgoing:
         """The descriptors that have not been sent; they belong to the frame's first byte."""
         c = self._c
         return [] if c.sent else ffi.unpack(c.fds, c.fd_count) if c.fd_count else []
+
+    def count_sent(self, size: int) -> None:
+        """Take note that so many more bytes have been sent."""
+        self._c.sent += size
 
     def done(self) -> None:
         """Release what only this request needed, and be spare."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import posix
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -20,14 +20,17 @@ from errand_boy._native import lib
 from errand_boy.connection import Connection, NotServedError
 from errand_boy.errors import HelperDiedError, HelperError
 from errand_boy.functions import original_popen
-from errand_boy.helper import Helper
 from errand_boy.outgoing import Outgoing, Request, take
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, AnyStr
+    from typing import Any, AnyStr, TypeAlias
 
+    from errand_boy.client import Client
+    from errand_boy.helper import Helper
+
+    Lender: TypeAlias = Helper | Client
     _Base = subprocess.Popen
 else:
     AnyStr = str  # typing takes milliseconds to import
@@ -43,9 +46,13 @@ class Popen(_Base[AnyStr]):
     a warning.
     """
 
-    # Set where the helper owns the child (no CLONE_PARENT, or posix_spawn): the connection over
-    # which it reports the child's end.
-    _lease: tuple[Helper, Connection] | None = None
+    # Set where the helper owns the child: the connection over which it reports the child's end, and
+    # where that goes back to.
+    _lease: tuple[Lender, Connection] | None = None
+    _usage: tuple[int, ...] = ()  # see protocol.Exited
+    _more_options = b""
+    _default_group = -1  # the caller's
+    _names: tuple[Any, Any]  # of the program and its directory, for an error
 
     def _execute_child(
         self,
@@ -79,9 +86,8 @@ class Popen(_Base[AnyStr]):
         elif preexec_fn is os.setpgrp:
             process_group = 0
         elif preexec_fn is not None:
-            _warn_of_fork(preexec_fn)
             after_310 = () if sys.version_info < (3, 11) else (process_group,)
-            super()._execute_child(  # type: ignore[misc]
+            self._execute_other(
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
                 creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
                 restore_signals, gid, gids, uid, umask, start_new_session, *after_310,
@@ -105,10 +111,11 @@ class Popen(_Base[AnyStr]):
         sys.audit("subprocess.Popen", executable, args, cwd, env)
 
         options: list[bytes] = [
-            protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in args])
+            protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in args]),
+            self._more_options,
         ]
         if env is not None:
-            options.append(protocol.strings(lib.EB_TAG_ENV, _environment(env)))
+            options.append(protocol.strings(lib.EB_TAG_ENV, environment(env)))
         options.append(protocol.strings(lib.EB_TAG_EXECUTABLES, _candidates(executable, env)))
         if cwd is not None:
             options.append(protocol.string(lib.EB_TAG_CWD, os.fsencode(cwd)))
@@ -118,6 +125,9 @@ class Popen(_Base[AnyStr]):
             flags |= lib.EB_UMASK_GIVEN
         if start_new_session:
             options.append(protocol.option(lib.EB_TAG_SETSID))
+        elif index(process_group) < 0:
+            process_group = self._default_group
+            flags |= lib.EB_WITH_PGROUP if process_group < 0 else 0
         if index(process_group) >= 0:
             options.append(protocol.number(lib.EB_TAG_PGROUP, process_group))
         if gids is not None:
@@ -127,13 +137,12 @@ class Popen(_Base[AnyStr]):
         if uid is not None and uid >= 0:
             options.append(protocol.number(lib.EB_TAG_UID, _id(uid, "uid")))
 
-        if not start_new_session and process_group < 0:
-            flags |= lib.EB_WITH_PGROUP
         if env is None:
             flags |= lib.EB_WITH_ENVIRONMENT
         standard = (p2cread, c2pwrite, errwrite)
         others = _others(close_fds, pass_fds)
 
+        self._names = executable, cwd
         try:
             reply = self._start(Request(b"".join(options), standard, others, flags))
         except OSError as error:
@@ -141,33 +150,65 @@ class Popen(_Base[AnyStr]):
                 raise OSError(error.errno, error.strerror, executable) from None
             raise
         if isinstance(reply, Failed):
-            _raise_failure(reply, executable, cwd)
+            raise failure(reply, *self._names)
         if standard != (-1, -1, -1):
             self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
+    def _close_pipe_fds(
+        self, p2cread: int, p2cwrite: int, c2pread: int, c2pwrite: int, errread: int, errwrite: int
+    ) -> None:
+        # Not os.close: gevent's closes later, which may be too late for an end-of-file.
+        null: int | None = getattr(self, "_devnull", None)
+        pairs = (p2cwrite, p2cread), (c2pread, c2pwrite), (errread, errwrite)
+        for ours, theirs in pairs:
+            if ours != -1 and theirs not in (-1, null):
+                posix.close(theirs)
+        if null is not None:
+            posix.close(null)
+        self._closed_child_pipe_fds = True
+
     if TYPE_CHECKING:
 
-        def _close_pipe_fds(self, *fds: int) -> None: ...
         def _handle_exitstatus(self, status: int) -> None: ...
 
         _waitpid_lock: Any
+        _child_created: bool
 
-    def _start(self, request: Request) -> Spawned | Failed:
+    def _execute_other(
+        self, args: Any, executable: Any, preexec_fn: Callable[[], Any], *rest: Any
+    ) -> None:
+        """Start a command with a `preexec_fn` that can't be sent."""
+        _warn_of_fork(preexec_fn)
+        super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
+
+    def _acquire(self, request: Request, outgoing: Outgoing) -> tuple[Lender, Connection]:
+        """Prepare `request` for a connection; return that, and who keeps it between commands."""
+        return _helper.callers.acquire(request, outgoing)
+
+    def _discard(self, lender: Any, connection: Connection) -> None:
+        """Take note that `connection` broke before the request was read."""
+        _helper.callers.discard(lender, connection)
+
+    def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
+        """Send what has not been sent of a request, and return its outcome."""
+        return connection.outcome(outgoing)
+
+    def _start(self, request: Request) -> Spawned | Failed | None:
         outgoing = take()
         try:
             for _ in range(_helper.PATIENCE):
                 try:
-                    helper, connection = _helper.acquire(request, outgoing)
-                    reply = connection.outcome(outgoing)
-                    self._take(reply, helper, connection)
+                    lender, connection = self._acquire(request, outgoing)
+                    reply = self._outcome(connection, outgoing)
+                    self._take(reply, lender, connection)
                 except NotServedError:
-                    _helper.discard(helper, connection)
+                    self._discard(lender, connection)
                     continue
                 except BaseException as error:
                     self._abandon(outgoing, error)
                     raise
                 if self._lease is None:
-                    helper.release(connection)
+                    lender.release(connection)
                 return reply
         finally:
             outgoing.done()
@@ -177,46 +218,57 @@ class Popen(_Base[AnyStr]):
         """Have what became of a request whose start has failed with `error`."""
         # Descriptors that cannot be sent end the connection, not the helper; if it is the helper
         # that ended, the next start finds that out.
-        helper, connection = outgoing.helper, outgoing.connection
-        if helper is None or connection is None:
+        lender, connection = outgoing.helper, outgoing.connection
+        if lender is None or connection is None:
             return
         if not isinstance(error, OSError):
             connection.recover()
         if connection.reply is not None:
-            self._take(connection.reply, helper, connection)
+            self._take(connection.reply, lender, connection)
         if self._lease is None:
             connection.close()
 
-    def _take(self, reply: Reply, helper: Helper, connection: Connection) -> None:
+    def _take(self, reply: Reply, lender: Lender, connection: Connection) -> None:
         """Make the outcome this object's own; once more does nothing more."""
         if isinstance(reply, Spawned):
             self.pid = reply.pid
             self._child_created = True
             if reply.by_helper:
-                helper.owns_children = True
-                self._lease = (helper, connection)
+                lender.owns_children = True
+                self._lease = (lender, connection)
         elif isinstance(reply, Failed) and reply.pid > 0 and self.returncode is None:
             self.pid = reply.pid
             with contextlib.suppress(ChildProcessError):  # somebody waited for any child
-                _, status = os.waitpid(reply.pid, 0)
+                _, status = posix.waitpid(reply.pid, 0)
                 self._handle_exitstatus(status)
 
     # -- where the helper owns the child --
 
     def _internal_poll(self, _deadstate: int | None = None, **kwargs: Any) -> int | None:
-        if self._lease is None:
+        lease = self._lease
+        if lease is None:
             return super()._internal_poll(_deadstate, **kwargs)  # type: ignore[misc,no-any-return]
+        if lease[1].is_foreign():
+            if _deadstate is None:
+                raise _not_ours()
+            self.returncode = _deadstate
+            return _deadstate
+        # The standard library polls forgotten objects, whatever else is being started.
+        ignored = TimeoutError if _deadstate is None else OSError
         if self.returncode is None and self._waitpid_lock.acquire(False):
             try:
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(ignored):
                     self._await_exit(0.0)
             finally:
                 self._waitpid_lock.release()
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int:
-        if self._lease is None and self.returncode is None:
+        lease = self._lease
+        if lease is None:
             return super()._wait(timeout)  # type: ignore[misc,no-any-return]
+        if lease[1].is_foreign():
+            raise _not_ours()
         start = time.monotonic()
         if not self._waitpid_lock.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
@@ -233,42 +285,57 @@ class Popen(_Base[AnyStr]):
         lease = self._lease
         if self.returncode is not None or lease is None:
             return
-        helper, connection = lease
+        lender, connection = lease
         try:
             reply = connection.receive(timeout)
         except TimeoutError:
             raise
         except (NotServedError, OSError) as error:
-            connection.close()
             self.returncode = -signal.SIGKILL  # nobody can tell any more
-            self._lease = None
+            with connection.lock:
+                self._lease = None
+            connection.close()
             if isinstance(error, NotServedError):
                 raise HelperDiedError(
                     errno.EPIPE, "errand-boy's helper ended: the command's exit status is lost"
                 ) from None
             raise
         if isinstance(reply, Exited):
+            self._usage = reply.usage
             self._handle_exitstatus(reply.status)
-            self._lease = None
-            helper.release(connection)
+            # Once it is back, another command's request may be on its way over it.
+            with connection.lock:
+                self._lease = None
+            lender.release(connection)
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
-        lease = self._lease
-        if lease is None:
+        if self._lease is None:
             super().send_signal(sig)
         elif self.poll() is None:
-            frame = protocol.frame(lib.EB_SIGNAL, [struct.pack("<ii", self.pid, sig)])
-            # Names the pid: by now the connection may carry another command.
-            with contextlib.suppress(NotServedError):
-                lease[1].send(frame)
+            self._send_signal_frame(self.pid, sig)
+
+    def _send_signal_frame(self, pid: int, sig: int) -> None:
+        if not 0 <= index(sig) < signal.NSIG:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        lease = self._lease
+        if lease is not None:
+            with lease[1].lock:
+                if self._lease is not None:
+                    lease[1].send_signal(pid, sig)
+
+
+def _not_ours() -> ChildProcessError:
+    return ChildProcessError(errno.ECHILD, "another process started the command, before a fork")
 
 
 _warned: set[tuple[str, int]] = set()
 
 
 def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
-    inside = (os.path.dirname(__file__) + os.sep, subprocess.__file__)
+    modules = ("subprocess", "gevent.subprocess", "eventlet.green.subprocess")
+    files = [sys.modules[name].__file__ or "" for name in modules if name in sys.modules]
+    inside = (os.path.dirname(__file__) + os.sep, *files)
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame = frame.f_back
@@ -295,7 +362,8 @@ def _candidates(executable: Any, env: Mapping[Any, Any] | None) -> list[bytes]:
     return [os.path.join(os.fsencode(path), name) for path in os.get_exec_path(env)]
 
 
-def _environment(env: Mapping[Any, Any]) -> list[bytes]:
+def environment(env: Mapping[Any, Any]) -> list[bytes]:
+    """Return the variables as execve takes them. Raises ValueError for a name with a "="."""
     result = []
     for key, value in env.items():
         name = os.fsencode(key)
@@ -347,13 +415,14 @@ def _inheritable() -> list[int]:
     return fds
 
 
-def _raise_failure(failed: Failed, executable: Any, cwd: Any) -> None:
+def failure(failed: Failed, executable: Any, cwd: Any) -> OSError:
+    """Return what subprocess.Popen would raise."""
     text = os.strerror(failed.errno)
     if failed.errno == errno.ENOTSUP:
         step = protocol.stage_name(failed.stage)
-        raise OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
+        return OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
     if failed.stage == lib.EB_STAGE_CWD:
-        raise OSError(failed.errno, text, cwd)
+        return OSError(failed.errno, text, cwd)
     if failed.stage == lib.EB_STAGE_EXEC:
-        raise OSError(failed.errno, text, executable)
-    raise OSError(failed.errno, text)
+        return OSError(failed.errno, text, executable)
+    return OSError(failed.errno, text)

@@ -9,6 +9,10 @@ from collections.abc import Iterable, Sequence
 
 from errand_boy._native import lib
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import resource
+
 HEADER = struct.Struct("<IB")
 HELLO = HEADER.pack(4, lib.EB_HELLO) + struct.pack("<I", lib.EB_VERSION)
 OPENING = b"\0" + HELLO
@@ -17,7 +21,7 @@ _OPTION = struct.Struct("<BI")
 _LIST = struct.Struct("<BII")
 _SPAWNED = struct.Struct("<iB")
 _FAILED = struct.Struct("<iiB")
-_EXITED = struct.Struct("<i9Q")
+EXITED = struct.Struct("<i9Q")
 
 
 class Spawned:
@@ -52,6 +56,19 @@ class Exited:
 
 
 Reply = Spawned | Failed | Exited
+
+
+def rusage(usage: Sequence[int]) -> resource.struct_rusage:
+    """Return the usage of an Exited as the resource module has it."""
+    from resource import struct_rusage  # noqa: PLC0415
+
+    user, system, peak, minor, major, blocks_in, blocks_out, voluntary, involuntary = usage
+    return struct_rusage(
+        (
+            *(user / 1e6, system / 1e6, peak, 0, 0, 0, minor, major, 0),
+            *(blocks_in, blocks_out, 0, 0, 0, voluntary, involuntary),
+        )
+    )
 
 
 def stage_name(stage: int) -> str:
@@ -108,5 +125,5 @@ def reply(kind: int, payload: bytes) -> Reply | None:
     if kind == lib.EB_FAILED:
         return Failed(*_FAILED.unpack(payload))
     if kind == lib.EB_EXITED:
-        return Exited(*_EXITED.unpack(payload))
+        return Exited(*EXITED.unpack(payload))
     return None

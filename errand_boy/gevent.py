@@ -1,0 +1,336 @@
+"""gevent's subprocess, started through errand-boy: the hub waits for no start.
+
+``Popen``, ``run``, ``call``, ``check_call``, ``check_output``, ``getoutput`` and
+``getstatusoutput`` are gevent.subprocess's own but for how the child is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posix
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import gevent
+from gevent import subprocess
+from gevent.os import fork_and_watch
+from gevent.socket import wait_read, wait_write
+from gevent.subprocess import (
+    DEVNULL,
+    PIPE,
+    STDOUT,
+    CalledProcessError,
+    CompletedProcess,
+    SubprocessError,
+    TimeoutExpired,
+    list2cmdline,
+)
+
+from errand_boy.connection import Connection
+from errand_boy.functions import bound_to
+from errand_boy.outgoing import Request
+from errand_boy.protocol import Failed, Reply, Spawned
+from errand_boy.view import GreenView
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from errand_boy.popen import Lender
+
+__all__ = [
+    "DEVNULL",
+    "PIPE",
+    "STDOUT",
+    "CalledProcessError",
+    "CompletedProcess",
+    "Popen",
+    "SubprocessError",
+    "TimeoutExpired",
+    "call",
+    "check_call",
+    "check_output",
+    "getoutput",
+    "getstatusoutput",
+    "list2cmdline",
+    "run",
+]
+
+_UNKNOWN = 255 << 8  # asyncio's word for the status of a child that somebody else has waited for
+_PATIENCE = 1.0  # seconds, for the loop to hand over what it has reaped
+_KEPT = 60.0  # seconds, as gevent itself keeps the statuses that nobody has asked for
+
+
+_Base: Any = subprocess.Popen
+
+
+class Popen(_Base):  # type: ignore[misc]  # gevent has no types
+    """gevent.subprocess.Popen whose child is started by errand-boy's helper.
+
+    All parameters, methods and exceptions are gevent's. On Linux the child is a child of this
+    process, for which gevent's own watchers wait. Other than gevent's, it may be used in threads
+    whose hub is not the main one. `preexec_fn` is as in errand_boy.Popen.
+    """
+
+    def _execute_child(self, *args: Any) -> None:
+        execute_child(_Base._execute_child, self, *args)
+
+    def _internal_poll(self) -> int | None:
+        return internal_poll(_Base._internal_poll, self)
+
+    def send_signal(self, sig: int) -> None:
+        """Send a signal to the process; does nothing if it is known to have ended."""
+        send_signal(_Base.send_signal, self, sig)
+
+
+_functions = bound_to(Popen, subprocess)
+call = _functions["call"]
+check_call = _functions["check_call"]
+check_output = _functions["check_output"]
+getoutput = _functions["getoutput"]
+getstatusoutput = _functions["getstatusoutput"]
+run = _functions["run"]
+
+
+# -- for a gevent.subprocess.Popen of any class; `original` is the method that it has --
+
+
+def execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
+    """Start a command; `args` are those of gevent's _execute_child."""
+    before, after, process_group = args[:7], args[8:-1], args[-1]  # but for universal_newlines
+    view: Any = _View(process, partial(original, process, *args))
+    view._execute_child(*before, *after, -1 if process_group is None else process_group)
+
+
+def internal_poll(original: Callable[..., int | None], process: Any) -> int | None:
+    """Return the return code, or None; where the helper owns the child, after a look for it."""
+    if vars(process).get("_lease") and process.returncode is None:
+        gevent.sleep(0)
+    return original(process)
+
+
+def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
+    """Send a signal, through the helper where that owns the child."""
+    if not vars(process).get("_lease"):
+        original(process, sig)
+    elif process.returncode is None:
+        _View(process)._send_signal_frame(process.pid, sig)
+
+
+class _View(GreenView):
+    def _start(self, request: Request) -> Spawned | Failed | None:
+        # As gevent's own children have it, which share the flag with us.
+        for number, fd in enumerate(request.standard):
+            with contextlib.suppress(OSError):
+                os.set_blocking(number if fd == -1 else fd, True)
+        with _collecting(self._process._loop):
+            return super()._start(request)
+
+    def _until_readable(self, connection: Connection) -> None:
+        wait_read(connection.sock.fileno())
+
+    def _until_writable(self, connection: Connection) -> None:
+        wait_write(connection.sock.fileno())
+
+    def _spawn(self, function: Callable[..., None], *args: Any) -> None:
+        gevent.spawn(function, *args)
+
+    def _conclude(self, lender: Lender, connection: Connection) -> None:
+        with _collecting(self._process._loop):
+            super()._conclude(lender, connection)
+
+    def _take(self, reply: Reply, lender: Lender, connection: Connection) -> None:
+        super()._take(reply, lender, connection)
+        if not isinstance(reply, Spawned):
+            return
+        if self._lease is not None:
+            gevent.spawn(self._attend)
+            return
+        loop = self._process._loop
+        if not loop.default:
+            loop = _Elsewhere(loop)
+        elif _is_reaped(reply.pid):
+            loop = _Reaped(loop)
+        # Nothing has been forked: this is how gevent wants to be told of a child.
+        fork_and_watch(self._process._on_child, loop, True, lambda: reply.pid)
+
+    def _attend(self) -> None:
+        """Await the end of a child that the helper owns."""
+        while (lease := self._lease) is not None:
+            try:
+                self._await_exit(0.0)
+            except TimeoutError:
+                self._until_readable(lease[1])
+            except OSError:  # the helper has gone: returncode says so
+                break
+        self._process.result.set(self.returncode)
+
+
+# -- children that are reaped before they are known --
+
+# The default loop reaps every child of the process. A command may end while its starter has not
+# yet read its pid: then its status is kept here.
+
+_statuses: dict[int, tuple[int, float]] = {}  # by pid, with the time
+_expected: dict[int, Callable[[int], None]] = {}
+_interested: set[object] = set()  # starts that are under way, children that other threads await
+_collector: _Collector | None = None  # of the default loop
+
+
+@contextmanager
+def _collecting(loop: Any) -> Iterator[None]:
+    global _collector
+    if loop.default and (_collector is None or _collector.loop is not loop):
+        _collector = _Collector(loop)
+    start = object()
+    _interested.add(start)
+    try:
+        yield
+    finally:
+        _lose_interest(start)
+
+
+def _lose_interest(who: object) -> None:
+    _interested.discard(who)
+    if not _interested:
+        _statuses.clear()
+
+
+def _collect(pid: int, status: int) -> None:
+    expected = _expected.pop(pid, None)
+    if expected is not None:
+        expected(status)
+    elif _interested:
+        now = time.monotonic()
+        _statuses.pop(pid, None)  # so that the oldest is the first
+        _statuses[pid] = status, now
+        while (oldest := next(iter(_statuses))) != pid and now - _statuses[oldest][1] > _KEPT:
+            del _statuses[oldest]
+
+
+class _Collector:
+    """Tells of every child that a default loop reaps."""
+
+    def __init__(self, loop: Any) -> None:
+        self.loop = loop
+        self._watcher = loop.child(0, ref=False)  # installs the loop's SIGCHLD handler
+        by_pid = getattr(loop, "_child_watchers", None)
+        if by_pid is None:
+            self._watcher.start(self._look)
+        else:  # libuv's watchers of any child see one child only
+            loop._child_watchers = _Watchers(list, by_pid)
+
+    def _look(self) -> None:
+        _collect(self._watcher.rpid, self._watcher.rstatus)
+
+
+class _Watchers(defaultdict[int, list[Any]]):
+    """The watchers of a libuv loop by pid, which it asks for those of pid 0 at each child."""
+
+    def get(self, pid: int, default: Any = None) -> Any:
+        found = super().get(pid, default)
+        return [_ForAny, *found] if pid == 0 else found
+
+
+class _ForAny:
+    _set_waitpid_status = staticmethod(_collect)
+
+
+def _is_reaped(pid: int) -> bool:
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
+
+
+class _Watcher:
+    """Stands for a loop where gevent asks it for a child watcher, and for that watcher."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+
+    def child(self, pid: int, ref: bool) -> _Watcher:
+        self.pid = self.rpid = pid
+        return self
+
+    def start(self, callback: Callable[..., None], *args: Any) -> None:
+        self._callback = partial(callback, *args)
+
+    def _end(self, status: int) -> None:
+        self.rstatus = status
+        self._callback()
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Reaped(_Watcher):
+    """Of a child that has been reaped, by the loop or by somebody else."""
+
+    def start(self, callback: Callable[..., None], *args: Any) -> None:
+        super().start(callback, *args)
+        found = _statuses.pop(self.pid, None)
+        if found is not None:
+            self._end(found[0])
+            return
+        # libuv's loop has the status, and will tell in a moment.
+        self._timer = self._loop.timer(_PATIENCE)
+        _expected[self.pid] = self._end
+        self._timer.start(_collect, self.pid, _UNKNOWN)
+
+    def _end(self, status: int) -> None:
+        super()._end(status)
+        timer = vars(self).pop("_timer", None)
+        if timer is not None:
+            timer.close()
+
+
+class _Elsewhere(_Watcher):
+    """Of a child of a thread whose loop is not the one that has child watchers."""
+
+    def start(self, callback: Callable[..., None], *args: Any) -> None:
+        super().start(callback, *args)
+        _interested.add(self)
+        gevent.spawn(self._attend)
+
+    def _attend(self) -> None:
+        status = None
+        try:
+            with contextlib.suppress(ProcessLookupError):  # the default loop has reaped it
+                fd = os.pidfd_open(self.pid)
+                try:
+                    wait_read(fd)
+                finally:
+                    os.close(fd)
+            status = self._status()
+        finally:
+            _lose_interest(self)
+        self._end(status)
+
+    def _status(self) -> int:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            with contextlib.suppress(ChildProcessError):
+                return posix.waitpid(self.pid, os.WNOHANG)[1]
+            found = _statuses.pop(self.pid, None)
+            if found is not None:
+                return found[0]
+            if time.monotonic() > deadline:
+                return _UNKNOWN
+            gevent.sleep(0.001)
+
+
+def _after_fork() -> None:
+    _statuses.clear()
+    _expected.clear()
+    _interested.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

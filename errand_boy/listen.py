@@ -1,0 +1,209 @@
+"""Where the daemon listens: the path, the lock beside it, and sockets that systemd hands over."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+
+_FIRST_PASSED = 3  # SD_LISTEN_FDS_START
+_BACKLOG = 4096  # the kernel's net.core.somaxconn bounds it
+_LONGEST = 107  # bytes of a path in struct sockaddr_un, without its NUL
+
+
+def default_path() -> str:
+    """Return where a daemon of this user listens if nobody says otherwise.
+
+    ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in ``$XDG_RUNTIME_DIR``, else in
+    ``errand-boy-UID``, a directory of the user's own, under ``$TMPDIR`` or ``/tmp``. Raises
+    PermissionError if that directory is there, but is somebody else's or open to others.
+    """
+    path = os.environ.get("ERRAND_BOY_SOCKET")
+    if path:
+        return path
+    directory = os.environ.get("XDG_RUNTIME_DIR")
+    # After su or sudo it may still be the other user's.
+    if not directory or not _is_own(directory):
+        directory = _fallback_directory()
+        _check_private(directory)
+    return os.path.join(directory, "errand-boy.sock")
+
+
+def _fallback_directory() -> str:
+    return os.path.join(os.environ.get("TMPDIR") or "/tmp", f"errand-boy-{os.geteuid()}")
+
+
+def _is_own(directory: str) -> bool:
+    try:
+        info = os.stat(directory)
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
+
+
+def _check_private(directory: str) -> None:
+    try:
+        info = os.lstat(directory)  # not stat: under /tmp, anybody can make a link
+    except FileNotFoundError:
+        return
+    if (
+        not stat.S_ISDIR(info.st_mode)
+        or info.st_uid != os.geteuid()
+        or stat.S_IMODE(info.st_mode) & 0o077
+    ):
+        raise PermissionError(
+            errno.EPERM, f"not a directory of user {os.geteuid()} with mode 0700", directory
+        )
+
+
+class ListenError(Exception):
+    """The daemon cannot listen; the text says why, in one line."""
+
+
+class Listener:
+    """A listening socket, and the lock that keeps other daemons from its path.
+
+    `path` is where it listens. The socket is non-blocking.
+    """
+
+    def __init__(self, sock: socket.socket, path: str, lock: int | None) -> None:
+        sock.setblocking(False)
+        sock.set_inheritable(False)
+        self.sock = sock
+        self.path = path
+        self._lock = lock
+        if lock is not None:
+            info = os.stat(path)
+            self._bound = (info.st_dev, info.st_ino)
+
+    def close(self) -> None:
+        """Stop listening; the path is free for another daemon after it.
+
+        A socket that systemd handed over stays open there, and what waits in its backlog with it.
+        """
+        if self._lock is not None:
+            try:
+                info = os.stat(self.path)
+                if (info.st_dev, info.st_ino) == self._bound:  # unless somebody replaced it
+                    os.unlink(self.path)
+            except OSError:
+                pass
+        self.sock.close()
+        if self._lock is not None:
+            os.close(self._lock)  # last: the path belongs to who has the lock
+            self._lock = None
+
+
+def listen(path: str | None, mode: int) -> Listener:
+    """Listen on the socket that systemd has handed over, or at `path` or the default one.
+
+    `mode` is the new socket's. Raises ListenError.
+    """
+    passed = _passed()
+    if passed is not None:
+        return passed
+    try:
+        if path is None:
+            path = default_path()
+            if path == os.path.join(_fallback_directory(), "errand-boy.sock"):
+                _make_private(os.path.dirname(path))
+        return _bind(os.path.abspath(path), mode)
+    except OSError as error:
+        where = error.filename or path
+        raise ListenError(f"cannot listen on {where}: {error.strerror or error}") from None
+
+
+def _make_private(directory: str) -> None:
+    try:
+        os.mkdir(directory, 0o700)
+    except FileExistsError:
+        _check_private(directory)
+
+
+def _bind(path: str, mode: int) -> Listener:
+    if len(os.fsencode(path)) > _LONGEST:
+        raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {_LONGEST} bytes", path)
+    # Held until the end of the process, however that comes, and never removed: a lock on a file
+    # that another process has unlinked meanwhile would be worth nothing.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    lock = os.open(path + ".lock", flags, 0o600)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ListenError(f"another errand-boy listens on {path}") from None
+        _remove_stale(path)
+        before = os.umask(
+            0o777 & ~mode
+        )  # from the first instant, which chmod would be too late for
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        sock.listen(_BACKLOG)
+        return Listener(sock, path, lock)
+    except BaseException:
+        sock.close()
+        os.close(lock)
+        raise
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody listens on; only with the lock."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(info.st_mode):
+        raise ListenError(f"{path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:  # its backlog is full, so it is alive
+            pass
+    raise ListenError(f"another program listens on {path}")
+
+
+def _passed() -> Listener | None:
+    pid = os.environ.pop("LISTEN_PID", None)
+    count = os.environ.pop("LISTEN_FDS", None)
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or count is None:
+        return None
+    if count != "1":
+        raise ListenError(f"systemd handed over {count} sockets: one is served")
+    try:
+        sock = socket.socket(fileno=_FIRST_PASSED)
+        path = sock.getsockname()
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ListenError(f"the descriptor from systemd: {error.strerror}") from None
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
+        raise ListenError("the socket from systemd is no listening Unix stream socket")
+    return Listener(sock, os.fsdecode(path), None)
+
+
+class Supervisor:
+    """systemd, or what else reads NOTIFY_SOCKET; commands do not inherit that."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+
+    def notify(self, state: str) -> None:
+        """Send `state`, such as "READY=1"; does nothing if nobody reads it."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.sendto(state.encode(), address)
+        except OSError:  # the service matters more than who watches it
+            pass

@@ -1,0 +1,1 @@
+"""The names of errand-boy's classic interface."""

@@ -1,0 +1,104 @@
+"""errand-boy's classic interface, of 2014, to the daemon's client."""
+
+from __future__ import annotations
+
+import subprocess
+from subprocess import PIPE
+
+import errand_boy
+from errand_boy.errors import SessionClosedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from typing import Any
+
+    from errand_boy import remote
+    from errand_boy.client import Client
+
+_TEXT = ("text", "universal_newlines", "encoding", "errors")
+
+
+class UNIXSocketTransport:
+    """The daemon at `socket_path`, or where daemons listen by default."""
+
+    def __init__(self, socket_path: str | os.PathLike[str] | None = None) -> None:
+        self._client = errand_boy.connect(socket_path)
+
+    def run_cmd(
+        self,
+        command_string: Any,
+        input: Any = None,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> tuple[remote.Popen[Any], Any, Any]:
+        """Run a shell command line with `input`; return its process, output and error output.
+
+        Both are text, unless the options, which are Popen's, say otherwise. Raises
+        subprocess.TimeoutExpired after `timeout` seconds, and kills the command.
+        """
+        if input is None:
+            options.setdefault("stdin", subprocess.DEVNULL)
+        with self.Popen(command_string, **options) as process:
+            try:
+                stdout, stderr = process.communicate(input, timeout)
+            except BaseException:
+                process.kill()
+                raise
+        return process, stdout, stderr
+
+    def Popen(self, command_string: Any, **options: Any) -> remote.Popen[Any]:
+        """Start a shell command line, its standard streams pipes of text; return its process.
+
+        The options are those of the client's Popen, and go before all this. A list is a command of
+        its own, without a shell.
+        """
+        options.setdefault("shell", isinstance(command_string, (str, bytes)))
+        for stream in ("stdin", "stdout", "stderr"):
+            options.setdefault(stream, PIPE)
+        if not any(name in options for name in _TEXT):
+            options["errors"] = "surrogateescape"  # file names may be anything
+        return self._client.Popen(command_string, **options)
+
+    def get_session(self) -> Session:
+        """Return a session, for use in a ``with`` statement."""
+        return Session(self._client)
+
+
+class Session:
+    """The daemon's client, until it is closed."""
+
+    def __init__(self, client: Client) -> None:
+        self._client: Client | None = client
+
+    def __enter__(self) -> Session:
+        self._open_client()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session; the processes that it started go on."""
+        self._client = None
+
+    @property
+    def subprocess(self) -> Face:
+        """What stands for the module subprocess. Raises SessionClosedError."""
+        self._open_client()
+        return Face(self)
+
+    def _open_client(self) -> Client:
+        if self._client is None:
+            raise SessionClosedError("the session is closed")
+        return self._client
+
+
+class Face:
+    """The functions, constants and exceptions of subprocess, as long as the session is open."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session._open_client(), name)

@@ -1,0 +1,135 @@
+"""A Popen of another class, seen as one of errand-boy's."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+from errand_boy import popen
+from errand_boy._native import lib
+from errand_boy.connection import Connection, NotServedError
+from errand_boy.errors import ProtocolError
+from errand_boy.outgoing import Outgoing
+from errand_boy.protocol import Exited, Failed, Reply, Spawned
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from errand_boy.popen import Lender
+
+
+class View(popen.Popen[bytes]):
+    """errand_boy.Popen's methods over the attributes of `process`, which is of another class.
+
+    Nothing is added to that class, whose subclasses may have names of their own. `original` starts
+    the command as that class does, for what cannot be sent.
+    """
+
+    __slots__ = ("_original", "_process")
+
+    def __init__(self, process: Any, original: Callable[[], None] | None = None) -> None:
+        self.__dict__ = process.__dict__
+        self._process = process
+        self._original = original
+
+    def __del__(self) -> None:
+        """Leave everything to the process's own."""
+
+    def _execute_other(
+        self, args: Any, executable: Any, preexec_fn: Callable[[], Any], *rest: Any
+    ) -> None:
+        popen._warn_of_fork(preexec_fn)
+        assert self._original is not None
+        self._original()
+
+
+class GreenView(View):
+    """The same, for a framework of greenlets: others go on while the command is being started."""
+
+    def _until_readable(self, connection: Connection) -> None:
+        raise NotImplementedError
+
+    def _until_writable(self, connection: Connection) -> None:
+        raise NotImplementedError
+
+    def _spawn(self, function: Callable[..., None], *args: Any) -> None:
+        raise NotImplementedError
+
+    def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
+        while outgoing.frame:
+            most = len(outgoing.frame)
+            # More descriptors than one message takes are rare, and may wait for the helper.
+            if len(outgoing.fds) > lib.EB_MAX_FDS_PER_SEND:
+                connection.send(outgoing.frame, outgoing.fds)
+                outgoing.count_sent(most)
+                break
+            try:
+                outgoing.count_sent(connection.send_some(outgoing.frame, outgoing.fds))
+            except BlockingIOError:
+                self._until_writable(connection)
+        reply = self._receive(connection)
+        if isinstance(reply, Exited):
+            raise ProtocolError("EXITED in answer to SPAWN")
+        return reply
+
+    def _receive(self, connection: Connection) -> Reply:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return connection.receive(0.0)
+            self._until_readable(connection)
+
+    def _abandon(self, outgoing: Outgoing, error: BaseException) -> None:
+        lender, connection = outgoing.helper, outgoing.connection
+        if connection is None or lender is None or isinstance(error, OSError):
+            super()._abandon(outgoing, error)
+        elif outgoing.frame:  # not sent whole: nothing has been started
+            connection.close()
+        elif connection.reply is None:
+            # A greenlet's Timeout must not make the others wait. The command may run, and then it
+            # must be waited for.
+            self._spawn(self._conclude, lender, connection)
+        else:
+            self._take(connection.reply, lender, connection)
+
+    def _conclude(self, lender: Lender, connection: Connection) -> None:
+        with contextlib.suppress(NotServedError, OSError):
+            self._take(self._receive(connection), lender, connection)
+        if self._lease is None:
+            connection.close()
+
+
+# What a class that derives from the standard library's Popen does with its children, once they may
+# be the helper's; `original` is the method that it has.
+
+
+def execute_child(
+    view: type[View], original: Callable[..., None], process: Any, *args: Any
+) -> None:
+    """Start a command for `process`; `args` are those of _execute_child."""
+    view(process, partial(original, process, *args))._execute_child(*args)
+
+
+def internal_poll(
+    original: Callable[..., int | None], process: Any, *args: Any, **kwargs: Any
+) -> int | None:
+    """Return the return code, or None."""
+    if vars(process).get("_lease") is None:
+        return original(process, *args, **kwargs)
+    return View(process)._internal_poll(*args, **kwargs)
+
+
+def wait(original: Callable[..., int], process: Any, timeout: float | None) -> int:
+    """Return the return code; see subprocess.Popen._wait."""
+    if vars(process).get("_lease") is None:
+        return original(process, timeout)
+    return View(process)._wait(timeout)
+
+
+def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
+    """Send a signal to the process."""
+    if vars(process).get("_lease") is None:
+        original(process, sig)
+    else:
+        View(process).send_signal(sig)

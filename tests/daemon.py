@@ -1,0 +1,128 @@
+"""A daemon of its own for a test, and raw connections to it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import script_environment
+from errand_boy._native import lib
+
+from errand_boy import protocol, status
+from errand_boy.connection import Connection
+from errand_boy.protocol import Exited, Spawned
+
+PATIENCE = 30.0  # seconds; nothing takes so long
+
+
+class Daemon:
+    """A running ``errand-boy serve``."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], path: str, log: Path, notify: socket.socket
+    ) -> None:
+        self.process = process
+        self.path = path
+        self.notify = notify
+        self._log = log
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def socket(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(PATIENCE)
+        sock.connect(self.path)
+        return sock
+
+    def connect(self) -> Connection:
+        connection = Connection(self.socket())
+        connection.open()
+        return connection
+
+    def status(self) -> dict[str, Any]:
+        return status.fetch(self.path)
+
+    def helpers(self) -> list[int]:
+        return [helper["pid"] for helper in self.status()["helpers"]]
+
+
+@contextmanager
+def started_daemon(
+    directory: Path,
+    *options: object,
+    under: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+    **popen: Any,
+) -> Iterator[Daemon]:
+    """Run a daemon that listens in `directory`, from when it is ready until the end of the block.
+
+    `under` is a command that runs it.
+    """
+    path = str(directory / "socket")
+    log = directory / "log"
+    address = f"\0errand-boy-test-{os.getpid()}-{os.urandom(4).hex()}"
+    command = [*under, sys.executable, "-m", "errand_boy", "serve", "--socket", path]
+    environment = {**script_environment(), "NOTIFY_SOCKET": "@" + address[1:], **(env or {})}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, log.open("ab") as stderr:
+        notify.bind(address)
+        notify.settimeout(PATIENCE)
+        with subprocess.Popen(
+            [*command, *map(str, options)], env=environment, **{"stderr": stderr, **popen}
+        ) as process:
+            try:
+                pidfd = os.pidfd_open(process.pid)
+                ready = select.select([notify.fileno(), pidfd], [], [], PATIENCE)[0]
+                os.close(pidfd)
+                assert notify.fileno() in ready, log.read_text()
+                assert notify.recv(100) == b"READY=1"
+                yield Daemon(process, path, log, notify)
+            finally:
+                process.kill()
+
+
+def spawn(connection: Connection, *argv: str, options: bytes = b"", fds: Sequence[int] = ()) -> int:
+    """Start a command and return its pid."""
+    request(connection, *argv, options=options, fds=fds)
+    reply = connection.receive(PATIENCE)
+    assert isinstance(reply, Spawned)
+    assert reply.by_helper
+    return reply.pid
+
+
+def request(
+    connection: Connection, *argv: str, options: bytes = b"", fds: Sequence[int] = ()
+) -> None:
+    words = [os.fsencode(word) for word in argv]
+    parts = [
+        protocol.strings(lib.EB_TAG_EXECUTABLES, [words[0]]),
+        protocol.strings(lib.EB_TAG_ARGV, words),
+        protocol.numbers(lib.EB_TAG_FDS, range(len(fds))),
+        protocol.number(lib.EB_TAG_PGROUP, 0),
+        options,
+    ]
+    connection.send(protocol.frame(lib.EB_SPAWN, parts), fds)
+
+
+def ended(connection: Connection) -> int:
+    """Wait for the end of the connection's command; return its exit status as subprocess does."""
+    reply = connection.receive(PATIENCE)
+    assert isinstance(reply, Exited)
+    return os.waitstatus_to_exitcode(reply.status)
+
+
+def send_signal(connection: Connection, pid: int, number: int) -> None:
+    connection.send(protocol.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))

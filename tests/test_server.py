@@ -1,0 +1,644 @@
+"""The daemon's server, as its clients, its supervisor and its enemies see it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import script_environment
+from daemon import PATIENCE, Daemon, ended, request, send_signal, spawn, started_daemon
+from errand_boy._native import lib
+
+from errand_boy import listen, protocol, status
+from errand_boy.pool import Turns
+
+SERVE = [sys.executable, "-m", "errand_boy", "serve"]
+HELLO = protocol.OPENING
+NOBODY = 65534
+
+
+def serve(*options: object) -> subprocess.CompletedProcess[str]:
+    command = [*SERVE, *map(str, options)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=script_environment(),
+    )
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what nothing tells us of."""
+    for _ in range(3000):
+        if condition():
+            return
+        select.select([], [], [], 0.01)
+    pytest.fail("it does not come true")
+
+
+def read_all(sock: socket.socket) -> bytes:
+    data = b""
+    try:
+        while part := sock.recv(1 << 16):
+            data += part
+    except ConnectionResetError:
+        pass
+    return data
+
+
+def refusal(sock: socket.socket) -> str:
+    data = read_all(sock)
+    length, kind = protocol.HEADER.unpack_from(data)
+    assert kind == lib.EB_REFUSED
+    assert len(data) == protocol.HEADER.size + length
+    return data[protocol.HEADER.size :].decode()
+
+
+def answers(path: str) -> bool:
+    try:
+        return bool(status.fetch(path))
+    except status.NoAnswerError:
+        return False
+
+
+def has_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# -- service --
+
+
+def test_a_connection_carries_commands_one_after_another(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        connection = daemon.connect()
+        for expected in (7, 0, 3):
+            spawn(connection, "/bin/sh", "-c", f"exit {expected}")
+            assert ended(connection) == expected
+        connection.close()
+
+
+def test_bytes_one_by_one_are_a_request_too(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon, daemon.socket() as sock:
+        for byte in HELLO:
+            sock.sendall(bytes([byte]))
+        assert sock.recv(100) == protocol.HELLO
+
+
+def test_least_busy_helper_serves(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size", 3) as daemon:
+        connections = [daemon.connect() for _ in range(6)]
+        for connection in connections:
+            spawn(connection, "/bin/true")
+            ended(connection)
+        assert [helper["connections"] for helper in daemon.status()["helpers"]] == [2, 2, 2]
+        for connection in connections:
+            connection.close()
+
+
+def test_pid_file_and_title(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    with started_daemon(tmp_path, "--pid-file", file) as daemon:
+        assert file.read_text() == f"{daemon.process.pid}\n"
+        helper = psutil.Process(daemon.helpers()[0])
+        # Split at spaces by psutil, as titles may be.
+        assert " ".join(helper.cmdline()[:4]) == f"errand-boy: helper of {daemon.process.pid}"
+        assert daemon.stop() == 0
+        assert not file.exists()
+
+
+def test_memory(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size", 2) as daemon:
+        pids = [daemon.process.pid, *daemon.helpers()]
+        used = sum(psutil.Process(pid).memory_full_info().pss for pid in pids)
+        assert used <= 12 << 20
+
+
+def test_log_as_json(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--log-format", "json", "--log-level", "debug") as daemon:
+        daemon.status()
+        daemon.stop()
+        entries = [json.loads(line) for line in daemon.log().splitlines()]
+    assert {"listening", "accepted", "stopping", "stopped"} <= {e["message"] for e in entries}
+    assert all({"time", "level", "message"} <= entry.keys() for entry in entries)
+
+
+def test_classic_spelling(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "errand_boy.run", "--socket"]
+    options = {"env": script_environment(), "timeout": PATIENCE, "capture_output": True}
+    with started_daemon(tmp_path) as daemon:
+        command = "printf 'o\\377'; echo err >&2; exit 3"
+        done = subprocess.run([*run, daemon.path, command], **options)  # type: ignore[call-overload]
+        assert (done.stdout, done.stderr, done.returncode) == (b"o\xff", b"err\n", 3)
+    done = subprocess.run([*run, str(tmp_path / "none"), "true"], **options)  # type: ignore[call-overload]
+    assert done.returncode == 125
+    assert done.stderr.startswith(b"errand-boy: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("module", [["errand_boy"], ["errand_boy.run", "-t", "unixsocket"]])
+def test_plain_spellings_serve(tmp_path: Path, module: list[str]) -> None:
+    path = str(tmp_path / "socket")
+    command = [sys.executable, "-m", *module, "--socket", path]
+    with subprocess.Popen(command, env=script_environment()) as process:
+        until(lambda: answers(path))
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+# -- where it listens --
+
+
+def test_socket_is_its_users_only(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o600
+
+
+def test_live_socket_is_not_taken_over(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        done = serve("--socket", daemon.path)
+        assert done.returncode == 1
+        assert done.stderr == f"errand-boy: another errand-boy listens on {daemon.path}\n"
+        assert daemon.helpers()
+
+
+def test_socket_of_another_program_is_not_taken_over(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        done = serve("--socket", path)
+        assert done.stderr == f"errand-boy: another program listens on {path}\n"
+    assert os.path.exists(path)
+
+
+def test_file_that_is_no_socket_stays(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("precious")
+    assert serve("--socket", path).returncode == 1
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("path", ["/none/socket", "/tmp/" + "x" * 200])
+def test_path_where_nobody_can_listen_is_one_line(path: str) -> None:
+    done = serve("--socket", path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("errand-boy: cannot listen on /")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--pool-size=0", "--max-accepts=-1", "--allow-uid=nobody-has"])
+def test_wrong_option_is_an_error_of_usage(option: str) -> None:
+    assert serve(option).returncode == 2
+
+
+def test_stale_socket_is_replaced(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        daemon.process.kill()
+        daemon.process.wait()
+        assert os.path.exists(daemon.path)
+    with started_daemon(tmp_path) as daemon:
+        assert daemon.helpers()
+
+
+def test_socket_goes_at_the_end(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        assert daemon.stop() == 0
+        assert daemon.notify.recv(100) == b"STOPPING=1"
+        assert not os.path.exists(daemon.path)
+
+
+def test_path_is_free_while_the_last_commands_finish(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as old:
+        connection = old.connect()
+        pid = spawn(connection, "/bin/sleep", "100")
+        old.process.terminate()
+        old.notify.recv(100)
+        until(lambda: not os.path.exists(old.path))
+        with started_daemon(tmp_path) as new:
+            assert new.helpers()
+            send_signal(connection, pid, signal.SIGTERM)
+            assert ended(connection) == -signal.SIGTERM
+            assert old.process.wait(PATIENCE) == 0
+            assert new.helpers()
+        connection.close()
+
+
+def test_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / f"errand-boy-{os.geteuid()}"
+    monkeypatch.setenv("ERRAND_BOY_SOCKET", "/a/path")
+    assert listen.default_path() == "/a/path"
+    monkeypatch.delenv("ERRAND_BOY_SOCKET")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert listen.default_path() == str(tmp_path / "errand-boy.sock")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert listen.default_path() == str(own / "errand-boy.sock")
+    own.mkdir(0o700)
+    assert listen.default_path() == str(own / "errand-boy.sock")
+    own.chmod(0o750)
+    with pytest.raises(PermissionError, match="mode 0700"):
+        listen.default_path()
+    own.rmdir()
+    own.symlink_to(tmp_path)
+    with pytest.raises(PermissionError):
+        listen.default_path()
+
+
+def test_default_directory_is_made(tmp_path: Path) -> None:
+    env = {**script_environment(), "TMPDIR": str(tmp_path)}
+    for name in ("ERRAND_BOY_SOCKET", "XDG_RUNTIME_DIR"):
+        env.pop(name, None)
+    with subprocess.Popen(SERVE, env=env) as process:
+        path = tmp_path / f"errand-boy-{os.geteuid()}" / "errand-boy.sock"
+        until(lambda: answers(str(path)))
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_socket_from_systemd(tmp_path: Path) -> None:
+    path = str(tmp_path / "activated")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        script = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+        under = [sys.executable, "-I", "-c", script, str(listener.fileno())]
+        with started_daemon(tmp_path, under=under, pass_fds=[listener.fileno()]) as daemon:
+            assert not os.path.exists(daemon.path)
+            daemon.path = path
+            connection = daemon.connect()
+            spawn(connection, "/bin/sh", "-c", 'exit "${LISTEN_FDS:-0}${NOTIFY_SOCKET:+1}"')
+            assert ended(connection) == 0
+            connection.close()
+            assert daemon.stop() == 0
+        assert os.path.exists(path)
+
+
+# -- who may use it --
+
+
+def as_nobody(path: str, first: bytes) -> bytes:
+    """Return what a daemon answers to another user who sends `first`."""
+    script = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+sock.sendall(bytes.fromhex(sys.argv[2]))
+try:
+    while data := sock.recv(1000):
+        os.write(1, data)
+except ConnectionResetError:
+    pass
+"""
+    command = [sys.executable, "-I", "-c", script, path, first.hex()]
+    return subprocess.check_output(command, timeout=PATIENCE)
+
+
+@pytest.mark.root
+def test_another_user_is_refused_with_the_reason(public_dir: Path) -> None:
+    with started_daemon(public_dir) as daemon:
+        os.chmod(daemon.path, 0o666)
+        answer = as_nobody(daemon.path, HELLO)
+        assert answer[4] == lib.EB_REFUSED
+        assert b"user 65534 may not use this daemon of user 0" in answer
+        assert b"user 65534 may not use" in as_nobody(daemon.path, b"ls\r\n\r\n\r\n\r\n")
+        assert daemon.status()["totals"]["refused"] == 2
+
+
+@pytest.mark.root
+def test_root_serves_others_only_as_themselves(tmp_path: Path) -> None:
+    done = serve("--socket", tmp_path / "socket", "--allow-uid", NOBODY)
+    assert done.returncode == 2
+    assert "add --as-peer" in done.stderr
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("allow", ["--allow-uid", "--allow-gid"])
+def test_commands_have_the_ids_of_who_asked(public_dir: Path, allow: str) -> None:
+    with started_daemon(public_dir, "--as-peer", allow, NOBODY) as daemon:
+        connection = daemon.connect()
+        spawn(connection, "/bin/sh", "-c", 'exit "$(id -u)"')
+        assert ended(connection) == 0
+        connection.close()
+        # Its own ids, and none of the groups that it does not have.
+        script = 'test "$(id -u) $(id -G)" = "65534 65534" || exit 1; exit 42'
+        argv = [b"sh", b"-c", script.encode()]
+        payload = [
+            protocol.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/sh"]),
+            protocol.strings(lib.EB_TAG_ARGV, argv),
+            protocol.strings(lib.EB_TAG_ENV, [b"PATH=/usr/bin:/bin"]),
+        ]
+        request = HELLO + protocol.frame(lib.EB_SPAWN, payload)
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-c"),
+                """
+import os, socket, struct, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+sock.sendall(bytes.fromhex(sys.argv[2]))
+data = b""
+while True:
+    data += sock.recv(1000)
+    at = 0
+    while len(data) >= at + 5:
+        length, kind = struct.unpack_from("<IB", data, at)
+        if len(data) < at + 5 + length:
+            break
+        if kind not in (1, 16):
+            print(kind, os.waitstatus_to_exitcode(struct.unpack_from("<i", data, at + 5)[0]))
+            raise SystemExit
+        at += 5 + length
+""",
+                daemon.path,
+                request.hex(),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.communicate(timeout=PATIENCE)[0] == f"{lib.EB_EXITED} 42\n"
+
+
+# -- faults --
+
+
+@pytest.mark.parametrize("first", [b"", HELLO[:1], HELLO[:7]])
+def test_silence_ends_a_connection_and_nothing_else(tmp_path: Path, first: bytes) -> None:
+    with started_daemon(tmp_path, "--patience", 0.2) as daemon, daemon.socket() as sock:
+        connection = daemon.connect()
+        sock.sendall(first)
+        assert refusal(sock) == "no request came in time"
+        spawn(connection, "/bin/true")
+        assert ended(connection) == 0
+        connection.close()
+
+
+def test_half_a_frame_and_the_end(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon, daemon.socket() as sock:
+        sock.sendall(HELLO[:7])
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock) == b""
+        assert daemon.helpers()
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (b"\0" + bytes(9), "must be HELLO or STATUS"),
+        (b"\0" + b"\xff" * 50, "must be HELLO or STATUS"),
+        (b"\0" + protocol.HEADER.pack(4, lib.EB_HELLO) + b"\x63\0\0\0", "version 1 of the"),
+        (b"\0" + protocol.HEADER.pack(4, lib.EB_STATUS) + b"\x63\0\0\0", "version 1 of the"),
+        (b"\0" + protocol.HEADER.pack(4, lib.EB_SPAWN) + bytes(4), "must be HELLO or STATUS"),
+    ],
+)
+def test_garbage_is_refused(tmp_path: Path, first: bytes, reason: str) -> None:
+    with started_daemon(tmp_path) as daemon, daemon.socket() as sock:
+        sock.sendall(first)
+        assert reason in refusal(sock)
+        assert daemon.helpers()
+
+
+def test_shortage_of_descriptors_passes(tmp_path: Path) -> None:
+    under = ["/bin/sh", "-c", 'ulimit -n 30; exec "$@"', "sh"]
+    with started_daemon(tmp_path, under=under) as daemon:
+        socks = [daemon.socket() for _ in range(40)]
+        until(lambda: "cannot accept" in daemon.log())
+        for sock in socks:
+            sock.close()
+        assert daemon.helpers()
+        assert daemon.log().count("cannot accept") == 1
+
+
+def test_full_disk_for_the_log(tmp_path: Path) -> None:
+    with (
+        open("/dev/full", "wb") as full,
+        started_daemon(tmp_path, "--log-level", "debug", stderr=full) as daemon,
+    ):
+        for _ in range(3):
+            assert daemon.helpers()
+        assert daemon.stop() == 0
+
+
+def test_reader_of_the_log_that_has_stopped(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        with started_daemon(tmp_path, "--log-level", "debug", stderr=writer) as daemon:
+            for _ in range(200):
+                assert daemon.helpers()
+            os.read(reader, 1 << 16)
+            assert daemon.stop() == 0
+            assert b"lost=" in os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_helper_that_dies_is_replaced(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size", 2) as daemon:
+        connections = [daemon.connect() for _ in range(2)]
+        commands = [spawn(connection, "/bin/sleep", "100") for connection in connections]
+        parents = [psutil.Process(pid).ppid() for pid in commands]
+        before = daemon.helpers()
+        assert set(parents) == set(before)
+        os.kill(parents[0], signal.SIGKILL)
+        with pytest.raises(OSError, match="ended"):  # at once
+            connections[0].receive(PATIENCE)
+        until(lambda: len(set(daemon.helpers()) - {parents[0]}) == 2)
+        assert daemon.status()["totals"]["helpers_lost"] == 1
+        send_signal(connections[1], commands[1], signal.SIGTERM)
+        assert ended(connections[1]) == -signal.SIGTERM
+        os.kill(commands[0], signal.SIGKILL)
+        for connection in connections:
+            connection.close()
+
+
+def test_helpers_survive_the_server(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as old:
+        connection, idle = old.connect(), old.connect()
+        pid = spawn(connection, "/bin/sleep", "100")
+        old.process.kill()
+        old.process.wait()
+        with started_daemon(tmp_path) as new:
+            assert new.helpers()
+            send_signal(connection, pid, signal.SIGUSR1)
+            assert ended(connection) == -signal.SIGUSR1
+        connection.close()
+        idle.close()
+
+
+# -- the end --
+
+
+def test_commands_may_finish(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        connection, idle = daemon.connect(), daemon.connect()
+        pid = spawn(connection, "/bin/sleep", "100")
+        daemon.process.terminate()
+        assert daemon.notify.recv(100) == b"STOPPING=1"
+        assert read_all(idle.sock)[len(protocol.HELLO) :] == b""  # at rest, so closed
+        send_signal(connection, pid, signal.SIGTERM)
+        assert ended(connection) == -signal.SIGTERM
+        assert daemon.process.wait(PATIENCE) == 0
+        connection.close()
+        idle.close()
+
+
+def test_commands_that_do_not_finish_are_terminated(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--grace", 0.1) as daemon:
+        connection = daemon.connect()
+        spawn(connection, "/bin/sleep", "100")
+        assert daemon.stop() == 3
+        assert ended(connection) == -signal.SIGTERM
+        connection.close()
+
+
+def ready_to_ignore_sigterm(daemon: Daemon) -> tuple[int, object]:
+    connection = daemon.connect()
+    reader, writer = os.pipe()
+    script = "trap '' TERM; echo ready; while :; do sleep 100; done"
+    with open(os.devnull) as null:
+        pid = spawn(connection, "/bin/sh", "-c", script, fds=[null.fileno(), writer])
+    os.close(writer)
+    assert os.read(reader, 100) == b"ready\n"
+    os.close(reader)
+    return pid, connection
+
+
+def test_commands_that_ignore_sigterm_are_killed(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        pid, connection = ready_to_ignore_sigterm(daemon)
+        daemon.process.terminate()
+        assert daemon.notify.recv(100) == b"STOPPING=1"
+        daemon.process.terminate()  # each one more: no patience
+        until(lambda: "terminating" in daemon.log())
+        daemon.process.terminate()
+        assert daemon.process.wait(PATIENCE) == 4
+        assert has_gone(pid)
+        del connection
+
+
+def test_max_accepts(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--max-accepts", 2) as daemon:
+        first, second = daemon.connect(), daemon.connect()
+        for connection in (first, second):
+            spawn(connection, "/bin/sh", "-c", "exit 5")
+            assert ended(connection) == 5
+            connection.close()
+        assert daemon.process.wait(PATIENCE) == 0
+        assert not os.path.exists(daemon.path)
+
+
+def test_what_runs_at_the_last_accept_has_all_its_time(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--max-accepts", 1, "--grace", 0) as daemon:
+        connection = daemon.connect()
+        pid = spawn(connection, "/bin/sleep", "100")
+        assert daemon.notify.recv(100) == b"STOPPING=1"
+        assert not os.path.exists(daemon.path)
+        send_signal(connection, pid, signal.SIGUSR1)
+        assert ended(connection) == -signal.SIGUSR1
+        connection.close()
+        assert daemon.process.wait(PATIENCE) == 0
+
+
+def test_half_a_text_request_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--grace", 0.1) as daemon, daemon.socket() as sock:
+        sock.sendall(b"sleep 1")
+        assert daemon.helpers()  # after it in the daemon's queue
+        assert daemon.stop() == 0
+
+
+# -- limits --
+
+
+def test_helper_is_replaced_after_its_share(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size", 1, "--max-child-tasks", 2) as daemon:
+        live, connection = daemon.connect(), daemon.connect()
+        pid = spawn(live, "/bin/sleep", "100")
+        old = psutil.Process(pid).ppid()
+        spawn(connection, "/bin/true")
+        assert ended(connection) == 0
+        connection.close()
+        until(lambda: len(daemon.helpers()) == 2)
+        connection = daemon.connect()
+        last = spawn(connection, "/bin/sleep", "100")
+        new = psutil.Process(last).ppid()
+        assert new != old
+        send_signal(live, pid, signal.SIGTERM)
+        assert ended(live) == -signal.SIGTERM
+        live.close()
+        until(lambda: daemon.helpers() == [new])
+        totals = daemon.status()["totals"]
+        assert (totals["started"], totals["ended"], totals["helpers_lost"]) == (3, 2, 0)
+        send_signal(connection, last, signal.SIGTERM)
+        ended(connection)
+        connection.close()
+
+
+def test_excess_waits_and_leaves_with_its_client(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--max-processes", 1) as daemon:
+        running, leaving, waiting = (daemon.connect() for _ in range(3))
+        pid = spawn(running, "/bin/sleep", "100")
+        request(leaving, "/bin/true")
+        until(lambda: daemon.status()["queue"] == 1)
+        request(waiting, "/bin/true")
+        until(lambda: daemon.status()["queue"] == 2)
+        leaving.close()
+        until(lambda: daemon.status()["queue"] == 1)
+        send_signal(running, pid, signal.SIGTERM)
+        assert ended(running) == -signal.SIGTERM
+        waiting.receive(PATIENCE)
+        assert ended(waiting) == 0
+        for each in (running, waiting):
+            each.close()
+
+
+def test_clients_take_turns() -> None:
+    turns = Turns(2, 0)
+    for connection in range(1, 6):
+        turns.want(connection, client=100)
+    assert list(turns.next()) == [1, 2]
+    turns.want(11, client=200)
+    turns.want(12, client=200)
+    assert list(turns.next()) == []
+    order: list[int] = []
+    for connection in (1, 2, 3, 11):
+        turns.done(connection)
+        order += turns.next()
+    assert order == [3, 11, 4, 12]
+    assert len(turns) == 1
+
+
+def test_a_clients_own_limit_holds_up_nobody_else() -> None:
+    turns = Turns(0, 1)
+    turns.want(1, client=100)
+    turns.want(2, client=100)
+    turns.want(3, client=200)
+    assert list(turns.next()) == [1, 3]
+    turns.done(2)  # withdrawn
+    turns.want(4, client=100)
+    turns.done(1)
+    assert list(turns.next()) == [4]
+    for connection in (3, 4, 4):
+        turns.done(connection)
+    assert len(turns) == 0
+    assert list(turns.next()) == []

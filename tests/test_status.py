@@ -1,0 +1,121 @@
+"""What a daemon tells of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import script_environment
+from daemon import PATIENCE, ended, request, send_signal, spawn, started_daemon
+
+from errand_boy import status
+from errand_boy.pool import Report
+from errand_boy.protocol import Failed
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "errand_boy", "status", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=script_environment(),
+    )
+
+
+def test_counts_add_up(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size", 2) as daemon:
+        connections = [daemon.connect() for _ in range(3)]
+        for connection in connections:
+            spawn(connection, "/bin/true")
+            ended(connection)
+        request(connections[0], "/none")
+        assert isinstance(connections[0].receive(PATIENCE), Failed)
+        pid = spawn(connections[1], "/bin/sleep", "100")
+        seen = daemon.status()
+        totals = seen["totals"]
+        assert (totals["started"], totals["ended"], totals["failed"]) == (4, 3, 1)
+        assert seen["failures"] == {"ENOENT": 1}
+        assert sum(helper["served"] for helper in seen["helpers"]) == 4
+        assert sum(helper["live"] for helper in seen["helpers"]) == 1
+        assert all(helper["memory_kib"] > 0 for helper in seen["helpers"])
+        (command,) = seen["commands"]
+        assert command["pid"] == pid
+        assert command["argv"] == ["/bin/sleep", "100"]
+        assert (command["client_pid"], command["client_uid"]) == (os.getpid(), os.geteuid())
+        assert 0 <= command["age"] <= seen["uptime"]
+        assert sum(seen["latency_us"]["histogram"]) == 4
+        assert 0 < seen["latency_us"]["p50"] <= seen["latency_us"]["p99"]
+        send_signal(connections[1], pid, signal.SIGTERM)
+        ended(connections[1])
+        for connection in connections:
+            connection.close()
+
+
+def test_for_people_and_machines(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        connection = daemon.connect()
+        pid = spawn(connection, "/bin/sh", "-c", "sleep 100 # \033[31m")
+        table = cli("--socket", daemon.path).stdout
+        assert f"on {daemon.path}" in table
+        assert str(pid) in table
+        assert "\033" not in table
+        value = json.loads(cli("--socket", daemon.path, "--json").stdout)
+        assert value["pid"] == daemon.process.pid
+        metrics = cli("--socket", daemon.path, "--metrics").stdout
+        assert "errand_boy_started_total 1\n" in metrics
+        assert 'errand_boy_start_seconds_bucket{le="+Inf"} 1\n' in metrics
+        send_signal(connection, -pid, signal.SIGKILL)
+        ended(connection)
+        connection.close()
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    done = cli("--socket", str(tmp_path / "none"))
+    assert done.returncode == 1
+    assert done.stderr == f"errand-boy: no daemon listens on {tmp_path}/none\n"
+
+
+def test_helper_that_does_not_answer(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size", 1) as daemon:
+        (helper,) = daemon.helpers()
+        os.kill(helper, signal.SIGSTOP)
+        try:
+            (seen,) = daemon.status()["helpers"]
+            assert (seen["pid"], seen["answered"]) == (helper, False)
+        finally:
+            os.kill(helper, signal.SIGCONT)
+        assert daemon.status()["helpers"][0]["answered"]
+
+
+def test_report_of_a_helper() -> None:
+    payload = struct.pack("<QQI", 5, 3, 2)
+    payload += struct.pack("<I", 1) + struct.pack("<BiQ", 14, 2, 9)
+    payload += struct.pack("<I", 3) + struct.pack("<3Q", 0, 4, 1)
+    payload += (
+        struct.pack("<I", 1) + struct.pack("<iIiIQH", 77, 8, 66, 1000, 2500, 7) + b"ls\0-al\0"
+    )
+    report = Report.decode(payload)
+    assert (report.started, report.ended, report.latency) == (5, 3, [0, 4, 1])
+    assert report.failures == {(14, 2): 9}
+    (command,) = report.commands
+    assert (command.pid, command.connection, command.since) == (77, 8, 2.5)
+    assert command.argv == ["ls", "-al"]
+    total = Report()
+    for _ in range(2):
+        total.add(report)
+    assert (total.started, total.latency, total.failures) == (10, [0, 8, 2], {(14, 2): 18})
+    with pytest.raises(struct.error):
+        Report.decode(payload[:40])
+
+
+def test_quantiles() -> None:
+    assert status.quantile([], 0.5) is None
+    assert status.quantile([0] * 8 + [99] + [0] * 7 + [1], 0.5) == 4
+    assert status.quantile([0] * 8 + [99] + [0] * 7 + [2], 0.99) == 16
