@@ -7,13 +7,13 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 enum {
     CHILD_BUCKETS = 1024,
-    MOST_TITLE = 200,         /* bytes of a command's argv that are kept for the report */
     STREAMED_GRACE_MS = 1000,
 };
 
@@ -60,15 +60,47 @@ static struct eb_connection *remove_child(pid_t pid)
 
 /* -- the end -- */
 
+/* Signals the group of a dying command whose leader has been waited for.  By its pidfd, since another group
+ * may have the number by now; before Linux 6.9 there is no such call, and the leader's end is the end. */
+static bool signal_group(const struct eb_connection *c, int number)
+{
+    const unsigned process_group = 1 << 2; /* PIDFD_SIGNAL_PROCESS_GROUP */
+    return c->group_fd >= 0 && syscall(SYS_pidfd_send_signal, c->group_fd, number, NULL, process_group) == 0;
+}
+
+bool eb_command_gone(const struct eb_connection *c)
+{
+    return c->child == 0 && !signal_group(c, 0);
+}
+
+static void forget_group(struct eb_connection *c)
+{
+    if (c->group_fd >= 0)
+        close(c->group_fd);
+    c->group_fd = -1;
+    c->dying = false;
+}
+
+void eb_kill_command(struct eb_connection *c)
+{
+    if (c->child != 0) {
+        eb_kill(c, SIGKILL);
+    } else {
+        (void)signal_group(c, SIGKILL);
+        forget_group(c);
+        eb_release(c);
+    }
+}
+
 /* The command is over, or was none. */
 static void settle(struct eb_connection *c)
 {
     if (c->granted)
         eb_tell(EB_DONE, c);
-    c->granted = c->on_close = c->dying = false;
-    free(c->title);
-    c->title = NULL;
+    c->granted = c->on_close = false;
     c->title_size = 0;
+    if (c->dying && (c->deadline == 0 || eb_command_gone(c)))
+        forget_group(c);
     if (c->fd < 0)
         eb_release(c);
 }
@@ -83,6 +115,7 @@ void eb_kill(const struct eb_connection *c, int number)
 static void end_command(struct eb_connection *c)
 {
     c->dying = true;
+    c->group_fd = (int)syscall(SYS_pidfd_open, c->child, 0);
     c->deadline = eb_now_ms() + c->on_close_ms;
     service.timed = true;
     eb_kill(c, SIGTERM);
@@ -158,20 +191,12 @@ static void report_start(struct eb_connection *c)
 
 static void keep_title(struct eb_connection *c)
 {
-    struct eb_writer w;
-    size_t size = 0;
-    for (char **a = c->request.argv; *a != NULL && size < MOST_TITLE; a++)
-        size += strlen(*a) + 1;
-    size = size < MOST_TITLE ? size : MOST_TITLE;
-    c->title = size > 0 ? malloc(size) : NULL;
-    if (c->title == NULL)
-        return; /* the report does without */
-    w = eb_writer(c->title, size);
-    for (char **a = c->request.argv; *a != NULL && !w.bad; a++) {
-        size_t length = strlen(*a) + 1, left = size - eb_written(&w);
+    struct eb_writer w = eb_writer(c->title, sizeof c->title);
+    for (char **a = c->request.argv; *a != NULL && eb_written(&w) < sizeof c->title; a++) {
+        size_t length = strlen(*a) + 1, left = sizeof c->title - eb_written(&w);
         eb_put_bytes(&w, *a, length < left ? length : left);
     }
-    c->title_size = (uint16_t)size;
+    c->title_size = (uint8_t)eb_written(&w);
 }
 
 void eb_finish_start(struct eb_connection *c)
@@ -228,33 +253,45 @@ static void fail_start(struct eb_connection *c, const struct eb_frame *frame, in
     settle(c);
 }
 
+/* Where the request has no limit of this resource. */
+static void default_limit(struct eb_request *q, int resource, rlim_t soft)
+{
+    for (uint32_t i = 0; i < q->rlimit_count; i++)
+        if (q->rlimits[i].resource == resource)
+            return;
+    if (q->rlimit_count == EB_MAX_RLIMITS)
+        return;
+    struct eb_rlimit *own = &q->rlimits[q->rlimit_count++];
+    own->resource = resource;
+    own->limit = service.self.rlimits[resource];
+    own->limit.rlim_cur = soft < own->limit.rlim_max ? soft : own->limit.rlim_max;
+}
+
 /* Completes what a request leaves open, where this process's own state is none to inherit: its signals, its
- * limit of files.  And what it may not exceed, its commands get as far as it may; else no start would
+ * limit of files, that of processes, which is as the last request had it (see adopt_nproc), and, for another
+ * user, the environment.  And what it may not exceed, its commands get as far as it may; else no start would
  * succeed where a daemon's limits are lower than its client's. */
 static void complete(const struct eb_connection *c, struct eb_request *q)
 {
+    static char *empty[] = {NULL};
     q->present |= 1u << EB_TAG_SIGMASK | 1u << EB_TAG_SIGIGN;
     if (!service.pool)
         return;
-    bool privileged = service.privileged && (c->peer == NULL || c->peer->uid == 0);
-    bool files = false;
+    bool unchanged = c->peer == NULL || c->peer->uid == 0;
     for (uint32_t i = 0; i < q->rlimit_count; i++) {
         struct rlimit *limit = &q->rlimits[i].limit;
         rlim_t most = service.self.rlimits[q->rlimits[i].resource].rlim_max;
-        files = files || q->rlimits[i].resource == RLIMIT_NOFILE;
-        if (!privileged && limit->rlim_max > most)
+        if (!(service.raises_limits && unchanged) && limit->rlim_max > most)
             limit->rlim_max = most;
-        if (!privileged && limit->rlim_cur > limit->rlim_max)
+        if (!(service.raises_limits && unchanged) && limit->rlim_cur > limit->rlim_max)
             limit->rlim_cur = limit->rlim_max;
     }
-    if (!privileged && q->nice < service.self.nice)
+    if (!(service.raises_priority && unchanged) && q->nice < service.self.nice)
         q->nice = service.self.nice;
-    if (!files && q->rlimit_count < EB_MAX_RLIMITS) {
-        struct eb_rlimit *own = &q->rlimits[q->rlimit_count++];
-        own->resource = RLIMIT_NOFILE;
-        own->limit = service.self.rlimits[RLIMIT_NOFILE];
-        own->limit.rlim_cur = service.open_files;
-    }
+    default_limit(q, RLIMIT_NOFILE, service.open_files);
+    default_limit(q, RLIMIT_NPROC, service.self.rlimits[RLIMIT_NPROC].rlim_cur);
+    if (c->peer != NULL && q->env == NULL)
+        q->env = empty;
 }
 
 static int made_source(const struct eb_request *q, int target, const int ends[3])
@@ -288,6 +325,10 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     char reason[EB_MAX_REASON];
     int ends[3] = {-1, -1, -1};
     struct eb_request *q = &c->request;
+    if (c->child == 0 && !eb_at_rest(c)) {
+        eb_refuse(c, "SPAWN before the end of the last command's output");
+        return;
+    }
     if (!eb_at_rest(c)) {
         eb_refuse(c, "SPAWN while this connection's command %d is running", (int)c->child);
         return;

@@ -9,7 +9,7 @@ enum { SMALL = 4 << 10, LARGE = 256 << 10 };
 
 int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame)
 {
-    struct eb_reader r = eb_reader(c->in, c->in_size);
+    struct eb_reader r = eb_reader(c->in + c->in_at, c->in_size);
     uint32_t size = eb_get_u32(&r);
     uint8_t kind = eb_get_u8(&r);
     if (r.bad)
@@ -26,6 +26,9 @@ int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame)
 /* Room grows with what has really come, so that a declared length costs its sender, not us. */
 static bool make_room(struct eb_connection *c)
 {
+    if (c->in_at > 0)
+        memmove(c->in, c->in + c->in_at, c->in_size);
+    c->in_at = 0;
     if (c->in_size < c->in_capacity)
         return true;
     size_t capacity = c->in_capacity == 0 ? SMALL : c->in_capacity < LARGE ? LARGE : c->in_capacity * 2;
@@ -52,13 +55,12 @@ int eb_connection_fill(struct eb_connection *c)
 
 void eb_connection_consume(struct eb_connection *c, size_t size)
 {
+    c->in_at += size;
     c->in_size -= size;
-    if (c->in_size > 0) {
-        memmove(c->in, c->in + size, c->in_size);
-    } else {
+    if (c->in_size == 0) {
         free(c->in);
         c->in = NULL;
-        c->in_capacity = 0;
+        c->in_at = c->in_capacity = 0;
     }
 }
 
@@ -126,5 +128,5 @@ void eb_connection_close(struct eb_connection *c)
     free(c->in);
     free(c->out);
     c->in = c->out = NULL;
-    c->in_size = c->in_capacity = c->out_size = 0;
+    c->in_at = c->in_size = c->in_capacity = c->out_size = 0;
 }

@@ -28,6 +28,8 @@ struct eb_streams {
     uint32_t pending_size;
 };
 
+enum { EB_MOST_TITLE = 200 };
+
 struct eb_connection {
     enum eb_source source;       /* EB_SOURCE_CONNECTION */
     enum eb_source start_source; /* EB_SOURCE_START */
@@ -46,6 +48,7 @@ struct eb_connection {
     bool ask, wanting, granted; /* ask: each start needs a GRANT */
     bool on_close;   /* the command is ended with the connection: SIGTERM, and SIGKILL after so long */
     bool dying;      /* that has begun */
+    int group_fd;    /* the pidfd by which the group of a dying command is told when its leader has gone */
     uint32_t on_close_ms;
     uint64_t deadline; /* of eb_now_ms: for the rest of a frame, or for SIGKILL; 0: none */
     uint64_t begun_ns;
@@ -55,12 +58,13 @@ struct eb_connection {
     struct eb_streams *streams;
     pid_t child; /* live and ours; 0: none */
     uint64_t child_since; /* milliseconds since 1970 */
-    uint8_t *title;       /* the beginning of its argv, for the report; allocated */
-    uint16_t title_size;
+    /* The beginning of its argv, for the report.  Not allocated: it would outlive the buffers around it,
+     * and keep their pages after a burst. */
+    uint8_t title[EB_MOST_TITLE], title_size;
     pid_t client;
     uid_t client_uid;
     uint8_t *in;
-    size_t in_size, in_capacity;
+    size_t in_at, in_size, in_capacity; /* in_size bytes from in_at on are not consumed */
     struct eb_fds fds;
     uint8_t *out;
     size_t out_size;

@@ -28,9 +28,11 @@ static struct {
 static void send_control(enum eb_kind kind, const void *payload, size_t size)
 {
     struct eb_connection *control = service.control;
+    /* Not closed here, where some connection or other is at work: its end closes them all.  It comes as an
+     * event of its own. */
     if (control != NULL && (!eb_connection_send(control, kind, payload, size) ||
                             (control->out_size > 0 && !eb_watch(control, EPOLLOUT))))
-        eb_close_connection(control);
+        (void)shutdown(control->fd, SHUT_RDWR);
 }
 
 void eb_tell(enum eb_kind kind, const struct eb_connection *c)
@@ -99,8 +101,8 @@ static void put_live(struct eb_writer *w, const struct eb_connection *c)
     eb_put_u32(w, (uint32_t)c->client);
     eb_put_u32(w, c->client_uid);
     eb_put_u64(w, c->child_since);
-    eb_put_u8(w, c->title_size & 0xff);
-    eb_put_u8(w, (uint8_t)(c->title_size >> 8));
+    eb_put_u8(w, c->title_size);
+    eb_put_u8(w, 0);
     eb_put_bytes(w, c->title, c->title_size);
 }
 

@@ -7,6 +7,7 @@
  *   --own-children    keep the children, wait for them and report their ends
  *   --posix-spawn     start through posix_spawn(3); implies --own-children
  *   --max-tasks=N     tell the server after so many starts
+ *   --frame-timeout=N milliseconds for the rest of a frame that has begun
  *   --open-files=N    the soft limit of open files for commands whose request has none
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
@@ -16,6 +17,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <malloc.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -37,12 +39,12 @@ enum {
     HOLD_MS = 10,
     MOST_HELD = 32 << 10,   /* bytes */
     TICK_MS = 40,           /* how late a deadline may be noticed */
-    FRAME_TIMEOUT_MS = 30000, /* for the rest of a frame that has begun */
     MOST_PEER_GROUPS = 1 << 16,
 };
 
 struct eb_service service;
 static int epoll_fd, children_fd;
+static uint64_t frame_timeout_ms = 30000; /* for the rest of a frame that has begun */
 
 static void fatal(const char *what)
 {
@@ -104,7 +106,7 @@ static void add_connection(struct eb_connection *c)
 
 void eb_release(struct eb_connection *c)
 {
-    if (c->released || c->fd >= 0 || c->starting || c->child != 0)
+    if (c->released || c->fd >= 0 || c->starting || c->child != 0 || c->dying)
         return;
     c->released = true;
     if (c->previous != NULL)
@@ -115,6 +117,9 @@ void eb_release(struct eb_connection *c)
         c->next->previous = c->previous;
     if (!c->control) {
         service.count--;
+        if (c->granted)
+            eb_tell(EB_DONE, c);
+        c->granted = false;
         eb_tell(EB_CLOSED, c);
     }
     free(c->peer);
@@ -185,7 +190,9 @@ bool eb_adopt(int fd, uint32_t id, uint8_t flags, bool control)
 {
     struct eb_connection *c = calloc(1, sizeof *c);
     if (c == NULL) {
+        const struct eb_connection gone = {.id = id};
         close(fd);
+        eb_tell(EB_CLOSED, &gone);
         return false;
     }
     *c = (struct eb_connection){
@@ -197,7 +204,7 @@ bool eb_adopt(int fd, uint32_t id, uint8_t flags, bool control)
         .control = control,
         .ask = (flags & EB_ASK) != 0,
     };
-    c->start.done_fd = -1;
+    c->start.done_fd = c->group_fd = -1;
     add_connection(c);
     if (control)
         service.control = c;
@@ -317,10 +324,11 @@ static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
 void eb_proceed(struct eb_connection *c)
 {
     c->ahead = false;
+    eb_streams_resume(c); /* first: their end may make room for the next SPAWN */
     while (c->fd >= 0 && !c->starting && !c->wanting && !eb_is_blocked(c) && c->in_size > 0) {
         struct eb_frame frame = {0};
         if (!c->opened) {
-            if (c->in[0] != 0) {
+            if (c->in[c->in_at] != 0) {
                 eb_refuse(c, "a framed connection starts with a NUL byte");
                 return;
             }
@@ -343,6 +351,7 @@ void eb_proceed(struct eb_connection *c)
             c->ahead = true;
             break;
         }
+        c->deadline = 0; /* that of a frame; the next has its own */
         if (frame.kind == EB_HELLO)
             on_hello(c, &frame);
         else
@@ -363,7 +372,7 @@ void eb_proceed(struct eb_connection *c)
     if (!waits || !service.pool || c->control) {
         c->deadline = 0;
     } else if (c->deadline == 0) {
-        c->deadline = eb_now_ms() + FRAME_TIMEOUT_MS;
+        c->deadline = eb_now_ms() + frame_timeout_ms;
         service.timed = true;
     }
     if (service.draining && !c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0) {
@@ -433,15 +442,15 @@ static void check_deadlines(void)
         service.timed = service.timed || c->held;
         if (c->deadline == 0)
             continue;
-        if (now < c->deadline) {
+        if (now < c->deadline && !(c->dying && eb_command_gone(c))) {
             service.timed = true;
             continue;
         }
         c->deadline = 0;
         if (c->dying)
-            eb_kill(c, SIGKILL);
+            eb_kill_command(c);
         else
-            eb_refuse(c, "the rest of a frame has not come in %d seconds", FRAME_TIMEOUT_MS / 1000);
+            eb_refuse(c, "the rest of a frame has not come in %llu ms", (unsigned long long)frame_timeout_ms);
     }
 }
 
@@ -530,6 +539,14 @@ static void block_signals(void)
         fatal("signalfd");
 }
 
+/* Not by the user's id: root of a container often lacks them. */
+static bool capable(unsigned number)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {{0}};
+    return syscall(SYS_capget, &header, data) == 0 && (data[number / 32].effective >> number % 32 & 1) != 0;
+}
+
 int main(int argc, char **argv)
 {
     static enum eb_source children_source = EB_SOURCE_CHILDREN, caller_source = EB_SOURCE_CALLER;
@@ -545,6 +562,8 @@ int main(int argc, char **argv)
             service.open_files = strtoull(argv[i] + 13, NULL, 10);
         else if (strncmp(argv[i], "--max-tasks=", 12) == 0)
             eb_set_max_tasks(strtoull(argv[i] + 12, NULL, 10));
+        else if (strncmp(argv[i], "--frame-timeout=", 16) == 0)
+            frame_timeout_ms = strtoull(argv[i] + 16, NULL, 10);
         else {
             fprintf(stderr, "errand-boy-helper: it is started by errand_boy, not by hand\n");
             return 2;
@@ -568,7 +587,8 @@ int main(int argc, char **argv)
             (void)setrlimit(RLIMIT_NOFILE, &files);
     }
     service.pool = !private;
-    service.privileged = geteuid() == 0;
+    service.raises_limits = capable(CAP_SYS_RESOURCE);
+    service.raises_priority = capable(CAP_SYS_NICE);
     eb_state_read_signals(&service.self);
     eb_state_read(&service.self);
     service.owns_children = !private || own || posix;

@@ -7,7 +7,7 @@
 struct eb_service {
     struct eb_state self; /* this process, as it was started but for its raised limit of open files */
     rlim_t open_files;    /* that limit as it was */
-    bool privileged;
+    bool raises_limits, raises_priority; /* may exceed its own */
     bool pool;            /* one of a daemon's helpers, not a caller's own */
     bool draining;        /* takes no command any more */
     bool timed;           /* some connection has a deadline */
@@ -54,6 +54,10 @@ void eb_finish_start(struct eb_connection *c);
 void eb_reap(void);
 /* Signals the process group of the connection's live command, or it alone if it leads none. */
 void eb_kill(const struct eb_connection *c, int number);
+/* Whether nothing is left of a command that is being ended: neither itself nor its group. */
+bool eb_command_gone(const struct eb_connection *c);
+/* Its time is over. */
+void eb_kill_command(struct eb_connection *c);
 /* The client has gone: what that means for its command is the request's choice. */
 void eb_abandon_command(struct eb_connection *c);
 /* Whether a SPAWN would be welcome. */

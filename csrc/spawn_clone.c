@@ -93,6 +93,29 @@ static EB_BARE long place_fds(struct job *job)
     return 0;
 }
 
+/* Closes all but what is needed up to the exec, which may be slow: copies of this process's descriptors would
+ * keep others' pipes and connections open as long.  An older kernel leaves them to the exec. */
+static EB_BARE void close_rest(const struct job *job)
+{
+    const struct eb_request *q = job->q;
+    long next = 0, extra[] = {job->pipe, eb_has(q, EB_TAG_CWD_FD) ? q->sources[q->target_count] : job->pipe};
+    for (uint32_t i = 0;;) {
+        long kept = -1;
+        while (i < q->target_count && q->targets[i] < next)
+            i++;
+        if (i < q->target_count)
+            kept = q->targets[i];
+        for (int k = 0; k < 2; k++)
+            if (extra[k] >= next && (kept < 0 || extra[k] < kept))
+                kept = extra[k];
+        if (kept != next)
+            eb_raw(SYS_close_range, next, kept < 0 ? ~0U : (unsigned)kept - 1, 0, 0);
+        if (kept < 0)
+            return;
+        next = kept + 1;
+    }
+}
+
 /* This process installs no handlers, so only SIG_IGN and SIG_DFL have to be told apart. */
 static EB_BARE long set_ignored(uint64_t wanted)
 {
@@ -163,6 +186,7 @@ static EB_BARE int child(void *arg)
     } while (0)
 
     STEP(FDS, place_fds(job));
+    close_rest(job);
     if (q->peer != NULL) {
         /* First of all: what follows is done with the peer's rights, not with ours. */
         STEP(GROUPS, eb_raw(SYS_setgroups, q->peer->group_count, (long)q->peer->groups, 0, 0));

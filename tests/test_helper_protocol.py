@@ -138,7 +138,8 @@ class Client:
 
 
 class Helper:
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, under: Sequence[str] = ()) -> None:
+        """`under` is a command that becomes the helper, such as a shell's `exec "$@"`."""
         ours, theirs = socket.socketpair()
         caller = os.pidfd_open(os.getpid())
         # Out of the way of the numbers that they are to get.
@@ -149,7 +150,8 @@ class Helper:
             (os.POSIX_SPAWN_DUP2, control, 3),
             (os.POSIX_SPAWN_DUP2, moved, 4),
         ]
-        self.pid = os.posix_spawn(HELPER, ["helper", *arguments], {}, file_actions=actions)
+        command = [*under, HELPER, *arguments]
+        self.pid = os.posix_spawn(command[0], command, {}, file_actions=actions)
         theirs.close()
         for fd in (caller, control, moved):
             os.close(fd)

@@ -1,0 +1,1638 @@
+"""A daemon's helper over its control socket and adopted connections, as docs/protocol.md says."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from errand_boy._native import lib
+from guard import Guard
+from test_helper_protocol import (
+    GREETING,
+    PATIENCE,
+    TRUE,
+    Client,
+    Exited,
+    Failed,
+    Helper,
+    Spawned,
+    decode,
+    frame,
+    option,
+    room_for,
+    signal_frame,
+    slow,
+    strings,
+    u32,
+)
+
+from errand_boy import protocol
+
+AS_PEER, ASK = lib.EB_AS_PEER, lib.EB_ASK
+PEER = (12343, 12344, [12345, 12346])
+MIB = 1 << 20
+
+
+class PoolClient(Client):
+    id = 0
+
+
+class Pool(Helper):
+    """A helper without --private. `flags` are those of the next connections."""
+
+    def __init__(self, *arguments: str, under: Sequence[str] = ()) -> None:
+        super().__init__(*arguments, under=under)
+        self.flags = 0
+        self.adopted = 0
+
+    def adopt(self, fd: int) -> None:
+        self.adopted += 1
+        self.tell(lib.EB_ADOPT, struct.pack("<IB", self.adopted, self.flags), fds=[fd])
+
+    def unopened(self) -> PoolClient:
+        client = PoolClient(super().unopened().sock)
+        client.id = self.adopted
+        self.clients[-1] = client
+        return client
+
+    def connect(self) -> PoolClient:
+        client = self.unopened()
+        client.send(GREETING)
+        assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
+        return client
+
+    def connect_as(self, uid: int, gid: int, groups: Sequence[int]) -> PoolClient:
+        """A connection that a process of these ids has made."""
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            with suppress(BaseException):
+                os.setgroups(groups)
+                os.setresgid(gid, gid, gid)
+                os.setresuid(uid, uid, uid)
+                pair = socket.socketpair()
+                socket.send_fds(theirs, [b"."], [end.fileno() for end in pair])
+            os._exit(0)
+        os.waitpid(pid, 0)
+        theirs.close()
+        with ours:
+            _, fds, *_ = socket.recv_fds(ours, 1, 2)
+        client = PoolClient(socket.socket(fileno=fds[0]))
+        self.adopt(fds[1])
+        os.close(fds[1])
+        client.id = self.adopted
+        self.clients.append(client)
+        client.send(GREETING)
+        assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
+        return client
+
+    def tell(self, kind: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        self.control.send(frame(kind, payload), fds)
+
+    def told(self, *expected: tuple[int, int]) -> None:
+        """Expect these messages of (kind, connection id), in this order."""
+        for kind, number in expected:
+            assert self.control.frame() == (kind, u32(number))
+
+    def silent(self) -> bool:
+        """Whether it says nothing but what it is asked: a round trip through its loop."""
+        self.tell(lib.EB_QUERY)
+        return bool(self.control.frame()[0] == lib.EB_REPORT)
+
+    def report(self) -> Report:
+        self.tell(lib.EB_QUERY)
+        kind, payload = self.control.frame()
+        assert kind == lib.EB_REPORT
+        return Report.decode(payload)
+
+    def private_bytes(self) -> int:
+        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        fields = dict(line.split(":") for line in rollup.splitlines()[1:])
+        return sum(
+            int(fields[name].split()[0]) << 10 for name in ("Private_Clean", "Private_Dirty")
+        )
+
+
+class Live(NamedTuple):
+    pid: int
+    connection: int
+    client: int
+    uid: int
+    since_ms: int
+    title: bytes
+
+
+class Report(NamedTuple):
+    started: int
+    ended: int
+    connections: int
+    failures: dict[tuple[int, int], int]
+    buckets: list[int]
+    live: dict[int, Live]
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Report:
+        at = 0
+
+        def get(layout: str) -> tuple[int, ...]:
+            nonlocal at
+            values = struct.unpack_from("<" + layout, payload, at)
+            at += struct.calcsize("<" + layout)
+            return values
+
+        started, ended, connections, kinds = get("QQII")
+        failures = {}
+        for _ in range(kinds):
+            stage, error, count = get("BiQ")
+            failures[stage, error] = count
+        (size,) = get("I")
+        buckets = list(get(f"{size}Q"))
+        live = {}
+        (size,) = get("I")
+        for _ in range(size):
+            pid, connection, client, uid, since, length = get("iIiIQH")
+            live[connection] = Live(pid, connection, client, uid, since, payload[at : at + length])
+            at += length
+        assert at == len(payload)
+        return cls(started, ended, connections, failures, buckets, live)
+
+
+@contextmanager
+def running(*arguments: str, under: Sequence[str] = ()) -> Iterator[Pool]:
+    """A helper that must have lost nothing, and must come to its normal end, after the test."""
+    it = Pool(*arguments, under=under)
+    try:
+        first = it.connect()  # it has all that it works with when it says HELLO
+        before = it.descriptors() - 1
+        first.sock.close()
+        it.told((lib.EB_CLOSED, first.id))
+        yield it
+        if it.control.sock.fileno() != -1:
+            for client in it.clients:
+                client.sock.close()
+            assert it.comes_to(before)
+    finally:
+        it.close()
+        ended = it.ended()
+        if not ended:
+            os.kill(it.pid, signal.SIGKILL)
+        _, status = os.waitpid(it.pid, 0)
+        os.close(it.pidfd)
+    assert ended
+    assert status == 0
+
+
+@pytest.fixture
+def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
+    with running(*getattr(request, "param", ())) as it:
+        yield it
+
+
+def after(script: str) -> Sequence[str]:
+    """A shell that runs `script`, then becomes the helper."""
+    return ["/bin/sh", "-c", f'{script}; exec "$0" "$@"']
+
+
+@pytest.fixture
+def witness(pool: Pool) -> Iterator[Client]:
+    """A connection made before the offence, which still must work after it."""
+    client = pool.connect()
+    assert client.status("/bin/true") == 0
+    yield client
+    assert client.status("/bin/sh", "-c", "exit 3") == 3 << 8
+
+
+def with_arguments(*arguments: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("pool", [arguments], indirect=True, ids=[" ".join(arguments)])
+
+
+def request(*argv: str, options: Sequence[bytes] = (), targets: Sequence[int] = ()) -> bytes:
+    """A request that says nothing of signals and limits."""
+    parts = [
+        strings(lib.EB_TAG_EXECUTABLES, argv[0]),
+        strings(lib.EB_TAG_ARGV, *argv),
+        *options,
+    ]
+    if targets:
+        parts.append(protocol.numbers(lib.EB_TAG_FDS, targets))
+    return frame(lib.EB_SPAWN, *parts)
+
+
+def started(client: Client, data: bytes = b"", fds: Sequence[int] = ()) -> int:
+    """Send a request; return the pid of its command."""
+    if data:
+        client.send(data, fds)
+    answer = client.reply()
+    assert isinstance(answer, Spawned), answer
+    assert answer.by_helper
+    return answer.pid
+
+
+def ended(client: Client) -> int:
+    answer = client.reply()
+    assert isinstance(answer, Exited), answer
+    return answer.status
+
+
+def output(
+    client: Client, *argv: str, options: Sequence[bytes] = (), fds: Sequence[int] = ()
+) -> str:
+    """What a command writes; more descriptors, such as a directory's, come after its output's."""
+    read, write = os.pipe()
+    with open(read) as stream:
+        try:
+            started(client, request(*argv, options=options, targets=[1]), [write, *fds])
+        finally:
+            os.close(write)
+        text = stream.read()
+    assert ended(client) == 0
+    return text
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ends. An orphan, which has become ours, is waited for."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        ended = bool(select.select([pidfd], [], [], PATIENCE)[0])
+    finally:
+        os.close(pidfd)
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return ended
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        os.sched_yield()
+    return True
+
+
+def on_close(milliseconds: int) -> bytes:
+    return option(lib.EB_TAG_ON_CLOSE, u32(milliseconds))
+
+
+OWN_GROUP = option(lib.EB_TAG_PGROUP, u32(0))
+
+
+# Connections
+
+
+def test_each_end_of_a_connection_is_told(pool: Pool) -> None:
+    clients = [pool.connect() for _ in range(5)]
+    assert clients[2].status("/bin/true") == 0
+    for client in reversed(clients):
+        client.sock.close()
+        pool.told((lib.EB_CLOSED, client.id))
+    assert pool.silent()
+
+
+def test_refused_connection_is_told(pool: Pool, witness: Client) -> None:
+    client = pool.connect()
+    client.send(frame(77))
+    assert client.refusal() == "unknown frame kind 77"
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_connection_whose_client_has_gone_already_is_told(pool: Pool) -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs:
+        pool.adopt(theirs.fileno())
+    pool.told((lib.EB_CLOSED, pool.adopted))
+
+
+def test_connection_with_a_live_command_goes_with_the_command(pool: Pool) -> None:
+    client = pool.connect()
+    pid = started(client, request("/bin/sleep", "100"))
+    client.sock.close()
+    assert pool.silent()
+    os.kill(pid, signal.SIGKILL)
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_empty_payload_is_number_0_without_flags(pool: Pool) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        pool.tell(lib.EB_ADOPT, fds=[theirs.fileno()])
+    client = Client(ours)
+    client.send(GREETING)
+    assert client.frame()[0] == lib.EB_HELLO
+    assert client.status("/bin/true") == 0
+    ours.close()
+    pool.told((lib.EB_CLOSED, 0))
+
+
+# Grants
+
+
+def test_each_start_waits_for_its_grant(pool: Pool) -> None:
+    pool.flags = ASK
+    first, second = pool.connect(), pool.connect()
+    for client in (first, second):
+        client.send(request("/bin/true"))
+        pool.told((lib.EB_WANT, client.id))
+    assert pool.silent()
+    for client in (second, first):
+        pool.tell(lib.EB_GRANT, u32(client.id))
+        started(client)
+        assert ended(client) == 0
+        pool.told((lib.EB_DONE, client.id))
+    first.send(request("/bin/true"))
+    pool.told((lib.EB_WANT, first.id))
+    pool.tell(lib.EB_GRANT, u32(first.id))
+    started(first)
+    assert ended(first) == 0
+    pool.told((lib.EB_DONE, first.id))
+    assert pool.silent()
+
+
+def test_failed_start_gives_its_grant_back(pool: Pool) -> None:
+    pool.flags = ASK
+    client = pool.connect()
+    client.send(request("/none"))
+    pool.told((lib.EB_WANT, client.id))
+    pool.tell(lib.EB_GRANT, u32(client.id))
+    assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+    pool.told((lib.EB_DONE, client.id))
+
+
+def test_wish_is_withdrawn_when_its_client_goes(pool: Pool) -> None:
+    pool.flags = ASK
+    client = pool.connect()
+    client.send(request("/bin/true", targets=[0]), [0])
+    pool.told((lib.EB_WANT, client.id))
+    client.sock.close()
+    pool.told((lib.EB_DONE, client.id), (lib.EB_CLOSED, client.id))
+    pool.tell(lib.EB_GRANT, u32(client.id))
+    assert pool.silent()
+
+
+def test_grants_for_nobody_do_nothing(pool: Pool) -> None:
+    pool.flags = ASK
+    client = pool.connect()
+    for number in (0, client.id, 12345, 0xFFFFFFFF):
+        pool.tell(lib.EB_GRANT, u32(number))
+    client.send(request("/bin/true"))
+    pool.told((lib.EB_WANT, client.id))
+    assert pool.silent()
+    for _ in range(3):
+        pool.tell(lib.EB_GRANT, u32(client.id))
+    started(client)
+    assert ended(client) == 0
+    pool.told((lib.EB_DONE, client.id))
+    assert pool.silent()
+
+
+def test_grant_is_given_back_before_the_connection_is_told_closed(pool: Pool) -> None:
+    pool.flags = ASK
+    client = pool.connect()
+    client.send(slow("/none"))
+    pool.told((lib.EB_WANT, client.id))
+    pool.tell(lib.EB_GRANT, u32(client.id))
+    client.sock.close()
+    pool.told((lib.EB_DONE, client.id), (lib.EB_CLOSED, client.id))
+
+
+def test_live_command_of_a_client_that_went_keeps_its_grant(pool: Pool) -> None:
+    pool.flags = ASK
+    client = pool.connect()
+    client.send(request("/bin/sleep", "100"))
+    pool.told((lib.EB_WANT, client.id))
+    pool.tell(lib.EB_GRANT, u32(client.id))
+    pid = started(client)
+    client.sock.close()
+    assert pool.silent()
+    os.kill(pid, signal.SIGKILL)
+    pool.told((lib.EB_DONE, client.id), (lib.EB_CLOSED, client.id))
+
+
+def test_bad_request_wants_nothing(pool: Pool) -> None:
+    pool.flags = ASK
+    client = pool.connect()
+    client.send(frame(lib.EB_SPAWN, option(99)))
+    assert client.refusal() == "malformed SPAWN: unknown option 99"
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_who_waits_is_served_when_the_server_ends(pool: Pool) -> None:
+    pool.flags = ASK
+    clients = [pool.connect() for _ in range(10)]
+    idle = pool.connect()
+    for number, client in enumerate(clients):
+        client.send(request("/bin/sh", "-c", f"exit {number}"))
+        pool.told((lib.EB_WANT, client.id))
+    pool.control.sock.close()
+    for number, client in enumerate(clients):
+        started(client)
+        assert ended(client) == number << 8
+        assert client.closed()
+    assert idle.closed()
+    assert pool.ended()
+
+
+# Draining
+
+
+def drained(pool: Pool) -> None:
+    """Tell it to drain, and wait until it has read that."""
+    pool.tell(lib.EB_DRAIN)
+    pool.tell(lib.EB_QUERY)
+
+
+def reported(pool: Pool, *closed: Client) -> None:
+    """Expect these connections closed, in any order, before the answer to QUERY."""
+    seen = set()
+    while (answer := pool.control.frame())[0] != lib.EB_REPORT:
+        assert answer[0] == lib.EB_CLOSED
+        seen.add(answer[1])
+    assert seen == {u32(client.id) for client in closed if isinstance(client, PoolClient)}
+
+
+def test_drain_closes_what_is_at_rest(pool: Pool) -> None:
+    fresh, used, silent = pool.connect(), pool.connect(), pool.unopened()
+    assert used.status("/bin/true") == 0
+    drained(pool)
+    reported(pool, fresh, used, silent)
+    assert silent.frame()[0] == lib.EB_HELLO
+    for client in (fresh, used, silent):
+        assert client.closed()
+    assert not pool.ended(0)  # its server still may ask
+    pool.control.sock.close()
+    assert pool.ended()
+
+
+def test_drain_lets_commands_end(pool: Pool) -> None:
+    client = pool.connect()
+    pid = started(client, request("/bin/sleep", "100"))
+    drained(pool)
+    reported(pool)
+    client.send(signal_frame(pid, signal.SIGTERM))
+    assert ended(client) == signal.SIGTERM
+    assert client.closed()
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_drain_lets_a_half_sent_request_come_and_its_command_end(pool: Pool) -> None:
+    client = pool.connect()
+    whole = request("/bin/sh", "-c", "exit 5")
+    client.send(whole[:-1])
+    assert pool.silent()
+    assert until(lambda: unread(client) == 0)
+    drained(pool)
+    reported(pool)
+    client.send(whole[-1:])
+    started(client)
+    assert ended(client) == 5 << 8
+    assert client.closed()
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def unread(client: Client) -> int:
+    """How many bytes that the client sent lie in its socket's queue."""
+    siocoutq = 0x5411
+    return int(struct.unpack("i", fcntl.ioctl(client.sock, siocoutq, bytes(4)))[0])
+
+
+def test_drain_lets_waiting_requests_have_their_turn(pool: Pool) -> None:
+    pool.flags = ASK
+    client = pool.connect()
+    client.send(request("/bin/true"))
+    pool.told((lib.EB_WANT, client.id))
+    drained(pool)
+    reported(pool)
+    pool.tell(lib.EB_GRANT, u32(client.id))
+    started(client)
+    assert ended(client) == 0
+    assert client.closed()
+    pool.told((lib.EB_DONE, client.id), (lib.EB_CLOSED, client.id))
+
+
+def test_drain_lets_streams_end(pool: Pool) -> None:
+    client = pool.connect()
+    started(client, streamed("/bin/cat", streams=0b11))
+    drained(pool)
+    reported(pool)
+    result = converse(client, b"some text")
+    assert (result.output, result.status) == (b"some text", 0)
+    assert client.closed()
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_connection_that_crosses_drain_is_closed_unread(pool: Pool) -> None:
+    pool.tell(lib.EB_DRAIN)
+    client = pool.unopened()
+    with suppress(OSError):
+        client.send(GREETING + request("/bin/true"))
+    assert client.closed()
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_drained_helper_ends_with_its_last_command(pool: Pool) -> None:
+    client = pool.connect()
+    pid = started(client, request("/bin/sleep", "100"))
+    pool.control.sock.close()
+    client.sock.close()
+    assert not pool.ended(0)
+    os.kill(pid, signal.SIGTERM)
+    assert pool.ended()
+
+
+def test_end_of_the_server_is_a_drain(pool: Pool) -> None:
+    idle, client = pool.connect(), pool.connect()
+    pid = started(client, request("/bin/sleep", "100"))
+    pool.control.sock.close()
+    assert idle.closed()
+    client.send(signal_frame(pid, signal.SIGTERM))
+    assert ended(client) == signal.SIGTERM
+    assert client.closed()
+    assert pool.ended()
+
+
+# The end of all commands
+
+
+def test_end_reaches_all_groups(pool: Pool) -> None:
+    clients = [pool.connect() for _ in range(3)]
+    script = "sleep 100 & echo $!; wait"
+    members = []
+    for number, client in enumerate(clients):
+        read, write = os.pipe()
+        options = [OWN_GROUP] if number else []
+        data = request("/bin/sh", "-c", script, options=options, targets=[1])
+        members.append(started(client, data, [write]))
+        os.close(write)
+        with open(read) as stream:
+            members.append(int(stream.readline()))
+    os.kill(members[2], signal.SIGSTOP)
+    pool.tell(lib.EB_END, bytes([signal.SIGTERM]))
+    for client in clients:
+        assert ended(client) == signal.SIGTERM
+    orphan = members.pop(1)  # the one whose command leads no group
+    for pid in members:
+        assert gone(pid)
+    os.kill(orphan, signal.SIGKILL)
+    assert gone(orphan)
+
+
+def test_end_with_numbers_that_are_no_signals(pool: Pool, witness: Client) -> None:
+    client = pool.connect()
+    pid = started(client, request("/bin/sleep", "100"))
+    for number in (0, 65, 255):
+        pool.tell(lib.EB_END, bytes([number]))
+    assert pool.silent()
+    client.send(signal_frame(pid, signal.SIGINT))
+    assert ended(client) == signal.SIGINT
+
+
+# Figures
+
+
+def test_report_adds_up(pool: Pool) -> None:
+    before = time.time() * 1000
+    client, other, idle = pool.connect(), pool.connect(), pool.connect()
+    for _ in range(20):
+        assert client.status("/bin/true") == 0
+    for _ in range(3):
+        assert isinstance(client.run("/none"), Failed)
+    for _ in range(2):
+        assert isinstance(client.run("/bin"), Failed)
+    client.send(request("/bin/true", options=[protocol.string(lib.EB_TAG_CWD, b"/none")]))
+    assert isinstance(client.reply(), Failed)
+    arguments = ["/bin/sh", "-c", "read x", "", "x" * 300]
+    read, write = os.pipe()
+    pid = started(client, request(*arguments, targets=[0]), [read])
+    os.close(read)
+    report = pool.report()
+    assert report.started == 21
+    assert report.ended == 20
+    assert sum(report.buckets) == report.started
+    assert report.connections == 3
+    assert report.failures == {
+        (lib.EB_STAGE_EXEC, errno.ENOENT): 3,
+        (lib.EB_STAGE_EXEC, errno.EACCES): 2,
+        (lib.EB_STAGE_CWD, errno.ENOENT): 1,
+    }
+    assert list(report.live) == [client.id]
+    live = report.live[client.id]
+    assert live[:4] == (pid, client.id, os.getpid(), os.getuid())
+    assert before - 1 <= live.since_ms <= time.time() * 1000
+    whole = "\0".join(arguments).encode() + b"\0"
+    assert live.title == whole[: len(live.title)]
+    assert len(live.title) == 200
+    os.close(write)
+    assert ended(client) == 1 << 8
+    report = pool.report()
+    assert (report.started, report.ended, report.live) == (21, 21, {})
+    for each in (other, idle):
+        each.sock.close()
+
+
+def test_report_has_each_live_command(pool: Pool) -> None:
+    clients = [pool.connect() for _ in range(300)]
+    for number, client in enumerate(clients):
+        started(client, request("/bin/sleep", "100", str(number)))
+    clients[7].sock.close()
+    report = pool.report()
+    assert set(report.live) == {client.id for client in clients}
+    assert report.connections == len(clients)
+    pids = pool.children()
+    assert sorted(live.pid for live in report.live.values()) == sorted(pids)
+    titles = {live.title for live in report.live.values()}
+    assert titles == {b"/bin/sleep\x00100\0%d\0" % number for number in range(300)}
+    pool.tell(lib.EB_END, bytes([signal.SIGKILL]))
+    for client in clients[:7] + clients[8:]:
+        assert ended(client) == signal.SIGKILL
+
+
+def test_start_times_are_in_their_buckets(pool: Pool, tmp_path: Path) -> None:
+    """A start that takes longer is in a higher bucket, at least as high as it must have taken."""
+    client = pool.connect()
+    assert client.status("/bin/true") == 0
+    (first,) = (i for i, n in enumerate(pool.report().buckets) if n)
+    client.send(slow("/bin/true"))
+    started(client)
+    assert ended(client) == 0
+    _, last = (i for i, n in enumerate(pool.report().buckets) if n)
+    assert 20 < first < last < 96
+
+
+def test_more_kinds_of_failure_than_are_told_apart(pool: Pool) -> None:
+    client = pool.connect()
+    count = 0
+    stages = (
+        option(lib.EB_TAG_NICE, u32(0)),
+        option(lib.EB_TAG_PGROUP, u32(1)),
+        protocol.string(lib.EB_TAG_CWD, b"/none"),
+        protocol.string(lib.EB_TAG_CWD, b"/dev/null"),
+        protocol.string(lib.EB_TAG_CWD, b"/" + b"x" * 300),
+        protocol.string(lib.EB_TAG_CWD, b"/" + b"x/" * 3000),
+    )
+    for extra in stages:
+        client.send(request("/none", options=[extra]))
+        assert isinstance(client.reply(), Failed)
+        count += 1
+    report = pool.report()
+    assert sum(report.failures.values()) == count
+    assert report.started == 0
+
+
+@with_arguments("--max-tasks=3")
+def test_full_is_told_once(pool: Pool) -> None:
+    client = pool.connect()
+    for _ in range(2):
+        assert client.status("/bin/true") == 0
+        assert isinstance(client.run("/none"), Failed)
+        assert pool.silent()
+    assert client.status("/bin/true") == 0
+    assert pool.control.frame() == (lib.EB_FULL, b"")
+    for _ in range(4):
+        assert client.status("/bin/true") == 0
+    assert pool.silent()
+
+
+# Signals
+
+
+def test_signal_to_the_group(pool: Pool) -> None:
+    client = pool.connect()
+    read, write = os.pipe()
+    script = "sleep 100 & echo $!; wait"
+    data = request("/bin/sh", "-c", script, options=[OWN_GROUP], targets=[1])
+    pid = started(client, data, [write])
+    os.close(write)
+    with open(read) as stream:
+        member = int(stream.readline())
+    client.send(signal_frame(-pid, signal.SIGTERM))
+    assert ended(client) == signal.SIGTERM
+    assert gone(member)
+
+
+def test_signal_to_whichever_command_it_is(pool: Pool) -> None:
+    client = pool.connect()
+    client.send(signal_frame(0, signal.SIGKILL))
+    started(client, request("/bin/sleep", "100"))
+    client.send(signal_frame(0, signal.SIGINT))
+    assert ended(client) == signal.SIGINT
+
+
+def test_signals_to_others_are_dropped(pool: Pool) -> None:
+    ours, theirs = pool.connect(), pool.connect()
+    pids = [
+        started(client, request("/bin/sleep", "100", options=[OWN_GROUP]))
+        for client in (ours, theirs)
+    ]
+    for pid in (pids[1], -pids[1], pool.pid, -pool.pid, os.getpid(), -1, 1, -(1 << 31)):
+        ours.send(signal_frame(pid, signal.SIGKILL))
+    for client, pid in zip((ours, theirs), pids, strict=True):
+        client.send(signal_frame(pid, signal.SIGTERM))
+        assert ended(client) == signal.SIGTERM
+    for pid in (*pids, -pids[0], 0, -1):  # late
+        ours.send(signal_frame(pid, signal.SIGKILL))
+    assert ours.status("/bin/true") == 0
+
+
+# The end of a connection with a live command
+
+
+def ready(client: Client, script: str, *options: bytes) -> tuple[int, list[int]]:
+    """Start a script; wait for its line of pids. Returns its own and these."""
+    read, write = os.pipe()
+    data = request("/bin/sh", "-c", script, options=options, targets=[1])
+    pid = started(client, data, [write])
+    os.close(write)
+    with open(read) as stream:
+        return pid, [int(word) for word in stream.readline().split()]
+
+
+def test_close_ends_the_command(pool: Pool, tmp_path: Path) -> None:
+    client = pool.connect()
+    witness = tmp_path / "witness"
+    script = f"trap 'echo TERM >{witness}; exit' TERM; echo; while :; do sleep 0.01; done"
+    pid, _ = ready(client, script, OWN_GROUP, on_close(60_000))
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+    assert gone(pid)
+    assert witness.read_text() == "TERM\n"
+
+
+def test_close_kills_a_command_that_ignores_term(pool: Pool) -> None:
+    client = pool.connect()
+    script = "trap '' TERM; echo; while :; do sleep 0.01; done"
+    pid, _ = ready(client, script, OWN_GROUP, on_close(200))
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+    assert gone(pid)
+
+
+def test_close_ends_a_stopped_command(pool: Pool) -> None:
+    client = pool.connect()
+    pid = started(client, request("/bin/sleep", "100", options=[OWN_GROUP, on_close(60_000)]))
+    os.kill(pid, signal.SIGSTOP)
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+    assert gone(pid)
+
+
+def test_close_ends_the_group(pool: Pool) -> None:
+    client = pool.connect()
+    pid, members = ready(
+        client, "sleep 100 & a=$!; sleep 100 & echo $a $!; wait", OWN_GROUP, on_close(60_000)
+    )
+    client.sock.close()
+    for each in (pid, *members):
+        assert gone(each)
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_close_kills_members_that_outlive_their_leader(pool: Pool) -> None:
+    client = pool.connect()
+    stubborn = "trap '' TERM; echo \\$\\$; while :; do sleep 0.01; done"
+    pid, members = ready(client, f'sh -c "{stubborn}" & wait', OWN_GROUP, on_close(200))
+    client.sock.close()
+    for each in (pid, *members):
+        assert gone(each)
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_close_leaves_members_their_time(pool: Pool, tmp_path: Path) -> None:
+    client = pool.connect()
+    witness = tmp_path / "witness"
+    end = f"read x <{tmp_path}/go; echo >{witness}; exit"
+    member = f"trap '{end}' TERM; echo \\$\\$; while :; do sleep 0.01; done"
+    os.mkfifo(tmp_path / "go")
+    pid, members = ready(client, f'sh -c "{member}" & wait', OWN_GROUP, on_close(60_000))
+    client.sock.close()
+    assert gone(pid)
+    (tmp_path / "go").write_text("\n")
+    for each in members:
+        assert gone(each)
+    assert witness.exists()
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_close_of_a_command_without_a_group_ends_it_alone(pool: Pool) -> None:
+    client = pool.connect()
+    pid, (member,) = ready(client, "sleep 100 & echo $!; wait", on_close(100))
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+    assert gone(pid)
+    os.kill(member, signal.SIGKILL)
+    assert gone(member)
+
+
+def test_close_during_the_start(pool: Pool) -> None:
+    client = pool.connect()
+    names = ["/-"] * 200_000 + ["/bin/sleep"]
+    client.send(
+        frame(
+            lib.EB_SPAWN,
+            strings(lib.EB_TAG_EXECUTABLES, *names),
+            strings(lib.EB_TAG_ARGV, "sleep", "100"),
+            OWN_GROUP,
+            on_close(60_000),
+        )
+    )
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+    assert pool.children() == []
+
+
+def test_without_it_the_command_lives_on_and_is_reaped(pool: Pool) -> None:
+    client = pool.connect()
+    pid = started(client, request("/bin/sleep", "100"))
+    client.sock.close()
+    assert pool.silent()
+    assert pool.children() == [pid]
+    os.kill(pid, signal.SIGTERM)
+    pool.told((lib.EB_CLOSED, client.id))
+    assert pool.children() == []
+
+
+def test_next_command_of_a_connection_has_a_choice_of_its_own(pool: Pool) -> None:
+    client = pool.connect()
+    started(client, request("/bin/true", options=[OWN_GROUP, on_close(0)]))
+    assert ended(client) == 0
+    pid = started(client, request("/bin/sleep", "100"))
+    client.sock.close()
+    assert pool.silent()
+    assert pool.children() == [pid]
+    os.kill(pid, signal.SIGKILL)
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+# Streams
+
+
+class Result(NamedTuple):
+    output: bytes
+    error: bytes
+    status: int
+
+
+def streamed(
+    *argv: str, streams: int, options: Sequence[bytes] = (), targets: Sequence[int] = ()
+) -> bytes:
+    bits = option(lib.EB_TAG_STREAMS, bytes([streams]))
+    return request(*argv, options=[bits, *options], targets=targets)
+
+
+def converse(client: Client, data: bytes | None = None, streams: int = 0b11) -> Result:
+    """Send input, within the window, and read all until the connection is free."""
+    texts = {lib.EB_STDOUT: b"", lib.EB_STDERR: b""}
+    chunks: dict[int, list[bytes]] = {lib.EB_STDOUT: [], lib.EB_STDERR: []}
+    open_streams = {kind for bit, kind in ((2, lib.EB_STDOUT), (4, lib.EB_STDERR)) if streams & bit}
+    window, status, at = lib.EB_WINDOW, None, 0
+    while open_streams or status is None:
+        # Who waits to send, and does not read meanwhile, may wait for ever.
+        sending = [client.sock] if data is not None and (window or at == len(data)) else []
+        readable, _, _ = select.select([client.sock], sending, [], PATIENCE)
+        if sending and not readable:
+            assert data is not None
+            part = data[at : at + window]
+            client.send(frame(lib.EB_STDIN, part))
+            at += len(part)
+            window -= len(part)
+            if not part:
+                data = None
+            continue
+        kind, payload = client.frame()
+        if kind == lib.EB_CREDIT:
+            window += struct.unpack("<I", payload)[0]
+            assert window <= lib.EB_WINDOW
+        elif kind in chunks:
+            assert kind in open_streams
+            chunks[kind].append(payload)
+            if not payload:
+                open_streams.remove(kind)
+        else:
+            answer = decode(kind, payload)
+            assert isinstance(answer, Exited)
+            status = answer.status
+    for kind, parts in chunks.items():
+        texts[kind] = b"".join(parts)
+    return Result(texts[lib.EB_STDOUT], texts[lib.EB_STDERR], status)
+
+
+@pytest.mark.parametrize("streams", range(1, 8))
+def test_each_choice_of_streams(streams: int, pool: Pool) -> None:
+    client = pool.connect()
+    files = [os.memfd_create(str(number)) for number in range(3)]
+    os.write(files[0], b"input")
+    os.lseek(files[0], 0, os.SEEK_SET)
+    passed = [number for number in range(3) if not streams >> number & 1]
+    script = "cat; echo error >&2; cat >&2; exit 3"
+    data = streamed("/bin/sh", "-c", script, streams=streams, targets=passed)
+    for _ in range(2):
+        os.lseek(files[0], 0, os.SEEK_SET)
+        started(client, data, [files[number] for number in passed])
+        result = converse(client, b"input" if streams & 1 else None, streams)
+        texts = [b"", b"", b""]
+        for number in passed:
+            texts[number] = os.pread(files[number], 100, 0)
+            if number:
+                os.ftruncate(files[number], 0)
+                os.lseek(files[number], 0, os.SEEK_SET)
+        assert result.status == 3 << 8
+        assert (result.output or texts[1]) == b"input"
+        assert (result.error or texts[2]) == b"error\n"
+    for fd in files:
+        os.close(fd)
+
+
+def test_streams_of_nothing(pool: Pool) -> None:
+    client = pool.connect()
+    started(client, streamed("/bin/true", streams=0))
+    assert ended(client) == 0
+
+
+def test_empty_input(pool: Pool) -> None:
+    client = pool.connect()
+    started(client, streamed("/bin/cat", streams=0b111))
+    assert converse(client, b"", 0b111) == (b"", b"", 0)
+
+
+def test_much_both_ways(pool: Pool) -> None:
+    client = pool.connect()
+    text = os.urandom(MIB) * 10
+    started(client, streamed("/bin/cat", streams=0b11))
+    result = converse(client, text)
+    assert result.status == 0
+    assert result.output == text
+    assert client.status("/bin/true") == 0
+
+
+def test_much_both_ways_many_times_over(pool: Pool) -> None:
+    client = pool.connect()
+    text = os.urandom(300_000)
+    for _ in range(20):
+        started(client, streamed("/bin/sh", "-c", "tee /dev/stderr", streams=0b111))
+        result = converse(client, text, 0b111)
+        assert result == (text, text, 0)
+
+
+def test_client_that_does_not_read_blocks_its_own_command_only(pool: Pool, witness: Client) -> None:
+    client = pool.connect()
+    before = pool.private_bytes()
+    pid = started(client, streamed("/bin/cat", "/dev/zero", streams=0b10))
+    wchan = Path(f"/proc/{pid}/wchan")
+    assert until(lambda: "pipe_write" in wchan.read_text())
+    for _ in range(20):
+        assert witness.status("/bin/true") == 0
+    assert "pipe_write" in wchan.read_text()
+    assert pool.private_bytes() - before < 512 << 10
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+    assert gone(pid)
+
+
+def test_command_that_does_not_read_holds_up_its_own_input_only(
+    pool: Pool, witness: Client
+) -> None:
+    client = pool.connect()
+    pid = started(client, streamed("/bin/sleep", "100", streams=0b1))
+    client.send(frame(lib.EB_STDIN, bytes(lib.EB_WINDOW)))
+    kind, payload = client.frame()
+    assert kind == lib.EB_CREDIT
+    (credit,) = struct.unpack("<I", payload)
+    client.send(frame(lib.EB_STDIN, bytes(credit)))
+    assert witness.status("/bin/true") == 0
+    client.send(frame(lib.EB_STDIN, b"x"))
+    assert client.refusal() == "STDIN of 1 bytes, where 0 may be sent"
+    assert gone(pid)
+
+
+def test_window_is_not_overrun(pool: Pool, witness: Client) -> None:
+    client = pool.connect()
+    pid = started(client, streamed("/bin/sleep", "100", streams=0b1))
+    client.send(protocol.HEADER.pack(lib.EB_WINDOW + 1, lib.EB_STDIN))
+    assert client.refusal() == f"STDIN with a payload of {lib.EB_WINDOW + 1} bytes"
+    pool.told((lib.EB_CLOSED, client.id))
+    assert gone(pid)
+
+
+def test_input_to_a_command_that_has_closed_it(pool: Pool) -> None:
+    client = pool.connect()
+    text = bytes(MIB)
+    started(client, streamed("/bin/sh", "-c", "exec <&-; echo; read x <&1; sleep 0.1", streams=0b1))
+    assert converse(client, text, 0b1).status >= 0
+    started(client, streamed("/usr/bin/head", "-c", "10", streams=0b11))
+    assert converse(client, text) == (bytes(10), b"", 0)
+    assert client.status("/bin/true") == 0
+
+
+def test_late_input_is_dropped(pool: Pool) -> None:
+    client = pool.connect()
+    client.send(frame(lib.EB_STDIN, b"early"))
+    for streams in (0b1, 0b11, 0b110):
+        started(client, streamed("/bin/true", streams=streams))
+        assert converse(client, None, streams) == (b"", b"", 0)
+        for _ in range(3):
+            client.send(frame(lib.EB_STDIN, bytes(lib.EB_WINDOW)))
+        client.send(frame(lib.EB_STDIN))
+    started(client, streamed("/bin/cat", streams=0b11))
+    client.send(frame(lib.EB_STDIN, b"text"))
+    client.send(frame(lib.EB_STDIN))
+    client.send(frame(lib.EB_STDIN, b"after its end"))
+    assert converse(client).output == b"text"
+
+
+def test_output_after_the_end_of_the_command(pool: Pool, tmp_path: Path) -> None:
+    client = pool.connect()
+    os.mkfifo(tmp_path / "go")
+    script = f"(read x <{tmp_path}/go; echo late) & echo early"
+    started(client, streamed("/bin/sh", "-c", script, streams=0b10))
+    assert {client.frame()[0], client.frame()[0]} == {lib.EB_STDOUT, lib.EB_EXITED}
+    (tmp_path / "go").write_text("\n")
+    assert client.frame() == (lib.EB_STDOUT, b"late\n")
+    assert client.frame() == (lib.EB_STDOUT, b"")
+    assert client.status("/bin/true") == 0
+
+
+def test_request_before_the_streams_end_is_refused(pool: Pool, witness: Client) -> None:
+    client = pool.connect()
+    read, write = os.pipe()
+    data = streamed("/bin/sh", "-c", "cat <&3 & exit", streams=0b10, targets=[3])
+    started(client, data, [read])
+    os.close(read)
+    assert ended(client) == 0
+    client.send(request("/bin/true"))
+    assert client.refusal() == "SPAWN before the end of the last command's output"
+    os.close(write)
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_streamed_command_ends_with_its_client(pool: Pool) -> None:
+    client = pool.connect()
+    script = "trap '' TERM; echo $$; while :; do sleep 0.01; done"
+    pid = started(client, streamed("/bin/sh", "-c", script, streams=0b10, options=[OWN_GROUP]))
+    assert client.frame()[0] == lib.EB_STDOUT
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+    assert gone(pid)
+
+
+@pytest.mark.parametrize("targets", [[1], [1, 7], [0, 1, 2]])
+def test_a_descriptor_both_streamed_and_passed_is_refused(
+    targets: list[int], pool: Pool, witness: Client
+) -> None:
+    client = pool.connect()
+    client.send(streamed("/bin/true", streams=0b10, targets=targets), [0] * len(targets))
+    assert (
+        client.refusal()
+        == "malformed SPAWN: option FDS: names a descriptor that STREAMS or NULL has"
+    )
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_streamed_and_passed_descriptors_mixed(pool: Pool) -> None:
+    client = pool.connect()
+    read, write = os.pipe()
+    directory = os.open("/usr", os.O_PATH)
+    data = streamed(
+        "/bin/sh", "-c", "cat; pwd; cat <&7", streams=0b11,
+        options=[option(lib.EB_TAG_CWD_FD)], targets=[2, 7],
+    )  # fmt: skip
+    null = os.open("/dev/null", os.O_WRONLY)
+    started(client, data, [null, read, directory])
+    os.write(write, b"passed")
+    for fd in (read, write, directory, null):
+        os.close(fd)
+    assert converse(client, b"sent\n") == (b"sent\n/usr\npassed", b"", 0)
+
+
+def test_streamed_command_that_does_not_start(pool: Pool) -> None:
+    client = pool.connect()
+    before = pool.descriptors()
+    for _ in range(3):
+        client.send(streamed("/none", streams=0b111))
+        assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+        assert pool.descriptors() == before
+    started(client, streamed("/bin/cat", streams=0b111))
+    assert converse(client, b"x", 0b111) == (b"x", b"", 0)
+
+
+def test_command_may_open_its_streams_anew(pool: Pool) -> None:
+    client = pool.connect()
+    script = "cat </dev/stdin >/dev/stdout; echo error >/dev/stderr"
+    started(client, streamed("/bin/sh", "-c", script, streams=0b111))
+    assert converse(client, b"text", 0b111) == (b"text", b"error\n", 0)
+
+
+@pytest.mark.parametrize("what", ["input", "socket"])
+def test_slow_exec_keeps_nobodys_pipes_open(
+    what: str, pool: Pool, public_dir: Path, witness: Client
+) -> None:
+    """A process that has not come to its exec has copies of the helper's descriptors."""
+    program = public_dir / "program"
+    shutil.copy("/bin/true", program)
+    client, other = pool.connect(), pool.connect()
+    with Guard(program, 2 * PATIENCE) as guard:
+        if what == "input":
+            started(client, streamed("/bin/cat", streams=0b11))
+        other.send(request(str(program)))
+        guard.held()
+        if what == "input":
+            assert converse(client, b"text") == (b"text", b"", 0)
+        else:
+            client.send(frame(77))
+            assert client.refusal() == "unknown frame kind 77"
+        guard.release()
+        started(other)
+        assert ended(other) == 0
+
+
+def test_nulls(pool: Pool) -> None:
+    client = pool.connect()
+    nulls = option(lib.EB_TAG_NULL, b"\5")
+    script = "readlink /proc/self/fd/0; readlink /proc/self/fd/2"
+    for _ in range(2):
+        started(client, streamed("/bin/sh", "-c", script, streams=0b10, options=[nulls]))
+        assert converse(client, None, 0b10).output == b"/dev/null\n" * 2
+
+
+def test_output_and_error_joined(pool: Pool) -> None:
+    client = pool.connect()
+    script = "echo a; echo b >&2; echo c; cat >&2"
+    started(client, streamed("/bin/sh", "-c", script, streams=0b1011))
+    assert converse(client, b"d\n") == (b"a\nb\nc\nd\n", b"", 0)
+
+
+# Brief answers
+
+
+BRIEF = option(lib.EB_TAG_BRIEF)
+
+
+def test_brief_commands_sent_ahead(pool: Pool) -> None:
+    client = pool.connect()
+    nulls = option(lib.EB_TAG_NULL, b"\5")
+    count = 50
+    for number in range(count):
+        script = f"echo {number}; exit {number}"
+        options = [BRIEF, nulls]
+        client.send(streamed("/bin/sh", "-c", script, streams=0b10, options=options))
+    for number in range(count):
+        assert converse(client, None, 0b10) == (b"%d\n" % number, b"", number << 8)
+    assert client.status("/bin/true") == 0
+
+
+def test_brief_command_that_does_not_start(pool: Pool) -> None:
+    client = pool.connect()
+    for _ in range(2):
+        client.send(streamed("/none", streams=0b10, options=[BRIEF]))
+        client.send(streamed("/bin/true", streams=0b10, options=[BRIEF]))
+    for _ in range(2):
+        assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+        assert converse(client, None, 0b10) == (b"", b"", 0)
+
+
+def test_much_output_of_brief_commands(pool: Pool) -> None:
+    client = pool.connect()
+    for _ in range(10):
+        client.send(
+            streamed("/usr/bin/head", "-c", "300000", "/dev/zero", streams=0b10, options=[BRIEF])
+        )
+    for _ in range(10):
+        assert converse(client, None, 0b10) == (bytes(300_000), b"", 0)
+
+
+def test_client_of_brief_commands_goes(pool: Pool) -> None:
+    client = pool.connect()
+    data = streamed("/bin/sleep", "100", streams=0b10, options=[BRIEF, OWN_GROUP])
+    client.send(data + data)
+    assert until(lambda: bool(pool.children()))
+    (pid,) = pool.children()
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+    assert gone(pid)
+
+
+def test_silence_before_the_end_of_a_brief_command(pool: Pool) -> None:
+    """What it has written comes although it runs on."""
+    client = pool.connect()
+    script = "echo early; read x; echo late"
+    client.send(streamed("/bin/sh", "-c", script, streams=0b11, options=[BRIEF]))
+    assert client.frame() == (lib.EB_STDOUT, b"early\n")
+    assert converse(client, b"\n") == (b"late\n", b"", 0)
+
+
+# Commands of other users
+
+
+@pytest.fixture
+def peer(pool: Pool) -> PoolClient:
+    pool.flags = AS_PEER
+    return pool.connect_as(*PEER)
+
+
+def fails(client: Client, data: bytes, fds: Sequence[int] = ()) -> tuple[int, int]:
+    client.send(data, fds)
+    answer = client.reply()
+    assert isinstance(answer, Failed), answer
+    return answer.errno, answer.stage
+
+
+@pytest.mark.root
+def test_ids_are_the_peers(peer: PoolClient) -> None:
+    text = output(peer, "/usr/bin/env", "LC_ALL=C", "/usr/bin/id")
+    assert text == "uid=12343 gid=12344 groups=12344,12345,12346\n"
+    status = output(peer, "/bin/cat", "/proc/self/status")
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(fields[name], 16) == 0
+    assert fields["Uid"].split() == ["12343"] * 4
+    assert fields["Gid"].split() == ["12344"] * 4
+
+
+@pytest.mark.root
+def test_ids_of_peers_without_groups_and_of_root(pool: Pool) -> None:
+    pool.flags = AS_PEER
+    groupless, root = pool.connect_as(12343, 12344, []), pool.connect()
+    assert output(groupless, "/usr/bin/id", "-G") == "12344\n"
+    assert output(root, "/usr/bin/id", "-u") == "0\n"
+    pool.flags = 0
+    assert output(pool.connect_as(*PEER), "/usr/bin/id", "-u") == "0\n"
+
+
+@pytest.mark.root
+def test_report_names_the_peer(pool: Pool, peer: PoolClient) -> None:
+    pid = started(peer, request("/bin/sleep", "100"))
+    assert pool.report().live[peer.id].uid == PEER[0]
+    peer.send(signal_frame(pid, signal.SIGTERM))
+    assert ended(peer) == signal.SIGTERM
+
+
+@pytest.mark.root
+def test_directories_and_programs_are_opened_with_the_peers_rights(
+    peer: PoolClient, public_dir: Path
+) -> None:
+    secret = public_dir / "secret"
+    secret.mkdir(mode=0o700)
+    shutil.copy("/bin/true", secret / "true")
+    cwd = protocol.string(lib.EB_TAG_CWD, os.fsencode(secret))
+    denied = errno.EACCES
+    assert fails(peer, request("/bin/true", options=[cwd])) == (denied, lib.EB_STAGE_CWD)
+    assert fails(peer, request(f"{secret}/true")) == (denied, lib.EB_STAGE_EXEC)
+    directory = os.open(secret, os.O_PATH)
+    as_descriptor = request("/bin/true", options=[option(lib.EB_TAG_CWD_FD)])
+    assert fails(peer, as_descriptor, [directory]) == (denied, lib.EB_STAGE_CWD)
+    os.close(directory)
+    (public_dir / "file").write_text("x")
+    os.chmod(public_dir / "file", 0o640)
+    os.chown(public_dir / "file", 0, PEER[2][1])
+    assert output(peer, "/bin/cat", str(public_dir / "file")) == "x"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "tag, value, stage",
+    [
+        (lib.EB_TAG_UID, 0, lib.EB_STAGE_UID),
+        (lib.EB_TAG_UID, 12399, lib.EB_STAGE_UID),
+        (lib.EB_TAG_GID, 0, lib.EB_STAGE_GID),
+        (lib.EB_TAG_GID, 12345, lib.EB_STAGE_GID),
+        (lib.EB_TAG_GROUPS, 0, lib.EB_STAGE_GROUPS),
+        (lib.EB_TAG_GROUPS, 12345, lib.EB_STAGE_GROUPS),
+    ],
+)
+def test_peer_may_not_become_somebody_else(
+    tag: int, value: int, stage: int, peer: PoolClient
+) -> None:
+    data = request("/bin/true", options=[option(tag, u32(value))])
+    assert fails(peer, data) == (errno.EPERM, stage)
+    assert peer.status("/bin/true") == 0
+
+
+def limit(name: int, soft: int, hard: int) -> bytes:
+    return struct.pack("<BQQ", name, soft, hard)
+
+
+LIMITS = 'ulimit -c 1; ulimit -Sn 50; ulimit -Hn 100; exec nice -n 3 "$0" "$@"'
+MOST = (1 << 64) - 1
+RAISED = [
+    option(
+        lib.EB_TAG_RLIMITS,
+        limit(resource.RLIMIT_NOFILE, 5000, MOST) + limit(resource.RLIMIT_CORE, MOST, MOST),
+    ),
+    option(lib.EB_TAG_NICE, struct.pack("<i", -5)),
+]
+TELL_LIMITS = ("/bin/sh", "-c", "echo $(ulimit -n; ulimit -Hn; ulimit -Hc; nice)")
+
+
+@pytest.mark.root
+def test_peer_raises_neither_limits_nor_priority() -> None:
+    with running(under=after(LIMITS)) as pool:
+        pool.flags = AS_PEER
+        peer, root = pool.connect_as(*PEER), pool.connect()
+        assert output(peer, *TELL_LIMITS, options=RAISED) == "100 100 1 3\n"
+        assert output(peer, *TELL_LIMITS) == "50 100 1 3\n"
+        assert output(root, *TELL_LIMITS, options=RAISED).split()[3] == "-5"
+
+
+@pytest.mark.root
+def test_limits_above_the_helpers_own_are_fitted() -> None:
+    """Also where root has not all the rights of root, as in a container."""
+    drop = "setpriv --bounding-set=-sys_resource,-sys_nice --"
+    for user in ("setpriv --reuid=12343 --clear-groups --", drop):
+        with running(under=after(LIMITS.replace("exec", f"exec {user}"))) as pool:
+            client = pool.connect()
+            assert output(client, *TELL_LIMITS, options=RAISED) == "100 100 1 3\n"
+            lower = option(lib.EB_TAG_RLIMITS, limit(resource.RLIMIT_NOFILE, 20, 30))
+            assert output(client, *TELL_LIMITS, options=[lower]) == "20 30 1 3\n"
+
+
+@pytest.mark.root
+def test_peer_has_nothing_of_the_servers_environment() -> None:
+    with running(under=["/usr/bin/env", "SECRET=1"]) as pool:
+        assert output(pool.connect(), "/usr/bin/env") == "SECRET=1\n"
+        pool.flags = AS_PEER
+        client = pool.connect_as(*PEER)
+        assert output(client, "/usr/bin/env") == ""
+        assert output(client, "/usr/bin/env", options=[strings(lib.EB_TAG_ENV, "A=b")]) == "A=b\n"
+
+
+@pytest.mark.root
+def test_peer_opens_its_streams_anew(peer: PoolClient) -> None:
+    script = "cat </dev/stdin >/dev/stdout; echo error >/dev/stderr"
+    started(peer, streamed("/bin/sh", "-c", script, streams=0b111))
+    assert converse(peer, b"text", 0b111) == (b"text", b"error\n", 0)
+
+
+# What a request leaves open
+
+
+def test_nothing_is_blocked_or_ignored() -> None:
+    with running(under=after("trap '' INT USR1")) as pool:
+        client = pool.connect()
+        status = output(client, "/bin/cat", "/proc/self/status")
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        for name in ("SigBlk", "SigIgn", "SigPnd", "ShdPnd"):
+            assert int(fields[name], 16) == 0, name
+
+
+def test_limit_of_files_is_as_before_the_helper_raised_it() -> None:
+    with running(under=after("ulimit -Sn 100; ulimit -Hn 300")) as pool:
+        assert output(pool.connect(), "/bin/sh", "-c", "ulimit -n; ulimit -Hn") == "100\n300\n"
+        assert resource.prlimit(pool.pid, resource.RLIMIT_NOFILE) == (300, 300)
+
+
+def test_limit_of_processes_is_no_other_clients(pool: Pool) -> None:
+    client, other = pool.connect(), pool.connect()
+    tell = ("/bin/sh", "-c", "grep processes /proc/self/limits")
+    before = output(other, *tell)
+    lowered = option(lib.EB_TAG_RLIMITS, limit(resource.RLIMIT_NPROC, 4321, 54321))
+    assert output(client, *tell, options=[lowered]).split()[2:4] == ["4321", "54321"]
+    assert output(other, *tell) == before
+
+
+# Silence and garbage
+
+
+HALVES = {
+    "header": (b"", frame(lib.EB_SPAWN, TRUE)[:3]),
+    "request": (b"", frame(lib.EB_SPAWN, TRUE)[:-1]),
+    "after a frame": (b"", signal_frame(0, 0) + signal_frame(0, 0)[:-1]),
+    "after a command": (frame(lib.EB_SPAWN, TRUE), frame(lib.EB_SPAWN, TRUE)[:-1]),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+@with_arguments("--frame-timeout=100")
+def test_half_a_frame_and_silence(case: str, pool: Pool, witness: Client) -> None:
+    first, half = HALVES[case]
+    client = pool.connect()
+    if first:
+        started(client, first)
+        assert ended(client) == 0
+    client.send(half)
+    assert client.refusal() == "the rest of a frame has not come in 100 ms"
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+@with_arguments("--frame-timeout=100")
+def test_half_a_greeting_and_silence(pool: Pool, witness: Client) -> None:
+    for size in range(1, len(GREETING)):
+        client = pool.unopened()
+        client.send(GREETING[:size])
+        assert client.frame()[0] == lib.EB_HELLO
+        if size == 1:  # the NUL byte is none of a frame's
+            continue
+        assert client.refusal() == "the rest of a frame has not come in 100 ms"
+
+
+@with_arguments("--frame-timeout=300")
+def test_each_frame_has_its_own_time(pool: Pool, witness: Client) -> None:
+    client = pool.connect()
+    one = signal_frame(0, 0)
+    client.send(one[:5])
+    for _ in range(8):
+        assert not select.select([client.sock], [], [], 0.1)[0]
+        client.send(one[5:] + one[:5])
+    client.send(one[5:])
+    assert client.status("/bin/true") == 0
+
+
+@with_arguments("--frame-timeout=200")
+def test_slow_start_is_no_silence(pool: Pool, public_dir: Path, witness: Client) -> None:
+    program = public_dir / "program"
+    shutil.copy("/bin/true", program)
+    client = pool.connect()
+    whole = request(str(program))
+    with Guard(program) as guard:
+        client.send(whole[:-1])
+        assert until(lambda: unread(client) == 0)
+        client.send(whole[-1:])
+        guard.held()
+        assert not select.select([client.sock], [], [], 0.5)[0]
+        guard.release()
+        started(client)
+        assert ended(client) == 0
+
+
+@with_arguments("--frame-timeout=100")
+def test_silence_between_frames_is_none(pool: Pool) -> None:
+    client = pool.connect()
+    assert not select.select([client.sock], [], [], 0.4)[0]
+    started(client, streamed("/bin/cat", streams=0b11))
+    assert not select.select([client.sock], [], [], 0.4)[0]
+    assert converse(client, b"x").output == b"x"
+    pool.flags = ASK
+    waiting = pool.connect()
+    waiting.send(request("/bin/true"))
+    pool.told((lib.EB_WANT, waiting.id))
+    assert not select.select([waiting.sock], [], [], 0.4)[0]
+    pool.tell(lib.EB_GRANT, u32(waiting.id))
+    started(waiting)
+
+
+GARBAGE = {
+    "unknown kind": frame(200),
+    "longest length": b"\xff" * 9,
+    "the server's": frame(lib.EB_END, b"\x09"),
+    "GRANT": frame(lib.EB_GRANT, bytes(4)),
+    "the helper's own": frame(lib.EB_SPAWNED, bytes(5)),
+    "text": b"ls -al\r\n\r\n" * 10,
+    "STREAMS twice": frame(lib.EB_SPAWN, TRUE + 2 * option(lib.EB_TAG_STREAMS, b"\1")),
+    "no such stream": frame(lib.EB_SPAWN, TRUE + option(lib.EB_TAG_STREAMS, b"\x10")),
+    "half an ON_CLOSE": frame(lib.EB_SPAWN, TRUE + option(lib.EB_TAG_ON_CLOSE, b"\1")),
+}
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+def test_garbage_in_every_state(case: str, pool: Pool, witness: Client) -> None:
+    data = GARBAGE[case]
+    fresh, used = pool.connect(), pool.connect()
+    assert used.status("/bin/true") == 0
+    live, streaming, full = pool.connect(), pool.connect(), pool.connect()
+    stops = on_close(0)
+    pids = [
+        started(live, request("/bin/sleep", "100", options=[stops])),
+        started(streaming, streamed("/bin/cat", streams=0b111, options=[stops])),
+        started(full, streamed("/bin/sleep", "100", streams=0b1, options=[stops])),
+    ]
+    for _ in range(2):
+        full.send(frame(lib.EB_STDIN, bytes(30_000)))
+    starting = pool.connect()
+    starting.send(slow("/none"))
+    for client in (fresh, used, live, streaming, full, starting):
+        client.send(data)
+    assert starting.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+    for client in (fresh, used, live, streaming, starting):
+        assert client.refusal()
+    while full.frame()[0] != lib.EB_REFUSED:
+        pass
+    for pid in pids:
+        assert gone(pid)
+    pool.flags = ASK
+    while pool.control.sock in select.select([pool.control.sock], [], [], 0)[0]:
+        assert pool.control.frame()[0] == lib.EB_CLOSED
+    waiting = pool.connect()
+    waiting.send(request("/bin/true") + data)
+    while (told := pool.control.frame()) != (lib.EB_WANT, u32(waiting.id)):
+        assert told[0] == lib.EB_CLOSED
+    pool.tell(lib.EB_GRANT, u32(waiting.id))
+    kinds: list[int] = []
+    while not kinds or kinds[-1] != lib.EB_REFUSED:
+        kinds.append(waiting.frame()[0])
+    assert kinds[0] == lib.EB_SPAWNED
+
+
+def test_random_bytes(pool: Pool, witness: Client) -> None:
+    numbers = random.Random(1)
+    whole = streamed("/bin/cat", streams=0b111, options=[OWN_GROUP, on_close(10)])
+    for _ in range(300):
+        data = bytearray(whole + frame(lib.EB_STDIN, b"text") + frame(lib.EB_STDIN) + whole)
+        for _ in range(numbers.randrange(1, 6)):
+            data[numbers.randrange(len(data))] = numbers.randrange(256)
+        client = pool.connect()
+        client.send(bytes(data))
+        client.sock.close()
+        pool.told((lib.EB_CLOSED, client.id))
+    assert pool.children() == []
+
+
+def test_many_small_frames_hold_up_nobody(pool: Pool, witness: Client) -> None:
+    """What is behind a frame is not moved for each."""
+    client = pool.connect()
+    many = frame(lib.EB_STDIN, bytes(8000)) + signal_frame(0, 0) * 15_000
+    before = pool.cpu_seconds()
+    for _ in range(20):
+        client.send(many)
+    assert client.status("/bin/true") == 0
+    assert pool.cpu_seconds() - before < 0.1
+
+
+# Scarcity
+
+
+@pytest.mark.parametrize("room", range(8))
+def test_no_room_for_the_streams(room: int, pool: Pool, witness: Client) -> None:
+    client = pool.connect()
+    before = pool.descriptors()
+    with room_for(room, pool):
+        client.send(streamed("/bin/cat", streams=0b111))
+        failed = client.reply()
+    stage = lib.EB_STAGE_FDS if room < 6 else lib.EB_STAGE_START
+    assert failed == Failed(0, errno.EMFILE, stage)
+    assert pool.descriptors() == before
+    started(client, streamed("/bin/cat", streams=0b111))
+    assert converse(client, b"x", 0b111).output == b"x"
+
+
+def test_no_room_for_connections() -> None:
+    """Those that are adopted in vain are told, and their clients see an end before any HELLO."""
+    with running(under=after("ulimit -n 20")) as pool:
+        clients = [pool.unopened() for _ in range(40)]
+        pool.tell(lib.EB_QUERY)
+        lost = set()
+        while (told := pool.control.frame())[0] == lib.EB_CLOSED:
+            lost.add(told[1])
+        assert 20 < len(lost) < 40
+        for client in clients:
+            if u32(client.id) in lost:
+                assert client.closed()
+            else:
+                assert client.frame()[0] == lib.EB_HELLO
+                client.sock.close()
+                pool.told((lib.EB_CLOSED, client.id))
+        assert pool.connect().status("/bin/true") == 0
+
+
+# With a sanitizer, memory is another matter.
+lean = pytest.mark.skipif("ERRAND_BOY_HELPER" in os.environ, reason="not the ordinary helper")
+
+
+@lean
+def test_many_idle_connections(pool: Pool) -> None:
+    count = 3000
+    before = pool.private_bytes()
+    clients = [pool.connect() for _ in range(count)]
+    assert (pool.private_bytes() - before) / count < 1500
+    assert pool.report().connections == count
+    for client in clients[::300]:
+        assert client.status("/bin/true") == 0
+    for client in clients:
+        client.sock.close()
+        pool.told((lib.EB_CLOSED, client.id))
+
+
+@lean
+def test_memory_of_live_commands(pool: Pool) -> None:
+    count = 5000
+    before = pool.private_bytes()
+    clients = [pool.connect() for _ in range(count)]
+    environment = strings(lib.EB_TAG_ENV, *["A=" + "b" * 99] * 30)
+    data = request("/bin/sleep", "1000", options=[environment])
+    for client in clients:
+        client.send(data)
+    for client in clients:
+        started(client)
+    # What the burst took goes back when it is over.
+    assert until(lambda: (pool.private_bytes() - before) / count < 1500)
+    report = pool.report()
+    assert len(report.live) == report.started == count
+    pool.tell(lib.EB_END, bytes([signal.SIGKILL]))
+    for client in clients:
+        assert ended(client) == signal.SIGKILL
+    report = pool.report()
+    assert (report.ended, report.live) == (count, {})
