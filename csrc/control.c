@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -14,16 +15,20 @@ enum {
     BUCKETS = 96,       /* of start times: up to 2^24 microseconds */
 };
 
-static struct {
-    uint64_t started, ended, max_tasks;
+/* The server reads it by the same layout, see docs/protocol.md. */
+struct figures {
+    uint64_t started, ended;
+    uint64_t failure_kinds;
+    uint64_t buckets[BUCKETS];
     struct {
-        enum eb_stage stage;
-        int error;
+        uint32_t stage;
+        int32_t error;
         uint64_t count;
     } failures[MOST_FAILURES];
-    uint32_t failure_kinds;
-    uint64_t buckets[BUCKETS];
-} figures;
+};
+
+static struct figures own_figures, *figures = &own_figures;
+static uint64_t max_tasks;
 
 static void send_control(enum eb_kind kind, const void *payload, size_t size)
 {
@@ -48,7 +53,16 @@ void eb_tell(enum eb_kind kind, const struct eb_connection *c)
 
 void eb_set_max_tasks(uint64_t count)
 {
-    figures.max_tasks = count;
+    max_tasks = count;
+}
+
+bool eb_share_figures(int fd)
+{
+    void *shared = mmap(NULL, sizeof *figures, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (shared == MAP_FAILED)
+        return false;
+    figures = shared;
+    return true;
 }
 
 /* The least i for which it is less than 2^(i/4). */
@@ -67,31 +81,31 @@ static unsigned bucket(uint64_t microseconds)
 
 void eb_count_start(uint64_t microseconds)
 {
-    figures.buckets[bucket(microseconds)]++;
-    figures.started++;
-    if (figures.started == figures.max_tasks)
+    figures->buckets[bucket(microseconds)]++;
+    figures->started++;
+    if (figures->started == max_tasks)
         send_control(EB_FULL, NULL, 0);
 }
 
 void eb_count_failure(enum eb_stage stage, int error)
 {
     uint32_t i = 0;
-    while (i < figures.failure_kinds &&
-           (figures.failures[i].stage != stage || figures.failures[i].error != error))
+    while (i < figures->failure_kinds &&
+           (figures->failures[i].stage != (uint32_t)stage || figures->failures[i].error != error))
         i++;
     if (i == MOST_FAILURES)
         i = MOST_FAILURES - 1; /* the rest together */
-    if (i == figures.failure_kinds) {
-        figures.failures[i].stage = stage;
-        figures.failures[i].error = error;
-        figures.failure_kinds++;
+    if (i == figures->failure_kinds) {
+        figures->failures[i].stage = (uint32_t)stage;
+        figures->failures[i].error = error;
+        figures->failure_kinds++;
     }
-    figures.failures[i].count++;
+    figures->failures[i].count++;
 }
 
 void eb_count_end(void)
 {
-    figures.ended++;
+    figures->ended++;
 }
 
 static void put_live(struct eb_writer *w, const struct eb_connection *c)
@@ -108,7 +122,7 @@ static void put_live(struct eb_writer *w, const struct eb_connection *c)
 
 void eb_on_query(struct eb_connection *control, const struct eb_frame *frame)
 {
-    size_t size = 8 + 8 + 4 + 4 + (size_t)figures.failure_kinds * 13 + 4 + BUCKETS * 8 + 4;
+    size_t size = 8 + 8 + 4 + 4 + (size_t)figures->failure_kinds * 13 + 4 + BUCKETS * 8 + 4;
     uint32_t live = 0;
     eb_connection_consume(control, EB_HEADER_SIZE + frame->size);
     for (const struct eb_connection *c = service.all; c != NULL; c = c->next)
@@ -122,18 +136,18 @@ void eb_on_query(struct eb_connection *control, const struct eb_frame *frame)
         return;
     }
     struct eb_writer w = eb_writer(payload, size);
-    eb_put_u64(&w, figures.started);
-    eb_put_u64(&w, figures.ended);
+    eb_put_u64(&w, figures->started);
+    eb_put_u64(&w, figures->ended);
     eb_put_u32(&w, service.count);
-    eb_put_u32(&w, figures.failure_kinds);
-    for (uint32_t i = 0; i < figures.failure_kinds; i++) {
-        eb_put_u8(&w, figures.failures[i].stage);
-        eb_put_u32(&w, (uint32_t)figures.failures[i].error);
-        eb_put_u64(&w, figures.failures[i].count);
+    eb_put_u32(&w, (uint32_t)figures->failure_kinds);
+    for (uint32_t i = 0; i < figures->failure_kinds; i++) {
+        eb_put_u8(&w, (uint8_t)figures->failures[i].stage);
+        eb_put_u32(&w, (uint32_t)figures->failures[i].error);
+        eb_put_u64(&w, figures->failures[i].count);
     }
     eb_put_u32(&w, BUCKETS);
     for (uint32_t i = 0; i < BUCKETS; i++)
-        eb_put_u64(&w, figures.buckets[i]);
+        eb_put_u64(&w, figures->buckets[i]);
     eb_put_u32(&w, live);
     for (const struct eb_connection *c = service.all; c != NULL; c = c->next)
         if (c->child != 0)

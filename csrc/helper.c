@@ -8,6 +8,7 @@
  *   --posix-spawn     start through posix_spawn(3); implies --own-children
  *   --max-tasks=N     tell the server after so many starts
  *   --frame-timeout=N milliseconds for the rest of a frame that has begun
+ *   --figures         descriptor 4 is a file in memory, for the figures
  *   --open-files=N    the soft limit of open files for commands whose request has none
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
@@ -33,7 +34,8 @@
 
 enum {
     CONTROL_FD = 3,
-    CALLER_FD = 4,
+    CALLER_FD = 4,  /* a caller's own helper */
+    FIGURES_FD = 4, /* a daemon's */
     READS_PER_TURN = 16, /* of one connection, before the others have theirs */
     REST_MS = 100,
     HOLD_MS = 10,
@@ -550,7 +552,7 @@ static bool capable(unsigned number)
 int main(int argc, char **argv)
 {
     static enum eb_source children_source = EB_SOURCE_CHILDREN, caller_source = EB_SOURCE_CALLER;
-    bool private = false, own = false, posix = false;
+    bool private = false, own = false, posix = false, shared = false;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--private") == 0)
             private = true;
@@ -558,6 +560,8 @@ int main(int argc, char **argv)
             own = true;
         else if (strcmp(argv[i], "--posix-spawn") == 0)
             posix = true;
+        else if (strcmp(argv[i], "--figures") == 0)
+            shared = true;
         else if (strncmp(argv[i], "--open-files=", 13) == 0)
             service.open_files = strtoull(argv[i] + 13, NULL, 10);
         else if (strncmp(argv[i], "--max-tasks=", 12) == 0)
@@ -569,7 +573,7 @@ int main(int argc, char **argv)
             return 2;
         }
     }
-    int last = private ? CALLER_FD : CONTROL_FD;
+    int last = private || shared ? CONTROL_FD + 1 : CONTROL_FD;
     for (int fd = 0; fd <= last; fd++)
         if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)
             fatal("descriptors 0 to 4");
@@ -577,6 +581,11 @@ int main(int argc, char **argv)
 #ifdef SYS_close_range
     (void)syscall(SYS_close_range, last + 1, ~0u, 0);
 #endif
+    if (shared && !private) {
+        if (!eb_share_figures(FIGURES_FD))
+            fatal("figures");
+        close(FIGURES_FD);
+    }
     block_signals();
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {

@@ -86,6 +86,8 @@ void eb_server_gone(void);
 /* Tells the server something of a connection; WANT, DONE or CLOSED. */
 void eb_tell(enum eb_kind kind, const struct eb_connection *c);
 void eb_set_max_tasks(uint64_t count);
+/* Keeps the figures in a file of the server's, who has them there if this process is killed. */
+bool eb_share_figures(int fd);
 /* For the REPORT. */
 void eb_count_start(uint64_t microseconds);
 void eb_count_failure(enum eb_stage stage, int error);

@@ -39,6 +39,10 @@ from errand_boy.popen import Popen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+    from errand_boy.batch import Command, Result
     from errand_boy.client import Client
 
 
@@ -54,6 +58,13 @@ def connect(path: str | os.PathLike[str] | None = None) -> Client:
     from errand_boy import client  # noqa: PLC0415  only those who need it pay for it
 
     return client.connect(path)
+
+
+def map(commands: Iterable[Command], **options: Any) -> Iterator[Result]:
+    """Run commands, many at once, and yield a result for each; see errand_boy.batch.map."""
+    from errand_boy import batch  # noqa: PLC0415
+
+    return batch.map(commands, **options)
 
 
 def patch() -> None:
@@ -110,6 +121,7 @@ __all__ = [
     "getstatusoutput",
     "helper_pid",
     "list2cmdline",
+    "map",
     "patch",
     "run",
     "start",

@@ -54,6 +54,10 @@ _PAUSE = 0.01  # seconds between attempts to reach a daemon that has many others
 
 _burials: set[_Burial] = set()
 
+# Those whose answer is awaited. When a start is found to be garbage, with its loop, its coroutine
+# still needs the connection, which may have been finalized before it otherwise.
+_in_use: set[Connection] = set()
+
 
 class _Popen(popen.Popen[bytes]):
     """A Popen whose constructor sends nothing: `begin` does, without blocking the loop."""
@@ -118,6 +122,7 @@ class _Popen(popen.Popen[bytes]):
                 raise
             finally:
                 outgoing.done()
+            _in_use.add(connection)
             try:
                 reply = await _receive(loop, connection)
             except NotServedError:
@@ -127,11 +132,13 @@ class _Popen(popen.Popen[bytes]):
                 connection.close()
                 raise
             except BaseException as error:
-                over = _Burial(loop, self, lender, connection).over
+                burial = _Burial(loop, self, lender, connection)
                 # asyncio.run() waits for the tasks that it cancels: leave nothing for later.
                 if isinstance(error, asyncio.CancelledError):
-                    await asyncio.wait([over], timeout=_MOMENT)
+                    await burial.wait()
                 raise
+            finally:
+                _in_use.discard(connection)
             self._take(reply, lender, connection)
             if self._lease is None:
                 lender.release(connection)
@@ -324,7 +331,7 @@ class _Burial:
         lender: popen.Lender,
         connection: Connection,
     ) -> None:
-        self.over: asyncio.Future[None] = loop.create_future()
+        self._over: asyncio.Future[None] = loop.create_future()
         self.loop = loop
         self._process = process
         self._lender = lender
@@ -334,6 +341,13 @@ class _Burial:
             self.end_without_loop(_MOMENT)
         else:  # which may run in another thread
             loop.call_soon_threadsafe(self._await_reply)
+
+    async def wait(self) -> None:
+        """Wait for its end, but not for long. Does not mind to be cancelled once more."""
+        end = time.monotonic() + _MOMENT
+        while not self._over.done() and (rest := end - time.monotonic()) > 0:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([self._over], timeout=rest)
 
     def _await_reply(self) -> None:
         self.loop.add_reader(self._connection.sock.fileno(), self._look)
@@ -372,8 +386,8 @@ class _Burial:
 
     def _end(self, returncode: int = 0) -> None:
         _burials.discard(self)
-        if not self.over.done() and not self.loop.is_closed():
-            self.over.set_result(None)
+        if not self._over.done() and not self.loop.is_closed():
+            self._over.set_result(None)
 
     def end_without_loop(self, timeout: float) -> None:
         """Do what can be done within so many seconds."""
@@ -584,7 +598,7 @@ class _Functions:
 
         async def everything() -> None:
             parts = [collect(process.stdout, got[0]), collect(process.stderr, got[1])]
-            if process.stdin is not None:
+            if process.stdin is not None and not process.stdin.is_closing():
                 parts.append(process._feed_stdin(input or b""))  # type: ignore[attr-defined]
             await asyncio.gather(*parts)
             await process.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import select
 import signal
@@ -14,18 +15,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from heapq import heappop, heappush
 
 from errand_boy import helper as _helper
 from errand_boy import protocol
 from errand_boy._native import lib
 from errand_boy.connection import Connection
-from errand_boy.errors import HelperDiedError, ProtocolError
-from errand_boy.outgoing import Request, take
+from errand_boy.errors import ErrandBoyError, HelperDiedError, ProtocolError, RefusedError
+from errand_boy.outgoing import Caller, Request, take
 from errand_boy.popen import environment, failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import resource
+    from collections.abc import Callable
     from typing import Any, TypeAlias
 
     from errand_boy.client import Client
@@ -33,15 +36,29 @@ if TYPE_CHECKING:
 
     Command: TypeAlias = "Sequence[Any] | str | bytes | os.PathLike[Any] | Mapping[str, Any]"
 
-_CHUNK = 1 << 18  # bytes
-_RECHECK = 0.005  # seconds for which a helper that fitted this process is taken to fit it
+NOT_NOW = object()  # from an iterator of commands: none yet, though more may come
+
+_CHUNK = 1 << 17  # bytes, above those of any single frame of output
+_RECHECK = 0.005  # seconds for which what else a helper must fit is taken to be unchanged
 _LEAST_AHEAD = 64  # commands
 _PER_CPU = 4  # workers
+_GRACE = 1000  # milliseconds from SIGTERM to SIGKILL
+_MOST_PROGRAMS = 1000  # of which a template keeps what their requests have in common
+
+# lib's attributes take several times as long to look up.
+_SPAWN, _STDIN, _SIGNAL = lib.EB_SPAWN, lib.EB_STDIN, lib.EB_SIGNAL
+_STDOUT, _STDERR, _EXITED, _CREDIT = lib.EB_STDOUT, lib.EB_STDERR, lib.EB_EXITED, lib.EB_CREDIT
+_WINDOW, _MOST = lib.EB_WINDOW, lib.EB_MAX_FRAME
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_DONTWAIT = socket.MSG_DONTWAIT
+_WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 _HEADER = protocol.HEADER
-_LIST = struct.Struct("<BII")
-_END_OF_INPUT = _HEADER.pack(0, lib.EB_STDIN)
-_KILL = _HEADER.pack(8, lib.EB_SIGNAL) + struct.pack("<ii", 0, signal.SIGKILL)
+_HEADER_SIZE = _HEADER.size
+_BEGINNING = struct.Struct("<IBBII")  # of a SPAWN frame, up to its arguments
+_ARGV = lib.EB_TAG_ARGV
+_END_OF_INPUT = _HEADER.pack(0, _STDIN)
+_KILL = _HEADER.pack(8, _SIGNAL) + struct.pack("<ii", 0, signal.SIGKILL)
+_ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 
 class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
@@ -49,26 +66,35 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
 
     `args`, `returncode`, `stdout` and `stderr` are those of subprocess.CompletedProcess, and
 
-    `error`: None, or why there is no ordinary end: the OSError for which the command could not be
-    started (`returncode` is then 127 if it was not found, else 126), subprocess.TimeoutExpired, or
-    HelperDiedError (`returncode` is then -9, and may not be the command's).
-    `duration`: seconds from the request to the end.
+    `index`: which command it was, from 0.
+    `error`: None, or why there is no ordinary end: the OSError or ValueError for which the command
+    could not be started (`returncode` is then 127 if it was not found, else 126),
+    subprocess.TimeoutExpired, UnicodeError (the output is then bytes), or HelperDiedError
+    (`returncode` is then -9, and may not be the command's).
+    `started`: seconds since 1970, and `duration`: seconds from the request to the end.
     `rusage`: a resource.struct_rusage, or None if it did not end by itself or by a signal.
     `truncated`: whether output is missing, for `max_output`.
     `stdout_file`, `stderr_file`: where all output is, if it was spooled; temporary files.
     """
 
+    index = 0
     error: Exception | None = None
     duration = 0.0
     truncated = False
     stdout_file: Any = None
     stderr_file: Any = None
-    _usage: tuple[int, ...] = ()
+    _begun = 0.0  # of the monotonic clock
+    _usage = b""  # an EXITED's
+
+    @property
+    def started(self) -> float:
+        """When the command was asked for."""
+        return time.time() - time.monotonic() + self._begun
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
         """What the command, and the children it waited for, have used."""
-        return protocol.rusage(self._usage) if self._usage else None
+        return protocol.rusage(protocol.EXITED.unpack(self._usage)[1:]) if self._usage else None
 
     def check_returncode(self) -> None:
         """Raise `error`, or CalledProcessError if the return code is not 0."""
@@ -80,75 +106,100 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
 class _Output:
     """One stream's output so far."""
 
-    __slots__ = ("file", "most", "parts", "room", "spool", "truncated")
+    __slots__ = ("data", "file", "room", "spool", "truncated")
 
     def __init__(self, most: int | None, spool: bool) -> None:
-        self.parts: list[bytes] = []
-        self.most = most
+        self.data: bytes | bytearray = b""
         self.room = sys.maxsize if most is None else most
         self.spool = spool
         self.truncated = False
         self.file: Any = None
 
     def add(self, data: bytes) -> None:
+        size = len(data)
         if self.file is not None:
             self.file.write(data)
-        elif len(data) > self.room and self.spool:
+        elif size > self.room and self.spool:
             from tempfile import TemporaryFile  # noqa: PLC0415
 
             self.file = TemporaryFile()
-            self.file.writelines([*self.parts, data])
-        if len(data) > self.room:
+            self.file.writelines([self.data, data])
+        if size > self.room:
             data = data[: self.room]
             self.truncated = not self.spool
-        if data:
-            self.parts.append(data)
-            self.room -= len(data)
+        self.room -= len(data)
+        if not self.data:
+            self.data = data
+        elif isinstance(self.data, bytearray):
+            self.data += data
+        else:
+            self.data = bytearray(self.data + data)
+
+    def text(self, encoding: str, errors: str) -> str:
+        """Return it as subprocess has text, but for a character that was cut."""
+        from codecs import getincrementaldecoder  # noqa: PLC0415
+
+        whole = self.file is None and not self.truncated
+        text = getincrementaldecoder(encoding)(errors).decode(bytes(self.data), whole)
+        return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class _Job:
     __slots__ = (
         "args",
+        "argv",
+        "attempts",
         "begun",
-        "frame",
+        "given",
         "index",
         "input",
+        "options",
         "outputs",
         "shell",
         "status",
         "streams",
         "timed_out",
         "timeout",
+        "unasked",
         "usage",
         "window",
     )
 
-    def __init__(self, index: int, args: Any, frame: bytes) -> None:
+    def __init__(self, index: int, args: Any) -> None:
         self.index = index
         self.args = args
-        self.frame = frame
+        self.argv: Sequence[Any] = ()
+        self.options: Mapping[str, Any] | None = None  # its own
         self.input: memoryview | None = None
-        self.timeout: float | None = None
-        self.outputs: tuple[_Output | None, _Output | None] = (None, None)
         self.shell = False
-        self.streams = 0  # outputs that have not ended
+        self.timeout: float | None = None
+        self.attempts = 0
         self.begun = 0.0
+        self.usage = b""
+
+    def begin(self, streams: int) -> None:
+        """Be as before anything was sent or received."""
+        self.attempts += 1
+        self.outputs: list[_Output | None] = [None, None]
+        self.streams = streams  # outputs that have not ended
         self.status: int | None = None
-        self.usage: tuple[int, ...] = ()
-        self.window = lib.EB_WINDOW
+        self.window = _WINDOW
+        self.given = 0  # bytes of the input
+        self.unasked = 0  # bytes of the request that the socket has not taken
         self.timed_out = False
 
 
 class _Line:
     """A connection, and the command that runs over it."""
 
-    __slots__ = ("connection", "fd", "job", "lender", "rest", "sock", "unsent")
+    __slots__ = ("connection", "fd", "generation", "job", "lender", "rest", "sock", "unsent")
 
     def __init__(self, lender: Any, connection: Connection) -> None:
         self.lender = lender
         self.connection = connection
         self.sock = connection.sock
         self.fd = connection.sock.fileno()
+        self.generation = 0
         self.job: _Job | None = None
         self.rest = b""  # of a frame that has not come whole
         self.unsent = b""
@@ -157,82 +208,125 @@ class _Line:
 class _Here:
     """Commands by a helper of this process's own."""
 
-    def __init__(self) -> None:
-        self._checked = -1.0
-        self._helper: Helper | None = None
+    brief = True  # a start waits for nobody
+    _helper: Helper | None = None
+    _ids: tuple[Any, ...] = ()
+    _checked = 0.0
 
-    def changed(self, now: float) -> bool:
+    def changed(self) -> bool:
         """Have a helper that fits this process; return whether it is another than before."""
-        if self._helper is _helper.owner.current and now - self._checked < _RECHECK:
+        # Ids are compared at each start. The rest (capabilities, limits, session, ...) takes 15 µs.
+        ids = (os.getpid(), os.getresuid(), os.getresgid(), os.getgroups())
+        helper, now = _helper.owner.current, time.monotonic()
+        if (
+            self._helper is helper is not None
+            and ids == self._ids
+            and now - self._checked < _RECHECK
+        ):
             return False
-        _helper.owner.start()
-        before, self._helper = self._helper, _helper.owner.current
-        self._checked = now
-        return before is not self._helper
+        while helper is None or not helper.fits(None):
+            _helper.owner.start()
+            before, helper = helper, _helper.owner.current
+            if helper is not before:  # it has just been found to fit
+                break
+        if helper is not None:
+            helper.owns_children = True
+        before, self._helper = self._helper, helper
+        self._ids, self._checked = ids, now
+        return before is not helper
 
-    def prepare(self, request: Request) -> tuple[bytes, list[int]]:
-        """Return the frame of a request, and its descriptors."""
-        assert self._helper is not None
-        pid, flags = (self._helper.pid, 0) if self._helper.shares_fs else (0, _WITH_FS)
-        return _prepare(request, self._helper.caller, pid, flags)
+    def state(self) -> tuple[Caller | None, int, int]:
+        """Return what a request's `prepare` is given of the helper, and the flags it needs."""
+        helper = self._helper
+        assert helper is not None
+        return (helper.caller, helper.pid, 0) if helper.shares_fs else (helper.caller, 0, _WITH_FS)
 
-    def connect(self) -> _Line:
-        for _ in range(_helper.PATIENCE):
-            self.changed(time.monotonic())
-            helper = self._helper
-            assert helper is not None
-            try:
-                connection: Connection | None = helper.idle.pop()
-            except IndexError:
-                connection = helper.connect()
-            if connection is not None and connection.is_ours():
-                return _Line(helper, connection)
-            self._checked = -1.0
-            if connection is not None:
-                connection.close()
-            else:
-                _helper.owner.dismiss(helper)
-        raise _helper.ends_at_once()
+    def connect(self) -> _Line | None:
+        """Return a new line; None if the helper has gone."""
+        helper = self._helper
+        if helper is None:
+            return None
+        try:
+            connection: Connection | None = helper.idle.pop()
+        except IndexError:
+            connection = helper.connect()
+        if connection is None:
+            _helper.owner.dismiss(helper)
+            return None
+        if connection.is_ours():
+            return _Line(helper, connection)
+        connection.close()
+        return None
 
 
 class _There:
     """Commands by a daemon."""
 
+    brief = False  # a start may wait for others: its time begins when it is told of
+    _ids: tuple[int, int] | None = None
+
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._first = True
 
-    def changed(self, now: float) -> bool:
-        first, self._first = self._first, False
-        return first
+    def changed(self) -> bool:
+        """Return whether the daemon may see another user than before."""
+        before, self._ids = self._ids, (os.geteuid(), os.getegid())
+        return before != self._ids
 
-    def prepare(self, request: Request) -> tuple[bytes, list[int]]:
-        return _prepare(request, None, 0, _WITH_FS)
+    def state(self) -> tuple[Caller | None, int, int]:
+        return None, 0, _WITH_FS
 
-    def connect(self) -> _Line:
+    def connect(self) -> _Line | None:
         return _Line(self._client, self._client.connection())
 
 
-_WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
+class _Template:
+    """What the requests of commands with the same options have in common."""
+
+    __slots__ = ("fds", "options", "path", "programs")
+
+    def __init__(self, options: bytes, fds: list[int], path: list[bytes]) -> None:
+        self.options = options
+        self.fds = fds
+        self.path = path
+        self.programs: dict[Any, bytes] = {}
+
+    def frame(self, argv: Sequence[Any]) -> bytes:
+        """Return a SPAWN frame. Raises ValueError, TypeError and OSError (E2BIG)."""
+        program = argv[0]
+        common = self.programs.get(program)
+        if common is None:
+            common = self._common(os.fsencode(program))
+            if len(self.programs) < _MOST_PROGRAMS:
+                self.programs[program] = common
+        try:
+            text = "\0".join(argv).encode(_ENCODING, _ERRORS) + b"\0"
+        except TypeError:
+            text = b"\0".join([os.fsencode(arg) for arg in argv]) + b"\0"
+        if text.count(0) != len(argv):
+            raise ValueError("embedded null byte")
+        # ARGV's own header, then the others.
+        size = 9 + len(text) + len(common)
+        if size > _MOST:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        return _BEGINNING.pack(size, _SPAWN, _ARGV, len(text) + 4, len(argv)) + text + common
+
+    def _common(self, name: bytes) -> bytes:
+        programs = [name] if b"/" in name else [os.path.join(part, name) for part in self.path]
+        return protocol.strings(lib.EB_TAG_EXECUTABLES, programs) + self.options
 
 
-def _prepare(request: Request, start: Any, helper: int, flags: int) -> tuple[bytes, list[int]]:
-    outgoing = take()
-    try:
-        outgoing.prepare(request, start, helper, flags, None)
-        fds = outgoing.fds
-        if flags & lib.EB_WITH_CWD:
-            fds[-1] = os.dup(fds[-1])
-        return bytes(outgoing.frame), fds
-    finally:
-        outgoing.done()
+def _unwatched(*_: Any) -> None:
+    pass
 
 
 class Batch:
     """The commands of one `map`: those that run, and the results that nobody has taken yet.
 
-    A driver waits for `lines` to be readable, or writable if they have unsent bytes, and calls
-    `on_ready`; `fill` starts commands; `deadline` is when `on_time` wants to be called.
+    A driver sets `watch` and `unwatch`, and waits for what they name to be readable, or writable
+    too where `watch` says so, for `patience()` seconds at most; it then calls `on_ready` for what
+    is ready, and `on_time`. `fill` starts commands, `take` takes a result, and there is none to
+    come any more when `pending` says so after that.
     """
 
     def __init__(
@@ -264,10 +358,16 @@ class Batch:
             max_workers = _PER_CPU * len(os.sched_getaffinity(0))
         if max_workers < 1:
             raise ValueError("max_workers must be at least 1")
-        if capture_output:
-            if stdout is not None or stderr is not None:
-                raise ValueError("capture_output excludes stdout and stderr")
+        if max_output is not None and max_output < 0:
+            raise ValueError("max_output must not be negative")
+        if stdout is not None or stderr is not None:
+            capture_output = False
+        elif capture_output:
             stdout = stderr = subprocess.PIPE
+        self.watch: Callable[[int, bool], Any] = _unwatched
+        self.unwatch: Callable[[int], Any] = _unwatched
+        self.on_result: Callable[[Result], Any] | None = None  # called before its turn
+        self._owner = os.getpid()
         self._place = place
         self._commands = iter(commands)
         self._most = max_workers
@@ -282,6 +382,7 @@ class Batch:
         self._shell = shell
         self._stdout = stdout
         self._stderr = stderr
+        self._captured = (stdout == subprocess.PIPE, stderr == subprocess.PIPE)
         self._options: dict[str, Any] = {
             "cwd": cwd,
             "env": env,
@@ -294,16 +395,20 @@ class Batch:
             import locale  # noqa: PLC0415
 
             self._encoding = locale.getpreferredencoding(False)
-        self._common: tuple[bytes, list[bytes]] | None = None  # of commands without own options
-        self._fds: list[int] = []
-        self._own_fds: list[int] = []
+        self._templates: dict[tuple[bool, bool], _Template] = {}
+        self._cwd_fd = -1
         self._ahead = max(_LEAST_AHEAD, 4 * max_workers)
         self._given = 0  # commands taken from the iterator
         self._taken = 0  # results that the caller has
+        self._failure: Exception | None = None  # of the iterator's, for when its turn comes
         self._exhausted = False
-        self.lines: dict[int, _Line] = {}
+        self._lines: dict[int, _Line] = {}
         self._idle: list[_Line] = []
+        self._generation = 0  # of lines
+        self._live = 0
         self._waiting: deque[_Job] = deque()  # to be started again, elsewhere
+        self._ends: list[tuple[float, int, _Line, _Job]] = []  # a heap of deadlines
+        self._serial = itertools.count()
         self._results: dict[int, Result] = {}
         self._done: deque[Result] = deque()
 
@@ -311,134 +416,159 @@ class Batch:
 
     def fill(self) -> None:
         """Start what may be started."""
-        while len(self.lines) - len(self._idle) < self._most:
+        if self._owner != os.getpid():
+            text = "another process started the commands, before a fork"
+            raise ChildProcessError(errno.ECHILD, text)
+        while self._live < self._most:
             job = self._waiting.popleft() if self._waiting else self._next()
             if job is None:
                 return
             self._start(job)
 
     def pending(self) -> bool:
-        """Return whether there is anything to wait for."""
-        return len(self.lines) > len(self._idle)
+        """Return whether there is anything to wait for.
 
-    def results(self) -> Iterator[Result]:
-        """Take the results that are ready."""
-        while self._done:
-            self._taken += 1
-            yield self._done.popleft()
-        while self._ordered and self._taken in self._results:
+        Raises what the iterator of commands raised, once the results of those before it are taken.
+        """
+        if self._live:
+            return True
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return not self._exhausted
+
+    def take(self) -> Result | None:
+        """Return a result if one is ready."""
+        if not self._ordered:
+            if not self._done:
+                return None
+            result = self._done.popleft()
+        elif self._taken in self._results:
             result = self._results.pop(self._taken)
-            self._taken += 1
-            yield result
+        else:
+            return None
+        self._taken += 1
+        return result
 
-    def deadline(self) -> float | None:
-        """Return when (time.monotonic) the next command's time is up."""
-        ends = [
-            job.begun + job.timeout
-            for line in self.lines.values()
-            if (job := line.job) is not None and job.timeout is not None and not job.timed_out
-        ]
-        return min(ends) if ends else None
+    def finished(self) -> Iterator[Result]:
+        """Take all results that are there, out of their turn."""
+        while self._done:
+            yield self._done.popleft()
+        for index in sorted(self._results):
+            yield self._results.pop(index)
+
+    def patience(self) -> float | None:
+        """Return for how many seconds `on_time` need not be called; None: for ever."""
+        ends = self._ends
+        while ends and ends[0][2].job is not ends[0][3]:
+            heappop(ends)
+        return max(0.0, ends[0][0] - time.monotonic()) if ends else None
 
     def on_time(self) -> None:
         """End the commands whose time is up."""
-        now = time.monotonic()
-        for line in list(self.lines.values()):
-            job = line.job
-            if job is None or job.timeout is None or job.timed_out:
-                continue
-            if now >= job.begun + job.timeout:
+        ends = self._ends
+        while ends and (ends[0][2].job is not ends[0][3] or ends[0][0] <= time.monotonic()):
+            _, _, line, job = heappop(ends)
+            if line.job is job:
                 job.timed_out = True
                 self._send(line, _KILL)
 
     def on_ready(self, fd: int) -> None:
         """Move data over a line."""
-        line = self.lines.get(fd)
+        line = self._lines.get(fd)
         if line is None:
             return
-        if line.unsent:
-            self._send(line, b"")
+        if line.unsent and self._send(line, b"") and not line.unsent:
+            self.watch(fd, False)
         try:
-            data = line.sock.recv(_CHUNK, socket.MSG_DONTWAIT)
+            data = line.sock.recv(_CHUNK, _DONTWAIT)
         except BlockingIOError:
             return
-        except OSError:
-            data = b""
-        if not data:
-            self._lost(line)
+        except OSError as error:
+            self._lost(line, error)
             return
-        self._receive(line, data)
+        if data:
+            self._receive(line, data)
+        else:
+            self._lost(line, None)
+
+    def stop(self) -> None:
+        """Take no more commands; what runs may end."""
+        self._exhausted = True
+        self._waiting.clear()
 
     def close(self) -> None:
-        """End what still runs: its process group, or it alone, gets SIGTERM, and SIGKILL later."""
-        for line in self.lines.values():
-            if line.job is None and not line.rest:
+        """End what still runs: its process group gets SIGTERM, and SIGKILL a second later."""
+        for line in list(self._lines.values()):
+            self.unwatch(line.fd)
+            if line.job is None and not line.rest and line.generation == self._generation:
                 line.lender.release(line.connection)
             else:
                 line.connection.close()
-        self.lines.clear()
+        self._lines.clear()
         self._idle.clear()
-        self._close_own_fds()
+        self._forget_templates()
 
     # -- starting --
 
     def _next(self) -> _Job | None:
-        if self._exhausted or self._given - self._taken >= self._ahead:
-            return None
-        try:
-            command = next(self._commands)
-        except StopIteration:
-            self._exhausted = True
-            return None
-        index = self._given
-        self._given += 1
-        try:
-            return self._job(index, command)
-        except (OSError, ValueError, TypeError) as error:
-            if not isinstance(error, OSError):
-                raise
-            args = command["args"] if isinstance(command, Mapping) else command
-            self._finish(_Job(index, args, b""), _failed(args, error))
-            return self._next()
+        """Return the next command, unless there is none, or enough of them are ahead."""
+        while not self._exhausted and self._given - self._taken < self._ahead:
+            try:
+                command: Any = next(self._commands)
+                if command is NOT_NOW:
+                    return None
+                job = self._job(command)
+            except StopIteration:
+                self._exhausted = True
+                return None
+            except Exception as error:  # those before it have their results first
+                self._exhausted = True
+                self._failure = error
+                return None
+            self._given += 1
+            return job
+        return None
 
-    def _job(self, index: int, command: Command) -> _Job:
-        if self._place.changed(time.monotonic()):
-            self._common = None
-        options, input, timeout, shell = self._options, self._input, self._timeout, self._shell
+    def _job(self, command: Command) -> _Job:
+        given: dict[str, Any] = {}
         if isinstance(command, Mapping):
             given = dict(command)
-            args = given.pop("args")
-            input = given.pop("input", input)
-            timeout = given.pop("timeout", timeout)
-            shell = given.pop("shell", shell)
-            unknown = given.keys() - options.keys()
-            if unknown:
-                raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
-            tail, path = self._template({**options, **given}, input is not None)
+            try:
+                args = given.pop("args")
+            except KeyError:
+                raise TypeError("a command's mapping needs args") from None
         else:
             args = command
-            if self._common is None:
-                self._common = self._template(options, input is not None)
-            tail, path = self._common
-        argv = _arguments(args, shell)
-        job = _Job(index, args, _spawn(argv, path, tail))
+        job = _Job(self._given, args)
+        job.shell = given.pop("shell", self._shell) if given else self._shell
+        job.timeout = given.pop("timeout", self._timeout) if given else self._timeout
+        input = given.pop("input", self._input) if given else self._input
         if input is not None:
-            if isinstance(input, str):
-                input = input.encode(self._encoding if self._text else "utf-8", self._errors)
-            job.input = memoryview(input)
-        job.timeout = timeout
-        wanted = (self._stdout == subprocess.PIPE, self._stderr == subprocess.PIPE)
-        job.outputs = (
-            _Output(self._max_output, self._spool) if wanted[0] else None,
-            _Output(self._max_output, self._spool) if wanted[1] else None,
-        )
-        job.streams = sum(wanted)
-        job.shell = shell
+            if self._text:
+                input = input.encode(self._encoding, self._errors)
+            job.input = memoryview(input).cast("B")
+        if given:
+            unknown = given.keys() - self._options.keys()
+            if unknown:
+                raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
+            job.options = {**self._options, **given}
+        if isinstance(args, (str, bytes, os.PathLike)):
+            if job.shell and isinstance(args, os.PathLike):
+                raise TypeError("path-like args is not allowed when shell is true")
+            args = (args,)
+        elif not isinstance(args, (list, tuple)):
+            args = job.args = list(args)
+        job.argv = ("/bin/sh", "-c", *args) if job.shell else args
         return job
 
-    def _template(self, options: Mapping[str, Any], with_input: bool) -> tuple[bytes, list[bytes]]:
-        """Return the options that a SPAWN has besides its arguments, and where programs are."""
-        parts: list[bytes] = [protocol.option(lib.EB_TAG_BRIEF)]
+    def _template(self, options: Mapping[str, Any], with_input: bool, brief: bool) -> _Template:
+        group = options["process_group"]
+        # Of its own, so that nothing of it is left where it is ended.
+        group = 0 if group is None or group < 0 else group
+        parts: list[bytes] = [protocol.number(lib.EB_TAG_ON_CLOSE, _GRACE)]
+        if brief:
+            parts.append(protocol.option(lib.EB_TAG_BRIEF))
         flags = lib.EB_WITHOUT_STANDARD
         flags |= lib.EB_RESTORE_SIGNALS if options["restore_signals"] else 0
         env = options["env"]
@@ -451,18 +581,34 @@ class Batch:
         if options["umask"] >= 0:
             parts.append(protocol.number(lib.EB_TAG_UMASK, options["umask"]))
             flags |= lib.EB_UMASK_GIVEN
-        group = options["process_group"]
         if options["start_new_session"]:
             parts.append(protocol.option(lib.EB_TAG_SETSID))
-        elif group is not None and group >= 0:
-            parts.append(protocol.number(lib.EB_TAG_PGROUP, group))
-        elif isinstance(self._place, _There):
-            parts.append(protocol.number(lib.EB_TAG_PGROUP, 0))
         else:
-            flags |= lib.EB_WITH_PGROUP
-        streams = 1 if with_input else 0
-        nulls = 0 if with_input else 1
-        standard = [-1, -1, -1]
+            parts.append(protocol.number(lib.EB_TAG_PGROUP, group))
+        streams, nulls, standard = self._standard(with_input)
+        if streams:
+            parts.append(protocol.option(lib.EB_TAG_STREAMS, bytes([streams])))
+        if nulls:
+            parts.append(protocol.option(lib.EB_TAG_NULL, bytes([nulls])))
+        start, helper, with_fs = self._place.state()
+        flags |= with_fs
+        request = Request(b"".join(parts), standard, (), flags)
+        outgoing = take()
+        try:
+            outgoing.prepare(request, start, helper, 0, None)
+            tail, fds = bytes(outgoing.frame[_HEADER_SIZE:]), outgoing.fds
+            if flags & lib.EB_WITH_CWD:
+                if self._cwd_fd < 0:
+                    self._cwd_fd = os.dup(fds[-1])
+                fds[-1] = self._cwd_fd
+        finally:
+            outgoing.done()
+        return _Template(tail, fds, [os.fsencode(part) for part in os.get_exec_path(env)])
+
+    def _standard(self, with_input: bool) -> tuple[int, int, tuple[int, int, int]]:
+        """Return which of the standard streams are streamed, are null, and are descriptors."""
+        streams, nulls = (1, 0) if with_input else (0, 1)
+        fds = [-1, -1, -1]
         for number, wanted in ((1, self._stdout), (2, self._stderr)):
             if wanted == subprocess.PIPE:
                 streams |= 1 << number
@@ -474,63 +620,124 @@ class Batch:
                 elif nulls & 2:
                     nulls |= 4
                 else:
-                    standard[2] = standard[1]
+                    fds[2] = fds[1]
             elif wanted is None:
-                standard[number] = number
+                with contextlib.suppress(OSError):  # closed, as it is then for the command
+                    fds[number] = number if os.get_inheritable(number) else -1
             else:
-                standard[number] = wanted if isinstance(wanted, int) else wanted.fileno()
-        if streams:
-            parts.append(protocol.option(lib.EB_TAG_STREAMS, bytes([streams])))
-        parts.append(protocol.option(lib.EB_TAG_NULL, bytes([nulls])))
-        request = Request(b"".join(parts), (standard[0], standard[1], standard[2]), (), flags)
-        frame, fds = self._place.prepare(request)
-        self._close_own_fds()
-        self._fds = fds
-        if isinstance(self._place, _There):
-            self._own_fds = fds[-1:]
-        path = [os.fsencode(directory) for directory in os.get_exec_path(env)]
-        return frame[_HEADER.size :], path
+                fds[number] = wanted if isinstance(wanted, int) else wanted.fileno()
+        return streams, nulls, (fds[0], fds[1], fds[2])
 
-    def _close_own_fds(self) -> None:
-        while self._own_fds:
-            os.close(self._own_fds.pop())
+    def _forget_templates(self) -> None:
+        self._templates.clear()
+        if self._cwd_fd >= 0:
+            os.close(self._cwd_fd)
+            self._cwd_fd = -1
+
+    def _template_of(self, job: _Job) -> _Template:
+        key = job.input is not None, job.timeout is None or self._place.brief
+        if job.options is not None:
+            return self._template(job.options, *key)
+        template = self._templates.get(key)
+        if template is None:
+            template = self._templates[key] = self._template(self._options, *key)
+        return template
 
     def _start(self, job: _Job) -> None:
-        while True:
-            line = self._idle.pop() if self._idle else self._place.connect()
-            self.lines[line.fd] = line
-            line.job = job
+        while job.attempts < _helper.PATIENCE:
+            if self._place.changed():
+                self._renew()
+            job.begin(sum(self._captured))
             job.begun = time.monotonic()
-            data = job.frame
-            if job.input is not None:
-                data += self._input_frames(job)
-            if self._send(line, data, self._fds):
+            template = None
+            try:
+                template = self._template_of(job)
+                data = template.frame(job.argv)
+                line = self._idle.pop() if self._idle else self._place.connect()
+            except (OSError, ValueError, IndexError) as error:
+                if isinstance(error, ErrandBoyError):
+                    raise
+                if template is None and job.options is None and isinstance(error, ValueError):
+                    raise  # it is wrong for all of them
+                if not self._put_off(job, error):
+                    self._finish(job, _failed(job, error))
                 return
+            if line is None:
+                continue
+            if line.fd not in self._lines:
+                line.generation = self._generation
+                self._lines[line.fd] = line
+                self.watch(line.fd, False)
+            line.job = job
+            self._live += 1
+            if job.input is not None:
+                size = len(data)
+                data += self._input_frames(job)
+                job.unasked = size
+            if job.timeout is not None and self._place.brief:
+                self._set_end(line, job)
+            if self._send(line, data, template.fds):
+                return
+            line.job = None
+            self._live -= 1
             self._drop(line)
+        raise _helper.ends_at_once()
+
+    def _put_off(self, job: _Job, error: Exception) -> bool:
+        """Go on with fewer at once, if it is descriptors that are short."""
+        if not self._live or getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            return False
+        self._most = self._live
+        self._waiting.append(job)
+        return True
+
+    def _renew(self) -> None:
+        """Let go of what belongs to a former helper, or to who this process was."""
+        self._generation += 1
+        while self._idle:
+            self._drop(self._idle.pop())
+        self._forget_templates()
+
+    def _set_end(self, line: _Line, job: _Job) -> None:
+        assert job.timeout is not None
+        end = time.monotonic() + job.timeout
+        heappush(self._ends, (end, next(self._serial), line, job))
 
     def _input_frames(self, job: _Job) -> bytes:
+        """Return as much of the input as may be sent now."""
         assert job.input is not None
-        now, rest = job.input[: job.window], job.input[job.window :]
-        frames = _HEADER.pack(len(now), lib.EB_STDIN) + now if now else b""
+        now = job.input[job.given : job.given + job.window]
+        frames = _HEADER.pack(len(now), _STDIN) + now if now else b""
         job.window -= len(now)
-        job.input = rest if rest else None
-        return frames if rest else frames + _END_OF_INPUT
+        job.given += len(now)
+        return frames if job.given < len(job.input) else frames + _END_OF_INPUT
 
     def _send(self, line: _Line, data: bytes, fds: Sequence[int] = ()) -> bool:
         """Send, or keep what the socket does not take; return whether there is still a helper."""
-        data = line.unsent + data
+        if line.unsent:
+            data = line.unsent + data
         try:
             if fds:
+                # Never kept for later: nothing else is on its way over a line when a job begins.
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
                 sent = line.sock.sendmsg([data], rights, _FLAGS)
             else:
                 sent = line.sock.send(data, _FLAGS)
         except BlockingIOError:
-            # Never with descriptors: they go first over a line on which nothing is on its way.
             sent = 0
         except (BrokenPipeError, ConnectionResetError):
             return False
+        job = line.job
+        if sent == len(data):
+            line.unsent = b""
+            if job is not None:
+                job.unasked = 0
+            return True
+        if not line.unsent:
+            self.watch(line.fd, True)
         line.unsent = data[sent:]
+        if job is not None:
+            job.unasked = max(0, job.unasked - sent)
         return True
 
     # -- receiving --
@@ -538,50 +745,68 @@ class Batch:
     def _receive(self, line: _Line, data: bytes) -> None:
         if line.rest:
             data = line.rest + data
-        at, end = 0, len(data)
-        while end - at >= 5:
+        at, end, job = 0, len(data), line.job
+        while end - at >= _HEADER_SIZE:
             length, kind = _HEADER.unpack_from(data, at)
-            stop = at + 5 + length
-            if stop > end:
+            begin = at + _HEADER_SIZE
+            at = begin + length
+            if at > end:
+                at = begin - _HEADER_SIZE
                 break
-            self._frame(line, kind, data[at + 5 : stop])
-            at = stop
-        line.rest = data[at:]
+            if job is None:
+                self._stray(line, kind, data[begin:at])
+            elif kind in (_STDOUT, _STDERR):
+                if length == 0:
+                    job.streams -= 1
+                else:
+                    number = kind - _STDOUT
+                    output = job.outputs[number]
+                    if output is None:
+                        output = job.outputs[number] = _Output(self._max_output, self._spool)
+                    output.add(data[begin:at])
+            elif kind == _EXITED:
+                job.usage = data[begin:at]
+                job.status = int.from_bytes(job.usage[:4], "little")
+            else:
+                self._frame(line, job, kind, data[begin:at])
+                job = line.job
+            if job is not None and job.status is not None and (not job.streams or job.timed_out):
+                self._over(line, self._ended(job), keep=not job.streams)
+                job = None
+        line.rest = data[at:] if at < end else b""
 
-    def _frame(self, line: _Line, kind: int, payload: bytes) -> None:
-        job = line.job
+    def _stray(self, line: _Line, kind: int, payload: bytes) -> None:
+        """Take a frame that belongs to no command."""
         if kind == lib.EB_HELLO:
             line.connection.greet(payload)
-            return
-        if kind == lib.EB_REFUSED:
+        elif kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
+            if not line.connection.greeted:  # so it is the daemon who speaks
+                raise RefusedError(errno.EACCES, f"the daemon refused: {reason}")
             raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
-        if job is None:
+        elif line.fd in self._lines:  # else what is left of a command that was timed out
             raise ProtocolError(errno.EPROTO, f"frame {kind} while no command runs")
-        if kind in (lib.EB_STDOUT, lib.EB_STDERR):
-            output = job.outputs[kind - lib.EB_STDOUT]
-            if not payload:
-                job.streams -= 1
-            elif output is not None:
-                output.add(payload)
-        elif kind == lib.EB_EXITED:
-            job.status, *usage = protocol.EXITED.unpack(payload)
-            job.usage = tuple(usage)
-        elif kind == lib.EB_CREDIT:
+
+    def _frame(self, line: _Line, job: _Job, kind: int, payload: bytes) -> None:
+        if kind == _CREDIT:
             job.window += int.from_bytes(payload, "little")
-            if job.input is not None:
+            if job.input is not None and job.given < len(job.input):
                 self._send(line, self._input_frames(job))
         elif kind == lib.EB_FAILED:
             failed = protocol.reply(kind, payload)
             assert isinstance(failed, protocol.Failed)
-            self._over(line, _failed(job.args, failure(failed, *_names(job, self._options))))
-            return
-        if job.status is not None and (job.streams == 0 or job.timed_out):
-            self._over(line, self._ended(job), keep=job.streams == 0)
+            options = self._options if job.options is None else job.options
+            self._over(line, _failed(job, failure(failed, job.argv[0], options["cwd"])))
+        elif kind == lib.EB_SPAWNED:
+            if job.timeout is not None:
+                self._set_end(line, job)
+        else:
+            self._stray(line, kind, payload)
 
     def _ended(self, job: _Job) -> Result:
         assert job.status is not None
-        result = Result(job.args, os.waitstatus_to_exitcode(job.status))
+        status = job.status
+        result = Result(job.args, os.waitstatus_to_exitcode(status) if status else 0)
         result._usage = job.usage
         self._put_output(result, job)
         if job.timed_out:
@@ -591,93 +816,84 @@ class Batch:
         return result
 
     def _put_output(self, result: Result, job: _Job) -> None:
-        for name, output in zip(("stdout", "stderr"), job.outputs, strict=True):
-            if output is None:
+        for number, output in enumerate(job.outputs):
+            if not self._captured[number]:
                 continue
-            data: Any = b"".join(output.parts)
-            if self._text:
-                data = data.decode(self._encoding, self._errors)
-                data = data.replace("\r\n", "\n").replace("\r", "\n")
-            setattr(result, name, data)
-            result.truncated = result.truncated or output.truncated
-            if output.file is not None:
-                output.file.seek(0)
-                setattr(result, f"{name}_file", output.file)
+            data: Any = "" if self._text else b""
+            if output is not None:
+                data = output.data
+                if output.file is not None:
+                    output.file.seek(0)
+                    setattr(result, "stderr_file" if number else "stdout_file", output.file)
+                result.truncated = result.truncated or output.truncated
+                if self._text:
+                    try:
+                        data = output.text(self._encoding, self._errors)
+                    except UnicodeError as error:
+                        result.error = error
+                if isinstance(data, bytearray):
+                    data = bytes(data)
+            if number:
+                result.stderr = data
+            else:
+                result.stdout = data
 
     def _over(self, line: _Line, result: Result, keep: bool = True) -> None:
         job = line.job
         assert job is not None
         line.job = None
-        if keep and not line.unsent:
+        self._live -= 1
+        if keep and not line.unsent and line.generation == self._generation:
             self._idle.append(line)
         else:
             self._drop(line)
         self._finish(job, result)
 
     def _finish(self, job: _Job, result: Result) -> None:
-        result.duration = time.monotonic() - job.begun if job.begun else 0.0
+        result.index = job.index
+        result._begun = job.begun
+        result.duration = time.monotonic() - job.begun
         if self._ordered:
             self._results[job.index] = result
         else:
             self._done.append(result)
+        if self.on_result is not None:
+            self.on_result(result)
 
     def _drop(self, line: _Line) -> None:
-        self.lines.pop(line.fd, None)
-        if line in self._idle:
-            self._idle.remove(line)
+        if self._lines.pop(line.fd, None) is not None:
+            self.unwatch(line.fd)
         line.connection.close()
 
-    def _lost(self, line: _Line) -> None:
-        job = line.job
+    def _lost(self, line: _Line, error: OSError | None) -> None:
+        job, line.job = line.job, None
+        if job is None and line in self._idle:
+            self._idle.remove(line)
         self._drop(line)
         if job is None:
             return
-        if not line.connection.greeted:
-            self._waiting.append(job)  # nobody has read the request
+        self._live -= 1
+        # The kernel says ECONNRESET where the other side has closed with bytes that it never read:
+        # the request, unless more than that had been sent.
+        only_asked = job.input is None and not job.timed_out
+        reset = isinstance(error, ConnectionResetError) and only_asked
+        if reset or job.unasked or not line.connection.greeted:
+            self._waiting.append(job)
             return
-        error = HelperDiedError(
+        result = Result(job.args, -signal.SIGKILL)
+        self._put_output(result, job)
+        result.error = HelperDiedError(
             errno.EPIPE, "errand-boy's helper ended: the command may have been started"
         )
-        result = Result(job.args, -signal.SIGKILL)
-        result.error = error
-        self._put_output(result, job)
         self._finish(job, result)
 
 
-def _arguments(args: Any, shell: bool) -> list[bytes]:
-    if isinstance(args, (str, bytes, os.PathLike)):
-        args = [args]
-    argv = [os.fsencode(arg) for arg in args]
-    return [b"/bin/sh", b"-c", *argv] if shell else argv
-
-
-def _names(job: _Job, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the program and the directory, for an error."""
-    args = job.args
-    if isinstance(args, Mapping):
-        options = {**options, **args}
-        args = args["args"]
-    if job.shell:
-        return "/bin/sh", options["cwd"]
-    program = args if isinstance(args, (str, bytes, os.PathLike)) else next(iter(args))
-    return program, options["cwd"]
-
-
-def _spawn(argv: list[bytes], path: list[bytes], tail: bytes) -> bytes:
-    if not argv:
-        raise ValueError("a command needs at least one argument")
-    name = argv[0]
-    programs = [name] if b"/" in name else [os.path.join(part, name) for part in path]
-    parts = (
-        protocol.strings(lib.EB_TAG_ARGV, argv),
-        protocol.strings(lib.EB_TAG_EXECUTABLES, programs),
-        tail,
-    )
-    return protocol.frame(lib.EB_SPAWN, parts)
-
-
-def _failed(args: Any, error: OSError) -> Result:
-    result = Result(args, 127 if error.errno == errno.ENOENT else 126)
+def _failed(job: _Job, error: Exception) -> Result:
+    if isinstance(error, OSError) and error.errno == errno.E2BIG and not error.filename:
+        error = OSError(error.errno, error.strerror, job.argv[0])
+    if isinstance(error, IndexError):
+        error = ValueError("a command needs at least one argument")
+    result = Result(job.args, 127 if isinstance(error, FileNotFoundError) else 126)
     result.error = error
     return result
 
@@ -685,33 +901,30 @@ def _failed(args: Any, error: OSError) -> Result:
 def drive(batch: Batch, check: bool = False) -> Iterator[Result]:
     """Run a batch, and yield its results."""
     poll = select.poll()
-    watched: dict[int, int] = {}
+    only_in, both = select.POLLIN, select.POLLIN | select.POLLOUT
+    batch.watch = lambda fd, writing: poll.register(fd, both if writing else only_in)
+    batch.unwatch = poll.unregister
     try:
         while True:
             batch.fill()
-            for result in batch.results():
+            while (result := batch.take()) is not None:
                 if check:
                     result.check_returncode()
                 yield result
                 batch.fill()
             if not batch.pending():
                 return
-            for fd, line in batch.lines.items():
-                events = select.POLLIN | select.POLLOUT if line.unsent else select.POLLIN
-                if watched.get(fd) != events:
-                    poll.register(fd, events)
-                    watched[fd] = events
-            deadline = batch.deadline()
-            rest = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            for fd, _ in poll.poll(rest):
+            rest = batch.patience()
+            for fd, _ in poll.poll(None if rest is None else rest * 1000):
                 batch.on_ready(fd)
-                if fd not in batch.lines:
-                    poll.unregister(fd)
-                    del watched[fd]
-            if deadline is not None:
-                batch.on_time()
+            batch.on_time()
     finally:
         batch.close()
+
+
+def make(commands: Iterable[Command], client: Client | None = None, **options: Any) -> Batch:
+    """Return the batch for `map`'s arguments."""
+    return Batch(_Here() if client is None else _There(client), commands, **options)
 
 
 def map(
@@ -727,6 +940,7 @@ def map(
     `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and, for
     that command, `input`, `timeout`, `shell`, `cwd`, `env`, `umask`, `start_new_session`,
     `process_group`, `restore_signals`. They are taken as results are: an endless iterator will do.
+    What it raises is raised when the results of the commands before that have been taken.
 
     `max_workers`: how many run at once; by default four for each CPU.
     `ordered`: results come in the order of the commands, else as the commands end.
@@ -737,15 +951,29 @@ def map(
     `check`: raise at the first Result that is no success. Else a command that can't be started is a
     Result too. `progress`: show a bar on a terminal, if tqdm is installed.
 
-    The environment, the limits and so on are those of the first command's start. Closing the
-    iterator ends what runs. Raises HelperError if there is no helper.
-    """
-    place = _Here() if client is None else _There(client)
-    results = drive(Batch(place, commands, **options), check)
-    if progress and sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm  # noqa: PLC0415
+    Each command leads a process group of its own, unless `process_group` or `start_new_session`
+    says otherwise. Closing the iterator ends what runs: its process group gets SIGTERM, and SIGKILL
+    a second later. The environment, the limits and so on are those of the first command's start. A
+    change of this process's ids goes for the next command, one of its capabilities for those that
+    are started 5 ms later.
 
-            total = len(commands) if isinstance(commands, Sized) else None
-            return iter(tqdm(results, total=total, unit="command"))
+    Raises HelperError if there is no helper; by a daemon, NoDaemonError and RefusedError.
+    """
+    results = drive(make(commands, client, **options), check)
+    if progress and sys.stderr is not None and sys.stderr.isatty():
+        total = len(commands) if isinstance(commands, Sized) else None
+        with contextlib.suppress(ImportError):
+            return _with_bar(results, total)
     return results
+
+
+def _with_bar(results: Iterator[Result], total: int | None) -> Iterator[Result]:
+    from tqdm import tqdm  # noqa: PLC0415
+
+    def counted() -> Iterator[Result]:
+        with tqdm(total=total, unit="command") as bar, contextlib.closing(results):  # type: ignore[type-var]
+            for result in results:
+                bar.update()
+                yield result
+
+    return counted()

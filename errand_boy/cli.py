@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import errand_boy
 
-_COMMANDS = ("serve", "run", "status")
+_COMMANDS = ("serve", "run", "map", "status")
 _GIVEN = ("-h", "--help", "--version")
 
 
@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_socket(run)
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
+    many = commands.add_parser(
+        "map",
+        help="run a command for each line of standard input, several at once",
+        usage="errand-boy map [option ...] [--] COMMAND [ARGUMENT ...] < lines",
+    )
+    add_map_options(many)
     status = commands.add_parser("status", help="tell what the daemon is doing")
     _add_socket(status)
     form = status.add_mutually_exclusive_group()
@@ -44,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "status":
         return _status(options)
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
+    if options.command == "map":
+        return _map(many, options, argv)
     if not argv:
         run.error("which command?")
     from errand_boy import foreground  # noqa: PLC0415
@@ -143,6 +151,59 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default="unixsocket",
         help="for compatibility; there is one",
     )
+
+
+def add_map_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `errand-boy map` to `parser`."""
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=_number(int, 1),
+        metavar="N",
+        help="commands at a time (default: the number of CPUs)",
+    )
+    parser.add_argument(
+        "-k", "--keep-order", action="store_true", help="write output in the order of the lines"
+    )
+    parser.add_argument("-0", "--null", action="store_true", help="lines end with NUL")
+    parser.add_argument(
+        "--shell",
+        action="store_true",
+        help="COMMAND and its arguments are a shell command; what replaces {} is quoted",
+    )
+    parser.add_argument(
+        "--timeout", type=_number(float, 0), metavar="SECONDS", help="for each command"
+    )
+    parser.add_argument("--progress", action="store_true", help="show a bar, if this is a terminal")
+    parser.add_argument("--joblog", metavar="FILE", help="a line for each command, at its end")
+    parser.add_argument(
+        "--resume", action="store_true", help="skip the lines whose commands the job log has"
+    )
+    parser.add_argument(
+        "--halt",
+        default="never",
+        metavar="POLICY",
+        help="when to end early: never, soon,fail=N (take no more lines when so many have failed), "
+        "now,fail=N (end what runs too), success=N for the opposite, N%% of those that have ended",
+    )
+    parser.add_argument(
+        "argv",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="{} in it is replaced by the line; without one, the line is the last argument",
+    )
+
+
+def _map(parser: argparse.ArgumentParser, options: argparse.Namespace, argv: list[str]) -> int:
+    if not argv:
+        parser.error("which command?")
+    from errand_boy import map_command  # noqa: PLC0415
+
+    kept = {name: value for name, value in vars(options).items() if name not in ("command", "argv")}
+    try:
+        return map_command.run(argv, **kept)
+    except map_command.UsageError as error:
+        parser.error(str(error))
 
 
 def _number(of: type[int] | type[float], least: int) -> Callable[[str], float]:

@@ -19,8 +19,10 @@ from errand_boy.remote import Popen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
+
+    from errand_boy.batch import Command, Result
 
 _MOST_IDLE = 32  # connections kept for later
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
@@ -106,6 +108,12 @@ class Client:
             return status.fetch(self.path)
         except status.NoAnswerError as error:
             raise NoDaemonError(errno.ENOTCONN, str(error)) from error
+
+    def map(self, commands: Iterable[Command], **options: Any) -> Iterator[Result]:
+        """Run commands by the daemon, many at once, and yield a result for each, as batch.map."""
+        from errand_boy import batch  # noqa: PLC0415
+
+        return batch.map(commands, client=self, **options)
 
     # -- for Popen --
 

@@ -14,13 +14,29 @@ NAMES = ("call", "check_call", "check_output", "getoutput", "getstatusoutput", "
 
 def original_popen() -> type[subprocess.Popen[Any]]:
     """Return the standard library's own Popen, also where gevent or eventlet has replaced it."""
+    if subprocess.Popen.__module__.startswith("eventlet."):
+        return _popen_of_a_copy()
     for base in subprocess.Popen.__mro__:
-        if base.__module__ == "subprocess":  # eventlet's is derived from it
+        if base.__module__ == "subprocess":
             return base
     from gevent.monkey import get_original  # noqa: PLC0415
 
     original: type[subprocess.Popen[Any]] = get_original("subprocess", "Popen")
     return original
+
+
+def _popen_of_a_copy() -> type[subprocess.Popen[Any]]:
+    # eventlet has dropped the original, and the one that its own is derived from uses modules that
+    # are not eventlet's, so that to communicate would make all others wait.
+    spec = subprocess.__spec__
+    assert spec is not None and spec.loader is not None
+    copy = ModuleType("subprocess")
+    copy.__file__ = subprocess.__file__
+    spec.loader.exec_module(copy)
+    for name in ("SubprocessError", "CalledProcessError", "TimeoutExpired"):
+        setattr(copy, name, getattr(subprocess, name))  # those that are caught
+    popen: type[subprocess.Popen[Any]] = copy.Popen
+    return popen
 
 
 def bound_to(popen: type[Any], module: ModuleType = subprocess) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import gevent
+import gevent.os
 from gevent import subprocess
 from gevent.os import fork_and_watch
 from gevent.socket import wait_read, wait_write
@@ -59,6 +59,7 @@ __all__ = [
     "run",
 ]
 
+_known_children: dict[int, Any] = getattr(gevent.os, "_watched_children", {})
 _UNKNOWN = 255 << 8  # asyncio's word for the status of a child that somebody else has waited for
 _PATIENCE = 1.0  # seconds, for the loop to hand over what it has reaped
 _KEPT = 60.0  # seconds, as gevent itself keeps the statuses that nobody has asked for
@@ -80,6 +81,10 @@ class Popen(_Base):  # type: ignore[misc]  # gevent has no types
 
     def _internal_poll(self) -> int | None:
         return internal_poll(_Base._internal_poll, self)
+
+    def wait(self, *args: Any, **kwargs: Any) -> int | None:
+        """Wait for the process to end; see gevent.subprocess.Popen.wait."""
+        return wait(_Base.wait, self, *args, **kwargs)
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
@@ -109,7 +114,22 @@ def internal_poll(original: Callable[..., int | None], process: Any) -> int | No
     """Return the return code, or None; where the helper owns the child, after a look for it."""
     if vars(process).get("_lease") and process.returncode is None:
         gevent.sleep(0)
-    return original(process)
+    return _forget(process, original(process))
+
+
+def wait(
+    original: Callable[..., int | None], process: Any, *args: Any, **kwargs: Any
+) -> int | None:
+    """Return what the class's own wait does."""
+    return _forget(process, original(process, *args, **kwargs))
+
+
+def _forget(process: Any, returncode: int | None) -> int | None:
+    # gevent keeps the status for a minute, for its os.waitpid, and goes through all that it keeps
+    # at each child's end. Once it has been asked for, the kernel would not have it either.
+    if returncode is not None and isinstance(_known_children.get(process.pid), tuple):
+        del _known_children[process.pid]
+    return returncode
 
 
 def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
@@ -130,10 +150,12 @@ class _View(GreenView):
             return super()._start(request)
 
     def _until_readable(self, connection: Connection) -> None:
-        wait_read(connection.sock.fileno())
+        with _kept_after_fork(connection) as fd:
+            wait_read(fd)
 
     def _until_writable(self, connection: Connection) -> None:
-        wait_write(connection.sock.fileno())
+        with _kept_after_fork(connection) as fd:
+            wait_write(fd)
 
     def _spawn(self, function: Callable[..., None], *args: Any) -> None:
         gevent.spawn(function, *args)
@@ -167,6 +189,17 @@ class _View(GreenView):
             except OSError:  # the helper has gone: returncode says so
                 break
         self._process.result.set(self.returncode)
+
+
+@contextmanager
+def _kept_after_fork(connection: Connection) -> Iterator[int]:
+    # A forked process closes its copies of connections; but there are copies of the greenlets that
+    # wait for them too, and libuv aborts where it is to watch a closed descriptor.
+    fd = os.dup(connection.sock.fileno())
+    try:
+        yield fd
+    finally:
+        posix.close(fd)
 
 
 # -- children that are reaped before they are known --

@@ -98,6 +98,7 @@ def _patch_gevent(module: ModuleType) -> None:
     _replace(module.Popen, "_execute_child", _with_original(gevent.execute_child))
     _replace(module.Popen, "_internal_poll", _with_original(gevent.internal_poll))
     _replace(module.Popen, "send_signal", _with_original(gevent.send_signal))
+    _replace(module.Popen, "wait", _with_original(gevent.wait))
 
 
 async def _make_subprocess_transport(loop: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import selectors
@@ -11,7 +12,7 @@ import struct
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from errand_boy import protocol
 from errand_boy._native import lib
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 _PROGRAM = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # before the server raises it
-_CONTROL_FD = 3
+_CONTROL_FD, _FIGURES_FD = 3, 4
+_CROWD = 512  # connections: a start copies the helper's table of descriptors, which they fill
 _TOO_SOON = 1.0  # seconds
 _MOST_TOO_SOON = 10  # helpers that die so young, one after another, are replaced at once
 
@@ -31,6 +33,9 @@ _ADOPT = struct.Struct("<IB")
 _HEAD = struct.Struct("<QQI")
 _FAILURE = struct.Struct("<BiQ")
 _LIVE = struct.Struct("<iIiIQH")
+_FIGURES = struct.Struct("<QQQ96Q")
+_KIND = struct.Struct("<IiQ")
+_FIGURES_SIZE = 4096
 
 
 class Command:
@@ -88,6 +93,18 @@ class Report:
             at += size
             argv = [os.fsdecode(word) for word in text.removesuffix(b"\0").split(b"\0")]
             report.commands.append(Command(pid, connection, milliseconds / 1000, argv))
+        return report
+
+    @classmethod
+    def read(cls, fd: int) -> Report:
+        """Return what a helper that has ended had kept in its file of figures."""
+        report = cls()
+        data = os.pread(fd, _FIGURES_SIZE, 0)
+        report.started, report.ended, kinds, *latency = _FIGURES.unpack_from(data)
+        report.latency = list(latency)
+        for i in range(kinds):
+            stage, error, times = _KIND.unpack_from(data, _FIGURES.size + i * _KIND.size)
+            report.failures[stage, error] = times
         return report
 
     def add(self, other: Report) -> None:
@@ -208,19 +225,19 @@ class Query:
 class Worker:
     """A helper process, from the server's side."""
 
-    def __init__(self, pool: Pool, sock: socket.socket, pid: int) -> None:
+    def __init__(self, pool: Pool, sock: socket.socket, figures: int, pid: int) -> None:
         self.pid = pid
         self.connections: set[int] = set()
         self.draining = False
         self.gone = False  # seen before its pidfd told of it
-        self.released = False  # nothing is left for it to do but to report
         self.started = time.monotonic()
         self.report = Report()  # its last one
-        self.queries: deque[Query | None] = deque()  # that it has not answered; None: only for us
+        self.queries: deque[Query] = deque()  # that it has not answered
         self._pool = pool
         self._inbox = bytearray()
         self._outbox: deque[tuple[bytes, socket.socket | None]] = deque()
         self._sock = sock
+        self._figures = figures  # a file in which it keeps them, in case that it is killed
         self._pidfd = os.pidfd_open(pid)
         self._selector = pool.server.selector
         self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
@@ -305,6 +322,8 @@ class Worker:
             while self._read():
                 pass
         self._sock.close()
+        self.report = Report.read(self._figures)
+        os.close(self._figures)
         _, status = os.waitpid(self.pid, 0)
         unserved = [
             (_ADOPT.unpack_from(frame, protocol.HEADER.size)[0], passed)
@@ -328,6 +347,7 @@ class Pool:
         self.workers: list[Worker] = []  # that serve, and those that are draining
         self.retired = Report()  # the counts of those that have ended
         self.lost = 0  # helpers that ended without being told to
+        self.lost_commands = 0  # that they had live: their ends are not known
         self.turns = turns
         self.peers: dict[int, tuple[Worker, Peer]] = {}  # by connection id
         self._size = size
@@ -347,31 +367,40 @@ class Pool:
         return sum(not worker.draining for worker in self.workers)
 
     def _start_one(self) -> Worker:
-        ours, theirs = socket.socketpair()
-        arguments = [f"errand-boy: helper of {os.getpid()}", f"--open-files={_OPEN_FILES}"]
+        arguments = [
+            f"errand-boy: helper of {os.getpid()}",
+            f"--open-files={_OPEN_FILES}",
+            "--figures",
+        ]
         if self._max_tasks:
             arguments.append(f"--max-tasks={self._max_tasks}")
-        try:
-            with theirs:
+        with ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            figures = os.memfd_create("errand-boy-figures")
+            undo.callback(os.close, figures)
+            os.ftruncate(figures, _FIGURES_SIZE)
+            with theirs, ExitStack() as moved:
+                actions = []
+                for fd, number in (theirs.fileno(), _CONTROL_FD), (figures, _FIGURES_FD):
+                    # Out of the way of the numbers that they are to get.
+                    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIGURES_FD + 1)
+                    moved.callback(os.close, copy)
+                    actions.append((os.POSIX_SPAWN_DUP2, copy, number))
                 # A session of its own: what the terminal sends is not for the commands.
                 pid = os.posix_spawn(
                     _PROGRAM,
                     arguments,
                     os.environ,
-                    file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), _CONTROL_FD)],
+                    file_actions=actions,
                     setsid=True,
                     setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP],
                 )
-        except OSError:
-            ours.close()
-            raise
-        ours.setblocking(False)
-        try:
-            worker = Worker(self, ours, pid)
-        except OSError:
-            ours.close()
-            os.waitpid(pid, 0)  # that ends it at once
-            raise
+            undo.callback(os.waitpid, pid, 0)  # the end of `ours`, closed after it, ends it
+            undo.callback(ours.shutdown, socket.SHUT_RDWR)
+            ours.setblocking(False)
+            worker = Worker(self, ours, figures, pid)
+            undo.pop_all()
         with suppress(OSError):  # it has ended already
             ours.send(protocol.OPENING, socket.MSG_NOSIGNAL)
         self.workers.append(worker)
@@ -399,6 +428,9 @@ class Pool:
                 raise OSError("the daemon is about to end")
             workers = [self._start_one()]
         worker = min(workers, key=lambda worker: len(worker.connections))
+        if len(worker.connections) >= _CROWD and not self._closing:
+            with suppress(OSError):  # crowded is better than not at all
+                worker = self._start_one()
         self._last_id = self._last_id % 0xFFFFFFFF + 1
         while self._last_id in self.peers:
             self._last_id = self._last_id % 0xFFFFFFFF + 1
@@ -439,18 +471,13 @@ class Pool:
     def _drain_one(self, worker: Worker) -> None:
         if not worker.draining:
             worker.draining = True
-            # A report before it too, in case the helper ends at once.
-            worker.queries.append(None)
-            worker.send(lib.EB_QUERY)
             worker.send(lib.EB_DRAIN)
             self._release(worker)
 
     def _release(self, worker: Worker) -> None:
-        """Ask a draining helper whose last connection has gone for its last report."""
-        if worker.draining and not worker.connections and not worker.released:
-            worker.released = True
-            worker.queries.append(None)
-            worker.send(lib.EB_QUERY)
+        """Let a draining helper end whose last connection has gone."""
+        if worker.draining and not worker.connections:
+            worker.hang_up()
 
     def end(self, number: int) -> None:
         """Send signal `number` to the process groups of all live commands."""
@@ -461,11 +488,8 @@ class Pool:
         """Act on a frame from a helper."""
         if kind == lib.EB_REPORT:
             worker.report = Report.decode(payload)
-            query = worker.queries.popleft() if worker.queries else None
-            if query is not None:
-                query.answer(worker, worker.report)
-            if worker.released and not worker.queries:
-                worker.hang_up()
+            if worker.queries:
+                worker.queries.popleft().answer(worker, worker.report)
         elif kind == lib.EB_FULL:
             self._replace(worker)
         elif kind == lib.EB_REFUSED:
@@ -488,6 +512,8 @@ class Pool:
             worker.connections.remove(connection)
             del self.peers[connection]
             self._release(worker)
+            if not worker.connections and not worker.draining and self._serving() > self._size:
+                self._drain_one(worker)  # it was for a crowd
 
     def _grant(self) -> None:
         if self.turns is not None:
@@ -517,10 +543,9 @@ class Pool:
             del self.peers[connection]
             if self.turns is not None:
                 self.turns.done(connection)
-        if worker.draining and status == 0:
-            worker.report.ended = worker.report.started  # else it would not have ended
-        else:
+        if not worker.draining or status != 0:
             self.lost += 1
+            self.lost_commands += worker.report.started - worker.report.ended
             self.log.warning(
                 "a helper has died", pid=worker.pid, status=status, clients=len(worker.connections)
             )
@@ -532,8 +557,7 @@ class Pool:
                 self._refill()
         self.retired.add(worker.report)
         for query in worker.queries:
-            if query is not None:
-                query.answer(worker, None)
+            query.answer(worker, None)
         for sock, peer in waiting:
             try:
                 self.hand_over(sock, peer)

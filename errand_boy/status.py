@@ -77,6 +77,7 @@ def reply(server: Server, query: Query, peer: Peer) -> bytes:
             "ended": totals.ended,
             "failed": sum(failures.values()),
             "helpers_lost": pool.lost,
+            "commands_lost": pool.lost_commands,
         },
         "failures": failures,
         "latency_us": {
@@ -175,7 +176,7 @@ def table(status: dict[str, Any]) -> str:
         f"{totals['refused']} refused, {status['queue']} commands waiting",
         f"{totals['started']} commands started, {totals['ended']} ended, {totals['failed']} failed"
         + "".join(f", {name} {count}" for name, count in status["failures"].items()),
-        f"{totals['helpers_lost']} helpers lost",
+        f"{totals['helpers_lost']} helpers lost and {totals['commands_lost']} commands with them",
     ]
     if latency["p50"] is not None:
         lines.append(f"starts took {latency['p50']:.0f} µs (p50), {latency['p99']:.0f} µs (p99)")
@@ -235,6 +236,7 @@ def metrics(status: dict[str, Any]) -> str:
         ("started", "Commands started."),
         ("ended", "Commands ended."),
         ("helpers_lost", "Helpers that died."),
+        ("commands_lost", "Commands that ran when their helper died."),
     ):
         metric(f"{name}_total", "counter", text, ("", totals[name]))
     failures = [(f'{{error="{name}"}}', n) for name, n in status["failures"].items()]

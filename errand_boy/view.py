@@ -76,9 +76,9 @@ class GreenView(View):
 
     def _receive(self, connection: Connection) -> Reply:
         while True:
-            with contextlib.suppress(TimeoutError):
-                return connection.receive(0.0)
             self._until_readable(connection)
+            with contextlib.suppress(TimeoutError):  # only a part of it has come
+                return connection.receive(0.0)
 
     def _abandon(self, outgoing: Outgoing, error: BaseException) -> None:
         lender, connection = outgoing.helper, outgoing.connection

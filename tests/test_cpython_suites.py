@@ -15,7 +15,7 @@ NOT_INSTALLED = 77
 LONGEST_SUITE = 300
 
 
-@pytest.mark.parametrize("suite", ["subprocess", "asyncio"])
+@pytest.mark.parametrize("suite", ["subprocess", "asyncio", "asyncio-loop", "uvloop"])
 def test_suite_passes_with_popen_replaced(suite: str, tmp_path: Path) -> None:
     # The runner gives up by itself, with a traceback. These are for the case that it can't.
     signal.alarm(LONGEST_SUITE + 20)

@@ -22,6 +22,7 @@ from errand_boy._native import lib
 
 from errand_boy import listen, protocol, status
 from errand_boy.pool import Turns
+from errand_boy.protocol import Failed
 
 SERVE = [sys.executable, "-m", "errand_boy", "serve"]
 HELLO = protocol.OPENING
@@ -113,7 +114,8 @@ def test_pid_file_and_title(tmp_path: Path) -> None:
         assert file.read_text() == f"{daemon.process.pid}\n"
         helper = psutil.Process(daemon.helpers()[0])
         # Split at spaces by psutil, as titles may be.
-        assert " ".join(helper.cmdline()[:4]) == f"errand-boy: helper of {daemon.process.pid}"
+        title = " ".join(helper.cmdline())
+        assert title.startswith(f"errand-boy: helper of {daemon.process.pid} ")
         assert daemon.stop() == 0
         assert not file.exists()
 
@@ -470,6 +472,40 @@ def test_helper_that_dies_is_replaced(tmp_path: Path) -> None:
         os.kill(commands[0], signal.SIGKILL)
         for connection in connections:
             connection.close()
+
+
+def test_counts_of_a_killed_helper_are_not_lost(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size", 1) as daemon:
+        connection = daemon.connect()
+        for _ in range(5):
+            spawn(connection, "/bin/true")
+            ended(connection)
+        request(connection, "/nonexistent")
+        assert isinstance(connection.receive(PATIENCE), Failed)
+        pid = spawn(connection, "/bin/sleep", "100")
+        (helper,) = daemon.helpers()
+        os.kill(helper, signal.SIGKILL)
+        until(lambda: daemon.status()["totals"]["helpers_lost"] == 1)
+        status = daemon.status()
+        totals = status["totals"]
+        assert (totals["started"], totals["ended"], totals["commands_lost"]) == (6, 5, 1)
+        assert status["failures"] == {"ENOENT": 1}
+        os.kill(pid, signal.SIGKILL)
+        connection.close()
+
+
+def test_helper_is_not_crowded(tmp_path: Path) -> None:
+    """A start copies the helper's table of descriptors."""
+    with started_daemon(tmp_path, "--pool-size", 1) as daemon:
+        connections = [daemon.connect() for _ in range(700)]
+        for connection in connections:
+            spawn(connection, "/bin/true")
+            assert ended(connection) == 0
+        helpers = daemon.status()["helpers"]
+        assert sorted(helper["connections"] for helper in helpers) == [188, 512]
+        for connection in connections:
+            connection.close()
+        until(lambda: len(daemon.helpers()) == 1)
 
 
 def test_helpers_survive_the_server(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
-"""Runs the interpreter's own tests of subprocess with errand_boy.Popen as subprocess.Popen.
+"""Runs the interpreter's own tests of subprocess with errand_boy in its place.
 
-    python tests/cpython/run.py [--stdlib] [subprocess|asyncio] [-v] [-k PATTERN]...
+    python tests/cpython/run.py [--stdlib] [SUITE]... [-v] [-k PATTERN]...
 
+Suites: `subprocess` and `asyncio` have errand_boy.Popen as subprocess.Popen; `asyncio-loop` and
+`uvloop` have errand_boy.asyncio in the place of how asyncio, or uvloop, starts a process.
 With --stdlib nothing is replaced or excluded: what fails then is the machine's doing.
-Exit status 1 if a test fails, 77 if this Python is installed without its `test` package.
+Exit status 1 if a test fails, 77 if this Python is installed without its `test` package, or uvloop.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import faulthandler
 import functools
 import importlib
@@ -34,6 +37,8 @@ MANY_DESCRIPTORS = 1024
 SUITES = {
     "subprocess": "test.test_subprocess",
     "asyncio": "test.test_asyncio.test_subprocess",
+    "asyncio-loop": "test.test_asyncio.test_subprocess",
+    "uvloop": "test.test_asyncio.test_subprocess",
 }
 
 
@@ -73,6 +78,23 @@ EXCLUDED = (
         "test_exception_errpipe_bad_data",
         (3, 10),
         "patches the fork_exec of subprocess to write nonsense into the error pipe of its child",
+    ),
+    *(
+        Named(suite, test, since, reason)
+        for suite in ("asyncio-loop", "uvloop")
+        for test, since, reason in (
+            ("test_popen_error", (3, 10), "patches subprocess.Popen, which is not called"),
+            (
+                "test_popen_error_with_stdin_pipe",
+                (3, 10),
+                "patches subprocess.Popen, which is not called",
+            ),
+            (
+                "test_create_subprocess_fails_with_inactive_watcher",
+                (3, 11),
+                "expects a child watcher to be asked, and none is used",
+            ),
+        )
     ),
 )
 
@@ -176,6 +198,27 @@ def replace_popen(undo: ExitStack) -> None:
     undo.enter_context(mock.patch.object(subprocess, "Popen", errand_boy.Popen))
 
 
+def replace_asyncio(undo: ExitStack) -> None:
+    errand_boy: Any = importlib.import_module("errand_boy")
+    ours: Any = importlib.import_module("errand_boy.asyncio")
+    errand_boy.start()
+    for module in asyncio, asyncio.subprocess:
+        for name in "create_subprocess_exec", "create_subprocess_shell":
+            undo.enter_context(mock.patch.object(module, name, getattr(ours, name)))
+    loop: Any = asyncio.SelectorEventLoop
+    undo.enter_context(mock.patch.object(loop, "_make_subprocess_transport", ours.make_transport))
+
+
+def use_uvloop(undo: ExitStack, replaced: bool) -> None:
+    uvloop: Any = importlib.import_module("uvloop")
+    standard: Any = asyncio.SelectorEventLoop
+    methods = ("subprocess_exec", "subprocess_shell", "_make_subprocess_transport")
+    loop = type("Loop", (uvloop.Loop,), {name: getattr(standard, name) for name in methods})
+    policy: Any = type(asyncio.get_event_loop_policy())
+    factory = loop if replaced else uvloop.Loop
+    undo.enter_context(mock.patch.object(policy, "_loop_factory", factory))
+
+
 def replace_in_child(test: unittest.TestCase) -> None:
     """Let interpreters that `test` starts replace Popen too."""
     errand_boy: Any = importlib.import_module("errand_boy")
@@ -235,13 +278,23 @@ def run(suite: str, arguments: argparse.Namespace) -> bool:
         print(f"  {problem}")
     print(
         f"{module.__name__}, Python {platform.python_version()},",
-        "subprocess.Popen:" if arguments.stdlib else "errand_boy.Popen:",
+        f"{suite}, {'nothing' if arguments.stdlib else 'errand_boy'} in place:",
         f"{len(result.passed | failed)} ran, {len(result.passed - failed)} passed,",
         f"{len(skips)} skipped by the suite, {len(excluded)} excluded,",
         f"{len(failed) + len(lost)} failed",
         flush=True,
     )
     return not problems
+
+
+def replace(suite: str, undo: ExitStack, arguments: argparse.Namespace) -> None:
+    if not arguments.stdlib:
+        if suite in {"subprocess", "asyncio"}:
+            replace_popen(undo)
+        else:
+            replace_asyncio(undo)
+    if suite == "uvloop":
+        use_uvloop(undo, not arguments.stdlib)
 
 
 def pattern(text: str) -> str:
@@ -253,7 +306,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Run CPython's tests of subprocess with errand_boy.Popen in place of its own."
     )
-    parser.add_argument("suite", nargs="?", choices=SUITES, help="one suite only")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--stdlib", action="store_true", help="replace and exclude nothing")
     parser.add_argument("-v", "--verbose", action="store_true", help="name each test")
     parser.add_argument(
@@ -266,30 +319,34 @@ def main() -> int:
     )
     parser.add_argument("--timeout", type=float, default=600, help="give up after these seconds")
     arguments = parser.parse_args()
-    suites = [arguments.suite] if arguments.suite else list(SUITES)
+    suites = arguments.suites or list(SUITES)
+    if unknown := set(suites) - SUITES.keys():
+        parser.error(f"no such suite: {', '.join(unknown)}")
 
     faulthandler.dump_traceback_later(arguments.timeout, exit=True)
     # test_no_leaking uses up the descriptors, and skips itself if there are many more than this.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft > MANY_DESCRIPTORS:
         resource.setrlimit(resource.RLIMIT_NOFILE, (MANY_DESCRIPTORS, hard))
-    with ExitStack() as undo:
-        if not arguments.stdlib:
-            replace_popen(undo)
-        try:
-            for suite in suites:
+    well = True
+    for suite in suites:
+        with ExitStack() as undo:
+            try:
+                replace(suite, undo, arguments)
                 importlib.import_module(SUITES[suite])
-            regrtest: Any = importlib.import_module("test.libregrtest.utils")
-        except ModuleNotFoundError as error:
-            if not error.name or error.name.partition(".")[0] != "test":
-                raise
-            print(f"Python {platform.python_version()} has no {error.name}")
-            return NOT_INSTALLED
-        # These set support.environment_altered.
-        regrtest.setup_unraisable_hook()
-        regrtest.setup_threading_excepthook()
-        well = [run(suite, arguments) for suite in suites]
-    return 0 if all(well) else 1
+                regrtest: Any = importlib.import_module("test.libregrtest.utils")
+            except ModuleNotFoundError as error:
+                if not error.name or error.name.partition(".")[0] not in {"test", "uvloop"}:
+                    raise
+                print(f"Python {platform.python_version()} has no {error.name}")
+                if arguments.suites:
+                    return NOT_INSTALLED
+                continue
+            # These set support.environment_altered.
+            regrtest.setup_unraisable_hook()
+            regrtest.setup_threading_excepthook()
+            well = run(suite, arguments) and well
+    return 0 if well else 1
 
 
 if __name__ == "__main__":
