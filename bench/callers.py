@@ -1,0 +1,212 @@
+"""A caller like heavy.py's that knows more ways to start a command, and may have a busy thread.
+
+Its answer to a request that fails is a JSON string, the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import heavy
+from bench.heavy import TRUE, Caller, hold_memory
+
+SOCKET = "ERRAND_BOY_BENCH_SOCKET"  # the daemon's; ERRAND_BOY_SOCKET would take the private helper
+PAUSE = 0.001  # seconds
+
+
+class CallerError(Exception):
+    """The caller could not do what it was asked for."""
+
+
+def daemon(library: Any) -> None:
+    library.connect(os.environ[SOCKET]).Popen(TRUE).wait()
+
+
+def sh(library: Any) -> None:
+    library.Command(TRUE[0])()
+
+
+def pexpect(library: Any) -> None:
+    child = library.spawn(TRUE[0], use_poll=True)
+    child.expect(library.EOF)
+    child.wait()
+    child.ptyproc.delayafterclose = 0  # its default sleeps for 100 ms
+    child.close()
+
+
+def nothing(_library: Any) -> None:
+    time.sleep(PAUSE)
+
+
+CASES = heavy.CASES | {case.__name__: case for case in (daemon, sh, pexpect, nothing)}
+
+
+def on_loop(loop: asyncio.AbstractEventLoop, library: Any, count: int) -> list[int]:
+    async def nanoseconds() -> list[int]:
+        taken = []
+        for _ in range(count):
+            start = time.perf_counter_ns()
+            process = await library.create_subprocess_exec(*TRUE)
+            await process.wait()
+            taken.append(time.perf_counter_ns() - start)
+        return taken
+
+    return loop.run_until_complete(nanoseconds())
+
+
+def one_by_one(library: Any, count: int) -> list[int]:
+    """Return the times between the results of a map with one worker."""
+    taken = []
+    before = time.perf_counter_ns()
+    for _ in library.map([TRUE] * count, max_workers=1):
+        now = time.perf_counter_ns()
+        taken.append(now - before)
+        before = now
+    return taken
+
+
+def stalls(case: Callable[[Any], None], library: Any, count: int) -> list[int]:
+    """Return for each start the longest time (ns) for which another thread could not tick."""
+    longest = 0
+    ticking = True
+
+    def tick() -> None:
+        nonlocal longest
+        before = time.perf_counter_ns()
+        while ticking:
+            now = time.perf_counter_ns()
+            longest = max(longest, now - before)
+            before = now
+
+    case(library)
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    found = []
+    for _ in range(count):
+        longest = 0
+        case(library)
+        time.sleep(0)  # the ticker must see a stall's end before it counts
+        found.append(longest)
+    ticking = False
+    ticker.join()
+    return found
+
+
+def peak_kib(case: str, library: Any) -> int:
+    """Return the peak resident set that a command is reported with."""
+    if case == "popen":
+        return heavy.peak_kib(library)
+    if case == "daemon":
+        process = library.connect(os.environ[SOCKET]).Popen(TRUE)
+        process.wait()
+        return int(process.rusage.ru_maxrss)
+    if case == "map":
+        return int(next(library.map([TRUE])).rusage.ru_maxrss)
+    if case == "fork_exec":
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.execv(TRUE[0], TRUE)
+            finally:
+                os._exit(127)
+    else:
+        pid = os.posix_spawn(TRUE[0], TRUE, os.environ)
+    return os.wait4(pid, 0)[2].ru_maxrss
+
+
+def status_kib(*names: str) -> list[int]:
+    """Return figures of this process's /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines)
+    return [int(found[name].split()[0]) for name in names]
+
+
+class Service:
+    def __init__(self) -> None:
+        self._loops: dict[str, asyncio.AbstractEventLoop] = {}
+
+    def answer(self, case: str, library_name: str, count: int) -> list[int]:
+        library = importlib.import_module(library_name)
+        kind, _, case = case.rpartition(":")
+        if kind == "peak":
+            return [peak_kib(case, library) for _ in range(count)]
+        if kind == "stall":
+            return stalls(CASES[case], library, count)
+        if kind == "loop":
+            if case not in self._loops:
+                self._loops[case] = importlib.import_module(case).new_event_loop()
+                asyncio.set_event_loop(self._loops[case])
+            return on_loop(self._loops[case], library, count)
+        if case == "map":
+            return one_by_one(library, count)
+        if case == "status":
+            return [*status_kib("VmRSS", "VmPTE"), len(os.listdir("/proc/self/fd"))]
+        return heavy.nanoseconds(CASES[case], library, count)
+
+
+def turn_forever() -> None:
+    while True:
+        pass
+
+
+def serve(resident: float, descriptors: int, busy: bool) -> None:
+    requests = os.fdopen(os.dup(0))
+    replies = os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    # Held before a library is imported: a helper that is started late must cost no more.
+    held = hold_memory(int(resident * (1 << 30))) if resident else None
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(descriptors)]
+    if busy:
+        threading.Thread(target=turn_forever, daemon=True).start()
+    gc.disable()
+    service = Service()
+    for request in requests:
+        case, library_name, count = request.split()
+        answer: list[int] | str
+        try:
+            answer = service.answer(case, library_name, int(count))
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+        gc.collect()
+    for descriptor in opened:
+        os.close(descriptor)
+    if held is not None:
+        held.close()
+
+
+def start(resident: float = 0, descriptors: int = 0, busy: bool = False) -> Caller:
+    command = [sys.executable, "-W", "ignore", "-m", "bench.callers"]
+    command += [f"--resident={resident}", f"--descriptors={descriptors}"]
+    return Caller(command + ["--busy"] * busy)
+
+
+def ask(caller: Caller, case: str, library: str, count: int) -> list[int]:
+    """Ask a caller for numbers; raises CallerError if it has none, with its reason."""
+    answer: list[int] | str = caller.ask(case, library, count)
+    if isinstance(answer, str):
+        raise CallerError(answer)
+    return answer
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--resident", type=float, default=0, metavar="GIB")
+    parser.add_argument("--descriptors", type=int, default=0, metavar="N")
+    parser.add_argument("--busy", action="store_true")
+    arguments = parser.parse_args()
+    serve(arguments.resident, arguments.descriptors, arguments.busy)

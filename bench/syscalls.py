@@ -1,0 +1,133 @@
+"""The system calls of the helper and of a new process, per start, as strace counts them.
+
+    python -m bench.syscalls WAY COUNT
+
+is the program that is traced: it starts commands, and prints the helpers' pids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import errand_boy
+from bench.bulk import helpers
+from bench.heavy import TRUE, package_parent
+
+WAYS = {
+    "Popen": "`Popen(…).wait()`, private helper",
+    "map": "`map`, one worker, output captured",
+}
+FEW = 5
+MOST_LINES = 20  # that a library's start-up may have; a process that starts commands has more
+
+HELPER = "helper"
+CHILD = "new process, up to the exec"
+
+# Why each is there. What is not named here shows up as "unexplained".
+REASONS = {
+    (HELPER, "epoll_wait"): "sleep until a request, an exec's end or a child's end comes",
+    (HELPER, "recvmsg"): "the request, with its descriptors",
+    (HELPER, "pipe2"): "tells when a program runs, by its close-on-exec end; for captured output, "
+    "one more for each stream",
+    (HELPER, "clone"): "the new process, in the helper's memory and without waiting for its exec",
+    (HELPER, "close"): "the ends of these pipes, and the descriptors that came with the request",
+    (HELPER, "epoll_ctl"): "watch, and forget, the pipe of the exec and those of streams",
+    (HELPER, "sendmsg"): "the answer; under `map` one for all of a short command's frames",
+    (HELPER, "read"): "streams: output and its end; signalfd: that children have ended",
+    (HELPER, "wait4"): "reap, until none is left, with the resource usage; the caller's own "
+    "children are not reaped here",
+    (HELPER, "fcntl"): "streams: the helper's end of a pipe must not block",
+    (HELPER, "mmap"): "a stack for the new process, where the spare one is in use",
+    (HELPER, "munmap"): "that stack again",
+    (HELPER, "mprotect"): "the guard below that stack",
+    (HELPER, "openat"): "`/dev/null`, where the request names it and sends no descriptor",
+    (HELPER, "prlimit64"): "RLIMIT_NPROC counts when the process is made: it must be the caller's",
+    (HELPER, "brk"): "memory, given back when the helper has been at rest",
+    (CHILD, "dup3"): "a descriptor of the request to its number",
+    (CHILD, "fcntl"): "the same where source and number are equal, or a source out of the way",
+    (CHILD, "close_range"): "all others at once, so that a slow exec keeps nobody's pipe open",
+    (CHILD, "rt_sigaction"): "SIGPIPE and SIGXFSZ, which Python ignores, back to their default",
+    (CHILD, "rt_sigprocmask"): "the signal mask of the calling thread: all are blocked up to here",
+    (CHILD, "setpgid"): "`map`'s commands lead process groups, so that they can be ended whole",
+    (CHILD, "execve"): "the command",
+    (CHILD, "fchdir"): "the caller's working directory, where the helper does not share it",
+    (CHILD, "umask"): "the caller's umask, where the helper does not share it",
+}
+UNEXPLAINED = "unexplained"
+
+CALL = re.compile(r"(\w+)\(")
+
+
+def calls(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and the line of each call of a trace."""
+    with path.open(errors="replace") as file:
+        for line in file:
+            if match := CALL.match(line):
+                yield match[1], line
+
+
+def of_child(path: Path) -> Counter[str] | None:
+    """Return a command's calls up to its exec, if this is the trace of a command."""
+    found: Counter[str] = Counter()
+    for name, line in calls(path):
+        found[name] += 1
+        if name == "execve" and f'"{TRUE[0]}"' in line:
+            return found
+        if found.total() > MOST_LINES:
+            return None
+    return None
+
+
+def trace(way: str, count: int) -> tuple[Counter[str], Counter[str]]:
+    """Return the calls of the helper's whole life, and of all new processes."""
+    with tempfile.TemporaryDirectory() as directory:
+        options = ["-ff", "-qq", "-e", "signal=none", "-o", os.path.join(directory, "trace")]
+        program = [sys.executable, "-m", "bench.syscalls", way, str(count)]
+        environment = os.environ | {"PYTHONPATH": package_parent()}
+        output = subprocess.check_output(["strace", *options, *program], env=environment)
+        pids = json.loads(output)
+        helper: Counter[str] = Counter()
+        child: Counter[str] = Counter()
+        for path in Path(directory).iterdir():
+            if int(path.suffix[1:]) in pids:
+                helper.update(name for name, _ in calls(path))
+            elif found := of_child(path):
+                child += found
+    return helper, child
+
+
+def per_start(way: str, count: int) -> dict[tuple[str, str], float]:
+    """Return calls per start by who makes them.
+
+    It is the difference of two runs, so without the helper's own start and end.
+    """
+    few, many = trace(way, FEW), trace(way, FEW + count)
+    return {
+        (who, name): (b[name] - a[name]) / count
+        for who, a, b in zip((HELPER, CHILD), few, many, strict=True)
+        for name in sorted(b)
+        if b[name] != a[name]
+    }
+
+
+def main() -> None:
+    way, count = sys.argv[1], int(sys.argv[2])
+    if way == "Popen":
+        for _ in range(count):
+            errand_boy.Popen(TRUE).wait()
+    else:
+        for _ in errand_boy.map([TRUE] * count, max_workers=1):
+            pass
+    print(json.dumps(helpers()))
+
+
+if __name__ == "__main__":
+    main()

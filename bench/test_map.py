@@ -1,0 +1,161 @@
+"""Many short commands: errand_boy.map and `errand-boy map` over other ways, and over the limit.
+
+The times in the table are those of so many commands as BATCH says, or CLI_BATCH.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import errand_boy
+from bench.heavy import TRUE, Caller, package_parent
+from bench.ratios import Measure
+
+Compare = Callable[..., None]
+
+BATCH = 100
+CLI_BATCH = 2000
+LINE_TRUE = [*TRUE, "-"]  # with the line, two arguments: for a single one it looks for --help
+CPUS = len(os.sched_getaffinity(0))
+WORKERS = [CPUS, 4 * CPUS]
+
+
+def timed(act: Callable[[int], None], batch: int = BATCH) -> Measure:
+    def measure(count: int) -> list[int]:
+        times = []
+        for _ in range(count):
+            start = time.perf_counter_ns()
+            act(batch)
+            times.append(time.perf_counter_ns() - start)
+        return times
+
+    return measure
+
+
+def by_map(workers: int) -> Measure:
+    def act(count: int) -> None:
+        for result in errand_boy.map([TRUE] * count, max_workers=workers):
+            assert result.returncode == 0
+
+    return timed(act)
+
+
+@pytest.fixture
+def by_threads() -> Iterator[Callable[[int], Measure]]:
+    pools = []
+
+    def one(_: int) -> None:
+        subprocess.run(TRUE, capture_output=True, check=True)
+
+    def make(workers: int) -> Measure:
+        pool = ThreadPoolExecutor(workers)
+        pools.append(pool)
+
+        def act(count: int) -> None:
+            for _ in pool.map(one, range(count)):
+                pass
+
+        return timed(act)
+
+    yield make
+    for pool in pools:
+        pool.shutdown()
+
+
+def by_asyncio(workers: int) -> Measure:
+    async def main(count: int) -> None:
+        room = asyncio.Semaphore(workers)
+        pipe = subprocess.PIPE
+
+        async def one() -> None:
+            async with room:
+                process = await asyncio.create_subprocess_exec(*TRUE, stdout=pipe, stderr=pipe)
+                await process.communicate()
+
+        await asyncio.gather(*(one() for _ in range(count)))
+
+    return timed(lambda count: asyncio.run(main(count)))
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> list[str]:
+    program = tmp_path / "cloop"
+    source = Path(__file__).with_name("cloop.c")
+    subprocess.run(["cc", "-O2", "-o", program, source], check=True)
+    return [str(program)]
+
+
+@pytest.fixture
+def c_limit(compiled: list[str]) -> Iterator[Measure]:
+    """As many C loops of vfork, exec and wait as there are CPUs."""
+    loops = [Caller(compiled) for _ in range(CPUS)]
+
+    def act(count: int) -> None:
+        with ThreadPoolExecutor(CPUS) as pool:
+            shares = [count // CPUS + (n < count % CPUS) for n in range(CPUS)]
+            list(pool.map(lambda loop, share: loop.ask("loop", "c", share), loops, shares))
+
+    yield timed(act)
+    for loop in loops:
+        loop.close()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_over_c_limit(compare: Compare, c_limit: Measure, workers: int) -> None:
+    compare(
+        by_map(workers),
+        c_limit,
+        name=f"map, {workers} workers over {CPUS} C loops of vfork, exec, wait",
+        at_most=1 / 0.9 if workers > CPUS else None,
+    )
+
+
+@pytest.mark.parametrize("threads", WORKERS)
+def test_over_threads(compare: Compare, by_threads: Callable[[int], Measure], threads: int) -> None:
+    compare(
+        by_map(4 * CPUS),
+        by_threads(threads),
+        name=f"map, {4 * CPUS} workers over subprocess.run in {threads} threads",
+        at_most=1 / 1.4,
+    )
+
+
+def test_over_asyncio(compare: Compare) -> None:
+    workers = 4 * CPUS
+    compare(by_map(workers), by_asyncio(workers), name=f"map over asyncio, {workers} at a time")
+
+
+def by_command(*words: str, lines: bytes = b"x\n" * CLI_BATCH) -> Measure:
+    environment = os.environ | {"PYTHONPATH": package_parent()}
+
+    def act(_: int) -> None:
+        subprocess.run(words, input=lines, stdout=subprocess.DEVNULL, check=True, env=environment)
+
+    return timed(act)
+
+
+@pytest.mark.parametrize("jobs", [*WORKERS])
+def test_command_over_xargs(compare: Compare, jobs: int) -> None:
+    compare(
+        by_command(sys.executable, "-m", "errand_boy", "map", f"-j{jobs}", *LINE_TRUE),
+        by_command("xargs", "-d", "\n", "-n1", f"-P{jobs}", *LINE_TRUE),
+        name=f"errand-boy map -j{jobs} over xargs -P{jobs}",
+        at_most=1 / 1.3,
+    )
+
+
+def test_callers_cpu(note: Callable[[str], None]) -> None:
+    count = 20 * BATCH
+    start = time.process_time()
+    by_map(4 * CPUS)(20)
+    used = (time.process_time() - start) / count * 1e6
+    note(f"the caller's own CPU for each command of map, {4 * CPUS} workers: {used:.1f} µs")
