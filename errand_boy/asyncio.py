@@ -17,9 +17,11 @@ import socket
 import subprocess
 import time
 import warnings
+import weakref
 from asyncio import base_subprocess, streams
 from asyncio.log import logger
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process, SubprocessStreamProtocol
+from collections import deque
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -33,7 +35,10 @@ from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterable
+
     from errand_boy import client as _client
+    from errand_boy.batch import Batch, Command, Result
 
 __all__ = [
     "DEVNULL",
@@ -44,11 +49,13 @@ __all__ = [
     "connect",
     "create_subprocess_exec",
     "create_subprocess_shell",
+    "map",
     "run",
 ]
 
 _LIMIT: int = streams._DEFAULT_LIMIT  # type: ignore[attr-defined]
 _UNKNOWN = 255  # asyncio's own word for a child that somebody else has waited for
+_STARTS_IN_A_TURN = 4
 _MOMENT = 1.0  # seconds that a cancelled start waits for its command's end
 _PAUSE = 0.01  # seconds between attempts to reach a daemon that has many others waiting
 
@@ -57,6 +64,38 @@ _burials: set[_Burial] = set()
 # Those whose answer is awaited. When a start is found to be garbage, with its loop, its coroutine
 # still needs the connection, which may have been finalized before it otherwise.
 _in_use: set[Connection] = set()
+
+
+class _Turns:
+    """Spreads the starts of a loop over its turns: many at once must leave time for others."""
+
+    def __init__(self) -> None:
+        self._count = 0  # in this turn
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until a start may begin."""
+        if self._count < _STARTS_IN_A_TURN:
+            if not self._count:
+                loop.call_soon(self._next, loop)
+            self._count += 1
+        else:
+            turn = loop.create_future()
+            self._waiting.append(turn)
+            await turn
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._count = 0
+        while self._waiting and self._count < _STARTS_IN_A_TURN:
+            turn = self._waiting.popleft()
+            if not turn.done():  # cancelled
+                turn.set_result(None)
+                self._count += 1
+        if self._count:
+            loop.call_soon(self._next, loop)
+
+
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = weakref.WeakKeyDictionary()
 
 
 class _Popen(popen.Popen[bytes]):
@@ -416,19 +455,42 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
     """asyncio's own transport, for a child that runs already."""
 
     _closed: bool
+    _pending_calls: Any
+    _pipes: dict[int, Any]
+    _returncode: int | None
     _proc: _Popen | None
 
     def __init__(self, process: _Popen, *args: Any, **kwargs: Any) -> None:
         self._started = process
+        self._exited: asyncio.Future[None] | None = None
         super().__init__(*args, **kwargs)
 
     def _start(self, *args: Any, **kwargs: Any) -> None:
         self._proc = self._started
 
+    async def _connect_pipes(self, waiter: asyncio.Future[Any] | None) -> None:
+        await super()._connect_pipes(waiter)
+        if self._closed or self._pending_calls is not None:  # closed meanwhile, or it failed
+            process = self._started
+            for fd, file in enumerate((process.stdin, process.stdout, process.stderr)):
+                connected = self._pipes.get(fd)
+                if connected is not None:
+                    connected.pipe.close()
+                elif file is not None:
+                    file.close()
+
     def _process_exited(self, returncode: int) -> None:
         super()._process_exited(returncode)
+        if self._exited is not None and not self._exited.done():
+            self._exited.set_result(None)
         if self._started.lost is not None:
             self.close()  # its pipes, which the command may hold for long
+
+    async def exited(self) -> None:
+        """Wait for the process alone, and not for the ends of its pipes."""
+        if self._returncode is None:
+            self._exited = self._loop.create_future()
+            await self._exited
 
     async def _wait(self) -> int:
         returncode: int = await super()._wait()
@@ -478,6 +540,10 @@ async def make_transport(
     **kwargs: Any,
 ) -> _Transport:
     """Start a command and return its transport; the arguments are those of asyncio's own loops."""
+    turns = _turns.get(loop)
+    if turns is None:
+        turns = _turns.setdefault(loop, _Turns())
+    await turns.take(loop)
     process = (_popen or _functions.popen)(
         args, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **kwargs
     )
@@ -491,8 +557,7 @@ async def make_transport(
         await waiter
     except (Exception, asyncio.CancelledError):
         transport.close()
-        with contextlib.suppress(OSError):  # how it ended does not matter
-            await transport._wait()
+        await transport.exited()
         raise
     except BaseException:
         transport.abandon()
@@ -505,6 +570,8 @@ async def make_transport(
 
 class _Functions:
     """asyncio's functions of this kind, for one kind of Popen."""
+
+    daemon: _client.Client | None = None
 
     def __init__(self, popen_class: type[_Popen]) -> None:
         self.popen = popen_class
@@ -614,7 +681,7 @@ class _Functions:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             transport.close()  # its descendants may hold its output for ever
-            await transport._wait()
+            await transport.exited()
             if isinstance(error, asyncio.TimeoutError):  # TimeoutError itself from 3.11 on
                 raise subprocess.TimeoutExpired(args, timeout or 0, *output()) from None
             raise
@@ -623,6 +690,18 @@ class _Functions:
         if check:
             done.check_returncode()
         return done
+
+    def map(
+        self, commands: Iterable[Command], *, check: bool = False, **options: Any
+    ) -> AsyncGenerator[Result, None]:
+        """Run commands, many at once, and yield a Result for each, as errand_boy.batch.map.
+
+        Commands are started while the iterator is awaited only. One that is left early should be
+        closed (``contextlib.aclosing``), which ends what runs.
+        """
+        from errand_boy import batch  # noqa: PLC0415  only those who need it pay for it
+
+        return _drive(batch.make(commands, self.daemon, **options), check)
 
 
 def _check(options: dict[str, Any], shell: bool) -> None:
@@ -643,6 +722,7 @@ class Client(_Functions):
 
     def __init__(self, client: _client.Client) -> None:
         super().__init__(type("Popen", (_RemotePopen,), {"_client": client}))
+        self.daemon = client
         self.path = client.path
 
     def __repr__(self) -> str:
@@ -656,7 +736,58 @@ def connect(path: str | os.PathLike[str] | None = None) -> Client:
     return Client(client.connect(path))
 
 
+async def _drive(batch: Batch, check: bool) -> AsyncGenerator[Result, None]:
+    """Run a batch, and yield its results."""
+    loop = asyncio.get_running_loop()
+    news: asyncio.Future[None] = loop.create_future()
+    timer: asyncio.TimerHandle | None = None
+
+    def tell(act: Callable[..., None], *args: Any) -> None:
+        try:
+            act(*args)
+        except Exception as error:
+            if not news.done():
+                news.set_exception(error)
+        else:
+            if not news.done():
+                news.set_result(None)
+
+    def watch(fd: int, writing: bool) -> None:
+        loop.add_reader(fd, tell, batch.on_ready, fd)
+        if writing:
+            loop.add_writer(fd, tell, batch.on_ready, fd)
+        else:
+            loop.remove_writer(fd)
+
+    def unwatch(fd: int) -> None:
+        loop.remove_reader(fd)
+        loop.remove_writer(fd)
+
+    batch.watch, batch.unwatch = watch, unwatch
+    try:
+        while True:
+            batch.fill()
+            while (result := batch.take()) is not None:
+                if check:
+                    result.check_returncode()
+                yield result
+                batch.fill()
+            if not batch.pending():
+                return
+            if timer is not None:
+                timer.cancel()
+            rest = batch.patience()
+            timer = None if rest is None else loop.call_later(rest, tell, batch.on_time)
+            await news
+            news = loop.create_future()
+    finally:
+        if timer is not None:
+            timer.cancel()
+        batch.close()
+
+
 _functions = connect() if os.environ.get("ERRAND_BOY_SOCKET") else _Functions(_Popen)
 create_subprocess_exec = _functions.create_subprocess_exec
 create_subprocess_shell = _functions.create_subprocess_shell
 run = _functions.run
+map = _functions.map

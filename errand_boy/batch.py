@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from heapq import heappop, heappush
 
+import errand_boy
 from errand_boy import helper as _helper
 from errand_boy import protocol
 from errand_boy._native import lib
@@ -57,7 +58,7 @@ _HEADER_SIZE = _HEADER.size
 _BEGINNING = struct.Struct("<IBBII")  # of a SPAWN frame, up to its arguments
 _ARGV = lib.EB_TAG_ARGV
 _END_OF_INPUT = _HEADER.pack(0, _STDIN)
-_KILL = _HEADER.pack(8, _SIGNAL) + struct.pack("<ii", 0, signal.SIGKILL)
+_PLAIN = (list, tuple)
 _ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 
@@ -155,6 +156,7 @@ class _Job:
         "input",
         "options",
         "outputs",
+        "pid",
         "shell",
         "status",
         "streams",
@@ -187,6 +189,7 @@ class _Job:
         self.given = 0  # bytes of the input
         self.unasked = 0  # bytes of the request that the socket has not taken
         self.timed_out = False
+        self.pid = 0  # unless it is brief
 
 
 class _Line:
@@ -208,7 +211,6 @@ class _Line:
 class _Here:
     """Commands by a helper of this process's own."""
 
-    brief = True  # a start waits for nobody
     _helper: Helper | None = None
     _ids: tuple[Any, ...] = ()
     _checked = 0.0
@@ -216,7 +218,7 @@ class _Here:
     def changed(self) -> bool:
         """Have a helper that fits this process; return whether it is another than before."""
         # Ids are compared at each start. The rest (capabilities, limits, session, ...) takes 15 µs.
-        ids = (os.getpid(), os.getresuid(), os.getresgid(), os.getgroups())
+        ids = (os.getresuid(), os.getresgid(), os.getgroups())
         helper, now = _helper.owner.current, time.monotonic()
         if (
             self._helper is helper is not None
@@ -262,7 +264,6 @@ class _Here:
 class _There:
     """Commands by a daemon."""
 
-    brief = False  # a start may wait for others: its time begins when it is told of
     _ids: tuple[int, int] | None = None
 
     def __init__(self, client: Client) -> None:
@@ -300,7 +301,10 @@ class _Template:
             if len(self.programs) < _MOST_PROGRAMS:
                 self.programs[program] = common
         try:
-            text = "\0".join(argv).encode(_ENCODING, _ERRORS) + b"\0"
+            if type(program) is bytes:
+                text = b"\0".join(argv) + b"\0"
+            else:
+                text = "\0".join(argv).encode(_ENCODING, _ERRORS) + b"\0"
         except TypeError:
             text = b"\0".join([os.fsencode(arg) for arg in argv]) + b"\0"
         if text.count(0) != len(argv):
@@ -314,6 +318,10 @@ class _Template:
     def _common(self, name: bytes) -> bytes:
         programs = [name] if b"/" in name else [os.path.join(part, name) for part in self.path]
         return protocol.strings(lib.EB_TAG_EXECUTABLES, programs) + self.options
+
+
+def _kill(pid: int) -> bytes:
+    return _HEADER.pack(8, _SIGNAL) + struct.pack("<ii", pid, signal.SIGKILL)
 
 
 def _unwatched(*_: Any) -> None:
@@ -373,6 +381,7 @@ class Batch:
         self._most = max_workers
         self._ordered = ordered
         self._text = bool(text or encoding or errors)
+        self._nothing: Any = "" if self._text else b""
         self._encoding = encoding or "locale"
         self._errors = errors or "strict"
         self._input = input
@@ -383,6 +392,7 @@ class Batch:
         self._stdout = stdout
         self._stderr = stderr
         self._captured = (stdout == subprocess.PIPE, stderr == subprocess.PIPE)
+        self._streams = sum(self._captured)
         self._options: dict[str, Any] = {
             "cwd": cwd,
             "env": env,
@@ -469,9 +479,13 @@ class Batch:
         ends = self._ends
         while ends and (ends[0][2].job is not ends[0][3] or ends[0][0] <= time.monotonic()):
             _, _, line, job = heappop(ends)
-            if line.job is job:
-                job.timed_out = True
-                self._send(line, _KILL)
+            if line.job is not job:
+                continue
+            job.timed_out = True
+            if job.status is None:
+                self._send(line, _kill(-job.pid) + _kill(job.pid))  # it may lead no group
+            else:  # it has left others that hold its output
+                self._over(line, self._ended(job), keep=False)
 
     def on_ready(self, fd: int) -> None:
         """Move data over a line."""
@@ -532,7 +546,8 @@ class Batch:
 
     def _job(self, command: Command) -> _Job:
         given: dict[str, Any] = {}
-        if isinstance(command, Mapping):
+        plain = type(command) in _PLAIN  # else the checks take a microsecond
+        if not plain and isinstance(command, Mapping):
             given = dict(command)
             try:
                 args = given.pop("args")
@@ -553,7 +568,9 @@ class Batch:
             if unknown:
                 raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
             job.options = {**self._options, **given}
-        if isinstance(args, (str, bytes, os.PathLike)):
+        if plain:
+            pass
+        elif isinstance(args, (str, bytes, os.PathLike)):
             if job.shell and isinstance(args, os.PathLike):
                 raise TypeError("path-like args is not allowed when shell is true")
             args = (args,)
@@ -635,7 +652,8 @@ class Batch:
             self._cwd_fd = -1
 
     def _template_of(self, job: _Job) -> _Template:
-        key = job.input is not None, job.timeout is None or self._place.brief
+        # The time of one that waits for its turn in a daemon begins with the news of its start.
+        key = job.input is not None, job.timeout is None
         if job.options is not None:
             return self._template(job.options, *key)
         template = self._templates.get(key)
@@ -647,7 +665,7 @@ class Batch:
         while job.attempts < _helper.PATIENCE:
             if self._place.changed():
                 self._renew()
-            job.begin(sum(self._captured))
+            job.begin(self._streams)
             job.begun = time.monotonic()
             template = None
             try:
@@ -660,7 +678,7 @@ class Batch:
                 if template is None and job.options is None and isinstance(error, ValueError):
                     raise  # it is wrong for all of them
                 if not self._put_off(job, error):
-                    self._finish(job, _failed(job, error))
+                    self._finish(job, self._failed(job, error))
                 return
             if line is None:
                 continue
@@ -674,8 +692,6 @@ class Batch:
                 size = len(data)
                 data += self._input_frames(job)
                 job.unasked = size
-            if job.timeout is not None and self._place.brief:
-                self._set_end(line, job)
             if self._send(line, data, template.fds):
                 return
             line.job = None
@@ -697,11 +713,6 @@ class Batch:
         while self._idle:
             self._drop(self._idle.pop())
         self._forget_templates()
-
-    def _set_end(self, line: _Line, job: _Job) -> None:
-        assert job.timeout is not None
-        end = time.monotonic() + job.timeout
-        heappush(self._ends, (end, next(self._serial), line, job))
 
     def _input_frames(self, job: _Job) -> bytes:
         """Return as much of the input as may be sent now."""
@@ -796,10 +807,12 @@ class Batch:
             failed = protocol.reply(kind, payload)
             assert isinstance(failed, protocol.Failed)
             options = self._options if job.options is None else job.options
-            self._over(line, _failed(job, failure(failed, job.argv[0], options["cwd"])))
+            self._over(line, self._failed(job, failure(failed, job.argv[0], options["cwd"])))
         elif kind == lib.EB_SPAWNED:
+            job.pid = int.from_bytes(payload[:4], "little")
             if job.timeout is not None:
-                self._set_end(line, job)
+                end = time.monotonic() + job.timeout
+                heappush(self._ends, (end, next(self._serial), line, job))
         else:
             self._stray(line, kind, payload)
 
@@ -808,18 +821,30 @@ class Batch:
         status = job.status
         result = Result(job.args, os.waitstatus_to_exitcode(status) if status else 0)
         result._usage = job.usage
-        self._put_output(result, job)
+        if self._streams:
+            self._put_output(result, job)
         if job.timed_out:
             result.error = subprocess.TimeoutExpired(
                 job.args, job.timeout or 0, result.stdout, result.stderr
             )
         return result
 
+    def _failed(self, job: _Job, error: Exception) -> Result:
+        """Return the result of a command that was not started."""
+        if isinstance(error, OSError) and error.errno == errno.E2BIG and not error.filename:
+            error = OSError(error.errno, error.strerror, job.argv[0])
+        if isinstance(error, IndexError):
+            error = ValueError("a command needs at least one argument")
+        result = Result(job.args, 127 if isinstance(error, FileNotFoundError) else 126)
+        self._put_output(result, job)
+        result.error = error
+        return result
+
     def _put_output(self, result: Result, job: _Job) -> None:
         for number, output in enumerate(job.outputs):
             if not self._captured[number]:
                 continue
-            data: Any = "" if self._text else b""
+            data = self._nothing
             if output is not None:
                 data = output.data
                 if output.file is not None:
@@ -888,22 +913,30 @@ class Batch:
         self._finish(job, result)
 
 
-def _failed(job: _Job, error: Exception) -> Result:
-    if isinstance(error, OSError) and error.errno == errno.E2BIG and not error.filename:
-        error = OSError(error.errno, error.strerror, job.argv[0])
-    if isinstance(error, IndexError):
-        error = ValueError("a command needs at least one argument")
-    result = Result(job.args, 127 if isinstance(error, FileNotFoundError) else 126)
-    result.error = error
-    return result
+def waiter(batch: Batch) -> Callable[[float | None], Iterable[int]]:
+    """Watch what `batch` says; return a function that waits, and returns what is ready."""
+    watched: dict[int, bool] = {}
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        only_in, both = select.POLLIN, select.POLLIN | select.POLLOUT
+        batch.watch = lambda fd, writing: poll.register(fd, both if writing else only_in)
+        batch.unwatch = poll.unregister
+        return lambda rest: [fd for fd, _ in poll.poll(None if rest is None else rest * 1000)]
+
+    def wait(rest: float | None) -> Iterable[int]:
+        writing = [fd for fd, wanted in watched.items() if wanted]
+        readable, writable, _ = select.select(list(watched), writing, [], rest)
+        return {*readable, *writable}
+
+    # eventlet has taken it away.
+    batch.watch = watched.__setitem__
+    batch.unwatch = watched.pop
+    return wait
 
 
-def drive(batch: Batch, check: bool = False) -> Iterator[Result]:
+def drive(batch: Batch, check: bool = False) -> Generator[Result, None, None]:
     """Run a batch, and yield its results."""
-    poll = select.poll()
-    only_in, both = select.POLLIN, select.POLLIN | select.POLLOUT
-    batch.watch = lambda fd, writing: poll.register(fd, both if writing else only_in)
-    batch.unwatch = poll.unregister
+    wait = waiter(batch)
     try:
         while True:
             batch.fill()
@@ -914,8 +947,7 @@ def drive(batch: Batch, check: bool = False) -> Iterator[Result]:
                 batch.fill()
             if not batch.pending():
                 return
-            rest = batch.patience()
-            for fd, _ in poll.poll(None if rest is None else rest * 1000):
+            for fd in wait(batch.patience()):
                 batch.on_ready(fd)
             batch.on_time()
     finally:
@@ -934,7 +966,7 @@ def map(
     progress: bool = False,
     client: Client | None = None,
     **options: Any,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Run commands, many at once, and yield a Result for each.
 
     `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and, for
@@ -945,20 +977,26 @@ def map(
     `max_workers`: how many run at once; by default four for each CPU.
     `ordered`: results come in the order of the commands, else as the commands end.
     `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as
-    subprocess.run has them; standard input is /dev/null without `input`.
+    subprocess.run has them, but that output is captured unless `stdout` or `stderr` is given or
+    `capture_output` is false, and that standard input is /dev/null without `input`.
     `max_output`: bytes of each output that are kept; with `spool`, all of a longer one is in a
     temporary file.
     `check`: raise at the first Result that is no success. Else a command that can't be started is a
     Result too. `progress`: show a bar on a terminal, if tqdm is installed.
 
     Each command leads a process group of its own, unless `process_group` or `start_new_session`
-    says otherwise. Closing the iterator ends what runs: its process group gets SIGTERM, and SIGKILL
-    a second later. The environment, the limits and so on are those of the first command's start. A
-    change of this process's ids goes for the next command, one of its capabilities for those that
-    are started 5 ms later.
+    says otherwise; after its `timeout` that group is killed. Closing the iterator ends what runs:
+    its process group gets SIGTERM, and SIGKILL a second later; and so does the end of this process.
+
+    The environment, the limits and so on are those of the first command's start, the working
+    directory and umask too if it is a daemon that runs them. A change of this process's ids goes
+    for the next command, one of its capabilities for those that are started 5 ms later. In a
+    process forked from this one, the iterator raises ChildProcessError.
 
     Raises HelperError if there is no helper; by a daemon, NoDaemonError and RefusedError.
     """
+    if client is None:  # but for ERRAND_BOY_SOCKET, there is none
+        client = getattr(errand_boy.Popen, "_client", None)
     results = drive(make(commands, client, **options), check)
     if progress and sys.stderr is not None and sys.stderr.isatty():
         total = len(commands) if isinstance(commands, Sized) else None
@@ -967,11 +1005,13 @@ def map(
     return results
 
 
-def _with_bar(results: Iterator[Result], total: int | None) -> Iterator[Result]:
+def _with_bar(
+    results: Generator[Result, None, None], total: int | None
+) -> Generator[Result, None, None]:
     from tqdm import tqdm  # noqa: PLC0415
 
-    def counted() -> Iterator[Result]:
-        with tqdm(total=total, unit="command") as bar, contextlib.closing(results):  # type: ignore[type-var]
+    def counted() -> Generator[Result, None, None]:
+        with tqdm(total=total, unit="command") as bar, contextlib.closing(results):
             for result in results:
                 bar.update()
                 yield result

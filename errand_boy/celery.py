@@ -542,6 +542,7 @@ def map(
     *,
     ordered: bool = False,
     progress: bool = False,
+    within: float | None = None,
     interval: float = 0.1,
     send: Mapping[str, Any] | None = None,
     **options: Any,
@@ -552,6 +553,7 @@ def map(
     of `run_command` for that command. `options` are those for all. They are all sent at once.
     `ordered`: outcomes come in the order of the commands, else as the commands end.
     `progress`: show a bar on a terminal, if tqdm is installed.
+    `within`: seconds after which celery.exceptions.TimeoutError is raised if an outcome is missing.
     `interval`: seconds between looks, for result backends that can't tell by themselves.
     `send`: options of Celery's apply_async, such as `queue` or `soft_time_limit`.
 
@@ -565,7 +567,7 @@ def map(
         args = args if isinstance(args, str) else list(args)
         kwargs = {**options, **given}
         tasks.append(app.signature(run_command.name, (args,), kwargs, dict(send or {})))
-    outcomes = _outcomes(app, tasks, ordered, interval)
+    outcomes = _outcomes(app, tasks, ordered, within, interval)
     if progress and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from tqdm import tqdm  # noqa: PLC0415
@@ -574,7 +576,9 @@ def map(
     return outcomes
 
 
-def _outcomes(app: Any, tasks: list[Any], ordered: bool, interval: float) -> Iterator[Outcome]:
+def _outcomes(
+    app: Any, tasks: list[Any], ordered: bool, within: float | None, interval: float
+) -> Iterator[Outcome]:
     if not tasks:
         return
     sent = group(tasks, app=app).apply_async()
@@ -582,7 +586,7 @@ def _outcomes(app: Any, tasks: list[Any], ordered: bool, interval: float) -> Ite
     early: dict[int, Outcome] = {}
     following = 0
     try:
-        for id, meta in sent.iter_native(interval=interval):
+        for id, meta in sent.iter_native(timeout=within, interval=interval):
             index = left.pop(id)
             outcome = _outcome(tasks[index].args[0], index, meta)
             app.backend.forget(id)

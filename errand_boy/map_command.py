@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import shlex
 import signal
 import sys
@@ -144,18 +143,22 @@ class JobLog:
         self.done: set[int] = set()
         start = 0 if resume else os.O_TRUNC
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | start, 0o666)
+        if resume:
+            self._read()
+        if not self.done:
+            self._write(_TITLE.replace(" ", "\t").encode())
+
+    def _read(self) -> None:
         whole = 0
         with open(self._fd, "rb", closefd=False) as file:
             for line in file:
                 if not line.endswith(b"\n"):  # it was cut short: that command is run again
                     break
-                whole += len(line)
                 number = line.split(b"\t", 1)[0]
                 if number.isdigit():
                     self.done.add(int(number))
-        os.ftruncate(self._fd, whole)
-        if not whole:
-            self._write(_TITLE.replace(" ", "\t").encode())
+                whole += len(line)
+        os.ftruncate(self._fd, whole if self.done else 0)
 
     def add(self, seq: int, result: Result) -> None:
         usage = result.rusage
@@ -190,13 +193,13 @@ def _write(result: Result) -> None:
         (sys.stderr.buffer, result.stderr, result.stderr_file),
     )
     for to, data, file in pairs:
-        if file is None:
-            to.write(data)
-        else:
+        if file is not None:
             from shutil import copyfileobj  # noqa: PLC0415
 
             with file:
                 copyfileobj(file, to)
+        elif data:
+            to.write(data)
     error = result.error
     if error is not None:
         why = "timed out" if isinstance(error, TimeoutExpired) else error
@@ -284,10 +287,7 @@ def _run(work: Batch, lines: _Lines, log: JobLog | None, policy: Halt, progress:
 
 def _drive(work: Batch, lines: _Lines, policy: Halt) -> Iterator[Result]:
     """As batch.drive, but wait for lines too, and for the reason to halt."""
-    poll = select.poll()
-    only_in, both = select.POLLIN, select.POLLIN | select.POLLOUT
-    work.watch = lambda fd, writing: poll.register(fd, both if writing else only_in)
-    work.unwatch = poll.unregister
+    wait = batch.waiter(work)
     reads = False
     while True:
         work.fill()
@@ -304,11 +304,10 @@ def _drive(work: Batch, lines: _Lines, policy: Halt) -> Iterator[Result]:
         if wanted != reads:
             reads = wanted
             if reads:
-                poll.register(0, only_in)
+                work.watch(0, False)
             else:
-                poll.unregister(0)
-        rest = work.patience()
-        for fd, _ in poll.poll(None if rest is None else rest * 1000):
+                work.unwatch(0)
+        for fd in wait(work.patience()):
             if fd == 0:
                 lines.read()
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import shutil
@@ -48,3 +49,29 @@ def test_build_project() -> None:
     # Near a memory limit the third way may be refused; the line is there all the same.
     assert lines[8].startswith(("gevent.subprocess", "subprocess, preexec_fn"))
     assert len(lines) == 9
+
+
+def run_compress_files(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / "compress_files.py", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])},
+    )
+
+
+@pytest.mark.skipif(shutil.which("gzip") is None, reason="needs gzip")
+def test_compress_files(tmp_path: Path) -> None:
+    done = run_compress_files()
+    first, second, third = done.stdout.splitlines()
+    assert re.fullmatch(r"200 files, \d+ bytes, are \d+ bytes now", first)
+    assert re.fullmatch(r"the slowest took \d+ ms: sample-\d+\.log", second)
+    assert re.fullmatch(r"failed: gzip: .*missing\.log: No such file or directory", third)
+    assert done.returncode == 0
+
+    path = tmp_path / "text"
+    path.write_text("x" * 10_000)
+    assert run_compress_files(path).returncode == 0
+    assert gzip.decompress((tmp_path / "text.gz").read_bytes()) == path.read_bytes()
+    assert run_compress_files(path, tmp_path / "missing").returncode == 1

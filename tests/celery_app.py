@@ -1,0 +1,65 @@
+"""The app of test_celery's workers and of its clients."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from celery.backends.filesystem import FilesystemBackend
+
+
+class Results(FilesystemBackend):  # type: ignore[misc]
+    """Celery's own, but that nobody reads half a result."""
+
+    def set(self, key: bytes, value: bytes) -> None:
+        path = self._filename(key)
+        new = path + b".%d.%d" % (os.getpid(), id(value))
+        with open(new, "wb") as file:
+            file.write(value if isinstance(value, bytes) else value.encode())
+        os.replace(new, path)
+
+
+def make_app(broker: str) -> Any:
+    """Return an app whose broker is Redis at an address, or a directory."""
+    app = Celery("celery_app", include=["errand_boy.celery"], set_as_current=False)
+    app.conf.update(
+        broker_connection_retry_on_startup=True,
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        worker_hijack_root_logger=False,
+    )
+    if broker.startswith("redis"):
+        app.conf.update(
+            broker_url=broker,
+            result_backend=broker,
+            # Seconds until the tasks of a worker that has gone are given to another.
+            broker_transport_options={"visibility_timeout": 3, "max_connections": 100},
+        )
+    else:
+        folders = {name: Path(broker, name) for name in ("messages", "control", "results")}
+        for folder in folders.values():
+            folder.mkdir(exist_ok=True)
+        app.conf.update(
+            broker_url="filesystem://",
+            result_backend=f"celery_app:Results+file://{folders['results']}",
+            broker_transport_options={
+                "data_folder_in": str(folders["messages"]),
+                "data_folder_out": str(folders["messages"]),
+                "processed_folder": broker,
+                "store_processed": True,  # the other way is through the folder of all
+                "control_folder": str(folders["control"]),
+                "polling_interval": 0.05,
+            },
+        )
+    app.task(_total, name="celery_app.total")
+    return app
+
+
+def _total(outcomes: list[dict[str, Any]]) -> int:
+    return sum(int(outcome["stdout"]) for outcome in outcomes)
+
+
+if "CELERY_TEST_BROKER" in os.environ:
+    app = make_app(os.environ["CELERY_TEST_BROKER"])
