@@ -43,7 +43,6 @@ struct eb_connection {
     bool starting;
     bool brief;      /* the command's frames are held back, to go together */
     bool held;       /* `out` holds such frames */
-    bool ahead;      /* the next SPAWN has come before its time */
     uint64_t held_until; /* of eb_now_ms */
     bool ask, wanting, granted; /* ask: each start needs a GRANT */
     bool on_close;   /* the command is ended with the connection: SIGTERM, and SIGKILL after so long */

@@ -325,7 +325,6 @@ static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
 
 void eb_proceed(struct eb_connection *c)
 {
-    c->ahead = false;
     eb_streams_resume(c); /* first: their end may make room for the next SPAWN */
     while (c->fd >= 0 && !c->starting && !c->wanting && !eb_is_blocked(c) && c->in_size > 0) {
         struct eb_frame frame = {0};
@@ -349,10 +348,6 @@ void eb_proceed(struct eb_connection *c)
             return;
         if (whole == 0)
             break;
-        if (frame.kind == EB_SPAWN && c->brief && !eb_at_rest(c)) {
-            c->ahead = true;
-            break;
-        }
         c->deadline = 0; /* that of a frame; the next has its own */
         if (frame.kind == EB_HELLO)
             on_hello(c, &frame);
@@ -381,13 +376,13 @@ void eb_proceed(struct eb_connection *c)
         eb_close_connection(c);
         return;
     }
-    if (!eb_watch(c, c->wanting || c->ahead ? 0 : eb_is_blocked(c) ? EPOLLOUT : EPOLLIN))
+    if (!eb_watch(c, c->wanting ? 0 : eb_is_blocked(c) ? EPOLLOUT : EPOLLIN))
         eb_close_connection(c);
 }
 
 static bool may_read(const struct eb_connection *c)
 {
-    return !c->starting && !c->wanting && !c->ahead && !eb_is_blocked(c);
+    return !c->starting && !c->wanting && !eb_is_blocked(c);
 }
 
 static void on_connection(struct eb_connection *c, uint32_t events)
@@ -399,7 +394,7 @@ static void on_connection(struct eb_connection *c, uint32_t events)
         unwatch(c);
         return;
     }
-    if (c->wanting || c->ahead) {
+    if (c->wanting) {
         if (events & (EPOLLHUP | EPOLLERR))
             eb_close_connection(c);
         return;
