@@ -61,8 +61,8 @@ _PAUSE = 0.01  # seconds between attempts to reach a daemon that has many others
 
 _burials: set[_Burial] = set()
 
-# Those whose answer is awaited. When a start is found to be garbage, with its loop, its coroutine
-# still needs the connection, which may have been finalized before it otherwise.
+# Those whose answer is awaited, or that have a live command. When that is found to be garbage,
+# with its loop, it can only be ended if the connection has not been finalized before.
 _in_use: set[Connection] = set()
 
 
@@ -219,9 +219,14 @@ class _Popen(popen.Popen[bytes]):
         return self.returncode
 
     def _await_exit(self, timeout: float | None) -> None:
+        lease = self._lease
+        if lease is not None:
+            _in_use.discard(lease[1])  # before it is back with its lender
         try:
             super()._await_exit(timeout)
         except TimeoutError:
+            if lease is not None:
+                _in_use.add(lease[1])
             raise
         except OSError as error:
             self.lost = error
@@ -320,6 +325,7 @@ class _Watch:
             # A copy: the connection may be in use for another command before this is removed.
             self._fd = os.dup(lease[1].sock.fileno())
             process._watch = self
+            _in_use.add(lease[1])
         else:
             with contextlib.suppress(ProcessLookupError):  # somebody has waited for it
                 self._fd = os.pidfd_open(process.pid)
@@ -513,8 +519,11 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
     def abandon(self) -> None:
         """End the command though nothing may be awaited any more."""
         self._closed = True
+        lease = self._started._lease
         with contextlib.suppress(OSError):
             self._started.kill()
+        if lease is not None:
+            _in_use.discard(lease[1])
 
     def __del__(self, _warn: Callable[..., Any] = warnings.warn) -> None:
         # asyncio's own would have the pipes call a loop that is closed, before it kills.

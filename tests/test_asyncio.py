@@ -507,7 +507,9 @@ def test_loop_closed_right_after_a_cancellation(run: Runner, unchanged: None, tu
             await asyncio.sleep(0)
         start.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await start
+            process = await start
+            process.kill()
+            await process.wait()
 
     run(main)
 
