@@ -120,6 +120,14 @@ for the processes that share it.
 """
 
 
+SOAKS = """\
+## Long runs
+
+`python -m bench.soak --record bench/soak.txt`, with and without `--map`: a third of the commands are
+plain, a third have their input and output captured, and a third do not exist.
+"""
+
+
 # -- figures --
 
 
@@ -346,11 +354,17 @@ def draw(findings: Findings, directory: Path) -> None:
         plots.throughput(directory / "throughput.svg", bars, most)
 
 
+def soaks() -> str:
+    """What the runs of bench.soak have left, which are too long to be part of this."""
+    record = Path(__file__).parent / "soak.txt"
+    return f"{SOAKS}\n```\n{record.read_text().rstrip()}\n```\n" if record.exists() else ""
+
+
 def write(findings: Findings, directory: Path) -> None:
     """Write benchmarks.md and its plots."""
     directory.mkdir(parents=True, exist_ok=True)
     draw(findings, directory)
-    text = "\n".join([INTRODUCTION, *(section(findings) for section in SECTIONS)])
+    text = "\n".join([INTRODUCTION, *(section(findings) for section in SECTIONS), soaks()])
     (directory / "benchmarks.md").write_text(text)
 
 

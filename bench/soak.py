@@ -1,8 +1,10 @@
 """Starts many commands, then says what they left behind. Exit status 1 if that is anything.
 
-    python -m bench.soak [N]
+    python -m bench.soak [--map] [--record FILE] [N]
 
 The commands are a plain one, one with its input and output captured, and one that does not exist.
+With --map they go through errand_boy.map. --record adds what was seen to a file, as
+bench/soak.txt, which the page of the benchmarks shows.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import errand_boy
+from errand_boy.helper import Keeper, callers, owner
 
 WARM_UP = 300
 REPORTS = 10
@@ -35,6 +40,18 @@ def missing() -> None:
     except FileNotFoundError:
         return
     raise AssertionError("/nonexistent was started")
+
+
+def spawn_by_map(count: int) -> None:
+    cases: list[dict[str, Any]] = [
+        {"args": ["/bin/true"]},
+        {"args": ["/bin/cat"], "input": b"errand"},
+        {"args": ["/nonexistent"]},
+    ]
+    expected = [(0, b""), (0, b"errand"), (127, b"")]
+    commands = itertools.islice(itertools.cycle(cases), count)
+    for number, result in enumerate(errand_boy.map(commands)):
+        assert (result.returncode, result.stdout) == expected[number % 3], result
 
 
 def spawn(count: int) -> None:
@@ -63,9 +80,9 @@ def zombies() -> int:
     return found
 
 
-def inventory() -> dict[str, int]:
-    helper = errand_boy.helper_pid()
-    assert helper is not None
+def inventory(keeper: Keeper) -> dict[str, int]:
+    assert keeper.current is not None
+    helper = keeper.current.pid
     caller = os.getpid()
     return {
         "helper pid": helper,
@@ -85,22 +102,37 @@ def inventory() -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("count", type=int, nargs="?", default=100_000, metavar="N")
-    count: int = parser.parse_args().count
+    parser.add_argument("--map", action="store_true")
+    parser.add_argument("--record", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    count: int = options.count
+    run, keeper = (spawn_by_map, owner) if options.map else (spawn, callers)
 
-    spawn(WARM_UP)
-    before = inventory()
+    run(WARM_UP)
+    before = inventory(keeper)
     start = time.monotonic()
     for part in range(REPORTS):
-        spawn(count * (part + 1) // REPORTS - count * part // REPORTS)
-        print(f"{count * (part + 1) // REPORTS} starts, {time.monotonic() - start:.0f} s")
-    after = inventory()
+        run(count * (part + 1) // REPORTS - count * part // REPORTS)
+        print(
+            f"{count * (part + 1) // REPORTS} starts, {time.monotonic() - start:.0f} s", flush=True
+        )
+    seconds = time.monotonic() - start
+    after = inventory(keeper)
 
-    print(f"{'':22}{'before':>10}{'after':>10}")
-    for what in before:
-        print(f"{what:22}{before[what]:10}{after[what]:10}")
+    through = "errand_boy.map" if options.map else "Popen and run"
+    lines = [
+        f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}: {count:,} commands "
+        f"through {through} in {seconds:.0f} s",
+        f"{'':22}{'before':>10}{'after':>10}",
+        *(f"{what:22}{before[what]:10}{after[what]:10}" for what in before),
+    ]
     left = [what for what in before if not what.endswith("KiB") and before[what] != after[what]]
     if left:
-        print("changed:", ", ".join(left))
+        lines.append("changed: " + ", ".join(left))
+    print("\n".join(lines))
+    if options.record is not None:
+        with options.record.open("a") as record:
+            record.write("\n".join(lines) + "\n\n")
     return 1 if left else 0
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("celery")
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.append(str(TESTS))
 
-from celery_app import make_app
+from celery_app import make_app  # noqa: E402
 
 AT_MOST = 1.2
 GIB = 2.0
