@@ -123,8 +123,8 @@ for the processes that share it.
 SOAKS = """\
 ## Long runs
 
-`python -m bench.soak --record bench/soak.txt`, with and without `--map`: a third of the commands are
-plain, a third have their input and output captured, and a third do not exist.
+`python -m bench.soak --record bench/soak.txt`, with and without `--map`: a third of the commands
+are plain, a third have their input and output captured, and a third do not exist.
 """
 
 

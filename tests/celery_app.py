@@ -25,10 +25,13 @@ class Results(FilesystemBackend):  # type: ignore[misc]
         os.replace(new, path)
 
 
-class Channel(filesystem.Channel):  # type: ignore[misc]
+_Base: Any = filesystem.Channel
+
+
+class Channel(_Base):  # type: ignore[misc]
     """Kombu's own, but that nobody reads half a message, and loses it."""
 
-    def _put(self, queue: str, payload: Any, **kwargs: Any) -> None:
+    def _put(self, queue: Any, payload: Any, **kwargs: Any) -> None:
         name = f"{time.monotonic_ns():020}_{uuid4()}.{queue}.msg"
         new = Path(self.data_folder_out, f"{name}.new")
         new.write_text(json.dumps(payload))
