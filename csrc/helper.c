@@ -46,6 +46,7 @@ enum {
 
 struct eb_service service;
 static int epoll_fd, children_fd;
+static bool caller_gone;
 static uint64_t frame_timeout_ms = 30000; /* for the rest of a frame that has begun */
 
 static void fatal(const char *what)
@@ -456,6 +457,17 @@ static void check_deadlines(void)
 #define OWNER_OF(pointer, member) \
     ((struct eb_connection *)(void *)((char *)(pointer)-offsetof(struct eb_connection, member)))
 
+/* The caller has ended. */
+static void leave(void)
+{
+    caller_gone = true;
+    eb_unwatch_fd(CALLER_FD);
+    for (struct eb_connection *c = service.all, *next; c != NULL; c = next) {
+        next = c->next;
+        eb_close_connection(c);
+    }
+}
+
 static void dispatch(enum eb_source *source, uint32_t events, bool *child_ended)
 {
     switch (*source) {
@@ -480,9 +492,18 @@ static void dispatch(enum eb_source *source, uint32_t events, bool *child_ended)
         *child_ended = true;
         break;
     case EB_SOURCE_CALLER:
-        /* What is being started shares our memory; it stays until they have gone. */
-        _exit(0);
+        leave();
+        break;
     }
+}
+
+/* Whether a command is still to be ended with the caller. */
+static bool duties_left(void)
+{
+    for (const struct eb_connection *c = service.all; c != NULL; c = c->next)
+        if (c->dying || (c->on_close && (c->starting || c->child != 0)))
+            return true;
+    return false;
 }
 
 static void serve(void)
@@ -511,6 +532,8 @@ static void serve(void)
         }
         check_deadlines();
         sweep();
+        if (caller_gone && !duties_left())
+            _exit(0); /* what is being started shares our memory, which stays until they have gone */
     }
 }
 

@@ -63,6 +63,15 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
+def _readable(fd: int, seconds: float) -> bool:
+    """Wait until `fd` is readable; return whether it is."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    return bool(select.select([fd], [], [], seconds)[0])  # all that eventlet leaves there
+
+
 class Helper:
     """A running helper process, and the connections to it that are not in use."""
 
@@ -174,9 +183,7 @@ class Helper:
                 # A copy of a connection, where nobody knows it, must not keep us waiting.
                 pidfd = os.pidfd_open(self.pid)
                 try:
-                    poll = select.poll()
-                    poll.register(pidfd, select.POLLIN)
-                    if not poll.poll(grace * 1000):
+                    if not _readable(pidfd, grace):
                         self._kill()
                 finally:
                     os.close(pidfd)

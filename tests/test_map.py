@@ -477,6 +477,24 @@ def test_closing_ends_what_runs(run_map: Map, tmp_path: Path) -> None:
     assert not psutil.wait_procs(found, timeout=PATIENCE)[1]
 
 
+def test_killing_the_caller_ends_what_runs(tmp_path: Path) -> None:
+    """Also what ignores SIGTERM, though the helper has nobody left to serve then."""
+    pids = tmp_path / "pids"
+    source = """
+        pids = sys.argv[2]
+        commands = [
+            f"trap '' TERM; echo $$ >> {pids}; while :; do sleep 1000; done",
+            f"sleep 1000 & echo $! >> {pids}; echo $$ >> {pids}; wait",
+        ]
+        list(subprocess.map(commands, shell=True))
+    """
+    with started_script(source, args=[pids]) as process:
+        found = [psutil.Process(pid) for pid in pids_in(pids, 3)]
+        found += [child for child in psutil.Process(process.pid).children()]
+        process.kill()
+        assert not psutil.wait_procs(found, timeout=PATIENCE)[1]
+
+
 @pytest.mark.parametrize("options", [{}, {"capture_output": False}, {"input": b"x"}])
 def test_forgetting_the_iterator_ends_what_runs(options: Any, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
