@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 enum {
-    CHILD_BUCKETS = 1024,
+    CHILD_BUCKETS = 256,
     STREAMED_GRACE_MS = 1000,
 };
 

@@ -90,7 +90,8 @@ static int get_targets(struct eb_request *q, struct value v, char *reason)
     q->targets = malloc((count + 3 + 1) * sizeof *q->targets);
     if (q->targets == NULL)
         return ENOMEM;
-    struct eb_reader r = eb_reader(v.at, v.size);
+    /* Without FDS there is no value. */
+    struct eb_reader r = count > 0 ? eb_reader(v.at, v.size) : (struct eb_reader){0};
     int made = 0;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t target = eb_get_u32(&r);

@@ -19,7 +19,7 @@ from errand_boy.connection import Connection, close_all
 from errand_boy.errors import HelperError
 from errand_boy.outgoing import Caller, Outgoing, Request, forget, take
 
-_MOST_IDLE = 8  # connections kept for later
+_MOST_IDLE = 32  # connections kept for later
 
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _GRACE = 1.0  # seconds

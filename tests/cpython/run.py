@@ -43,7 +43,7 @@ SUITES = {
 
 
 class Named(NamedTuple):
-    """One test of one suite, in each Python from `since` on, and why it is named.
+    """One test of one suite, in each Python from `since` on, before `until`, and why it is named.
 
     Patch releases move tests from class to class, so that only the method's name is given, or that
     of a whole class; the summary has the whole name of what was found, and finding nothing is a
@@ -54,9 +54,10 @@ class Named(NamedTuple):
     test: str
     since: tuple[int, int]
     reason: str
+    until: tuple[int, int] = (9, 9)
 
     def applies(self, suite: str) -> bool:
-        return self.suite == suite and sys.version_info >= self.since
+        return self.suite == suite and self.since <= sys.version_info < self.until
 
 
 # Tests that put a mock in the place of the code that errand_boy.Popen replaces: they can't pass,
@@ -101,6 +102,13 @@ EXCLUDED = (
                 "FastChildWatcher waits for all children, before we can",
             ),
         )
+    ),
+    Named(
+        "asyncio-loop",
+        "test_create_subprocess_with_pidfd",
+        (3, 12),
+        "fails by itself with nothing replaced: needs what tests excluded here leave behind",
+        (3, 13),
     ),
     Named(
         "uvloop",
