@@ -288,7 +288,7 @@ static void on_hello(struct eb_connection *c, const struct eb_frame *frame)
 }
 
 static const struct rule {
-    const char *name;
+    char name[8];
     bool control; /* on the control socket, else on any other connection */
     uint32_t least, most;
     void (*act)(struct eb_connection *c, const struct eb_frame *frame);

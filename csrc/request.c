@@ -13,7 +13,7 @@ struct value {
     size_t size;
 };
 
-static const char *const tag_names[EB_TAG_END] = {
+static const char tag_names[EB_TAG_END][12] = {
     [EB_TAG_EXECUTABLES] = "EXECUTABLES", [EB_TAG_ARGV] = "ARGV",         [EB_TAG_ENV] = "ENV",
     [EB_TAG_FDS] = "FDS",                 [EB_TAG_CWD_FD] = "CWD_FD",     [EB_TAG_CWD] = "CWD",
     [EB_TAG_UMASK] = "UMASK",             [EB_TAG_SIGMASK] = "SIGMASK",   [EB_TAG_SIGIGN] = "SIGIGN",
