@@ -102,21 +102,21 @@ def caller(request: pytest.FixtureRequest) -> Iterator[Callable[..., Caller]]:
     descriptors: int = request.config.getoption("--descriptors")
     callers: dict[tuple[str, str], Caller] = {}
 
-    def caller(weight: str, name: str = "") -> Caller:
+    def caller(weight: str, name: str = "", **variables: str) -> Caller:
         if (weight, name) not in callers:
-            callers[weight, name] = start(weight)
+            callers[weight, name] = start(weight, variables)
         return callers[weight, name]
 
-    def start(weight: str) -> Caller:
+    def start(weight: str, variables: dict[str, str]) -> Caller:
         if weight == "large":
             if resident + 1 > available_gib():
                 pytest.skip(f"{resident:g} GiB are not available")
-            return heavy_caller(resident=resident)
+            return heavy_caller(resident=resident, variables=variables)
         if weight == "crowded":
             if not allow_descriptors(descriptors + 100):
                 pytest.skip(f"{descriptors} open descriptors are not allowed")
-            return heavy_caller(descriptors=descriptors)
-        return heavy_caller()
+            return heavy_caller(descriptors=descriptors, variables=variables)
+        return heavy_caller(variables=variables)
 
     yield caller
     for started in callers.values():

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +137,14 @@ def serve(resident: float, descriptors: int) -> None:
 class Caller:
     """A process that times starts when asked to: this file's program, or the C loop."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
         self._command = command
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": package_parent()},
+            env=os.environ | {"PYTHONPATH": package_parent()} | dict(variables or {}),
         )
 
     def ask(self, case: str, library: str, count: int) -> list[int]:
@@ -171,9 +171,11 @@ def package_parent() -> str:
     return str(Path(found.origin).parent.parent)
 
 
-def heavy_caller(resident: float = 0, descriptors: int = 0) -> Caller:
+def heavy_caller(
+    resident: float = 0, descriptors: int = 0, variables: Mapping[str, str] | None = None
+) -> Caller:
     options = [f"--resident={resident}", f"--descriptors={descriptors}"]
-    return Caller([sys.executable, __file__, *options])
+    return Caller([sys.executable, __file__, *options], variables)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,10 @@ def remote(
     path = str(tmp_path_factory.mktemp("daemon") / "socket")
     command = [sys.executable, "-m", "errand_boy", "serve", "--socket", path]
     environment = os.environ | {"PYTHONPATH": package_parent()}
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process,
-    ):
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             await_daemon(path)
-            patch.setenv("ERRAND_BOY_SOCKET", path)
-            yield lambda weight: caller(weight, "remote")
+            yield lambda weight: caller(weight, "remote", ERRAND_BOY_SOCKET=path)
         finally:
             process.kill()
 
