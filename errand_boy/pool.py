@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PROGRAM = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # before the server raises it
 _CONTROL_FD, _FIGURES_FD = 3, 4
-_CROWD = 512  # connections: a start copies the helper's table of descriptors, which they fill
+_CROWD = 256  # connections: a start copies the helper's table of descriptors, which they fill
 _TOO_SOON = 1.0  # seconds
 _MOST_TOO_SOON = 10  # helpers that die so young, one after another, are replaced at once
 

@@ -502,7 +502,7 @@ def test_helper_is_not_crowded(tmp_path: Path) -> None:
             spawn(connection, "/bin/true")
             assert ended(connection) == 0
         helpers = daemon.status()["helpers"]
-        assert sorted(helper["connections"] for helper in helpers) == [188, 512]
+        assert sorted(helper["connections"] for helper in helpers) == [188, 256, 256]
         for connection in connections:
             connection.close()
         until(lambda: len(daemon.helpers()) == 1)
