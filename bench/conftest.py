@@ -4,6 +4,7 @@ import resource
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 
 from bench.heavy import Caller, heavy_caller
 from bench.ratios import (
+    CPUS,
     Comparison,
     Measure,
     batch_size,
     pairs_in_time,
     table,
+    timed,
     typical_nanoseconds,
 )
 
@@ -124,13 +127,33 @@ def caller(request: pytest.FixtureRequest) -> Iterator[Callable[..., Caller]]:
 
 
 @pytest.fixture(scope="session")
-def c_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measure]:
+def c_program(tmp_path_factory: pytest.TempPathFactory) -> str:
     program = tmp_path_factory.mktemp("cloop") / "cloop"
     source = Path(__file__).with_name("cloop.c")
     subprocess.run(["cc", "-O2", "-Wall", "-o", program, source], check=True)
-    caller = Caller([str(program)])
+    return str(program)
+
+
+@pytest.fixture(scope="session")
+def c_loop(c_program: str) -> Iterator[Measure]:
+    caller = Caller([c_program])
     yield partial(caller.ask, "loop", "c")
     caller.close()
+
+
+@pytest.fixture(scope="session")
+def c_limit(c_program: str) -> Iterator[Callable[[int], Measure]]:
+    """As many C loops of vfork, exec and wait as there are CPUs; so many commands at a time."""
+    loops = [Caller([c_program]) for _ in range(CPUS)]
+
+    def act(count: int) -> None:
+        with ThreadPoolExecutor(CPUS) as pool:
+            shares = [count // CPUS + (n < count % CPUS) for n in range(CPUS)]
+            list(pool.map(lambda loop, share: loop.ask("loop", "c", share), loops, shares))
+
+    yield lambda batch: timed(act, batch)
+    for loop in loops:
+        loop.close()
 
 
 def available_gib() -> float:

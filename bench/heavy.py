@@ -17,11 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 TRUE = ["/bin/true"]
 NOBODY = 65534
+THREADS = 8
 
 
 def popen(library: Any) -> None:
@@ -82,6 +84,15 @@ CASES: dict[str, Callable[[Any], None]] = {
 }
 
 
+def popen_in_threads(library: Any, count: int) -> None:
+    def some(number: int) -> None:
+        for _ in range(count // THREADS + (number < count % THREADS)):
+            library.Popen(TRUE).wait()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(some, range(THREADS)))
+
+
 def nanoseconds(case: Callable[[Any], None], library: Any, count: int) -> list[int]:
     taken = []
     for _ in range(count):
@@ -123,6 +134,9 @@ def serve(resident: float, descriptors: int) -> None:
         library = importlib.import_module(library_name)
         if case == "peak_kib":
             numbers = [peak_kib(library) for _ in range(int(count))]
+        elif case == "popen_in_threads":
+            popen_in_threads(library, int(count))
+            numbers = []
         else:
             numbers = nanoseconds(CASES[case], library, int(count))
         replies.write(json.dumps(numbers) + "\n")

@@ -6,16 +6,35 @@ does meanwhile slows both halves of a pair, so the ratios are steadier than the 
 
 from __future__ import annotations
 
+import os
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 Measure = Callable[[int], list[int]]
 
+BATCH = 100  # commands of one measure of many
+CPUS = len(os.sched_getaffinity(0))
+
 BATCH_NANOSECONDS = 10_000_000
 BATCH_MOST = 4
 ROW_NANOSECONDS = 8_000_000_000
 PAIRS_LEAST = 10
+
+
+def timed(act: Callable[[int], None], batch: int = BATCH) -> Measure:
+    """A measure of `act`, which does so many commands at a time."""
+
+    def measure(count: int) -> list[int]:
+        times = []
+        for _ in range(count):
+            start = time.perf_counter_ns()
+            act(batch)
+            times.append(time.perf_counter_ns() - start)
+        return times
+
+    return measure
 
 
 @dataclass

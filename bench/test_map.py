@@ -12,33 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 import errand_boy
-from bench.heavy import TRUE, Caller, package_parent
-from bench.ratios import Measure
+from bench.heavy import TRUE, package_parent
+from bench.ratios import BATCH, CPUS, Measure, timed
 
 Compare = Callable[..., None]
 
-BATCH = 100
 CLI_BATCH = 2000
 LINE_TRUE = [*TRUE, "-"]  # with the line, two arguments: for a single one it looks for --help
-CPUS = len(os.sched_getaffinity(0))
 WORKERS = [CPUS, 4 * CPUS]
-
-
-def timed(act: Callable[[int], None], batch: int = BATCH) -> Measure:
-    def measure(count: int) -> list[int]:
-        times = []
-        for _ in range(count):
-            start = time.perf_counter_ns()
-            act(batch)
-            times.append(time.perf_counter_ns() - start)
-        return times
-
-    return measure
 
 
 def by_map(workers: int) -> Measure:
@@ -86,34 +71,11 @@ def by_asyncio(workers: int) -> Measure:
     return timed(lambda count: asyncio.run(main(count)))
 
 
-@pytest.fixture
-def compiled(tmp_path: Path) -> list[str]:
-    program = tmp_path / "cloop"
-    source = Path(__file__).with_name("cloop.c")
-    subprocess.run(["cc", "-O2", "-o", program, source], check=True)
-    return [str(program)]
-
-
-@pytest.fixture
-def c_limit(compiled: list[str]) -> Iterator[Measure]:
-    """As many C loops of vfork, exec and wait as there are CPUs."""
-    loops = [Caller(compiled) for _ in range(CPUS)]
-
-    def act(count: int) -> None:
-        with ThreadPoolExecutor(CPUS) as pool:
-            shares = [count // CPUS + (n < count % CPUS) for n in range(CPUS)]
-            list(pool.map(lambda loop, share: loop.ask("loop", "c", share), loops, shares))
-
-    yield timed(act)
-    for loop in loops:
-        loop.close()
-
-
 @pytest.mark.parametrize("workers", WORKERS)
-def test_over_c_limit(compare: Compare, c_limit: Measure, workers: int) -> None:
+def test_over_c_limit(compare: Compare, c_limit: Callable[[int], Measure], workers: int) -> None:
     compare(
         by_map(workers),
-        c_limit,
+        c_limit(BATCH),
         name=f"map, {workers} workers over {CPUS} C loops of vfork, exec, wait",
         at_most=1 / 0.9 if workers > CPUS else None,
     )
