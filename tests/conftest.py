@@ -46,6 +46,13 @@ def report(value):
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "root: needs the rights of root")
     config.addinivalue_line("markers", "portable: runs through the helper's posix_spawn as well")
+    # A background job of a shell without job control ignores them, and so would all that it starts.
+    for number, action in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, action)
     # Python 3.13 starts some commands through posix_spawn, where its errors read differently.
     stdlib._USE_POSIX_SPAWN = False  # type: ignore[misc]
     if sys.platform == "linux":
