@@ -29,9 +29,9 @@ from errand_boy import helper as _helper
 from errand_boy import popen, remote
 from errand_boy._native import lib
 from errand_boy.connection import Connection, NotServedError
-from errand_boy.errors import HelperError, ProtocolError
+from errand_boy.errors import HelperError
 from errand_boy.outgoing import Outgoing, Request, take
-from errand_boy.protocol import Exited, Failed, Reply, Spawned
+from errand_boy.protocol import Failed, Spawned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class _Popen(popen.Popen[bytes]):
             if fds:
                 super()._close_pipe_fds(*fds)
 
-    async def _ask(self, loop: asyncio.AbstractEventLoop, request: Request) -> Reply:
+    async def _ask(self, loop: asyncio.AbstractEventLoop, request: Request) -> Spawned | Failed:
         if _burials:
             _end_burials()
         for _ in range(_helper.PATIENCE):
@@ -163,7 +163,7 @@ class _Popen(popen.Popen[bytes]):
                 outgoing.done()
             _in_use.add(connection)
             try:
-                reply = await _receive(loop, connection)
+                reply = await _answer(loop, connection)
             except NotServedError:
                 self._discard(lender, connection)
                 continue
@@ -300,16 +300,11 @@ async def _send(
             fds = fds[most:]
 
 
-async def _receive(loop: asyncio.AbstractEventLoop, connection: Connection) -> Reply:
+async def _answer(loop: asyncio.AbstractEventLoop, connection: Connection) -> Spawned | Failed:
     while True:
         await _ready(loop, connection.sock.fileno(), loop.add_reader, loop.remove_reader)
-        try:
-            reply = connection.receive(0.0)
-        except TimeoutError:  # only a part of it has come
-            continue
-        if isinstance(reply, Exited):
-            raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
-        return reply
+        with contextlib.suppress(TimeoutError):  # only a part of it has come
+            return connection.answer(0.0)
 
 
 class _Watch:

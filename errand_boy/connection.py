@@ -178,7 +178,11 @@ class Connection:
         frame = outgoing.frame
         if frame:
             self.send(frame, outgoing.fds)
-        reply = self.receive()
+        return self.answer()
+
+    def answer(self, timeout: float | None = None) -> Spawned | Failed:
+        """Return the answer to a request; else as `receive`. Raises ProtocolError for another."""
+        reply = self.receive(timeout)
         if isinstance(reply, Exited):
             raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
         return reply

@@ -8,9 +8,8 @@ from functools import partial
 from errand_boy import popen
 from errand_boy._native import lib
 from errand_boy.connection import Connection, NotServedError
-from errand_boy.errors import ProtocolError
 from errand_boy.outgoing import Outgoing
-from errand_boy.protocol import Exited, Failed, Reply, Spawned
+from errand_boy.protocol import Failed, Spawned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,16 +68,13 @@ class GreenView(View):
                 outgoing.count_sent(connection.send_some(outgoing.frame, outgoing.fds))
             except BlockingIOError:
                 self._until_writable(connection)
-        reply = self._receive(connection)
-        if isinstance(reply, Exited):
-            raise ProtocolError("EXITED in answer to SPAWN")
-        return reply
+        return self._answer(connection)
 
-    def _receive(self, connection: Connection) -> Reply:
+    def _answer(self, connection: Connection) -> Spawned | Failed:
         while True:
             self._until_readable(connection)
             with contextlib.suppress(TimeoutError):  # only a part of it has come
-                return connection.receive(0.0)
+                return connection.answer(0.0)
 
     def _abandon(self, outgoing: Outgoing, error: BaseException) -> None:
         lender, connection = outgoing.helper, outgoing.connection
@@ -95,7 +91,7 @@ class GreenView(View):
 
     def _conclude(self, lender: Lender, connection: Connection) -> None:
         with contextlib.suppress(NotServedError, OSError):
-            self._take(self._receive(connection), lender, connection)
+            self._take(self._answer(connection), lender, connection)
         if self._lease is None:
             connection.close()
 
