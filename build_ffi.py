@@ -68,7 +68,7 @@ static int outgoing_prepare(struct eb_outgoing *o, const struct eb_caller *start
         return -error;
     if (found & EB_CONNECTION && !(found & EB_UNSURE))
         eb_outgoing_send(o, fd);
-    return o->sent == o->size ? found | EB_SENT : found;
+    return found;
 }
 """
 

@@ -81,8 +81,7 @@ class Outgoing:
     ) -> int:
         """Read the calling thread's state, and build the frame; send it where that does not wait.
 
-        Returns what was found, as the functions of csrc/outgoing.h have it: without EB_FITS there
-        is no frame, with EB_SENT it has been sent.
+        Returns what was found, as csrc/caller.h has it: without EB_FITS there is no frame.
         """
         if connection is None:
             fd, device, inode = -1, 0, 0
