@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import importlib
-import json
 import os
 import sys
 import threading
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import heavy
-from bench.heavy import TRUE, Caller, hold_memory
+from bench.heavy import TRUE, Caller
 
 SOCKET = "ERRAND_BOY_BENCH_SOCKET"  # the daemon's; ERRAND_BOY_SOCKET would take the private helper
 PAUSE = 0.001  # seconds
@@ -161,32 +159,19 @@ def turn_forever() -> None:
 
 
 def serve(resident: float, descriptors: int, busy: bool) -> None:
-    requests = os.fdopen(os.dup(0))
-    replies = os.fdopen(os.dup(1), "w")
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    # Held before a library is imported: a helper that is started late must cost no more.
-    held = hold_memory(int(resident * (1 << 30))) if resident else None
-    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(descriptors)]
-    if busy:
-        threading.Thread(target=turn_forever, daemon=True).start()
-    gc.disable()
-    service = Service()
-    for request in requests:
-        case, library_name, count = request.split()
-        answer: list[int] | str
+    service: list[Service] = []  # made once the memory is held, as the libraries that it imports
+
+    def answer(case: str, library_name: str, count: int) -> list[int] | str:
+        if not service:
+            if busy:
+                threading.Thread(target=turn_forever, daemon=True).start()
+            service.append(Service())
         try:
-            answer = service.answer(case, library_name, int(count))
+            return service[0].answer(case, library_name, count)
         except Exception as error:
-            answer = f"{type(error).__name__}: {error}"
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
-        gc.collect()
-    for descriptor in opened:
-        os.close(descriptor)
-    if held is not None:
-        held.close()
+            return f"{type(error).__name__}: {error}"
+
+    heavy.serve(resident, descriptors, answer)
 
 
 def start(resident: float = 0, descriptors: int = 0, busy: bool = False) -> Caller:

@@ -119,7 +119,18 @@ def hold_memory(size: int) -> mmap.mmap:
     return held
 
 
-def serve(resident: float, descriptors: int) -> None:
+def answer(case: str, library_name: str, count: int) -> list[int]:
+    library = importlib.import_module(library_name)
+    if case == "peak_kib":
+        return [peak_kib(library) for _ in range(count)]
+    if case == "popen_in_threads":
+        popen_in_threads(library, count)
+        return []
+    return nanoseconds(CASES[case], library, count)
+
+
+def serve(resident: float, descriptors: int, answer: Callable[[str, str, int], Any]) -> None:
+    """Hold what a caller is told to, and answer the requests on standard input."""
     requests = os.fdopen(os.dup(0))
     replies = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
@@ -131,15 +142,7 @@ def serve(resident: float, descriptors: int) -> None:
     gc.disable()
     for request in requests:
         case, library_name, count = request.split()
-        library = importlib.import_module(library_name)
-        if case == "peak_kib":
-            numbers = [peak_kib(library) for _ in range(int(count))]
-        elif case == "popen_in_threads":
-            popen_in_threads(library, int(count))
-            numbers = []
-        else:
-            numbers = nanoseconds(CASES[case], library, int(count))
-        replies.write(json.dumps(numbers) + "\n")
+        replies.write(json.dumps(answer(case, library_name, int(count))) + "\n")
         replies.flush()
         gc.collect()
     for descriptor in opened:
@@ -197,4 +200,4 @@ if __name__ == "__main__":
     parser.add_argument("--resident", type=float, default=0, metavar="GIB")
     parser.add_argument("--descriptors", type=int, default=0, metavar="N")
     arguments = parser.parse_args()
-    serve(arguments.resident, arguments.descriptors)
+    serve(arguments.resident, arguments.descriptors, answer)

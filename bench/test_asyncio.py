@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import importlib
-import json
-import os
 import statistics
 import sys
 import time
@@ -20,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from bench import heavy
 from bench.conftest import available_gib
-from bench.heavy import TRUE, Caller, hold_memory
+from bench.heavy import TRUE, Caller
 from bench.ratios import Measure
 
 LIBRARIES = {"own": "asyncio", "ours": "errand_boy.asyncio"}
@@ -73,33 +71,19 @@ async def lateness(create: Create) -> list[int]:
 
 
 def serve(resident: float) -> None:
-    requests = os.fdopen(os.dup(0))
-    replies = os.fdopen(os.dup(1), "w")
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    held = hold_memory(int(resident * (1 << 30))) if resident else None
-    gc.disable()
     loops: dict[str, asyncio.AbstractEventLoop] = {}
-    for request in requests:
-        loop_name, what, count = request.split()
+
+    def answer(loop_name: str, what: str, count: int) -> list[int]:
         kind, at_once = what.split("-")
         if loop_name not in loops:
             loops[loop_name] = importlib.import_module(loop_name).new_event_loop()
         loop = loops[loop_name]
         create = importlib.import_module(LIBRARIES[kind]).create_subprocess_exec
         if at_once == "ticks":
-            numbers = loop.run_until_complete(lateness(create))
-        else:
-            numbers = [
-                loop.run_until_complete(nanoseconds(create, int(at_once)))
-                for _ in range(int(count))
-            ]
-        replies.write(json.dumps(numbers) + "\n")
-        replies.flush()
-        gc.collect()
-    if held is not None:
-        held.close()
+            return loop.run_until_complete(lateness(create))
+        return [loop.run_until_complete(nanoseconds(create, int(at_once))) for _ in range(count)]
+
+    heavy.serve(resident, 0, answer)
 
 
 # -- the measurements --
