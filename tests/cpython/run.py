@@ -103,12 +103,15 @@ EXCLUDED = (
             ),
         )
     ),
-    Named(
-        "asyncio-loop",
-        "test_create_subprocess_with_pidfd",
-        (3, 12),
-        "fails by itself with nothing replaced: needs what tests excluded here leave behind",
-        (3, 13),
+    *(
+        Named(
+            suite,
+            "test_create_subprocess_with_pidfd",
+            (3, 12),
+            "fails by itself with nothing replaced: needs what tests excluded here leave behind",
+            (3, 13),
+        )
+        for suite in ("asyncio-loop", "uvloop")
     ),
     Named(
         "uvloop",
