@@ -24,7 +24,7 @@ from errand_boy._native import lib
 from errand_boy.connection import Connection
 from errand_boy.errors import ErrandBoyError, HelperDiedError, ProtocolError, RefusedError
 from errand_boy.outgoing import Caller, Request, take
-from errand_boy.popen import environment, failure
+from errand_boy.popen import candidates, environment, exec_path, failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class _Template:
         return _BEGINNING.pack(size, _SPAWN, _ARGV, len(text) + 4, len(argv)) + text + common
 
     def _common(self, name: bytes) -> bytes:
-        programs = [name] if b"/" in name else [os.path.join(part, name) for part in self.path]
+        programs = candidates(name, lambda: self.path)
         return protocol.strings(lib.EB_TAG_EXECUTABLES, programs) + self.options
 
 
@@ -620,7 +620,7 @@ class Batch:
                 fds[-1] = self._cwd_fd
         finally:
             outgoing.done()
-        return _Template(tail, fds, [os.fsencode(part) for part in os.get_exec_path(env)])
+        return _Template(tail, fds, exec_path(env))
 
     def _standard(self, with_input: bool) -> tuple[int, int, tuple[int, int, int]]:
         """Return which of the standard streams are streamed, are null, and are descriptors."""

@@ -34,7 +34,7 @@ from errand_boy.connection import Connection, NotServedError
 from errand_boy.errors import HelperDiedError, HelperError, ProtocolError
 from errand_boy.helper import Helper
 from errand_boy.outgoing import Request, take
-from errand_boy.popen import environment, failure
+from errand_boy.popen import candidates, environment, exec_path, failure
 
 __all__ = ["Outcome", "map", "run_command"]
 
@@ -494,12 +494,7 @@ def _options(
     milliseconds = round(grace * 1000)
     if not 0 <= milliseconds <= 0xFFFFFFFF:
         raise ValueError("grace is out of range")
-    program = os.fsencode(argv[0])
-    if b"/" in program:
-        programs = [program]
-    else:
-        path = os.get_exec_path(env)
-        programs = [os.path.join(os.fsencode(directory), program) for directory in path]
+    programs = candidates(os.fsencode(argv[0]), lambda: exec_path(env))
     parts = [
         protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in argv]),
         protocol.strings(lib.EB_TAG_EXECUTABLES, programs),

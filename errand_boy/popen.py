@@ -23,6 +23,8 @@ from errand_boy.functions import original_popen
 from errand_boy.outgoing import Outgoing, Request, take
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
+_PATH_MAX = 4096  # bytes, of Linux
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, AnyStr, TypeAlias
@@ -116,7 +118,8 @@ class Popen(_Base[AnyStr]):
         ]
         if env is not None:
             options.append(protocol.strings(lib.EB_TAG_ENV, environment(env)))
-        options.append(protocol.strings(lib.EB_TAG_EXECUTABLES, _candidates(executable, env)))
+        programs = candidates(os.fsencode(executable), lambda: exec_path(env))
+        options.append(protocol.strings(lib.EB_TAG_EXECUTABLES, programs))
         if cwd is not None:
             options.append(protocol.string(lib.EB_TAG_CWD, os.fsencode(cwd)))
         flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
@@ -355,11 +358,17 @@ def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
     )
 
 
-def _candidates(executable: Any, env: Mapping[Any, Any] | None) -> list[bytes]:
-    name = os.fsencode(executable)
+def candidates(name: bytes, path: Callable[[], Iterable[bytes]]) -> list[bytes]:
+    """Return the programs to try in turn for `name`, as execvp(3) does."""
     if b"/" in name:
         return [name]
-    return [os.path.join(os.fsencode(path), name) for path in os.get_exec_path(env)]
+    name = name[:_PATH_MAX]  # longer, it is too long all the same; and many times too long to send
+    return [os.path.join(directory, name) for directory in path()]
+
+
+def exec_path(env: Mapping[Any, Any] | None) -> list[bytes]:
+    """Return the directories in which programs are looked for."""
+    return [os.fsencode(directory) for directory in os.get_exec_path(env)]
 
 
 def environment(env: Mapping[Any, Any]) -> list[bytes]:

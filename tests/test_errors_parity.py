@@ -214,6 +214,10 @@ if sys.version_info >= (3, 11):
     }
 
 SIZES: dict[str, Callable[[Path], Case]] = {
+    "program name much too long": lambda tmp: (["x" * 3_000_000], {}),
+    "program name too long for a path": lambda tmp: (["x" * 4096], {}),
+    "program name too long for a file": lambda tmp: (["x" * 256], {}),
+    "program path much too long": lambda tmp: (["/" + "x" * 3_000_000], {}),
     "longest argument": lambda tmp: (["true", "x" * LONGEST_STRING], {}),
     "argument too long": lambda tmp: (["true", "x" * (LONGEST_STRING + 1)], {}),
     "argument much too long": lambda tmp: (["true", "x" * (1 << 24)], {}),

@@ -216,7 +216,8 @@ def test_wait_in_many_threads_for_one_command() -> None:
         ('["/etc"]', errno.EACCES, "/etc"),
         ('["true"], cwd="/none"', errno.ENOENT, "/none"),
         ('["true"], cwd="/etc/passwd"', errno.ENOTDIR, "/etc/passwd"),
-        ('["x" * 3_000_000]', errno.E2BIG, None),
+        ('["x" * 3_000_000]', errno.ENAMETOOLONG, None),
+        ('["true", "x" * 3_000_000]', errno.E2BIG, "true"),
     ],
 )
 def test_errors(arguments: str, error: int, filename: str | None) -> None:
