@@ -74,6 +74,7 @@ def is_there(way: str) -> bool:
 def seconds(way: str, workers: int, count: int) -> float:
     """Return how long so many commands took; a shell's way with the start of its own program."""
     environment = os.environ | {"PYTHONPATH": package_parent()}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # who installs it has it compiled
     if way in PYTHON:
         command = [sys.executable, "-m", "bench.throughput", way, str(workers), str(count)]
         return float(subprocess.check_output(command, env=environment))

@@ -117,7 +117,7 @@ static void end_command(struct eb_connection *c)
     c->dying = true;
     c->group_fd = (int)syscall(SYS_pidfd_open, c->child, 0);
     c->deadline = eb_now_ms() + c->on_close_ms;
-    service.timed = true;
+    eb_look_by(eb_now_ms());
     eb_kill(c, SIGTERM);
     eb_kill(c, SIGCONT); /* stopped, it would not notice */
 }
@@ -164,6 +164,7 @@ void eb_reap(void)
             eb_finish_start(c);
         if (told || c->start.error == 0) {
             eb_count_end();
+            eb_streams_gather(c);
             report_end(c, status, &used);
             settle(c);
         }
@@ -172,6 +173,33 @@ void eb_reap(void)
 }
 
 /* -- the start -- */
+
+static struct eb_connection *quiet; /* whose start is under way, and tells nobody when it is over */
+
+static void remove_quiet(struct eb_connection *c)
+{
+    struct eb_connection **at = &quiet;
+    while (*at != NULL && *at != c)
+        at = &(*at)->next_quiet;
+    if (*at != NULL)
+        *at = c->next_quiet;
+}
+
+void eb_notice_starts(void)
+{
+    struct eb_connection *c = quiet, *next;
+    quiet = NULL;
+    for (; c != NULL; c = next) {
+        next = c->next_quiet;
+        if (service.spawner->runs(&c->start)) {
+            eb_finish_start(c);
+            eb_proceed(c);
+        } else {
+            c->next_quiet = quiet;
+            quiet = c;
+        }
+    }
+}
 
 static void report_start(struct eb_connection *c)
 {
@@ -206,7 +234,10 @@ void eb_finish_start(struct eb_connection *c)
      * go on to report events, for a start that is over. */
     if (c->start.done_fd >= 0)
         eb_unwatch_fd(c->start.done_fd);
+    if (c->start.quiet)
+        remove_quiet(c);
     service.spawner->end(&c->start);
+    service.starting--;
     c->starting = false;
     if (c->start.error != 0 && c->child != 0) {
         /* Its descriptors are closed already, so it is ending and this wait is short.  No EXITED: its
@@ -378,6 +409,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     c->on_close_ms = eb_has(q, EB_TAG_ON_CLOSE) ? q->on_close_ms : STREAMED_GRACE_MS;
     c->begun_ns = nanoseconds(CLOCK_MONOTONIC);
     service.spawner->begin(&c->start, q);
+    if (++service.starting > 1)
+        service.untidy = true;
     c->starting = true;
     /* The new process has its own by now. */
     eb_fds_drop(&c->fds, eb_request_fds(q));
@@ -387,7 +420,11 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
         if (service.pool)
             c->child_since = nanoseconds(CLOCK_REALTIME) / 1000000;
     }
-    if (c->start.done_fd < 0) {
+    if (c->start.quiet) {
+        c->next_quiet = quiet;
+        quiet = c;
+        eb_look_by(eb_now_ms());
+    } else if (c->start.done_fd < 0) {
         eb_finish_start(c);
     } else if (!eb_watch_fd(c->start.done_fd, 0, &c->start_source)) {
         /* Out of memory or watches: wait for this one here rather than lose it. */

@@ -22,6 +22,8 @@ struct eb_streams {
     int fds[3];        /* ours of the pipes; -1: none, or closed */
     bool watched[3];
     bool ended;        /* the client has ended the input */
+    uint64_t lazy_until; /* of eb_now_ms: output is not looked at before, or the command's end; 0: it is */
+    uint64_t passed;   /* bytes of output */
     uint32_t window;   /* bytes of input that the client may send */
     uint32_t credit;   /* bytes that it could be told it may send more */
     uint8_t *pending;  /* input that the pipe has not taken, EB_WINDOW at most; allocated */
@@ -43,6 +45,7 @@ struct eb_connection {
     bool starting;
     bool brief;      /* the command's frames are held back, to go together */
     bool held;       /* `out` holds such frames */
+    bool wordy;      /* the last command had much to say */
     uint64_t held_until; /* of eb_now_ms */
     bool ask, wanting, granted; /* ask: each start needs a GRANT */
     bool on_close;   /* the command is ended with the connection: SIGTERM, and SIGKILL after so long */
@@ -69,6 +72,7 @@ struct eb_connection {
     size_t out_size;
     struct eb_connection *next, *previous; /* among all; or next among the dead */
     struct eb_connection *next_child;      /* in its bucket of the child table */
+    struct eb_connection *next_quiet;      /* among the quiet starts */
 };
 
 struct eb_frame {

@@ -40,7 +40,8 @@ enum {
     REST_MS = 100,
     HOLD_MS = 10,
     MOST_HELD = 32 << 10,   /* bytes */
-    TICK_MS = 40,           /* how late a deadline may be noticed */
+    TICK_MS = 40,           /* between looks at what nothing tells of */
+    GRAIN_MS = 4,           /* looks are put off to multiples of it, so that few are for one connection only */
     MOST_PEER_GROUPS = 1 << 16,
 };
 
@@ -60,6 +61,13 @@ uint64_t eb_now_ms(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+void eb_look_by(uint64_t when)
+{
+    uint64_t due = (when / GRAIN_MS + 1) * GRAIN_MS;
+    if (service.due == 0 || due < service.due)
+        service.due = due;
 }
 
 /* -- the epoll set -- */
@@ -265,7 +273,7 @@ void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, s
     if (hold && !c->held) {
         c->held = true;
         c->held_until = eb_now_ms() + HOLD_MS;
-        service.timed = true;
+        eb_look_by(c->held_until);
     }
     if (c->held && c->out_size > MOST_HELD)
         eb_let_go(c);
@@ -371,7 +379,7 @@ void eb_proceed(struct eb_connection *c)
         c->deadline = 0;
     } else if (c->deadline == 0) {
         c->deadline = eb_now_ms() + frame_timeout_ms;
-        service.timed = true;
+        eb_look_by(c->deadline);
     }
     if (service.draining && !c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0) {
         eb_close_connection(c);
@@ -423,32 +431,40 @@ static void on_connection(struct eb_connection *c, uint32_t events)
     }
 }
 
-static void check_deadlines(void)
+static void look_at(struct eb_connection *c, uint64_t now)
 {
-    static uint64_t last;
-    uint64_t now = eb_now_ms();
-    if (!service.timed || now - last < TICK_MS)
+    if (c->held && now >= c->held_until) {
+        eb_let_go(c);
+        eb_proceed(c);
+    }
+    if (c->held)
+        eb_look_by(c->held_until);
+    if (c->start.quiet)
+        eb_look_by(now + TICK_MS);
+    if (eb_streams_are_due(c, now))
+        eb_proceed(c);
+    if (c->deadline == 0)
         return;
-    last = now;
-    service.timed = false;
-    for (struct eb_connection *c = service.all, *next; c != NULL; c = next) {
+    if (now < c->deadline && !(c->dying && eb_command_gone(c))) {
+        eb_look_by(c->dying && now + TICK_MS < c->deadline ? now + TICK_MS : c->deadline);
+        return;
+    }
+    c->deadline = 0;
+    if (c->dying)
+        eb_kill_command(c);
+    else
+        eb_refuse(c, "the rest of a frame has not come in %llu ms", (unsigned long long)frame_timeout_ms);
+}
+
+static void look_at_those_due(void)
+{
+    uint64_t now = service.due != 0 ? eb_now_ms() : 0;
+    if (now < service.due)
+        return;
+    service.due = 0;
+    for (struct eb_connection *c = service.all, *next; c != NULL && now != 0; c = next) {
         next = c->next;
-        if (c->held && now >= c->held_until) {
-            eb_let_go(c);
-            eb_proceed(c);
-        }
-        service.timed = service.timed || c->held;
-        if (c->deadline == 0)
-            continue;
-        if (now < c->deadline && !(c->dying && eb_command_gone(c))) {
-            service.timed = true;
-            continue;
-        }
-        c->deadline = 0;
-        if (c->dying)
-            eb_kill_command(c);
-        else
-            eb_refuse(c, "the rest of a frame has not come in %llu ms", (unsigned long long)frame_timeout_ms);
+        look_at(c, now);
     }
 }
 
@@ -506,16 +522,27 @@ static bool duties_left(void)
     return false;
 }
 
+/* Milliseconds to wait for events. */
+static int patience(void)
+{
+    const uint64_t most = service.untidy ? REST_MS : 60 * 1000;
+    uint64_t now = service.due != 0 ? eb_now_ms() : 0;
+    if (service.due != 0 && service.due < now + most)
+        return service.due > now ? (int)(service.due - now) : 0;
+    return service.due != 0 || service.untidy ? (int)most : -1;
+}
+
 static void serve(void)
 {
     struct epoll_event events[64];
     while (service.control != NULL || service.count > 0) {
         bool child_ended = false;
-        int timeout = service.timed ? TICK_MS : service.untidy ? REST_MS : -1;
+        int timeout = patience();
         int n = epoll_wait(epoll_fd, events, 64, timeout);
-        if (n == 0 && service.untidy) {
+        if (n == 0 && service.untidy && timeout == REST_MS) {
             /* At rest after a burst: what it took goes back. */
             malloc_trim(0);
+            service.spawner->rest();
             service.untidy = false;
         } else if (n > 1) {
             service.untidy = true;
@@ -530,7 +557,8 @@ static void serve(void)
             (void)!read(children_fd, &info, sizeof info);
             eb_reap();
         }
-        check_deadlines();
+        eb_notice_starts();
+        look_at_those_due();
         sweep();
         if (caller_gone && !duties_left())
             _exit(0); /* what is being started shares our memory, which stays until they have gone */

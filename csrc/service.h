@@ -10,8 +10,9 @@ struct eb_service {
     bool raises_limits, raises_priority; /* may exceed its own */
     bool pool;            /* one of a daemon's helpers, not a caller's own */
     bool draining;        /* takes no command any more */
-    bool timed;           /* some connection has a deadline */
+    uint64_t due;         /* of eb_now_ms: when some connection needs a look, at the latest; 0: never */
     bool untidy;          /* several connections have been at work at once */
+    unsigned starting;    /* starts under way */
     const struct eb_spawner *spawner;
     struct eb_connection *control; /* NULL: at its end */
     struct eb_connection *all;     /* those that are open, and those whose command lives on */
@@ -24,6 +25,8 @@ struct eb_service {
 extern struct eb_service service;
 
 uint64_t eb_now_ms(void);
+/* Has the connections looked at by then. */
+void eb_look_by(uint64_t when);
 
 /* -- helper.c: the connections, and the epoll set -- */
 
@@ -51,6 +54,8 @@ void eb_release(struct eb_connection *c);
 void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame);
 void eb_finish_start(struct eb_connection *c);
+/* Finishes the quiet starts whose programs run. */
+void eb_notice_starts(void);
 void eb_reap(void);
 /* Signals the process group of the connection's live command, or it alone if it leads none. */
 void eb_kill(const struct eb_connection *c, int number);
@@ -70,6 +75,10 @@ bool eb_streams_make(struct eb_connection *c, int ends[3]);
 /* Moves output again, as far as the socket takes it; ends when there is nothing more to come. */
 void eb_streams_resume(struct eb_connection *c);
 void eb_streams_close(struct eb_connection *c);
+/* Takes what is there of output that nobody has looked at yet. */
+void eb_streams_gather(struct eb_connection *c);
+/* Whether it is time to watch such output. */
+bool eb_streams_are_due(struct eb_connection *c, uint64_t now);
 void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_stream(struct eb_connection *c, int number);
 

@@ -11,7 +11,8 @@
 struct eb_start {
     pid_t pid;    /* 0 if no process was made */
     enum eb_owner owner;
-    int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once */
+    int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once, unless `quiet` */
+    bool quiet;   /* only `runs` and the end of the process tell */
     int error;    /* 0: the command runs */
     enum eb_stage stage;
     void *job;    /* the implementation's own */
@@ -21,8 +22,12 @@ struct eb_spawner {
     /* Fills `start`.  Until `end`, `q` and what it points to must stay as they are.  The descriptors in
      * its `sources` are close-on-exec, none of them is 0, 1 or 2, and the new process has its own. */
     void (*begin)(struct eb_start *start, const struct eb_request *q);
-    /* Once done_fd has hung up, if there is one: gives the outcome and releases what the start held. */
+    /* Whether a quiet start has led to a running program.  If it has failed, the process's end tells. */
+    bool (*runs)(const struct eb_start *start);
+    /* Once the outcome is known: gives it, and releases what the start held. */
     void (*end)(struct eb_start *start);
+    /* Gives back what is kept for many starts at once. */
+    void (*rest)(void);
 };
 
 /* Linux: clone(2) without CLONE_VFORK, so that a slow exec holds up nobody.  With `parent`, new processes

@@ -3,7 +3,8 @@
  * of its own.  So it makes raw system calls only, writes to nothing but its job, and what it reads stays
  * untouched until the kernel says that it has left: CLONE_CHILD_CLEARTID clears a word in the job when
  * the memory is let go, and after that the close-on-exec pipe hangs up (Linux fs/exec.c, begin_new_exec:
- * exec_mmap comes before do_close_on_exec; kernel/exit.c: exit_mm before exit_files).
+ * exec_mmap comes before do_close_on_exec; kernel/exit.c: exit_mm before exit_files).  A quiet start has
+ * no pipe: the word is looked at when something else has woken us, at the latest the process's end.
  *
  * A process that changes its ids here still shares our memory for a moment.  The kernel marks memory
  * undumpable at that instant (commit_creds), so its new user's processes cannot trace it, unless the
@@ -27,6 +28,7 @@ enum {
     STACK_SIZE = 32 << 10,
     GUARD_SIZE = 64 << 10, /* at least a page, whatever its size */
     SPARE_STACKS = 1, /* two pages of each stay resident */
+    SPARE_STACKS_BUSY = 32,
 };
 
 struct job {
@@ -37,7 +39,7 @@ struct job {
     /* read by it */
     const struct eb_request *q;
     struct rlimit nproc; /* what this process starts with */
-    int pipe;
+    int pipe; /* -1: none */
     /* ours */
     struct job *next;
 };
@@ -69,7 +71,7 @@ static EB_BARE long place_fds(struct job *job)
     const struct eb_request *q = job->q;
     uint32_t count = eb_request_sources(q);
     long r, least = 3;
-    if (eb_is_target(q, job->pipe)) {
+    if (job->pipe >= 0 && eb_is_target(q, job->pipe)) {
         if ((r = move_away(q, job->pipe, &least)) < 0)
             return r;
         job->pipe = (int)r;
@@ -98,7 +100,7 @@ static EB_BARE long place_fds(struct job *job)
 static EB_BARE void close_rest(const struct job *job)
 {
     const struct eb_request *q = job->q;
-    long next = 0, extra[] = {job->pipe, eb_has(q, EB_TAG_CWD_FD) ? q->sources[q->target_count] : job->pipe};
+    long next = 0, extra[] = {job->pipe, eb_has(q, EB_TAG_CWD_FD) ? q->sources[q->target_count] : -1};
     for (uint32_t i = 0;;) {
         long kept = -1;
         while (i < q->target_count && q->targets[i] < next)
@@ -261,18 +263,33 @@ static struct job *new_job(void)
     return (struct job *)((top - sizeof(struct job)) & ~(uintptr_t)63);
 }
 
+static void unmap(struct job *job)
+{
+    uintptr_t top = ((uintptr_t)job + sizeof(struct job) + 4095) & ~(uintptr_t)4095;
+    munmap((char *)top - STACK_SIZE - GUARD_SIZE, GUARD_SIZE + STACK_SIZE);
+}
+
 static void free_job(struct job *job)
 {
     if (job->alive != 0) {
         job->next = lingering;
         lingering = job;
-    } else if (spare_count < SPARE_STACKS) {
+    } else if (spare_count < SPARE_STACKS_BUSY) {
         job->next = spare;
         spare = job;
         spare_count++;
     } else {
-        uintptr_t top = ((uintptr_t)job + sizeof(struct job) + 4095) & ~(uintptr_t)4095;
-        munmap((char *)top - STACK_SIZE - GUARD_SIZE, GUARD_SIZE + STACK_SIZE);
+        unmap(job);
+    }
+}
+
+static void rest(void)
+{
+    while (spare_count > SPARE_STACKS) {
+        struct job *job = spare;
+        spare = job->next;
+        spare_count--;
+        unmap(job);
     }
 }
 
@@ -303,15 +320,17 @@ static pid_t make_process(struct job *job)
 
 static void begin(struct eb_start *start, const struct eb_request *q)
 {
-    int pipe[2];
+    int pipe[2] = {-1, -1};
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
+    /* Its end must be seen here, and nothing of the client's wait for the outcome: no input, no SPAWNED. */
+    bool quiet = !use_parent && eb_has(q, EB_TAG_BRIEF) && !(q->streams & 1);
     struct job *job = new_job();
     if (job == NULL) {
         start->error = errno;
         return;
     }
     *job = (struct job){.q = q};
-    if (pipe2(pipe, O_CLOEXEC) != 0) {
+    if (!quiet && pipe2(pipe, O_CLOEXEC) != 0) {
         start->error = errno;
         free_job(job);
         return;
@@ -322,10 +341,12 @@ static void begin(struct eb_start *start, const struct eb_request *q)
     job->nproc = nproc;
     pid_t pid = make_process(job);
     int error = errno;
-    close(pipe[1]);
+    if (pipe[1] >= 0)
+        close(pipe[1]);
     if (pid < 0) {
         job->alive = 0;
-        close(pipe[0]);
+        if (pipe[0] >= 0)
+            close(pipe[0]);
         free_job(job);
         start->error = error;
         return;
@@ -333,7 +354,14 @@ static void begin(struct eb_start *start, const struct eb_request *q)
     start->pid = pid;
     start->owner = use_parent ? EB_OWNER_CALLER : EB_OWNER_HELPER;
     start->done_fd = pipe[0];
+    start->quiet = quiet;
     start->job = job;
+}
+
+static bool runs(const struct eb_start *start)
+{
+    const struct job *job = start->job;
+    return __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) == 0 && job->error == 0;
 }
 
 static void end(struct eb_start *start)
@@ -343,15 +371,17 @@ static void end(struct eb_start *start)
         return;
     start->error = job->error;
     start->stage = job->stage;
-    close(start->done_fd);
+    if (start->done_fd >= 0)
+        close(start->done_fd);
     start->done_fd = -1;
+    start->quiet = false;
     start->job = NULL;
     free_job(job);
 }
 
 const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent)
 {
-    static const struct eb_spawner spawner = {.begin = begin, .end = end};
+    static const struct eb_spawner spawner = {.begin = begin, .runs = runs, .end = end, .rest = rest};
     self = state;
     nproc = state->rlimits[RLIMIT_NPROC];
     use_parent = parent;

@@ -11,7 +11,13 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-enum { CHUNK = 64 << 10, LEAST_CREDIT = 16 << 10 };
+enum {
+    CHUNK = 64 << 10,
+    LEAST_CREDIT = 16 << 10,
+    LAZY_MS = 10,
+    WORDY = 32 << 10, /* bytes, half of what a pipe takes */
+    MOST_LOOKS = 3,   /* a full pipe's bytes, its end, and one to spare */
+};
 
 static uint8_t chunk[CHUNK];
 
@@ -47,6 +53,11 @@ bool eb_streams_make(struct eb_connection *c, int ends[3])
         return false;
     c->streams = s;
     *s = (struct eb_streams){.fds = {-1, -1, -1}, .window = EB_WINDOW};
+    /* What a short command says, its pipe can hold until it has ended: that saves watching the pipe. */
+    if (eb_has(&c->request, EB_TAG_BRIEF) && !c->wordy) {
+        s->lazy_until = eb_now_ms() + LAZY_MS;
+        eb_look_by(s->lazy_until);
+    }
     for (int i = 0; i < 3; i++) {
         int pipe[2];
         if (!(c->request.streams >> i & 1))
@@ -104,7 +115,7 @@ void eb_streams_resume(struct eb_connection *c)
         return;
     finish(c);
     for (int i = 1; i < 3 && c->streams != NULL; i++)
-        want(c, i, !eb_is_blocked(c));
+        want(c, i, c->streams->lazy_until == 0 && !eb_is_blocked(c));
 }
 
 static void give_credit(struct eb_connection *c, uint32_t size)
@@ -183,17 +194,46 @@ void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame)
     drain_input(c);
 }
 
-static void pass_output(struct eb_connection *c, int number)
+/* Returns whether there may be more. */
+static bool pass_output(struct eb_connection *c, int number)
 {
     struct eb_streams *s = c->streams;
     ssize_t n = read(s->fds[number], chunk, sizeof chunk);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
-        return;
+        return false;
     if (n <= 0) {
         n = 0;
         close_stream(s, number);
     }
+    s->passed += (uint64_t)n;
     eb_reply(c, number == 1 ? EB_STDOUT : EB_STDERR, chunk, (size_t)n);
+    return n > 0;
+}
+
+bool eb_streams_are_due(struct eb_connection *c, uint64_t now)
+{
+    if (c->streams == NULL || c->streams->lazy_until == 0)
+        return false;
+    if (now < c->streams->lazy_until) {
+        eb_look_by(c->streams->lazy_until);
+        return false;
+    }
+    c->streams->lazy_until = 0;
+    return !c->starting; /* else it is watched when that is over */
+}
+
+void eb_streams_gather(struct eb_connection *c)
+{
+    if (c->streams == NULL)
+        return;
+    bool lazy = c->streams->lazy_until != 0;
+    c->streams->lazy_until = 0;
+    for (int number = 1; number < 3; number++)
+        for (int i = 0; lazy && i < MOST_LOOKS && c->streams != NULL && c->streams->fds[number] >= 0; i++)
+            if (eb_is_blocked(c) || !pass_output(c, number))
+                break;
+    if (c->streams != NULL)
+        c->wordy = c->streams->passed > WORDY;
 }
 
 void eb_on_stream(struct eb_connection *c, int number)
@@ -204,6 +244,6 @@ void eb_on_stream(struct eb_connection *c, int number)
     if (number == 0)
         drain_input(c);
     else
-        pass_output(c, number);
+        (void)pass_output(c, number);
     eb_proceed(c);
 }

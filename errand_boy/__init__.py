@@ -39,7 +39,7 @@ from errand_boy.popen import Popen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable
     from typing import Any
 
     from errand_boy.batch import Command, Result
@@ -60,7 +60,7 @@ def connect(path: str | os.PathLike[str] | None = None) -> Client:
     return client.connect(path)
 
 
-def map(commands: Iterable[Command], **options: Any) -> Iterator[Result]:
+def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
     """Run commands, many at once, and yield a result for each; see errand_boy.batch.map."""
     from errand_boy import batch  # noqa: PLC0415
 

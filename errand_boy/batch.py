@@ -421,6 +421,8 @@ class Batch:
         self._serial = itertools.count()
         self._results: dict[int, Result] = {}
         self._done: deque[Result] = deque()
+        # recv() would allocate as much each time, which may be a system call or three.
+        self._buffer = memoryview(bytearray(_CHUNK))
 
     # -- the driver's side --
 
@@ -495,14 +497,14 @@ class Batch:
         if line.unsent and self._send(line, b"") and not line.unsent:
             self.watch(fd, False)
         try:
-            data = line.sock.recv(_CHUNK, _DONTWAIT)
+            size = line.sock.recv_into(self._buffer, 0, _DONTWAIT)
         except BlockingIOError:
             return
         except OSError as error:
             self._lost(line, error)
             return
-        if data:
-            self._receive(line, data)
+        if size:
+            self._receive(line, self._buffer[:size])
         else:
             self._lost(line, None)
 
@@ -753,9 +755,9 @@ class Batch:
 
     # -- receiving --
 
-    def _receive(self, line: _Line, data: bytes) -> None:
+    def _receive(self, line: _Line, data: memoryview) -> None:
         if line.rest:
-            data = line.rest + data
+            data = memoryview(line.rest + data)
         at, end, job = 0, len(data), line.job
         while end - at >= _HEADER_SIZE:
             length, kind = _HEADER.unpack_from(data, at)
@@ -765,7 +767,7 @@ class Batch:
                 at = begin - _HEADER_SIZE
                 break
             if job is None:
-                self._stray(line, kind, data[begin:at])
+                self._stray(line, kind, bytes(data[begin:at]))
             elif kind in (_STDOUT, _STDERR):
                 if length == 0:
                     job.streams -= 1
@@ -774,17 +776,17 @@ class Batch:
                     output = job.outputs[number]
                     if output is None:
                         output = job.outputs[number] = _Output(self._max_output, self._spool)
-                    output.add(data[begin:at])
+                    output.add(bytes(data[begin:at]))
             elif kind == _EXITED:
-                job.usage = data[begin:at]
+                job.usage = bytes(data[begin:at])
                 job.status = int.from_bytes(job.usage[:4], "little")
             else:
-                self._frame(line, job, kind, data[begin:at])
+                self._frame(line, job, kind, bytes(data[begin:at]))
                 job = line.job
             if job is not None and job.status is not None and (not job.streams or job.timed_out):
                 self._over(line, self._ended(job), keep=not job.streams)
                 job = None
-        line.rest = data[at:] if at < end else b""
+        line.rest = bytes(data[at:]) if at < end else b""
 
     def _stray(self, line: _Line, kind: int, payload: bytes) -> None:
         """Take a frame that belongs to no command."""

@@ -40,7 +40,7 @@ __all__ = ["Outcome", "map", "run_command"]
 
 Command: TypeAlias = "Sequence[str] | str | Mapping[str, Any]"
 
-_CHUNK = 1 << 18  # bytes
+_CHUNK = 1 << 16  # bytes; twice as many would be a mapping of their own each time
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
 

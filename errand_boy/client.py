@@ -19,7 +19,7 @@ from errand_boy.remote import Popen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable
     from typing import Any
 
     from errand_boy.batch import Command, Result
@@ -109,7 +109,7 @@ class Client:
         except status.NoAnswerError as error:
             raise NoDaemonError(errno.ENOTCONN, str(error)) from error
 
-    def map(self, commands: Iterable[Command], **options: Any) -> Iterator[Result]:
+    def map(self, commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
         """Run commands by the daemon, many at once, and yield a result for each, as batch.map."""
         from errand_boy import batch  # noqa: PLC0415
 

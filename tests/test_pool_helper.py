@@ -1212,6 +1212,24 @@ def test_much_output_of_brief_commands(pool: Pool) -> None:
         assert converse(client, None, 0b10) == (bytes(300_000), b"", 0)
 
 
+def test_output_of_a_brief_command_that_others_hold(pool: Pool) -> None:
+    """It ends when they have closed it, though the command has ended long before."""
+    client = pool.connect()
+    script = "echo first; { read x; echo last; } <&3 & exec 3<&-"
+    read, write = os.pipe()
+    for _ in range(2):
+        data = streamed("/bin/sh", "-c", script, streams=0b10, options=[BRIEF], targets=[3])
+        client.send(data, [read])
+        frames = dict([client.frame(), client.frame()])
+        assert frames[lib.EB_STDOUT] == b"first\n"
+        assert frames[lib.EB_EXITED][:4] == bytes(4)
+        os.write(write, b"\n")
+        assert client.frame() == (lib.EB_STDOUT, b"last\n")
+        assert client.frame() == (lib.EB_STDOUT, b"")
+    os.close(read)
+    os.close(write)
+
+
 def test_client_of_brief_commands_goes(pool: Pool) -> None:
     client = pool.connect()
     data = streamed("/bin/sleep", "100", streams=0b10, options=[BRIEF, OWN_GROUP])

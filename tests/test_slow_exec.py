@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from guard import Guard
 
 import errand_boy
 
 pytestmark = pytest.mark.root
+
+
+@pytest.fixture(autouse=True)
+def no_helper_left() -> Iterator[None]:
+    yield
+    errand_boy.stop()
 
 
 @pytest.fixture
@@ -106,3 +116,39 @@ def test_slow_exec_that_fails_in_the_end(slow: Path) -> None:
         guard.release()
         thread.join()
     assert [(error.strerror, error.filename) for error in errors] == [("Exec format error", slow)]
+
+
+def test_map_goes_on_beside_a_slow_one(slow: Path) -> None:
+    commands: list[list[Any]] = [[slow, "/dev/null"], *([["echo", "quick"]] * 50)]
+    with Guard(slow) as guard:
+        results = errand_boy.map(commands, max_workers=2, ordered=False)
+        quick = [next(results) for _ in range(50)]
+        held = guard.held()
+        assert psutil.pid_exists(held)
+        assert [(r.returncode, r.stdout) for r in quick] == [(0, b"quick\n")] * 50
+        guard.release()
+        assert [(r.index, r.returncode, r.error) for r in results] == [(0, 0, None)]
+
+
+def test_slow_exec_of_a_map_that_was_closed(tmp_path: Path) -> None:
+    slow = Path(shutil.copy("/bin/sleep", tmp_path / "slow"))
+    with Guard(slow) as guard:
+        results = errand_boy.map([[slow, "60"], ["true"]], max_workers=2, ordered=False)
+        assert next(results).args == ["true"]
+        process = psutil.Process(guard.held())
+        results.close()
+        guard.release()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.wait(10)
+
+
+def test_slow_exec_of_a_map_that_fails_in_the_end(slow: Path) -> None:
+    slow.write_text("neither ELF nor script")
+    with Guard(slow) as guard:
+        results = errand_boy.map([[slow], ["true"]], max_workers=2, ordered=False)
+        assert next(results).args == ["true"]
+        guard.held()
+        guard.release()
+        (failed,) = results
+    assert failed.returncode == 126
+    assert getattr(failed.error, "strerror", None) == "Exec format error"
