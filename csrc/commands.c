@@ -134,7 +134,7 @@ void eb_abandon_command(struct eb_connection *c)
 
 static void report_end(struct eb_connection *c, int status, const struct rusage *used)
 {
-    uint8_t payload[4 + 9 * 8];
+    uint8_t payload[4 + 10 * 8];
     struct eb_writer w = eb_writer(payload, sizeof payload);
     eb_put_u32(&w, (uint32_t)status);
     eb_put_u64(&w, (uint64_t)used->ru_utime.tv_sec * 1000000 + (uint64_t)used->ru_utime.tv_usec);
@@ -146,6 +146,8 @@ static void report_end(struct eb_connection *c, int status, const struct rusage 
     eb_put_u64(&w, (uint64_t)used->ru_oublock);
     eb_put_u64(&w, (uint64_t)used->ru_nvcsw);
     eb_put_u64(&w, (uint64_t)used->ru_nivcsw);
+    if (c->brief)
+        eb_put_u64(&w, (nanoseconds(CLOCK_MONOTONIC) - c->begun_ns) / 1000);
     eb_reply(c, EB_EXITED, payload, eb_written(&w));
 }
 

@@ -122,7 +122,8 @@ enum eb_tag {
                                streamed; then 1,000 */
     EB_TAG_NULL = 20,       /* u8, bit n for descriptor n of 0 to 2: it is /dev/null */
     EB_TAG_BRIEF = 21,      /* empty: no SPAWNED, and all other frames together, when the command is over or
-                               there are many or 50 ms have passed */
+                               there are many or 50 ms have passed; EXITED has one more u64, the microseconds
+                               from the start to the end */
     EB_TAG_END              /* one past the last */
 };
 

@@ -57,6 +57,8 @@ _HEADER = protocol.HEADER
 _HEADER_SIZE = _HEADER.size
 _BEGINNING = struct.Struct("<IBBII")  # of a SPAWN frame, up to its arguments
 _ARGV = lib.EB_TAG_ARGV
+_USAGE_SIZE = protocol.EXITED.size
+_TOOK = struct.Struct("<Q")  # at the end of a brief command's EXITED
 _END_OF_INPUT = _HEADER.pack(0, _STDIN)
 _PLAIN = (list, tuple)
 _ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
@@ -72,7 +74,7 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     could not be started (`returncode` is then 127 if it was not found, else 126),
     subprocess.TimeoutExpired, UnicodeError (the output is then bytes), or HelperDiedError
     (`returncode` is then -9, and may not be the command's).
-    `started`: seconds since 1970, and `duration`: seconds from the request to the end.
+    `started`: seconds since 1970, and `duration`: seconds from the start to the end.
     `rusage`: a resource.struct_rusage, or None if it did not end by itself or by a signal.
     `truncated`: whether output is missing, for `max_output`.
     `stdout_file`, `stderr_file`: where all output is, if it was spooled; temporary files.
@@ -89,13 +91,15 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
 
     @property
     def started(self) -> float:
-        """When the command was asked for."""
+        """When the command was started."""
         return time.time() - time.monotonic() + self._begun
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
         """What the command, and the children it waited for, have used."""
-        return protocol.rusage(protocol.EXITED.unpack(self._usage)[1:]) if self._usage else None
+        return (
+            protocol.rusage(protocol.EXITED.unpack_from(self._usage)[1:]) if self._usage else None
+        )
 
     def check_returncode(self) -> None:
         """Raise `error`, or CalledProcessError if the return code is not 0."""
@@ -812,8 +816,9 @@ class Batch:
             self._over(line, self._failed(job, failure(failed, job.argv[0], options["cwd"])))
         elif kind == lib.EB_SPAWNED:
             job.pid = int.from_bytes(payload[:4], "little")
+            job.begun = time.monotonic()
             if job.timeout is not None:
-                end = time.monotonic() + job.timeout
+                end = job.begun + job.timeout
                 heappush(self._ends, (end, next(self._serial), line, job))
         else:
             self._stray(line, kind, payload)
@@ -878,8 +883,12 @@ class Batch:
 
     def _finish(self, job: _Job, result: Result) -> None:
         result.index = job.index
-        result._begun = job.begun
-        result.duration = time.monotonic() - job.begun
+        now = time.monotonic()
+        if len(job.usage) > _USAGE_SIZE:
+            result.duration = _TOOK.unpack_from(job.usage, _USAGE_SIZE)[0] / 1e6
+        else:
+            result.duration = now - job.begun
+        result._begun = now - result.duration
         if self._ordered:
             self._results[job.index] = result
         else:

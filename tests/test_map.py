@@ -405,6 +405,17 @@ def test_connections_are_reused_after_timeouts(run_map: Map) -> None:
     assert [r.stdout for r in results] == [b"", b"x\n"] * 5
 
 
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_duration_is_without_the_wait_for_a_turn(tmp_path: Path, timeout: float | None) -> None:
+    with started_daemon(tmp_path, "--max-processes=1") as daemon:
+        client = errand_boy.connect(daemon.path)
+        start = time.monotonic()
+        results = list(client.map([["sleep", "0.1"]] * 3, max_workers=3, timeout=timeout))
+        elapsed = time.monotonic() - start
+    assert all(result.duration >= 0.1 for result in results)
+    assert sum(result.duration for result in results) <= elapsed  # one after another
+
+
 def test_time_in_a_daemons_queue_does_not_count(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--max-processes=1") as daemon:
         client = errand_boy.connect(daemon.path)

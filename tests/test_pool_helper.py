@@ -896,7 +896,12 @@ def streamed(
     return request(*argv, options=[bits, *options], targets=targets)
 
 
-def converse(client: Client, data: bytes | None = None, streams: int = 0b11) -> Result:
+EXITED_SIZE = 4 + 9 * 8
+
+
+def converse(
+    client: Client, data: bytes | None = None, streams: int = 0b11, brief: bool = False
+) -> Result:
     """Send input, within the window, and read all until the connection is free."""
     texts = {lib.EB_STDOUT: b"", lib.EB_STDERR: b""}
     chunks: dict[int, list[bytes]] = {lib.EB_STDOUT: [], lib.EB_STDERR: []}
@@ -925,8 +930,9 @@ def converse(client: Client, data: bytes | None = None, streams: int = 0b11) -> 
             if not payload:
                 open_streams.remove(kind)
         else:
-            answer = decode(kind, payload)
+            answer = decode(kind, payload[:EXITED_SIZE])
             assert isinstance(answer, Exited)
+            assert len(payload) == EXITED_SIZE + (8 if brief else 0)
             status = answer.status
     for kind, parts in chunks.items():
         texts[kind] = b"".join(parts)
@@ -1190,7 +1196,7 @@ def test_brief_commands_one_after_another(pool: Pool) -> None:
         script = f"echo {number}; exit {number}"
         options = [BRIEF, nulls]
         client.send(streamed("/bin/sh", "-c", script, streams=0b10, options=options))
-        assert converse(client, None, 0b10) == (b"%d\n" % number, b"", number << 8)
+        assert converse(client, None, 0b10, brief=True) == (b"%d\n" % number, b"", number << 8)
     assert client.status("/bin/true") == 0
 
 
@@ -1200,7 +1206,7 @@ def test_brief_command_that_does_not_start(pool: Pool) -> None:
         client.send(streamed("/none", streams=0b10, options=[BRIEF]))
         assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
         client.send(streamed("/bin/true", streams=0b10, options=[BRIEF]))
-        assert converse(client, None, 0b10) == (b"", b"", 0)
+        assert converse(client, None, 0b10, brief=True) == (b"", b"", 0)
 
 
 def test_much_output_of_brief_commands(pool: Pool) -> None:
@@ -1209,7 +1215,7 @@ def test_much_output_of_brief_commands(pool: Pool) -> None:
         client.send(
             streamed("/usr/bin/head", "-c", "300000", "/dev/zero", streams=0b10, options=[BRIEF])
         )
-        assert converse(client, None, 0b10) == (bytes(300_000), b"", 0)
+        assert converse(client, None, 0b10, brief=True) == (bytes(300_000), b"", 0)
 
 
 def test_output_of_a_brief_command_that_others_hold(pool: Pool) -> None:
@@ -1247,7 +1253,7 @@ def test_silence_before_the_end_of_a_brief_command(pool: Pool) -> None:
     script = "echo early; read x; echo late"
     client.send(streamed("/bin/sh", "-c", script, streams=0b11, options=[BRIEF]))
     assert client.frame() == (lib.EB_STDOUT, b"early\n")
-    assert converse(client, b"\n") == (b"late\n", b"", 0)
+    assert converse(client, b"\n", brief=True) == (b"late\n", b"", 0)
 
 
 # Commands of other users
