@@ -35,11 +35,18 @@ CHILD = "new process, up to the exec"
 REASONS = {
     (HELPER, "epoll_wait"): "sleep until a request, an exec's end or a child's end comes",
     (HELPER, "recvmsg"): "the request, with its descriptors",
-    (HELPER, "pipe2"): "tells when a program runs, by its close-on-exec end; for captured output, "
-    "one more for each stream",
+    (
+        HELPER,
+        "pipe2",
+    ): "tells when a program runs, by its close-on-exec end, where a client waits for "
+    "that; for captured output, one for each stream",
     (HELPER, "clone"): "the new process, in the helper's memory and without waiting for its exec",
     (HELPER, "close"): "the ends of these pipes, and the descriptors that came with the request",
-    (HELPER, "epoll_ctl"): "watch, and forget, the pipe of the exec and those of streams",
+    (
+        HELPER,
+        "epoll_ctl",
+    ): "watch, and forget, the pipe of the exec and those of streams; not those "
+    "of a short command under `map`",
     (HELPER, "sendmsg"): "the answer; under `map` one for all of a short command's frames",
     (HELPER, "read"): "streams: output and its end; signalfd: that children have ended",
     (HELPER, "wait4"): "reap, until none is left, with the resource usage; the caller's own "

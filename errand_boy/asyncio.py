@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import contextvars
 import errno
+import functools
 import os
 import select
 import signal
@@ -22,16 +24,16 @@ from asyncio import base_subprocess, streams
 from asyncio.log import logger
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process, SubprocessStreamProtocol
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import IO, Any
 
 from errand_boy import helper as _helper
 from errand_boy import popen, remote
-from errand_boy._native import lib
 from errand_boy.connection import Connection, NotServedError
 from errand_boy.errors import HelperError
 from errand_boy.outgoing import Outgoing, Request, take
 from errand_boy.protocol import Failed, Spawned
+from errand_boy.view import sending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,6 +98,52 @@ class _Turns:
 
 
 _turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = weakref.WeakKeyDictionary()
+
+
+class _Readers:
+    """A loop's add_reader and remove_reader, for less: the loop watches one epoll for all.
+
+    The loop alone holds this object for long. So what waits in a loop that has been closed and
+    forgotten is found to be garbage.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._epoll = select.epoll()
+        self._calls: dict[int, Callable[[], Any]] = {}
+        # In no context, since the loop would keep that of the first start.
+        contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._look)
+
+    def add_reader(self, fd: int, call: Callable[[], Any]) -> None:
+        self._calls[fd] = call
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def remove_reader(self, fd: int) -> None:
+        # To close it would not do: a forked process may have a copy.
+        if self._calls.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):  # it has been closed under us
+                self._epoll.unregister(fd)
+
+    def _look(self) -> None:
+        for fd, _ in self._epoll.poll(0, max(1, len(self._calls))):
+            call = self._calls.get(fd)
+            if call is not None:  # else one before it has removed it
+                call()
+
+
+_readers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Readers]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _readers_of(loop: asyncio.AbstractEventLoop) -> _Readers | asyncio.AbstractEventLoop:
+    if not hasattr(select, "epoll"):  # eventlet takes it away
+        return loop
+    known = _readers.get(loop)
+    readers = None if known is None else known()
+    if readers is None:
+        readers = _Readers(loop)
+        _readers[loop] = weakref.ref(readers)
+    return readers
 
 
 class _Popen(popen.Popen[bytes]):
@@ -288,21 +336,14 @@ async def _send(
     loop: asyncio.AbstractEventLoop, connection: Connection, outgoing: Outgoing
 ) -> None:
     """Send what has not been sent of a request."""
-    sock, most = connection.sock, lib.EB_MAX_FDS_PER_SEND
-    fds = outgoing.fds
-    while frame := outgoing.frame:
-        try:
-            sent = connection.send_some(frame[:1] if len(fds) > most else frame, fds[:most])
-        except BlockingIOError:
-            await _ready(loop, sock.fileno(), loop.add_writer, loop.remove_writer)
-        else:
-            outgoing.count_sent(sent)
-            fds = fds[most:]
+    for _ in sending(connection, outgoing):
+        await _ready(loop, connection.sock.fileno(), loop.add_writer, loop.remove_writer)
 
 
 async def _answer(loop: asyncio.AbstractEventLoop, connection: Connection) -> Spawned | Failed:
+    readers = _readers_of(loop)
     while True:
-        await _ready(loop, connection.sock.fileno(), loop.add_reader, loop.remove_reader)
+        await _ready(loop, connection.sock.fileno(), readers.add_reader, readers.remove_reader)
         with contextlib.suppress(TimeoutError):  # only a part of it has come
             return connection.answer(0.0)
 
@@ -329,7 +370,9 @@ class _Watch:
         """From now on: call `ended` with the return code, once."""
         self._ended = ended
         if self._fd >= 0:
-            self._loop.add_reader(self._fd, self._look)
+            # As the loop's own would: what follows is in the context of the start.
+            look = functools.partial(contextvars.copy_context().run, self._look)
+            _readers_of(self._loop).add_reader(self._fd, look)
         lease = self._process._lease
         if self._fd < 0 or (lease is not None and lease[1].has_received()):
             self._loop.call_soon(self._look)
@@ -349,7 +392,7 @@ class _Watch:
             return
         self._ended = None
         if self._fd >= 0:
-            self._loop.remove_reader(self._fd)
+            _readers_of(self._loop).remove_reader(self._fd)
         self._close()
         ended(returncode)
 
@@ -390,10 +433,11 @@ class _Burial:
                 await asyncio.wait([self._over], timeout=rest)
 
     def _await_reply(self) -> None:
-        self.loop.add_reader(self._connection.sock.fileno(), self._look)
+        readers = _readers_of(self.loop)
+        readers.add_reader(self._connection.sock.fileno(), self._look)
 
     def _look(self) -> None:
-        self.loop.remove_reader(self._connection.sock.fileno())
+        _readers_of(self.loop).remove_reader(self._connection.sock.fileno())
         try:
             self._begin(0.0)
         except TimeoutError:
@@ -469,8 +513,20 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
     def _start(self, *args: Any, **kwargs: Any) -> None:
         self._proc = self._started
 
-    async def _connect_pipes(self, waiter: asyncio.Future[Any] | None) -> None:
-        await super()._connect_pipes(waiter)
+    def _connect_pipes(self, waiter: asyncio.Future[Any] | None) -> Coroutine[Any, Any, None]:
+        # A loop that is closed before this has begun leaves a warning that it was never awaited.
+        # Whoever keeps the warning keeps the coroutine, which must not keep the command alive.
+        assert waiter is not None
+        return _connect(weakref.ref(self), weakref.ref(waiter))
+
+    async def connect(self, waiter: asyncio.Future[Any] | None) -> None:
+        """Connect the pipes, and tell `waiter`."""
+        try:
+            await super()._connect_pipes(waiter)
+        except RuntimeError:
+            if self._loop.is_closed():  # asyncio's tells `waiter` of GeneratorExit too, in vain
+                return
+            raise
         if self._closed or self._pending_calls is not None:  # closed meanwhile, or it failed
             process = self._started
             for fd, file in enumerate((process.stdin, process.stdout, process.stderr)):
@@ -527,6 +583,14 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
             _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
             self.abandon()
         super().__del__()
+
+
+async def _connect(
+    transport: weakref.ref[_Transport], waiter: weakref.ref[asyncio.Future[Any]]
+) -> None:
+    strong = transport()
+    if strong is not None:
+        await strong.connect(waiter())
 
 
 async def make_transport(

@@ -13,10 +13,23 @@ from errand_boy.protocol import Failed, Spawned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from errand_boy.popen import Lender
+
+
+def sending(connection: Connection, outgoing: Outgoing) -> Iterator[None]:
+    """Send what has not been sent of a request; yields whenever the socket takes nothing now."""
+    fds, most = outgoing.fds, lib.EB_MAX_FDS_PER_SEND
+    while frame := outgoing.frame:
+        try:
+            sent = connection.send_some(frame[:1] if len(fds) > most else frame, fds[:most])
+        except BlockingIOError:
+            yield
+        else:
+            outgoing.count_sent(sent)
+            fds = fds[most:]
 
 
 class View(popen.Popen[bytes]):
@@ -57,17 +70,8 @@ class GreenView(View):
         raise NotImplementedError
 
     def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
-        while outgoing.frame:
-            most = len(outgoing.frame)
-            # More descriptors than one message takes are rare, and may wait for the helper.
-            if len(outgoing.fds) > lib.EB_MAX_FDS_PER_SEND:
-                connection.send(outgoing.frame, outgoing.fds)
-                outgoing.count_sent(most)
-                break
-            try:
-                outgoing.count_sent(connection.send_some(outgoing.frame, outgoing.fds))
-            except BlockingIOError:
-                self._until_writable(connection)
+        for _ in sending(connection, outgoing):
+            self._until_writable(connection)
         return self._answer(connection)
 
     def _answer(self, connection: Connection) -> Spawned | Failed:

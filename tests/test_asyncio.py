@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import importlib
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -28,7 +30,7 @@ from guard import Guard
 
 import errand_boy
 import errand_boy.asyncio as ours
-from errand_boy import popen
+from errand_boy import helper, popen
 
 T = TypeVar("T")
 
@@ -41,6 +43,7 @@ class Runner:
 
     def __init__(self, name: str) -> None:
         module = importlib.import_module(name)
+        self.name = name
         self.new_loop: Callable[[], asyncio.AbstractEventLoop] = module.new_event_loop
 
     def __call__(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -75,9 +78,11 @@ def descriptors() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))
 
 
-def children() -> list[psutil.Process]:
-    helper = errand_boy.helper_pid()
-    return [child for child in psutil.Process().children() if child.pid != helper]
+def children(*, recursive: bool = False) -> list[psutil.Process]:
+    # One that was killed may be a while in ending, and is waited for with the next start.
+    helpers = {errand_boy.helper_pid(), *(old.pid for old in helper._unreaped)}
+    me = psutil.Process()
+    return [child for child in me.children(recursive) if child.pid not in helpers]
 
 
 @pytest.fixture
@@ -90,6 +95,13 @@ def unchanged() -> Iterator[None]:
     assert children() == []
     errand_boy.stop()
     assert len(descriptors()) < before
+
+
+def wait_for_the_forgotten() -> None:
+    """Wait for the commands of objects that are garbage; a helper that owns one waits for this."""
+    gc.collect()
+    while subprocess._active:  # type: ignore[attr-defined]
+        subprocess._cleanup()  # type: ignore[attr-defined]
 
 
 async def ticks(count: int = 10) -> None:
@@ -353,6 +365,53 @@ def test_raw_protocol(run: Runner, spawn: str, unchanged: None) -> None:
     assert seen[-1] == "lost"
 
 
+def test_each_protocol_is_called_in_the_context_of_its_start(run: Runner, spawn: str) -> None:
+    start = contextvars.ContextVar[int]("start")
+    seen: list[tuple[int, int]] = []
+
+    class Protocol(asyncio.SubprocessProtocol):
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def process_exited(self) -> None:
+            seen.append((self.number, start.get(-1)))
+
+    async def main() -> None:
+        async def one(number: int) -> None:
+            start.set(number)
+            make = ours.make_transport
+            loop = asyncio.get_running_loop()
+            transport = await make(loop, Protocol(number), ["true"], False, None, None, None, 0)
+            await transport._wait()
+
+        await asyncio.gather(*(asyncio.ensure_future(one(number)) for number in range(5)))
+
+    run(main)
+    assert sorted(seen) == [(number, number) for number in range(5)]
+
+
+def test_without_epoll(run: Runner, spawn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "epoll")
+
+    async def main() -> None:
+        assert (await ours.run(["echo", "x"], capture_output=True)).stdout == b"x\n"
+
+    run(main)
+
+
+def test_a_descriptor_that_is_watched_is_closed(run: Runner) -> None:
+    async def main() -> None:
+        readers = ours._readers_of(asyncio.get_running_loop())
+        for _ in range(2):  # the number is given anew
+            reader, writer = os.pipe()
+            readers.add_reader(reader, lambda: None)
+            os.close(reader)
+            readers.remove_reader(reader)
+            os.close(writer)
+
+    run(main)
+
+
 # -- the loop goes on --
 
 
@@ -524,10 +583,32 @@ def test_loop_closed_in_a_start(run: Runner, spawn: str, unchanged: None, turns:
             await asyncio.sleep(0)
 
     run(main)
-    gc.collect()
-    subprocess._cleanup()  # type: ignore[attr-defined]
-    for child in children():
-        child.wait(10)
+    wait_for_the_forgotten()
+
+
+@pytest.mark.parametrize("output", [None, asyncio.subprocess.PIPE])
+def test_loop_closed_before_pipes_are_connected(
+    run: Runner, spawn: str, unchanged: None, monkeypatch: pytest.MonkeyPatch, output: int | None
+) -> None:
+    loop = run.new_loop()
+    make = ours._Transport.__init__
+
+    def make_and_stop(*args: Any) -> None:
+        make(*args)
+        loop.stop()
+
+    monkeypatch.setattr(ours._Transport, "__init__", make_and_stop)
+    with warnings.catch_warnings(record=True) as kept:
+        warnings.simplefilter("always")
+        start = loop.create_task(ours.create_subprocess_exec("sleep", "60", stdout=output))
+        start._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.run_forever()
+        assert len(children(recursive=True)) == 1
+        del start
+        loop.close()
+        wait_for_the_forgotten()
+        assert children(recursive=True) == []
+        assert run.name == "uvloop" or "never awaited" in str([each.message for each in kept])
 
 
 def test_run_ends_with_processes_that_live(unchanged: None) -> None:
