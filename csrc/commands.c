@@ -160,7 +160,7 @@ void eb_reap(void)
         struct eb_connection *c = remove_child(pid);
         if (c == NULL)
             continue;
-        /* It may have come and gone before its start was noticed; the pipe has hung up by now. */
+        /* It may have come and gone before its start was noticed; the outcome is known by now. */
         bool told = !c->starting;
         if (!told)
             eb_finish_start(c);
@@ -236,7 +236,8 @@ void eb_finish_start(struct eb_connection *c)
      * go on to report events, for a start that is over. */
     if (c->start.done_fd >= 0)
         eb_unwatch_fd(c->start.done_fd);
-    if (c->start.quiet)
+    bool quiet = c->start.quiet;
+    if (quiet)
         remove_quiet(c);
     service.spawner->end(&c->start);
     service.starting--;
@@ -248,7 +249,9 @@ void eb_finish_start(struct eb_connection *c)
         (void)remove_child(c->child);
     }
     if (c->start.error == 0) {
-        eb_count_start((nanoseconds(CLOCK_MONOTONIC) - c->begun_ns) / 1000);
+        eb_count_start();
+        if (!quiet) /* else the program may have run for long */
+            eb_count_time((nanoseconds(CLOCK_MONOTONIC) - c->begun_ns) / 1000);
         if (service.pool)
             keep_title(c);
     } else {
@@ -393,15 +396,15 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
             eb_tell(EB_WANT, c);
         return;
     }
-    if (q->streams != 0) {
-        if (!service.owns_children) {
-            eb_refuse(c, "malformed SPAWN: option STREAMS needs a helper that owns its children");
-            return;
-        }
-        if (!eb_streams_make(c, ends)) {
-            fail_start(c, frame, errno, EB_STAGE_FDS);
-            return;
-        }
+    /* Nobody would be told of a brief one's end. */
+    if (!service.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_BRIEF))) {
+        eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
+                  q->streams != 0 ? "STREAMS" : "BRIEF");
+        return;
+    }
+    if (q->streams != 0 && !eb_streams_make(c, ends)) {
+        fail_start(c, frame, errno, EB_STAGE_FDS);
+        return;
     }
     place_sources(c, ends);
     complete(c, q);

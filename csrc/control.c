@@ -79,9 +79,13 @@ static unsigned bucket(uint64_t microseconds)
     return i < BUCKETS ? i : BUCKETS - 1;
 }
 
-void eb_count_start(uint64_t microseconds)
+void eb_count_time(uint64_t microseconds)
 {
     figures->buckets[bucket(microseconds)]++;
+}
+
+void eb_count_start(void)
+{
     figures->started++;
     if (figures->started == max_tasks)
         send_control(EB_FULL, NULL, 0);

@@ -535,11 +535,13 @@ static int patience(void)
 static void serve(void)
 {
     struct epoll_event events[64];
+    int idle = 0; /* milliseconds without an event, in several waits if looks are due */
     while (service.control != NULL || service.count > 0) {
         bool child_ended = false;
         int timeout = patience();
         int n = epoll_wait(epoll_fd, events, 64, timeout);
-        if (n == 0 && service.untidy && timeout == REST_MS) {
+        idle = n == 0 && service.untidy ? idle + timeout : 0;
+        if (idle >= REST_MS) {
             /* At rest after a burst: what it took goes back. */
             malloc_trim(0);
             service.spawner->rest();

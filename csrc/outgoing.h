@@ -23,6 +23,7 @@ enum {
     EB_WITH_CWD = 16,        /* the caller's working directory goes as a descriptor */
     EB_UMASK_GIVEN = 32,     /* the options hold one: EB_WITH_UMASK adds none */
     EB_WITHOUT_STANDARD = 128, /* of 0 to 2, the child has only what `standard` gives it */
+    EB_SENT = 64,            /* beside what eb_caller_read found: the frame has been sent whole, and released */
 };
 
 /* What the child's descriptors are.  `standard`: ours for 0 to 2, or -1 to inherit that one if it is open

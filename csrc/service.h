@@ -25,7 +25,7 @@ struct eb_service {
 extern struct eb_service service;
 
 uint64_t eb_now_ms(void);
-/* Has the connections looked at by then. */
+/* Has the connections looked at then, or a few milliseconds later. */
 void eb_look_by(uint64_t when);
 
 /* -- helper.c: the connections, and the epoll set -- */
@@ -98,7 +98,9 @@ void eb_set_max_tasks(uint64_t count);
 /* Keeps the figures in a file of the server's, who has them there if this process is killed. */
 bool eb_share_figures(int fd);
 /* For the REPORT. */
-void eb_count_start(uint64_t microseconds);
+void eb_count_start(void);
+/* How long a start took. */
+void eb_count_time(uint64_t microseconds);
 void eb_count_failure(enum eb_stage stage, int error);
 void eb_count_end(void);
 

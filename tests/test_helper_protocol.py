@@ -470,6 +470,14 @@ BAD_REQUESTS = {
             "bytes after no string": u32(0) + b"\0",
         }.items()
     },
+    # Nobody would know of its end.
+    **{
+        f"{name} of the caller's own": (
+            TRUE + option(TAGS[name], value),
+            f"option {name} needs a helper that owns its children",
+        )
+        for name, value in (("STREAMS", b"\2"), ("BRIEF", b""))
+    },
     "CWD empty": (TRUE + option(lib.EB_TAG_CWD), "CWD: not one string"),
     "CWD without its NUL": (TRUE + option(lib.EB_TAG_CWD, b"/"), "CWD: not one string"),
     "CWD of two strings": (TRUE + option(lib.EB_TAG_CWD, b"/\0/\0"), "CWD: not one string"),
@@ -840,12 +848,11 @@ def is_owner(helper: Helper) -> bool:
     return started.by_helper
 
 
-def slow(program: str, tries: int = 200_000) -> bytes:
+def slow(program: str, tries: int = 200_000, options: Sequence[bytes] = ()) -> bytes:
     """A request whose exec takes tenths of a second: many names are tried in vain."""
     names = [*["/-"] * tries, program]
-    return frame(
-        lib.EB_SPAWN, strings(lib.EB_TAG_EXECUTABLES, *names), strings(lib.EB_TAG_ARGV, "slow")
-    )
+    argv = strings(lib.EB_TAG_ARGV, "slow")
+    return frame(lib.EB_SPAWN, strings(lib.EB_TAG_EXECUTABLES, *names), argv, *options)
 
 
 # The helper's own children

@@ -676,6 +676,16 @@ def test_start_times_are_in_their_buckets(pool: Pool, tmp_path: Path) -> None:
     assert 20 < first < last < 96
 
 
+def test_brief_start_is_counted_without_its_time(pool: Pool) -> None:
+    """When its program began to run is not known exactly, unless something of it is waited for."""
+    client = pool.connect()
+    for timed, streams in enumerate((0b10, 0b11)):
+        client.send(streamed("/bin/sleep", "0.05", streams=streams, options=[BRIEF]))
+        assert converse(client, None, streams, brief=True).status == 0
+        report = pool.report()
+        assert (report.started, sum(report.buckets)) == (timed + 1, timed)
+
+
 def test_more_kinds_of_failure_than_are_told_apart(pool: Pool) -> None:
     client = pool.connect()
     count = 0
@@ -1247,6 +1257,45 @@ def test_client_of_brief_commands_goes(pool: Pool) -> None:
     assert gone(pid)
 
 
+@pytest.mark.parametrize("what", ["nothing", "signal", "close", "drain", "end", "server's end"])
+def test_slow_start_of_a_brief_command(what: str, pool: Pool) -> None:
+    """Nothing tells of its exec. What comes before it is noticed counts all the same."""
+    client = pool.connect()
+    read, write = os.pipe()
+    bits = option(lib.EB_TAG_STREAMS, b"\2")
+    fds = protocol.numbers(lib.EB_TAG_FDS, [0])
+    client.send(slow("/bin/cat", options=[bits, BRIEF, OWN_GROUP, fds]), [read])
+    os.close(read)
+    assert until(lambda: bool(pool.children()))
+    (live,) = pool.report().live.values()
+    assert live.title == b""  # it is not noticed yet
+    status = 0
+    if what == "signal":
+        client.send(signal_frame(0, signal.SIGTERM))
+        status = signal.SIGTERM
+    elif what == "close":
+        client.sock.close()
+        pool.told((lib.EB_CLOSED, client.id))
+        assert gone(live.pid)
+    elif what == "end":
+        pool.tell(lib.EB_END, bytes([signal.SIGTERM]))
+        status = signal.SIGTERM
+    else:
+        if what == "drain":
+            pool.tell(lib.EB_DRAIN)
+        elif what == "server's end":
+            pool.control.sock.close()
+        os.write(write, b"text")
+        os.close(write)
+    if what != "close":
+        text = b"" if status else b"text"
+        assert converse(client, None, 0b10, brief=True) == (text, b"", status)
+    if what in ("drain", "server's end"):
+        assert client.closed()
+    if what in ("signal", "close", "end"):
+        os.close(write)
+
+
 def test_silence_before_the_end_of_a_brief_command(pool: Pool) -> None:
     """What it has written comes although it runs on."""
     client = pool.connect()
@@ -1634,6 +1683,28 @@ def test_many_idle_connections(pool: Pool) -> None:
     for client in clients:
         client.sock.close()
         pool.told((lib.EB_CLOSED, client.id))
+
+
+@lean
+def test_rest_beside_a_command_that_does_not_end(pool: Pool) -> None:
+    """What a burst took goes back, though that command is looked at again and again."""
+    client = pool.connect()
+    script = "trap '' TERM; echo ready; exec sleep 1000"
+    options = [OWN_GROUP, on_close(3_600_000)]
+    pid = started(client, streamed("/bin/sh", "-c", script, streams=0b10, options=options))
+    assert client.frame() == (lib.EB_STDOUT, b"ready\n")
+    client.sock.close()
+    before = pool.private_bytes()
+    clients = [pool.connect() for _ in range(200)]
+    for other in clients:
+        other.send(streamed("/bin/true", streams=0b10, options=[BRIEF]))
+    for other in clients:
+        assert converse(other, None, 0b10, brief=True).status == 0
+    burst = pool.private_bytes() - before
+    for other in clients:
+        other.sock.close()
+    assert until(lambda: pool.private_bytes() - before < burst / 4)
+    os.kill(pid, signal.SIGKILL)
 
 
 @lean
