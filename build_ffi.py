@@ -68,7 +68,10 @@ static int outgoing_prepare(struct eb_outgoing *o, const struct eb_caller *start
         return -error;
     if (found & EB_CONNECTION && !(found & EB_UNSURE))
         eb_outgoing_send(o, fd);
-    return found;
+    if (o->sent < o->size)
+        return found;
+    eb_outgoing_done(o);
+    return found | EB_SENT;
 }
 """
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
 _BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
+_HEADER_SIZE = protocol.HEADER.size
+_KIND = _HEADER_SIZE - 1  # where it is in a frame
+
+_unpack_header = protocol.HEADER.unpack_from
 
 _Ancillary = list[tuple[int, int, bytes]]
 
@@ -69,7 +73,7 @@ class Connection:
         self._owner = os.getpid()
         self.device = info.st_dev
         self.inode = info.st_ino
-        self._buffer = bytearray(_BUFFER_SIZE)
+        self._buffer = bytearray(_BUFFER_SIZE + _HEADER_SIZE)  # zeros at the end
         self._size = 0  # of what has come into it
         self.greeted = False
         self.reply: Reply | None = None  # the last one, to the command that is being started
@@ -162,22 +166,36 @@ class Connection:
         Raises TimeoutError after `timeout` seconds, NotServedError or HelperDiedError if the
         helper has gone before or after it read what was sent, and ProtocolError.
         """
-        self._count_received()
-        kind, payload = self._frame(timeout)
-        try:
-            self.reply = protocol.reply(kind, payload)
-        except struct.error:
-            self.reply = None
-        if self.reply is None:
-            raise ProtocolError(errno.EPROTO, f"reply {kind} of {len(payload)} bytes")
-        self._consume(protocol.HEADER.size + len(payload))  # last, see recover()
-        return self.reply
+        deadline = None if timeout is None else time.monotonic() + timeout
+        buffer = self._buffer
+        if buffer[self._size + _KIND]:
+            self._count_received()
+        while True:
+            if self._size >= _HEADER_SIZE:
+                length, kind = _unpack_header(buffer)
+                size = _HEADER_SIZE + length
+                if size > _BUFFER_SIZE:
+                    raise ProtocolError(errno.EPROTO, f"reply of {length} bytes")
+                if self._size >= size:
+                    payload = bytes(buffer[_HEADER_SIZE:size])
+                    try:
+                        reply = protocol.reply(kind, payload)
+                    except struct.error:
+                        reply = None
+                    if reply is not None:
+                        break
+                    self._take_other(kind, payload)
+                    self._consume(size)
+                    continue
+            self._receive_some(deadline)
+        self.reply = reply
+        self._consume(size)  # last, see recover()
+        return reply
 
     def outcome(self, outgoing: Outgoing) -> Spawned | Failed:
         """Send what has not been sent of a request, and return its outcome."""
-        frame = outgoing.frame
-        if frame:
-            self.send(frame, outgoing.fds)
+        if not outgoing.is_sent:
+            self.send(outgoing.frame, outgoing.fds)
         return self.answer()
 
     def answer(self, timeout: float | None = None) -> Spawned | Failed:
@@ -200,28 +218,17 @@ class Connection:
                 self.sock.shutdown(socket.SHUT_WR)
                 self.receive()
 
-    def _frame(self, timeout: float | None) -> tuple[int, bytes]:
-        """Return the kind and the payload of the next frame but HELLO; it stays in the buffer."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        header = protocol.HEADER.size
-        while True:
-            if self._size >= header:
-                length, kind = protocol.HEADER.unpack_from(self._buffer)
-                if header + length > len(self._buffer):
-                    raise ProtocolError(errno.EPROTO, f"reply of {length} bytes")
-                if self._size >= header + length:
-                    payload = bytes(self._buffer[header : header + length])
-                    if kind == lib.EB_HELLO:
-                        self.greet(payload)
-                        self._consume(header + length)
-                        continue
-                    if kind == lib.EB_REFUSED:
-                        reason = payload.decode("utf-8", "replace")
-                        if not self.greeted:  # so it is the daemon who speaks
-                            raise RefusedError(errno.EACCES, f"the daemon refused: {reason}")
-                        raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
-                    return kind, payload
-            self._receive_some(deadline)
+    def _take_other(self, kind: int, payload: bytes) -> None:
+        """Take a frame that is no answer to a request."""
+        if kind == lib.EB_HELLO:
+            self.greet(payload)
+        elif kind == lib.EB_REFUSED:
+            reason = payload.decode("utf-8", "replace")
+            if not self.greeted:  # so it is the daemon who speaks
+                raise RefusedError(errno.EACCES, f"the daemon refused: {reason}")
+            raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
+        else:
+            raise ProtocolError(errno.EPROTO, f"reply {kind} of {len(payload)} bytes")
 
     def greet(self, payload: bytes) -> None:
         """Take the other side's HELLO. Raises ProtocolError if it speaks another version."""
@@ -238,7 +245,11 @@ class Connection:
         if deadline is not None:
             self.sock.settimeout(max(0.0, deadline - time.monotonic()))
         try:
-            size = self.sock.recv_into(memoryview(self._buffer)[self._size :])
+            if self._size == 0:
+                size = self.sock.recv_into(self._buffer, _BUFFER_SIZE)
+            else:
+                rest = memoryview(self._buffer)[self._size : _BUFFER_SIZE]
+                size = self.sock.recv_into(rest)
         except BlockingIOError:
             raise TimeoutError from None
         except ConnectionResetError:
@@ -258,14 +269,12 @@ class Connection:
         self._size += size
 
     def _consume(self, size: int) -> None:
-        self._buffer[:] = self._buffer[size:] + bytes(size)  # zeros again, see _count_received
-        self._size -= size
+        whole = self._size
+        self._buffer[:whole] = self._buffer[size:whole] + bytes(size)  # zeros, see _count_received
+        self._size = whole - size
 
     def _count_received(self) -> None:
         """Count the frames that an interrupted _receive_some has received but not counted."""
-        header = protocol.HEADER.size
-        while self._size + header <= len(self._buffer):
-            length, kind = protocol.HEADER.unpack_from(self._buffer, self._size)
-            if kind == 0:
-                break
-            self._size += header + length
+        while self._buffer[self._size + _KIND] != 0:
+            length, _ = _unpack_header(self._buffer, self._size)
+            self._size = min(self._size + _HEADER_SIZE + length, _BUFFER_SIZE)

@@ -28,7 +28,7 @@ class Request:
     EB_RESTORE_SIGNALS.
     """
 
-    __slots__ = ("flags", "options", "others", "standard")
+    __slots__ = ("flags", "options", "other_count", "others", "standard")
 
     def __init__(
         self, options: bytes, standard: tuple[int, int, int], others: Sequence[int], flags: int
@@ -36,6 +36,7 @@ class Request:
         self.options = options
         self.standard = standard
         self.others = ffi.new("int[]", others) if others else ffi.NULL
+        self.other_count = len(others)
         self.flags = flags
 
 
@@ -56,7 +57,7 @@ class Caller:
 class Outgoing:
     """The frame of a request, for reuse; and where it has gone."""
 
-    __slots__ = ("_c", "connection", "helper")
+    __slots__ = ("_c", "connection", "helper", "is_sent")
 
     def __init__(self) -> None:
         c = lib.eb_outgoing_new()
@@ -65,6 +66,7 @@ class Outgoing:
         self._c: Any = ffi.gc(c, lib.eb_outgoing_free)
         self.connection: Connection | None = None
         self.helper: Helper | Client | None = None
+        self.is_sent = True  # whole, by `prepare`, and so `done` has nothing to release
 
     def read(self, start: Caller, helper: int) -> int:
         """Read the calling thread's state; return what was found, as csrc/caller.h has it."""
@@ -81,8 +83,10 @@ class Outgoing:
     ) -> int:
         """Read the calling thread's state, and build the frame; send it where that does not wait.
 
-        Returns what was found, as csrc/caller.h has it: without EB_FITS there is no frame.
+        Returns what was found, as csrc/caller.h and outgoing.h have it: without EB_FITS there is
+        no frame.
         """
+        self.is_sent = False
         if connection is None:
             fd, device, inode = -1, 0, 0
         else:
@@ -99,14 +103,17 @@ class Outgoing:
             len(request.options),
             *request.standard,
             request.others,
-            len(request.others) if request.others else 0,
+            request.other_count,
         )
-        return _check(found)
+        self.is_sent = _check(found) & lib.EB_SENT != 0
+        return found
 
     @property
     def frame(self) -> memoryview:
         """What has not been sent of the frame; valid until the next `prepare` or `done`."""
         c = self._c
+        if c.sent == c.size:  # its memory may have been released
+            return memoryview(b"")
         return memoryview(ffi.buffer(c.frame, c.size))[c.sent :]
 
     @property
@@ -121,7 +128,8 @@ class Outgoing:
 
     def done(self) -> None:
         """Release what only this request needed, and be spare."""
-        lib.eb_outgoing_done(self._c)
+        if not self.is_sent:
+            lib.eb_outgoing_done(self._c)
         self.connection = self.helper = None
         if len(_spare) < _MOST_SPARE:
             _spare.append(self)

@@ -54,7 +54,8 @@ class Report:
     """What a helper has done; the counts of several can be added up.
 
     `failures` are by stage and errno; `latency[i]` are the starts that took less than 2**(i/4)
-    microseconds and not less than the entry before.
+    microseconds and not less than the entry before; those of brief commands, for whose exec nobody
+    waits, are not among them.
     """
 
     __slots__ = ("commands", "ended", "failures", "latency", "started")

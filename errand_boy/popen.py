@@ -112,13 +112,12 @@ class Popen(_Base[AnyStr]):
             executable = args[0]
         sys.audit("subprocess.Popen", executable, args, cwd, env)
 
-        options: list[bytes] = [
-            protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in args]),
-            self._more_options,
-        ]
+        argv = [os.fsencode(arg) for arg in args]
+        options: list[bytes] = [protocol.strings(lib.EB_TAG_ARGV, argv), self._more_options]
         if env is not None:
             options.append(protocol.strings(lib.EB_TAG_ENV, environment(env)))
-        programs = candidates(os.fsencode(executable), lambda: exec_path(env))
+        program = argv[0] if args and executable is args[0] else os.fsencode(executable)
+        programs = [program] if b"/" in program else candidates(program, lambda: exec_path(env))
         options.append(protocol.strings(lib.EB_TAG_EXECUTABLES, programs))
         if cwd is not None:
             options.append(protocol.string(lib.EB_TAG_CWD, os.fsencode(cwd)))
@@ -272,14 +271,17 @@ class Popen(_Base[AnyStr]):
             return super()._wait(timeout)  # type: ignore[misc,no-any-return]
         if lease[1].is_foreign():
             raise _not_ours()
+        if timeout is None:
+            with self._waitpid_lock:
+                self._await_exit(None)
+            return self.returncode
         start = time.monotonic()
-        if not self._waitpid_lock.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
-            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        if not self._waitpid_lock.acquire(timeout=max(timeout, 0)):
+            raise subprocess.TimeoutExpired(self.args, timeout)
         try:
-            rest = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
-            self._await_exit(rest)
+            self._await_exit(max(0.0, timeout - (time.monotonic() - start)))
         except TimeoutError:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            raise subprocess.TimeoutExpired(self.args, timeout) from None
         finally:
             self._waitpid_lock.release()
         return self.returncode

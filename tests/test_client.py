@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -18,10 +20,14 @@ import psutil
 import pytest
 from conftest import run_script, started_script
 from daemon import Daemon, started_daemon
+from errand_boy._native import lib
 
 import errand_boy
+from errand_boy import protocol
 from errand_boy.client import Client
-from errand_boy.errors import HelperDiedError, NoDaemonError
+from errand_boy.connection import Connection
+from errand_boy.errors import HelperDiedError, NoDaemonError, ProtocolError
+from errand_boy.protocol import Exited, Failed, Spawned
 
 
 @pytest.fixture(scope="module")
@@ -666,3 +672,85 @@ print(json.dumps([codes, [len(job.value.stdout) for job in jobs]]))
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[[-15, -15], [0, 1000000]]\n"
+
+
+# -- what comes over a connection --
+
+REPLIES = (
+    protocol.HELLO
+    + protocol.frame(lib.EB_SPAWNED, [struct.pack("<iB", 77, lib.EB_OWNER_HELPER)])
+    + protocol.frame(lib.EB_EXITED, [protocol.EXITED.pack(9, *range(9))])
+    + protocol.frame(lib.EB_FAILED, [struct.pack("<iiB", 0, errno.ENOENT, lib.EB_STAGE_EXEC)])
+)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, Connection]]:
+    """A helper's end of a connection, and the client's."""
+    theirs, ours = socket.socketpair()
+    connection = Connection(ours)
+    with theirs:
+        yield theirs, connection
+    connection.close()
+
+
+def expect_replies(connection: Connection) -> None:
+    spawned, exited, failed = (connection.receive(0.0) for _ in range(3))
+    assert isinstance(spawned, Spawned)
+    assert (spawned.pid, spawned.by_helper) == (77, True)
+    assert isinstance(exited, Exited)
+    assert (exited.status, exited.usage) == (9, tuple(range(9)))
+    assert isinstance(failed, Failed)
+    assert (failed.pid, failed.errno, failed.stage) == (0, errno.ENOENT, lib.EB_STAGE_EXEC)
+    assert not connection.has_received()
+
+
+@pytest.mark.parametrize("portion", [1, 4, 5, 9, 10, 100, 1000])
+def test_replies_in_portions(ends: tuple[socket.socket, Connection], portion: int) -> None:
+    theirs, connection = ends
+    received = []
+    for start in range(0, len(REPLIES), portion):
+        theirs.sendall(REPLIES[start : start + portion])
+        with contextlib.suppress(TimeoutError):  # there is no whole one
+            while True:
+                received.append(type(connection.receive(0.0)))
+    assert received == [Spawned, Exited, Failed]
+    assert not connection.has_received()
+    theirs.sendall(REPLIES)
+    expect_replies(connection)
+
+
+@pytest.mark.parametrize("counted", [0, len(protocol.HELLO)])
+def test_replies_received_by_what_was_interrupted(
+    ends: tuple[socket.socket, Connection], counted: int
+) -> None:
+    theirs, connection = ends
+    theirs.sendall(REPLIES[:counted])
+    with pytest.raises(TimeoutError):
+        connection.receive(0.0)
+    theirs.sendall(REPLIES[counted:])
+    connection.sock.recv_into(connection._buffer)
+    expect_replies(connection)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        protocol.frame(lib.EB_SPAWNED, [bytes(6)]),
+        protocol.frame(lib.EB_EXITED, [bytes(75)]),
+        protocol.frame(200, [b"?"]),
+        protocol.HEADER.pack(508, lib.EB_REFUSED),
+        protocol.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWNED),
+    ],
+)
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_malformed_reply(
+    ends: tuple[socket.socket, Connection], reply: bytes, interrupted: bool
+) -> None:
+    theirs, connection = ends
+    theirs.sendall(reply)
+    if interrupted:
+        connection.sock.recv_into(connection._buffer)
+    for _ in range(2):
+        with pytest.raises(ProtocolError):
+            connection.receive(0.0)
