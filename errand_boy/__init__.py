@@ -1,7 +1,12 @@
 """Starts commands for processes that are expensive to fork.
 
 ``import errand_boy as subprocess``: the same functions, constants and exceptions; every command is
-started by a small C helper, as this process's own child.
+started by a small C helper, as this process's own child. If ``ERRAND_BOY_SOCKET`` is in the
+environment when this is imported, it is started by the daemon that listens there.
+
+``errand_boy.map`` runs many commands at once, ``errand_boy.connect`` returns the client of a
+daemon, ``errand_boy.patch`` makes a whole program start its commands so. errand_boy.asyncio,
+errand_boy.gevent, errand_boy.eventlet and errand_boy.celery wait as those frameworks do.
 """
 
 from __future__ import annotations
@@ -53,7 +58,8 @@ def connect(path: str | os.PathLike[str] | None = None) -> Client:
     daemon's. The default is ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in
     ``$XDG_RUNTIME_DIR``, else in a directory of the user's under the temporary directory. Nothing
     is sent before the first command, which raises NoDaemonError if nobody listens, and RefusedError
-    if the daemon does not serve this user.
+    if the daemon does not serve this user. Threads may share the client, and so may forked
+    processes. Raises PermissionError if the default directory is not the user's own.
     """
     from errand_boy import client  # noqa: PLC0415  only those who need it pay for it
 
@@ -61,7 +67,21 @@ def connect(path: str | os.PathLike[str] | None = None) -> Client:
 
 
 def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
-    """Run commands, many at once, and yield a result for each; see errand_boy.batch.map."""
+    """Run commands, many at once, and yield a CompletedProcess for each.
+
+    `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and options
+    for that command. They are taken as results are: an endless iterator will do.
+    `max_workers`: how many run at once, by default four for each CPU.
+    `ordered` (true): results come in the order of the commands, else as the commands end.
+    `check`, `progress`, `max_output`, `spool`, and what run() has: `input`, `timeout`, `text`,
+    `shell`, `cwd`, `env` and more. help("errand_boy.batch.map") tells of each.
+
+    Output is captured. A result also has `index`, `error`, `started`, `duration`, `rusage` and
+    more: help("errand_boy.batch.Result"). A command that can't be started is a result too.
+
+    Closing the iterator ends what runs. The commands are started by a private helper, or if
+    ``ERRAND_BOY_SOCKET`` was set at import by the daemon.
+    """
     from errand_boy import batch  # noqa: PLC0415
 
     return batch.map(commands, **options)
@@ -71,8 +91,9 @@ def patch() -> None:
     """Make the process's own subprocess.Popen start commands through errand-boy from now on.
 
     That goes for all that uses the class, whenever it has imported it, and for the Popen of gevent
-    and of eventlet, asyncio's loops and uvloop, be they loaded before or after. See
-    docs/frameworks.md. Once more does nothing more.
+    and of eventlet, asyncio's loops and uvloop, be they loaded before or after. os.system, os.fork,
+    os.posix_spawn and multiprocessing are left alone, and the helper is a private one, whatever
+    ``ERRAND_BOY_SOCKET`` says. Once more does nothing more; unpatch() undoes it.
     """
     from errand_boy import patching  # noqa: PLC0415
 

@@ -990,6 +990,8 @@ def map(
     `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as
     subprocess.run has them, but that output is captured unless `stdout` or `stderr` is given or
     `capture_output` is false, and that standard input is /dev/null without `input`.
+    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`: as
+    Popen has them, for the commands whose mappings say nothing else.
     `max_output`: bytes of each output that are kept; with `spool`, all of a longer one is in a
     temporary file.
     `check`: raise at the first Result that is no success. Else a command that can't be started is a

@@ -1,6 +1,7 @@
 """Commands on Celery's workers: a task that runs one, and a map over a whole cluster.
 
-Add ``include=["errand_boy.celery"]`` to the workers' app. docs/celery.md shows the rest.
+Add ``include=["errand_boy.celery"]`` to the workers' app. Then ``run_command.delay(["ls"]).get()``
+is an Outcome, and ``map(app, commands)`` yields one for each command. docs/celery.md has the rest.
 """
 
 from __future__ import annotations

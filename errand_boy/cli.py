@@ -20,16 +20,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in (*_COMMANDS, *_GIVEN):
         arguments = ["serve", *arguments]
     parser = argparse.ArgumentParser(
-        prog="errand-boy", description="Start commands without forking the process that wants them."
+        prog="errand-boy",
+        description="Start commands without forking the process that wants them.",
+        epilog="errand-boy COMMAND --help has the options of each.",
     )
     parser.add_argument("--version", action="version", version=errand_boy.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="be the daemon; the default")
+    serve = commands.add_parser(
+        "serve",
+        help="be the daemon; the default",
+        description="Listen on a Unix socket, or on that which systemd hands over, and start "
+        "commands for this user and those whom the options name.",
+    )
     add_serve_options(serve)
     run = commands.add_parser(
         "run",
         help="run one command, with this terminal, and exit with its status",
         usage="errand-boy run [-h] [--socket PATH] [--] COMMAND [ARGUMENT ...]",
+        description="Run a command by the daemon or, if none listens, by a private helper. Signals "
+        "are passed on. Exit status: the command's, 128 + N if signal N ended it; 127 if it was "
+        "not found, 126 if it could not be started, 125 for what errand-boy itself could not do.",
     )
     _add_socket(run)
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
@@ -37,12 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "map",
         help="run a command for each line of standard input, several at once",
         usage="errand-boy map [option ...] [--] COMMAND [ARGUMENT ...] < lines",
+        description="Run a command for each line of standard input, by a private helper, and write "
+        "the output of each at its end. The commands read /dev/null. Exit status: how many failed, "
+        "101 for more than 100; after a halt, that of the command which led to it, 128 + N if "
+        "signal N ended it; 125 for what errand-boy itself could not do.",
     )
     add_map_options(many)
-    status = commands.add_parser("status", help="tell what the daemon is doing")
+    status = commands.add_parser(
+        "status",
+        help="tell what the daemon is doing",
+        description="Tell what the daemon is doing: its helpers, the live commands, totals, how "
+        "long starts take. Exit status: 1 if none answers.",
+    )
     _add_socket(status)
     form = status.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--metrics", action="store_true", help="in Prometheus's text form")
     options = parser.parse_args(arguments)
     if options.command == "serve":
@@ -64,7 +83,7 @@ def _add_socket(parser: argparse.ArgumentParser) -> None:
         "--socket",
         metavar="PATH",
         help="where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
-        "$XDG_RUNTIME_DIR, else in a directory of this user's under the temp folder)",
+        "$XDG_RUNTIME_DIR, else in errand-boy-UID in $TMPDIR or /tmp)",
     )
 
 
@@ -77,7 +96,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         type=_number(int, 1),
         metavar="N",
         default=len(os.sched_getaffinity(0)),
-        help="helpers (default: the number of CPUs)",
+        help="helpers (default: the number of CPUs that it may use)",
     )
     parser.add_argument(
         "--max-accepts",
@@ -126,14 +145,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         type=count,
         metavar="N",
         default=0,
-        help="the same for each client process",
+        help="the same for each client process (default: 0, no limit)",
     )
     parser.add_argument(
         "--grace",
         type=_number(float, 0),
         metavar="SECONDS",
         default=30.0,
-        help="for commands to finish, after SIGTERM (default: 30)",
+        help="for commands to finish when SIGTERM or SIGINT has come (default: 30)",
     )
     parser.add_argument("--patience", type=_number(float, 0), default=30.0, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -142,8 +161,15 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default="info",
         help="the least that is logged, on standard error (default: info)",
     )
-    parser.add_argument("--log-format", choices=("text", "json"), default="text")
-    parser.add_argument("--pid-file", metavar="PATH", help="written when it listens")
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: an object a line (default: text)",
+    )
+    parser.add_argument(
+        "--pid-file", metavar="PATH", help="written when it listens, removed when it ends"
+    )
     parser.add_argument(
         "-t",
         "--transport",
@@ -160,10 +186,13 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=_number(int, 1),
         metavar="N",
-        help="commands at a time (default: the number of CPUs)",
+        help="commands at a time (default: the number of CPUs that it may use)",
     )
     parser.add_argument(
-        "-k", "--keep-order", action="store_true", help="write output in the order of the lines"
+        "-k",
+        "--keep-order",
+        action="store_true",
+        help="write output in the order of the lines, not of the ends",
     )
     parser.add_argument("-0", "--null", action="store_true", help="lines end with NUL")
     parser.add_argument(
@@ -172,19 +201,32 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
         help="COMMAND and its arguments are a shell command; what replaces {} is quoted",
     )
     parser.add_argument(
-        "--timeout", type=_number(float, 0), metavar="SECONDS", help="for each command"
+        "--timeout",
+        type=_number(float, 0),
+        metavar="SECONDS",
+        help="kill a command's process group after that; it has failed",
     )
-    parser.add_argument("--progress", action="store_true", help="show a bar, if this is a terminal")
-    parser.add_argument("--joblog", metavar="FILE", help="a line for each command, at its end")
     parser.add_argument(
-        "--resume", action="store_true", help="skip the lines whose commands the job log has"
+        "--progress",
+        action="store_true",
+        help="show a bar, if standard error is a terminal and tqdm is installed",
+    )
+    parser.add_argument(
+        "--joblog",
+        metavar="FILE",
+        help="a line for each command, at its end: GNU parallel's columns, and the peak resident "
+        "set in KiB",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="skip the lines whose numbers the job log has"
     )
     parser.add_argument(
         "--halt",
         default="never",
         metavar="POLICY",
-        help="when to end early: never, soon,fail=N (take no more lines when so many have failed), "
-        "now,fail=N (end what runs too), success=N for the opposite, N%% of those that have ended",
+        help="when to end early: never (the default), soon,fail=N (take no more lines when N have "
+        "failed) or now,fail=N (end what runs too); success=N counts the others; N%% is a share of "
+        "those that have ended, of which there must be three",
     )
     parser.add_argument(
         "argv",
