@@ -134,7 +134,7 @@ void eb_abandon_command(struct eb_connection *c)
 
 static void report_end(struct eb_connection *c, int status, const struct rusage *used)
 {
-    uint8_t payload[4 + 10 * 8];
+    uint8_t payload[4 + 10 * 8 + 4];
     struct eb_writer w = eb_writer(payload, sizeof payload);
     eb_put_u32(&w, (uint32_t)status);
     eb_put_u64(&w, (uint64_t)used->ru_utime.tv_sec * 1000000 + (uint64_t)used->ru_utime.tv_usec);
@@ -146,8 +146,10 @@ static void report_end(struct eb_connection *c, int status, const struct rusage 
     eb_put_u64(&w, (uint64_t)used->ru_oublock);
     eb_put_u64(&w, (uint64_t)used->ru_nvcsw);
     eb_put_u64(&w, (uint64_t)used->ru_nivcsw);
-    if (c->brief)
+    if (c->brief) {
         eb_put_u64(&w, (nanoseconds(CLOCK_MONOTONIC) - c->begun_ns) / 1000);
+        eb_put_u32(&w, (uint32_t)c->start.pid);
+    }
     eb_reply(c, EB_EXITED, payload, eb_written(&w));
 }
 
@@ -410,8 +412,9 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     complete(c, q);
     q->peer = c->peer;
     c->brief = eb_has(q, EB_TAG_BRIEF);
-    c->on_close = eb_has(q, EB_TAG_ON_CLOSE) || q->streams != 0;
-    c->on_close_ms = eb_has(q, EB_TAG_ON_CLOSE) ? q->on_close_ms : STREAMED_GRACE_MS;
+    bool given = eb_has(q, EB_TAG_ON_CLOSE);
+    c->on_close = given ? q->on_close_ms != UINT32_MAX : q->streams != 0;
+    c->on_close_ms = given ? q->on_close_ms : STREAMED_GRACE_MS;
     c->begun_ns = nanoseconds(CLOCK_MONOTONIC);
     service.spawner->begin(&c->start, q);
     if (++service.starting > 1)

@@ -118,12 +118,12 @@ enum eb_tag {
                                travel as frames; bit 3: 2 is the same pipe as 1.  Helpers that own their
                                children only */
     EB_TAG_ON_CLOSE = 19,   /* u32 milliseconds: if the connection ends before the command, its process group
-                               gets SIGTERM, and after that time SIGKILL.  Absent: it lives on, unless
-                               streamed; then 1,000 */
+                               gets SIGTERM, and after that time SIGKILL.  2^32 - 1: it lives on.  Absent: it
+                               lives on, unless streamed; then 1,000 */
     EB_TAG_NULL = 20,       /* u8, bit n for descriptor n of 0 to 2: it is /dev/null */
     EB_TAG_BRIEF = 21,      /* empty: no SPAWNED, and all other frames together, when the command is over or
-                               there are many or 50 ms have passed; EXITED has one more u64, the microseconds
-                               from the start to the end */
+                               there are many or 50 ms have passed; EXITED has two more fields, u64 microseconds
+                               from the start to the end and i32 pid */
     EB_TAG_END              /* one past the last */
 };
 

@@ -24,7 +24,7 @@ from errand_boy._native import lib
 from errand_boy.connection import Connection
 from errand_boy.errors import ErrandBoyError, HelperDiedError, ProtocolError, RefusedError
 from errand_boy.outgoing import Caller, Request, take
-from errand_boy.popen import candidates, environment, exec_path, failure
+from errand_boy.popen import candidates, environment, exec_path, failure, made
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -608,7 +608,8 @@ class Batch:
             parts.append(protocol.option(lib.EB_TAG_SETSID))
         else:
             parts.append(protocol.number(lib.EB_TAG_PGROUP, group))
-        streams, nulls, standard = self._standard(with_input)
+        stdin = subprocess.PIPE if with_input else subprocess.DEVNULL
+        streams, nulls, standard = made(stdin, self._stdout, self._stderr)
         if streams:
             parts.append(protocol.option(lib.EB_TAG_STREAMS, bytes([streams])))
         if nulls:
@@ -627,29 +628,6 @@ class Batch:
         finally:
             outgoing.done()
         return _Template(tail, fds, exec_path(env))
-
-    def _standard(self, with_input: bool) -> tuple[int, int, tuple[int, int, int]]:
-        """Return which of the standard streams are streamed, are null, and are descriptors."""
-        streams, nulls = (1, 0) if with_input else (0, 1)
-        fds = [-1, -1, -1]
-        for number, wanted in ((1, self._stdout), (2, self._stderr)):
-            if wanted == subprocess.PIPE:
-                streams |= 1 << number
-            elif wanted == subprocess.DEVNULL:
-                nulls |= 1 << number
-            elif wanted == subprocess.STDOUT and number == 2:
-                if streams & 2:
-                    streams |= 8
-                elif nulls & 2:
-                    nulls |= 4
-                else:
-                    fds[2] = fds[1]
-            elif wanted is None:
-                with contextlib.suppress(OSError):  # closed, as it is then for the command
-                    fds[number] = number if os.get_inheritable(number) else -1
-            else:
-                fds[number] = wanted if isinstance(wanted, int) else wanted.fileno()
-        return streams, nulls, (fds[0], fds[1], fds[2])
 
     def _forget_templates(self) -> None:
         self._templates.clear()

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 
-from errand_boy import listen
+from errand_boy import captured, listen
 from errand_boy._native import lib
 from errand_boy.connection import Connection
 from errand_boy.errors import NoDaemonError, RefusedError
@@ -84,7 +84,13 @@ class Client:
         self.owns_children = True
         self._idle: list[Connection] = []
         self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_client": self})
-        vars(self).update(bound_to(self.Popen))
+        functions = bound_to(self.Popen)
+        self.captured: type[captured.Popen[Any]] = type(
+            "Popen", (captured.Popen,), {"_client": self}
+        )
+        run = captured.runner(self.captured, functions["run"])
+        functions["check_output"].__globals__["run"] = functions["run"] = run
+        vars(self).update(functions)
 
     def __repr__(self) -> str:
         return f"<errand_boy client of {self.path}>"

@@ -184,7 +184,7 @@ class Connection:
                         reply = None
                     if reply is not None:
                         break
-                    self._take_other(kind, payload)
+                    self.take_other(kind, payload)
                     self._consume(size)
                     continue
             self._receive_some(deadline)
@@ -218,7 +218,7 @@ class Connection:
                 self.sock.shutdown(socket.SHUT_WR)
                 self.receive()
 
-    def _take_other(self, kind: int, payload: bytes) -> None:
+    def take_other(self, kind: int, payload: bytes) -> None:
         """Take a frame that is no answer to a request."""
         if kind == lib.EB_HELLO:
             self.greet(payload)

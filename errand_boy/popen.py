@@ -24,6 +24,7 @@ from errand_boy.outgoing import Outgoing, Request, take
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
 _PATH_MAX = 4096  # bytes, of Linux
+_JOINED = 8  # EB_JOINED of csrc/request.h
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ class Popen(_Base[AnyStr]):
         if env is None:
             flags |= lib.EB_WITH_ENVIRONMENT
         standard = (p2cread, c2pwrite, errwrite)
+        if min(standard) < -1:  # STDOUT, where it says nothing
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         others = _others(close_fds, pass_fds)
 
         self._names = executable, cwd
@@ -415,6 +418,32 @@ def _others(close_fds: bool, pass_fds: Iterable[int]) -> list[int]:
     if not close_fds:
         kept.update(fd for fd in _inheritable() if fd > 2)
     return sorted(kept)
+
+
+def made(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, int, tuple[int, int, int]]:
+    """Return the bits of STREAMS, those of NULL, and the descriptors, for Popen's arguments."""
+    streams = nulls = 0
+    fds = [-1, -1, -1]
+    for number, wanted in enumerate((stdin, stdout, stderr)):
+        if wanted == subprocess.PIPE:
+            streams |= 1 << number
+        elif wanted == subprocess.DEVNULL:
+            nulls |= 1 << number
+        elif wanted == subprocess.STDOUT:
+            if number < 2:
+                raise ValueError("STDOUT can only be used for stderr")  # CPython 3.13's words
+            if streams & 2:
+                streams |= _JOINED
+            elif nulls & 2:
+                nulls |= 4
+            else:
+                fds[2] = fds[1]
+        elif wanted is None:
+            with contextlib.suppress(OSError):  # closed, as it is then for the command
+                fds[number] = number if os.get_inheritable(number) else -1
+        else:
+            fds[number] = wanted if isinstance(wanted, int) else wanted.fileno()
+    return streams, nulls, (fds[0], fds[1], fds[2])
 
 
 def _inheritable() -> list[int]:

@@ -651,7 +651,7 @@ def test_status(client: Client, daemon: Daemon, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("patched", ["before", "after"])
-def test_greenlets_go_on_while_one_waits(daemon: Daemon, patched: str) -> None:
+def test_greenlets_go_on_while_one_waits(daemon: Daemon, patched: str, tmp_path: Path) -> None:
     """Else the one that ends the command would never run."""
     pytest.importorskip("gevent")
     patch = "import gevent.monkey; gevent.monkey.patch_all()"
@@ -665,13 +665,17 @@ waiting = [gevent.spawn(process.wait), gevent.spawn(process.wait, 20)]
 gevent.joinall([*waiting, gevent.spawn(process.terminate)])
 codes = [waiter.value for waiter in waiting]
 jobs = [gevent.spawn(client.run, ["cat"], input=b"x" * n, capture_output=True) for n in (0, 10**6)]
+fifo = sys.argv[2]
+for args in (["cat", fifo], ["sh", "-c", 'echo x > "$0"', fifo]):
+    jobs.append(gevent.spawn(client.run, args, capture_output=True))
 gevent.joinall(jobs)
 print(json.dumps([codes, [len(job.value.stdout) for job in jobs]]))
 """
-    command = [sys.executable, "-c", "\n".join([*imports, use]), daemon.path]
+    os.mkfifo(tmp_path / "fifo")
+    command = [sys.executable, "-c", "\n".join([*imports, use]), daemon.path, tmp_path / "fifo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "[[-15, -15], [0, 1000000]]\n"
+    assert done.stdout == "[[-15, -15], [0, 1000000, 2, 0]]\n"
 
 
 # -- what comes over a connection --

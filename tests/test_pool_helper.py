@@ -942,7 +942,7 @@ def converse(
         else:
             answer = decode(kind, payload[:EXITED_SIZE])
             assert isinstance(answer, Exited)
-            assert len(payload) == EXITED_SIZE + (8 if brief else 0)
+            assert len(payload) == EXITED_SIZE + (12 if brief else 0)
             status = answer.status
     for kind, parts in chunks.items():
         texts[kind] = b"".join(parts)

@@ -6,6 +6,7 @@ import subprocess
 from subprocess import PIPE
 
 import errand_boy
+from errand_boy import captured
 from errand_boy.errors import SessionClosedError
 
 TYPE_CHECKING = False
@@ -39,7 +40,11 @@ class UNIXSocketTransport:
         """
         if input is None:
             options.setdefault("stdin", subprocess.DEVNULL)
-        with self.Popen(command_string, **options) as process:
+        self._complete(command_string, options)
+        if input is None and captured.can_be(options):
+            done = self._client.captured(command_string, time_limit=timeout, **options)
+            return done, *done.streams
+        with self._client.Popen(command_string, **options) as process:
             try:
                 stdout, stderr = process.communicate(input, timeout)
             except BaseException:
@@ -53,12 +58,15 @@ class UNIXSocketTransport:
         The options are those of the client's Popen, and go before all this. A list is a command of
         its own, without a shell.
         """
+        self._complete(command_string, options)
+        return self._client.Popen(command_string, **options)
+
+    def _complete(self, command_string: Any, options: dict[str, Any]) -> None:
         options.setdefault("shell", isinstance(command_string, (str, bytes)))
         for stream in ("stdin", "stdout", "stderr"):
             options.setdefault(stream, PIPE)
         if not any(name in options for name in _TEXT):
             options["errors"] = "surrogateescape"  # file names may be anything
-        return self._client.Popen(command_string, **options)
 
     def get_session(self) -> Session:
         """Return a session, for use in a ``with`` statement."""

@@ -1,0 +1,298 @@
+"""A daemon's commands whose output is wanted whole: run, check_output, getoutput and run_cmd.
+
+Each is held against subprocess, and must not show that its output has come another way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import run_script, started_script
+from daemon import Daemon, started_daemon
+
+import errand_boy
+from errand_boy.client import Client
+from errand_boy.errors import HelperDiedError
+from errand_boy.transports.unixsocket import UNIXSocketTransport
+
+PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
+BOTH = "echo out; echo err >&2; exit 3"
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with started_daemon(tmp_path_factory.mktemp("daemon")) as it:
+        yield it
+
+
+@pytest.fixture
+def client(daemon: Daemon) -> Iterator[Client]:
+    it = errand_boy.connect(daemon.path)
+    yield it
+    it.close()
+
+
+def outcome(library: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    try:
+        done: dict[str, Any] = vars(library.run(*args, **options))
+    except Exception as error:
+        return {"raised": type(error), "text": str(error), **vars(error)}
+    return done
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capture_output": True},
+        {"capture_output": True, "text": True},
+        {"capture_output": True, "check": True},
+        {"capture_output": True, "timeout": 60},
+        {"capture_output": True, "timeout": 60, "check": True, "text": True},
+        {"capture_output": True, "stdin": DEVNULL},
+        {"capture_output": True, "encoding": "utf-16-le"},
+        {"capture_output": True, "encoding": "utf-16-le", "errors": "replace"},
+        {"capture_output": True, "errors": "replace"},
+        {"capture_output": True, "stdout": PIPE},
+        {"capture_output": True, "input": b"x"},
+        {"stdout": PIPE, "stderr": STDOUT},
+        {"stdout": PIPE, "stderr": DEVNULL},
+        {"stdout": DEVNULL, "stderr": PIPE},
+        {"stdout": PIPE, "stderr": PIPE, "universal_newlines": True},
+        {"stdout": STDOUT, "stderr": PIPE},
+        {"stdout": PIPE, "stderr": STDOUT, "bufsize": 0, "close_fds": False},
+    ],
+    ids=str,
+)
+def test_same_as_by_subprocess(client: Client, options: dict[str, Any]) -> None:
+    args = ["sh", "-c", BOTH]
+    assert outcome(client, args, **options) == outcome(subprocess, args, **options)
+
+
+@pytest.mark.parametrize(
+    "args, options",
+    [
+        ("echo a; exit 2", {"shell": True}),
+        (["printf", r"a\r\nb\rc\n"], {"text": True}),
+        (["printf", r"\377"], {"text": True}),
+        (["printf", r"\377"], {"encoding": "latin-1"}),
+        (["/none"], {}),
+        (["none-there"], {}),
+        (["true"], {"cwd": "/none"}),
+        (["env"], {"env": {"A": "1"}}),
+        (["sh", "-c", "kill -9 $$"], {"check": True}),
+        (["pwd"], {"cwd": "/usr"}),
+        (["sh", "-c", "umask"], {"umask": 0o27}),
+        (["a\0b"], {}),
+        ([], {}),
+        (["true"], {"nonsense": 1}),
+    ],
+    ids=str,
+)
+def test_same_commands(client: Client, args: Any, options: dict[str, Any]) -> None:
+    expected = outcome(subprocess, args, capture_output=True, **options)
+    assert outcome(client, args, capture_output=True, **options) == expected
+
+
+def test_the_other_functions(client: Client) -> None:
+    assert client.check_output(["echo", "a"]) == b"a\n"
+    assert client.check_output(["echo", "a"], text=True, stderr=STDOUT) == "a\n"
+    assert client.check_output(["cat"], input=b"a") == b"a"
+    assert client.getoutput("echo out; echo err >&2") == "out\nerr"
+    assert client.getstatusoutput("echo a; exit 3") == (3, "a")
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        client.check_output(["sh", "-c", BOTH], stderr=PIPE)
+    assert (caught.value.output, caught.value.stderr) == (b"out\n", b"err\n")
+
+
+def test_what_is_not_piped_is_inherited(daemon: Daemon) -> None:
+    source = """
+client = subprocess.connect(sys.argv[2])
+done = client.run(["sh", "-c", "read line; echo $line; echo err >&2"], stdout=subprocess.PIPE)
+os.close(0)
+closed = client.run(["sh", "-c", "test -e /dev/fd/0"], stdout=subprocess.PIPE)
+report([done.stdout.decode(), closed.returncode])
+"""
+    with started_script(source, args=[daemon.path], stdin=PIPE, stderr=PIPE) as process:
+        stdout, stderr = process.communicate("line\n")
+    assert '["line\\n", 1]' in stdout
+    assert stderr == "err\n"
+
+
+def test_much_output(client: Client) -> None:
+    script = "head -c 20000000 /dev/zero; head -c 3000000 /dev/zero >&2"
+    done = client.run(["sh", "-c", script], capture_output=True)
+    assert (done.stdout, done.stderr) == (bytes(20_000_000), bytes(3_000_000))
+
+
+def test_background_holder_of_the_output(client: Client) -> None:
+    done = client.run(["sh", "-c", "(sleep 0.5; echo late) & echo early"], capture_output=True)
+    assert done.stdout == b"early\nlate\n"
+
+
+def test_connections_are_used_again(client: Client, daemon: Daemon) -> None:
+    for _ in range(20):
+        client.run(["echo", "x"], capture_output=True, check=True)
+        with pytest.raises(FileNotFoundError):
+            client.run(["/none"], capture_output=True)
+        client.Popen(["true"]).wait()
+    assert len(client._idle) == 1
+
+
+def test_timeout_kills_and_has_the_output_so_far(client: Client, tmp_path: Path) -> None:
+    script = f"echo $$ > {tmp_path}/pid; echo early; exec sleep 1000"
+    for options in ({}, {"text": True}):
+        with pytest.raises(subprocess.TimeoutExpired) as caught:
+            client.run(["sh", "-c", script], capture_output=True, timeout=0.5, **options)
+        assert (caught.value.output, caught.value.stderr) == (b"early\n", None)
+        assert caught.value.timeout == 0.5
+        assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_timeout_does_not_wait_for_those_who_hold_the_output(client: Client) -> None:
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        client.run(["sh", "-c", "sleep 1000 & echo $!"], capture_output=True, timeout=0.5)
+    process = psutil.Process(int(caught.value.output))
+    process.kill()
+    process.wait(10)
+
+
+def test_time_in_the_queue_does_not_count(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--max-processes=1") as daemon:
+        client = errand_boy.connect(daemon.path)
+        first = client.Popen(["sleep", "1.5"])
+        done = client.run(["echo", "x"], capture_output=True, timeout=1)
+        assert done.stdout == b"x\n"
+        assert first.wait() == 0
+        client.close()
+
+
+def test_interrupt_kills(daemon: Daemon, tmp_path: Path) -> None:
+    source = """
+client = subprocess.connect(sys.argv[2])
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGUSR1, interrupt)
+script = 'echo $$ > "$0"; kill -USR1 "$1"; exec sleep 1000'
+try:
+    client.run(["sh", "-c", script, sys.argv[3], str(os.getpid())], capture_output=True)
+except KeyboardInterrupt:
+    report(client.run(["echo", "on"], capture_output=True, text=True).stdout)
+"""
+    file = tmp_path / "pid"
+    assert run_script(source, args=[daemon.path, file]) == "on\n"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(file.read_text())).wait(10)
+
+
+def test_command_outlives_its_client(daemon: Daemon, tmp_path: Path) -> None:
+    source = """
+client = subprocess.connect(sys.argv[2])
+script = 'echo $$ > "$0"; read x < "$1"; echo done > "$0.done"'
+client.run(["sh", "-c", script, sys.argv[3], sys.argv[4]], stdout=subprocess.PIPE)
+"""
+    fifo, file = tmp_path / "fifo", tmp_path / "file"
+    os.mkfifo(fifo)
+    with started_script(source, args=[daemon.path, file, fifo]) as process:
+        with open(fifo, "w") as writing:  # it has been started
+            command = psutil.Process(int(file.read_text()))
+            process.kill()
+            process.wait()
+            writing.write("\n")
+        command.wait(10)
+    assert Path(f"{file}.done").read_text() == "done\n"
+
+
+def test_kill_on_client_exit(daemon: Daemon, tmp_path: Path) -> None:
+    source = """
+client = subprocess.connect(sys.argv[2])
+client.run(["sh", "-c", 'echo $$ > "$0"; exec sleep 1000', sys.argv[3]], stdout=subprocess.PIPE,
+           kill_on_client_exit=True)
+"""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with started_script(source, args=[daemon.path, fifo]) as process:
+        command = psutil.Process(int(fifo.read_text()))
+        process.kill()
+        process.wait()
+        command.wait(10)
+
+
+def test_helper_killed(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size=1") as daemon:
+        client = errand_boy.connect(daemon.path)
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                client.run(["sh", "-c", 'echo > "$0"; exec sleep 1000', fifo], capture_output=True)
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        fifo.read_text()
+        (helper,) = daemon.helpers()
+        left = psutil.Process(helper).children()
+        os.kill(helper, signal.SIGKILL)
+        thread.join()
+        assert [type(error) for error in errors] == [HelperDiedError]
+        for process in left:
+            process.kill()
+        done = client.run(["echo", "on"], capture_output=True)
+        assert done.stdout == b"on\n"
+        client.close()
+
+
+def test_many_threads(client: Client) -> None:
+    wrong: list[Any] = []
+
+    def run(number: int) -> None:
+        for turn in range(20):
+            text = f"{number} {turn}"
+            done = client.run(["sh", "-c", f"echo {text}; exit {turn}"], capture_output=True)
+            if (done.stdout.decode(), done.returncode) != (text + "\n", turn):
+                wrong.append(done)
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_process_of_run_cmd(daemon: Daemon, timeout: float | None) -> None:
+    transport = UNIXSocketTransport(socket_path=daemon.path)
+    process, stdout, stderr = transport.run_cmd("echo $$; echo err >&2; exit 5", timeout=timeout)
+    assert (stdout, stderr) == (f"{process.pid}\n", "err\n")
+    assert [process.returncode, process.poll(), process.wait()] == [5] * 3
+    assert process.args == "echo $$; echo err >&2; exit 5"
+    assert isinstance(process.rusage, resource.struct_rusage)
+    assert process.rusage.ru_maxrss > 0
+    process.kill()  # it is known to have ended
+    assert isinstance(process, subprocess.Popen)
+
+
+def test_inherits_what_others_do(client: Client) -> None:
+    code = (
+        "import os, resource, signal; print(os.getcwd(), os.environ.get('PWD'), "
+        "resource.getrlimit(resource.RLIMIT_CORE), signal.pthread_sigmask(signal.SIG_BLOCK, []), "
+        "sorted(os.listdir('/proc/self/fd')))"
+    )
+    command = [sys.executable, "-c", code]
+    plain = client.Popen(command, stdout=PIPE, stderr=PIPE, stdin=DEVNULL)
+    assert client.run(command, capture_output=True, stdin=DEVNULL).stdout == plain.communicate()[0]
