@@ -38,7 +38,7 @@ from errand_boy.errors import (
     RefusedError,
     SessionClosedError,
 )
-from errand_boy.functions import bound_to
+from errand_boy.functions import NAMES, bound_to
 from errand_boy.helper import helper_pid, start, stop
 from errand_boy.popen import Popen
 
@@ -113,8 +113,11 @@ def unpatch() -> None:
 
 if not TYPE_CHECKING:  # to a type checker they are what the imports say
     if os.environ.get("ERRAND_BOY_SOCKET"):
-        Popen = connect().Popen
-    globals().update(bound_to(Popen))
+        _client = connect()
+        Popen = _client.Popen
+        globals().update((name, getattr(_client, name)) for name in NAMES)
+    else:
+        globals().update(bound_to(Popen))
 
 __version__ = "1.0.0.dev0"
 

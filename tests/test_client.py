@@ -672,7 +672,7 @@ gevent.joinall(jobs)
 print(json.dumps([codes, [len(job.value.stdout) for job in jobs]]))
 """
     os.mkfifo(tmp_path / "fifo")
-    command = [sys.executable, "-c", "\n".join([*imports, use]), daemon.path, tmp_path / "fifo"]
+    command = [sys.executable, "-c", "\n".join([*imports, use]), daemon.path, f"{tmp_path}/fifo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[[-15, -15], [0, 1000000, 2, 0]]\n"
