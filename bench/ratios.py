@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 Measure = Callable[[int], list[int]]
 
 BATCH = 100  # commands of one measure of many
+MANY = 1000  # where it is the rate that counts: beginning and end of a batch leave CPUs idle
 CPUS = len(os.sched_getaffinity(0))
 
 BATCH_NANOSECONDS = 10_000_000

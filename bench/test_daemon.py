@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from bench.heavy import THREADS, Caller, package_parent
-from bench.ratios import BATCH, CPUS, Measure, timed
+from bench.ratios import CPUS, MANY, Measure, timed
 
 CallerOf = Callable[..., Caller]
 Compare = Callable[..., None]
@@ -100,8 +100,8 @@ def test_threads_over_c_limit(
             list(pool.map(lambda c: c.ask("popen_in_threads", "errand_boy", share), clients))
 
     compare(
-        timed(act, 4 * BATCH),
-        c_limit(4 * BATCH),
+        timed(act, MANY),
+        c_limit(MANY),
         name=f"daemon, {CLIENTS * THREADS} threads in {CLIENTS} processes over {CPUS} C loops",
         at_most=1 / 0.8,
     )
