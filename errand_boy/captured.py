@@ -118,18 +118,15 @@ class Popen(remote.Popen[AnyStr]):
         outgoing = take()
         try:
             for _ in range(_helper.PATIENCE):
-                connection = self._client.acquire(request, outgoing)
                 try:
+                    connection = self._client.acquire(request, outgoing)
                     if not outgoing.is_sent:
                         connection.send(outgoing.frame, outgoing.fds)
                     failed = self._collect(connection)
-                except NotServedError:
-                    connection.close()
-                    continue
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        connection.sock.send(_KILL, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                    connection.close()
+                except BaseException as error:
+                    _abandon(outgoing.connection)
+                    if isinstance(error, NotServedError):
+                        continue
                     raise
                 self._client.release(connection)
                 return failed
@@ -152,7 +149,9 @@ class Popen(remote.Popen[AnyStr]):
                 killed, deadline = True, None
                 continue
             except ConnectionResetError:
-                raise NotServedError from None  # see Connection
+                data = b""
+                if not killed:  # what the helper has not read is the request
+                    raise NotServedError from None
             if not data:
                 if not connection.greeted:
                     raise NotServedError
@@ -218,6 +217,14 @@ def _coding(process: Any) -> tuple[str, str]:
 
         encoding = locale.getpreferredencoding(False)
     return encoding, process.errors or "strict"
+
+
+def _abandon(connection: Connection | None) -> None:
+    """End what runs over a connection, if anything, and close it."""
+    if connection is not None:
+        with contextlib.suppress(OSError):
+            connection.sock.send(_KILL, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        connection.close()
 
 
 def _receive(sock: socket.socket, deadline: float | None) -> bytes:

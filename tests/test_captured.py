@@ -9,6 +9,8 @@ import contextlib
 import os
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,10 +22,12 @@ import psutil
 import pytest
 from conftest import run_script, started_script
 from daemon import Daemon, started_daemon
+from errand_boy._native import lib
 
 import errand_boy
-from errand_boy.client import Client
-from errand_boy.errors import HelperDiedError
+from errand_boy import protocol
+from errand_boy.client import Client, _Idle
+from errand_boy.errors import HelperDiedError, NoDaemonError
 from errand_boy.transports.unixsocket import UNIXSocketTransport
 
 PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
@@ -254,6 +258,32 @@ def test_helper_killed(tmp_path: Path) -> None:
         done = client.run(["echo", "on"], capture_output=True)
         assert done.stdout == b"on\n"
         client.close()
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_helper_that_ends_before_it_reads_of_a_timeout(started: bool) -> None:
+    """The bytes that nobody reads then are not the request: that is not sent again."""
+    theirs, ours = socket.socketpair()
+    client = Client("/none")  # there is no other helper
+    client._idle.append(_Idle(ours))
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            client.run(["true"], capture_output=True, timeout=0.1)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert theirs.recv(1 << 16, 0 if started else socket.MSG_PEEK)
+    if started:
+        spawned = struct.pack("<iB", 77, lib.EB_OWNER_HELPER)
+        theirs.sendall(protocol.HELLO + protocol.frame(lib.EB_SPAWNED, [spawned]))
+        assert theirs.recv(1, socket.MSG_PEEK)  # it is to be killed
+    theirs.close()
+    thread.join()
+    assert [type(error) for error in errors] == [HelperDiedError if started else NoDaemonError]
 
 
 def test_many_threads(client: Client) -> None:
