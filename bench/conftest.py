@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import resource
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import throughput
 from bench.heavy import Caller, heavy_caller
 from bench.ratios import (
     CPUS,
@@ -128,10 +127,7 @@ def caller(request: pytest.FixtureRequest) -> Iterator[Callable[..., Caller]]:
 
 @pytest.fixture(scope="session")
 def c_program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    program = tmp_path_factory.mktemp("cloop") / "cloop"
-    source = Path(__file__).with_name("cloop.c")
-    subprocess.run(["cc", "-O2", "-Wall", "-o", program, source], check=True)
-    return str(program)
+    return throughput.compile_c_loop(str(tmp_path_factory.mktemp("cloop")))
 
 
 @pytest.fixture(scope="session")
@@ -147,9 +143,7 @@ def c_limit(c_program: str) -> Iterator[Callable[[int], Measure]]:
     loops = [Caller([c_program]) for _ in range(CPUS)]
 
     def act(count: int) -> None:
-        with ThreadPoolExecutor(CPUS) as pool:
-            shares = [count // CPUS + (n < count % CPUS) for n in range(CPUS)]
-            list(pool.map(lambda loop, share: loop.ask("loop", "c", share), loops, shares))
+        throughput.c_seconds(loops, count)
 
     yield lambda batch: timed(act, batch)
     for loop in loops:

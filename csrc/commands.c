@@ -178,11 +178,11 @@ void eb_reap(void)
 
 /* -- the start -- */
 
-static struct eb_connection *quiet; /* whose start is under way, and tells nobody when it is over */
+static struct eb_connection *quiet_starts; /* whose start is under way, and tells nobody when it is over */
 
 static void remove_quiet(struct eb_connection *c)
 {
-    struct eb_connection **at = &quiet;
+    struct eb_connection **at = &quiet_starts;
     while (*at != NULL && *at != c)
         at = &(*at)->next_quiet;
     if (*at != NULL)
@@ -191,16 +191,16 @@ static void remove_quiet(struct eb_connection *c)
 
 void eb_notice_starts(void)
 {
-    struct eb_connection *c = quiet, *next;
-    quiet = NULL;
+    struct eb_connection *c = quiet_starts, *next;
+    quiet_starts = NULL;
     for (; c != NULL; c = next) {
         next = c->next_quiet;
         if (service.spawner->runs(&c->start)) {
             eb_finish_start(c);
             eb_proceed(c);
         } else {
-            c->next_quiet = quiet;
-            quiet = c;
+            c->next_quiet = quiet_starts;
+            quiet_starts = c;
         }
     }
 }
@@ -429,8 +429,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
             c->child_since = nanoseconds(CLOCK_REALTIME) / 1000000;
     }
     if (c->start.quiet) {
-        c->next_quiet = quiet;
-        quiet = c;
+        c->next_quiet = quiet_starts;
+        quiet_starts = c;
         eb_look_by(eb_now_ms());
     } else if (c->start.done_fd < 0) {
         eb_finish_start(c);

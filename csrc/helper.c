@@ -458,11 +458,13 @@ static void look_at(struct eb_connection *c, uint64_t now)
 
 static void look_at_those_due(void)
 {
-    uint64_t now = service.due != 0 ? eb_now_ms() : 0;
+    if (service.due == 0)
+        return;
+    uint64_t now = eb_now_ms();
     if (now < service.due)
         return;
     service.due = 0;
-    for (struct eb_connection *c = service.all, *next; c != NULL && now != 0; c = next) {
+    for (struct eb_connection *c = service.all, *next; c != NULL; c = next) {
         next = c->next;
         look_at(c, now);
     }
