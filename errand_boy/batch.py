@@ -609,11 +609,8 @@ class Batch:
         else:
             parts.append(protocol.number(lib.EB_TAG_PGROUP, group))
         stdin = subprocess.PIPE if with_input else subprocess.DEVNULL
-        streams, nulls, standard = made(stdin, self._stdout, self._stderr)
-        if streams:
-            parts.append(protocol.option(lib.EB_TAG_STREAMS, bytes([streams])))
-        if nulls:
-            parts.append(protocol.option(lib.EB_TAG_NULL, bytes([nulls])))
+        _, made_options, standard = made(stdin, self._stdout, self._stderr)
+        parts.append(made_options)
         start, helper, with_fs = self._place.state()
         flags |= with_fs
         request = Request(b"".join(parts), standard, (), flags)

@@ -101,13 +101,10 @@ class Popen(remote.Popen[AnyStr]):
 
     def _get_handles(self, stdin: Any, stdout: Any, stderr: Any) -> tuple[int, ...]:
         # In place of the ends of pipes, which the helper makes.
-        self._piped, nulls, fds = made(stdin, stdout, stderr)
-        options = protocol.option(lib.EB_TAG_STREAMS, bytes([self._piped]))
+        self._piped, options, fds = made(stdin, stdout, stderr)
         # The time of one that waits for its turn in the daemon begins with the news of its start.
         if self._time_limit is None:
             options += _BRIEF
-        if nulls:
-            options += protocol.option(lib.EB_TAG_NULL, bytes([nulls]))
         if not self._more_options:
             options += protocol.number(lib.EB_TAG_ON_CLOSE, _LIVES_ON)
         self._more_options += options

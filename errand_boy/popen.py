@@ -420,8 +420,8 @@ def _others(close_fds: bool, pass_fds: Iterable[int]) -> list[int]:
     return sorted(kept)
 
 
-def made(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, int, tuple[int, int, int]]:
-    """Return the bits of STREAMS, those of NULL, and the descriptors, for Popen's arguments."""
+def made(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, bytes, tuple[int, int, int]]:
+    """Return what is streamed, the options for that, and the descriptors, for Popen's arguments."""
     streams = nulls = 0
     fds = [-1, -1, -1]
     for number, wanted in enumerate((stdin, stdout, stderr)):
@@ -443,7 +443,12 @@ def made(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, int, tuple[int, int
                 fds[number] = number if os.get_inheritable(number) else -1
         else:
             fds[number] = wanted if isinstance(wanted, int) else wanted.fileno()
-    return streams, nulls, (fds[0], fds[1], fds[2])
+    options = b""
+    if streams:
+        options += protocol.option(lib.EB_TAG_STREAMS, bytes([streams]))
+    if nulls:
+        options += protocol.option(lib.EB_TAG_NULL, bytes([nulls]))
+    return streams, options, (fds[0], fds[1], fds[2])
 
 
 def _inheritable() -> list[int]:
