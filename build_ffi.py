@@ -1,13 +1,28 @@
 """The cffi extension ``errand_boy._native``: the protocol's numbers, and the caller's side in C."""
 
 import re
+import sys
 from pathlib import Path
 
 from cffi import FFI
 
 CSRC = Path(__file__).parent / "csrc"
-SOURCES = [f"csrc/{name}.c" for name in ("wire", "state", "caller", "outgoing", "launch")]
-HEADERS = ("wire.h", "caller.h", "outgoing.h")
+SOURCES = [
+    f"csrc/{name}.c"
+    for name in (
+        "wire",
+        "request",
+        "state",
+        "caller",
+        "outgoing",
+        "launch",
+        "direct",
+        "module",
+        "spawn_job",
+        "spawn_child",
+    )
+]
+HEADERS = ("wire.h", "caller.h", "outgoing.h", "direct.h")
 
 FUNCTIONS = """
 struct eb_caller {
@@ -32,47 +47,14 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
 struct eb_outgoing *eb_outgoing_new(void);
 void eb_outgoing_free(struct eb_outgoing *o);
 void eb_outgoing_done(struct eb_outgoing *o);
-int outgoing_prepare(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags,
-                     int fd, uint64_t device, uint64_t inode, const uint8_t *options,
-                     size_t options_size, int in, int out, int err, const int *others,
-                     uint32_t other_count);
+int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags,
+                    int fd, uint64_t device, uint64_t inode, const uint8_t *options,
+                    size_t options_size, int in, int out, int err, const int *others,
+                    uint32_t other_count);
+#define EB_HAVE_RAW ...
+int eb_add_functions(void);
+bool eb_direct_works(void);
 int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
-"""
-
-SOURCE = """
-#include "launch.h"
-#include "outgoing.h"
-
-/*
- * Reads the calling thread's state; if the helper that `start` belongs to fits it, or without one,
- * builds the request; and if `fd` still is a connection to it, sends that. One call, since each one
- * lets go of the GIL and waits for it. Returns what was found, or -errno.
- */
-static int outgoing_prepare(struct eb_outgoing *o, const struct eb_caller *start, int helper,
-                            int flags, int fd, uint64_t device, uint64_t inode,
-                            const uint8_t *options, size_t options_size, int in, int out, int err,
-                            const int *others, uint32_t other_count)
-{
-    const struct eb_wanted_fds wanted = {
-        .standard = {in, out, err}, .others = others, .other_count = other_count};
-    int found = eb_caller_read(&o->caller, start, helper, flags, fd, device, inode);
-    if (found < 0 || (start != NULL && !(found & EB_FITS)))
-        return found;
-    PyGILState_STATE state = 0;
-    if (flags & EB_WITH_ENVIRONMENT)
-        state = PyGILState_Ensure();
-    int error = eb_outgoing_build(o, found, flags, options, options_size, &wanted);
-    if (flags & EB_WITH_ENVIRONMENT)
-        PyGILState_Release(state);
-    if (error != 0)
-        return -error;
-    if (found & EB_CONNECTION && !(found & EB_UNSURE))
-        eb_outgoing_send(o, fd);
-    if (o->sent < o->size)
-        return found;
-    eb_outgoing_done(o);
-    return found | EB_SENT;
-}
 """
 
 
@@ -91,11 +73,13 @@ ffibuilder = FFI()
 ffibuilder.cdef(constants() + FUNCTIONS)
 ffibuilder.set_source(
     "errand_boy._native",
-    SOURCE,
+    '#include "direct.h"\n#include "launch.h"\n#include "module.h"\n#include "rawsys.h"\n',
     sources=SOURCES,
     include_dirs=["csrc"],
     define_macros=[("_GNU_SOURCE", None)],
-    extra_compile_args=["-std=c11"],
+    # A new process that shares the caller's memory must not run the dynamic linker.
+    extra_compile_args=["-std=c11", "-fvisibility=hidden"],
+    extra_link_args=["-Wl,-z,relro,-z,now"] if sys.platform == "linux" else [],
 )
 
 if __name__ == "__main__":

@@ -223,6 +223,17 @@ static bool fits(const struct eb_caller *c, const struct eb_caller *start, int h
            memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 && !fs_differs(helper);
 }
 
+int eb_standard_fds(void)
+{
+    int found = 0;
+    for (int i = 0; i < 3; i++) {
+        int fd_flags = fcntl(i, F_GETFD);
+        if (fd_flags >= 0 && !(fd_flags & FD_CLOEXEC))
+            found |= EB_HAS_STDIN << i;
+    }
+    return found;
+}
+
 int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd,
                    uint64_t device, uint64_t inode)
 {
@@ -240,12 +251,9 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
     }
     eb_state_read(&c->state);
 
-    int found = same_file(fd, device, inode) ? EB_CONNECTION : 0;
-    for (int i = 0; i < 3; i++) {
-        int fd_flags = fcntl(i, F_GETFD);
-        if (fd_flags >= 0 && !(fd_flags & FD_CLOEXEC))
-            found |= EB_HAS_STDIN << i;
-    }
+    int found = eb_standard_fds();
+    if (same_file(fd, device, inode))
+        found |= EB_CONNECTION;
     if (start != NULL && fits(c, start, helper))
         found |= c->identity.complete ? EB_FITS : EB_FITS | EB_UNSURE;
     return found;

@@ -47,6 +47,9 @@ void eb_caller_init(struct eb_caller *c);
 /* Lets go of what only the next eb_caller_read would need. */
 void eb_caller_close(struct eb_caller *c);
 
+/* EB_HAS_STDIN and its neighbours, as the calling process has them now. */
+int eb_standard_fds(void);
+
 /*
  * Fills `c` for the calling thread.  `start` is what was read by the thread that started the helper, or
  * NULL; `helper` the helper's pid if it shares the working directory, root and umask of that thread, or

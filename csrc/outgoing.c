@@ -26,13 +26,10 @@ static void put_option(struct eb_writer *w, enum eb_tag tag, size_t size)
 static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags)
 {
     const struct eb_state *s = &c->state;
-    uint64_t sigign = s->sigign;
-    if (flags & EB_RESTORE_SIGNALS)
-        sigign &= ~((uint64_t)1 << (SIGPIPE - 1) | (uint64_t)1 << (SIGXFSZ - 1));
     put_option(w, EB_TAG_SIGMASK, 8);
     eb_put_u64(w, s->sigmask);
     put_option(w, EB_TAG_SIGIGN, 8);
-    eb_put_u64(w, sigign);
+    eb_put_u64(w, s->sigign);
     if (flags & EB_WITH_PGROUP) {
         put_option(w, EB_TAG_PGROUP, 4);
         eb_put_u32(w, (uint32_t)s->pgrp);
@@ -133,7 +130,12 @@ int eb_outgoing_build(struct eb_outgoing *o, int found, int flags, const uint8_t
     eb_put_u32(&w, 0);
     eb_put_u8(&w, EB_SPAWN);
     eb_put_bytes(&w, options, options_size);
-    put_state(&w, &o->caller, flags);
+    if (flags & EB_RESTORE_SIGNALS) {
+        put_option(&w, EB_TAG_SIGDEFAULT, 8);
+        eb_put_u64(&w, (uint64_t)1 << (SIGPIPE - 1) | (uint64_t)1 << (SIGXFSZ - 1));
+    }
+    if (!(flags & EB_WITHOUT_STATE))
+        put_state(&w, &o->caller, flags);
     if (flags & EB_WITH_ENVIRONMENT)
         put_environment(&w, environment, count);
     error = collect_fds(o, flags & EB_WITHOUT_STANDARD ? 0 : found, wanted, &w);
@@ -191,21 +193,30 @@ void eb_outgoing_done(struct eb_outgoing *o)
     }
 }
 
-struct eb_outgoing *eb_outgoing_new(void)
+void eb_outgoing_init(struct eb_outgoing *o)
 {
-    struct eb_outgoing *o = calloc(1, sizeof *o);
-    if (o != NULL) {
-        eb_caller_init(&o->caller);
-        o->cwd_fd = -1;
-    }
-    return o;
+    eb_caller_init(&o->caller);
+    o->cwd_fd = -1;
 }
 
-void eb_outgoing_free(struct eb_outgoing *o)
+void eb_outgoing_clear(struct eb_outgoing *o)
 {
     eb_outgoing_done(o);
     eb_caller_close(&o->caller);
     free(o->frame);
     free(o->fds);
+}
+
+struct eb_outgoing *eb_outgoing_new(void)
+{
+    struct eb_outgoing *o = calloc(1, sizeof *o);
+    if (o != NULL)
+        eb_outgoing_init(o);
+    return o;
+}
+
+void eb_outgoing_free(struct eb_outgoing *o)
+{
+    eb_outgoing_clear(o);
     free(o);
 }

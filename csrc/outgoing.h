@@ -22,6 +22,7 @@ enum {
     EB_WITH_ENVIRONMENT = 8, /* the child has the C library's environment */
     EB_WITH_CWD = 16,        /* the caller's working directory goes as a descriptor */
     EB_UMASK_GIVEN = 32,     /* the options hold one: EB_WITH_UMASK adds none */
+    EB_WITHOUT_STATE = 256,    /* the child is this process's own, and has the caller's state by itself */
     EB_WITHOUT_STANDARD = 128, /* of 0 to 2, the child has only what `standard` gives it */
     EB_SENT = 64,            /* beside what eb_caller_read found: the frame has been sent whole, and released */
 };
@@ -37,6 +38,10 @@ struct eb_wanted_fds {
 /* NULL if memory is short. */
 struct eb_outgoing *eb_outgoing_new(void);
 void eb_outgoing_free(struct eb_outgoing *o);
+
+/* In place of these two, for one inside another object; `o` is all zeros before. */
+void eb_outgoing_init(struct eb_outgoing *o);
+void eb_outgoing_clear(struct eb_outgoing *o);
 
 /*
  * Builds the frame, after eb_caller_read has filled `caller` and returned `found`.  `options` are those that

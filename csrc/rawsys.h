@@ -6,7 +6,9 @@
 #ifndef EB_RAWSYS_H
 #define EB_RAWSYS_H
 
+#include <stdint.h>
 #include <sys/syscall.h>
+#include <sys/types.h>
 
 #if defined(__x86_64__)
 #define EB_HAVE_RAW 1
@@ -52,12 +54,25 @@ static inline long eb_raw(long n, long a, long b, long c, long d)
 }
 #endif
 
+/* The same numbers on all architectures. */
+#ifndef SYS_clone3
+#define SYS_clone3 435
+#endif
 #ifndef SYS_close_range
-#define SYS_close_range 436 /* the same number on all architectures */
+#define SYS_close_range 436
 #endif
 
-/* For code that runs between clone and exec on a stack of its own: nothing may be called there behind
- * its back. */
-#define EB_BARE __attribute__((no_sanitize("address", "undefined"), noinline))
+/* For code that runs between clone and exec on a stack of its own: nothing may be called there behind its back,
+ * and it must not use thread-local memory, where the stack protector has its secret: the thread that made the
+ * process may end before that code does. */
+#if defined(__has_attribute)
+#if __has_attribute(no_stack_protector)
+#define EB_NO_STACK_PROTECTOR , no_stack_protector
+#endif
+#endif
+#ifndef EB_NO_STACK_PROTECTOR
+#define EB_NO_STACK_PROTECTOR
+#endif
+#define EB_BARE __attribute__((no_sanitize("address", "undefined"), noinline EB_NO_STACK_PROTECTOR))
 
 #endif

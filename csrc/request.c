@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,7 @@ static const char tag_names[EB_TAG_END][12] = {
     [EB_TAG_SETSID] = "SETSID",           [EB_TAG_PGROUP] = "PGROUP",     [EB_TAG_RLIMITS] = "RLIMITS",
     [EB_TAG_NICE] = "NICE",               [EB_TAG_AFFINITY] = "AFFINITY", [EB_TAG_GROUPS] = "GROUPS",
     [EB_TAG_GID] = "GID",                 [EB_TAG_UID] = "UID",                 [EB_TAG_STREAMS] = "STREAMS", [EB_TAG_ON_CLOSE] = "ON_CLOSE",
-    [EB_TAG_NULL] = "NULL",               [EB_TAG_BRIEF] = "BRIEF",
+    [EB_TAG_NULL] = "NULL",               [EB_TAG_BRIEF] = "BRIEF",       [EB_TAG_SIGDEFAULT] = "SIGDEFAULT",
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -150,7 +151,7 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         [EB_TAG_CWD] = -1,         [EB_TAG_UMASK] = 4,     [EB_TAG_SIGMASK] = 8, [EB_TAG_SIGIGN] = 8,
         [EB_TAG_PGROUP] = 4,       [EB_TAG_RLIMITS] = -1,  [EB_TAG_NICE] = 4,    [EB_TAG_AFFINITY] = -1,
         [EB_TAG_GROUPS] = -1,      [EB_TAG_GID] = 4,       [EB_TAG_UID] = 4,     [EB_TAG_STREAMS] = 1,
-        [EB_TAG_ON_CLOSE] = 4,     [EB_TAG_NULL] = 1,
+        [EB_TAG_ON_CLOSE] = 4,     [EB_TAG_NULL] = 1,     [EB_TAG_SIGDEFAULT] = 8,
     };
     if (sizes[tag] >= 0 && v.size != (size_t)sizes[tag])
         return malformed(reason, tag, "bad length");
@@ -169,6 +170,9 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         break;
     case EB_TAG_SIGIGN:
         q->sigign = eb_get_u64(&r);
+        break;
+    case EB_TAG_SIGDEFAULT:
+        q->sigdefault = eb_get_u64(&r) & ~((uint64_t)1 << (SIGKILL - 1) | (uint64_t)1 << (SIGSTOP - 1));
         break;
     case EB_TAG_PGROUP:
         q->pgroup = (int32_t)eb_get_u32(&r);

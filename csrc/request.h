@@ -30,7 +30,7 @@ struct eb_request {
     int *sources; /* allocated, for eb_request_sources descriptors; the spawner's to change */
     const char *cwd;
     mode_t umask;
-    uint64_t sigmask, sigign;
+    uint64_t sigmask, sigign, sigdefault;
     pid_t pgroup;
     struct eb_rlimit rlimits[EB_MAX_RLIMITS];
     uint32_t rlimit_count;

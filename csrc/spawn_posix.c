@@ -78,8 +78,8 @@ static int add_attributes(const struct eb_request *q, posix_spawnattr_t *attribu
         error = posix_spawnattr_setsigmask(attributes, &set);
         flags |= POSIX_SPAWN_SETSIGMASK;
     }
-    if (error == 0 && eb_has(q, EB_TAG_SIGIGN)) {
-        to_sigset(self->sigign & ~q->sigign, &set);
+    if (error == 0 && (eb_has(q, EB_TAG_SIGIGN) || eb_has(q, EB_TAG_SIGDEFAULT))) {
+        to_sigset((eb_has(q, EB_TAG_SIGIGN) ? self->sigign & ~q->sigign : 0) | q->sigdefault, &set);
         error = posix_spawnattr_setsigdefault(attributes, &set);
         flags |= POSIX_SPAWN_SETSIGDEF;
     }
@@ -178,7 +178,7 @@ static void begin(struct eb_start *start, const struct eb_request *q)
         (start->error = add_attributes(q, &attributes)) != 0)
         goto no_spawn;
 
-    uint64_t also_ignored = eb_has(q, EB_TAG_SIGIGN) ? q->sigign & ~self->sigign : 0;
+    uint64_t also_ignored = eb_has(q, EB_TAG_SIGIGN) ? q->sigign & ~self->sigign & ~q->sigdefault : 0;
     mode_t umask_before = eb_has(q, EB_TAG_UMASK) ? umask(q->umask) : 0;
     set_ignored(also_ignored, SIG_IGN);
     start->error = spawn_first(q, &start->pid, &actions, &attributes);

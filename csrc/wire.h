@@ -124,6 +124,7 @@ enum eb_tag {
     EB_TAG_BRIEF = 21,      /* empty: no SPAWNED, and all other frames together, when the command is over or
                                there are many or 50 ms have passed; EXITED has two more fields, u64 microseconds
                                from the start to the end and i32 pid */
+    EB_TAG_SIGDEFAULT = 22, /* u64: signals that get the default action, whatever else is said of them */
     EB_TAG_END              /* one past the last */
 };
 

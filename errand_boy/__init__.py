@@ -39,8 +39,8 @@ from errand_boy.errors import (
     SessionClosedError,
 )
 from errand_boy.functions import NAMES, bound_to
-from errand_boy.helper import helper_pid, start, stop
 from errand_boy.popen import Popen
+from errand_boy.ways import helper_pid, start, stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

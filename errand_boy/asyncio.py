@@ -27,11 +27,11 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import IO, Any
 
+from errand_boy import direct, popen, remote
 from errand_boy import helper as _helper
-from errand_boy import popen, remote
-from errand_boy.connection import Connection, NotServedError
-from errand_boy.errors import HelperError
-from errand_boy.outgoing import Outgoing, Request, take
+from errand_boy.connection import Connection
+from errand_boy.errors import HelperError, NotServedError
+from errand_boy.outgoing import PATIENCE, Outgoing, Request, take
 from errand_boy.protocol import Failed, Spawned
 from errand_boy.view import sending
 
@@ -149,13 +149,18 @@ def _readers_of(loop: asyncio.AbstractEventLoop) -> _Readers | asyncio.AbstractE
 class _Popen(popen.Popen[bytes]):
     """A Popen whose constructor sends nothing: `begin` does, without blocking the loop."""
 
+    _patience = direct.LOOP_PATIENCE
     _request: Request | None = None
+    _pending: int | None = None  # a start in this process, see direct.py
     _child_fds: tuple[int, ...] = ()
     _watch: _Watch | None = None
     lost: OSError | None = None  # why nobody knows how the command ended
 
     def _start(self, request: Request) -> None:
         self._request = request
+
+    def _await_start(self, start: int) -> None:
+        self._pending = start
 
     def _close_pipe_fds(self, *fds: int) -> None:
         self._child_fds = fds  # still to be sent
@@ -164,10 +169,13 @@ class _Popen(popen.Popen[bytes]):
         """Start the command. Raises what the constructor of subprocess.Popen does."""
         loop = asyncio.get_running_loop()
         try:
-            if self._request is not None:  # else preexec_fn had the standard library start it
-                reply = await self._ask(loop, self._request)
-                if isinstance(reply, Failed):
-                    raise popen.failure(reply, *self._names)
+            reply: Spawned | Failed | None = None
+            if self._pending is not None:
+                reply = await self._started(loop, self._pending)
+            elif self._request is not None:
+                reply = await self._asked(loop, self._request)
+            if isinstance(reply, Failed):
+                raise popen.failure(reply, *self._names)
             try:
                 return _Watch(loop, self)
             except BaseException:
@@ -185,10 +193,27 @@ class _Popen(popen.Popen[bytes]):
             if fds:
                 super()._close_pipe_fds(*fds)
 
-    async def _ask(self, loop: asyncio.AbstractEventLoop, request: Request) -> Spawned | Failed:
+    async def _started(self, loop: asyncio.AbstractEventLoop, start: int) -> Failed | None:
+        """Await the outcome of a pending start in this process."""
+        pauses = direct.pauses()
+        try:
+            while isinstance(outcome := direct.await_spawn(self, start, 0), int):
+                await asyncio.sleep(next(pauses))
+        except BaseException as error:
+            burial = _Burial(loop, self)
+            if isinstance(error, asyncio.CancelledError):
+                await burial.wait()
+            raise
+        finally:
+            self._pending = None
+            direct.leave_spawn(start)
+        return Failed(0, *outcome) if outcome else None
+
+    async def _asked(self, loop: asyncio.AbstractEventLoop, request: Request) -> Spawned | Failed:
+        """Have a helper start the command."""
         if _burials:
             _end_burials()
-        for _ in range(_helper.PATIENCE):
+        for _ in range(PATIENCE):
             await self._until_reachable(loop)
             outgoing, connection = take(), None
             try:
@@ -411,19 +436,22 @@ class _Burial:
         self,
         loop: asyncio.AbstractEventLoop,
         process: _Popen,
-        lender: popen.Lender,
-        connection: Connection,
+        lender: popen.Lender | None = None,
+        connection: Connection | None = None,
     ) -> None:
         self._over: asyncio.Future[None] = loop.create_future()
         self.loop = loop
         self._process = process
-        self._lender = lender
-        self._connection = connection
+        self._helper = None if lender is None or connection is None else (lender, connection)
+        if self._helper is None:
+            self._kill()
         _burials.add(self)
         if loop.is_closed():
             self.end_without_loop(_MOMENT)
         else:  # which may run in another thread
-            loop.call_soon_threadsafe(self._await_reply)
+            loop.call_soon_threadsafe(
+                self._await_end if self._helper is None else self._await_reply
+            )
 
     async def wait(self) -> None:
         """Wait for its end, but not for long. Does not mind to be cancelled once more."""
@@ -433,40 +461,49 @@ class _Burial:
                 await asyncio.wait([self._over], timeout=rest)
 
     def _await_reply(self) -> None:
-        readers = _readers_of(self.loop)
-        readers.add_reader(self._connection.sock.fileno(), self._look)
+        assert self._helper is not None
+        fd = self._helper[1].sock.fileno()
+        _readers_of(self.loop).add_reader(fd, functools.partial(self._look, fd))
 
-    def _look(self) -> None:
-        _readers_of(self.loop).remove_reader(self._connection.sock.fileno())
+    def _look(self, fd: int) -> None:
+        _readers_of(self.loop).remove_reader(fd)
         try:
             self._begin(0.0)
         except TimeoutError:
             self._await_reply()
             return
         if self._process._child_created:
-            try:
-                _Watch(self.loop, self._process).begin(self._end)
-            except OSError:  # no descriptor is free; it is subprocess that will wait for it
-                self._end()
+            self._await_end()
         else:
+            self._end()
+
+    def _await_end(self) -> None:
+        try:
+            _Watch(self.loop, self._process).begin(self._end)
+        except OSError:  # no descriptor is free; it is subprocess that will wait for it
             self._end()
 
     def _begin(self, timeout: float) -> None:
         """Take the outcome, and kill the command."""
+        assert self._helper is not None
+        lender, connection = self._helper
         process = self._process
         try:
-            reply = self._connection.receive(timeout)
+            reply = connection.receive(timeout)
         except TimeoutError:
             raise
         except (NotServedError, OSError):
-            self._connection.close()
+            connection.close()
             return
-        process._take(reply, self._lender, self._connection)
+        process._take(reply, lender, connection)
         if isinstance(reply, Spawned):
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has other ids
-                process.kill()
+            self._kill()
         if process._lease is None:
-            self._lender.release(self._connection)
+            lender.release(connection)
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has other ids
+            self._process.kill()
 
     def _end(self, returncode: int = 0) -> None:
         _burials.discard(self)

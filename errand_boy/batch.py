@@ -23,7 +23,7 @@ from errand_boy import protocol
 from errand_boy._native import lib
 from errand_boy.connection import Connection
 from errand_boy.errors import ErrandBoyError, HelperDiedError, ProtocolError, RefusedError
-from errand_boy.outgoing import Caller, Request, take
+from errand_boy.outgoing import PATIENCE, Caller, Request, take
 from errand_boy.popen import candidates, environment, exec_path, failure, made
 
 TYPE_CHECKING = False
@@ -643,7 +643,7 @@ class Batch:
         return template
 
     def _start(self, job: _Job) -> None:
-        while job.attempts < _helper.PATIENCE:
+        while job.attempts < PATIENCE:
             if self._place.changed():
                 self._renew()
             job.begin(self._streams)

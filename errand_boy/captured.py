@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from errand_boy import helper as _helper
 from errand_boy import protocol, remote
 from errand_boy._native import lib
-from errand_boy.connection import Connection, NotServedError
-from errand_boy.errors import HelperDiedError
-from errand_boy.outgoing import Request, take
+from errand_boy.connection import Connection
+from errand_boy.errors import HelperDiedError, NotServedError
+from errand_boy.outgoing import PATIENCE, Request, take
 from errand_boy.popen import made
 from errand_boy.protocol import Failed
 
@@ -114,7 +114,7 @@ class Popen(remote.Popen[AnyStr]):
         request.flags |= lib.EB_WITHOUT_STANDARD
         outgoing = take()
         try:
-            for _ in range(_helper.PATIENCE):
+            for _ in range(PATIENCE):
                 try:
                     connection = self._client.acquire(request, outgoing)
                     if not outgoing.is_sent:

@@ -31,10 +31,10 @@ from celery.worker.state import revoked
 from errand_boy import helper as _helper
 from errand_boy import protocol
 from errand_boy._native import lib
-from errand_boy.connection import Connection, NotServedError
-from errand_boy.errors import HelperDiedError, HelperError, ProtocolError
+from errand_boy.connection import Connection
+from errand_boy.errors import HelperDiedError, HelperError, NotServedError, ProtocolError
 from errand_boy.helper import Helper
-from errand_boy.outgoing import Request, take
+from errand_boy.outgoing import PATIENCE, Request, take
 from errand_boy.popen import candidates, environment, exec_path, failure
 
 __all__ = ["Outcome", "map", "run_command"]
@@ -161,7 +161,7 @@ class _Command:
         also one that comes in from outside, ends the process group.
         """
         try:
-            for _ in range(_helper.PATIENCE):
+            for _ in range(PATIENCE):
                 self._input = None if input is None else memoryview(input)
                 try:
                     self._start()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from errand_boy import protocol
 from errand_boy._native import lib
-from errand_boy.errors import HelperDiedError, ProtocolError, RefusedError
+from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError, RefusedError
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
 TYPE_CHECKING = False  # typing takes milliseconds to import
@@ -35,10 +35,6 @@ def _rights(fds: Sequence[int]) -> _Ancillary:
     if not fds:
         return []
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
-
-
-class NotServedError(Exception):
-    """The helper has gone without having read the request: it may be sent to another one."""
 
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()

@@ -30,3 +30,7 @@ class NoDaemonError(ErrandBoyError, ConnectionError):
 
 class SessionClosedError(ErrandBoyError):
     """A session of the classic interface was used after its end."""
+
+
+class NotServedError(Exception):
+    """Internal: a helper has gone without having read a request, which another may be sent."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from eventlet.green.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import view
+from errand_boy import child, view
 from errand_boy.connection import Connection
 from errand_boy.functions import bound_to
 from errand_boy.outgoing import Outgoing
@@ -47,6 +48,8 @@ __all__ = [
     "run",
 ]
 
+_HOUR = 3600.0  # seconds
+
 _Base: Any = subprocess.Popen
 
 
@@ -63,8 +66,12 @@ class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
     def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:
         return view.internal_poll(_Base._internal_poll, self, *args, **kwargs)
 
-    def _wait(self, timeout: float | None) -> int:
-        return view.wait(_Base._wait, self, timeout)
+    def wait(self, timeout: float | None = None, check_interval: float = 0.01) -> int:
+        """Wait for the process to end, at most `timeout` seconds; return its return code.
+
+        Raises TimeoutExpired. `check_interval` (seconds) counts only where the system has no pidfd.
+        """
+        return wait(_Base.wait, self, timeout, check_interval)
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
@@ -85,9 +92,47 @@ def execute_child(original: Callable[..., None], process: Any, *args: Any) -> No
     view.execute_child(_View, original, process, *args)
 
 
+def wait(
+    original: Callable[..., int],
+    process: Any,
+    timeout: float | None = None,
+    check_interval: float = 0.01,
+) -> int:
+    """Return the return code; see Popen.wait. eventlet's own looks from time to time."""
+    known = process.returncode is not None or vars(process).get("_lease") is not None
+    while not (known or _in_hub()):
+        try:
+            if not child.wait(process, _HOUR if timeout is None else timeout, _readable):
+                break
+        except TimeoutExpired:
+            if timeout is not None:
+                raise
+        else:
+            returncode: int = process.returncode
+            return returncode
+    return original(process, timeout, check_interval)
+
+
+class _NotReadableError(Exception):
+    """A descriptor has not become readable in time."""
+
+
+def _readable(fd: int, seconds: float) -> None:
+    with contextlib.suppress(_NotReadableError):
+        hubs.trampoline(fd, read=True, timeout=seconds, timeout_exc=_NotReadableError)
+
+
 class _View(view.GreenView):
+    def _await_start(self, start: int) -> tuple[int, int] | None:
+        if _in_hub():
+            return view.View._await_start(self, start)
+        return super()._await_start(start)
+
+    def _pause(self, seconds: float) -> None:
+        eventlet.sleep(seconds)
+
     def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
-        if eventlet.getcurrent() is hubs.get_hub().greenlet:  # a callback of the hub's, which waits
+        if _in_hub():
             return connection.outcome(outgoing)
         return super()._outcome(connection, outgoing)
 
@@ -99,3 +144,8 @@ class _View(view.GreenView):
 
     def _spawn(self, function: Callable[..., None], *args: Any) -> None:
         eventlet.spawn_n(function, *args)
+
+
+def _in_hub() -> bool:
+    """Return whether this is a callback of the hub's, which must wait itself."""
+    return bool(eventlet.getcurrent() is hubs.get_hub().greenlet)

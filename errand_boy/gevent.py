@@ -141,13 +141,22 @@ def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
 
 
 class _View(GreenView):
+    def _start_here(self, request: Request) -> Failed | None:
+        _unblock(request)
+        with _collecting(self._process._loop):
+            try:
+                return super()._start_here(request)
+            finally:
+                if self._child_created:
+                    self._watch(self.pid)
+
     def _start(self, request: Request) -> Spawned | Failed | None:
-        # As gevent's own children have it, which share the flag with us.
-        for number, fd in enumerate(request.standard):
-            with contextlib.suppress(OSError):
-                os.set_blocking(number if fd == -1 else fd, True)
+        _unblock(request)
         with _collecting(self._process._loop):
             return super()._start(request)
+
+    def _pause(self, seconds: float) -> None:
+        gevent.sleep(seconds)
 
     def _until_readable(self, connection: Connection) -> None:
         with _kept_after_fork(connection) as fd:
@@ -170,14 +179,17 @@ class _View(GreenView):
             return
         if self._lease is not None:
             gevent.spawn(self._attend)
-            return
+        else:
+            self._watch(reply.pid)
+
+    def _watch(self, pid: int) -> None:
         loop = self._process._loop
         if not loop.default:
             loop = _Elsewhere(loop)
-        elif _is_reaped(reply.pid):
+        elif _is_reaped(pid):
             loop = _Reaped(loop)
         # Nothing has been forked: this is how gevent wants to be told of a child.
-        fork_and_watch(self._process._on_child, loop, True, lambda: reply.pid)
+        fork_and_watch(self._process._on_child, loop, True, lambda: pid)
 
     def _attend(self) -> None:
         """Await the end of a child that the helper owns."""
@@ -189,6 +201,13 @@ class _View(GreenView):
             except OSError:  # the helper has gone: returncode says so
                 break
         self._process.result.set(self.returncode)
+
+
+def _unblock(request: Request) -> None:
+    # As gevent's own children have it, which share the flag with us.
+    for number, fd in enumerate(request.standard):
+        with contextlib.suppress(OSError):
+            os.set_blocking(number if fd == -1 else fd, True)
 
 
 @contextmanager

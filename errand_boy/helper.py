@@ -7,23 +7,21 @@ import atexit
 import contextlib
 import errno
 import os
-import select
 import signal
 import socket
 import struct
 import threading
 
-from errand_boy import protocol
+from errand_boy import child, protocol
 from errand_boy._native import ffi, lib
 from errand_boy.connection import Connection, close_all
 from errand_boy.errors import HelperError
-from errand_boy.outgoing import Caller, Outgoing, Request, forget, take
+from errand_boy.outgoing import PATIENCE, Caller, Outgoing, Request, forget, take
 
 _MOST_IDLE = 32  # connections kept for later
 
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _GRACE = 1.0  # seconds
-PATIENCE = 100  # attempts at one command, of a process whose threads differ in what they are
 
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 
@@ -61,15 +59,6 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
     native = next(c for c in classes if c.__module__ == "socket")  # type: ignore[assignment]
     one, other = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
     return one, other
-
-
-def _readable(fd: int, seconds: float) -> bool:
-    """Wait until `fd` is readable; return whether it is."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-    return bool(select.select([fd], [], [], seconds)[0])  # all that eventlet leaves there
 
 
 class Helper:
@@ -183,7 +172,7 @@ class Helper:
                 # A copy of a connection, where nobody knows it, must not keep us waiting.
                 pidfd = os.pidfd_open(self.pid)
                 try:
-                    if not _readable(pidfd, grace):
+                    if not child.readable(pidfd, grace):
                         self._kill()
                 finally:
                     os.close(pidfd)
@@ -317,32 +306,13 @@ def _reap(grace: float = 0.0) -> None:
                 _unreaped.remove(helper)
 
 
-def start() -> None:
-    """Start the helper now, rather than with the first command; does nothing if it runs.
-
-    A helper that is started early, while the process is small and single-threaded, starts fastest.
-    Raises HelperError.
-    """
-    callers.start()
-
-
 def stop() -> None:
-    """End the helper and wait for it; the next command starts a new one.
-
-    Useful before ``os.exec*`` of a set-user-ID program: Linux ignores that bit while another
-    process shares the working directory, as the helper does.
-    """
+    """End all helpers and wait for them."""
     with _lock:
         callers.retire()
         owner.retire()
         _reap(_GRACE)
     forget()
-
-
-def helper_pid() -> int | None:
-    """Return the running helper's pid, or None."""
-    helper = callers.current
-    return None if helper is None else helper.pid
 
 
 def _after_fork() -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from errand_boy.connection import Connection
     from errand_boy.helper import Helper
 
+PATIENCE = 100  # attempts at one command, of a process whose threads differ in what they are
 _MOST_SPARE = 8
 
 _spare: list[Outgoing] = []
@@ -28,15 +29,14 @@ class Request:
     EB_RESTORE_SIGNALS.
     """
 
-    __slots__ = ("flags", "options", "other_count", "others", "standard")
+    __slots__ = ("flags", "options", "others", "standard")
 
     def __init__(
         self, options: bytes, standard: tuple[int, int, int], others: Sequence[int], flags: int
     ) -> None:
         self.options = options
         self.standard = standard
-        self.others = ffi.new("int[]", others) if others else ffi.NULL
-        self.other_count = len(others)
+        self.others = others
         self.flags = flags
 
 
@@ -91,7 +91,8 @@ class Outgoing:
             fd, device, inode = -1, 0, 0
         else:
             fd, device, inode = connection.sock.fileno(), connection.device, connection.inode
-        found: int = lib.outgoing_prepare(
+        others = ffi.new("int[]", request.others) if request.others else ffi.NULL
+        found: int = lib.eb_send_request(
             self._c,
             ffi.NULL if start is None else start.c,
             helper,
@@ -102,8 +103,8 @@ class Outgoing:
             request.options,
             len(request.options),
             *request.standard,
-            request.others,
-            request.other_count,
+            others,
+            len(request.others),
         )
         self.is_sent = _check(found) & lib.EB_SENT != 0
         return found

@@ -89,6 +89,7 @@ def _patch_eventlet(module: ModuleType) -> None:
     from errand_boy import eventlet  # noqa: PLC0415
 
     _patch_class(module.Popen, eventlet._View)
+    _replace(module.Popen, "wait", _with_original(eventlet.wait))
     _patch_stdlib()
 
 

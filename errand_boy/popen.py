@@ -14,16 +14,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from operator import index
 
-from errand_boy import helper as _helper
-from errand_boy import protocol
+from errand_boy import child, direct, protocol, ways
 from errand_boy._native import lib
-from errand_boy.connection import Connection, NotServedError
-from errand_boy.errors import HelperDiedError, HelperError
+from errand_boy.errors import HelperDiedError, HelperError, NotServedError
 from errand_boy.functions import original_popen
-from errand_boy.outgoing import Outgoing, Request, take
+from errand_boy.outgoing import PATIENCE, Outgoing, Request, take
 from errand_boy.protocol import Exited, Failed, Reply, Spawned
 
 _PATH_MAX = 4096  # bytes, of Linux
+_LOOK = 100_000  # microseconds, after which a start that is pending is looked at whatever happens
 _JOINED = 8  # EB_JOINED of csrc/request.h
 
 TYPE_CHECKING = False
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any, AnyStr, TypeAlias
 
     from errand_boy.client import Client
+    from errand_boy.connection import Connection
     from errand_boy.helper import Helper
 
     Lender: TypeAlias = Helper | Client
@@ -55,46 +55,31 @@ class Popen(_Base[AnyStr]):
     _usage: tuple[int, ...] = ()  # see protocol.Exited
     _more_options = b""
     _default_group = -1  # the caller's
+    _patience = direct.PATIENCE
     _names: tuple[Any, Any]  # of the program and its directory, for an error
 
-    def _execute_child(
-        self,
-        args: Any,
-        executable: Any,
-        preexec_fn: Callable[[], Any] | None,
-        close_fds: bool,
-        pass_fds: Iterable[int],
-        cwd: Any,
-        env: Mapping[Any, Any] | None,
-        startupinfo: Any,
-        creationflags: int,
-        shell: bool,
-        p2cread: int,
-        p2cwrite: int,
-        c2pread: int,
-        c2pwrite: int,
-        errread: int,
-        errwrite: int,
-        restore_signals: bool,
-        gid: int | None,
-        gids: list[int] | None,
-        uid: int | None,
-        umask: int,
-        start_new_session: bool,
-        process_group: int = -1,  # Python 3.11
-    ) -> None:
+    def _execute_child(self, *given: Any) -> None:
         # Follows CPython's _execute_child of 3.13, which gives the reasons.
+        args: Any
+        (
+            args, executable, preexec_fn, close_fds, pass_fds, cwd, env, _, _, shell,
+            p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
+            restore_signals, gid, gids, uid, umask, start_new_session,
+        ) = given[:22]  # fmt: skip
+        process_group = given[22] if len(given) > 22 else -1  # Python 3.11
         if preexec_fn is os.setsid:
             start_new_session = True
         elif preexec_fn is os.setpgrp:
             process_group = 0
         elif preexec_fn is not None:
-            after_310 = () if sys.version_info < (3, 11) else (process_group,)
-            self._execute_other(
-                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
-                creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
-                restore_signals, gid, gids, uid, umask, start_new_session, *after_310,
-            )  # fmt: skip
+            self._execute_function(preexec_fn, given)
+            return
+        has_ids = (
+            gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
+        )
+        way = self._way(has_ids)
+        if way == "subprocess":
+            self._execute_original(given)
             return
 
         if isinstance(args, (str, bytes)):
@@ -114,7 +99,7 @@ class Popen(_Base[AnyStr]):
         sys.audit("subprocess.Popen", executable, args, cwd, env)
 
         argv = [os.fsencode(arg) for arg in args]
-        options: list[bytes] = [protocol.strings(lib.EB_TAG_ARGV, argv), self._more_options]
+        options = [protocol.strings(lib.EB_TAG_ARGV, argv), self._more_options]
         if env is not None:
             options.append(protocol.strings(lib.EB_TAG_ENV, environment(env)))
         program = argv[0] if args and executable is args[0] else os.fsencode(executable)
@@ -145,19 +130,63 @@ class Popen(_Base[AnyStr]):
         standard = (p2cread, c2pwrite, errwrite)
         if min(standard) < -1:  # STDOUT, where it says nothing
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        others = _others(close_fds, pass_fds)
+        others: list[int] = _kept(pass_fds) if pass_fds else []
 
         self._names = executable, cwd
-        try:
-            reply = self._start(Request(b"".join(options), standard, others, flags))
-        except OSError as error:
-            if error.errno == errno.E2BIG:
-                raise OSError(error.errno, error.strerror, executable) from None
-            raise
-        if isinstance(reply, Failed):
-            raise failure(reply, *self._names)
+        if way == "direct":
+            if not close_fds:
+                flags |= lib.EB_KEEP_FILES
+            if p2cwrite != -1:
+                flags |= lib.EB_OWN_STDIN
+            if c2pread != -1:
+                flags |= lib.EB_OWN_STDOUT | (lib.EB_OWN_STDERR if errwrite == c2pwrite else 0)
+            if errread != -1:
+                flags |= lib.EB_OWN_STDERR
+            failed = self._start_here(Request(b"".join(options), standard, others, flags))
+            if failed and failed.errno == errno.ENOSYS and failed.stage == lib.EB_STAGE_START:
+                direct.give_up()
+                self._way(has_ids)  # raises where it is forced
+                self._execute_original(given)
+                return
+        else:
+            if not close_fds:
+                others = sorted({*others, *(fd for fd in _inheritable() if fd > 2)})
+            failed = self._ask(Request(b"".join(options), standard, others, flags))
+        if failed:
+            raise failure(failed, *self._names)
         if standard != (-1, -1, -1):
             self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+    def _way(self, with_ids: bool) -> str:
+        return ways.way(with_ids)
+
+    def _start_here(self, request: Request) -> Failed | None:
+        """Start a command in this process; return why it could not be."""
+        outcome = direct.spawn(
+            self, request.options, *request.standard, request.others, request.flags, self._patience
+        )
+        if isinstance(outcome, int):
+            outcome = self._await_start(outcome)
+        return Failed(0, *outcome) if outcome else None
+
+    def _await_start(self, start: int) -> tuple[int, int] | None:
+        """Await the outcome of a pending start."""
+        try:
+            while isinstance(outcome := direct.await_spawn(self, start, _LOOK), int):
+                pass
+        finally:
+            direct.leave_spawn(start)
+        return outcome
+
+    def _ask(self, request: Request) -> Failed | None:
+        """Have a command started by a helper; return why it could not be."""
+        try:
+            reply = self._start(request)
+        except OSError as error:
+            if error.errno == errno.E2BIG:
+                raise OSError(error.errno, error.strerror, self._names[0]) from None
+            raise
+        return reply if isinstance(reply, Failed) else None
 
     def _close_pipe_fds(
         self, p2cread: int, p2cwrite: int, c2pread: int, c2pwrite: int, errread: int, errwrite: int
@@ -179,20 +208,26 @@ class Popen(_Base[AnyStr]):
         _waitpid_lock: Any
         _child_created: bool
 
-    def _execute_other(
-        self, args: Any, executable: Any, preexec_fn: Callable[[], Any], *rest: Any
-    ) -> None:
+    def _execute_function(self, preexec_fn: Callable[[], Any], given: tuple[Any, ...]) -> None:
         """Start a command with a `preexec_fn` that can't be sent."""
         _warn_of_fork(preexec_fn)
-        super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
+        self._execute_original(given)
+
+    def _execute_original(self, given: tuple[Any, ...]) -> None:
+        """Start a command the standard library's way; `given` are _execute_child's arguments."""
+        super()._execute_child(*given)  # type: ignore[misc]
 
     def _acquire(self, request: Request, outgoing: Outgoing) -> tuple[Lender, Connection]:
         """Prepare `request` for a connection; return that, and who keeps it between commands."""
-        return _helper.callers.acquire(request, outgoing)
+        from errand_boy import helper  # noqa: PLC0415  most processes need none
+
+        return helper.callers.acquire(request, outgoing)
 
     def _discard(self, lender: Any, connection: Connection) -> None:
         """Take note that `connection` broke before the request was read."""
-        _helper.callers.discard(lender, connection)
+        from errand_boy import helper  # noqa: PLC0415
+
+        helper.callers.discard(lender, connection)
 
     def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
         """Send what has not been sent of a request, and return its outcome."""
@@ -201,7 +236,7 @@ class Popen(_Base[AnyStr]):
     def _start(self, request: Request) -> Spawned | Failed | None:
         outgoing = take()
         try:
-            for _ in range(_helper.PATIENCE):
+            for _ in range(PATIENCE):
                 try:
                     lender, connection = self._acquire(request, outgoing)
                     reply = self._outcome(connection, outgoing)
@@ -271,6 +306,8 @@ class Popen(_Base[AnyStr]):
     def _wait(self, timeout: float | None) -> int:
         lease = self._lease
         if lease is None:
+            if child.wait(self, timeout):
+                return self.returncode
             return super()._wait(timeout)  # type: ignore[misc,no-any-return]
         if lease[1].is_foreign():
             raise _not_ours()
@@ -319,7 +356,8 @@ class Popen(_Base[AnyStr]):
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
         if self._lease is None:
-            super().send_signal(sig)
+            if not child.send_signal(self, sig):
+                super().send_signal(sig)
         elif self.poll() is None:
             self._send_signal_frame(self.pid, sig)
 
@@ -408,15 +446,11 @@ def _group_ids(values: list[int]) -> list[int]:
         raise ValueError("invalid group id") from None
 
 
-def _others(close_fds: bool, pass_fds: Iterable[int]) -> list[int]:
-    """Return the descriptors, in ascending order, that keep their numbers in the child."""
-    kept = set()
-    for fd in map(int, pass_fds):
-        if not 0 <= fd <= 0x7FFFFFFF:
-            raise ValueError("bad value(s) in fds_to_keep")
-        kept.add(fd)
-    if not close_fds:
-        kept.update(fd for fd in _inheritable() if fd > 2)
+def _kept(pass_fds: Iterable[int]) -> list[int]:
+    """Return `pass_fds` in ascending order. Raises ValueError for what can't be a descriptor."""
+    kept = set(map(int, pass_fds))
+    if kept and not 0 <= min(kept) <= max(kept) <= 0x7FFFFFFF:
+        raise ValueError("bad value(s) in fds_to_keep")
     return sorted(kept)
 
 

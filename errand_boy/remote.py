@@ -81,13 +81,14 @@ class Popen(popen.Popen[AnyStr]):
             self.poll()
             input = None
 
-    def _execute_other(
-        self, args: Any, executable: Any, preexec_fn: Callable[[], Any], *rest: Any
-    ) -> None:
+    def _execute_function(self, preexec_fn: Callable[[], Any], given: tuple[Any, ...]) -> None:
         raise ValueError(
             "the daemon accepts no preexec_fn but os.setsid and os.setpgrp: use user=, group=, "
             "extra_groups=, umask=, cwd=, start_new_session= or process_group= instead"
         )
+
+    def _way(self, with_ids: bool) -> str:
+        return "helper"
 
     def _acquire(self, request: Request, outgoing: Outgoing) -> tuple[Client, Connection]:
         return self._client, self._client.acquire(request, outgoing)

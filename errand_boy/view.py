@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 
-from errand_boy import popen
+from errand_boy import child, direct, popen
 from errand_boy._native import lib
-from errand_boy.connection import Connection, NotServedError
+from errand_boy.connection import Connection
+from errand_boy.errors import NotServedError
 from errand_boy.outgoing import Outgoing
 from errand_boy.protocol import Failed, Spawned
 
@@ -49,16 +50,20 @@ class View(popen.Popen[bytes]):
     def __del__(self) -> None:
         """Leave everything to the process's own."""
 
-    def _execute_other(
-        self, args: Any, executable: Any, preexec_fn: Callable[[], Any], *rest: Any
-    ) -> None:
-        popen._warn_of_fork(preexec_fn)
+    def _execute_original(self, given: tuple[Any, ...]) -> None:
         assert self._original is not None
         self._original()
 
 
 class GreenView(View):
     """The same, for a framework of greenlets: others go on while the command is being started."""
+
+    __slots__ = ()
+
+    _patience = direct.LOOP_PATIENCE
+
+    def _pause(self, seconds: float) -> None:
+        raise NotImplementedError
 
     def _until_readable(self, connection: Connection) -> None:
         raise NotImplementedError
@@ -68,6 +73,15 @@ class GreenView(View):
 
     def _spawn(self, function: Callable[..., None], *args: Any) -> None:
         raise NotImplementedError
+
+    def _await_start(self, start: int) -> tuple[int, int] | None:
+        pauses = direct.pauses()
+        try:
+            while isinstance(outcome := direct.await_spawn(self, start, 0), int):
+                self._pause(next(pauses))
+        finally:
+            direct.leave_spawn(start)
+        return outcome
 
     def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
         for _ in sending(connection, outgoing):
@@ -122,14 +136,17 @@ def internal_poll(
 
 def wait(original: Callable[..., int], process: Any, timeout: float | None) -> int:
     """Return the return code; see subprocess.Popen._wait."""
-    if vars(process).get("_lease") is None:
-        return original(process, timeout)
-    return View(process)._wait(timeout)
+    if vars(process).get("_lease") is not None:
+        return View(process)._wait(timeout)
+    if child.wait(process, timeout):
+        returncode: int = process.returncode
+        return returncode
+    return original(process, timeout)
 
 
 def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
     """Send a signal to the process."""
-    if vars(process).get("_lease") is None:
-        original(process, sig)
-    else:
+    if vars(process).get("_lease") is not None:
         View(process).send_signal(sig)
+    elif not child.send_signal(process, sig):
+        original(process, sig)

@@ -1,7 +1,8 @@
 """What the tests share: both implementations, scripts in fresh processes, a look at what is left.
 
-A test that takes `subprocess` runs once with the standard library and once with errand_boy in its
-place; marked `portable`, once more with the helper's posix_spawn.
+A test that takes `subprocess` runs with the standard library, and with errand_boy in its place:
+once with commands started in this process, once by a helper; marked `portable`, once more with the
+helper's posix_spawn. Scripts have the same names. One that takes `spawn` runs with each way forced.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ PRELUDE = """
 import ctypes, fcntl, gc, importlib, json, os, resource, select, signal, socket, stat
 import subprocess as stdlib
 import sys, threading, time, warnings
-subprocess = importlib.import_module(sys.argv[1])
-start = getattr(subprocess, "start", lambda: None)
+subprocess = importlib.import_module(sys.argv[1].partition("-")[0])
+if sys.argv[1].endswith("-helper"):
+    importlib.import_module("errand_boy.ways")._helper_is_asked_for = True
+helped = sys.argv[1].endswith("-helper") or "ERRAND_BOY_SPAWN" in os.environ
+start = getattr(subprocess, "start", lambda: None) if helped else lambda: None
 helper_pid = getattr(subprocess, "helper_pid", lambda: None)
 stdlib._USE_POSIX_SPAWN = False
 libc = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +72,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subprocess" in metafunc.fixturenames:
-        names = ["subprocess", "errand_boy"]
+        names = ["subprocess", "errand_boy", "errand_boy-helper"]
         if any(mark.name == "portable" for mark in metafunc.definition.iter_markers()):
             names.append("errand_boy-posix")
         metafunc.parametrize("subprocess", names, indirect=True)
@@ -82,9 +86,29 @@ def subprocess(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         yield module
         return
     module.stop()
-    monkeypatch.setenv("ERRAND_BOY_SPAWN", spawn)
+    if spawn == "helper":
+        module.start()
+    else:
+        monkeypatch.setenv("ERRAND_BOY_SPAWN", spawn)
     yield module
     module.stop()
+
+
+@pytest.fixture(params=["direct", "helper", "posix"])
+def spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How commands are started: in this process, by a helper, by a helper that owns them."""
+    errand_boy = importlib.import_module("errand_boy")
+    errand_boy.stop()
+    way: str = request.param
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", way)
+    yield way
+    errand_boy.stop()
+
+
+@pytest.fixture
+def by_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are started by a helper, in this process and in scripts."""
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +192,8 @@ def run_script(
 
 
 def compare_scripts(source: str, args: Sequence[object] = (), **options: Any) -> Any:
-    """Run `source` with both implementations, expect one report from them, and return it."""
+    """Run `source` with all implementations, expect one report from them, and return it."""
     expected = run_script(source, "subprocess", args, **options)
-    assert run_script(source, "errand_boy", args, **options) == expected
+    for implementation in ("errand_boy", "errand_boy-helper"):
+        assert run_script(source, implementation, args, **options) == expected
     return expected

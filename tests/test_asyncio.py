@@ -63,17 +63,6 @@ def run(request: pytest.FixtureRequest) -> Runner:
     return Runner(request.param)
 
 
-@pytest.fixture(params=["private", "posix"])
-def spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Also with a helper that owns its children."""
-    if request.param == "posix":
-        errand_boy.stop()
-        monkeypatch.setenv("ERRAND_BOY_SPAWN", "posix")
-    yield request.param
-    if request.param == "posix":
-        errand_boy.stop()
-
-
 def descriptors() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))
 
@@ -88,7 +77,8 @@ def children(*, recursive: bool = False) -> list[psutil.Process]:
 @pytest.fixture
 def unchanged() -> Iterator[None]:
     """Expects no child, living or dead, and no descriptor more than before."""
-    errand_boy.start()
+    if os.environ.get("ERRAND_BOY_SPAWN") == "helper":
+        errand_boy.start()
     before = len(descriptors()) + 8  # at most: connections and status files that are kept
     yield
     gc.collect()
@@ -192,7 +182,7 @@ def test_signal_to_one_that_has_ended_unnoticed(run: Runner, spawn: str, unchang
             await asyncio.sleep(0)
         assert await process.wait() in {0, -signal.SIGTERM}
 
-    run(main if spawn == "private" else owned)
+    run(owned if spawn == "posix" else main)
 
 
 def test_writing_after_the_end(run: Runner, spawn: str, unchanged: None) -> None:
@@ -423,7 +413,7 @@ def test_slow_exec_does_not_block_the_loop(run: Runner, spawn: str, tmp_path: Pa
         start = asyncio.ensure_future(ours.create_subprocess_exec(slow, "done", stdout=ours.PIPE))
         await in_thread(guard.held)
         await ticks()
-        if spawn == "private":
+        if spawn != "posix":
             quick = await ours.create_subprocess_exec("true")
             assert await quick.wait() == 0
         assert not start.done()
@@ -649,6 +639,7 @@ def test_helper_killed_while_a_start_is_awaited(run: Runner, unchanged: None) ->
     run(main)
 
 
+@pytest.mark.usefixtures("by_helper")
 @pytest.mark.root
 def test_helper_killed_in_the_midst_of_a_start(run: Runner, tmp_path: Path) -> None:
     slow = Path(shutil.copy("/bin/cat", tmp_path / "slow"))

@@ -482,6 +482,7 @@ report(describe(subprocess, ["/bin/true"], {options}))
     assert expected[0] == (0 if "65534" in options else "PermissionError")
 
 
+@pytest.mark.usefixtures("by_helper")
 def test_helper_that_is_missing() -> None:
     source = """
         os.environ["ERRAND_BOY_HELPER"] = "/none/helper"
@@ -494,6 +495,7 @@ def test_helper_that_is_missing() -> None:
     assert run_script(source) == [True, errno.ENOENT, "/none/helper"]
 
 
+@pytest.mark.usefixtures("by_helper")
 def test_helper_that_is_something_else() -> None:
     source = """
         os.environ["ERRAND_BOY_HELPER"] = "/bin/true"

@@ -22,15 +22,6 @@ def prelude(request: pytest.FixtureRequest) -> str:
     return f"import eventlet\n{request.param}\n"
 
 
-@pytest.fixture(params=["clone", "posix"])
-def spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose children they are: with posix_spawn, the helper's."""
-    name: str = request.param
-    if name == "posix":
-        monkeypatch.setenv("ERRAND_BOY_SPAWN", name)
-    return name
-
-
 def test_many_at_once(prelude: str, spawn: str) -> None:
     right = run_script(
         prelude

@@ -26,15 +26,6 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return name
 
 
-@pytest.fixture(params=["clone", "posix"])
-def spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose children they are: with posix_spawn, the helper's."""
-    name: str = request.param
-    if name == "posix":
-        monkeypatch.setenv("ERRAND_BOY_SPAWN", name)
-    return name
-
-
 def test_no_status_is_lost_among_thousands(loop: str) -> None:
     lost = run_script(
         """
@@ -256,6 +247,7 @@ def test_a_forked_process_starts_commands_too(loop: str, spawn: str) -> None:
     assert codes == [0, 3, 4, 2]
 
 
+@pytest.mark.usefixtures("by_helper")
 def test_a_killed_helper_is_reaped_by_the_loop_and_replaced(loop: str, spawn: str) -> None:
     out = run_script(
         """

@@ -322,6 +322,7 @@ def test_all_options_at_once(helper: Helper) -> None:
         "UMASK": option(lib.EB_TAG_UMASK, u32(0o27)),
         "SIGMASK": option(lib.EB_TAG_SIGMASK, bytes(8)),
         "SIGIGN": option(lib.EB_TAG_SIGIGN, bytes(8)),
+        "SIGDEFAULT": option(lib.EB_TAG_SIGDEFAULT, bytes(8)),
         "SETSID": option(lib.EB_TAG_SETSID),
         "RLIMITS": option(lib.EB_TAG_RLIMITS, struct.pack("<BQQ", resource.RLIMIT_NOFILE, 77, 77)),
         "NICE": option(lib.EB_TAG_NICE, u32(1)),
@@ -409,7 +410,16 @@ def test_bad_frame_is_refused(case: str, helper: Helper, witness: Client) -> Non
     assert reason in client.refusal()
 
 
-EXACT = {"UMASK": 4, "SIGMASK": 8, "SIGIGN": 8, "PGROUP": 4, "NICE": 4, "GID": 4, "UID": 4}
+EXACT = {
+    "UMASK": 4,
+    "SIGMASK": 8,
+    "SIGIGN": 8,
+    "SIGDEFAULT": 8,
+    "PGROUP": 4,
+    "NICE": 4,
+    "GID": 4,
+    "UID": 4,
+}
 EMPTY = ("CWD_FD", "SETSID")
 LISTS = {"EXECUTABLES": lib.EB_TAG_EXECUTABLES, "ARGV": lib.EB_TAG_ARGV, "ENV": lib.EB_TAG_ENV}
 TAGS = {

@@ -44,6 +44,8 @@ def only_helper_left(seconds=20):
         ended(others[0], 1)
     return False
 '''
+pytestmark = pytest.mark.usefixtures("by_helper")
+
 namespace: dict[str, Any] = {"os": os, "select": select}
 exec(ENDED, namespace)
 ended = namespace["ended"]

@@ -13,25 +13,19 @@ from conftest import run_script, script_environment
 COUNT = """
 import errand_boy, errand_boy.popen
 starts = []
-acquire = errand_boy.popen.Popen._acquire
-def counting(*args):
-    starts.append(1)
-    return acquire(*args)
-errand_boy.popen.Popen._acquire = counting
+def count(name):
+    original = getattr(errand_boy.popen.Popen, name)
+    def counting(*args):
+        starts.append(1)
+        return original(*args)
+    setattr(errand_boy.popen.Popen, name, counting)
+count("_start_here")
+count("_ask")
 def through_us(function):
     del starts[:]
     value = function()
     return [value, len(starts)]
 """
-
-
-@pytest.fixture(params=["clone", "posix"])
-def spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose children they are: with posix_spawn, the helper's."""
-    name: str = request.param
-    if name == "posix":
-        monkeypatch.setenv("ERRAND_BOY_SPAWN", name)
-    return name
 
 
 def test_everything_of_subprocess(spawn: str) -> None:

@@ -30,6 +30,7 @@ def mode(request: pytest.FixtureRequest, public_dir: Path, monkeypatch: pytest.M
         wrapper.write_text(f'#!/bin/sh\nexec {HELPER} --own-children "$@"\n')
         wrapper.chmod(0o755)
         monkeypatch.setenv("ERRAND_BOY_HELPER", str(wrapper))
+        monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
     return name
 
 

@@ -18,8 +18,10 @@ import errand_boy
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture(autouse=True)
-def no_helper_left() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["direct", "helper"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    errand_boy.stop()
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", request.param)
     yield
     errand_boy.stop()
 
@@ -30,7 +32,6 @@ def slow(tmp_path: Path) -> Path:
 
 
 def test_starts_in_other_threads_finish_before_a_slow_one(slow: Path) -> None:
-    errand_boy.start()
     order: list[str] = []
     ticked = threading.Condition()
     ticks = 0
@@ -75,7 +76,6 @@ def test_starts_in_other_threads_finish_before_a_slow_one(slow: Path) -> None:
 
 def test_many_slow_ones_at_once_and_a_quick_one(slow: Path) -> None:
     count = 20
-    errand_boy.start()
     order: list[str] = []
 
     def start_slow() -> None:

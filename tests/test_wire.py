@@ -88,6 +88,7 @@ OPTIONS = {
     "CWD": (protocol.string(lib.EB_TAG_CWD, b"/a\xff"), b"/a\xff".hex()),
     "UMASK": (protocol.number(lib.EB_TAG_UMASK, 0o7777), str(0o777)),
     "SIGMASK": (protocol.option(lib.EB_TAG_SIGMASK, b"\1" + bytes(6) + b"\x80"), str(1 + 2**63)),
+    "SIGDEFAULT": (protocol.option(lib.EB_TAG_SIGDEFAULT, b"\2" + bytes(7)), "2"),
     "SIGIGN": (protocol.option(lib.EB_TAG_SIGIGN, b"\2" + bytes(7)), "2"),
     "SETSID": (protocol.option(lib.EB_TAG_SETSID), ""),
     "PGROUP": (protocol.number(lib.EB_TAG_PGROUP, -5), "-5"),

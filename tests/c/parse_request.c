@@ -56,6 +56,8 @@ static void print_request(const struct eb_request *q)
         printf("UMASK %u\n", (unsigned)q->umask);
     if (eb_has(q, EB_TAG_SIGMASK))
         printf("SIGMASK %llu\n", (unsigned long long)q->sigmask);
+    if (eb_has(q, EB_TAG_SIGDEFAULT))
+        printf("SIGDEFAULT %llu\n", (unsigned long long)q->sigdefault);
     if (eb_has(q, EB_TAG_SIGIGN))
         printf("SIGIGN %llu\n", (unsigned long long)q->sigign);
     if (eb_has(q, EB_TAG_SETSID))

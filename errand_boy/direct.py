@@ -1,0 +1,62 @@
+"""Commands that are started in this process, without a helper: the default way.
+
+`spawn(owner, options, stdin, stdout, stderr, others, flags, microseconds)` begins a start, with the
+fields of an outgoing.Request, and waits for its outcome, for so long at most, without giving up the
+GIL. As soon as there is a process, the owner's `pid` and `_child_created` say so. It returns
+
+- None if the program runs;
+- ``(errno, stage)`` if it does not: nothing is left to be waited for;
+- an int, the start, if that is pending: the program is slow to execute.
+
+`await_spawn(owner, start, microseconds)` waits on, without the GIL, and returns the same. It may
+return early, where a signal has come. `leave_spawn(start)` must be called once for each that has
+been pending, whatever came of it.
+"""
+
+from __future__ import annotations
+
+from errand_boy import _native
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any, TypeAlias
+
+# How long (microseconds) a start keeps the GIL, and an event loop, at most. An exec takes 60, and a
+# busy thread keeps the GIL for 5,000, sys.getswitchinterval(). A wait for less than the time to the
+# kernel's next tick sets a timer, which costs 25 in a virtual machine.
+PATIENCE = 5000
+LOOP_PATIENCE = 200
+
+if lib.eb_add_functions() != 0:
+    raise ImportError("errand_boy._native cannot be completed")
+
+if TYPE_CHECKING:
+    Outcome: TypeAlias = int | tuple[int, int] | None
+
+spawn: Callable[..., Outcome] = _native.spawn
+await_spawn: Callable[[Any, int, int], Outcome] = _native.await_spawn
+leave_spawn: Callable[[int], None] = _native.leave_spawn
+
+
+def pauses() -> Iterator[float]:
+    """Return how long (seconds) an event loop waits between looks at a pending start."""
+    pause = 0.0005
+    while True:
+        yield pause
+        pause = min(pause * 1.25, 0.02)
+
+
+_works: bool = lib.eb_direct_works()  # a filter that comes later is met by a start
+
+
+def works() -> bool:
+    """Return whether the system has all that is needed, as far as that is known."""
+    return _works
+
+
+def give_up() -> None:
+    """Take note that a start has met a kernel or a filter that lacks something."""
+    global _works
+    _works = False
