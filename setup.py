@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -54,8 +55,12 @@ class BuildExt(build_ext):
         )
 
 
+# One wheel for 3.10 and all later. A free-threaded Python has no limited API before 3.15, and
+# another from then on: its wheel is for one version. cffi leaves the limited API out by itself.
+WHEEL = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
+
 setup(
     cffi_modules=["build_ffi.py:ffibuilder"],
     cmdclass={"build_ext": BuildExt},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # one wheel for 3.10 and all later
+    options={"bdist_wheel": WHEEL},
 )

@@ -647,9 +647,12 @@ async def make_transport(
     """Start a command and return its transport; the arguments are those of asyncio's own loops."""
     turns = _turns.get(loop)
     if turns is None:
-        # Whose waiting starts would keep them for ever.
-        for closed in [other for other in _turns if other.is_closed()]:
-            _turns.pop(closed, None)
+        # Whose waiting starts would keep them for ever. From a copy of the dictionary's keys, since
+        # other threads add their loops meanwhile.
+        for reference in _turns.keyrefs():
+            other = reference()
+            if other is not None and other.is_closed():
+                _turns.pop(other, None)
         turns = _turns.setdefault(loop, _Turns())
     await turns.take(loop)
     process = (_popen or _functions.popen)(

@@ -259,8 +259,10 @@ def _collect(pid: int, status: int) -> None:
         now = time.monotonic()
         _statuses.pop(pid, None)  # so that the oldest is the first
         _statuses[pid] = status, now
-        while (oldest := next(iter(_statuses))) != pid and now - _statuses[oldest][1] > _KEPT:
-            del _statuses[oldest]
+        # Another thread, which has no interest any more, may clear it meanwhile.
+        with contextlib.suppress(StopIteration, KeyError, RuntimeError):
+            while (oldest := next(iter(_statuses))) != pid and now - _statuses[oldest][1] > _KEPT:
+                del _statuses[oldest]
 
 
 class _Collector:

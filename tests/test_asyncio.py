@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -794,6 +795,31 @@ def test_two_loops_at_once(run: Runner, spawn: str, unchanged: None) -> None:
     for thread in threads:
         thread.join()
     assert codes == [list(range(50))] * 2
+
+
+def test_new_loops_of_many_threads(unchanged: None) -> None:
+    # Each new loop looks at those of the other threads.
+    codes: list[int] = []
+
+    async def main() -> None:
+        process = await ours.create_subprocess_exec("/bin/true")
+        codes.append(await process.wait())
+
+    def work() -> None:
+        for _ in range(40):
+            asyncio.run(main())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert codes == [0] * 320
 
 
 # -- run --

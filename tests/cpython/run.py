@@ -45,6 +45,8 @@ SUITES = {
 class Named(NamedTuple):
     """One test of one suite, in each Python from `since` on, before `until`, and why it is named.
 
+    Both are compared with sys.version_info: with two numbers, or with three for a patch release.
+
     Patch releases move tests from class to class, so that only the method's name is given, or that
     of a whole class; the summary has the whole name of what was found, and finding nothing is a
     failure.
@@ -52,9 +54,9 @@ class Named(NamedTuple):
 
     suite: str
     test: str
-    since: tuple[int, int]
+    since: tuple[int, ...]
     reason: str
-    until: tuple[int, int] = (9, 9)
+    until: tuple[int, ...] = (9, 9)
 
     def applies(self, suite: str) -> bool:
         return self.suite == suite and self.since <= sys.version_info < self.until
@@ -68,6 +70,7 @@ EXCLUDED = (
         "test__use_vfork",
         (3, 11),
         "patches subprocess._fork_exec and looks at the arguments of that C function",
+        (3, 14),
     ),
     Named(
         "subprocess",
@@ -82,9 +85,9 @@ EXCLUDED = (
         "patches the fork_exec of subprocess to write nonsense into the error pipe of its child",
     ),
     *(
-        Named(suite, test, since, reason)
+        Named(suite, *named)
         for suite in ("asyncio-loop", "uvloop")
-        for test, since, reason in (
+        for named in (
             ("test_popen_error", (3, 10), "patches subprocess.Popen, which is not called"),
             (
                 "test_popen_error_with_stdin_pipe",
@@ -95,23 +98,26 @@ EXCLUDED = (
                 "test_create_subprocess_fails_with_inactive_watcher",
                 (3, 11),
                 "expects a child watcher to be asked, and none is used",
+                (3, 14),
             ),
             (
                 "SubprocessFastWatcherTests",
                 (3, 10),
                 "FastChildWatcher waits for all children, before we can",
+                (3, 14),
+            ),
+            (
+                "test_create_subprocess_with_pidfd",
+                (3, 12),
+                "fails alone with nothing replaced: needs what tests excluded here leave behind",
+                (3, 13),
+            ),
+            (
+                "test_pid_not_reaped_before_exit_published",
+                (3, 14, 7),
+                "looks for the thread in which asyncio's own child watcher waits, and none is used",
             ),
         )
-    ),
-    *(
-        Named(
-            suite,
-            "test_create_subprocess_with_pidfd",
-            (3, 12),
-            "fails by itself with nothing replaced: needs what tests excluded here leave behind",
-            (3, 13),
-        )
-        for suite in ("asyncio-loop", "uvloop")
     ),
     Named(
         "uvloop",
@@ -124,6 +130,13 @@ EXCLUDED = (
         "SubprocessSafeWatcherTests",
         (3, 10),
         "uvloop does not let SafeChildWatcher have SIGCHLD",
+        (3, 14),
+    ),
+    Named(
+        "uvloop",
+        "test_watcher_implementation",
+        (3, 14),
+        "looks at the child watcher of asyncio's own loop, which uvloop's does not have",
     ),
 )
 
@@ -248,8 +261,12 @@ def use_uvloop(undo: ExitStack, replaced: bool) -> None:
     if replaced:
         for name in methods:
             setattr(loop, name, getattr(standard, name))
-    policy: Any = type(asyncio.get_event_loop_policy())
-    undo.enter_context(mock.patch.object(policy, "_loop_factory", loop))
+    if sys.version_info >= (3, 14):  # where policies are deprecated
+        for module in asyncio, asyncio.events:
+            undo.enter_context(mock.patch.object(module, "new_event_loop", loop))
+    else:
+        policy: Any = type(asyncio.get_event_loop_policy())
+        undo.enter_context(mock.patch.object(policy, "_loop_factory", loop))
 
 
 def replace_in_child(test: unittest.TestCase) -> None:
