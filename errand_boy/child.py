@@ -37,6 +37,8 @@ def wait(
     `timeout` is in seconds; `readable` waits for so long for a descriptor. Raises TimeoutExpired.
     Returns False, at once, where no pidfd can be had.
     """
+    if process.returncode is not None:
+        return True
     if timeout is None:
         # Without the lock, which a signal to be sent may need. It is waited for after that.
         with contextlib.suppress(ChildProcessError):

@@ -447,6 +447,7 @@ def test_cancelled_in_a_slow_exec(run: Runner, tmp_path: Path, unchanged: None) 
         run(lambda: main(guard))
 
 
+@pytest.mark.usefixtures("by_helper")
 def test_stopped_helper_does_not_block_the_loop(run: Runner, unchanged: None) -> None:
     async def main() -> None:
         with stopped_helper():
@@ -458,7 +459,8 @@ def test_stopped_helper_does_not_block_the_loop(run: Runner, unchanged: None) ->
     run(main)
 
 
-def test_request_larger_than_the_socket_takes(run: Runner, spawn: str, unchanged: None) -> None:
+@pytest.mark.usefixtures("by_helper")
+def test_request_larger_than_the_socket_takes(run: Runner, unchanged: None) -> None:
     size = 100_000
 
     async def main() -> None:
@@ -474,6 +476,7 @@ def test_request_larger_than_the_socket_takes(run: Runner, spawn: str, unchanged
     run(main)
 
 
+@pytest.mark.usefixtures("by_helper")
 def test_more_descriptors_than_one_message_takes(run: Runner, unchanged: None) -> None:
     count = lib.EB_MAX_FDS_PER_SEND * 2 + 10
 

@@ -248,7 +248,7 @@ def test_a_forked_process_starts_commands_too(loop: str, spawn: str) -> None:
 
 
 @pytest.mark.usefixtures("by_helper")
-def test_a_killed_helper_is_reaped_by_the_loop_and_replaced(loop: str, spawn: str) -> None:
+def test_a_killed_helper_is_reaped_by_the_loop_and_replaced(loop: str) -> None:
     out = run_script(
         """
         import errand_boy, gevent

@@ -139,6 +139,7 @@ def test_process_times_of_the_child_start_at_nought(subprocess: Any) -> None:
         assert child.cpu_times().user + child.cpu_times().system < 1
 
 
+@pytest.mark.usefixtures("by_helper")
 def test_peak_memory_of_a_child_is_its_own_under_a_caller_of_4_gib() -> None:
     source = """
         import mmap
