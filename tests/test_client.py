@@ -492,6 +492,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
 def test_refused_to_another_user(public_dir: Path) -> None:
     with started_daemon(public_dir) as daemon:
         source = """
+            import errand_boy.client  # the other user may not be able to read the library
             os.setgid(65534)
             os.setuid(65534)
             seen = []

@@ -15,11 +15,15 @@ NOT_INSTALLED = 77
 LONGEST_SUITE = 300
 
 
+@pytest.mark.parametrize("way", ["direct", "helper"])
 @pytest.mark.parametrize("suite", ["subprocess", "asyncio", "asyncio-loop", "uvloop"])
-def test_suite_passes_with_popen_replaced(suite: str, tmp_path: Path) -> None:
+def test_suite_passes_with_popen_replaced(suite: str, way: str, tmp_path: Path) -> None:
     # The runner gives up by itself, with a traceback. These are for the case that it can't.
     signal.alarm(LONGEST_SUITE + 20)
     command = [sys.executable, str(RUN), "--timeout", str(LONGEST_SUITE), suite]
+    environment = script_environment()
+    if way == "helper":
+        environment["ERRAND_BOY_SPAWN"] = way
     # Not a pipe: a command that a suite has left behind would hold it open.
     output = tmp_path / "output"
     with output.open("w") as stream:
@@ -28,7 +32,7 @@ def test_suite_passes_with_popen_replaced(suite: str, tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
-            env=script_environment(),
+            env=environment,
             timeout=LONGEST_SUITE + 10,
         )
     report = output.read_text(errors="replace")

@@ -161,7 +161,9 @@ def test_private_memory_of_the_helper(seen: dict[str, dict[str, int]]) -> None:
 
 def test_stop_leaves_nothing() -> None:
     source = f"""{SPAWNS}
-before = sorted(os.listdir("/proc/self/fd"))
+start()
+subprocess.stop()
+before = sorted(os.listdir("/proc/self/fd"))  # with that of the helper's program, which is kept
 for _ in range(20):
     start()
     spawn_in_threads(40)

@@ -50,8 +50,6 @@ for name in ("Popen", "run", "call", "check_call", "check_output"):
 def fork(*args):
     raise AssertionError("started by gevent, by a fork")
 ours._Base._execute_child = fork
-import errand_boy
-errand_boy.start()
 """,
     "eventlet": """
 import eventlet.green.subprocess
@@ -61,8 +59,6 @@ for name in ("Popen", "run", "call", "check_call", "check_output"):
 def fork(*args):
     raise AssertionError("started by eventlet, by a fork")
 ours._Base._execute_child = fork
-import errand_boy
-errand_boy.start()
 """,
 }
 
