@@ -49,6 +49,32 @@ void eb_tell(enum eb_kind kind, const struct eb_connection *c)
         send_control(kind, payload, sizeof payload);
 }
 
+bool eb_tell_ids(void)
+{
+    uid_t uids[3];
+    gid_t gids[3];
+    int count = getgroups(0, NULL);
+    if (count < 0 || getresuid(&uids[0], &uids[1], &uids[2]) != 0 || getresgid(&gids[0], &gids[1], &gids[2]) != 0)
+        return false;
+    gid_t *groups = calloc((size_t)count + 1, sizeof *groups);
+    size_t size = (6 + (size_t)count) * 4;
+    uint8_t *payload = malloc(size);
+    bool told = groups != NULL && payload != NULL && getgroups(count, groups) == count;
+    if (told) {
+        struct eb_writer w = eb_writer(payload, size);
+        for (int i = 0; i < 3; i++)
+            eb_put_u32(&w, uids[i]);
+        for (int i = 0; i < 3; i++)
+            eb_put_u32(&w, gids[i]);
+        for (int i = 0; i < count; i++)
+            eb_put_u32(&w, groups[i]);
+        send_control(EB_IDS, payload, size);
+    }
+    free(groups);
+    free(payload);
+    return told;
+}
+
 /* -- figures -- */
 
 void eb_set_max_tasks(uint64_t count)

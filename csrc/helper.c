@@ -663,6 +663,8 @@ int main(int argc, char **argv)
         watch_own(CALLER_FD, &caller_source);
     if (!eb_adopt(CONTROL_FD, 0, 0, true))
         fatal("control socket");
+    if (private && !eb_tell_ids())
+        fatal("ids");
     serve();
     close(epoll_fd);
     close(children_fd);

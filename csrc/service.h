@@ -94,6 +94,8 @@ void eb_drain(void);
 void eb_server_gone(void);
 /* Tells the server something of a connection; WANT, DONE or CLOSED. */
 void eb_tell(enum eb_kind kind, const struct eb_connection *c);
+/* Tells the caller whose rights this process has; false if memory is short or the caller has gone. */
+bool eb_tell_ids(void);
 void eb_set_max_tasks(uint64_t count);
 /* Keeps the figures in a file of the server's, who has them there if this process is killed. */
 bool eb_share_figures(int fd);

@@ -76,6 +76,10 @@ enum eb_kind {
     EB_CLOSED = 26,  /* u32 connection id: it has gone */
     EB_FULL = 27,    /* empty: --max-tasks have been started; sent once */
     EB_REPORT = 28,  /* see docs/protocol.md */
+
+    /* private helper to its caller, on its control socket */
+    EB_IDS = 29,     /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
+                        u32 * n: its supplementary groups.  Its first frame */
 };
 
 /* How a connection is to be served. */

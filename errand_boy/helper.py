@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 
 from errand_boy import protocol
 from errand_boy._native import ffi, lib
@@ -23,7 +24,14 @@ _MOST_IDLE = 32  # connections kept for later
 
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _GRACE = 1.0  # seconds
+_START = 30.0  # seconds, for a program of which the kernel has said that it runs
 PATIENCE = 100  # attempts at one command, of a process whose threads differ in what they are
+
+_NAMES = (
+    "user ids (real, effective, saved)",
+    "group ids (real, effective, saved)",
+    "supplementary groups",
+)
 
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 
@@ -72,6 +80,34 @@ def _readable(fd: int, seconds: float) -> bool:
     return bool(select.select([fd], [], [], seconds)[0])  # all that eventlet leaves there
 
 
+def _frame(sock: socket.socket, seconds: float) -> tuple[int, bytes] | None:
+    """Return the next frame's kind and payload; None at the end. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    data, size = b"", protocol.HEADER.size
+    while len(data) < size:
+        if not _readable(sock.fileno(), max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        try:
+            part = sock.recv(size - len(data))
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            return None
+        data += part
+        if len(data) == protocol.HEADER.size:
+            size += min(protocol.HEADER.unpack(data)[0], lib.EB_MAX_FRAME)
+    return data[protocol.HEADER.size - 1], data[protocol.HEADER.size :]
+
+
+def _ids_after_exec() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the calling thread's ids, as the kernel passes them on to a program.
+
+    That is, with the effective ids as the saved ones.
+    """
+    (uid, euid, _), (gid, egid, _) = os.getresuid(), os.getresgid()
+    return (uid, euid, euid), (gid, egid, egid), tuple(os.getgroups())
+
+
 class Helper:
     """A running helper process, and the connections to it that are not in use."""
 
@@ -108,8 +144,34 @@ class Helper:
         self.owns_children = False  # until a reply says so
         self.idle: list[Connection] = []
         self._control = Connection(ours)
-        with contextlib.suppress(BrokenPipeError):  # it ended at once: connect() will tell
-            self._control.open()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended at once: connect() will tell
+                self._control.open()
+                self._check_ids(path or _EXECUTABLE)
+        except BaseException:
+            self.retire()
+            raise
+
+    def _check_ids(self, path: str) -> None:
+        # What an execution does to the ids depends on the kernel, and on the program's mode.
+        try:
+            frame = _frame(self._control.sock, _START)
+        except TimeoutError:
+            text = f"the helper has not said in {_START:.0f} seconds that it is there"
+            raise HelperError(errno.ETIMEDOUT, text, path) from None
+        if frame is None:
+            return  # it ended at once
+        kind, payload = frame
+        ids = struct.unpack(f"<{len(payload) // 4}I", payload) if kind == lib.EB_IDS else ()
+        theirs, ours = (ids[:3], ids[3:6], ids[6:]), _ids_after_exec()
+        for name, its, wanted in zip(_NAMES, theirs, ours, strict=True):
+            if its != wanted:
+                raise HelperError(
+                    errno.EPERM,
+                    f"the helper does not have this process's rights: its {name} are {its}, not "
+                    f"{wanted}. See that its program is not set-user-ID or set-group-ID",
+                    path,
+                )
 
     def fits(self, fresh: Helper | None) -> bool:
         """Return whether the calling thread may use it; `fresh` is one that it has just started."""

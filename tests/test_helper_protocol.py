@@ -159,6 +159,9 @@ class Helper:
         self.clients: list[Client] = []
         self.control = Client(ours)
         self.control.send(protocol.OPENING)
+        if "--private" in arguments:
+            kind, payload = self.control.frame()
+            assert (kind, struct.unpack("<6I", payload[:24])) == (lib.EB_IDS, ids())
 
     def adopt(self, fd: int) -> None:
         self.control.send(frame(lib.EB_ADOPT), [fd])
@@ -239,6 +242,12 @@ def witness(helper: Helper) -> Iterator[Client]:
     assert client.status("/bin/true") == 0
     yield client
     assert client.status("/bin/sh", "-c", "exit 3") == 3 << 8
+
+
+def ids() -> tuple[int, ...]:
+    """What becomes of our ids, real, effective and saved, when a program is executed."""
+    (uid, euid, _), (gid, egid, _) = os.getresuid(), os.getresgid()
+    return uid, euid, euid, gid, egid, egid
 
 
 def frame(kind: int, *parts: bytes) -> bytes:

@@ -6,10 +6,16 @@ real and effective ids are not the same. The standard library says what they mus
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import stat
 from pathlib import Path
 
 import pytest
 from conftest import run_script
+
+import errand_boy
 
 FIELDS = ["Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs"]
 
@@ -93,3 +99,33 @@ def test_commands_of_a_helper_that_owns_them_have_the_callers_ids_too(
     expected = observed("subprocess", "run", CHANGES[change], secret)
     monkeypatch.setenv("ERRAND_BOY_SPAWN", "posix")
     assert observed("errand_boy", "run", CHANGES[change], secret) == expected
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("bit", [stat.S_ISUID, stat.S_ISGID])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_helper_with_other_ids_than_its_callers_is_refused(
+    bit: int, front_end: str, public_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.environ.get("ERRAND_BOY_HELPER") or Path(errand_boy.__file__).with_name(
+        "errand-boy-helper"
+    )
+    program = public_dir / "helper"
+    shutil.copy(original, program)
+    os.chown(program, 65534, 65534)
+    program.chmod(0o755 | bit)
+    monkeypatch.setenv("ERRAND_BOY_HELPER", str(program))
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
+    source = f"""{FRONT_ENDS[front_end]}
+try:
+    run("touch", sys.argv[2])
+except subprocess.HelperError as error:
+    report([error.errno, error.filename, str(error)])
+subprocess.stop()
+"""
+    marker = public_dir / "marker"
+    error, filename, text = run_script(source, "errand_boy", [marker])
+    assert (error, filename) == (errno.EPERM, str(program))
+    kind = "user" if bit == stat.S_ISUID else "group"
+    assert f"its {kind} ids (real, effective, saved) are (0, 65534, 65534), not (0, 0, 0)" in text
+    assert not marker.exists()
