@@ -214,6 +214,7 @@ bool eb_adopt(int fd, uint32_t id, uint8_t flags, bool control)
         .id = id,
         .control = control,
         .ask = (flags & EB_ASK) != 0,
+        .only = service.pool ? NULL : &service.caller,
     };
     c->start.done_fd = c->group_fd = -1;
     add_connection(c);
@@ -281,6 +282,13 @@ void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, s
 
 /* -- frames -- */
 
+/* What has been sent is still read, and then the end, at which the connection is closed; the caller's next
+ * attempt to send fails.  So there is no request of which the caller can't tell whether it was read. */
+static void end_requests(const struct eb_connection *c)
+{
+    (void)shutdown(c->fd, SHUT_RD); /* or it has ended by itself */
+}
+
 static void on_hello(struct eb_connection *c, const struct eb_frame *frame)
 {
     struct eb_reader r = eb_reader(frame->payload, frame->size);
@@ -311,6 +319,26 @@ static const struct rule {
     [EB_STDIN] = {"STDIN", false, 0, EB_WINDOW, eb_on_stdin},
 };
 
+/*
+ * The caller may have fewer rights than this helper by now, and another process may have got hold of its
+ * connections: neither may have anything started here.  The kernel's word for the sender has its real ids, so
+ * one that can take back the rights which it had may still ask.  Input and signals, on the other hand, concern
+ * the connection's live command alone, which closing it would end as well.
+ */
+static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
+{
+    return !c->foreign || frame->kind == EB_STDIN || frame->kind == EB_SIGNAL;
+}
+
+/* A private helper takes no request that has not been sent by now, and ends when all others are done. */
+static void retire(void)
+{
+    service.draining = true;
+    for (const struct eb_connection *c = service.all; c != NULL; c = c->next)
+        if (!c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0)
+            end_requests(c);
+}
+
 /* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */
 static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
 {
@@ -327,8 +355,13 @@ static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
         eb_refuse(c, "%s is not for this connection", rule->name);
     else if (frame->size < rule->least || frame->size > rule->most)
         eb_refuse(c, "%s with a payload of %u bytes", rule->name, (unsigned)frame->size);
-    else
+    else if (may_ask(c, frame))
         return true;
+    else {
+        eb_refuse(c, "%s from another sender than process %d with user id %u and group id %u, which started this helper",
+                  rule->name, (int)service.caller.pid, (unsigned)service.caller.uid, (unsigned)service.caller.gid);
+        retire();
+    }
     return false;
 }
 
@@ -382,8 +415,11 @@ void eb_proceed(struct eb_connection *c)
         eb_look_by(c->deadline);
     }
     if (service.draining && !c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0) {
-        eb_close_connection(c);
-        return;
+        if (service.pool) {
+            eb_close_connection(c);
+            return;
+        }
+        end_requests(c);
     }
     if (!eb_watch(c, c->wanting ? 0 : eb_is_blocked(c) ? EPOLLOUT : EPOLLIN))
         eb_close_connection(c);
@@ -563,6 +599,8 @@ static void serve(void)
         }
         eb_notice_starts();
         look_at_those_due();
+        if (service.draining && !service.pool && service.control != NULL && service.count == 0)
+            eb_close_connection(service.control);
         sweep();
         if (caller_gone && !duties_left())
             _exit(0); /* what is being started shares our memory, which stays until they have gone */
@@ -646,6 +684,7 @@ int main(int argc, char **argv)
             (void)setrlimit(RLIMIT_NOFILE, &files);
     }
     service.pool = !private;
+    service.caller = (struct ucred){.pid = getppid(), .uid = getuid(), .gid = getgid()};
     service.raises_limits = capable(CAP_SYS_RESOURCE);
     service.raises_priority = capable(CAP_SYS_NICE);
     eb_state_read_signals(&service.self);

@@ -10,6 +10,7 @@ struct eb_service {
     bool raises_limits, raises_priority; /* may exceed its own */
     bool pool;            /* one of a daemon's helpers, not a caller's own */
     bool draining;        /* takes no command any more */
+    struct ucred caller;  /* of a private helper: whom it serves */
     uint64_t due;         /* of eb_now_ms: when some connection needs a look, at the latest; 0: never */
     bool untidy;          /* several connections have been at work at once */
     unsigned starting;    /* starts under way */

@@ -62,13 +62,16 @@ def _program_fd() -> int:
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:
+    """Return our end of a connection, and the helper's, which tells who has sent what it reads."""
     # Where gevent or eventlet has replaced them, sockets would let others run, and gevent's loop
     # reap the command, before its pid is known.
     classes = _socket.socket.__subclasses__()
     native: type[socket.socket]
     native = next(c for c in classes if c.__module__ == "socket")  # type: ignore[assignment]
-    one, other = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
-    return one, other
+    ours, theirs = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
+    # Before anything is sent: the kernel notes the sender only where somebody wants to know.
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return ours, theirs
 
 
 def _readable(fd: int, seconds: float) -> bool:

@@ -76,6 +76,13 @@ def decode(kind: int, payload: bytes) -> Reply:
     return Exited(status, tuple(usage))
 
 
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Our end of a connection, and the helper's: a private one wants to know who sends."""
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return ours, theirs
+
+
 class Client:
     """One end of a connection; every wait is bounded."""
 
@@ -140,7 +147,7 @@ class Client:
 class Helper:
     def __init__(self, *arguments: str, under: Sequence[str] = ()) -> None:
         """`under` is a command that becomes the helper, such as a shell's `exec "$@"`."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = pair()
         caller = os.pidfd_open(os.getpid())
         # Out of the way of the numbers that they are to get.
         control = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 10)
@@ -168,7 +175,7 @@ class Helper:
 
     def unopened(self) -> Client:
         """A connection over which we have sent nothing."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = pair()
         with theirs:
             self.adopt(theirs.fileno())
         client = Client(ours)

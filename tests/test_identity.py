@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import stat
 from pathlib import Path
 
@@ -129,3 +130,115 @@ subprocess.stop()
     kind = "user" if bit == stat.S_ISUID else "group"
     assert f"its {kind} ids (real, effective, saved) are (0, 65534, 65534), not (0, 0, 0)" in text
     assert not marker.exists()
+
+
+SEND = """
+from errand_boy import connection, helper, protocol
+from errand_boy._native import lib
+
+def strings(tag, *values):
+    return protocol.strings(tag, [os.fsencode(value) for value in values])
+
+def send(line, *argv):
+    \"\"\"Write a request as anybody can who has the descriptor; return what becomes of it.\"\"\"
+    options = [strings(lib.EB_TAG_EXECUTABLES, argv[0]), strings(lib.EB_TAG_ARGV, *argv)]
+    try:
+        line.sock.sendall(protocol.frame(lib.EB_SPAWN, options))
+        reply = line.answer(10.0)
+    except subprocess.ProtocolError as error:
+        return str(error)
+    except (OSError, connection.NotServedError):
+        return "closed"
+    if reply.by_helper:
+        line.receive(10.0)
+    else:
+        os.waitpid(reply.pid, 0)
+    return "run"
+
+def ended(pidfd):
+    return bool(select.select([pidfd], [], [], 10.0)[0])
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("over", ["connection", "new connection"])
+@pytest.mark.parametrize("keeper", ["callers", "owner"])
+def test_helper_serves_nobody_who_has_given_up_the_rights_it_was_started_with(
+    keeper: str, over: str, public_dir: Path
+) -> None:
+    public_dir.chmod(0o777)
+    marker = public_dir / "marker"
+    source = f"""{SEND}
+start()
+subprocess.run(["true"], check=True)
+list(subprocess.map([["true"]]))
+it = helper.{keeper}.current
+pidfd = os.pidfd_open(it.pid)
+os.setgroups([])
+os.setresgid(2002, 2002, 2002)
+os.setresuid(2002, 2002, 2002)
+line = it.connect() if {over == "new connection"} else it.idle[-1]
+outcome = send(line, "/usr/bin/touch", {str(marker)!r})
+out = subprocess.run(["id", "-u"], stdout=subprocess.PIPE).stdout
+mapped = next(subprocess.map([["id", "-u"]])).stdout
+report([outcome, ended(pidfd), int(out), int(mapped)])
+"""
+    outcome, ended, *ids = run_script(source)
+    assert not marker.exists(), f"made by user {marker.stat().st_uid}"
+    if over == "connection":
+        assert "SPAWN from another sender than process" in outcome
+    else:
+        assert outcome == "closed"
+    assert ended
+    assert ids == [2002, 2002]
+
+
+@pytest.mark.parametrize("keeper", ["callers", "owner"])
+def test_helper_serves_no_other_process_than_the_one_that_started_it(
+    keeper: str, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    source = f"""{SEND}
+start()
+subprocess.run(["true"], check=True)
+list(subprocess.map([["true"]]))
+it = helper.{keeper}.current
+pidfd = os.pidfd_open(it.pid)
+ours, theirs = socket.socketpair()
+line = it.idle[-1]
+fd = os.dup(line.sock.fileno())
+pid = os.fork()
+if pid == 0:
+    line = connection.Connection(socket.socket(fileno=fd))
+    line.greeted = True
+    theirs.sendall(send(line, "/usr/bin/touch", {str(marker)!r}).encode())
+    os._exit(0)
+theirs.close()
+outcome = ours.recv(1000).decode()
+os.waitpid(pid, 0)
+report([outcome, ended(pidfd), subprocess.run(["true"]).returncode])
+"""
+    outcome, ended, status = run_script(source)
+    assert "SPAWN from another sender than process" in outcome
+    assert not marker.exists()
+    assert ended
+    assert status == 0
+
+
+@pytest.mark.root
+def test_commands_that_run_already_keep_their_input_and_their_time_limit() -> None:
+    """A process may give up its rights while `map` is at work."""
+    source = """
+def commands():
+    yield {"args": ["sh", "-c", "wc -c; id -u"], "input": bytes(1 << 20)}
+    yield {"args": ["sleep", "60"], "timeout": 0.5}
+    os.setgroups([])
+    os.setresgid(2002, 2002, 2002)
+    os.setresuid(2002, 2002, 2002)
+    yield ["id", "-u"]
+
+results = list(subprocess.map(commands(), max_workers=3))
+report([[done.stdout.decode().split(), done.returncode] for done in results])
+"""
+    expected = [[[str(1 << 20), "0"], 0], [[], -signal.SIGKILL], [["2002"], 0]]
+    assert run_script(source) == expected
