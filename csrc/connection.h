@@ -14,7 +14,7 @@ enum eb_source {
     EB_SOURCE_STDOUT,
     EB_SOURCE_STDERR,
     EB_SOURCE_CALLER,
-    EB_SOURCE_CHILDREN,
+    EB_SOURCE_SIGNALS,
 };
 
 /* A command's standard input and output that travel as frames. */

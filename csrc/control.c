@@ -227,14 +227,29 @@ void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
     (void)eb_adopt(fd, id, flags, false);
 }
 
+bool eb_close_if_at_rest(struct eb_connection *c)
+{
+    if (c->control || c->fd < 0 || !eb_at_rest(c) || c->in_size > 0 || c->out_size > 0)
+        return false;
+    /* A request may come between our last look and the close.  That the kernel tells its sender of unread bytes
+     * is not enough where input followed the request: it may be the input alone that was not read. */
+    if (!service.pool)
+        (void)eb_connection_send(c, EB_UNREAD, NULL, 0);
+    eb_close_connection(c);
+    return true;
+}
+
 void eb_drain(void)
 {
     struct eb_connection *c = service.all, *next;
     service.draining = true;
+    /* A private helper's caller must not take one that ends for one that serves: its next ADOPT fails at once.
+     * What it has sent is still read, and then the end. */
+    if (!service.pool && service.control != NULL)
+        (void)shutdown(service.control->fd, SHUT_RD);
     for (; c != NULL; c = next) {
         next = c->next;
-        if (!c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0)
-            eb_close_connection(c);
+        (void)eb_close_if_at_rest(c);
     }
 }
 

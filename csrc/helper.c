@@ -12,7 +12,8 @@
  *   --open-files=N    the soft limit of open files for commands whose request has none
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
- * socket is at its end and the last connection has gone.
+ * socket is at its end and the last connection has gone; a private one also on SIGTERM, when what it does
+ * then is done.
  */
 #include "service.h"
 
@@ -46,7 +47,7 @@ enum {
 };
 
 struct eb_service service;
-static int epoll_fd, children_fd;
+static int epoll_fd, signals_fd;
 static bool caller_gone;
 static uint64_t frame_timeout_ms = 30000; /* for the rest of a frame that has begun */
 
@@ -282,13 +283,6 @@ void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, s
 
 /* -- frames -- */
 
-/* What has been sent is still read, and then the end, at which the connection is closed; the caller's next
- * attempt to send fails.  So there is no request of which the caller can't tell whether it was read. */
-static void end_requests(const struct eb_connection *c)
-{
-    (void)shutdown(c->fd, SHUT_RD); /* or it has ended by itself */
-}
-
 static void on_hello(struct eb_connection *c, const struct eb_frame *frame)
 {
     struct eb_reader r = eb_reader(frame->payload, frame->size);
@@ -330,15 +324,6 @@ static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
     return !c->foreign || frame->kind == EB_STDIN || frame->kind == EB_SIGNAL;
 }
 
-/* A private helper takes no request that has not been sent by now, and ends when all others are done. */
-static void retire(void)
-{
-    service.draining = true;
-    for (const struct eb_connection *c = service.all; c != NULL; c = c->next)
-        if (!c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0)
-            end_requests(c);
-}
-
 /* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */
 static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
 {
@@ -360,7 +345,7 @@ static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
     else {
         eb_refuse(c, "%s from another sender than process %d with user id %u and group id %u, which started this helper",
                   rule->name, (int)service.caller.pid, (unsigned)service.caller.uid, (unsigned)service.caller.gid);
-        retire();
+        eb_drain();
     }
     return false;
 }
@@ -414,13 +399,8 @@ void eb_proceed(struct eb_connection *c)
         c->deadline = eb_now_ms() + frame_timeout_ms;
         eb_look_by(c->deadline);
     }
-    if (service.draining && !c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0) {
-        if (service.pool) {
-            eb_close_connection(c);
-            return;
-        }
-        end_requests(c);
-    }
+    if (service.draining && eb_close_if_at_rest(c))
+        return;
     if (!eb_watch(c, c->wanting ? 0 : eb_is_blocked(c) ? EPOLLOUT : EPOLLIN))
         eb_close_connection(c);
 }
@@ -454,6 +434,10 @@ static void on_connection(struct eb_connection *c, uint32_t events)
     }
     for (int i = 0; i < READS_PER_TURN && c->fd >= 0 && may_read(c); i++) {
         int got = eb_connection_fill(c);
+        if (got < 0 && c->control && service.draining && !service.pool) {
+            unwatch(c); /* it stays until all is done, and tells the caller of that by its end */
+            return;
+        }
         if (got < 0) {
             eb_close_connection(c);
             return;
@@ -522,7 +506,7 @@ static void leave(void)
     }
 }
 
-static void dispatch(enum eb_source *source, uint32_t events, bool *child_ended)
+static void dispatch(enum eb_source *source, uint32_t events, bool *signalled)
 {
     switch (*source) {
     case EB_SOURCE_CONNECTION:
@@ -542,8 +526,8 @@ static void dispatch(enum eb_source *source, uint32_t events, bool *child_ended)
         eb_on_stream(OWNER_OF(source - number, stream_sources), number);
         break;
     }
-    case EB_SOURCE_CHILDREN:
-        *child_ended = true;
+    case EB_SOURCE_SIGNALS:
+        *signalled = true;
         break;
     case EB_SOURCE_CALLER:
         leave();
@@ -570,12 +554,22 @@ static int patience(void)
     return service.due != 0 || service.untidy ? (int)most : -1;
 }
 
+static void take_signals(void)
+{
+    struct signalfd_siginfo infos[2]; /* each is pending once at most */
+    ssize_t size = read(signals_fd, infos, sizeof infos);
+    for (ssize_t i = 0; i < size / (ssize_t)sizeof *infos; i++)
+        if (infos[i].ssi_signo == SIGTERM)
+            eb_drain();
+    eb_reap();
+}
+
 static void serve(void)
 {
     struct epoll_event events[64];
     int idle = 0; /* milliseconds without an event, in several waits if looks are due */
     while (service.control != NULL || service.count > 0) {
-        bool child_ended = false;
+        bool signalled = false;
         int timeout = patience();
         int n = epoll_wait(epoll_fd, events, 64, timeout);
         idle = n == 0 && service.untidy ? idle + timeout : 0;
@@ -590,13 +584,10 @@ static void serve(void)
         if (n < 0 && errno != EINTR)
             fatal("epoll_wait");
         for (int i = 0; i < n; i++)
-            dispatch(events[i].data.ptr, events[i].events, &child_ended);
+            dispatch(events[i].data.ptr, events[i].events, &signalled);
         /* Last, since it may finish a start whose own event is in this round, and begin another. */
-        if (child_ended) {
-            struct signalfd_siginfo info;
-            (void)!read(children_fd, &info, sizeof info);
-            eb_reap();
-        }
+        if (signalled)
+            take_signals();
         eb_notice_starts();
         look_at_those_due();
         if (service.draining && !service.pool && service.control != NULL && service.count == 0)
@@ -613,19 +604,21 @@ static void watch_own(int fd, enum eb_source *source)
         fatal("epoll_ctl");
 }
 
-/* All signals stay blocked for good: none can end the helper but SIGKILL, and new processes start with
- * none pending. */
-static void block_signals(void)
+/* All signals stay blocked for good, so that none but SIGKILL ends the helper in the middle of something: what
+ * is typed at the caller's terminal is not for it.  New processes start with none pending. */
+static void block_signals(bool private)
 {
-    sigset_t all, child;
+    sigset_t all, taken;
     sigfillset(&all);
-    sigemptyset(&child);
-    sigaddset(&child, SIGCHLD);
+    sigemptyset(&taken);
+    sigaddset(&taken, SIGCHLD);
+    if (private)
+        sigaddset(&taken, SIGTERM); /* from who ends all children of his, and waits for them */
     /* An ignored SIGCHLD, inherited, would reap behind our back. */
     if (sigprocmask(SIG_SETMASK, &all, NULL) != 0 || signal(SIGCHLD, SIG_DFL) == SIG_ERR)
         fatal("signals");
-    children_fd = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (children_fd < 0)
+    signals_fd = signalfd(-1, &taken, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (signals_fd < 0)
         fatal("signalfd");
 }
 
@@ -639,7 +632,7 @@ static bool capable(unsigned number)
 
 int main(int argc, char **argv)
 {
-    static enum eb_source children_source = EB_SOURCE_CHILDREN, caller_source = EB_SOURCE_CALLER;
+    static enum eb_source signals_source = EB_SOURCE_SIGNALS, caller_source = EB_SOURCE_CALLER;
     bool private = false, own = false, posix = false, shared = false;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--private") == 0)
@@ -674,7 +667,7 @@ int main(int argc, char **argv)
             fatal("figures");
         close(FIGURES_FD);
     }
-    block_signals();
+    block_signals(private);
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
         if (service.open_files == 0)
@@ -697,7 +690,7 @@ int main(int argc, char **argv)
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (epoll_fd < 0)
         fatal("epoll_create1");
-    watch_own(children_fd, &children_source);
+    watch_own(signals_fd, &signals_source);
     if (private)
         watch_own(CALLER_FD, &caller_source);
     if (!eb_adopt(CONTROL_FD, 0, 0, true))
@@ -706,6 +699,6 @@ int main(int argc, char **argv)
         fatal("ids");
     serve();
     close(epoll_fd);
-    close(children_fd);
+    close(signals_fd);
     return 0;
 }

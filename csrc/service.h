@@ -90,7 +90,10 @@ void eb_on_drain(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_end(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_query(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_grant(struct eb_connection *c, const struct eb_frame *frame);
+/* Takes no command any more: closes the connections that are at rest now, and the others when they are. */
 void eb_drain(void);
+/* Closes a connection over which nothing is under way; false: it is another. */
+bool eb_close_if_at_rest(struct eb_connection *c);
 /* The control socket is at its end. */
 void eb_server_gone(void);
 /* Tells the server something of a connection; WANT, DONE or CLOSED. */

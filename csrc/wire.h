@@ -58,6 +58,8 @@ enum eb_kind {
     EB_STDOUT = 20,  /* bytes of a streamed standard output; empty: its end */
     EB_STDERR = 21,
     EB_CREDIT = 22,  /* u32: so many more bytes of STDIN may be sent, beyond the first EB_WINDOW */
+    EB_UNREAD = 30,  /* empty; a private helper is about to end: it closes the connection after this, and has
+                        read nothing that was sent since the connection's last command was over */
 
     /* daemon to client */
     EB_STATUS_REPLY = 23, /* JSON */

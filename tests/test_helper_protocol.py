@@ -166,7 +166,8 @@ class Helper:
         self.clients: list[Client] = []
         self.control = Client(ours)
         self.control.send(protocol.OPENING)
-        if "--private" in arguments:
+        self.private = "--private" in arguments
+        if self.private:
             kind, payload = self.control.frame()
             assert (kind, struct.unpack("<6I", payload[:24])) == (lib.EB_IDS, ids())
 
@@ -635,6 +636,59 @@ def test_helper_started_by_hand_says_so(arguments: list[str], status: int) -> No
     done = subprocess.run([HELPER, *arguments], stderr=subprocess.PIPE, text=True)
     assert done.returncode == status
     assert done.stderr.startswith("errand-boy-helper: ")
+
+
+@pytest.mark.parametrize("helper", ["private", "own", "posix"], indirect=True)
+def test_sigterm_closes_what_is_at_rest_and_says_that_nothing_was_read(helper: Helper) -> None:
+    client = helper.connect()
+    assert client.status("/bin/true") == 0
+    os.kill(helper.pid, signal.SIGTERM)
+    assert client.frame() == (lib.EB_UNREAD, b"")
+    assert client.closed()
+    assert helper.control.closed()
+    assert helper.ended()
+    helper.close()
+
+
+@owning_modes
+def test_command_that_runs_gets_its_signal_after_sigterm(helper: Helper) -> None:
+    client = helper.connect()
+    started = client.run("/bin/sleep", "60")
+    assert isinstance(started, Spawned)
+    os.kill(helper.pid, signal.SIGTERM)
+    if helper.private:
+        with pytest.raises(BrokenPipeError):
+            while True:  # until it has noticed
+                helper.unopened()
+    client.send(signal_frame(started.pid, signal.SIGKILL))
+    ended = client.reply()
+    assert isinstance(ended, Exited)
+    assert ended.status == signal.SIGKILL
+    if helper.private:
+        assert client.frame() == (lib.EB_UNREAD, b"")
+        assert helper.ended()
+    else:  # it is for its server to say when it is to end
+        assert client.status("/bin/true") == 0
+    helper.close()
+
+
+@pytest.mark.parametrize("helper", MODES, indirect=True)
+def test_request_of_another_process_is_refused_by_a_private_helper(helper: Helper) -> None:
+    client = helper.connect()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            client.send(spawn("/bin/true"))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    if helper.private:
+        assert "SPAWN from another sender than process" in client.refusal()
+        assert helper.ended()
+    else:
+        assert isinstance(client.reply(), Spawned)
+        assert isinstance(client.reply(), Exited)
+    helper.close()
 
 
 # Descriptors
