@@ -21,6 +21,7 @@
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <malloc.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -434,8 +435,9 @@ static void on_connection(struct eb_connection *c, uint32_t events)
     }
     for (int i = 0; i < READS_PER_TURN && c->fd >= 0 && may_read(c); i++) {
         int got = eb_connection_fill(c);
-        if (got < 0 && c->control && service.draining && !service.pool) {
-            unwatch(c); /* it stays until all is done, and tells the caller of that by its end */
+        if (got < 0 && c->control && !service.pool) {
+            unwatch(c); /* it is closed when it is known what there is to tell, see tell_of_the_end */
+            eb_drain();
             return;
         }
         if (got < 0) {
@@ -554,6 +556,23 @@ static int patience(void)
     return service.due != 0 || service.untidy ? (int)most : -1;
 }
 
+/*
+ * A private helper that takes no more requests: its caller may wait for the end, since an exec of a set-user-ID
+ * program or a setns() are not what they should be while another process shares the caller's fs.  Commands that
+ * are its own may keep it for long, but no fs of the caller's.
+ */
+static void tell_of_the_end(void)
+{
+    if (service.count > 0) {
+        for (const struct eb_connection *c = service.all; c != NULL; c = c->next)
+            if (!c->control && (c->starting || (eb_at_rest(c) && !c->dying)))
+                return; /* soon over, or soon more than that */
+        (void)unshare(CLONE_FS); /* needs no right, and fails only for lack of memory */
+        (void)eb_connection_send(service.control, EB_STAYS, NULL, 0);
+    }
+    eb_close_connection(service.control);
+}
+
 static void take_signals(void)
 {
     struct signalfd_siginfo infos[2]; /* each is pending once at most */
@@ -590,8 +609,8 @@ static void serve(void)
             take_signals();
         eb_notice_starts();
         look_at_those_due();
-        if (service.draining && !service.pool && service.control != NULL && service.count == 0)
-            eb_close_connection(service.control);
+        if (service.draining && !service.pool && service.control != NULL)
+            tell_of_the_end();
         sweep();
         if (caller_gone && !duties_left())
             _exit(0); /* what is being started shares our memory, which stays until they have gone */

@@ -82,6 +82,9 @@ enum eb_kind {
     /* private helper to its caller, on its control socket */
     EB_IDS = 29,     /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
                         u32 * n: its supplementary groups.  Its first frame */
+    EB_STAYS = 31,   /* empty: it takes no more requests, and ends with the commands that it owns; it shares
+                        the caller's working directory, root and umask no more.  It closes the socket after
+                        this; without this, its end of the socket goes with the process */
 };
 
 /* How a connection is to be served. */

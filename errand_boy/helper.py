@@ -145,6 +145,7 @@ class Helper:
         self.pid: int = pid
         self.shares_fs: bool = share_fs[0] != 0
         self.owns_children = False  # until a reply says so
+        self._stays = False  # retired, it lives on with its commands
         self.idle: list[Connection] = []
         self._control = Connection(ours)
         try:
@@ -229,37 +230,70 @@ class Helper:
                 self.idle.pop().close()
 
     def retire(self) -> None:
-        """Close everything; the helper ends when its last connection does."""
+        """Have it take no more requests, and end when those that it has are done."""
         self._close_idle()
-        if self._owner == os.getpid():
-            _unreaped.append(self)
-            if not self._control.is_ours():
-                # Closed under us, so it can't be told to end, and forked processes may have copies
-                # that keep it.
-                self._kill()
-        self._control.close()
+        if self._owner != os.getpid():
+            self._control.close()
+            return
+        _unreaped.append(self)
+        if self._control.is_ours():
+            with contextlib.suppress(OSError):  # it has ended
+                self._control.sock.shutdown(socket.SHUT_WR)
+        else:
+            # Closed under us, so it can't be told to end, and forked processes may have copies that
+            # keep it.
+            self._kill()
+            self._control.close()
 
     def ended(self, grace: float) -> bool:
-        """Return whether it has ended, and reap it; with a grace (seconds), it has."""
-        with contextlib.suppress(ChildProcessError):  # somebody waited for any child
+        """Return whether it has ended, and reap it.
+
+        With a grace (seconds), it has ended, or it stays with its commands and shares nothing with
+        this process any more.
+        """
+        # Somebody may have waited for any child.
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
-                if not grace:
+                if not grace or not self._ends(grace):
                     return False
-                # A copy of a connection, where nobody knows it, must not keep us waiting.
-                pidfd = os.pidfd_open(self.pid)
-                try:
-                    if not _readable(pidfd, grace):
-                        self._kill()
-                finally:
-                    os.close(pidfd)
                 os.waitpid(self.pid, 0)
+        self._control.close()
         return True
 
-    def _kill(self) -> None:
-        # Not yet waited for by us; if it was by others, the pid is no child of ours.
+    def _ends(self, grace: float) -> bool:
+        """Wait for its end, or for its word that it stays; return whether it ends."""
+        if self._stays:
+            return False
+        deadline = time.monotonic() + grace
+        try:
+            while self._control.is_ours():
+                frame = _frame(self._control.sock, max(0.0, deadline - time.monotonic()))
+                if frame is None:
+                    break
+                if frame[0] == lib.EB_STAYS:
+                    self._stays = True
+                    self._control.close()
+                    return False
+        except TimeoutError:
+            pass
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            if _readable(pidfd, max(0.0, deadline - time.monotonic())):
+                return True
+        finally:
+            os.close(pidfd)
+        # One start takes long, or the helper has been stopped. Its commands it must not lose.
+        return not self.owns_children and self._kill()
+
+    def _kill(self) -> bool:
+        """Kill it, unless others have waited for it; return whether it ends."""
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                os.kill(self.pid, signal.SIGKILL)
+                try:
+                    os.kill(self.pid, signal.SIGKILL)
+                except PermissionError:  # this process has given up the rights
+                    return False
+        return True
 
 
 def _fits(found: int, fresh: bool) -> bool:
@@ -376,8 +410,7 @@ owner = Keeper(own_children=True)
 def _reap(grace: float = 0.0) -> None:
     """Wait for the retired helpers; end those that own no children and are there after `grace`."""
     for helper in _unreaped[:]:
-        # One that owns children stays until the last of them has ended.
-        if helper.ended(0.0 if helper.owns_children else grace):
+        if helper.ended(grace):
             with contextlib.suppress(ValueError):  # a signal handler was here first
                 _unreaped.remove(helper)
 
@@ -392,10 +425,12 @@ def start() -> None:
 
 
 def stop() -> None:
-    """End the helper and wait for it; the next command starts a new one.
+    """End the helpers and wait for them; the next command starts a new one.
 
     Useful before ``os.exec*`` of a set-user-ID program: Linux ignores that bit while another
-    process shares the working directory, as the helper does.
+    process shares the working directory, as the helper does. A helper that has commands of its own,
+    those of a `map` that has not come to its end, stays until they end, but shares nothing with
+    this process any more.
     """
     with _lock:
         callers.retire()

@@ -231,3 +231,79 @@ print(json.dumps([seen, same, groups, "T" in states]), flush=True, file=out)
             os.close(master)
         _, errors = process.communicate()
     assert report == f"[[{int(number)}], true, [true, true], false]\n", errors
+
+
+# -- stop() --
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("used", ["run", "map", "map with a live command", "map closed"])
+def test_set_user_id_program_after_stop_has_its_rights(used: str, public_dir: Path) -> None:
+    """Linux ignores the bit while another process shares the working directory."""
+    program = Path(shutil.copy("/usr/bin/id", public_dir / "id"))
+    program.chmod(0o4755)
+    if os.statvfs(program).f_flag & os.ST_NOSUID:
+        pytest.skip("set-user-ID programs do not work in the temporary directory")
+    source = """
+import errand_boy.batch  # where it is, the others may read nothing
+
+program, used = sys.argv[2:]
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+start()
+subprocess.run(["true"], check=True)
+if used != "run":
+    results = subprocess.map([["true"], ["sleep", "60"]][: 1 + (used != "map")], max_workers=2)
+    next(results).check_returncode()
+    if used == "map":
+        assert list(results) == []
+    elif used == "map closed":
+        results.close()
+subprocess.stop()
+os.execv(program, [program, "-u"])
+"""
+    for _ in range(10):
+        assert run_script(source, args=[program, used]) == 0
+
+
+def test_stop_waits_for_the_end_of_helpers_whose_commands_are_over() -> None:
+    source = """
+import psutil
+
+start()
+subprocess.run(["true"], check=True)
+results = subprocess.map([["true"], ["true"]], max_workers=2)
+next(results), next(results)  # and still it has its connections
+before = len(psutil.Process().children())
+subprocess.stop()
+report([before, len(psutil.Process().children()), next(results, "over")])
+"""
+    assert run_script(source) == [2, 0, "over"]
+
+
+def test_helper_with_a_live_command_shares_nothing_after_stop(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    source = f"""{ENDED}
+os.chdir("/")
+results = subprocess.map([["cat", sys.argv[2]], ["true"]], max_workers=2, ordered=False)
+next(results)
+it = helper.owner.current
+pidfd = os.pidfd_open(it.pid)
+cwd = lambda: os.readlink(f"/proc/{{it.pid}}/cwd")
+os.chdir("/usr")
+seen = [cwd()]
+begun = time.monotonic()
+subprocess.stop()
+seen.append(time.monotonic() - begun < 0.9)  # less than what a helper is given
+os.chdir("/etc")
+seen.append(cwd())
+subprocess.stop()
+with open(sys.argv[2], "w") as file:
+    file.write("to the end")
+seen.append(next(results).stdout.decode())
+report([*seen, ended(pidfd), subprocess.run(["true"]).returncode])
+"""
+    seen = run_script(source, args=[fifo])
+    assert seen == ["/usr", True, "/usr", "to the end", True, 0]

@@ -1103,13 +1103,29 @@ def test_helper_ends_with_its_control_socket(helper: Helper) -> None:
 
 
 @pytest.mark.parametrize("helper", ["private", "own", "posix"], indirect=True)
-def test_helper_serves_its_last_connection_after_the_control_socket(helper: Helper) -> None:
+def test_helper_takes_no_request_after_the_control_socket(helper: Helper) -> None:
     client = helper.connect()
     helper.control.sock.close()
-    assert client.status("/bin/true") == 0
-    assert not helper.ended(0)
-    client.sock.close()
+    assert client.frame() == (lib.EB_UNREAD, b"")
+    assert client.closed()
     assert helper.ended(1)
+
+
+@pytest.mark.parametrize("helper", ["own", "posix"], indirect=True)
+def test_helper_stays_with_its_command_after_the_control_socket(helper: Helper) -> None:
+    client, idle = helper.connect(), helper.connect()
+    started = client.run("/bin/sleep", "60")
+    assert isinstance(started, Spawned)
+    helper.control.sock.shutdown(socket.SHUT_WR)
+    assert helper.control.frame() == (lib.EB_STAYS, b"")
+    assert helper.control.closed()
+    assert idle.frame() == (lib.EB_UNREAD, b"")
+    client.send(signal_frame(started.pid, signal.SIGTERM))
+    ended = client.reply()
+    assert isinstance(ended, Exited)
+    assert ended.status == signal.SIGTERM
+    assert helper.ended()
+    helper.close()
 
 
 @pytest.mark.parametrize("mode", ["clone", "posix"])
