@@ -188,7 +188,7 @@ static int read_identity(struct eb_caller *c)
 static bool fs_differs(int helper)
 {
     /* EPERM, ENOSYS: not to be known here */
-    return helper > 0 && syscall(SYS_kcmp, syscall(SYS_gettid), helper, KCMP_FS, 0, 0) > 0;
+    return syscall(SYS_kcmp, syscall(SYS_gettid), helper, KCMP_FS, 0, 0) > 0;
 }
 
 #else
@@ -213,14 +213,33 @@ static bool fs_differs(int helper)
 
 #endif
 
-static bool fits(const struct eb_caller *c, const struct eb_caller *start, int helper)
+static void read_root(struct eb_caller *c)
+{
+    struct stat info;
+    c->root_device = c->root_inode = 0;
+    if (stat("/", &info) == 0) {
+        c->root_device = info.st_dev;
+        c->root_inode = info.st_ino;
+    }
+}
+
+/* Whether the helper sees the files that the caller sees. */
+static bool fits_fs(struct eb_caller *c, const struct eb_caller *start, int helper)
+{
+    if (helper > 0)
+        return !fs_differs(helper);
+    read_root(c);
+    return c->root_device == start->root_device && c->root_inode == start->root_inode;
+}
+
+static bool fits(struct eb_caller *c, const struct eb_caller *start, int helper)
 {
     /* What only a privilege can raise again has not been raised since. */
     for (int i = 0; i < EB_MAX_RLIMITS; i++)
         if (c->state.rlimits[i].rlim_max > start->state.rlimits[i].rlim_max)
             return false;
     return c->state.nice >= start->state.nice &&
-           memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 && !fs_differs(helper);
+           memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 && fits_fs(c, start, helper);
 }
 
 int eb_standard_fds(void)
@@ -249,6 +268,8 @@ int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helpe
         c->umask = umask(077);
         umask(c->umask);
     }
+    if (flags & EB_WITH_ROOT)
+        read_root(c);
     eb_state_read(&c->state);
 
     int found = eb_standard_fds();

@@ -21,12 +21,16 @@ struct eb_caller {
     struct eb_identity identity;
     struct eb_state state;
     uint32_t umask;
+    uint64_t root_device, root_inode; /* 0: not read */
     int status_fd; /* see caller.c */
     pid_t status_thread;
     uint64_t status_device, status_inode;
 };
 
-enum { EB_WITH_UMASK = 1 }; /* read the umask, which costs a moment of race where /proc does not tell it */
+enum {
+    EB_WITH_UMASK = 1,   /* read the umask, which costs a moment of race where /proc does not tell it */
+    EB_WITH_ROOT = 256,  /* read which directory is the root, for a later comparison */
+};
 
 /* What eb_caller_read found out. */
 enum {
@@ -53,7 +57,7 @@ int eb_standard_fds(void);
 /*
  * Fills `c` for the calling thread.  `start` is what was read by the thread that started the helper, or
  * NULL; `helper` the helper's pid if it shares the working directory, root and umask of that thread, or
- * 0.  `fd` is the connection to be used, with the device and inode that it had when it was made, or -1.
+ * 0: then the root must be the same as at the start.  `fd` is the connection to be used, with the device and inode that it had when it was made, or -1.
  * Returns what was found out, or -errno.
  */
 int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd,

@@ -42,13 +42,23 @@ static bool make_room(struct eb_connection *c)
     return true;
 }
 
+static bool same_sender(const struct ucred *a, const struct ucred *b)
+{
+    return a->pid == b->pid && a->uid == b->uid && a->gid == b->gid;
+}
+
 int eb_connection_fill(struct eb_connection *c)
 {
+    struct ucred sender = {.pid = -1, .uid = (uid_t)-1, .gid = (gid_t)-1};
     if (!make_room(c))
         return -1;
-    ssize_t n = eb_receive(c->fd, c->in + c->in_size, c->in_capacity - c->in_size, &c->fds);
+    ssize_t n = eb_receive(c->fd, c->in + c->in_size, c->in_capacity - c->in_size, &c->fds, &sender);
     if (n < 0)
         return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -1;
+    if (c->in_size == 0)
+        c->foreign = false;
+    if (n > 0 && c->only != NULL && !same_sender(&sender, c->only))
+        c->foreign = true;
     c->in_size += (size_t)n;
     return n > 0 ? 1 : -1;
 }

@@ -14,7 +14,7 @@ enum eb_source {
     EB_SOURCE_STDOUT,
     EB_SOURCE_STDERR,
     EB_SOURCE_CALLER,
-    EB_SOURCE_CHILDREN,
+    EB_SOURCE_SIGNALS,
 };
 
 /* A command's standard input and output that travel as frames. */
@@ -68,6 +68,8 @@ struct eb_connection {
     uint8_t *in;
     size_t in_at, in_size, in_capacity; /* in_size bytes from in_at on are not consumed */
     struct eb_fds fds;
+    const struct ucred *only; /* who alone may ask for anything; NULL: whoever sends */
+    bool foreign;             /* something of what is not consumed came from another */
     uint8_t *out;
     size_t out_size;
     struct eb_connection *next, *previous; /* among all; or next among the dead */

@@ -49,6 +49,32 @@ void eb_tell(enum eb_kind kind, const struct eb_connection *c)
         send_control(kind, payload, sizeof payload);
 }
 
+bool eb_tell_ids(void)
+{
+    uid_t uids[3];
+    gid_t gids[3];
+    int count = getgroups(0, NULL);
+    if (count < 0 || getresuid(&uids[0], &uids[1], &uids[2]) != 0 || getresgid(&gids[0], &gids[1], &gids[2]) != 0)
+        return false;
+    gid_t *groups = calloc((size_t)count + 1, sizeof *groups);
+    size_t size = (6 + (size_t)count) * 4;
+    uint8_t *payload = malloc(size);
+    bool told = groups != NULL && payload != NULL && getgroups(count, groups) == count;
+    if (told) {
+        struct eb_writer w = eb_writer(payload, size);
+        for (int i = 0; i < 3; i++)
+            eb_put_u32(&w, uids[i]);
+        for (int i = 0; i < 3; i++)
+            eb_put_u32(&w, gids[i]);
+        for (int i = 0; i < count; i++)
+            eb_put_u32(&w, groups[i]);
+        send_control(EB_IDS, payload, size);
+    }
+    free(groups);
+    free(payload);
+    return told;
+}
+
 /* -- figures -- */
 
 void eb_set_max_tasks(uint64_t count)
@@ -201,14 +227,29 @@ void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
     (void)eb_adopt(fd, id, flags, false);
 }
 
+bool eb_close_if_at_rest(struct eb_connection *c)
+{
+    if (c->control || c->fd < 0 || !eb_at_rest(c) || c->in_size > 0 || c->out_size > 0)
+        return false;
+    /* A request may come between our last look and the close.  That the kernel tells its sender of unread bytes
+     * is not enough where input followed the request: it may be the input alone that was not read. */
+    if (!service.pool)
+        (void)eb_connection_send(c, EB_UNREAD, NULL, 0);
+    eb_close_connection(c);
+    return true;
+}
+
 void eb_drain(void)
 {
     struct eb_connection *c = service.all, *next;
     service.draining = true;
+    /* A private helper's caller must not take one that ends for one that serves: its next ADOPT fails at once.
+     * What it has sent is still read, and then the end. */
+    if (!service.pool && service.control != NULL)
+        (void)shutdown(service.control->fd, SHUT_RD);
     for (; c != NULL; c = next) {
         next = c->next;
-        if (!c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0)
-            eb_close_connection(c);
+        (void)eb_close_if_at_rest(c);
     }
 }
 

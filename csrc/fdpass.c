@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 static bool reserve(struct eb_fds *fds, uint32_t more)
@@ -37,11 +36,11 @@ static void take(struct eb_fds *fds, const uint8_t *data, size_t size)
     fds->lost = fds->lost || !kept;
 }
 
-ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds)
+ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds, struct ucred *sender)
 {
     union {
         struct cmsghdr header;
-        char space[CMSG_SPACE(EB_MAX_FDS_PER_SEND * sizeof(int))];
+        char space[CMSG_SPACE(sizeof(struct ucred)) + CMSG_SPACE(EB_MAX_FDS_PER_SEND * sizeof(int))];
     } control;
     struct iovec bytes = {.iov_base = data, .iov_len = size};
     struct msghdr message = {
@@ -59,6 +58,8 @@ ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds)
     for (struct cmsghdr *c = CMSG_FIRSTHDR(&message); c != NULL; c = CMSG_NXTHDR(&message, c))
         if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
             take(fds, CMSG_DATA(c), c->cmsg_len - CMSG_LEN(0));
+        else if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_CREDENTIALS)
+            memcpy(sender, CMSG_DATA(c), sizeof *sender);
     /* The kernel installs as many as it has numbers for and drops the rest. */
     if (message.msg_flags & MSG_CTRUNC)
         fds->lost = true;

@@ -3,6 +3,7 @@
 #ifndef EB_FDPASS_H
 #define EB_FDPASS_H
 
+#include <sys/socket.h>
 #include <sys/types.h>
 
 #include "wire.h"
@@ -15,8 +16,9 @@ struct eb_fds {
 };
 
 /* Receives up to `size` bytes; the descriptors that come with them are appended to `fds`, close-on-exec.
- * Returns as recv(2) does. */
-ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds);
+ * Of a socket with SO_PASSCRED, `sender` becomes who sent them: the kernel glues no two senders' bytes.  It
+ * is left as it was otherwise.  Returns as recv(2) does. */
+ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds, struct ucred *sender);
 /* Sends two parts as send(2) does one, never raising SIGPIPE. */
 ssize_t eb_send(int socket, const void *first, size_t first_size, const void *second, size_t second_size);
 

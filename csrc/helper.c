@@ -12,7 +12,8 @@
  *   --open-files=N    the soft limit of open files for commands whose request has none
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
- * socket is at its end and the last connection has gone.
+ * socket is at its end and the last connection has gone; a private one also on SIGTERM, when what it does
+ * then is done.
  */
 #include "service.h"
 
@@ -20,6 +21,7 @@
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <malloc.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -46,7 +48,7 @@ enum {
 };
 
 struct eb_service service;
-static int epoll_fd, children_fd;
+static int epoll_fd, signals_fd;
 static bool caller_gone;
 static uint64_t frame_timeout_ms = 30000; /* for the rest of a frame that has begun */
 
@@ -214,6 +216,7 @@ bool eb_adopt(int fd, uint32_t id, uint8_t flags, bool control)
         .id = id,
         .control = control,
         .ask = (flags & EB_ASK) != 0,
+        .only = service.pool ? NULL : &service.caller,
     };
     c->start.done_fd = c->group_fd = -1;
     add_connection(c);
@@ -311,6 +314,17 @@ static const struct rule {
     [EB_STDIN] = {"STDIN", false, 0, EB_WINDOW, eb_on_stdin},
 };
 
+/*
+ * The caller may have fewer rights than this helper by now, and another process may have got hold of its
+ * connections: neither may have anything started here.  The kernel's word for the sender has its real ids, so
+ * one that can take back the rights which it had may still ask.  Input and signals, on the other hand, concern
+ * the connection's live command alone, which closing it would end as well.
+ */
+static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
+{
+    return !c->foreign || frame->kind == EB_STDIN || frame->kind == EB_SIGNAL;
+}
+
 /* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */
 static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
 {
@@ -327,8 +341,13 @@ static bool admitted(struct eb_connection *c, const struct eb_frame *frame)
         eb_refuse(c, "%s is not for this connection", rule->name);
     else if (frame->size < rule->least || frame->size > rule->most)
         eb_refuse(c, "%s with a payload of %u bytes", rule->name, (unsigned)frame->size);
-    else
+    else if (may_ask(c, frame))
         return true;
+    else {
+        eb_refuse(c, "%s from another sender than process %d with user id %u and group id %u, which started this helper",
+                  rule->name, (int)service.caller.pid, (unsigned)service.caller.uid, (unsigned)service.caller.gid);
+        eb_drain();
+    }
     return false;
 }
 
@@ -381,10 +400,8 @@ void eb_proceed(struct eb_connection *c)
         c->deadline = eb_now_ms() + frame_timeout_ms;
         eb_look_by(c->deadline);
     }
-    if (service.draining && !c->control && eb_at_rest(c) && c->in_size == 0 && c->out_size == 0) {
-        eb_close_connection(c);
+    if (service.draining && eb_close_if_at_rest(c))
         return;
-    }
     if (!eb_watch(c, c->wanting ? 0 : eb_is_blocked(c) ? EPOLLOUT : EPOLLIN))
         eb_close_connection(c);
 }
@@ -418,6 +435,11 @@ static void on_connection(struct eb_connection *c, uint32_t events)
     }
     for (int i = 0; i < READS_PER_TURN && c->fd >= 0 && may_read(c); i++) {
         int got = eb_connection_fill(c);
+        if (got < 0 && c->control && !service.pool) {
+            unwatch(c); /* it is closed when it is known what there is to tell, see tell_of_the_end */
+            eb_drain();
+            return;
+        }
         if (got < 0) {
             eb_close_connection(c);
             return;
@@ -486,7 +508,7 @@ static void leave(void)
     }
 }
 
-static void dispatch(enum eb_source *source, uint32_t events, bool *child_ended)
+static void dispatch(enum eb_source *source, uint32_t events, bool *signalled)
 {
     switch (*source) {
     case EB_SOURCE_CONNECTION:
@@ -506,8 +528,8 @@ static void dispatch(enum eb_source *source, uint32_t events, bool *child_ended)
         eb_on_stream(OWNER_OF(source - number, stream_sources), number);
         break;
     }
-    case EB_SOURCE_CHILDREN:
-        *child_ended = true;
+    case EB_SOURCE_SIGNALS:
+        *signalled = true;
         break;
     case EB_SOURCE_CALLER:
         leave();
@@ -534,12 +556,39 @@ static int patience(void)
     return service.due != 0 || service.untidy ? (int)most : -1;
 }
 
+/*
+ * A private helper that takes no more requests: its caller may wait for the end, since an exec of a set-user-ID
+ * program or a setns() are not what they should be while another process shares the caller's fs.  Commands that
+ * are its own may keep it for long, but no fs of the caller's.
+ */
+static void tell_of_the_end(void)
+{
+    if (service.count > 0) {
+        for (const struct eb_connection *c = service.all; c != NULL; c = c->next)
+            if (!c->control && (c->starting || (eb_at_rest(c) && !c->dying)))
+                return; /* soon over, or soon more than that */
+        (void)unshare(CLONE_FS); /* needs no right, and fails only for lack of memory */
+        (void)eb_connection_send(service.control, EB_STAYS, NULL, 0);
+    }
+    eb_close_connection(service.control);
+}
+
+static void take_signals(void)
+{
+    struct signalfd_siginfo infos[2]; /* each is pending once at most */
+    ssize_t size = read(signals_fd, infos, sizeof infos);
+    for (ssize_t i = 0; i < size / (ssize_t)sizeof *infos; i++)
+        if (infos[i].ssi_signo == SIGTERM)
+            eb_drain();
+    eb_reap();
+}
+
 static void serve(void)
 {
     struct epoll_event events[64];
     int idle = 0; /* milliseconds without an event, in several waits if looks are due */
     while (service.control != NULL || service.count > 0) {
-        bool child_ended = false;
+        bool signalled = false;
         int timeout = patience();
         int n = epoll_wait(epoll_fd, events, 64, timeout);
         idle = n == 0 && service.untidy ? idle + timeout : 0;
@@ -554,15 +603,14 @@ static void serve(void)
         if (n < 0 && errno != EINTR)
             fatal("epoll_wait");
         for (int i = 0; i < n; i++)
-            dispatch(events[i].data.ptr, events[i].events, &child_ended);
+            dispatch(events[i].data.ptr, events[i].events, &signalled);
         /* Last, since it may finish a start whose own event is in this round, and begin another. */
-        if (child_ended) {
-            struct signalfd_siginfo info;
-            (void)!read(children_fd, &info, sizeof info);
-            eb_reap();
-        }
+        if (signalled)
+            take_signals();
         eb_notice_starts();
         look_at_those_due();
+        if (service.draining && !service.pool && service.control != NULL)
+            tell_of_the_end();
         sweep();
         if (caller_gone && !duties_left())
             _exit(0); /* what is being started shares our memory, which stays until they have gone */
@@ -575,19 +623,21 @@ static void watch_own(int fd, enum eb_source *source)
         fatal("epoll_ctl");
 }
 
-/* All signals stay blocked for good: none can end the helper but SIGKILL, and new processes start with
- * none pending. */
-static void block_signals(void)
+/* All signals stay blocked for good, so that none but SIGKILL ends the helper in the middle of something: what
+ * is typed at the caller's terminal is not for it.  New processes start with none pending. */
+static void block_signals(bool private)
 {
-    sigset_t all, child;
+    sigset_t all, taken;
     sigfillset(&all);
-    sigemptyset(&child);
-    sigaddset(&child, SIGCHLD);
+    sigemptyset(&taken);
+    sigaddset(&taken, SIGCHLD);
+    if (private)
+        sigaddset(&taken, SIGTERM); /* from who ends all children of his, and waits for them */
     /* An ignored SIGCHLD, inherited, would reap behind our back. */
     if (sigprocmask(SIG_SETMASK, &all, NULL) != 0 || signal(SIGCHLD, SIG_DFL) == SIG_ERR)
         fatal("signals");
-    children_fd = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (children_fd < 0)
+    signals_fd = signalfd(-1, &taken, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (signals_fd < 0)
         fatal("signalfd");
 }
 
@@ -601,7 +651,7 @@ static bool capable(unsigned number)
 
 int main(int argc, char **argv)
 {
-    static enum eb_source children_source = EB_SOURCE_CHILDREN, caller_source = EB_SOURCE_CALLER;
+    static enum eb_source signals_source = EB_SOURCE_SIGNALS, caller_source = EB_SOURCE_CALLER;
     bool private = false, own = false, posix = false, shared = false;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--private") == 0)
@@ -636,7 +686,7 @@ int main(int argc, char **argv)
             fatal("figures");
         close(FIGURES_FD);
     }
-    block_signals();
+    block_signals(private);
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
         if (service.open_files == 0)
@@ -646,6 +696,7 @@ int main(int argc, char **argv)
             (void)setrlimit(RLIMIT_NOFILE, &files);
     }
     service.pool = !private;
+    service.caller = (struct ucred){.pid = getppid(), .uid = getuid(), .gid = getgid()};
     service.raises_limits = capable(CAP_SYS_RESOURCE);
     service.raises_priority = capable(CAP_SYS_NICE);
     eb_state_read_signals(&service.self);
@@ -658,13 +709,15 @@ int main(int argc, char **argv)
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (epoll_fd < 0)
         fatal("epoll_create1");
-    watch_own(children_fd, &children_source);
+    watch_own(signals_fd, &signals_source);
     if (private)
         watch_own(CALLER_FD, &caller_source);
     if (!eb_adopt(CONTROL_FD, 0, 0, true))
         fatal("control socket");
+    if (private && !eb_tell_ids())
+        fatal("ids");
     serve();
     close(epoll_fd);
-    close(children_fd);
+    close(signals_fd);
     return 0;
 }

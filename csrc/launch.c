@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -67,6 +68,21 @@ failed:
     return 127;
 }
 
+/*
+ * Whether this thread's real, effective and saved ids are the same. Where they are not, an exec by a process
+ * that shares its working directory, root and umask is not what it is otherwise: Linux sets the effective ids
+ * to the real ones then, if the process lacks CAP_SETUID (security/commoncap.c, cap_bprm_creds_from_file).
+ * For a root process with another effective user that means: root again. Kernels of late compare the new
+ * effective id with the old one, and have this no more; Linux 6.12 still does.
+ */
+static bool has_one_identity(void)
+{
+    uid_t uids[3];
+    gid_t gids[3];
+    return getresuid(&uids[0], &uids[1], &uids[2]) == 0 && getresgid(&gids[0], &gids[1], &gids[2]) == 0 &&
+           uids[0] == uids[1] && uids[1] == uids[2] && gids[0] == gids[1] && gids[1] == gids[2];
+}
+
 int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
 {
     struct start s = {.path = path, .arguments = arguments, .program = program, .control = control};
@@ -84,6 +100,7 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
         close(s.caller);
         return -error;
     }
+    *share_fs = *share_fs && has_one_identity();
     /* No signal handler of the caller's may run in its half-made child. */
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
     pid_t pid = clone(helper_child, stack + START_STACK, flags | (*share_fs ? CLONE_FS : 0), &s);

@@ -6,7 +6,7 @@
  * Starts the program behind the O_PATH descriptor `program`, or if that is -1 `path`, as a helper whose
  * descriptor 3 is `control`, with the NULL-terminated `arguments`.  The calling process is not copied.
  * With `*share_fs`, the helper shares this process's working directory, root and umask; cleared if the
- * kernel refuses that.  Returns the helper's pid, or -errno.
+ * kernel refuses that, or if this thread's real, effective and saved ids differ.  Returns the helper's pid, or -errno.
  */
 int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
 

@@ -10,6 +10,7 @@ struct eb_service {
     bool raises_limits, raises_priority; /* may exceed its own */
     bool pool;            /* one of a daemon's helpers, not a caller's own */
     bool draining;        /* takes no command any more */
+    struct ucred caller;  /* of a private helper: whom it serves */
     uint64_t due;         /* of eb_now_ms: when some connection needs a look, at the latest; 0: never */
     bool untidy;          /* several connections have been at work at once */
     unsigned starting;    /* starts under way */
@@ -89,11 +90,16 @@ void eb_on_drain(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_end(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_query(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_grant(struct eb_connection *c, const struct eb_frame *frame);
+/* Takes no command any more: closes the connections that are at rest now, and the others when they are. */
 void eb_drain(void);
+/* Closes a connection over which nothing is under way; false: it is another. */
+bool eb_close_if_at_rest(struct eb_connection *c);
 /* The control socket is at its end. */
 void eb_server_gone(void);
 /* Tells the server something of a connection; WANT, DONE or CLOSED. */
 void eb_tell(enum eb_kind kind, const struct eb_connection *c);
+/* Tells the caller whose rights this process has; false if memory is short or the caller has gone. */
+bool eb_tell_ids(void);
 void eb_set_max_tasks(uint64_t count);
 /* Keeps the figures in a file of the server's, who has them there if this process is killed. */
 bool eb_share_figures(int fd);

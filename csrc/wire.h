@@ -58,6 +58,8 @@ enum eb_kind {
     EB_STDOUT = 20,  /* bytes of a streamed standard output; empty: its end */
     EB_STDERR = 21,
     EB_CREDIT = 22,  /* u32: so many more bytes of STDIN may be sent, beyond the first EB_WINDOW */
+    EB_UNREAD = 30,  /* empty; a private helper is about to end: it closes the connection after this, and has
+                        read nothing that was sent since the connection's last command was over */
 
     /* daemon to client */
     EB_STATUS_REPLY = 23, /* JSON */
@@ -76,6 +78,13 @@ enum eb_kind {
     EB_CLOSED = 26,  /* u32 connection id: it has gone */
     EB_FULL = 27,    /* empty: --max-tasks have been started; sent once */
     EB_REPORT = 28,  /* see docs/protocol.md */
+
+    /* private helper to its caller, on its control socket */
+    EB_IDS = 29,     /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
+                        u32 * n: its supplementary groups.  Its first frame */
+    EB_STAYS = 31,   /* empty: it takes no more requests, and ends with the commands that it owns; it shares
+                        the caller's working directory, root and umask no more.  It closes the socket after
+                        this; without this, its end of the socket goes with the process */
 };
 
 /* How a connection is to be served. */

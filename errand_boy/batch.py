@@ -776,6 +776,10 @@ class Batch:
             if not line.connection.greeted:  # so it is the daemon who speaks
                 raise RefusedError(errno.EACCES, f"the daemon refused: {reason}")
             raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
+        elif kind == lib.EB_UNREAD:  # its end follows
+            if line in self._idle:
+                self._idle.remove(line)
+            self._drop(line)
         elif line.fd in self._lines:  # else what is left of a command that was timed out
             raise ProtocolError(errno.EPROTO, f"frame {kind} while no command runs")
 
@@ -795,6 +799,11 @@ class Batch:
             if job.timeout is not None:
                 end = job.begun + job.timeout
                 heappush(self._ends, (end, next(self._serial), line, job))
+        elif kind == lib.EB_UNREAD:
+            line.job = None
+            self._live -= 1
+            self._drop(line)
+            self._waiting.append(job)
         else:
             self._stray(line, kind, payload)
 

@@ -215,9 +215,14 @@ class Connection:
                 self.receive()
 
     def take_other(self, kind: int, payload: bytes) -> None:
-        """Take a frame that is no answer to a request."""
+        """Take a frame that is no answer to a request.
+
+        Raises NotServedError, RefusedError and ProtocolError.
+        """
         if kind == lib.EB_HELLO:
             self.greet(payload)
+        elif kind == lib.EB_UNREAD:
+            raise NotServedError
         elif kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
             if not self.greeted:  # so it is the daemon who speaks

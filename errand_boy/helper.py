@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 
 from errand_boy import child, protocol
 from errand_boy._native import ffi, lib
@@ -22,6 +23,13 @@ _MOST_IDLE = 32  # connections kept for later
 
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _GRACE = 1.0  # seconds
+_START = 30.0  # seconds, for a program of which the kernel has said that it runs
+
+_NAMES = (
+    "user ids (real, effective, saved)",
+    "group ids (real, effective, saved)",
+    "supplementary groups",
+)
 
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 
@@ -52,13 +60,44 @@ def _program_fd() -> int:
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:
+    """Return our end of a connection, and the helper's, which tells who has sent what it reads."""
     # Where gevent or eventlet has replaced them, sockets would let others run, and gevent's loop
     # reap the command, before its pid is known.
     classes = _socket.socket.__subclasses__()
     native: type[socket.socket]
     native = next(c for c in classes if c.__module__ == "socket")  # type: ignore[assignment]
-    one, other = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
-    return one, other
+    ours, theirs = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
+    # Before anything is sent: the kernel notes the sender only where somebody wants to know.
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return ours, theirs
+
+
+def _frame(sock: socket.socket, seconds: float) -> tuple[int, bytes] | None:
+    """Return the next frame's kind and payload; None at the end. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    data, size = b"", protocol.HEADER.size
+    while len(data) < size:
+        if not child.readable(sock.fileno(), max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        try:
+            part = sock.recv(size - len(data))
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            return None
+        data += part
+        if len(data) == protocol.HEADER.size:
+            size += min(protocol.HEADER.unpack(data)[0], lib.EB_MAX_FRAME)
+    return data[protocol.HEADER.size - 1], data[protocol.HEADER.size :]
+
+
+def _ids_after_exec() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the calling thread's ids, as the kernel passes them on to a program.
+
+    That is, with the effective ids as the saved ones.
+    """
+    (uid, euid, _), (gid, egid, _) = os.getresuid(), os.getresgid()
+    return (uid, euid, euid), (gid, egid, egid), tuple(os.getgroups())
 
 
 class Helper:
@@ -95,10 +134,37 @@ class Helper:
         self.pid: int = pid
         self.shares_fs: bool = share_fs[0] != 0
         self.owns_children = False  # until a reply says so
+        self._stays = False  # retired, it lives on with its commands
         self.idle: list[Connection] = []
         self._control = Connection(ours)
-        with contextlib.suppress(BrokenPipeError):  # it ended at once: connect() will tell
-            self._control.open()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended at once: connect() will tell
+                self._control.open()
+                self._check_ids(path or _EXECUTABLE)
+        except BaseException:
+            self.retire()
+            raise
+
+    def _check_ids(self, path: str) -> None:
+        # What an execution does to the ids depends on the kernel, and on the program's mode.
+        try:
+            frame = _frame(self._control.sock, _START)
+        except TimeoutError:
+            text = f"the helper has not said in {_START:.0f} seconds that it is there"
+            raise HelperError(errno.ETIMEDOUT, text, path) from None
+        if frame is None:
+            return  # it ended at once
+        kind, payload = frame
+        ids = struct.unpack(f"<{len(payload) // 4}I", payload) if kind == lib.EB_IDS else ()
+        theirs, ours = (ids[:3], ids[3:6], ids[6:]), _ids_after_exec()
+        for name, its, wanted in zip(_NAMES, theirs, ours, strict=True):
+            if its != wanted:
+                raise HelperError(
+                    errno.EPERM,
+                    f"the helper does not have this process's rights: its {name} are {its}, not "
+                    f"{wanted}. See that its program is not set-user-ID or set-group-ID",
+                    path,
+                )
 
     def fits(self, fresh: Helper | None) -> bool:
         """Return whether the calling thread may use it; `fresh` is one that it has just started."""
@@ -153,37 +219,70 @@ class Helper:
                 self.idle.pop().close()
 
     def retire(self) -> None:
-        """Close everything; the helper ends when its last connection does."""
+        """Have it take no more requests, and end when those that it has are done."""
         self._close_idle()
-        if self._owner == os.getpid():
-            _unreaped.append(self)
-            if not self._control.is_ours():
-                # Closed under us, so it can't be told to end, and forked processes may have copies
-                # that keep it.
-                self._kill()
-        self._control.close()
+        if self._owner != os.getpid():
+            self._control.close()
+            return
+        _unreaped.append(self)
+        if self._control.is_ours():
+            with contextlib.suppress(OSError):  # it has ended
+                self._control.sock.shutdown(socket.SHUT_WR)
+        else:
+            # Closed under us, so it can't be told to end, and forked processes may have copies that
+            # keep it.
+            self._kill()
+            self._control.close()
 
     def ended(self, grace: float) -> bool:
-        """Return whether it has ended, and reap it; with a grace (seconds), it has."""
-        with contextlib.suppress(ChildProcessError):  # somebody waited for any child
+        """Return whether it has ended, and reap it.
+
+        With a grace (seconds), it has ended, or it stays with its commands and shares nothing with
+        this process any more.
+        """
+        # Somebody may have waited for any child.
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
-                if not grace:
+                if not grace or not self._ends(grace):
                     return False
-                # A copy of a connection, where nobody knows it, must not keep us waiting.
-                pidfd = os.pidfd_open(self.pid)
-                try:
-                    if not child.readable(pidfd, grace):
-                        self._kill()
-                finally:
-                    os.close(pidfd)
                 os.waitpid(self.pid, 0)
+        self._control.close()
         return True
 
-    def _kill(self) -> None:
-        # Not yet waited for by us; if it was by others, the pid is no child of ours.
+    def _ends(self, grace: float) -> bool:
+        """Wait for its end, or for its word that it stays; return whether it ends."""
+        if self._stays:
+            return False
+        deadline = time.monotonic() + grace
+        try:
+            while self._control.is_ours():
+                frame = _frame(self._control.sock, max(0.0, deadline - time.monotonic()))
+                if frame is None:
+                    break
+                if frame[0] == lib.EB_STAYS:
+                    self._stays = True
+                    self._control.close()
+                    return False
+        except TimeoutError:
+            pass
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            if child.readable(pidfd, max(0.0, deadline - time.monotonic())):
+                return True
+        finally:
+            os.close(pidfd)
+        # One start takes long, or the helper has been stopped. Its commands it must not lose.
+        return not self.owns_children and self._kill()
+
+    def _kill(self) -> bool:
+        """Kill it, unless others have waited for it; return whether it ends."""
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                os.kill(self.pid, signal.SIGKILL)
+                try:
+                    os.kill(self.pid, signal.SIGKILL)
+                except PermissionError:  # this process has given up the rights
+                    return False
+        return True
 
 
 def _fits(found: int, fresh: bool) -> bool:
@@ -300,14 +399,17 @@ owner = Keeper(own_children=True)
 def _reap(grace: float = 0.0) -> None:
     """Wait for the retired helpers; end those that own no children and are there after `grace`."""
     for helper in _unreaped[:]:
-        # One that owns children stays until the last of them has ended.
-        if helper.ended(0.0 if helper.owns_children else grace):
+        if helper.ended(grace):
             with contextlib.suppress(ValueError):  # a signal handler was here first
                 _unreaped.remove(helper)
 
 
 def stop() -> None:
-    """End all helpers and wait for them."""
+    """End all helpers and wait for them.
+
+    One that has commands of its own, those of a `map` that has not come to its end, stays until
+    they end, but shares nothing with this process any more.
+    """
     with _lock:
         callers.retire()
         owner.retire()

@@ -50,7 +50,7 @@ class Caller:
         if c == ffi.NULL:
             raise MemoryError
         self.c: Any = ffi.gc(c, lib.eb_caller_free)
-        _check(lib.eb_caller_read(c, ffi.NULL, 0, 0, -1, 0, 0))
+        _check(lib.eb_caller_read(c, ffi.NULL, 0, lib.EB_WITH_ROOT, -1, 0, 0))
         lib.eb_caller_close(c)
 
 

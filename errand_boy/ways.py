@@ -58,7 +58,9 @@ def stop() -> None:
 
     Further commands are started in this process again; one that needs a helper, or a map, starts a
     new one. Useful before ``os.exec*`` of a set-user-ID program: Linux ignores that bit while
-    another process shares the working directory, as the helper does.
+    another process shares the working directory, as the helper does. A helper that has commands of
+    its own, those of a `map` that has not come to its end, stays until they end, but shares nothing
+    with this process any more.
     """
     global _helper_is_asked_for
     _helper_is_asked_for = False

@@ -76,6 +76,13 @@ def decode(kind: int, payload: bytes) -> Reply:
     return Exited(status, tuple(usage))
 
 
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Our end of a connection, and the helper's: a private one wants to know who sends."""
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return ours, theirs
+
+
 class Client:
     """One end of a connection; every wait is bounded."""
 
@@ -140,7 +147,7 @@ class Client:
 class Helper:
     def __init__(self, *arguments: str, under: Sequence[str] = ()) -> None:
         """`under` is a command that becomes the helper, such as a shell's `exec "$@"`."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = pair()
         caller = os.pidfd_open(os.getpid())
         # Out of the way of the numbers that they are to get.
         control = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 10)
@@ -159,13 +166,17 @@ class Helper:
         self.clients: list[Client] = []
         self.control = Client(ours)
         self.control.send(protocol.OPENING)
+        self.private = "--private" in arguments
+        if self.private:
+            kind, payload = self.control.frame()
+            assert (kind, struct.unpack("<6I", payload[:24])) == (lib.EB_IDS, ids())
 
     def adopt(self, fd: int) -> None:
         self.control.send(frame(lib.EB_ADOPT), [fd])
 
     def unopened(self) -> Client:
         """A connection over which we have sent nothing."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = pair()
         with theirs:
             self.adopt(theirs.fileno())
         client = Client(ours)
@@ -239,6 +250,12 @@ def witness(helper: Helper) -> Iterator[Client]:
     assert client.status("/bin/true") == 0
     yield client
     assert client.status("/bin/sh", "-c", "exit 3") == 3 << 8
+
+
+def ids() -> tuple[int, ...]:
+    """What becomes of our ids, real, effective and saved, when a program is executed."""
+    (uid, euid, _), (gid, egid, _) = os.getresuid(), os.getresgid()
+    return uid, euid, euid, gid, egid, egid
 
 
 def frame(kind: int, *parts: bytes) -> bytes:
@@ -629,6 +646,59 @@ def test_helper_started_by_hand_says_so(arguments: list[str], status: int) -> No
     done = subprocess.run([HELPER, *arguments], stderr=subprocess.PIPE, text=True)
     assert done.returncode == status
     assert done.stderr.startswith("errand-boy-helper: ")
+
+
+@pytest.mark.parametrize("helper", ["private", "own", "posix"], indirect=True)
+def test_sigterm_closes_what_is_at_rest_and_says_that_nothing_was_read(helper: Helper) -> None:
+    client = helper.connect()
+    assert client.status("/bin/true") == 0
+    os.kill(helper.pid, signal.SIGTERM)
+    assert client.frame() == (lib.EB_UNREAD, b"")
+    assert client.closed()
+    assert helper.control.closed()
+    assert helper.ended()
+    helper.close()
+
+
+@owning_modes
+def test_command_that_runs_gets_its_signal_after_sigterm(helper: Helper) -> None:
+    client = helper.connect()
+    started = client.run("/bin/sleep", "60")
+    assert isinstance(started, Spawned)
+    os.kill(helper.pid, signal.SIGTERM)
+    if helper.private:
+        with pytest.raises(BrokenPipeError):
+            while True:  # until it has noticed
+                helper.unopened()
+    client.send(signal_frame(started.pid, signal.SIGKILL))
+    ended = client.reply()
+    assert isinstance(ended, Exited)
+    assert ended.status == signal.SIGKILL
+    if helper.private:
+        assert client.frame() == (lib.EB_UNREAD, b"")
+        assert helper.ended()
+    else:  # it is for its server to say when it is to end
+        assert client.status("/bin/true") == 0
+    helper.close()
+
+
+@pytest.mark.parametrize("helper", MODES, indirect=True)
+def test_request_of_another_process_is_refused_by_a_private_helper(helper: Helper) -> None:
+    client = helper.connect()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            client.send(spawn("/bin/true"))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    if helper.private:
+        assert "SPAWN from another sender than process" in client.refusal()
+        assert helper.ended()
+    else:
+        assert isinstance(client.reply(), Spawned)
+        assert isinstance(client.reply(), Exited)
+    helper.close()
 
 
 # Descriptors
@@ -1043,13 +1113,29 @@ def test_helper_ends_with_its_control_socket(helper: Helper) -> None:
 
 
 @pytest.mark.parametrize("helper", ["private", "own", "posix"], indirect=True)
-def test_helper_serves_its_last_connection_after_the_control_socket(helper: Helper) -> None:
+def test_helper_takes_no_request_after_the_control_socket(helper: Helper) -> None:
     client = helper.connect()
     helper.control.sock.close()
-    assert client.status("/bin/true") == 0
-    assert not helper.ended(0)
-    client.sock.close()
+    assert client.frame() == (lib.EB_UNREAD, b"")
+    assert client.closed()
     assert helper.ended(1)
+
+
+@pytest.mark.parametrize("helper", ["own", "posix"], indirect=True)
+def test_helper_stays_with_its_command_after_the_control_socket(helper: Helper) -> None:
+    client, idle = helper.connect(), helper.connect()
+    started = client.run("/bin/sleep", "60")
+    assert isinstance(started, Spawned)
+    helper.control.sock.shutdown(socket.SHUT_WR)
+    assert helper.control.frame() == (lib.EB_STAYS, b"")
+    assert helper.control.closed()
+    assert idle.frame() == (lib.EB_UNREAD, b"")
+    client.send(signal_frame(started.pid, signal.SIGTERM))
+    ended = client.reply()
+    assert isinstance(ended, Exited)
+    assert ended.status == signal.SIGTERM
+    assert helper.ended()
+    helper.close()
 
 
 @pytest.mark.parametrize("mode", ["clone", "posix"])

@@ -394,8 +394,12 @@ def test_change_after_the_helpers_start_reaches_the_child(case: Case, public_dir
 
 
 @pytest.mark.root
-def test_root_directory_changed_after_the_helpers_start(tmp_path: Path) -> None:
-    """Nothing of the old root is in reach then, not even /proc."""
+@pytest.mark.parametrize("saved_group", [0, 65534])
+def test_root_directory_changed_after_the_helpers_start(tmp_path: Path, saved_group: int) -> None:
+    """Nothing of the old root is in reach then, not even /proc.
+
+    A helper whose ids differ among themselves does not share the caller's root.
+    """
     cat = shutil.which("cat")
     assert cat is not None
     linked = stdlib.check_output(["ldd", cat], text=True).split()
@@ -405,6 +409,7 @@ def test_root_directory_changed_after_the_helpers_start(tmp_path: Path) -> None:
         shutil.copy(file, target)
     (tmp_path / "marker").write_text("inside")
     source = """
+        os.setresgid(0, 0, int(sys.argv[4]))
         start()
         subprocess.run(["true"])
         os.chroot(sys.argv[2])
@@ -412,7 +417,7 @@ def test_root_directory_changed_after_the_helpers_start(tmp_path: Path) -> None:
         cat = sys.argv[3]
         report([subprocess.check_output([cat, name]).decode() for name in ("/marker", "marker")])
     """
-    assert compare_scripts(source, [tmp_path, cat]) == ["inside", "inside"]
+    assert compare_scripts(source, [tmp_path, cat, saved_group]) == ["inside", "inside"]
 
 
 def test_two_threads_with_different_masks_at_once() -> None:
