@@ -323,6 +323,7 @@ def test_handler_that_raises_loses_no_child() -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Interrupt:
                 interrupted += 1
+                process = None  # not while the next timer runs: __del__ must not be interrupted
             else:
                 process.wait()
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -19,6 +19,8 @@ from guard import Guard
 
 import errand_boy
 
+pytestmark = pytest.mark.usefixtures("by_helper")
+
 ENDED = """
 from errand_boy import helper
 

@@ -89,7 +89,8 @@ def test_commands_have_the_ids_that_their_caller_has_now(
     change: str, front_end: str, secret: Path
 ) -> None:
     expected = observed("subprocess", "run", CHANGES[change], secret)
-    assert observed("errand_boy", front_end, CHANGES[change], secret) == expected
+    for implementation in ("errand_boy", "errand_boy-helper"):
+        assert observed(implementation, front_end, CHANGES[change], secret) == expected
 
 
 @pytest.mark.root
@@ -160,6 +161,7 @@ def ended(pidfd):
 """
 
 
+@pytest.mark.usefixtures("by_helper")
 @pytest.mark.root
 @pytest.mark.parametrize("over", ["connection", "new connection"])
 @pytest.mark.parametrize("keeper", ["callers", "owner"])
@@ -193,6 +195,7 @@ report([outcome, ended(pidfd), int(out), int(mapped)])
     assert ids == [2002, 2002]
 
 
+@pytest.mark.usefixtures("by_helper")
 @pytest.mark.parametrize("keeper", ["callers", "owner"])
 def test_helper_serves_no_other_process_than_the_one_that_started_it(
     keeper: str, tmp_path: Path
