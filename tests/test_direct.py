@@ -484,6 +484,12 @@ def test_wait_with_a_timeout_ends_with_the_command(subprocess: Any) -> None:
     assert sorted(late)[2] < 0.04
 
 
+@pytest.mark.parametrize("timeout", [3e6, 1e10, float("inf"), float("nan")])
+def test_wait_with_a_timeout_beyond_all_bounds(timeout: float, subprocess: Any) -> None:
+    with subprocess.Popen(["sleep", "0.1"]) as process:
+        assert process.wait(timeout=timeout) == 0
+
+
 def test_wait_in_many_threads_at_once() -> None:
     with errand_boy.Popen(["cat"], stdin=errand_boy.PIPE) as process:
         codes: list[int] = []
