@@ -130,6 +130,8 @@ class Popen(_Base[AnyStr]):
         standard = (p2cread, c2pwrite, errwrite)
         if min(standard) < -1:  # STDOUT, where it says nothing
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if max(*standard, index(umask), index(process_group)) > 0x7FFFFFFF:
+            raise OverflowError("signed integer is greater than maximum")  # CPython's words
         others: list[int] = _kept(pass_fds) if pass_fds else []
 
         self._names = executable, cwd

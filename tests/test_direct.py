@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -265,6 +266,14 @@ def test_threads_that_open_and_close_descriptors_all_the_while() -> None:
         over.set()
         for thread in threads:
             thread.join()
+
+
+@pytest.mark.parametrize("option", ["stdin", "stdout", "stderr", "umask", "process_group"])
+def test_numbers_that_c_cannot_hold(option: str, subprocess: Any) -> None:
+    if option == "process_group" and sys.version_info < (3, 11):
+        pytest.skip("it came with Python 3.11")
+    with pytest.raises(OverflowError, match="signed integer is greater than maximum"):
+        subprocess.Popen(["true"], **{option: 1 << 32})
 
 
 # -- threads, signals, forks --
