@@ -28,6 +28,22 @@ static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
     return result;
 }
 
+static const char START[] = "errand_boy start", LEFT[] = "errand_boy start, left";
+
+/* A pending start that is dropped: by an exception of a signal handler, say, as soon as there is one.  Whoever gets
+ * that exception closes what the child is to take over. */
+static void drop(PyObject *start)
+{
+    struct eb_direct *d = PyCapsule_GetPointer(start, START);
+    if (d == NULL) {
+        PyErr_Clear(); /* it has been left */
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    eb_direct_give(d);
+    Py_END_ALLOW_THREADS
+}
+
 /* None for a program that runs, else (errno, stage). */
 static PyObject *outcome(const struct eb_direct *d)
 {
@@ -105,7 +121,7 @@ static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count
         reap_if_failed(d);
     else if (set_process(args[0], d, true) != 0)
         decided = false; /* an attribute that can't be set: the child goes on */
-    PyObject *result = PyErr_Occurred() ? NULL : decided ? outcome(d) : PyLong_FromVoidPtr(d);
+    PyObject *result = PyErr_Occurred() ? NULL : decided ? outcome(d) : PyCapsule_New(d, START, drop);
     if (decided || result == NULL)
         eb_direct_give(d);
     return result;
@@ -120,7 +136,9 @@ static PyObject *await_spawn(PyObject *module, PyObject *const *args, Py_ssize_t
         PyErr_SetString(PyExc_TypeError, "await_spawn takes 3 arguments");
         return NULL;
     }
-    struct eb_direct *d = PyLong_AsVoidPtr(args[1]);
+    struct eb_direct *d = PyCapsule_GetPointer(args[1], START);
+    if (d == NULL)
+        return NULL;
     long patience = PyLong_AsLong(args[2]);
     if (PyErr_Occurred())
         return NULL;
@@ -145,8 +163,8 @@ static PyObject *await_spawn(PyObject *module, PyObject *const *args, Py_ssize_t
 static PyObject *leave_spawn(PyObject *module, PyObject *start)
 {
     (void)module;
-    struct eb_direct *d = PyLong_AsVoidPtr(start);
-    if (PyErr_Occurred())
+    struct eb_direct *d = PyCapsule_GetPointer(start, START);
+    if (d == NULL || PyCapsule_SetName(start, LEFT) != 0)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     eb_direct_give(d);

@@ -167,14 +167,15 @@ class Popen(_Base[AnyStr]):
         outcome = direct.spawn(
             self, request.options, *request.standard, request.others, request.flags, self._patience
         )
-        if isinstance(outcome, int):
+        if not (outcome is None or isinstance(outcome, tuple)):
             outcome = self._await_start(outcome)
         return Failed(0, *outcome) if outcome else None
 
-    def _await_start(self, start: int) -> tuple[int, int] | None:
+    def _await_start(self, start: object) -> tuple[int, int] | None:
         """Await the outcome of a pending start."""
+        outcome: tuple[int, int] | None
         try:
-            while isinstance(outcome := direct.await_spawn(self, start, _LOOK), int):
+            while (outcome := direct.await_spawn(self, start, _LOOK)) is start:
                 pass
         finally:
             direct.leave_spawn(start)

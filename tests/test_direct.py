@@ -48,6 +48,37 @@ def refuse(number, error, flags=0):
 """
 
 
+# Another: the process of a start is held as it is about to take a table of descriptors of its own.
+HOLDING = """
+import fcntl
+
+def hold(seconds):
+    '''Hold calls of close_range by this thread and its children for so long.'''
+    code = [0x20, 0x15 | 1 << 24 | CLOSE_RANGE << 32,
+            0x06 | 0x7FC00000 << 32, 0x06 | 0x7FFF0000 << 32]
+    filters = (ctypes.c_uint64 * len(code))(*code)
+    program = (ctypes.c_uint64 * 2)(len(code), ctypes.addressof(filters))
+    is_set = threading.Event()
+    def release():
+        is_set.wait()
+        while True:
+            notice = bytearray(80)
+            fcntl.ioctl(listener, 0xC0502100, notice)  # SECCOMP_IOCTL_NOTIF_RECV
+            time.sleep(seconds)
+            answer = notice[:8] + bytes(12) + (1).to_bytes(4, "little")  # to continue
+            try:
+                fcntl.ioctl(listener, 0xC0182101, answer)  # SECCOMP_IOCTL_NOTIF_SEND
+            except FileNotFoundError:  # it has been killed
+                pass
+    threading.Thread(target=release, daemon=True).start()
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    seccomp = 317 if os.uname().machine == "x86_64" else 277
+    listener = libc.syscall(seccomp, 1, 8, ctypes.byref(program))
+    assert listener >= 0
+    is_set.set()
+"""
+
+
 @pytest.fixture(autouse=True)
 def direct_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     errand_boy.stop()
@@ -349,6 +380,37 @@ def test_handler_that_raises_loses_no_child() -> None:
         """
     )
     assert left == [None, True]
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.5])
+def test_handler_that_raises_before_the_child_has_its_descriptors(
+    seconds: float, tmp_path: Path
+) -> None:
+    report_ = run_script(
+        f"""{REFUSING}{HOLDING}
+class Interrupt(Exception):
+    pass
+def handle(number, frame):
+    raise Interrupt
+signal.signal(signal.SIGALRM, handle)
+hold({seconds})
+signal.setitimer(signal.ITIMER_REAL, 0.003)
+interrupted = False
+try:
+    subprocess.Popen(["echo", "astray"], stdout=subprocess.PIPE)
+except Interrupt:
+    interrupted = True
+# These have the numbers of the pipe's ends now.
+files = [open(sys.argv[2] + "/" + str(n), "w+") for n in range(4)]
+try:
+    os.waitpid(-1, 0)
+except ChildProcessError:  # the object's end has waited for it
+    pass
+report([interrupted, [os.fstat(file.fileno()).st_size for file in files]])
+""",
+        args=[tmp_path],
+    )
+    assert report_ == [True, [0] * 4]
 
 
 def test_threads_that_start_and_end() -> None:
