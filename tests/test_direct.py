@@ -525,6 +525,44 @@ def test_slow_exec_can_be_interrupted(slow: Path) -> None:
 
 
 @pytest.mark.root
+def test_slow_exec_does_not_hold_a_fork_of_its_caller(slow: Path) -> None:
+    forks: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: forks.append(os.fork()))
+    main = threading.main_thread().ident
+    assert main is not None
+    try:
+        with Guard(slow) as guard:
+
+            def interrupt() -> None:
+                guard.held()
+                signal.pthread_kill(main, signal.SIGUSR1)
+                end = time.monotonic() + 10
+                while time.monotonic() < end and not forks:
+                    time.sleep(0.01)
+                for _ in range(500):
+                    pid, status = os.waitpid(forks[0], os.WNOHANG)
+                    if pid:
+                        codes.append(status)
+                        break
+                    time.sleep(0.01)
+                else:
+                    os.kill(forks[0], signal.SIGKILL)
+                guard.release()
+
+            codes: list[int] = []
+            interrupter = threading.Thread(target=interrupt)
+            interrupter.start()
+            process = errand_boy.Popen([slow, "/dev/null"])
+            if forks == [0]:  # nobody will tell this process what becomes of the start
+                os._exit(errand_boy.run(["true"]).returncode)
+            assert process.wait() == 0
+            interrupter.join()
+            assert codes == [0]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.root
 def test_slow_exec_lets_other_threads_have_the_gil(slow: Path) -> None:
     with Guard(slow) as guard:
         thread = threading.Thread(target=errand_boy.run, args=[[slow, "/dev/null"]])
