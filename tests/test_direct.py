@@ -260,6 +260,48 @@ report([fd > 14000, fd in map(int, out), len(out), quiet.stderr == b"", text.sta
     assert seen == [True, True, 5, True, True]
 
 
+@pytest.mark.root
+@pytest.mark.skipif(
+    not os.path.exists("/proc/sys/kernel/ns_last_pid"), reason="the kernel lets nobody choose pids"
+)
+def test_proc_of_another_namespace_is_left_alone(tmp_path: Path) -> None:
+    seen = run_script(
+        """
+        fifo = sys.argv[2] + "/fifo"
+        os.mkfifo(fifo)
+        stranger = os.fork()
+        if stranger == 0:  # to open it for reading once more would take for ever
+            fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+            for number in range(128, 200):
+                os.dup2(fd, number)
+            time.sleep(30)
+            os._exit(0)
+        while os.dup(0) < 140:
+            pass
+        result = os.memfd_create("result")
+        assert libc.unshare(0x20000000) == 0  # CLONE_NEWPID
+        inner = os.fork()
+        if inner == 0:
+            with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+                file.write(str(stranger - 1))
+            twin = os.fork()
+            if twin == 0:
+                signal.alarm(10)
+                done = subprocess.run(["cat"], input=b"data", stdout=subprocess.PIPE)
+                os.write(result, b"%d %s" % (os.getpid() == stranger, done.stdout))
+                os._exit(0)
+            os.waitpid(twin, 0)
+            os._exit(0)
+        os.waitpid(inner, 0)
+        os.kill(stranger, signal.SIGKILL)
+        os.waitpid(stranger, 0)
+        report(os.pread(result, 100, 0).decode())
+        """,
+        args=[tmp_path],
+    )
+    assert seen == "1 data"
+
+
 def test_inheritable_descriptors_without_close_fds(subprocess: Any) -> None:
     read, write = os.pipe()
     try:
