@@ -253,7 +253,8 @@ static bool decide(struct eb_direct *d)
         prepare_job(d);
         return make_process(d) != 0;
     }
-    if (d->error != 0 && d->stage == EB_STAGE_START)
+    bool is_short = d->error == ENOMEM || d->error == EMFILE; /* for a table of descriptors */
+    if (d->error != 0 && d->stage == EB_STAGE_START && !is_short)
         d->error = ENOSYS;
     return true;
 }

@@ -191,6 +191,22 @@ except FileNotFoundError as error:
     assert report_ == [0, -signal.SIGUSR1, "x", "/nowhere/nothing", None]
 
 
+@pytest.mark.parametrize("error", ["ENOMEM", "EMFILE"])
+def test_want_of_memory_is_no_filter(error: str) -> None:
+    seen = run_script(
+        f"""{REFUSING}
+import errno
+import errand_boy.direct
+refuse(CLOSE_RANGE, errno.{error})
+try:
+    subprocess.run(["true"])
+except OSError as error:
+    report([error.errno == errno.{error}, errand_boy.direct.works()])
+"""
+    )
+    assert seen == [True, True]
+
+
 def test_forced_way_that_is_not_to_be_had() -> None:
     text = run_script(
         f"""{REFUSING}
