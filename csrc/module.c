@@ -179,16 +179,18 @@ static PyMethodDef functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-int eb_add_functions(void)
+PyMODINIT_FUNC eb_init_by_cffi(void);
+PyMODINIT_FUNC PyInit__native(void);
+
+/* In the interpreter that imports it, which may be one of several. */
+PyMODINIT_FUNC PyInit__native(void)
 {
-    PyGILState_STATE state = PyGILState_Ensure();
-    PyObject *module = PyImport_ImportModule("errand_boy._native");
-    int result = module == NULL ? -1 : PyModule_AddFunctions(module, functions);
-    Py_XDECREF(module);
-    if (result != 0)
-        PyErr_Clear();
-    PyGILState_Release(state);
-    return result;
+    PyObject *module = eb_init_by_cffi();
+    if (module != NULL && PyModule_AddFunctions(module, functions) != 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
 }
 
 int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags, int fd,

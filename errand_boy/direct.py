@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 PATIENCE = 5000
 LOOP_PATIENCE = 200
 
-if lib.eb_add_functions() != 0:
-    raise ImportError("errand_boy._native cannot be completed")
-
 spawn: Callable[..., Any] = _native.spawn
 await_spawn: Callable[[Any, object, int], Any] = _native.await_spawn
 leave_spawn: Callable[[object], None] = _native.leave_spawn

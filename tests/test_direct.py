@@ -510,6 +510,29 @@ def test_forks_in_another_thread() -> None:
     assert codes == [True, True]
 
 
+def test_subinterpreter() -> None:
+    name, kind = "_xxsubinterpreters", "isolated=False"
+    if sys.version_info >= (3, 13):
+        name, kind = "_interpreters", "'legacy'"
+    code = run_script(
+        f"""
+        import {name} as interpreters
+        inner = interpreters.create({kind})
+        first = subprocess.run(["sh", "-c", "exit 4"]).returncode
+        read, write = os.pipe()
+        text = (
+            f"import os, sys; sys.path[:] = {{sys.path}}; import errand_boy; "
+            f"done = errand_boy.run(['sh', '-c', 'exit 5']); "
+            f"os.write({{write}}, b'%d' % done.returncode)"
+        )
+        failed = interpreters.run_string(inner, text)
+        os.close(write)
+        report([first, os.read(read, 10).decode(), str(failed or "")])
+        """
+    )
+    assert code == [4, "5", ""]
+
+
 @pytest.mark.parametrize("end", ["sys.exit()", "os._exit(0)", "os.kill(os.getpid(), 9)"])
 def test_end_of_the_process_in_the_middle(end: str) -> None:
     for _ in range(5):
