@@ -415,6 +415,7 @@ def test_handler_that_raises_loses_no_child() -> None:
         real = subprocess.Popen.__init__
         interrupted = 0
         for turn in range(400):
+            process = None  # now: an interrupt of its end is lost, and so is the child then
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.00002 * (turn % 20 + 1))
                 process = subprocess.Popen(["true"])
