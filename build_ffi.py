@@ -52,7 +52,6 @@ int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int he
                     size_t options_size, int in, int out, int err, const int *others,
                     uint32_t other_count);
 #define EB_HAVE_RAW ...
-int eb_add_functions(void);
 bool eb_direct_works(void);
 int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
 """
@@ -73,6 +72,7 @@ ffibuilder = FFI()
 ffibuilder.cdef(constants() + FUNCTIONS)
 ffibuilder.set_source(
     "errand_boy._native",
+    "#define PyInit__native eb_init_by_cffi\n"  # csrc/module.c has the one that Python calls
     '#include "direct.h"\n#include "launch.h"\n#include "module.h"\n#include "rawsys.h"\n',
     sources=SOURCES,
     include_dirs=["csrc"],

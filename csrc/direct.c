@@ -56,7 +56,7 @@ static void free_direct(struct eb_direct *d)
 
 static bool is_pending(const struct eb_direct *d)
 {
-    return d->job != NULL && __atomic_load_n(&d->job->alive, __ATOMIC_ACQUIRE) != 0;
+    return d->job != NULL && __atomic_load_n(&d->job->alive, __ATOMIC_ACQUIRE) != 0 && d->maker == getpid();
 }
 
 static void linger(struct eb_direct *d)
@@ -186,7 +186,7 @@ static void prepare_job(struct eb_direct *d)
     job->shares_table = 1;
     job->reopened = choose_reopened(&d->q, d->flags, &job->highest);
     if (job->reopened != 0)
-        (void)snprintf(job->proc_fd, sizeof job->proc_fd, "/proc/%d/fd/", (int)getpid());
+        (void)snprintf(job->proc_fd, sizeof job->proc_fd, "/proc/%d/fd/", (int)d->maker);
 }
 
 static int make_process(struct eb_direct *d)
@@ -214,6 +214,7 @@ int eb_direct_begin(struct eb_direct *d, int flags, const uint8_t *options, size
                     const struct eb_wanted_fds *wanted)
 {
     char reason[EB_MAX_REASON];
+    d->maker = getpid();
     d->pid = 0;
     d->stage = EB_STAGE_EXEC; /* so that E2BIG names the program */
     d->error = eb_outgoing_build(&d->frame, eb_standard_fds(), flags | EB_WITHOUT_STATE, options, size, wanted);
@@ -239,6 +240,10 @@ void eb_direct_reap(struct eb_direct *d)
 static bool decide(struct eb_direct *d)
 {
     const struct eb_job *job = d->job;
+    if (d->maker != getpid()) { /* which is told of it, and whose child it is */
+        d->error = 0;
+        return true;
+    }
     d->error = job->error;
     d->stage = job->stage;
     if (job->cannot_reopen) {
@@ -248,7 +253,8 @@ static bool decide(struct eb_direct *d)
         prepare_job(d);
         return make_process(d) != 0;
     }
-    if (d->error != 0 && d->stage == EB_STAGE_START)
+    bool is_short = d->error == ENOMEM || d->error == EMFILE; /* for a table of descriptors */
+    if (d->error != 0 && d->stage == EB_STAGE_START && !is_short)
         d->error = ENOSYS;
     return true;
 }

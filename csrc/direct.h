@@ -14,6 +14,7 @@ struct eb_direct {
     int flags;
     struct eb_job *job;
     struct eb_direct *next;
+    pid_t maker; /* the process that began the start: one that was forked since has a copy, to which nothing happens */
     /* The start's outcome, once it is decided. */
     pid_t pid; /* of the process, to be waited for; 0: there is none */
     int error; /* 0: the program runs */

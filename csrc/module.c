@@ -28,6 +28,22 @@ static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
     return result;
 }
 
+static const char START[] = "errand_boy start", LEFT[] = "errand_boy start, left";
+
+/* A pending start that is dropped: by an exception of a signal handler, say, as soon as there is one.  Whoever gets
+ * that exception closes what the child is to take over. */
+static void drop(PyObject *start)
+{
+    struct eb_direct *d = PyCapsule_GetPointer(start, START);
+    if (d == NULL) {
+        PyErr_Clear(); /* it has been left */
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    eb_direct_give(d);
+    Py_END_ALLOW_THREADS
+}
+
 /* None for a program that runs, else (errno, stage). */
 static PyObject *outcome(const struct eb_direct *d)
 {
@@ -105,7 +121,7 @@ static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count
         reap_if_failed(d);
     else if (set_process(args[0], d, true) != 0)
         decided = false; /* an attribute that can't be set: the child goes on */
-    PyObject *result = PyErr_Occurred() ? NULL : decided ? outcome(d) : PyLong_FromVoidPtr(d);
+    PyObject *result = PyErr_Occurred() ? NULL : decided ? outcome(d) : PyCapsule_New(d, START, drop);
     if (decided || result == NULL)
         eb_direct_give(d);
     return result;
@@ -120,7 +136,9 @@ static PyObject *await_spawn(PyObject *module, PyObject *const *args, Py_ssize_t
         PyErr_SetString(PyExc_TypeError, "await_spawn takes 3 arguments");
         return NULL;
     }
-    struct eb_direct *d = PyLong_AsVoidPtr(args[1]);
+    struct eb_direct *d = PyCapsule_GetPointer(args[1], START);
+    if (d == NULL)
+        return NULL;
     long patience = PyLong_AsLong(args[2]);
     if (PyErr_Occurred())
         return NULL;
@@ -145,8 +163,8 @@ static PyObject *await_spawn(PyObject *module, PyObject *const *args, Py_ssize_t
 static PyObject *leave_spawn(PyObject *module, PyObject *start)
 {
     (void)module;
-    struct eb_direct *d = PyLong_AsVoidPtr(start);
-    if (PyErr_Occurred())
+    struct eb_direct *d = PyCapsule_GetPointer(start, START);
+    if (d == NULL || PyCapsule_SetName(start, LEFT) != 0)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     eb_direct_give(d);
@@ -161,16 +179,18 @@ static PyMethodDef functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-int eb_add_functions(void)
+PyMODINIT_FUNC eb_init_by_cffi(void);
+PyMODINIT_FUNC PyInit__native(void);
+
+/* In the interpreter that imports it, which may be one of several. */
+PyMODINIT_FUNC PyInit__native(void)
 {
-    PyGILState_STATE state = PyGILState_Ensure();
-    PyObject *module = PyImport_ImportModule("errand_boy._native");
-    int result = module == NULL ? -1 : PyModule_AddFunctions(module, functions);
-    Py_XDECREF(module);
-    if (result != 0)
-        PyErr_Clear();
-    PyGILState_Release(state);
-    return result;
+    PyObject *module = eb_init_by_cffi();
+    if (module != NULL && PyModule_AddFunctions(module, functions) != 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
 }
 
 int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags, int fd,

@@ -4,9 +4,6 @@
 
 #include "outgoing.h"
 
-/* Adds spawn, await_spawn and leave_spawn to errand_boy._native; 0, or -1. */
-int eb_add_functions(void);
-
 /*
  * Reads the calling thread's state; if the helper that `start` belongs to fits it, or without one, builds the request;
  * and if `fd` still is a connection to it, sends that.  One call, since each one lets go of the GIL and waits for it.

@@ -36,12 +36,15 @@ static EB_BARE long reopen(const struct eb_job *job, int fd, const struct stat *
     while (count > 0)
         path[length++] = digits[--count];
     path[length] = '\0';
+    /* Where /proc is that of another PID namespace, it may be somebody else's: to open a device does something, and
+     * to open a FIFO may take for ever. */
     struct stat info;
-    long copy = eb_raw(SYS_openat, AT_FDCWD, (long)path, flags | O_CLOEXEC, 0);
-    /* Where /proc is that of another PID namespace, it may be somebody else's. */
-    if (copy >= 0 && (look_at(copy, &info) < 0 || info.st_dev != wanted->st_dev || info.st_ino != wanted->st_ino))
+    long r = eb_raw(SYS_newfstatat, AT_FDCWD, (long)path, (long)&info, 0);
+    if (r < 0)
+        return r;
+    if (info.st_dev != wanted->st_dev || info.st_ino != wanted->st_ino)
         return -EBADF;
-    return copy;
+    return eb_raw(SYS_openat, AT_FDCWD, (long)path, flags | O_CLOEXEC, 0);
 }
 
 static EB_BARE bool is_reopened(const struct eb_job *job, uint32_t i)
@@ -62,7 +65,6 @@ static EB_BARE long own_table(struct eb_job *job)
     r = eb_raw(SYS_close_range, (long)job->highest + 1, ~0U, EB_CLOSE_RANGE_UNSHARE, 0);
     if (r < 0)
         return r;
-    __atomic_store_n(&job->shares_table, 0, __ATOMIC_RELEASE);
     for (uint32_t i = 0; i < 3; i++)
         if (is_reopened(job, i)) {
             int fd = q->sources[i];
@@ -75,6 +77,7 @@ static EB_BARE long own_table(struct eb_job *job)
             job->reopened_fd = fd;
             q->sources[i] = (int)r;
         }
+    __atomic_store_n(&job->shares_table, 0, __ATOMIC_RELEASE);
     return 0;
 }
 

@@ -20,7 +20,7 @@ struct eb_job {
     volatile int error;
     volatile enum eb_stage stage;
     volatile pid_t alive;      /* not 0 while it uses its maker's memory; cleared, and woken, by the kernel */
-    volatile int shares_table; /* and its table of descriptors */
+    volatile int shares_table; /* and its table of descriptors, or a name in it */
     volatile bool cannot_reopen;
     int reopened_fd;
     /* read by it */

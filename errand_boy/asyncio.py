@@ -151,7 +151,7 @@ class _Popen(popen.Popen[bytes]):
 
     _patience = direct.LOOP_PATIENCE
     _request: Request | None = None
-    _pending: int | None = None  # a start in this process, see direct.py
+    _pending: object = None  # a start in this process, see direct.py
     _child_fds: tuple[int, ...] = ()
     _watch: _Watch | None = None
     lost: OSError | None = None  # why nobody knows how the command ended
@@ -159,7 +159,7 @@ class _Popen(popen.Popen[bytes]):
     def _start(self, request: Request) -> None:
         self._request = request
 
-    def _await_start(self, start: int) -> None:
+    def _await_start(self, start: object) -> None:
         self._pending = start
 
     def _close_pipe_fds(self, *fds: int) -> None:
@@ -193,11 +193,12 @@ class _Popen(popen.Popen[bytes]):
             if fds:
                 super()._close_pipe_fds(*fds)
 
-    async def _started(self, loop: asyncio.AbstractEventLoop, start: int) -> Failed | None:
+    async def _started(self, loop: asyncio.AbstractEventLoop, start: object) -> Failed | None:
         """Await the outcome of a pending start in this process."""
+        outcome: tuple[int, int] | None
         pauses = direct.pauses()
         try:
-            while isinstance(outcome := direct.await_spawn(self, start, 0), int):
+            while (outcome := direct.await_spawn(self, start, 0)) is start:
                 await asyncio.sleep(next(pauses))
         except BaseException as error:
             burial = _Burial(loop, self)

@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+_LONGEST = 3600.0  # seconds, of one wait: poll(2) takes no more than 24 days, a lock not infinity
+
 
 def readable(fd: int, seconds: float) -> bool:
     """Wait until `fd` is readable; return whether it is."""
@@ -46,7 +48,10 @@ def wait(
         return False
     end = time.monotonic() + timeout
     while process.returncode is None:
-        if not process._waitpid_lock.acquire(timeout=max(0.0, end - time.monotonic())):
+        patience = max(0.0, min(end - time.monotonic(), _LONGEST))
+        if not process._waitpid_lock.acquire(timeout=patience):
+            if patience == _LONGEST:
+                continue
             raise subprocess.TimeoutExpired(process.args, timeout)
         try:
             if _reap(process):
@@ -61,7 +66,7 @@ def wait(
         finally:
             process._waitpid_lock.release()
         try:
-            readable(fd, rest)
+            readable(fd, min(_LONGEST, rest))
         finally:
             os.close(fd)
     return True

@@ -6,11 +6,12 @@ GIL. As soon as there is a process, the owner's `pid` and `_child_created` say s
 
 - None if the program runs;
 - ``(errno, stage)`` if it does not: nothing is left to be waited for;
-- an int, the start, if that is pending: the program is slow to execute.
+- the start, of a type of its own, if that is pending: the program is slow to execute, or a signal
+  has come.
 
 `await_spawn(owner, start, microseconds)` waits on, without the GIL, and returns the same. It may
 return early, where a signal has come. `leave_spawn(start)` must be called once for each that has
-been pending, whatever came of it.
+been pending, whatever came of it; one that is dropped is left.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from errand_boy._native import lib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any, TypeAlias
+    from typing import Any
 
 # How long (microseconds) a start keeps the GIL, and an event loop, at most. An exec takes 60, and a
 # busy thread keeps the GIL for 5,000, sys.getswitchinterval(). A wait for less than the time to the
@@ -29,15 +30,9 @@ if TYPE_CHECKING:
 PATIENCE = 5000
 LOOP_PATIENCE = 200
 
-if lib.eb_add_functions() != 0:
-    raise ImportError("errand_boy._native cannot be completed")
-
-if TYPE_CHECKING:
-    Outcome: TypeAlias = int | tuple[int, int] | None
-
-spawn: Callable[..., Outcome] = _native.spawn
-await_spawn: Callable[[Any, int, int], Outcome] = _native.await_spawn
-leave_spawn: Callable[[int], None] = _native.leave_spawn
+spawn: Callable[..., Any] = _native.spawn
+await_spawn: Callable[[Any, object, int], Any] = _native.await_spawn
+leave_spawn: Callable[[object], None] = _native.leave_spawn
 
 
 def pauses() -> Iterator[float]:

@@ -123,7 +123,7 @@ def _readable(fd: int, seconds: float) -> None:
 
 
 class _View(view.GreenView):
-    def _await_start(self, start: int) -> tuple[int, int] | None:
+    def _await_start(self, start: object) -> tuple[int, int] | None:
         if _in_hub():
             return view.View._await_start(self, start)
         return super()._await_start(start)

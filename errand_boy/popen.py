@@ -130,6 +130,8 @@ class Popen(_Base[AnyStr]):
         standard = (p2cread, c2pwrite, errwrite)
         if min(standard) < -1:  # STDOUT, where it says nothing
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if max(*standard, index(umask), index(process_group)) > 0x7FFFFFFF:
+            raise OverflowError("signed integer is greater than maximum")  # CPython's words
         others: list[int] = _kept(pass_fds) if pass_fds else []
 
         self._names = executable, cwd
@@ -165,14 +167,15 @@ class Popen(_Base[AnyStr]):
         outcome = direct.spawn(
             self, request.options, *request.standard, request.others, request.flags, self._patience
         )
-        if isinstance(outcome, int):
+        if not (outcome is None or isinstance(outcome, tuple)):
             outcome = self._await_start(outcome)
         return Failed(0, *outcome) if outcome else None
 
-    def _await_start(self, start: int) -> tuple[int, int] | None:
+    def _await_start(self, start: object) -> tuple[int, int] | None:
         """Await the outcome of a pending start."""
+        outcome: tuple[int, int] | None
         try:
-            while isinstance(outcome := direct.await_spawn(self, start, _LOOK), int):
+            while (outcome := direct.await_spawn(self, start, _LOOK)) is start:
                 pass
         finally:
             direct.leave_spawn(start)

@@ -74,10 +74,11 @@ class GreenView(View):
     def _spawn(self, function: Callable[..., None], *args: Any) -> None:
         raise NotImplementedError
 
-    def _await_start(self, start: int) -> tuple[int, int] | None:
+    def _await_start(self, start: object) -> tuple[int, int] | None:
+        outcome: tuple[int, int] | None
         pauses = direct.pauses()
         try:
-            while isinstance(outcome := direct.await_spawn(self, start, 0), int):
+            while (outcome := direct.await_spawn(self, start, 0)) is start:
                 self._pause(next(pauses))
         finally:
             direct.leave_spawn(start)

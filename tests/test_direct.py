@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -44,6 +45,37 @@ def refuse(number, error, flags=0):
     program = Program(len(code), ctypes.addressof(filters))
     assert libc.prctl(38, 1, 0, 0, 0) == 0
     assert libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+"""
+
+
+# Another: the process of a start is held as it is about to take a table of descriptors of its own.
+HOLDING = """
+import fcntl
+
+def hold(seconds):
+    '''Hold calls of close_range by this thread and its children for so long.'''
+    code = [0x20, 0x15 | 1 << 24 | CLOSE_RANGE << 32,
+            0x06 | 0x7FC00000 << 32, 0x06 | 0x7FFF0000 << 32]
+    filters = (ctypes.c_uint64 * len(code))(*code)
+    program = (ctypes.c_uint64 * 2)(len(code), ctypes.addressof(filters))
+    is_set = threading.Event()
+    def release():
+        is_set.wait()
+        while True:
+            notice = bytearray(80)
+            fcntl.ioctl(listener, 0xC0502100, notice)  # SECCOMP_IOCTL_NOTIF_RECV
+            time.sleep(seconds)
+            answer = notice[:8] + bytes(12) + (1).to_bytes(4, "little")  # to continue
+            try:
+                fcntl.ioctl(listener, 0xC0182101, answer)  # SECCOMP_IOCTL_NOTIF_SEND
+            except FileNotFoundError:  # it has been killed
+                pass
+    threading.Thread(target=release, daemon=True).start()
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    seccomp = 317 if os.uname().machine == "x86_64" else 277
+    listener = libc.syscall(seccomp, 1, 8, ctypes.byref(program))
+    assert listener >= 0
+    is_set.set()
 """
 
 
@@ -159,6 +191,22 @@ except FileNotFoundError as error:
     assert report_ == [0, -signal.SIGUSR1, "x", "/nowhere/nothing", None]
 
 
+@pytest.mark.parametrize("error", ["ENOMEM", "EMFILE"])
+def test_want_of_memory_is_no_filter(error: str) -> None:
+    seen = run_script(
+        f"""{REFUSING}
+import errno
+import errand_boy.direct
+refuse(CLOSE_RANGE, errno.{error})
+try:
+    subprocess.run(["true"])
+except OSError as error:
+    report([error.errno == errno.{error}, errand_boy.direct.works()])
+"""
+    )
+    assert seen == [True, True]
+
+
 def test_forced_way_that_is_not_to_be_had() -> None:
     text = run_script(
         f"""{REFUSING}
@@ -228,6 +276,48 @@ report([fd > 14000, fd in map(int, out), len(out), quiet.stderr == b"", text.sta
     assert seen == [True, True, 5, True, True]
 
 
+@pytest.mark.root
+@pytest.mark.skipif(
+    not os.path.exists("/proc/sys/kernel/ns_last_pid"), reason="the kernel lets nobody choose pids"
+)
+def test_proc_of_another_namespace_is_left_alone(tmp_path: Path) -> None:
+    seen = run_script(
+        """
+        fifo = sys.argv[2] + "/fifo"
+        os.mkfifo(fifo)
+        stranger = os.fork()
+        if stranger == 0:  # to open it for reading once more would take for ever
+            fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+            for number in range(128, 200):
+                os.dup2(fd, number)
+            time.sleep(30)
+            os._exit(0)
+        while os.dup(0) < 140:
+            pass
+        result = os.memfd_create("result")
+        assert libc.unshare(0x20000000) == 0  # CLONE_NEWPID
+        inner = os.fork()
+        if inner == 0:
+            with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+                file.write(str(stranger - 1))
+            twin = os.fork()
+            if twin == 0:
+                signal.alarm(10)
+                done = subprocess.run(["cat"], input=b"data", stdout=subprocess.PIPE)
+                os.write(result, b"%d %s" % (os.getpid() == stranger, done.stdout))
+                os._exit(0)
+            os.waitpid(twin, 0)
+            os._exit(0)
+        os.waitpid(inner, 0)
+        os.kill(stranger, signal.SIGKILL)
+        os.waitpid(stranger, 0)
+        report(os.pread(result, 100, 0).decode())
+        """,
+        args=[tmp_path],
+    )
+    assert seen == "1 data"
+
+
 def test_inheritable_descriptors_without_close_fds(subprocess: Any) -> None:
     read, write = os.pipe()
     try:
@@ -265,6 +355,14 @@ def test_threads_that_open_and_close_descriptors_all_the_while() -> None:
         over.set()
         for thread in threads:
             thread.join()
+
+
+@pytest.mark.parametrize("option", ["stdin", "stdout", "stderr", "umask", "process_group"])
+def test_numbers_that_c_cannot_hold(option: str, subprocess: Any) -> None:
+    if option == "process_group" and sys.version_info < (3, 11):
+        pytest.skip("it came with Python 3.11")
+    with pytest.raises(OverflowError, match="signed integer is greater than maximum"):
+        subprocess.Popen(["true"], **{option: 1 << 32})
 
 
 # -- threads, signals, forks --
@@ -317,6 +415,7 @@ def test_handler_that_raises_loses_no_child() -> None:
         real = subprocess.Popen.__init__
         interrupted = 0
         for turn in range(400):
+            process = None  # now: an interrupt of its end is lost, and so is the child then
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.00002 * (turn % 20 + 1))
                 process = subprocess.Popen(["true"])
@@ -341,6 +440,37 @@ def test_handler_that_raises_loses_no_child() -> None:
         """
     )
     assert left == [None, True]
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.5])
+def test_handler_that_raises_before_the_child_has_its_descriptors(
+    seconds: float, tmp_path: Path
+) -> None:
+    report_ = run_script(
+        f"""{REFUSING}{HOLDING}
+class Interrupt(Exception):
+    pass
+def handle(number, frame):
+    raise Interrupt
+signal.signal(signal.SIGALRM, handle)
+hold({seconds})
+signal.setitimer(signal.ITIMER_REAL, 0.003)
+interrupted = False
+try:
+    subprocess.Popen(["echo", "astray"], stdout=subprocess.PIPE)
+except Interrupt:
+    interrupted = True
+# These have the numbers of the pipe's ends now.
+files = [open(sys.argv[2] + "/" + str(n), "w+") for n in range(4)]
+try:
+    os.waitpid(-1, 0)
+except ChildProcessError:  # the object's end has waited for it
+    pass
+report([interrupted, [os.fstat(file.fileno()).st_size for file in files]])
+""",
+        args=[tmp_path],
+    )
+    assert report_ == [True, [0] * 4]
 
 
 def test_threads_that_start_and_end() -> None:
@@ -380,6 +510,29 @@ def test_forks_in_another_thread() -> None:
         """
     )
     assert codes == [True, True]
+
+
+def test_subinterpreter() -> None:
+    name, kind = "_xxsubinterpreters", "isolated=False"
+    if sys.version_info >= (3, 13):
+        name, kind = "_interpreters", "'legacy'"
+    code = run_script(
+        f"""
+        import {name} as interpreters
+        inner = interpreters.create({kind})
+        first = subprocess.run(["sh", "-c", "exit 4"]).returncode
+        read, write = os.pipe()
+        text = (
+            f"import os, sys; sys.path[:] = {{sys.path}}; import errand_boy; "
+            f"done = errand_boy.run(['sh', '-c', 'exit 5']); "
+            f"os.write({{write}}, b'%d' % done.returncode)"
+        )
+        failed = interpreters.run_string(inner, text)
+        os.close(write)
+        report([first, os.read(read, 10).decode(), str(failed or "")])
+        """
+    )
+    assert code == [4, "5", ""]
 
 
 @pytest.mark.parametrize("end", ["sys.exit()", "os._exit(0)", "os.kill(os.getpid(), 9)"])
@@ -456,6 +609,44 @@ def test_slow_exec_can_be_interrupted(slow: Path) -> None:
 
 
 @pytest.mark.root
+def test_slow_exec_does_not_hold_a_fork_of_its_caller(slow: Path) -> None:
+    forks: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: forks.append(os.fork()))
+    main = threading.main_thread().ident
+    assert main is not None
+    try:
+        with Guard(slow) as guard:
+
+            def interrupt() -> None:
+                guard.held()
+                signal.pthread_kill(main, signal.SIGUSR1)
+                end = time.monotonic() + 10
+                while time.monotonic() < end and not forks:
+                    time.sleep(0.01)
+                for _ in range(500):
+                    pid, status = os.waitpid(forks[0], os.WNOHANG)
+                    if pid:
+                        codes.append(status)
+                        break
+                    time.sleep(0.01)
+                else:
+                    os.kill(forks[0], signal.SIGKILL)
+                guard.release()
+
+            codes: list[int] = []
+            interrupter = threading.Thread(target=interrupt)
+            interrupter.start()
+            process = errand_boy.Popen([slow, "/dev/null"])
+            if forks == [0]:  # nobody will tell this process what becomes of the start
+                os._exit(errand_boy.run(["true"]).returncode)
+            assert process.wait() == 0
+            interrupter.join()
+            assert codes == [0]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.root
 def test_slow_exec_lets_other_threads_have_the_gil(slow: Path) -> None:
     with Guard(slow) as guard:
         thread = threading.Thread(target=errand_boy.run, args=[[slow, "/dev/null"]])
@@ -484,6 +675,12 @@ def test_wait_with_a_timeout_ends_with_the_command(subprocess: Any) -> None:
             late.append(time.monotonic() - float(process.stdout.read()))
     # Not a measurement: to be right is to be below the polling's 50 ms most of the time.
     assert sorted(late)[2] < 0.04
+
+
+@pytest.mark.parametrize("timeout", [3e6, 1e10, float("inf"), float("nan")])
+def test_wait_with_a_timeout_beyond_all_bounds(timeout: float, subprocess: Any) -> None:
+    with subprocess.Popen(["sleep", "0.1"]) as process:
+        assert process.wait(timeout=timeout) == 0
 
 
 def test_wait_in_many_threads_at_once() -> None:
