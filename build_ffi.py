@@ -17,6 +17,7 @@ SOURCES = [
         "outgoing",
         "launch",
         "direct",
+        "direct_child",
         "module",
         "spawn_job",
         "spawn_child",

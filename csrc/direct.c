@@ -1,7 +1,7 @@
 #include "direct.h"
 
+#include "direct_child.h"
 #include "rawsys.h"
-#include "spawn_job.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -178,7 +178,7 @@ static void prepare_job(struct eb_direct *d)
 {
     struct eb_job *job = d->job;
     memcpy(d->q.sources, d->frame.fds, d->frame.fd_count * sizeof *d->q.sources);
-    *job = (struct eb_job){.q = &d->q, .pipe = -1, .has_handlers = true};
+    *job = (struct eb_job){.q = &d->q, .pipe = -1, .has_handlers = true, .first = eb_direct_first};
     if (d->flags & EB_KEEP_FILES) {
         job->keeps_files = true;
         return;

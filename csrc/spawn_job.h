@@ -33,6 +33,7 @@ struct eb_job {
     char proc_fd[24];            /* the directory of its maker's */
     bool has_handlers;           /* its maker's signal handlers are still there */
     bool keeps_files;            /* closes nothing */
+    long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
     /* the maker's */
     struct eb_job *next;
 };
@@ -47,5 +48,13 @@ pid_t eb_job_clone(struct eb_job *job, unsigned flags);
 
 /* The new process. */
 int eb_child(void *job);
+
+/* The kernel's sigaction. */
+struct eb_action {
+    uint64_t handler, flags, restorer, mask;
+};
+
+/* In the new process: has a signal ignored, or gives it its default action.  Returns 0 or -errno. */
+long eb_set_action(int n, bool ignored);
 
 #endif

