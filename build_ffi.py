@@ -54,6 +54,7 @@ int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int he
                     uint32_t other_count);
 #define EB_HAVE_RAW ...
 bool eb_direct_works(void);
+int eb_await_readable(int fd);
 int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
 """
 

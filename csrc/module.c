@@ -13,6 +13,7 @@
 #include "direct.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 
 /* Makes the process known to `owner`, before any other code of the caller's runs; or no longer. */
@@ -215,4 +216,10 @@ int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int he
         return found;
     eb_outgoing_done(o);
     return found | EB_SENT;
+}
+
+int eb_await_readable(int fd)
+{
+    struct pollfd wanted = {.fd = fd, .events = POLLIN};
+    return poll(&wanted, 1, -1);
 }

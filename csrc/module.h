@@ -13,4 +13,8 @@ int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int he
                     uint64_t device, uint64_t inode, const uint8_t *options, size_t options_size, int in, int out,
                     int err, const int *others, uint32_t other_count);
 
+/* Waits until `fd` is readable, or for a signal: poll(2).  A blocking recv(2) on a Unix socket is woken too when the
+ * other side reads what has been sent to it. */
+int eb_await_readable(int fd);
+
 #endif

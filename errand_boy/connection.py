@@ -192,6 +192,7 @@ class Connection:
         """Send what has not been sent of a request, and return its outcome."""
         if not outgoing.is_sent:
             self.send(outgoing.frame, outgoing.fds)
+        lib.eb_await_readable(self.sock.fileno())
         return self.answer()
 
     def answer(self, timeout: float | None = None) -> Spawned | Failed:
