@@ -700,6 +700,25 @@ def test_wait_in_many_threads_at_once() -> None:
     assert codes == [-signal.SIGTERM] * len(waits)
 
 
+@pytest.mark.parametrize(
+    "lack",
+    [
+        "del os.waitid, os.pidfd_open",
+        "refuse(WAITID, errno.EPERM); refuse(PIDFD_OPEN, errno.EPERM)",
+    ],
+)
+def test_wait_without_what_it_is_made_of(lack: str) -> None:
+    codes = run_script(
+        f"""{REFUSING}
+import errno
+WAITID, PIDFD_OPEN = 247 if os.uname().machine == "x86_64" else 95, 434
+{lack}
+report([subprocess.Popen(["sh", "-c", "exit 3"]).wait(timeout=wait) for wait in [None, 20]])
+"""
+    )
+    assert codes == [3, 3]
+
+
 def test_wait_without_a_descriptor_to_spare() -> None:
     code = run_script(
         """
