@@ -152,9 +152,14 @@ class _Popen(popen.Popen[bytes]):
     _patience = direct.LOOP_PATIENCE
     _request: Request | None = None
     _pending: object = None  # a start in this process, see direct.py
+    _given: tuple[Any, ...] = ()  # to _execute_child
     _child_fds: tuple[int, ...] = ()
     _watch: _Watch | None = None
     lost: OSError | None = None  # why nobody knows how the command ended
+
+    def _execute_child(self, *given: Any) -> None:
+        self._given = given
+        super()._execute_child(*given)
 
     def _start(self, request: Request) -> None:
         self._request = request
@@ -172,6 +177,11 @@ class _Popen(popen.Popen[bytes]):
             reply: Spawned | Failed | None = None
             if self._pending is not None:
                 reply = await self._started(loop, self._pending)
+                if reply and popen.is_refused(reply):
+                    direct.give_up()
+                    self._way(False)  # raises where it is forced
+                    self._execute_original(self._given)
+                    reply = None
             elif self._request is not None:
                 reply = await self._asked(loop, self._request)
             if isinstance(reply, Failed):
@@ -189,6 +199,7 @@ class _Popen(popen.Popen[bytes]):
                 raise OSError(error.errno, error.strerror, self._names[0]) from None
             raise
         finally:
+            self._given = ()
             fds, self._child_fds = self._child_fds, ()
             if fds:
                 super()._close_pipe_fds(*fds)

@@ -43,7 +43,7 @@ def wait(
         return True
     if timeout is None:
         # Without the lock, which a signal to be sent may need. It is waited for after that.
-        with contextlib.suppress(ChildProcessError):
+        with contextlib.suppress(AttributeError, OSError):  # macOS's, a filter's
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return False
     end = time.monotonic() + timeout
@@ -61,7 +61,8 @@ def wait(
                 raise subprocess.TimeoutExpired(process.args, timeout)
             try:
                 fd = os.pidfd_open(process.pid)
-            except OSError:  # no descriptor is free, or a filter refuses it
+            except (AttributeError, OSError):
+                # No descriptor is free, a filter refuses it, or Python was built for older kernels.
                 return False
         finally:
             process._waitpid_lock.release()

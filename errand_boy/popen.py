@@ -145,7 +145,7 @@ class Popen(_Base[AnyStr]):
             if errread != -1:
                 flags |= lib.EB_OWN_STDERR
             failed = self._start_here(Request(b"".join(options), standard, others, flags))
-            if failed and failed.errno == errno.ENOSYS and failed.stage == lib.EB_STAGE_START:
+            if failed and is_refused(failed):
                 direct.give_up()
                 self._way(has_ids)  # raises where it is forced
                 self._execute_original(given)
@@ -495,6 +495,11 @@ def _inheritable() -> list[int]:
             if os.get_inheritable(int(name)):
                 fds.append(int(name))
     return fds
+
+
+def is_refused(failed: Failed) -> bool:
+    """Return whether the kernel or a filter lacks what the direct way needs."""
+    return failed.errno == errno.ENOSYS and failed.stage == lib.EB_STAGE_START
 
 
 def failure(failed: Failed, executable: Any, cwd: Any) -> OSError:

@@ -191,6 +191,34 @@ except FileNotFoundError as error:
     assert report_ == [0, -signal.SIGUSR1, "x", "/nowhere/nothing", None]
 
 
+@pytest.mark.parametrize("mode", [None, "direct"])
+def test_filter_that_an_event_loop_hears_of_late(mode: str | None) -> None:
+    seen = run_script(
+        f"""{REFUSING}
+import asyncio, errno
+import errand_boy.asyncio
+if {mode!r}:
+    os.environ["ERRAND_BOY_SPAWN"] = {mode!r}
+before = len(os.listdir("/proc/self/fd"))
+async def start():
+    try:
+        process = await errand_boy.asyncio.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+    except OSError as error:
+        return "no seccomp filter" in str(error)
+    out, _ = await process.communicate(b"x")
+    return [process.returncode, out.decode()]
+async def main():
+    first = await start()
+    refuse(CLOSE_RANGE, errno.ENOSYS)
+    errand_boy.asyncio._Popen._patience = 0  # pending, then
+    return [first, await start(), await start()]
+report([asyncio.run(main()), len(os.listdir("/proc/self/fd")) - before])
+"""
+    )
+    done = [0, "x"]
+    assert seen == [[done, True, True] if mode else [done] * 3, 0]
+
+
 @pytest.mark.parametrize("error", ["ENOMEM", "EMFILE"])
 def test_want_of_memory_is_no_filter(error: str) -> None:
     seen = run_script(
@@ -672,6 +700,25 @@ def test_wait_in_many_threads_at_once() -> None:
         for thread in threads:
             thread.join()
     assert codes == [-signal.SIGTERM] * len(waits)
+
+
+@pytest.mark.parametrize(
+    "lack",
+    [
+        "del os.waitid, os.pidfd_open",
+        "refuse(WAITID, errno.EPERM); refuse(PIDFD_OPEN, errno.EPERM)",
+    ],
+)
+def test_wait_without_what_it_is_made_of(lack: str) -> None:
+    codes = run_script(
+        f"""{REFUSING}
+import errno
+WAITID, PIDFD_OPEN = 247 if os.uname().machine == "x86_64" else 95, 434
+{lack}
+report([subprocess.Popen(["sh", "-c", "exit 3"]).wait(timeout=wait) for wait in [None, 20]])
+"""
+    )
+    assert codes == [3, 3]
 
 
 def test_wait_without_a_descriptor_to_spare() -> None:
