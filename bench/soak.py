@@ -89,8 +89,8 @@ def inventory(keeper: Keeper) -> dict[str, int]:
         found = {
             "helper pid": helper,
             "helper private KiB": memory_kib(helper, *PRIVATE),
-            # Of the program's file, too, is private what no other process maps: a second helper
-            # shares it. This part is each helper's own.
+            # Of a program's file, too, is private what no other process maps: a second helper
+            # shares it. This part is each process's own.
             "helper anonymous KiB": memory_kib(helper, "Anonymous:"),
             "helper descriptors": count_of(helper, "fd"),
             "helper threads": count_of(helper, "task"),
@@ -98,6 +98,7 @@ def inventory(keeper: Keeper) -> dict[str, int]:
     caller = os.getpid()
     return found | {
         "caller private KiB": memory_kib(caller, *PRIVATE),
+        "caller anonymous KiB": memory_kib(caller, "Anonymous:"),
         "caller descriptors": count_of(caller, "fd"),
         "caller threads": count_of(caller, "task"),
         "zombies": zombies(),
