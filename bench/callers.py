@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from bench.heavy import TRUE, Caller
 
 SOCKET = "ERRAND_BOY_BENCH_SOCKET"  # the daemon's; ERRAND_BOY_SOCKET would take the private helper
 PAUSE = 0.001  # seconds
+SHORTEST_SLEEP, LONGEST_SLEEP = 0.2, 0.3  # seconds
+TIMEOUT = 5.0
 
 
 class CallerError(Exception):
@@ -101,6 +103,17 @@ def stalls(case: Callable[[Any], None], library: Any, count: int) -> list[int]:
     return found
 
 
+def late(timeout: float | None, library: Any, count: int) -> list[int]:
+    """Return by how much (ns) a sleep took longer than it slept; the start is part of that."""
+    taken = []
+    for number in range(count):
+        seconds = SHORTEST_SLEEP + (LONGEST_SLEEP - SHORTEST_SLEEP) * number / count
+        start = time.perf_counter_ns()
+        library.Popen(["sleep", f"{seconds:.4f}"]).wait(timeout)
+        taken.append(time.perf_counter_ns() - start - round(seconds * 1e9))
+    return taken
+
+
 def peak_kib(case: str, library: Any) -> int:
     """Return the peak resident set that a command is reported with."""
     if case == "popen":
@@ -141,6 +154,11 @@ class Service:
             return [peak_kib(case, library) for _ in range(count)]
         if kind == "stall":
             return stalls(CASES[case], library, count)
+        if kind == "parts":
+            found = heavy.parts(library, heavy.CONSTRUCTORS[case], count)
+            return [figure for part in found for figure in part]
+        if kind == "late":
+            return late(TIMEOUT if case == "timeout" else None, library, count)
         if kind == "loop":
             if case not in self._loops:
                 self._loops[case] = importlib.import_module(case).new_event_loop()
@@ -174,10 +192,15 @@ def serve(resident: float, descriptors: int, busy: bool) -> None:
     heavy.serve(resident, descriptors, answer)
 
 
-def start(resident: float = 0, descriptors: int = 0, busy: bool = False) -> Caller:
+def start(
+    resident: float = 0,
+    descriptors: int = 0,
+    busy: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> Caller:
     command = [sys.executable, "-W", "ignore", "-m", "bench.callers"]
     command += [f"--resident={resident}", f"--descriptors={descriptors}"]
-    return Caller(command + ["--busy"] * busy)
+    return Caller(command + ["--busy"] * busy, variables)
 
 
 def ask(caller: Caller, case: str, library: str, count: int) -> list[int]:

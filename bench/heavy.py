@@ -84,6 +84,22 @@ CASES: dict[str, Callable[[Any], None]] = {
 }
 
 
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+CONSTRUCTORS: dict[str, dict[str, int]] = {"constructor": {}, "constructor_piped": PIPES}
+
+
+def parts(library: Any, options: Mapping[str, int], count: int) -> list[tuple[int, int]]:
+    """Return for each start how long (ns) the constructor took, and all until it was reaped."""
+    taken = []
+    for _ in range(count):
+        start = time.perf_counter_ns()
+        process = library.Popen(TRUE, **options)
+        made = time.perf_counter_ns()
+        process.communicate()
+        taken.append((made - start, time.perf_counter_ns() - start))
+    return taken
+
+
 def popen_in_threads(library: Any, count: int) -> None:
     def some(number: int) -> None:
         for _ in range(count // THREADS + (number < count % THREADS)):
@@ -126,6 +142,8 @@ def answer(case: str, library_name: str, count: int) -> list[int]:
     if case == "popen_in_threads":
         popen_in_threads(library, count)
         return []
+    if case in CONSTRUCTORS:
+        return [made for made, _ in parts(library, CONSTRUCTORS[case], count)]
     return nanoseconds(CASES[case], library, count)
 
 

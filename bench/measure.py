@@ -69,6 +69,10 @@ class Way:
     def ask(self, caller: Caller, count: int) -> list[int]:
         return ask(caller, self.case, self.library, count)
 
+    def needs(self) -> str:
+        """Return the library without which it is left out."""
+        return self.group if self.group in LIBRARIES else self.library.partition(".")[0]
+
     @property
     def is_ours(self) -> bool:
         return self.library.startswith("errand_boy")
@@ -78,6 +82,7 @@ SMALL = Weight()
 SUBPROCESS = Way("subprocess", "popen", "subprocess")
 PREEXEC = Way("subprocess, preexec_fn", "preexec_setsid", "subprocess")
 OURS = Way("errand_boy", "popen", "errand_boy")
+HELPER = Way("errand_boy, helper", "popen", "errand_boy", "helper")
 DAEMON = Way("errand_boy, daemon", "daemon", "errand_boy")
 FORK = Way("os.fork, exec", "fork_exec", "os")
 POSIX_SPAWN = Way("os.posix_spawn", "posix_spawn", "os")
@@ -98,6 +103,7 @@ WAYS = (
     Way("pexpect", "pexpect", "pexpect"),
     OURS,
     OUR_USER,
+    HELPER,
     DAEMON,
     MAP,
     Way("asyncio", "loop:asyncio", "asyncio", "asyncio"),
@@ -111,8 +117,12 @@ WAYS = (
 )
 C_LOOP = Way("C: vfork, exec, wait", "loop", "c")
 
-# Those that are charged with the caller's peak, and those that are not: ours first.
-MEMORY_WAYS = (OURS, DAEMON, MAP, SUBPROCESS, POSIX_SPAWN, PREEXEC, FORK, GEVENT)
+MEMORY_WAYS = (OURS, DAEMON, MAP, SUBPROCESS, POSIX_SPAWN, PREEXEC, FORK, GEVENT, HELPER)
+PART_WAYS = (SUBPROCESS, OURS, HELPER)
+LATE_WAYS = (SUBPROCESS, OURS)
+# By the caller's case, what is written after "Popen".
+PARTS = {"constructor": "(…)", "constructor_piped": "(…, stdout=PIPE, stderr=PIPE)"}
+WAITS = {"forever": "wait()", "timeout": f"wait(timeout={callers.TIMEOUT:g})"}
 STALL_WAYS = (Way("nothing: sleeps of 1 ms", "nothing", "time"), SUBPROCESS, PREEXEC, OURS)
 
 
@@ -127,6 +137,10 @@ class Plan:
     seconds: float = 2.5  # for a group of ways, from one kind of caller
     rounds_most: int = 40
     rounds_least: int = 8
+    part_seconds: float = 4.0  # for one kind of caller
+    parts_most: int = 250  # turns
+    parts_least: int = 10
+    late_sleeps: int = 12
     memory_seconds: float = 0.05  # for each look
     memory_looks: int = 5  # the median counts: other processes' memory comes and goes
     stall_seconds: float = 3.0
@@ -134,7 +148,8 @@ class Plan:
     commands: int = 3_000
     throughput_rounds: int = 3
     workers: Sequence[tuple[str, Sequence[int]]] = (
-        ("ThreadPoolExecutor, subprocess.run", (2, 4, 8)),
+        (throughput.THREADS, (2, 4, 8)),
+        (throughput.OUR_THREADS, (2, 4, 8)),
         ("asyncio", (2, 4, 8)),
         ("xargs -P", (2, 4, 8)),
         ("GNU parallel", (2, 4)),
@@ -159,6 +174,9 @@ QUICK = Plan(
     residents=(0.25, 1),
     seconds=0.3,
     rounds_least=3,
+    part_seconds=0.5,
+    parts_least=3,
+    late_sleeps=4,
     memory_seconds=0.03,
     memory_looks=3,
     stall_seconds=0.5,
@@ -175,6 +193,22 @@ QUICK = Plan(
 class Series:
     times: list[float] = field(default_factory=list)  # ms, or commands per second
     ratios: list[float] = field(default_factory=list)  # to the reference of the same round
+
+
+@dataclass
+class Part:
+    """The times (ms) of all starts, and for each turn the median over the reference's."""
+
+    times: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Parts:
+    """A start's constructor, and the whole of it, until it is reaped."""
+
+    constructor: Part = field(default_factory=Part)
+    whole: Part = field(default_factory=Part)
 
 
 @dataclass
@@ -199,6 +233,8 @@ class Findings:
     status: dict[Weight, list[int]] = field(default_factory=dict)
     cost: dict[Weight, dict[Way, Series]] = field(default_factory=dict)
     c_loop: Series = field(default_factory=Series)
+    parts: dict[Weight, dict[tuple[str, Way], Parts]] = field(default_factory=dict)
+    late: dict[tuple[Way, str], list[float]] = field(default_factory=dict)  # ms
     memory: dict[Weight, dict[Way, Memory]] = field(default_factory=dict)
     stalls: dict[Weight, dict[Way, list[float]]] = field(default_factory=dict)
     throughput: dict[tuple[str, int], Series] = field(default_factory=dict)
@@ -210,8 +246,9 @@ class Findings:
 
 
 @contextmanager
-def caller_of(weight: Weight) -> Iterator[Caller]:
-    caller = callers.start(weight.resident, weight.descriptors, weight.busy)
+def caller_of(weight: Weight, group: str = "") -> Iterator[Caller]:
+    variables = {"ERRAND_BOY_SPAWN": "helper"} if group == HELPER.group else {}
+    caller = callers.start(weight.resident, weight.descriptors, weight.busy, variables)
     try:
         yield caller
     finally:
@@ -228,7 +265,7 @@ def progress(what: str) -> None:
 def present(ways: Sequence[Way], findings: Findings) -> list[Way]:
     there = []
     for way in ways:
-        library = way.group or way.library.partition(".")[0]
+        library = way.needs()
         if importlib.util.find_spec(library) is None:
             findings.notes.append(f"{way.name}: {library} is not installed")
         elif way.case == "user" and os.geteuid() != 0:
@@ -294,11 +331,58 @@ def measure_cost(weight: Weight, findings: Findings, c_loop: Caller) -> None:
                 findings.c_loop = series.pop(C_LOOP, findings.c_loop)
                 found.update(series)
             else:
-                with caller_of(weight) as own:
+                with caller_of(weight, group) as own:
                     series = in_turns([(own, way) for way in members], reference, findings)
                 found.update((way, series[way]) for way in members if way in series)
         findings.status[weight] = ask(plain, "status", "os", 1)
     findings.cost[weight] = {way: found[way] for way in ways if way in found}
+
+
+# -- the constructor --
+
+
+def measure_parts(weight: Weight, findings: Findings) -> None:
+    """Measure plain starts and those with pipes, in turns, each beside the reference."""
+    plan = findings.plan
+    there = {(case, way): Parts() for case in PARTS for way in PART_WAYS}
+    with caller_of(weight) as plain, caller_of(weight, HELPER.group) as helped:
+
+        def turn(count: int) -> dict[tuple[str, Way], list[int]]:
+            return {
+                (case, way): ask(
+                    helped if way == HELPER else plain, f"parts:{case}", way.library, count
+                )
+                for case, way in there
+            }
+
+        turn(1)  # it starts the helper
+        each = {key: statistics.median(figures[1::2]) for key, figures in turn(3).items()}
+        sizes = batch_size(max(each.values()))
+        total = sizes * sum(each.values()) / 1e9
+        turns = min(plan.parts_most, max(plan.parts_least, int(plan.part_seconds / total)))
+        for _ in range(turns):
+            figures = turn(sizes)
+            for (case, way), parts in there.items():
+                own, reference = figures[case, way], figures[case, SUBPROCESS]
+                for index, part in enumerate((parts.constructor, parts.whole)):
+                    taken = own[index::2]
+                    part.times += [nanoseconds / 1e6 for nanoseconds in taken]
+                    part.ratios.append(
+                        statistics.median(taken) / statistics.median(reference[index::2])
+                    )
+    findings.parts[weight] = there
+
+
+# -- how late a wait is --
+
+
+def measure_late(findings: Findings) -> None:
+    with caller_of(SMALL) as caller:
+        for way in LATE_WAYS:
+            way.ask(caller, 1)
+            for case in WAITS:
+                taken = ask(caller, f"late:{case}", way.library, findings.plan.late_sleeps)
+                findings.late[way, case] = [nanoseconds / 1e6 for nanoseconds in taken]
 
 
 # -- memory --
@@ -335,10 +419,16 @@ def most_during(act: Callable[[], object]) -> tuple[int, int]:
 
 
 def measure_memory(weight: Weight, findings: Findings) -> None:
-    there = {}
-    with caller_of(weight) as caller:
+    findings.memory[weight] = {}
+    for group in dict.fromkeys(way.group for way in MEMORY_WAYS):
+        measure_memory_of(group, weight, findings)
+
+
+def measure_memory_of(group: str, weight: Weight, findings: Findings) -> None:
+    there = findings.memory[weight]
+    with caller_of(weight, group) as caller:
         for way in MEMORY_WAYS:
-            if way not in findings.cost[weight]:
+            if way.group != group or way not in findings.cost[weight]:
                 continue
             typical = statistics.median(findings.cost[weight][way].times) / 1e3
             # A slow start is one that copies page tables: two in a row would add up.
@@ -356,7 +446,6 @@ def measure_memory(weight: Weight, findings: Findings) -> None:
                 continue
             tables, committed = (int(statistics.median(kib)) for kib in zip(*each, strict=True))
             there[way] = Memory(tables, committed, peak)
-    findings.memory[weight] = there
 
 
 # -- the other threads --
@@ -428,6 +517,7 @@ def measure_calls(findings: Findings) -> None:
 
 
 def measure_sizes(findings: Findings, daemon: Daemon) -> None:
+    errand_boy.start()
     errand_boy.run(["/bin/true"], capture_output=True)
     helper = errand_boy.helper_pid()
     assert helper is not None
@@ -488,6 +578,12 @@ def measure(plan: Plan, quick: bool = False) -> Findings:
                 progress(f"start to reaped: {weight}")
                 measure_cost(weight, findings, c_loop)
             by_size = [w for w in weights if not w.descriptors and not w.busy]
+            others = [weight for weight in weights if weight not in by_size]
+            for weight in dict.fromkeys((by_size[0], by_size[-1], *others)):
+                progress(f"constructor: {weight}")
+                measure_parts(weight, findings)
+            progress("waits with a time-out")
+            measure_late(findings)
             for weight in by_size:
                 progress(f"memory: {weight}")
                 measure_memory(weight, findings)

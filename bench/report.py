@@ -2,7 +2,8 @@
 
     python -m bench.report [--quick] [--output DIRECTORY]
 
-Six minutes at most, one with --quick. Needs the package's extra "bench", Linux and a C compiler.
+Eight minutes at most, one and a half with --quick. Needs the package's extra "bench", Linux and a C
+compiler.
 """
 
 from __future__ import annotations
@@ -13,25 +14,31 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import plots, syscalls
+from bench import plots, syscalls, throughput
 from bench.measure import (
     C_LOOP,
     DAEMON,
     FORK,
     FULL,
     GEVENT,
+    HELPER,
+    LATE_WAYS,
     MAP,
     OUR_GEVENT,
     OUR_USER,
     OUR_UVLOOP,
     OURS,
+    PART_WAYS,
+    PARTS,
     PREEXEC,
     QUICK,
     SMALL,
     SUBPROCESS,
     USER,
     UVLOOP,
+    WAITS,
     Findings,
+    Part,
     Series,
     Way,
     Weight,
@@ -40,8 +47,7 @@ from bench.measure import (
 )
 from bench.ratios import quartiles
 
-PLOTTED = (FORK, PREEXEC, GEVENT, SUBPROCESS, OURS, DAEMON, MAP)
-AS_GOOD = 1.05  # a ratio up to which two are called equal
+PLOTTED = (FORK, PREEXEC, GEVENT, SUBPROCESS, OURS, HELPER, DAEMON, MAP)
 
 PAIRS = (
     (FORK, OURS),
@@ -68,8 +74,24 @@ Milliseconds from the start of `/bin/true` until it is reaped. The caller holds 
 pages of the ordinary size, as the heap of a Python program has them) or so many open descriptors,
 or another thread of its is busy in Python. After the dot: the ratio to `subprocess.Popen(…).wait()`
 from a caller of the same kind in the same turn. `preexec_fn` is `os.setsid`, `user=` is nobody;
-pexpect gives the command a terminal, without its sleep at the end. eventlet looks for the end of a
-command each 10 ms only, whoever starts it.
+pexpect gives the command a terminal, without its sleep at the end. eventlet itself looks for the
+end of a command each 10 ms only. "helper" is `errand_boy` after `errand_boy.start()`, or with
+`ERRAND_BOY_SPAWN=helper` in the environment; `user=` uses a helper too.
+"""
+
+CONSTRUCTOR = """\
+## The constructor
+
+Milliseconds that `Popen(…)` takes, and all until `communicate()` has reaped the command; the median
+and the ninth decile of all starts. After the dot: the ratio to `subprocess` in the same turns. The
+C loop above has no constructor: `vfork` returns when the program runs.
+"""
+
+LATE = """\
+## Waiting with a time-out
+
+By how much `sleep 0.2` to `sleep 0.3` took longer than they slept, in milliseconds, from a small
+caller. The start, of about a millisecond, is part of it; what is more is a wait that ends late.
 """
 
 MEMORY = """\
@@ -78,7 +100,9 @@ MEMORY = """\
 In MiB: by how much the page tables and the committed memory of the whole machine (`PageTables` and
 `Committed_AS` in `/proc/meminfo`, read as fast as possible) grew at most, and the peak resident set
 with which the command is reported (`ru_maxrss`). What `/bin/true` itself needs is part of it.
-Where overcommit is strict, or a limit is near, what cannot be committed is a fork that fails.
+Where overcommit is strict, or a limit is near, what cannot be committed is a fork that fails. The
+kernel counts the peak of a process that shares or copies its maker's memory as the command's; only
+a command of a helper or a daemon has one of its own.
 """
 
 STALLS = """\
@@ -93,23 +117,24 @@ THROUGHPUT = """\
 ## Many commands
 
 `/bin/true` with its output captured, commands per second, and the ratio to as many C loops of
-vfork, exec and wait as there are CPUs, which capture nothing. `xargs`, GNU parallel and
-`errand-boy map` include the start of their own program.
+vfork, exec and wait as there are CPUs, which capture nothing. The last column is the ratio to
+`subprocess.run` in as many threads. `xargs`, GNU parallel and `errand-boy map` include the start of
+their own program.
 """
 
 BULK = """\
 ## Bulk output
 
-`cat` of a file in memory, MiB per second: through a pipe of `Popen`, which is the command's own
-whoever starts it, and through frames (`errand_boy.map` with `max_output`: all is read, little is
+`cat` of a file in memory, MiB per second: through a pipe of `Popen`, from which the caller reads
+itself, and through frames (`errand_boy.map` with `max_output`: all is read, little is
 kept); with the ratio to `subprocess`.
 """
 
 CALLS = """\
 ## System calls per start
 
-What the helper, and the new process up to its exec, ask of the kernel for each `/bin/true`, counted
-by strace: the difference of two runs, so without the helper's own start and end.
+What the caller or the helper, and the new process up to its exec, ask of the kernel for each
+`/bin/true`, counted by strace: the difference of two runs, so without their own start and end.
 """
 
 SIZES = """\
@@ -123,8 +148,8 @@ for the processes that share it.
 SOAKS = """\
 ## Long runs
 
-`python -m bench.soak --record bench/soak.txt`, with and without `--map`: a third of the commands
-are plain, a third have their input and output captured, and a third do not exist.
+`python -m bench.soak --record bench/soak.txt`, also with `--helper` and `--map`: a third of the
+commands are plain, a third have their input and output captured, and a third do not exist.
 """
 
 
@@ -138,6 +163,11 @@ def number(value: float) -> str:
 def spread(values: list[float]) -> str:
     first, median, third = quartiles(values)
     return f"{number(median)} ({number(first)}-{number(third)})"
+
+
+def quantile(values: list[float], part: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * part))]
 
 
 def ratio(series: Series) -> float:
@@ -172,26 +202,20 @@ def facts(findings: Findings) -> str:
 
 
 def verdict(findings: Findings) -> str:
-    """Say where subprocess is as good, and where not, by this run's ratios."""
-    as_good: list[str] = []
-    better: list[str] = []
+    """Say where it is faster than subprocess, and where not, by this run's quartiles."""
+    callers: dict[str, list[str]] = {"faster": [], "equal": [], "slower": []}
     for weight, found in findings.cost.items():
         if OURS in found:
-            words = f"{weight} ({ratio(found[OURS]):.2f})"
-            faster = quartiles(found[OURS].ratios)[2] < 1 and ratio(found[OURS]) < 1 / AS_GOOD
-            (better if faster else as_good).append(words)
+            first, median, third = quartiles(found[OURS].ratios)
+            word = "faster" if third < 1 else "slower" if first > 1 else "equal"
+            callers[word].append(f"{weight} ({median:.2f})")
     text = (
-        "## Who needs it\n\nWithout `preexec_fn`, `user=`, `group=` and `extra_groups=`, on Linux "
-        "with CPython 3.10 or later, and without gevent or uvloop,\n"
+        "## Who gains\n\n`errand_boy.Popen(…).wait()` against `subprocess.Popen(…).wait()`, by "
+        "the caller; behind each the median of the\nratios. Equal means that 1 lies between the "
+        "quartiles.\n\n"
     )
-    if as_good:
-        text += (
-            "**plain `subprocess` is as good or better, and you don't need errand-boy,** from "
-            "these callers (behind each\nthe time through errand-boy over that of `subprocess`): "
-            f"{', '.join(as_good)}.\n"
-        )
-    if better:
-        text += f"errand-boy is faster from these: {', '.join(better)}.\n"
+    words = [(word, ", ".join(names)) for word, names in callers.items() if names]
+    text += table(("errand_boy is", "callers"), words, words=2)
     text += (
         "\nThe other ways over errand-boy's, and errand-boy over itself from a small caller:\n\n"
     )
@@ -239,6 +263,35 @@ def cost(findings: Findings) -> str:
     return text
 
 
+def part_cell(part: Part) -> str:
+    median, ninth = statistics.median(part.times), quantile(part.times, 0.9)
+    return f"{number(median)}, {number(ninth)} · {number(statistics.median(part.ratios))}"
+
+
+def constructor(findings: Findings) -> str:
+    rows: list[tuple[str, ...]] = []
+    for weight, there in findings.parts.items():
+        caller = str(weight)
+        for case, written in PARTS.items():
+            found = [there[case, way] for way in PART_WAYS]
+            cells = [part_cell(parts.constructor) for parts in found]
+            rows.append((caller, f"`Popen{written}`", *cells))
+            rows.append(("", "until reaped", *(part_cell(parts.whole) for parts in found)))
+            caller = ""
+    head = ("caller", "", *(way.name for way in PART_WAYS))
+    return f"{CONSTRUCTOR}\n{table(head, rows, words=2)}"
+
+
+def late(findings: Findings) -> str:
+    rows = []
+    for case, written in WAITS.items():
+        for way in LATE_WAYS:
+            taken = findings.late[way, case]
+            figures = (number(statistics.median(taken)), number(max(taken)))
+            rows.append((f"{way.name}, `{written}`", *figures, str(len(taken))))
+    return f"{LATE}\n{table(('', 'median', 'longest', 'commands'), rows)}"
+
+
 def memory(findings: Findings) -> str:
     rows = []
     for weight, there in findings.memory.items():
@@ -255,21 +308,22 @@ def stalls(findings: Findings) -> str:
     rows = []
     for weight, there in findings.stalls.items():
         for way, taken in there.items():
-            ordered = sorted(taken)
-            most = ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
-            figures = (spread(taken), number(most), number(ordered[-1]), str(len(taken)))
+            most = quantile(taken, 0.99)
+            figures = (spread(taken), number(most), number(max(taken)), str(len(taken)))
             rows.append((f"{way.name}, {weight}", *figures))
     return STALLS + "\n" + table(("", "median", "p99", "longest", "starts"), rows)
 
 
 def many(findings: Findings) -> str:
-    rows = [
-        (way, str(workers), spread(series.times), number(ratio(series)))
-        for (way, workers), series in findings.throughput.items()
-    ]
-    rows.append(("C loops", "one a CPU", spread(findings.c_loops.times), "1"))
+    rows = []
+    for (way, workers), series in findings.throughput.items():
+        standard = findings.throughput.get((throughput.THREADS, workers))
+        over_standard = number(over(series, standard)) if standard else ""
+        rows.append((way, str(workers), spread(series.times), number(ratio(series)), over_standard))
+    rows.append(("C loops", "one a CPU", spread(findings.c_loops.times), "1", ""))
     text = f"{THROUGHPUT}\n![Throughput](throughput.svg)\n\n"
-    return text + table(("way", "workers", "commands a second", "of the limit"), rows)
+    head = ("way", "workers", "commands a second", "of the limit", "of threads")
+    return text + table(head, rows)
 
 
 def bulk(findings: Findings) -> str:
@@ -296,8 +350,10 @@ def calls(findings: Findings) -> str:
     text = CALLS
     for way, counted in findings.calls.items():
         rows = []
-        for who in syscalls.HELPER, syscalls.CHILD:
+        for who in syscalls.CALLER, syscalls.HELPER, syscalls.CHILD:
             own = {name: count for (by, name), count in counted.items() if by == who}
+            if not own:
+                continue
             rows.append((f"**{who}**", "", f"**{sum(own.values()):.3g}**"))
             for name in sorted(own, key=own.__getitem__, reverse=True):
                 why = syscalls.REASONS.get((who, name), syscalls.UNEXPLAINED)
@@ -311,7 +367,7 @@ def sizes(findings: Findings) -> str:
     return SIZES + "\n" + table(("", "KiB"), rows)
 
 
-SECTIONS = (facts, verdict, cost, memory, stalls, many, bulk, calls, sizes)
+SECTIONS = (facts, verdict, cost, constructor, late, memory, stalls, many, bulk, calls, sizes)
 
 
 # -- the files --
@@ -370,7 +426,7 @@ def write(findings: Findings, directory: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a minute; rough figures")
+    parser.add_argument("--quick", action="store_true", help="a minute or two; rough figures")
     docs = Path(__file__).parent.parent / "docs"
     parser.add_argument("--output", type=Path, default=docs, metavar="DIRECTORY")
     options = parser.parse_args(arguments)

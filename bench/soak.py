@@ -1,10 +1,10 @@
 """Starts many commands, then says what they left behind. Exit status 1 if that is anything.
 
-    python -m bench.soak [--map] [--record FILE] [N]
+    python -m bench.soak [--helper | --map] [--record FILE] [N]
 
 The commands are a plain one, one with its input and output captured, and one that does not exist.
-With --map they go through errand_boy.map. --record adds what was seen to a file, as
-bench/soak.txt, which the page of the benchmarks shows.
+With --helper a helper starts them, with --map they go through errand_boy.map. --record adds what
+was seen to a file, as bench/soak.txt, which the page of the benchmarks shows.
 """
 
 from __future__ import annotations
@@ -82,19 +82,23 @@ def zombies() -> int:
 
 
 def inventory(keeper: Keeper) -> dict[str, int]:
-    assert keeper.current is not None
     time.sleep(REST)
-    helper = keeper.current.pid
+    found = {}
+    if keeper.current is not None:
+        helper = keeper.current.pid
+        found = {
+            "helper pid": helper,
+            "helper private KiB": memory_kib(helper, *PRIVATE),
+            # Of a program's file, too, is private what no other process maps: a second helper
+            # shares it. This part is each process's own.
+            "helper anonymous KiB": memory_kib(helper, "Anonymous:"),
+            "helper descriptors": count_of(helper, "fd"),
+            "helper threads": count_of(helper, "task"),
+        }
     caller = os.getpid()
-    return {
-        "helper pid": helper,
-        "helper private KiB": memory_kib(helper, *PRIVATE),
-        # Of the program's file, too, is private what no other process maps: a second helper shares
-        # it. This part is each helper's own.
-        "helper anonymous KiB": memory_kib(helper, "Anonymous:"),
-        "helper descriptors": count_of(helper, "fd"),
-        "helper threads": count_of(helper, "task"),
+    return found | {
         "caller private KiB": memory_kib(caller, *PRIVATE),
+        "caller anonymous KiB": memory_kib(caller, "Anonymous:"),
         "caller descriptors": count_of(caller, "fd"),
         "caller threads": count_of(caller, "task"),
         "zombies": zombies(),
@@ -104,12 +108,16 @@ def inventory(keeper: Keeper) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("count", type=int, nargs="?", default=100_000, metavar="N")
-    parser.add_argument("--map", action="store_true")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--helper", action="store_true")
+    way.add_argument("--map", action="store_true")
     parser.add_argument("--record", type=Path, metavar="FILE")
     options = parser.parse_args()
     count: int = options.count
     run, keeper = (spawn_by_map, owner) if options.map else (spawn, callers)
 
+    if options.helper:
+        errand_boy.start()
     run(WARM_UP)
     before = inventory(keeper)
     start = time.monotonic()
@@ -122,6 +130,7 @@ def main() -> int:
     after = inventory(keeper)
 
     through = "errand_boy.map" if options.map else "Popen and run"
+    through += " by a helper" * options.helper
     lines = [
         f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}: {count:,} commands "
         f"through {through} in {seconds:.0f} s",

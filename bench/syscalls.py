@@ -1,8 +1,8 @@
-"""The system calls of the helper and of a new process, per start, as strace counts them.
+"""The system calls of a start's caller or helper, and of the new process, as strace counts them.
 
     python -m bench.syscalls WAY COUNT
 
-is the program that is traced: it starts commands, and prints the helpers' pids.
+is the program that is traced: it starts commands, and prints its own pid and those of its helpers.
 """
 
 from __future__ import annotations
@@ -22,17 +22,29 @@ from bench.bulk import helpers
 from bench.heavy import TRUE, package_parent
 
 WAYS = {
-    "Popen": "`Popen(…).wait()`, private helper",
+    "direct": "`Popen(…).wait()`",
+    "helper": "`Popen(…).wait()`, after `errand_boy.start()`",
     "map": "`map`, one worker, output captured",
 }
 FEW = 5
 MOST_LINES = 20  # that a library's start-up may have; a process that starts commands has more
 
+CALLER = "caller"
 HELPER = "helper"
 CHILD = "new process, up to the exec"
 
 # Why each is there. What is not named here shows up as "unexplained".
 REASONS = {
+    (CALLER, "clone3"): "the new process, in the caller's memory and with its table of descriptors",
+    (CALLER, "rt_sigprocmask"): "no signal may be handled in the new process: all are blocked for "
+    "a moment",
+    (CALLER, "futex"): "sleep until the program runs, or has failed to",
+    (CALLER, "waitid"): "sleep until the command has ended, without the lock that a signal needs",
+    (CALLER, "wait4"): "reap it",
+    (CALLER, "fcntl"): "whether 0 to 2 are open and inheritable",
+    (CALLER, "mmap"): "memory of Python's own",
+    (CALLER, "munmap"): "memory of Python's own",
+    (CALLER, "brk"): "memory of Python's own",
     (HELPER, "epoll_wait"): "sleep until a request, an exec's end or a child's end comes",
     (HELPER, "recvmsg"): "the request, with its descriptors",
     (
@@ -59,8 +71,12 @@ REASONS = {
     (HELPER, "prlimit64"): "RLIMIT_NPROC counts when the process is made: it must be the caller's",
     (HELPER, "brk"): "memory, given back when the helper has been at rest",
     (CHILD, "dup3"): "a descriptor of the request to its number",
-    (CHILD, "fcntl"): "the same where source and number are equal, or a source out of the way",
-    (CHILD, "close_range"): "all others at once, so that a slow exec keeps nobody's pipe open",
+    (CHILD, "fcntl"): "keep open one that has its number already, or move one out of the way",
+    (
+        CHILD,
+        "close_range",
+    ): "all others at once, so that a slow exec keeps nobody's pipe open; in the caller's process "
+    "first a table of its own, with those that are needed",
     (CHILD, "rt_sigaction"): "SIGPIPE and SIGXFSZ, which Python ignores, back to their default",
     (CHILD, "rt_sigprocmask"): "the signal mask of the calling thread: all are blocked up to here",
     (CHILD, "setpgid"): "`map`'s commands lead process groups, so that they can be ended whole",
@@ -93,47 +109,53 @@ def of_child(path: Path) -> Counter[str] | None:
     return None
 
 
-def trace(way: str, count: int) -> tuple[Counter[str], Counter[str]]:
-    """Return the calls of the helper's whole life, and of all new processes."""
+def trace(way: str, count: int) -> dict[str, Counter[str]]:
+    """Return the calls of the whole lives of caller or helper, and of all new processes."""
     with tempfile.TemporaryDirectory() as directory:
         options = ["-ff", "-qq", "-e", "signal=none", "-o", os.path.join(directory, "trace")]
         program = [sys.executable, "-m", "bench.syscalls", way, str(count)]
         environment = os.environ | {"PYTHONPATH": package_parent()}
         output = subprocess.check_output(["strace", *options, *program], env=environment)
-        pids = json.loads(output)
-        helper: Counter[str] = Counter()
-        child: Counter[str] = Counter()
+        caller, *helpers_pids = json.loads(output)
+        found = {who: Counter[str]() for who in (CALLER, HELPER, CHILD)}
         for path in Path(directory).iterdir():
-            if int(path.suffix[1:]) in pids:
-                helper.update(name for name, _ in calls(path))
-            elif found := of_child(path):
-                child += found
-    return helper, child
+            pid = int(path.suffix[1:])
+            if pid in helpers_pids:
+                found[HELPER].update(name for name, _ in calls(path))
+            elif pid == caller:
+                # Where there is a helper, what is of interest is what that does.
+                if not helpers_pids:
+                    found[CALLER].update(name for name, _ in calls(path))
+            elif of_it := of_child(path):
+                found[CHILD] += of_it
+    return found
 
 
 def per_start(way: str, count: int) -> dict[tuple[str, str], float]:
     """Return calls per start by who makes them.
 
-    It is the difference of two runs, so without the helper's own start and end.
+    It is the difference of two runs, so without their own start and end.
     """
     few, many = trace(way, FEW), trace(way, FEW + count)
     return {
-        (who, name): (b[name] - a[name]) / count
-        for who, a, b in zip((HELPER, CHILD), few, many, strict=True)
-        for name in sorted(b)
-        if b[name] != a[name]
+        (who, name): (many[who][name] - few[who][name]) / count
+        for who in few
+        for name in sorted(many[who])
+        if many[who][name] > few[who][name]
     }
 
 
 def main() -> None:
     way, count = sys.argv[1], int(sys.argv[2])
-    if way == "Popen":
+    if way == "helper":
+        errand_boy.start()
+    if way != "map":
         for _ in range(count):
             errand_boy.Popen(TRUE).wait()
     else:
         for _ in errand_boy.map([TRUE] * count, max_workers=1):
             pass
-    print(json.dumps(helpers()))
+    print(json.dumps([os.getpid(), *helpers()]))
 
 
 if __name__ == "__main__":

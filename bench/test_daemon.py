@@ -54,7 +54,7 @@ def test_popen_over_private_helper(
 ) -> None:
     compare(
         measure(remote(weight, "remote"), "popen", "errand_boy"),
-        measure(caller(weight, "private"), "popen", "errand_boy"),
+        measure(caller(weight, "helper", ERRAND_BOY_SPAWN="helper"), "popen", "errand_boy"),
         name=f"daemon over private helper, {weight}, Popen.wait",
         at_most=AT_MOST_POPEN,
     )

@@ -15,7 +15,7 @@ from bench.heavy import Caller, package_parent
 
 pytest.importorskip("gevent")
 
-AT_MOST = {"small": 1 / 4, "large": 1 / 200}
+AT_MOST = {"small": 1 / 6, "large": 1 / 200}
 
 TICKER = """
 import importlib, json, sys, time

@@ -16,7 +16,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import errand_boy
 from bench.callers import ask
@@ -25,6 +27,9 @@ from bench.heavy import TRUE, Caller, package_parent
 WARM_UP = 20
 LINE_TRUE = [*TRUE, "-"]  # given one argument only, it sets up its locale to look for --help
 
+THREADS = "ThreadPoolExecutor, subprocess.run"
+OUR_THREADS = "ThreadPoolExecutor, errand_boy.run"
+
 SHELL = {
     "xargs -P": ["xargs", "-n1", "-P"],
     "GNU parallel": ["parallel", "--will-cite", "-j"],
@@ -32,9 +37,9 @@ SHELL = {
 }
 
 
-def threads(workers: int, count: int) -> None:
+def threads(library: Any, workers: int, count: int) -> None:
     def run(_: int) -> None:
-        subprocess.run(TRUE, capture_output=True, check=True)
+        library.run(TRUE, capture_output=True, check=True)
 
     with ThreadPoolExecutor(workers) as pool:
         deque(pool.map(run, range(count)), maxlen=0)
@@ -61,7 +66,8 @@ def by_map(workers: int, count: int) -> None:
 
 
 PYTHON: dict[str, Callable[[int, int], None]] = {
-    "ThreadPoolExecutor, subprocess.run": threads,
+    THREADS: partial(threads, subprocess),
+    OUR_THREADS: partial(threads, errand_boy),
     "asyncio": on_asyncio,
     "errand_boy.map": by_map,
 }

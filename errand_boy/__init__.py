@@ -1,8 +1,10 @@
-"""Starts commands for processes that are expensive to fork.
+"""Starts commands at a cost that does not depend on the process that starts them.
 
 ``import errand_boy as subprocess``: the same functions, constants and exceptions; every command is
-started by a small C helper, as this process's own child. If ``ERRAND_BOY_SOCKET`` is in the
-environment when this is imported, it is started by the daemon that listens there.
+started without a fork, as this process's own child: in this process, or by a small C helper for
+`user`, `group` and `extra_groups`, after start(), or if ``ERRAND_BOY_SPAWN`` says so. If
+``ERRAND_BOY_SOCKET`` is in the environment when this is imported, commands are started by the
+daemon that listens there.
 
 ``errand_boy.map`` runs many commands at once, ``errand_boy.connect`` returns the client of a
 daemon, ``errand_boy.patch`` makes a whole program start its commands so. errand_boy.asyncio,
@@ -92,8 +94,8 @@ def patch() -> None:
 
     That goes for all that uses the class, whenever it has imported it, and for the Popen of gevent
     and of eventlet, asyncio's loops and uvloop, be they loaded before or after. os.system, os.fork,
-    os.posix_spawn and multiprocessing are left alone, and the helper is a private one, whatever
-    ``ERRAND_BOY_SOCKET`` says. Once more does nothing more; unpatch() undoes it.
+    os.posix_spawn and multiprocessing are left alone, and no command goes to a daemon, whatever
+    ``ERRAND_BOY_SOCKET`` says. Calling it again has no effect; unpatch() undoes it.
     """
     from errand_boy import patching  # noqa: PLC0415
 

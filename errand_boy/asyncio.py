@@ -1,7 +1,7 @@
 """asyncio's subprocesses, on any loop: the start is awaited, and the end arrives by pidfd.
 
-``create_subprocess_exec``, ``create_subprocess_shell`` and ``run`` start commands through
-errand-boy's helper. No thread is used, and no SIGCHLD handler.
+``create_subprocess_exec``, ``create_subprocess_shell`` and ``run`` start commands as
+errand_boy.Popen does, in this process or by a helper. No thread is used, and no SIGCHLD handler.
 """
 
 from __future__ import annotations

@@ -37,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run",
         help="run one command, with this terminal, and exit with its status",
         usage="errand-boy run [-h] [--socket PATH] [--] COMMAND [ARGUMENT ...]",
-        description="Run a command by the daemon or, if none listens, by a private helper. Signals "
-        "are passed on. Exit status: the command's, 128 + N if signal N ended it; 127 if it was "
-        "not found, 126 if it could not be started, 125 for what errand-boy itself could not do.",
+        description="Run a command by the daemon or, if none listens, as a child of this process. "
+        "Signals are passed on. Exit status: the command's, 128 + N if signal N ended it; 127 if "
+        "it was not found, 126 if it could not be started, 125 for what errand-boy itself could "
+        "not do.",
     )
     _add_socket(run)
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")

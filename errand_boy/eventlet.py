@@ -54,10 +54,11 @@ _Base: Any = subprocess.Popen
 
 
 class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
-    """eventlet.green.subprocess.Popen whose child is started by errand-boy's helper.
+    """eventlet.green.subprocess.Popen whose child is started as errand_boy.Popen's is.
 
-    All parameters, methods and exceptions are eventlet's, and on Linux the child is a child of this
-    process. `preexec_fn` is as in errand_boy.Popen.
+    All parameters, methods and exceptions are eventlet's, and other greenlets run while a program
+    is slow to execute. On Linux the child is a child of this process. `preexec_fn` is as in
+    errand_boy.Popen.
     """
 
     def _execute_child(self, *args: Any) -> None:

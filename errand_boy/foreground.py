@@ -32,8 +32,8 @@ _JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
 def run(argv: Sequence[str], socket: str | None = None) -> int:
     """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
 
-    The daemon runs it that listens at `socket`, or where daemons listen by default; if none does, a
-    private helper.
+    The daemon runs it that listens at `socket`, or where daemons listen by default; if none does,
+    it is a child of this process.
     """
     early: list[int] = []
     # What is ignored (nohup, a shell's background job) stays so, for the command too.

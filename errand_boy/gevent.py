@@ -69,9 +69,10 @@ _Base: Any = subprocess.Popen
 
 
 class Popen(_Base):  # type: ignore[misc]  # gevent has no types
-    """gevent.subprocess.Popen whose child is started by errand-boy's helper.
+    """gevent.subprocess.Popen whose child is started as errand_boy.Popen's, without a fork.
 
-    All parameters, methods and exceptions are gevent's. On Linux the child is a child of this
+    All parameters, methods and exceptions are gevent's, and other greenlets run while a program is
+    slow to execute. On Linux the child is a child of this
     process, for which gevent's own watchers wait. Other than gevent's, it may be used in threads
     whose hub is not the main one. `preexec_fn` is as in errand_boy.Popen.
     """

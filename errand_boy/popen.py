@@ -41,12 +41,21 @@ else:
 
 
 class Popen(_Base[AnyStr]):
-    """subprocess.Popen whose child is started by errand-boy's helper.
+    """subprocess.Popen whose child is started without a fork, at the same cost by any process.
 
     All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and
-    on Linux the child is a child of this process. `preexec_fn` may be None, os.setsid or
-    os.setpgrp; any other function runs the standard library's way, by a fork of this process, with
-    a warning.
+    on Linux the child is a child of this process. It is started in this process; by a helper if
+    `user`, `group` or `extra_groups` is given, after errand_boy.start(), or if the environment
+    variable ``ERRAND_BOY_SPAWN`` says so; and the standard library's way where the system lacks
+    what is needed. A wait with a time-out ends when the child does.
+
+    `preexec_fn` may be None, os.setsid or os.setpgrp; any other function runs the standard
+    library's way, by a fork of this process, with a warning.
+
+    Where a helper is needed, the constructor also raises HelperError if there is none, and
+    HelperDiedError if it ends in the middle of a start. ``ERRAND_BOY_SPAWN=direct`` makes it raise
+    OSError (ENOTSUP, ENOSYS) for what can't be started in this process; a value that is unknown
+    makes it raise ValueError.
     """
 
     # Set where the helper owns the child: the connection over which it reports the child's end, and
@@ -272,7 +281,7 @@ class Popen(_Base[AnyStr]):
             connection.close()
 
     def _take(self, reply: Reply, lender: Lender, connection: Connection) -> None:
-        """Make the outcome this object's own; once more does nothing more."""
+        """Make the outcome this object's own; calling it again has no effect."""
         if isinstance(reply, Spawned):
             self.pid = reply.pid
             self._child_created = True

@@ -14,22 +14,26 @@ if sys.platform != "linux":
     pytest.skip("measures on Linux only", allow_module_level=True)
 
 from bench import report, syscalls
-from bench.measure import DAEMON, MAP, OURS, SUBPROCESS, Plan, measure
+from bench.measure import DAEMON, HELPER, MAP, OURS, SUBPROCESS, Plan, measure
+from bench.throughput import OUR_THREADS
 
 PLAN = Plan(
     residents=(0.05,),
     descriptors=(100,),
     busy=False,
-    ways=(SUBPROCESS, OURS, DAEMON, MAP),
+    ways=(SUBPROCESS, OURS, HELPER, DAEMON, MAP),
     seconds=0.01,
     rounds_least=3,
+    part_seconds=0.01,
+    parts_least=2,
+    late_sleeps=1,
     memory_seconds=0.01,
     memory_looks=1,
     stall_seconds=0.01,
     stalls_least=5,
     commands=20,
     throughput_rounds=1,
-    workers=(("xargs -P", (2,)), ("errand_boy.map", (2,))),
+    workers=((OUR_THREADS, (2,)), ("xargs -P", (2,)), ("errand_boy.map", (2,))),
     bulk_mib=1,
     bulk_rounds=1,
     traced=3,
@@ -43,8 +47,10 @@ def test_page_has_its_tables_and_plots(tmp_path: Path, monkeypatch: pytest.Monke
 
     sections = page.split("\n## ")[1:]
     assert [section.partition("\n")[0] for section in sections] == [
-        "Who needs it",
+        "Who gains",
         "One command: start to reaped",
+        "The constructor",
+        "Waiting with a time-out",
         "Memory while a command starts",
         "The other threads",
         "Many commands",
