@@ -23,7 +23,7 @@ struct eb_direct {
 
 enum {
     EB_KEEP_FILES = 512, /* all descriptors that are inheritable are the child's */
-    EB_OWN_STDIN = 1024, /* Popen's own pipe is the child's 0, 1 or 2: nobody else has that end */
+    EB_OWN_STDIN = 1024, /* the child's 0, 1 or 2 is Popen's own pipe or /dev/null: nobody else has that */
     EB_OWN_STDOUT = 2048,
     EB_OWN_STDERR = 4096,
 };

@@ -17,7 +17,7 @@ static EB_BARE long look_at(long fd, struct stat *info)
     return eb_raw(SYS_fstat, fd, (long)info, 0, 0);
 }
 
-/* Opens the maker's end `fd` of a pipe again, by its name in /proc; `wanted` is what it must be. */
+/* Opens the maker's `fd`, an end of a pipe or /dev/null, again, by its name in /proc; `wanted` is what it must be. */
 static EB_BARE long reopen(const struct eb_job *job, int fd, const struct stat *wanted, int flags)
 {
     char path[sizeof job->proc_fd + 10], digits[10];
@@ -52,9 +52,10 @@ static EB_BARE long own_table(struct eb_job *job)
 {
     const struct eb_request *q = job->q;
     struct stat wanted[3];
-    long r;
+    long r, modes[3];
     for (uint32_t i = 0; i < 3; i++)
-        if (is_reopened(job, i) && (r = look_at(q->sources[i], &wanted[i])) < 0)
+        if (is_reopened(job, i) && ((r = look_at(q->sources[i], &wanted[i])) < 0 ||
+                                    (r = modes[i] = eb_raw(SYS_fcntl, q->sources[i], F_GETFL, 0, 0)) < 0))
             return r;
     r = eb_raw(SYS_close_range, (long)job->highest + 1, ~0U, EB_CLOSE_RANGE_UNSHARE, 0);
     if (r < 0)
@@ -63,7 +64,7 @@ static EB_BARE long own_table(struct eb_job *job)
         if (is_reopened(job, i)) {
             int fd = q->sources[i];
             bool same = i > 0 && is_reopened(job, i - 1) && fd == job->reopened_fd;
-            r = same ? q->sources[i - 1] : reopen(job, fd, &wanted[i], q->targets[i] == 0 ? O_RDONLY : O_WRONLY);
+            r = same ? q->sources[i - 1] : reopen(job, fd, &wanted[i], modes[i] & O_ACCMODE);
             if (r < 0) {
                 job->cannot_reopen = true;
                 return r;

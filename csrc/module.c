@@ -62,6 +62,37 @@ static void reap_if_failed(struct eb_direct *d)
     Py_END_ALLOW_THREADS
 }
 
+/* Whether the starts of late have come from several threads. */
+static bool has_many_starters(void)
+{
+    static unsigned long last;
+    static int changes; /* up with each start in another thread than the last, down with each in the same */
+    enum { MANY = 4, MOST = 8 };
+    unsigned long thread = PyThread_get_thread_ident();
+    int count = __atomic_load_n(&changes, __ATOMIC_RELAXED);
+    if (__atomic_exchange_n(&last, thread, __ATOMIC_RELAXED) != thread)
+        count = count + MANY < MOST ? count + MANY : MOST;
+    else if (count > 0)
+        count--;
+    __atomic_store_n(&changes, count, __ATOMIC_RELAXED);
+    return count >= MANY;
+}
+
+/*
+ * Keeps the GIL, for a thread that is busy in Python gives it back after 5 ms only.  But where several threads start
+ * commands, the new processes wait for a CPU, and the other threads had better go on meanwhile.
+ */
+static bool await_outcome(struct eb_direct *d, uint32_t patience)
+{
+    bool decided;
+    if (!has_many_starters())
+        return eb_direct_wait(d, patience);
+    Py_BEGIN_ALLOW_THREADS
+    decided = eb_direct_wait(d, patience);
+    Py_END_ALLOW_THREADS
+    return decided;
+}
+
 /* The integers of a list, allocated; NULL with an exception. */
 static int *integers(PyObject *list, uint32_t *count)
 {
@@ -114,9 +145,10 @@ static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count
         free(others);
         return PyErr_NoMemory();
     }
-    bool begun = eb_direct_begin(d, flags, (const uint8_t *)options, (size_t)size, &wanted) == 0;
+    bool decided = eb_direct_begin(d, flags, (const uint8_t *)options, (size_t)size, &wanted) != 0;
     free(others);
-    bool decided = !begun || eb_direct_wait(d, (uint32_t)patience);
+    if (!decided)
+        decided = await_outcome(d, (uint32_t)patience);
     bool failed = decided && d->error != 0;
     if (failed)
         reap_if_failed(d);

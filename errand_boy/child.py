@@ -37,14 +37,12 @@ def wait(
     """Wait for the end of `process`, as _wait of subprocess.Popen does, but without polling.
 
     `timeout` is in seconds; `readable` waits for so long for a descriptor. Raises TimeoutExpired.
-    Returns False, at once, where no pidfd can be had.
+    Returns False, at once, where no pidfd can be had, or none is needed: without a time-out. (To
+    wait first and reap then would let go of the GIL twice, which costs 10 ms beside a busy thread.)
     """
     if process.returncode is not None:
         return True
     if timeout is None:
-        # Without the lock, which a signal to be sent may need. It is waited for after that.
-        with contextlib.suppress(AttributeError, OSError):  # macOS's, a filter's
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return False
     end = time.monotonic() + timeout
     while process.returncode is None:

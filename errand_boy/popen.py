@@ -147,11 +147,12 @@ class Popen(_Base[AnyStr]):
         if way == "direct":
             if not close_fds:
                 flags |= lib.EB_KEEP_FILES
-            if p2cwrite != -1:
+            null = vars(self).get("_devnull")
+            if p2cwrite != -1 or p2cread == null:
                 flags |= lib.EB_OWN_STDIN
-            if c2pread != -1:
+            if c2pread != -1 or c2pwrite == null:
                 flags |= lib.EB_OWN_STDOUT | (lib.EB_OWN_STDERR if errwrite == c2pwrite else 0)
-            if errread != -1:
+            if errread != -1 or errwrite == null:
                 flags |= lib.EB_OWN_STDERR
             failed = self._start_here(Request(b"".join(options), standard, others, flags))
             if failed and is_refused(failed):

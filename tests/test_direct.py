@@ -287,6 +287,28 @@ report([separate.stdout.decode().split(":")[0] + " ".join(separate.stdout.decode
     assert (err, joined) == (2, True)
 
 
+def test_dev_null_above_many_descriptors() -> None:
+    kinds = run_script(
+        f"""{MANY}
+null = subprocess.DEVNULL
+script = "readlink /proc/$$/fd/0 /proc/$$/fd/1; grep flags: /proc/$$/fdinfo/0; ls /proc/self/fd"
+done = subprocess.run(["sh", "-c", script], stdin=null, stdout=-1, stderr=null)
+quiet = subprocess.run(["sh", "-c", "cat; echo x; echo y >&2"], stdin=null, stdout=null,
+                       stderr=subprocess.STDOUT)
+report([done.stdout.decode().split(), quiet.returncode])
+"""
+    )
+    (null, pipe, flags, mode, *fds), status = kinds
+    assert (null, pipe[:5], flags, mode[-1], fds) == (
+        "/dev/null",
+        "pipe:",
+        "flags:",
+        "2",
+        list("0123"),
+    )
+    assert status == 0
+
+
 def test_high_descriptors_of_the_users_are_passed() -> None:
     seen = run_script(
         f"""{MANY}
