@@ -33,7 +33,7 @@ COMPILE = ["-std=c11", "-Os", "-fPIE", "-Wall", "-Wextra", "-fstack-protector"]
 COMPILE += ["-fno-asynchronous-unwind-tables", "-fno-plt", "-fvisibility=hidden"]
 # Dynamic: the C library's text is shared with all other processes; a static one would be its own.
 # Resolved at once: a new process that shares the helper's memory must not run the dynamic linker.
-LINK = ["-pie", "-Wl,-z,relro,-z,now,-z,noseparate-code"]
+LINK = ["-pie", "-Wl,-z,relro,-z,now,-z,noseparate-code,--no-eh-frame-hdr"]
 
 
 class BuildExt(build_ext):

@@ -23,8 +23,6 @@ enum {
     /* The number from which a pipe is opened again by the child, which takes some 5 µs: else the kernel copies the
      * table up to it, which takes 0.1 µs for each descriptor. */
     HIGH = 128,
-    LOOK_US = 100,
-    STOPPED_US = 1000000,
 };
 
 /* No lock, which a forked process could find taken for ever. */
@@ -119,26 +117,11 @@ static bool wait_while(volatile int *word, int value, int64_t end)
     return syscall(SYS_futex, word, FUTEX_WAIT, value, &t, NULL, 0) == 0 || errno == EAGAIN;
 }
 
-/* The caller is about to close what the child, which still has the caller's descriptors, is to take over. That is the
- * first thing that it does: if it does not get as far, it has been stopped. */
-static void wait_for_own_table(struct eb_direct *d)
-{
-    int64_t end = now_us() + STOPPED_US;
-    while (is_pending(d) && __atomic_load_n(&d->job->shares_table, __ATOMIC_ACQUIRE) != 0) {
-        int64_t now = now_us();
-        if (now >= end) {
-            (void)kill(d->pid, SIGKILL);
-            return;
-        }
-        /* Not told of, so looked at from time to time. */
-        (void)wait_while(&d->job->shares_table, 1, now + LOOK_US);
-    }
-}
-
 void eb_direct_give(struct eb_direct *d)
 {
     if (is_pending(d)) {
-        wait_for_own_table(d);
+        /* The caller is about to close what the child is to take over. */
+        eb_job_await_table(d->job, d->pid);
         linger(d);
         return;
     }

@@ -46,8 +46,7 @@ static EB_BARE bool is_reopened(const struct eb_job *job, uint32_t i)
     return i < job->q->target_count && job->q->targets[i] < 3 && (job->reopened >> job->q->targets[i] & 1) != 0;
 }
 
-/* Takes a table of descriptors of its own, with those up to the highest that is needed: the kernel copies no others.
- * Pipes with high numbers are opened again instead. */
+/* Takes a table of descriptors of its own; what has a high number is opened again instead. */
 static EB_BARE long own_table(struct eb_job *job)
 {
     const struct eb_request *q = job->q;
@@ -57,7 +56,7 @@ static EB_BARE long own_table(struct eb_job *job)
         if (is_reopened(job, i) && ((r = look_at(q->sources[i], &wanted[i])) < 0 ||
                                     (r = modes[i] = eb_raw(SYS_fcntl, q->sources[i], F_GETFL, 0, 0)) < 0))
             return r;
-    r = eb_raw(SYS_close_range, (long)job->highest + 1, ~0U, EB_CLOSE_RANGE_UNSHARE, 0);
+    r = eb_take_table(job);
     if (r < 0)
         return r;
     for (uint32_t i = 0; i < 3; i++)
@@ -72,7 +71,7 @@ static EB_BARE long own_table(struct eb_job *job)
             job->reopened_fd = fd;
             q->sources[i] = (int)r;
         }
-    __atomic_store_n(&job->shares_table, 0, __ATOMIC_RELEASE);
+    eb_tell_table(job);
     return 0;
 }
 

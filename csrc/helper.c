@@ -567,7 +567,7 @@ static void tell_of_the_end(void)
         for (const struct eb_connection *c = service.all; c != NULL; c = c->next)
             if (!c->control && (c->starting || (eb_at_rest(c) && !c->dying)))
                 return; /* soon over, or soon more than that */
-        (void)unshare(CLONE_FS); /* needs no right, and fails only for lack of memory */
+        (void)syscall(SYS_unshare, CLONE_FS); /* needs no right, and fails only for lack of memory */
         (void)eb_connection_send(service.control, EB_STAYS, NULL, 0);
     }
     eb_close_connection(service.control);
@@ -669,7 +669,7 @@ int main(int argc, char **argv)
         else if (strncmp(argv[i], "--frame-timeout=", 16) == 0)
             frame_timeout_ms = strtoull(argv[i] + 16, NULL, 10);
         else {
-            fprintf(stderr, "errand-boy-helper: it is started by errand_boy, not by hand\n");
+            fprintf(stderr, "errand-boy-helper: only errand_boy starts this\n");
             return 2;
         }
     }

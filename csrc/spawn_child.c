@@ -11,12 +11,24 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 /* -- descriptors -- */
+
+EB_BARE long eb_take_table(struct eb_job *job)
+{
+    return eb_raw(SYS_close_range, (long)job->highest + 1, ~0U, EB_CLOSE_RANGE_UNSHARE, 0);
+}
+
+EB_BARE void eb_tell_table(struct eb_job *job)
+{
+    __atomic_store_n(&job->shares_table, 0, __ATOMIC_RELEASE);
+    eb_raw(SYS_futex, (long)&job->shares_table, FUTEX_WAKE, 1, 0);
+}
 
 /* A copy of `fd` whose number is nobody's target, searched from `*least` on. */
 static EB_BARE long move_away(const struct eb_request *q, int fd, long *least)
@@ -94,23 +106,15 @@ EB_BARE long eb_set_action(int n, bool ignored)
 }
 
 /* There are no handlers here, so only SIG_IGN and SIG_DFL have to be told apart. */
-static EB_BARE long set_ignored(const struct eb_state *self, uint64_t wanted)
+static EB_BARE long set_signals(const struct eb_state *self, const struct eb_request *q)
 {
-    uint64_t differ = self != NULL ? wanted ^ self->sigign : ~EB_NEVER_IGNORED;
+    uint64_t differ = 0;
+    if (eb_has(q, EB_TAG_SIGIGN))
+        differ = self != NULL ? q->sigign ^ self->sigign : ~EB_NEVER_IGNORED;
+    differ |= q->sigdefault;
     for (int n = 1; n <= EB_SIGNALS; n++)
         if (differ >> (n - 1) & 1) {
-            long r = eb_set_action(n, (wanted >> (n - 1) & 1) != 0);
-            if (r < 0)
-                return r;
-        }
-    return 0;
-}
-
-static EB_BARE long set_default(uint64_t wanted)
-{
-    for (int n = 1; n <= EB_SIGNALS; n++)
-        if (wanted >> (n - 1) & 1) {
-            long r = eb_set_action(n, false);
+            long r = eb_set_action(n, ((q->sigign & ~q->sigdefault) >> (n - 1) & 1) != 0);
             if (r < 0)
                 return r;
         }
@@ -191,10 +195,7 @@ EB_BARE int eb_child(void *arg)
         STEP(CWD, eb_raw(SYS_chdir, (long)q->cwd, 0, 0, 0));
     if (eb_has(q, EB_TAG_UMASK))
         STEP(UMASK, eb_raw(SYS_umask, (long)q->umask, 0, 0, 0));
-    if (eb_has(q, EB_TAG_SIGIGN))
-        STEP(SIGNALS, set_ignored(self, q->sigign));
-    if (eb_has(q, EB_TAG_SIGDEFAULT))
-        STEP(SIGNALS, set_default(q->sigdefault));
+    STEP(SIGNALS, set_signals(self, q));
     if (eb_has(q, EB_TAG_SETSID))
         STEP(SETSID, eb_raw(SYS_setsid, 0, 0, 0, 0));
     if (eb_has(q, EB_TAG_PGROUP) && (self == NULL || q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID)))

@@ -20,16 +20,21 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 enum {
     SPARE_STACKS = 1, /* two pages of each stay resident */
     SPARE_STACKS_BUSY = 32,
+    LOW = 8,    /* reserved descriptors */
+    HIGH = 512, /* from this number on, a table is too large to be copied: 0.1 µs for each */
 };
 
 static const struct eb_state *self;
 static struct rlimit nproc;
 static bool use_parent;
+static int low[LOW]; /* copies of a descriptor that nobody needs; ascending, -1 in the first: there are none */
 static struct eb_job *spare;      /* memory that nobody uses */
 static unsigned spare_count;
 static struct eb_job *lingering;  /* hung up, but not yet let go: not seen on Linux, kept for its imitations */
@@ -93,13 +98,68 @@ static void adopt_nproc(const struct eb_request *q)
         }
 }
 
+static bool reserve(void)
+{
+    for (int i = 0; i < LOW; i++)
+        if ((low[i] = fcntl(0, F_DUPFD_CLOEXEC, 3)) < 0)
+            return false;
+    return syscall(SYS_close_range, ~0U, ~0U, 0) == 0; /* of no descriptor: whether it is there */
+}
+
+static EB_BARE long take_table(struct eb_job *job)
+{
+    long r = eb_take_table(job);
+    if (r == 0)
+        eb_tell_table(job);
+    return r;
+}
+
+/* The new process has its own table, or there is none: the reserved numbers are free again. */
+static void restore_low(void)
+{
+    for (int i = 0; i < LOW; i++)
+        eb_raw(SYS_dup3, 0, low[i], O_CLOEXEC, 0);
+}
+
+/* Where many descriptors are open, gives the new process's reserved numbers, so that the table need not be copied up
+ * to their own. */
+static void lower_sources(struct eb_job *job)
+{
+    const struct eb_request *q = job->q;
+    uint32_t count = eb_request_sources(q);
+    int most = job->pipe;
+    for (uint32_t i = 0; i < count; i++)
+        most = q->sources[i] > most ? q->sources[i] : most;
+    if (most < HIGH || low[0] < 0 || count >= LOW)
+        return;
+    for (uint32_t i = 0; i <= count; i++) {
+        int fd = i < count ? q->sources[i] : job->pipe;
+        if (fd >= 0 && eb_raw(SYS_dup3, fd, low[i], O_CLOEXEC, 0) < 0) {
+            restore_low();
+            return;
+        }
+    }
+    memcpy(q->sources, low, count * sizeof *low);
+    if (job->pipe >= 0)
+        job->pipe = low[count];
+    job->highest = low[count];
+    job->shares_table = 1;
+    job->first = take_table;
+}
+
 static pid_t make_process(struct eb_job *job)
 {
-    pid_t pid = eb_job_clone(job, use_parent ? CLONE_PARENT : 0);
+    const unsigned files = job->shares_table ? CLONE_FILES : 0;
+    pid_t pid = eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
     if (use_parent && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
         /* gVisor and some seccomp profiles have no CLONE_PARENT: from now on the children are ours. */
         use_parent = false;
-        pid = eb_job_clone(job, 0);
+        pid = eb_job_clone(job, files);
+    }
+    if (files != 0) {
+        if (pid > 0)
+            eb_job_await_table(job, pid);
+        restore_low();
     }
     return pid;
 }
@@ -124,6 +184,7 @@ static void begin(struct eb_start *start, const struct eb_request *q)
     job->pipe = pipe[1];
     adopt_nproc(q);
     job->nproc = nproc;
+    lower_sources(job);
     pid_t pid = make_process(job);
     if (pipe[1] >= 0)
         close(pipe[1]);
@@ -168,6 +229,8 @@ const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool par
     self = state;
     nproc = state->rlimits[RLIMIT_NPROC];
     use_parent = parent;
+    if (!reserve())
+        low[0] = -1;
     return &spawner;
 }
 

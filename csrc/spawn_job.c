@@ -7,9 +7,12 @@
 #include "rawclone.h"
 
 #include <errno.h>
+#include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
 
 enum {
     STACK_SIZE = 32 << 10,
@@ -75,6 +78,21 @@ pid_t eb_job_clone(struct eb_job *job, unsigned flags)
     if (pid < 0)
         job->alive = 0;
     return (pid_t)pid;
+}
+
+void eb_job_await_table(const struct eb_job *job, pid_t pid)
+{
+    const struct timespec pause = {.tv_nsec = 10 * 1000 * 1000};
+    int pauses = 100;
+    while (__atomic_load_n(&job->shares_table, __ATOMIC_ACQUIRE) != 0 &&
+           __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) != 0) {
+        if (syscall(SYS_futex, &job->shares_table, FUTEX_WAIT, 1, &pause, NULL, 0) == 0 || errno != ETIMEDOUT)
+            continue; /* it has told, or a signal has come */
+        if (--pauses == 0) {
+            (void)kill(pid, SIGKILL);
+            return;
+        }
+    }
 }
 
 #endif

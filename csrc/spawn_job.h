@@ -46,8 +46,17 @@ void eb_job_unmap(struct eb_job *job);
  * `flags` go with CLONE_VM and CLONE_CHILD_CLEARTID.  Returns its pid or -errno. */
 pid_t eb_job_clone(struct eb_job *job, unsigned flags);
 
+/* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory.  That takes it
+ * microseconds; one that has been stopped is killed after a second, since it would get somebody else's. */
+void eb_job_await_table(const struct eb_job *job, pid_t pid);
+
 /* The new process. */
 int eb_child(void *job);
+
+/* In the new process: takes a table of its own, with the descriptors up to the job's `highest`: the kernel copies no
+ * others.  Returns 0 or -errno.  Then, once nothing in the maker's table is needed, its maker is told. */
+long eb_take_table(struct eb_job *job);
+void eb_tell_table(struct eb_job *job);
 
 /* The kernel's sigaction. */
 struct eb_action {

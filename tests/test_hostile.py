@@ -751,3 +751,46 @@ report([outcome, only_helper_left()])
 """
     assert run_script(source, args=[lines]) == ["interrupted", True]
     assert lines.read_text() in ("", "x\n")
+
+
+@pytest.mark.parametrize("keeper", ["callers", "owner"])
+def test_commands_of_a_helper_that_holds_many_descriptors(keeper: str) -> None:
+    """Where a table is too large to be copied, a new process gets reserved numbers instead."""
+    source = f"""
+from errand_boy import helper, protocol
+from errand_boy._native import lib
+
+start()
+list(subprocess.map([["true"]]))
+it = helper.{keeper}.current
+fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(250)]
+rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in fds))]
+lines = [it.connect() for _ in range(6)]
+for line in lines:  # half a frame, with descriptors that the helper keeps for the other half
+    line.sock.sendmsg([protocol.HEADER.pack(1000, lib.EB_SPAWN)], rights)
+while len(os.listdir(f"/proc/{{it.pid}}/fd")) < 1500:
+    pass
+
+script = "cat; ls /proc/self/fd; readlink /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/fd/2 | uniq | wc -l"
+wrong = []
+for number in range(50):
+    text = str(number).encode()
+    if "{keeper}" == "owner":
+        done = next(subprocess.map([["sh", "-c", script]], input=text))
+    else:
+        done = subprocess.run(["sh", "-c", script], input=text, capture_output=True)
+    if done.stdout.split() != [text + b"0", *b"1 2 3 3".split()] or done.stderr:
+        wrong.append(repr(done))
+try:
+    subprocess.run(["/nowhere/nothing"])
+except FileNotFoundError:
+    pass
+listing = ["ls", "/proc/self/fd"]
+many = subprocess.run(listing, pass_fds=fds[:20], capture_output=True).stdout.split()
+here = subprocess.run(["pwd"], cwd="/usr", capture_output=True).stdout
+report([wrong, len(many), here.decode()])
+"""
+    wrong, many, here = run_script(source)
+    assert wrong == []
+    assert many == 24
+    assert here == "/usr\n"
