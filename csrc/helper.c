@@ -669,7 +669,7 @@ int main(int argc, char **argv)
         else if (strncmp(argv[i], "--frame-timeout=", 16) == 0)
             frame_timeout_ms = strtoull(argv[i] + 16, NULL, 10);
         else {
-            fprintf(stderr, "errand-boy-helper: only errand_boy starts this\n");
+            fprintf(stderr, "errand-boy-helper: for errand_boy only\n");
             return 2;
         }
     }

@@ -229,7 +229,8 @@ const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool par
     self = state;
     nproc = state->rlimits[RLIMIT_NPROC];
     use_parent = parent;
-    if (!reserve())
+    /* Not where the limit allows no such table, nor the reserve perhaps. */
+    if (state->rlimits[RLIMIT_NOFILE].rlim_max <= HIGH || !reserve())
         low[0] = -1;
     return &spawner;
 }

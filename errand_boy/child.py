@@ -10,12 +10,16 @@ import contextlib
 import os
 import select
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+# Since Python 3.15 subprocess itself waits by pidfd.
+STDLIB_POLLS = sys.version_info < (3, 15)
 
 _LONGEST = 3600.0  # seconds, of one wait: poll(2) takes no more than 24 days, a lock not infinity
 

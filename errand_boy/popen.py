@@ -319,7 +319,7 @@ class Popen(_Base[AnyStr]):
     def _wait(self, timeout: float | None) -> int:
         lease = self._lease
         if lease is None:
-            if child.wait(self, timeout):
+            if child.STDLIB_POLLS and child.wait(self, timeout):
                 return self.returncode
             return super()._wait(timeout)  # type: ignore[misc,no-any-return]
         if lease[1].is_foreign():

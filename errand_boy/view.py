@@ -139,7 +139,7 @@ def wait(original: Callable[..., int], process: Any, timeout: float | None) -> i
     """Return the return code; see subprocess.Popen._wait."""
     if vars(process).get("_lease") is not None:
         return View(process)._wait(timeout)
-    if child.wait(process, timeout):
+    if child.STDLIB_POLLS and child.wait(process, timeout):
         returncode: int = process.returncode
         return returncode
     return original(process, timeout)

@@ -411,7 +411,7 @@ def test_threads_that_open_and_close_descriptors_all_the_while() -> None:
 def test_numbers_that_c_cannot_hold(option: str, subprocess: Any) -> None:
     if option == "process_group" and sys.version_info < (3, 11):
         pytest.skip("it came with Python 3.11")
-    with pytest.raises(OverflowError, match="signed integer is greater than maximum"):
+    with pytest.raises(OverflowError):
         subprocess.Popen(["true"], **{option: 1 << 32})
 
 
