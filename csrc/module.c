@@ -45,11 +45,18 @@ static void drop(PyObject *start)
     Py_END_ALLOW_THREADS
 }
 
+/* Py_RETURN_NONE of headers from 3.12 on counts no reference, which older Pythons need. */
+static PyObject *none(void)
+{
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
 /* None for a program that runs, else (errno, stage). */
 static PyObject *outcome(const struct eb_direct *d)
 {
     if (d->error == 0)
-        Py_RETURN_NONE;
+        return none();
     return Py_BuildValue("ii", d->error, (int)d->stage);
 }
 
@@ -202,7 +209,7 @@ static PyObject *leave_spawn(PyObject *module, PyObject *start)
     Py_BEGIN_ALLOW_THREADS
     eb_direct_give(d);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return none();
 }
 
 static PyMethodDef functions[] = {

@@ -597,6 +597,20 @@ def test_failed_start_leaves_no_child() -> None:
     assert set(psutil.Process().children()) <= before
 
 
+def test_references_are_counted() -> None:
+    """Also by a wheel that was built with the headers of a newer Python, where None is immortal."""
+    for _ in range(10):
+        errand_boy.run(["true"])
+    before = sys.getrefcount(None), sys.getrefcount(True)
+    for _ in range(200):
+        errand_boy.run(["true"])
+    after = sys.getrefcount(None), sys.getrefcount(True)
+    assert [abs(one - other) < 100 for one, other in zip(before, after, strict=True)] == [
+        True,
+        True,
+    ]
+
+
 # -- a slow exec --
 
 
