@@ -39,8 +39,8 @@ REASONS = {
     (CALLER, "rt_sigprocmask"): "no signal may be handled in the new process: all are blocked for "
     "a moment",
     (CALLER, "futex"): "sleep until the program runs, or has failed to",
-    (CALLER, "waitid"): "sleep until the command has ended, without the lock that a signal needs",
-    (CALLER, "wait4"): "reap it",
+    (CALLER, "getpid"): "whether this process began the start, or is a fork with a copy of it",
+    (CALLER, "wait4"): "sleep until the command has ended, and reap it",
     (CALLER, "fcntl"): "whether 0 to 2 are open and inheritable",
     (CALLER, "mmap"): "memory of Python's own",
     (CALLER, "munmap"): "memory of Python's own",
@@ -77,6 +77,7 @@ REASONS = {
         "close_range",
     ): "all others at once, so that a slow exec keeps nobody's pipe open; in the caller's process "
     "first a table of its own, with those that are needed",
+    (CHILD, "futex"): "tell the caller that this table is there, should it wait for that",
     (CHILD, "rt_sigaction"): "SIGPIPE and SIGXFSZ, which Python ignores, back to their default",
     (CHILD, "rt_sigprocmask"): "the signal mask of the calling thread: all are blocked up to here",
     (CHILD, "setpgid"): "`map`'s commands lead process groups, so that they can be ended whole",
