@@ -4,7 +4,6 @@
 #include "rawsys.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -106,15 +105,15 @@ static int64_t now_us(void)
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
-/* Waits while `*word` is `value`; not for much longer than until `end`, and not beyond a signal. */
-static bool wait_while(volatile int *word, int value, int64_t end)
+/* Waits for the kernel to clear the word; not for much longer than until `end`, and not beyond a signal. */
+static bool wait_until_cleared(volatile pid_t *word, int64_t end)
 {
     int64_t rest = end - now_us();
     if (rest <= 0)
         return false;
     struct timespec t = {.tv_sec = rest / 1000000, .tv_nsec = rest % 1000000 * 1000};
     /* Not FUTEX_PRIVATE_FLAG: the kernel wakes without it. */
-    return syscall(SYS_futex, word, FUTEX_WAIT, value, &t, NULL, 0) == 0 || errno == EAGAIN;
+    return syscall(SYS_futex, word, FUTEX_WAIT, 1, &t, NULL, 0) == 0 || errno == EAGAIN;
 }
 
 void eb_direct_give(struct eb_direct *d)
@@ -249,7 +248,7 @@ int eb_direct_wait(struct eb_direct *d, uint32_t microseconds)
         if (!is_pending(d)) {
             if (decide(d))
                 return 1;
-        } else if (!wait_while(&d->job->alive, 1, end)) {
+        } else if (!wait_until_cleared(&d->job->alive, end)) {
             return is_pending(d) ? 0 : decide(d);
         }
     }

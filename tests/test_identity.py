@@ -156,6 +156,14 @@ def send(line, *argv):
         os.waitpid(reply.pid, 0)
     return "run"
 
+def started(keeper):
+    \"\"\"Have both helpers, each with an idle connection; return one of them, and its pidfd.\"\"\"
+    start()
+    subprocess.run(["true"], check=True)
+    list(subprocess.map([["true"]]))
+    it = getattr(helper, keeper).current
+    return it, os.pidfd_open(it.pid)
+
 def ended(pidfd):
     return bool(select.select([pidfd], [], [], 10.0)[0])
 """
@@ -171,11 +179,7 @@ def test_helper_serves_nobody_who_has_given_up_the_rights_it_was_started_with(
     public_dir.chmod(0o777)
     marker = public_dir / "marker"
     source = f"""{SEND}
-start()
-subprocess.run(["true"], check=True)
-list(subprocess.map([["true"]]))
-it = helper.{keeper}.current
-pidfd = os.pidfd_open(it.pid)
+it, pidfd = started("{keeper}")
 os.setgroups([])
 os.setresgid(2002, 2002, 2002)
 os.setresuid(2002, 2002, 2002)
@@ -202,11 +206,7 @@ def test_helper_serves_no_other_process_than_the_one_that_started_it(
 ) -> None:
     marker = tmp_path / "marker"
     source = f"""{SEND}
-start()
-subprocess.run(["true"], check=True)
-list(subprocess.map([["true"]]))
-it = helper.{keeper}.current
-pidfd = os.pidfd_open(it.pid)
+it, pidfd = started("{keeper}")
 ours, theirs = socket.socketpair()
 line = it.idle[-1]
 fd = os.dup(line.sock.fileno())
