@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 HELPER = "errand-boy-helper"
 HELPER_SOURCES = [
@@ -28,12 +30,12 @@ HELPER_SOURCES = [
         "streams",  # last: its large buffer lies behind what others touch
     )
 ]
-COMPILE = ["-std=c11", "-Os", "-fPIE", "-Wall", "-Wextra", "-fstack-protector"]
+COMPILE = ["-std=c11", "-fPIE", "-Wall", "-Wextra", "-fstack-protector"]
 # Fewer pages of its own: no tables for unwinding, no indirection that LINK resolves at once.
 COMPILE += ["-fno-asynchronous-unwind-tables", "-fno-plt", "-fvisibility=hidden"]
 # Dynamic: the C library's text is shared with all other processes; a static one would be its own.
 # Resolved at once: a new process that shares the helper's memory must not run the dynamic linker.
-LINK = ["-pie", "-Wl,-z,relro,-z,now,-z,noseparate-code,--no-eh-frame-hdr"]
+LINK = ["-pie", "-Wl,-z,relro,-z,now,-z,noseparate-code,--no-eh-frame-hdr,--build-id=none"]
 
 
 class BuildExt(build_ext):
@@ -47,12 +49,23 @@ class BuildExt(build_ext):
             HELPER_SOURCES,
             output_dir=os.path.join(self.build_temp, "helper"),
             macros=[("_GNU_SOURCE", None)],
-            extra_preargs=[*COMPILE, *flags],
+            extra_preargs=[*COMPILE, "-Oz" if self.accepts("-Oz") else "-Os", *flags],
             depends=[str(path) for path in Path("csrc").glob("*.h")],
         )
         self.compiler.link_executable(
             objects, HELPER, output_dir=str(package), extra_postargs=[*LINK, *flags]
         )
+
+    def accepts(self, option: str) -> bool:
+        """Tell whether the compiler knows *option*."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "empty.c")
+            source.touch()
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_preargs=[option])
+            except CompileError:
+                return False
+        return True
 
 
 # One wheel for 3.10 and all later. A free-threaded Python has no limited API before 3.15, and

@@ -27,7 +27,7 @@ struct figures {
     } failures[MOST_FAILURES];
 };
 
-static struct figures own_figures, *figures = &own_figures;
+static struct figures *figures; /* NULL in a private helper */
 static uint64_t max_tasks;
 
 static void send_control(enum eb_kind kind, const void *payload, size_t size)
@@ -82,12 +82,13 @@ void eb_set_max_tasks(uint64_t count)
     max_tasks = count;
 }
 
-bool eb_share_figures(int fd)
+bool eb_keep_figures(int fd)
 {
-    void *shared = mmap(NULL, sizeof *figures, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (shared == MAP_FAILED)
+    const int flags = MAP_SHARED | (fd < 0 ? MAP_ANONYMOUS : 0);
+    void *kept = mmap(NULL, sizeof *figures, PROT_READ | PROT_WRITE, flags, fd, 0);
+    if (kept == MAP_FAILED)
         return false;
-    figures = shared;
+    figures = kept;
     return true;
 }
 
@@ -107,19 +108,21 @@ static unsigned bucket(uint64_t microseconds)
 
 void eb_count_time(uint64_t microseconds)
 {
-    figures->buckets[bucket(microseconds)]++;
+    if (figures != NULL)
+        figures->buckets[bucket(microseconds)]++;
 }
 
 void eb_count_start(void)
 {
-    figures->started++;
-    if (figures->started == max_tasks)
+    if (figures != NULL && ++figures->started == max_tasks)
         send_control(EB_FULL, NULL, 0);
 }
 
 void eb_count_failure(enum eb_stage stage, int error)
 {
     uint32_t i = 0;
+    if (figures == NULL)
+        return;
     while (i < figures->failure_kinds &&
            (figures->failures[i].stage != (uint32_t)stage || figures->failures[i].error != error))
         i++;
@@ -135,7 +138,8 @@ void eb_count_failure(enum eb_stage stage, int error)
 
 void eb_count_end(void)
 {
-    figures->ended++;
+    if (figures != NULL)
+        figures->ended++;
 }
 
 static void put_live(struct eb_writer *w, const struct eb_connection *c)
@@ -152,6 +156,10 @@ static void put_live(struct eb_writer *w, const struct eb_connection *c)
 
 void eb_on_query(struct eb_connection *control, const struct eb_frame *frame)
 {
+    if (figures == NULL) {
+        eb_refuse(control, "QUERY is for a daemon's helper");
+        return;
+    }
     size_t size = 8 + 8 + 4 + 4 + (size_t)figures->failure_kinds * 13 + 4 + BUCKETS * 8 + 4;
     uint32_t live = 0;
     eb_connection_consume(control, EB_HEADER_SIZE + frame->size);

@@ -681,11 +681,10 @@ int main(int argc, char **argv)
 #ifdef SYS_close_range
     (void)syscall(SYS_close_range, last + 1, ~0u, 0);
 #endif
-    if (shared && !private) {
-        if (!eb_share_figures(FIGURES_FD))
-            fatal("figures");
+    if (!private && !eb_keep_figures(shared ? FIGURES_FD : -1))
+        fatal("figures");
+    if (!private && shared)
         close(FIGURES_FD);
-    }
     block_signals(private);
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {

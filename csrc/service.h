@@ -101,9 +101,10 @@ void eb_tell(enum eb_kind kind, const struct eb_connection *c);
 /* Tells the caller whose rights this process has; false if memory is short or the caller has gone. */
 bool eb_tell_ids(void);
 void eb_set_max_tasks(uint64_t count);
-/* Keeps the figures in a file of the server's, who has them there if this process is killed. */
-bool eb_share_figures(int fd);
-/* For the REPORT. */
+/* For the REPORT of a daemon's helper.  They are kept in a file of the server's, who has them there if this
+ * process is killed; with -1, in memory of this process. */
+bool eb_keep_figures(int fd);
+/* These do nothing where no figures are kept. */
 void eb_count_start(void);
 /* How long a start took. */
 void eb_count_time(uint64_t microseconds);
