@@ -10,20 +10,20 @@ CSRC = Path(__file__).parent / "csrc"
 SOURCES = [
     f"csrc/{name}.c"
     for name in (
-        "wire",
-        "request",
-        "state",
-        "caller",
-        "outgoing",
-        "launch",
-        "direct",
-        "direct_child",
-        "module",
-        "spawn_job",
-        "spawn_child",
+        "common/wire",
+        "common/state",
+        "spawn/request",
+        "spawn/spawn_child",
+        "spawn/spawn_job",
+        "caller/caller",
+        "caller/outgoing",
+        "caller/launch",
+        "caller/direct",
+        "caller/direct_child",
+        "caller/module",
     )
 ]
-HEADERS = ("wire.h", "caller.h", "outgoing.h", "direct.h")
+HEADERS = ("common/wire.h", "caller/caller.h", "caller/outgoing.h", "caller/direct.h")
 
 FUNCTIONS = """
 struct eb_caller {
@@ -64,7 +64,7 @@ def constants() -> str:
     lines = []
     for header in HEADERS:
         text = re.sub(r"/\*.*?\*/", "", (CSRC / header).read_text(), flags=re.DOTALL)
-        lines += re.findall(r"^#define (EB_[A-Z_]+) \d+$", text, flags=re.MULTILINE)
+        lines += re.findall(r"^#define (EB_[A-Z_]+) (?:\d+|0x[0-9A-F]+u) *$", text, flags=re.MULTILINE)
         for body in re.findall(r"^enum(?: \w+)? \{(.*?)\}", text, flags=re.DOTALL | re.MULTILINE):
             lines += re.findall(r"\b(EB_[A-Z_]+)\b(?=\s*[=,\n])", body)
     return "".join(f"#define {name} ...\n" for name in lines)
@@ -74,8 +74,9 @@ ffibuilder = FFI()
 ffibuilder.cdef(constants() + FUNCTIONS)
 ffibuilder.set_source(
     "errand_boy._native",
-    "#define PyInit__native eb_init_by_cffi\n"  # csrc/module.c has the one that Python calls
-    '#include "direct.h"\n#include "launch.h"\n#include "module.h"\n#include "rawsys.h"\n',
+    "#define PyInit__native eb_init_by_cffi\n"  # csrc/caller/module.c has the one that Python calls
+    '#include "caller/direct.h"\n#include "caller/launch.h"\n#include "caller/module.h"\n'
+    '#include "common/rawsys.h"\n',
     sources=SOURCES,
     include_dirs=["csrc"],
     define_macros=[("_GNU_SOURCE", None)],

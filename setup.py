@@ -15,19 +15,19 @@ HELPER = "errand-boy-helper"
 HELPER_SOURCES = [
     f"csrc/{name}.c"
     for name in (
-        "helper",
-        "commands",
-        "control",
-        "connection",
-        "fdpass",
-        "request",
-        "spawn_child",
-        "spawn_clone",
-        "spawn_job",
-        "spawn_posix",
-        "state",
-        "wire",
-        "streams",  # last: its large buffer lies behind what others touch
+        "helper/helper",
+        "helper/commands",
+        "helper/control",
+        "helper/connection",
+        "common/fdpass",
+        "spawn/request",
+        "spawn/spawn_child",
+        "spawn/spawn_clone",
+        "spawn/spawn_job",
+        "spawn/spawn_posix",
+        "common/state",
+        "common/wire",
+        "helper/streams",  # last: its large buffer lies behind what others touch
     )
 ]
 COMPILE = ["-std=c11", "-fPIE", "-Wall", "-Wextra", "-fstack-protector"]
@@ -49,8 +49,9 @@ class BuildExt(build_ext):
             HELPER_SOURCES,
             output_dir=os.path.join(self.build_temp, "helper"),
             macros=[("_GNU_SOURCE", None)],
+            include_dirs=["csrc"],
             extra_preargs=[*COMPILE, "-Oz" if self.accepts("-Oz") else "-Os", *flags],
-            depends=[str(path) for path in Path("csrc").glob("*.h")],
+            depends=[str(path) for path in Path("csrc").rglob("*.h")],
         )
         self.compiler.link_executable(
             objects, HELPER, output_dir=str(package), extra_postargs=[*LINK, *flags]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import errand_boy
-from errand_boy.helper import Keeper, callers, owner
+from errand_boy._helper import Keeper, callers, owner
 
 WARM_UP = 300
 REPORTS = 10

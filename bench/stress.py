@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import errand_boy
-from errand_boy import status
+from errand_boy import _status
 
 COUNTS = struct.Struct("<4Q")  # begun, ended well, told that a helper died, failed otherwise
 HELPER_EVERY = 1.0  # seconds
@@ -70,14 +70,14 @@ class Daemon:
         self.process = subprocess.Popen(command)
         deadline = time.monotonic() + PATIENCE
         while True:
-            with contextlib.suppress(status.NoAnswerError):
+            with contextlib.suppress(_status.NoAnswerError):
                 self.status()
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError("the daemon does not answer")
 
     def status(self) -> dict[str, Any]:
-        return status.fetch(self.path)
+        return _status.fetch(self.path)
 
     def state(self) -> dict[str, Any]:
         seen = self.status()

@@ -31,6 +31,9 @@ from subprocess import (
     run,
 )
 
+from errand_boy._functions import NAMES, bound_to
+from errand_boy._popen import Popen
+from errand_boy._ways import helper_pid, start, stop
 from errand_boy.errors import (
     ErrandBoyError,
     HelperDiedError,
@@ -40,17 +43,14 @@ from errand_boy.errors import (
     RefusedError,
     SessionClosedError,
 )
-from errand_boy.functions import NAMES, bound_to
-from errand_boy.popen import Popen
-from errand_boy.ways import helper_pid, start, stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from typing import Any
 
-    from errand_boy.batch import Command, Result
-    from errand_boy.client import Client
+    from errand_boy._client import Client
+    from errand_boy._map import Command, Result
 
 
 def connect(path: str | os.PathLike[str] | None = None) -> Client:
@@ -63,9 +63,9 @@ def connect(path: str | os.PathLike[str] | None = None) -> Client:
     if the daemon does not serve this user. Threads may share the client, and so may forked
     processes. Raises PermissionError if the default directory is not the user's own.
     """
-    from errand_boy import client  # noqa: PLC0415  only those who need it pay for it
+    from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
 
-    return client.connect(path)
+    return _client.connect(path)
 
 
 def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
@@ -84,9 +84,9 @@ def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, 
     Closing the iterator ends what runs. The commands are started by a private helper, or if
     ``ERRAND_BOY_SOCKET`` was set at import by the daemon.
     """
-    from errand_boy import batch  # noqa: PLC0415
+    from errand_boy import _map  # noqa: PLC0415
 
-    return batch.map(commands, **options)
+    return _map.map(commands, **options)
 
 
 def patch() -> None:
@@ -97,9 +97,9 @@ def patch() -> None:
     os.posix_spawn and multiprocessing are left alone, and no command goes to a daemon, whatever
     ``ERRAND_BOY_SOCKET`` says. Calling it again has no effect; unpatch() undoes it.
     """
-    from errand_boy import patching  # noqa: PLC0415
+    from errand_boy import _patching  # noqa: PLC0415
 
-    patching.patch()
+    _patching.patch()
 
 
 def unpatch() -> None:
@@ -108,9 +108,9 @@ def unpatch() -> None:
     Where the helper owns the children (not on an ordinary Linux), those that were started under
     patch() should have been waited for.
     """
-    from errand_boy import patching  # noqa: PLC0415
+    from errand_boy import _patching  # noqa: PLC0415
 
-    patching.unpatch()
+    _patching.unpatch()
 
 
 if not TYPE_CHECKING:  # to a type checker they are what the imports say

@@ -1,4 +1,4 @@
-from errand_boy.cli import main
+from errand_boy._cli.args import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -27,20 +27,20 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import IO, Any
 
-from errand_boy import direct, popen, remote
-from errand_boy import helper as _helper
-from errand_boy.connection import Connection
+from errand_boy import _direct, _helper, _popen, _remote, _wire
+from errand_boy._adapter import sending
+from errand_boy._connection import Connection
+from errand_boy._frame import PATIENCE, Outgoing, take
+from errand_boy._request import Request
+from errand_boy._wire import Failed, Spawned
 from errand_boy.errors import HelperError, NotServedError
-from errand_boy.outgoing import PATIENCE, Outgoing, Request, take
-from errand_boy.protocol import Failed, Spawned
-from errand_boy.view import sending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
-    from errand_boy import client as _client
-    from errand_boy.batch import Batch, Command, Result
+    from errand_boy import _client
+    from errand_boy._map import Batch, Command, Result
 
 __all__ = [
     "DEVNULL",
@@ -146,10 +146,10 @@ def _readers_of(loop: asyncio.AbstractEventLoop) -> _Readers | asyncio.AbstractE
     return readers
 
 
-class _Popen(popen.Popen[bytes]):
+class _Popen(_popen.Popen[bytes]):
     """A Popen whose constructor sends nothing: `begin` does, without blocking the loop."""
 
-    _patience = direct.LOOP_PATIENCE
+    _patience = _direct.LOOP_PATIENCE
     _request: Request | None = None
     _pending: object = None  # a start in this process, see direct.py
     _given: tuple[Any, ...] = ()  # to _execute_child
@@ -177,15 +177,15 @@ class _Popen(popen.Popen[bytes]):
             reply: Spawned | Failed | None = None
             if self._pending is not None:
                 reply = await self._started(loop, self._pending)
-                if reply and popen.is_refused(reply):
-                    direct.give_up()
+                if reply and _wire.is_refused(reply):
+                    _direct.give_up()
                     self._way(False)  # raises where it is forced
                     self._execute_original(self._given)
                     reply = None
             elif self._request is not None:
                 reply = await self._asked(loop, self._request)
             if isinstance(reply, Failed):
-                raise popen.failure(reply, *self._names)
+                raise _wire.spawn_error(reply, *self._names)
             try:
                 return _Watch(loop, self)
             except BaseException:
@@ -207,9 +207,9 @@ class _Popen(popen.Popen[bytes]):
     async def _started(self, loop: asyncio.AbstractEventLoop, start: object) -> Failed | None:
         """Await the outcome of a pending start in this process."""
         outcome: tuple[int, int] | None
-        pauses = direct.pauses()
+        pauses = _direct.pauses()
         try:
-            while (outcome := direct.await_spawn(self, start, 0)) is start:
+            while (outcome := _direct.await_spawn(self, start, 0)) is start:
                 await asyncio.sleep(next(pauses))
         except BaseException as error:
             burial = _Burial(loop, self)
@@ -218,7 +218,7 @@ class _Popen(popen.Popen[bytes]):
             raise
         finally:
             self._pending = None
-            direct.leave_spawn(start)
+            _direct.leave_spawn(start)
         return Failed(0, *outcome) if outcome else None
 
     async def _asked(self, loop: asyncio.AbstractEventLoop, request: Request) -> Spawned | Failed:
@@ -320,7 +320,7 @@ class _Popen(popen.Popen[bytes]):
             self._watch.look_soon()
 
 
-class _RemotePopen(_Popen, remote.Popen[bytes]):
+class _RemotePopen(_Popen, _remote.Popen[bytes]):
     """The same for a daemon's child."""
 
     async def _until_reachable(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -331,7 +331,7 @@ class _RemotePopen(_Popen, remote.Popen[bytes]):
 
 def _connected(client: _client.Client) -> bool:
     """Give `client` a connection if that can be made without waiting; return whether it can."""
-    from errand_boy.client import _Idle  # noqa: PLC0415
+    from errand_boy._client import _Idle  # noqa: PLC0415
 
     sock = socket.socket(socket.AF_UNIX)
     sock.setblocking(False)
@@ -448,7 +448,7 @@ class _Burial:
         self,
         loop: asyncio.AbstractEventLoop,
         process: _Popen,
-        lender: popen.Lender | None = None,
+        lender: _popen.Lender | None = None,
         connection: Connection | None = None,
     ) -> None:
         self._over: asyncio.Future[None] = loop.create_future()
@@ -822,9 +822,9 @@ class _Functions:
         Commands are started while the iterator is awaited only. One that is left early should be
         closed (``contextlib.aclosing``), which ends what runs.
         """
-        from errand_boy import batch  # noqa: PLC0415  only those who need it pay for it
+        from errand_boy import _map  # noqa: PLC0415  only those who need it pay for it
 
-        return _drive(batch.make(commands, self.daemon, **options), check)
+        return _drive(_map.make(commands, self.daemon, **options), check)
 
 
 def _check(options: dict[str, Any], shell: bool) -> None:
@@ -854,9 +854,9 @@ class Client(_Functions):
 
 def connect(path: str | os.PathLike[str] | None = None) -> Client:
     """Return a client of the daemon at `path`, as errand_boy.connect does, for asyncio."""
-    from errand_boy import client  # noqa: PLC0415  only those who need it pay for it
+    from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
 
-    return Client(client.connect(path))
+    return Client(_client.connect(path))
 
 
 async def _drive(batch: Batch, check: bool) -> AsyncGenerator[Result, None]:

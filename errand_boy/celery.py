@@ -28,14 +28,13 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.worker.request import Request as _TaskRequest
 from celery.worker.state import revoked
 
-from errand_boy import helper as _helper
-from errand_boy import protocol
+from errand_boy import _helper, _request, _wire
+from errand_boy._connection import Connection
+from errand_boy._frame import PATIENCE, take
+from errand_boy._helper import Helper
 from errand_boy._native import lib
-from errand_boy.connection import Connection
+from errand_boy._request import Request
 from errand_boy.errors import HelperDiedError, HelperError, NotServedError, ProtocolError
-from errand_boy.helper import Helper
-from errand_boy.outgoing import PATIENCE, Request, take
-from errand_boy.popen import candidates, environment, exec_path, failure
 
 __all__ = ["Outcome", "map", "run_command"]
 
@@ -238,9 +237,9 @@ class _Command:
         now, rest = self._input[: self._window], self._input[self._window :]
         self._window -= len(now)
         if now:
-            self._send(protocol.frame(lib.EB_STDIN, [bytes(now)]))
+            self._send(_wire.frame(lib.EB_STDIN, [bytes(now)]))
         if not rest:
-            self._send(protocol.frame(lib.EB_STDIN, []))
+            self._send(_wire.frame(lib.EB_STDIN, []))
         self._input = rest if rest else None
 
     def _receive(self) -> None:
@@ -263,9 +262,9 @@ class _Command:
                 errno.EPIPE, "errand-boy's helper ended: the command may have been started"
             )
         self._received += data
-        header = protocol.HEADER.size
+        header = _wire.HEADER.size
         while len(self._received) >= header:
-            length, kind = protocol.HEADER.unpack_from(self._received)
+            length, kind = _wire.HEADER.unpack_from(self._received)
             if len(self._received) < header + length:
                 break
             payload = self._received[header : header + length]
@@ -291,13 +290,13 @@ class _Command:
             self._window += int.from_bytes(payload, "little")
             self._send_input()
         elif kind == lib.EB_EXITED:
-            self.status, *usage = protocol.EXITED.unpack(payload)
+            self.status, *usage = _wire.EXITED.unpack(payload)
             self.usage = tuple(usage)
         elif kind == lib.EB_FAILED:
-            failed = protocol.reply(kind, payload)
-            assert isinstance(failed, protocol.Failed)
+            failed = _wire.reply(kind, payload)
+            assert isinstance(failed, _wire.Failed)
             self._give_back()
-            raise failure(failed, self._args[0], self._cwd)
+            raise _wire.spawn_error(failed, self._args[0], self._cwd)
         elif kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
             raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
@@ -311,7 +310,7 @@ class _Command:
             # The helper has not waited for the leader, so that the group's number is its own.
             payload = struct.pack("<ii", -self._pid, number)
             if self._pid:
-                self._send(protocol.frame(lib.EB_SIGNAL, [payload]))
+                self._send(_wire.frame(lib.EB_SIGNAL, [payload]))
         elif self._pidfd >= 0:
             # Another group may have the number by now. Before Linux 6.9 there is no such call, and
             # the leader's end is the end.
@@ -407,7 +406,7 @@ def run_command(
     `check`: fail the task if the command can't be started, is timed out or returns other than 0,
     with the exception of subprocess.run(check=True).
     """
-    argv = _arguments(args, shell)
+    argv = _request.arguments(args, shell)
     options, flags = _options(argv, input is not None, cwd, env, grace)
     name = self.request.id or "command"
     paths = [Path(output_dir, f"{name}.{end}") if output_dir else None for end in _ENDS]
@@ -477,13 +476,8 @@ def _text(path: Path | None) -> str | None:
 def _rusage(usage: tuple[int, ...]) -> dict[str, float] | None:
     if not usage:
         return None
-    found = protocol.rusage(usage)
+    found = _wire.rusage(usage)
     return {name: getattr(found, name) for name in _USAGE}
-
-
-def _arguments(args: Sequence[str] | str, shell: bool) -> list[str]:
-    argv = [args] if isinstance(args, str) else list(args)
-    return ["/bin/sh", "-c", *argv] if shell else argv
 
 
 def _options(
@@ -495,24 +489,13 @@ def _options(
     milliseconds = round(grace * 1000)
     if not 0 <= milliseconds <= 0xFFFFFFFF:
         raise ValueError("grace is out of range")
-    programs = candidates(os.fsencode(argv[0]), lambda: exec_path(env))
-    parts = [
-        protocol.strings(lib.EB_TAG_ARGV, [os.fsencode(arg) for arg in argv]),
-        protocol.strings(lib.EB_TAG_EXECUTABLES, programs),
-        protocol.option(lib.EB_TAG_SETSID),
-        protocol.number(lib.EB_TAG_ON_CLOSE, milliseconds),
-        protocol.option(lib.EB_TAG_STREAMS, bytes([0b111 if with_input else 0b110])),
-    ]
+    settings, flags = _request.settings(env=env, cwd=cwd, start_new_session=True)
+    streams = _wire.option(lib.EB_TAG_STREAMS, bytes([0b111 if with_input else 0b110]))
     if not with_input:
-        parts.append(protocol.option(lib.EB_TAG_NULL, bytes([0b001])))
-    if cwd is not None:
-        parts.append(protocol.string(lib.EB_TAG_CWD, os.fsencode(cwd)))
-    flags = lib.EB_WITHOUT_STANDARD | lib.EB_RESTORE_SIGNALS
-    if env is None:
-        flags |= lib.EB_WITH_ENVIRONMENT
-    else:
-        parts.append(protocol.strings(lib.EB_TAG_ENV, environment(env)))
-    return b"".join(parts), flags
+        streams += _wire.option(lib.EB_TAG_NULL, bytes([0b001]))
+    ending = _wire.number(lib.EB_TAG_ON_CLOSE, milliseconds)
+    command = _request.command(argv, argv[0], env)
+    return command + settings + streams + ending, flags | lib.EB_WITHOUT_STANDARD
 
 
 def _keep_limits(task: Any, command: _Command, begun: float) -> None:

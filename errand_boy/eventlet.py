@@ -24,11 +24,11 @@ from eventlet.green.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import child, view
-from errand_boy.connection import Connection
-from errand_boy.functions import bound_to
-from errand_boy.outgoing import Outgoing
-from errand_boy.protocol import Failed, Spawned
+from errand_boy import _adapter, _child
+from errand_boy._connection import Connection
+from errand_boy._frame import Outgoing
+from errand_boy._functions import bound_to
+from errand_boy._wire import Failed, Spawned
 
 __all__ = [
     "DEVNULL",
@@ -65,7 +65,7 @@ class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
         execute_child(_Base._execute_child, self, *args)
 
     def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:
-        return view.internal_poll(_Base._internal_poll, self, *args, **kwargs)
+        return _adapter.internal_poll(_Base._internal_poll, self, *args, **kwargs)
 
     def wait(self, timeout: float | None = None, check_interval: float = 0.01) -> int:
         """Wait for the process to end, at most `timeout` seconds; return its return code.
@@ -76,7 +76,7 @@ class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
-        view.send_signal(_Base.send_signal, self, sig)
+        _adapter.send_signal(_Base.send_signal, self, sig)
 
 
 _functions = bound_to(Popen, subprocess)
@@ -90,7 +90,7 @@ run = _functions["run"]
 
 def execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
     """Start a command for an eventlet.green.subprocess.Popen of any class."""
-    view.execute_child(_View, original, process, *args)
+    _adapter.execute_child(_View, original, process, *args)
 
 
 def wait(
@@ -103,7 +103,7 @@ def wait(
     known = process.returncode is not None or vars(process).get("_lease") is not None
     while not (known or _in_hub()):
         try:
-            if not child.wait(process, _HOUR if timeout is None else timeout, _readable):
+            if not _child.wait(process, _HOUR if timeout is None else timeout, _readable):
                 break
         except TimeoutExpired:
             if timeout is not None:
@@ -123,10 +123,10 @@ def _readable(fd: int, seconds: float) -> None:
         hubs.trampoline(fd, read=True, timeout=seconds, timeout_exc=_NotReadableError)
 
 
-class _View(view.GreenView):
+class _View(_adapter.GreenView):
     def _await_start(self, start: object) -> tuple[int, int] | None:
         if _in_hub():
-            return view.View._await_start(self, start)
+            return _adapter.View._await_start(self, start)
         return super()._await_start(start)
 
     def _pause(self, seconds: float) -> None:

@@ -31,15 +31,15 @@ from gevent.subprocess import (
     list2cmdline,
 )
 
-from errand_boy.connection import Connection
-from errand_boy.functions import bound_to
-from errand_boy.outgoing import Request
-from errand_boy.protocol import Failed, Reply, Spawned
-from errand_boy.view import GreenView
+from errand_boy._adapter import GreenView
+from errand_boy._connection import Connection
+from errand_boy._functions import bound_to
+from errand_boy._request import Request
+from errand_boy._wire import Failed, Reply, Spawned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from errand_boy.popen import Lender
+    from errand_boy._popen import Lender
 
 __all__ = [
     "DEVNULL",

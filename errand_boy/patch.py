@@ -10,14 +10,14 @@ import runpy
 import sys
 from types import ModuleType
 
-from errand_boy import patching
+from errand_boy import _patching
 
 
 class _Callable(ModuleType):
     """This module, once imported, has the name of the function errand_boy.patch."""
 
     def __call__(self) -> None:
-        patching.patch()
+        _patching.patch()
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     arguments = arguments[as_module:]
     if not arguments or (not as_module and arguments[0].startswith("-")):
         sys.exit("usage: python -m errand_boy.patch (SCRIPT | -m MODULE) [ARGUMENT]...")
-    patching.patch()
+    _patching.patch()
     sys.argv = arguments
     if as_module:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from errand_boy import cli
+from errand_boy._cli import args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,12 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Be the daemon, or, with a command line, run that through it.",
     )
     parser.add_argument("command_line", nargs="?", metavar="COMMAND")
-    cli.add_serve_options(parser)
+    args.add_serve_options(parser)
     options = parser.parse_args(arguments)
     command = options.command_line
     del options.command_line
     if command is None:
-        return cli.run_server(parser, options)
+        return args.run_server(parser, options)
     return _run(command, options.socket)
 
 

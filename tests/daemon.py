@@ -17,9 +17,9 @@ from typing import Any
 from conftest import script_environment
 from errand_boy._native import lib
 
-from errand_boy import protocol, status
-from errand_boy.connection import Connection
-from errand_boy.protocol import Exited, Spawned
+from errand_boy import _status, _wire
+from errand_boy._connection import Connection
+from errand_boy._wire import Exited, Spawned
 
 PATIENCE = 30.0  # seconds; nothing takes so long
 
@@ -54,7 +54,7 @@ class Daemon:
         return connection
 
     def status(self) -> dict[str, Any]:
-        return status.fetch(self.path)
+        return _status.fetch(self.path)
 
     def helpers(self) -> list[int]:
         return [helper["pid"] for helper in self.status()["helpers"]]
@@ -108,13 +108,13 @@ def request(
 ) -> None:
     words = [os.fsencode(word) for word in argv]
     parts = [
-        protocol.strings(lib.EB_TAG_EXECUTABLES, [words[0]]),
-        protocol.strings(lib.EB_TAG_ARGV, words),
-        protocol.numbers(lib.EB_TAG_FDS, range(len(fds))),
-        protocol.number(lib.EB_TAG_PGROUP, 0),
+        _wire.strings(lib.EB_TAG_EXECUTABLES, [words[0]]),
+        _wire.strings(lib.EB_TAG_ARGV, words),
+        _wire.numbers(lib.EB_TAG_FDS, range(len(fds))),
+        _wire.number(lib.EB_TAG_PGROUP, 0),
         options,
     ]
-    connection.send(protocol.frame(lib.EB_SPAWN, parts), fds)
+    connection.send(_wire.frame(lib.EB_SPAWN, parts), fds)
 
 
 def ended(connection: Connection) -> int:
@@ -125,4 +125,4 @@ def ended(connection: Connection) -> int:
 
 
 def send_signal(connection: Connection, pid: int, number: int) -> None:
-    connection.send(protocol.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))
+    connection.send(_wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))

@@ -31,7 +31,7 @@ from guard import Guard
 
 import errand_boy
 import errand_boy.asyncio as ours
-from errand_boy import helper, popen
+from errand_boy import _helper, _popen
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def descriptors() -> list[str]:
 
 def children(*, recursive: bool = False) -> list[psutil.Process]:
     # One that was killed may be a while in ending, and is waited for with the next start.
-    helpers = {errand_boy.helper_pid(), *(old.pid for old in helper._unreaped)}
+    helpers = {errand_boy.helper_pid(), *(old.pid for old in _helper._unreaped)}
     me = psutil.Process()
     return [child for child in me.children(recursive) if child.pid not in helpers]
 
@@ -310,7 +310,7 @@ def test_errors_of_shell_commands(run: Runner) -> None:
 
 
 def test_preexec_fn_goes_the_standard_library_s_way(run: Runner, unchanged: None) -> None:
-    popen._warned.clear()
+    _popen._warned.clear()
 
     async def main() -> None:
         with pytest.warns(RuntimeWarning, match="makes Popen fork"):

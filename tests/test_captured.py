@@ -25,8 +25,8 @@ from daemon import Daemon, started_daemon
 from errand_boy._native import lib
 
 import errand_boy
-from errand_boy import protocol
-from errand_boy.client import Client, _Idle
+from errand_boy import _wire
+from errand_boy._client import Client, _Idle
 from errand_boy.errors import HelperDiedError, NoDaemonError
 from errand_boy.transports.unixsocket import UNIXSocketTransport
 
@@ -279,7 +279,7 @@ def test_helper_that_ends_before_it_reads_of_a_timeout(started: bool) -> None:
     assert theirs.recv(1 << 16, 0 if started else socket.MSG_PEEK)
     if started:
         spawned = struct.pack("<iB", 77, lib.EB_OWNER_HELPER)
-        theirs.sendall(protocol.HELLO + protocol.frame(lib.EB_SPAWNED, [spawned]))
+        theirs.sendall(_wire.HELLO + _wire.frame(lib.EB_SPAWNED, [spawned]))
         assert theirs.recv(1, socket.MSG_PEEK)  # it is to be killed
     theirs.close()
     thread.join()

@@ -23,11 +23,11 @@ from daemon import Daemon, started_daemon
 from errand_boy._native import lib
 
 import errand_boy
-from errand_boy import protocol
-from errand_boy.client import Client
-from errand_boy.connection import Connection
+from errand_boy import _wire
+from errand_boy._client import Client
+from errand_boy._connection import Connection
+from errand_boy._wire import Exited, Failed, Spawned
 from errand_boy.errors import HelperDiedError, NoDaemonError, ProtocolError
-from errand_boy.protocol import Exited, Failed, Spawned
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +492,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
 def test_refused_to_another_user(public_dir: Path) -> None:
     with started_daemon(public_dir) as daemon:
         source = """
-            import errand_boy.client  # the other user may not be able to read the library
+            import errand_boy._client  # the other user may not be able to read the library
             os.setgid(65534)
             os.setuid(65534)
             seen = []
@@ -682,10 +682,10 @@ print(json.dumps([codes, [len(job.value.stdout) for job in jobs]]))
 # -- what comes over a connection --
 
 REPLIES = (
-    protocol.HELLO
-    + protocol.frame(lib.EB_SPAWNED, [struct.pack("<iB", 77, lib.EB_OWNER_HELPER)])
-    + protocol.frame(lib.EB_EXITED, [protocol.EXITED.pack(9, *range(9))])
-    + protocol.frame(lib.EB_FAILED, [struct.pack("<iiB", 0, errno.ENOENT, lib.EB_STAGE_EXEC)])
+    _wire.HELLO
+    + _wire.frame(lib.EB_SPAWNED, [struct.pack("<iB", 77, lib.EB_OWNER_HELPER)])
+    + _wire.frame(lib.EB_EXITED, [_wire.EXITED.pack(9, *range(9))])
+    + _wire.frame(lib.EB_FAILED, [struct.pack("<iiB", 0, errno.ENOENT, lib.EB_STAGE_EXEC)])
 )
 
 
@@ -725,7 +725,7 @@ def test_replies_in_portions(ends: tuple[socket.socket, Connection], portion: in
     expect_replies(connection)
 
 
-@pytest.mark.parametrize("counted", [0, len(protocol.HELLO)])
+@pytest.mark.parametrize("counted", [0, len(_wire.HELLO)])
 def test_replies_received_by_what_was_interrupted(
     ends: tuple[socket.socket, Connection], counted: int
 ) -> None:
@@ -741,11 +741,11 @@ def test_replies_received_by_what_was_interrupted(
 @pytest.mark.parametrize(
     "reply",
     [
-        protocol.frame(lib.EB_SPAWNED, [bytes(6)]),
-        protocol.frame(lib.EB_EXITED, [bytes(75)]),
-        protocol.frame(200, [b"?"]),
-        protocol.HEADER.pack(508, lib.EB_REFUSED),
-        protocol.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWNED),
+        _wire.frame(lib.EB_SPAWNED, [bytes(6)]),
+        _wire.frame(lib.EB_EXITED, [bytes(75)]),
+        _wire.frame(200, [b"?"]),
+        _wire.HEADER.pack(508, lib.EB_REFUSED),
+        _wire.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWNED),
     ],
 )
 @pytest.mark.parametrize("interrupted", [False, True])

@@ -224,12 +224,12 @@ def test_want_of_memory_is_no_filter(error: str) -> None:
     seen = run_script(
         f"""{REFUSING}
 import errno
-import errand_boy.direct
+import errand_boy._direct
 refuse(CLOSE_RANGE, errno.{error})
 try:
     subprocess.run(["true"])
 except OSError as error:
-    report([error.errno == errno.{error}, errand_boy.direct.works()])
+    report([error.errno == errno.{error}, errand_boy._direct.works()])
 """
     )
     assert seen == [True, True]

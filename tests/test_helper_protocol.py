@@ -25,8 +25,8 @@ from conftest import started_script
 from errand_boy._native import lib
 
 import errand_boy
-from errand_boy import protocol
-from errand_boy.connection import Connection
+from errand_boy import _wire
+from errand_boy._connection import Connection
 
 HELPER = os.environ.get("ERRAND_BOY_HELPER") or str(
     Path(errand_boy.__file__).with_name("errand-boy-helper")
@@ -109,9 +109,9 @@ class Client:
         return data
 
     def frame(self) -> tuple[int, bytes]:
-        header = self._read(protocol.HEADER.size)
-        assert len(header) == protocol.HEADER.size, f"closed after {header!r}"
-        size, kind = protocol.HEADER.unpack(header)
+        header = self._read(_wire.HEADER.size)
+        assert len(header) == _wire.HEADER.size, f"closed after {header!r}"
+        size, kind = _wire.HEADER.unpack(header)
         payload = self._read(size)
         assert len(payload) == size
         return kind, payload
@@ -165,7 +165,7 @@ class Helper:
         self.pidfd = os.pidfd_open(self.pid)
         self.clients: list[Client] = []
         self.control = Client(ours)
-        self.control.send(protocol.OPENING)
+        self.control.send(_wire.OPENING)
         self.private = "--private" in arguments
         if self.private:
             kind, payload = self.control.frame()
@@ -185,7 +185,7 @@ class Helper:
 
     def connect(self) -> Client:
         client = self.unopened()
-        client.send(protocol.OPENING)
+        client.send(_wire.OPENING)
         assert client.frame() == (lib.EB_HELLO, struct.pack("<I", lib.EB_VERSION))
         return client
 
@@ -259,11 +259,11 @@ def ids() -> tuple[int, ...]:
 
 
 def frame(kind: int, *parts: bytes) -> bytes:
-    return protocol.frame(kind, parts)
+    return _wire.frame(kind, parts)
 
 
 def strings(tag: int, *values: str) -> bytes:
-    return protocol.strings(tag, [os.fsencode(value) for value in values])
+    return _wire.strings(tag, [os.fsencode(value) for value in values])
 
 
 def spawn(*argv: str, targets: Sequence[int] = ()) -> bytes:
@@ -274,7 +274,7 @@ def spawn(*argv: str, targets: Sequence[int] = ()) -> bytes:
         option(lib.EB_TAG_SIGMASK, bytes(8)),
     ]
     if targets:
-        options.append(protocol.numbers(lib.EB_TAG_FDS, targets))
+        options.append(_wire.numbers(lib.EB_TAG_FDS, targets))
     return frame(lib.EB_SPAWN, *options)
 
 
@@ -283,11 +283,11 @@ def signal_frame(pid: int, number: int) -> bytes:
 
 
 TRUE = strings(lib.EB_TAG_EXECUTABLES, "/bin/true") + strings(lib.EB_TAG_ARGV, "true")
-GREETING = protocol.OPENING
+GREETING = _wire.OPENING
 
 
 def option(tag: int, value: bytes = b"") -> bytes:
-    return protocol.option(tag, value)
+    return _wire.option(tag, value)
 
 
 def u32(*values: int) -> bytes:
@@ -335,7 +335,7 @@ def test_all_options_at_once(helper: Helper) -> None:
         "ENV": strings(lib.EB_TAG_ENV, "A=b", "LC_ALL=C"),
         "FDS": option(lib.EB_TAG_FDS, u32(1)),
         "CWD_FD": option(lib.EB_TAG_CWD_FD),
-        "CWD": protocol.string(lib.EB_TAG_CWD, b"lib/.."),
+        "CWD": _wire.string(lib.EB_TAG_CWD, b"lib/.."),
         "UMASK": option(lib.EB_TAG_UMASK, u32(0o27)),
         "SIGMASK": option(lib.EB_TAG_SIGMASK, bytes(8)),
         "SIGIGN": option(lib.EB_TAG_SIGIGN, bytes(8)),
@@ -380,7 +380,7 @@ BAD_OPENINGS = {
         f"speaks version {lib.EB_VERSION} of the protocol, not {lib.EB_VERSION + 1}",
     ),
     "longest frame and a byte": (
-        b"\0" + protocol.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_HELLO),
+        b"\0" + _wire.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_HELLO),
         "frame of more than",
     ),
 }
@@ -396,20 +396,20 @@ def test_bad_opening_is_refused(case: str, helper: Helper, witness: Client) -> N
 
 
 BAD_FRAMES = {
-    "second HELLO": (protocol.HELLO, "unknown frame kind 1"),
+    "second HELLO": (_wire.HELLO, "unknown frame kind 1"),
     "ADOPT on a connection": (frame(lib.EB_ADOPT), "ADOPT is not for this connection"),
     "SIGNAL without a number": (frame(lib.EB_SIGNAL), "SIGNAL with a payload of 0 bytes"),
     "long SIGNAL": (frame(lib.EB_SIGNAL, bytes(9)), "SIGNAL with a payload of 9 bytes"),
     "header of the longest frame and a byte": (
-        protocol.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_SPAWN),
+        _wire.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_SPAWN),
         "frame of more than",
     ),
     "header of the longest length there is": (
-        protocol.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWN),
+        _wire.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWN),
         "frame of more than",
     ),
     "header alone of a frame that is not for us": (
-        protocol.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_ADOPT),
+        _wire.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_ADOPT),
         "ADOPT is not for this connection",
     ),
     **{
@@ -582,7 +582,7 @@ def test_descriptors_with_a_frame_that_takes_none(
     assert f"{count} descriptors that no frame names" in client.refusal()
 
 
-@pytest.mark.parametrize("data", [b"\0", b"\5", protocol.HEADER.pack(9, lib.EB_SPAWN), None])
+@pytest.mark.parametrize("data", [b"\0", b"\5", _wire.HEADER.pack(9, lib.EB_SPAWN), None])
 @pytest.mark.parametrize("fds", [0, 253])
 def test_truncated_frame_then_silence_then_close(
     data: bytes | None, fds: int, helper: Helper, witness: Client
@@ -744,7 +744,7 @@ def test_client_sends_no_descriptor_before_the_frame_that_names_it() -> None:
         connection.send(spawn("/bin/true", targets=range(count)), [0] * count)
         connection.close()
         received = 0
-        greeting = len(protocol.OPENING)
+        greeting = len(_wire.OPENING)
         while greeting:
             data, fds, *_ = socket.recv_fds(theirs, greeting, lib.EB_MAX_FDS_PER_SEND)
             assert not fds, f"{len(fds)} with {data!r}"

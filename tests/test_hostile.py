@@ -757,7 +757,7 @@ report([outcome, only_helper_left()])
 def test_commands_of_a_helper_that_holds_many_descriptors(keeper: str) -> None:
     """Where a table is too large to be copied, a new process gets reserved numbers instead."""
     source = f"""
-from errand_boy import helper, protocol
+from errand_boy import _helper as helper, _wire as protocol
 from errand_boy._native import lib
 
 start()

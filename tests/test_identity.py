@@ -134,7 +134,7 @@ subprocess.stop()
 
 
 SEND = """
-from errand_boy import connection, helper, protocol
+from errand_boy import _connection as connection, _helper as helper, _wire as protocol
 from errand_boy._native import lib
 
 def strings(tag, *values):

@@ -31,8 +31,8 @@ from daemon import started_daemon
 
 import errand_boy
 import errand_boy.asyncio
-from errand_boy import batch, helper
-from errand_boy.batch import Result
+from errand_boy import _helper, _map
+from errand_boy._map import Result
 
 PATIENCE = 20.0
 
@@ -149,7 +149,7 @@ def test_endless_generator_is_read_lazily(run_map: Map) -> None:
     with closing(run_map(commands(), max_workers=3)) as results:
         for result in itertools.islice(results, 100):
             assert result.returncode == 0
-        assert 100 <= given <= 100 + batch._LEAST_AHEAD
+        assert 100 <= given <= 100 + _map._LEAST_AHEAD
 
 
 def test_at_most_max_workers_live(run_map: Map, tmp_path: Path) -> None:
@@ -555,8 +555,8 @@ def test_end_of_the_process_ends_what_runs(number: int, tmp_path: Path) -> None:
 
 
 def owner_pid() -> int:
-    assert helper.owner.current is not None
-    return helper.owner.current.pid
+    assert _helper.owner.current is not None
+    return _helper.owner.current.pid
 
 
 def test_helper_killed(tmp_path: Path) -> None:
@@ -635,7 +635,7 @@ def test_helpers_killed_at_random(tmp_path: Path) -> None:
 
     def kill() -> None:
         while not over.wait(random.random() / 20):
-            current = helper.owner.current
+            current = _helper.owner.current
             if current is not None:
                 with suppress(ProcessLookupError):
                     os.kill(current.pid, signal.SIGKILL)

@@ -11,14 +11,14 @@ import pytest
 from conftest import run_script, script_environment
 
 COUNT = """
-import errand_boy, errand_boy.popen
+import errand_boy, errand_boy._popen
 starts = []
 def count(name):
-    original = getattr(errand_boy.popen.Popen, name)
+    original = getattr(errand_boy._popen.Popen, name)
     def counting(*args):
         starts.append(1)
         return original(*args)
-    setattr(errand_boy.popen.Popen, name, counting)
+    setattr(errand_boy._popen.Popen, name, counting)
 count("_start_here")
 count("_ask")
 def through_us(function):

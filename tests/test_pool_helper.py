@@ -40,7 +40,7 @@ from test_helper_protocol import (
     u32,
 )
 
-from errand_boy import protocol
+from errand_boy import _wire
 
 AS_PEER, ASK = lib.EB_AS_PEER, lib.EB_ASK
 PEER = (12343, 12344, [12345, 12346])
@@ -228,7 +228,7 @@ def request(*argv: str, options: Sequence[bytes] = (), targets: Sequence[int] = 
         *options,
     ]
     if targets:
-        parts.append(protocol.numbers(lib.EB_TAG_FDS, targets))
+        parts.append(_wire.numbers(lib.EB_TAG_FDS, targets))
     return frame(lib.EB_SPAWN, *parts)
 
 
@@ -616,7 +616,7 @@ def test_report_adds_up(pool: Pool) -> None:
         assert isinstance(client.run("/none"), Failed)
     for _ in range(2):
         assert isinstance(client.run("/bin"), Failed)
-    client.send(request("/bin/true", options=[protocol.string(lib.EB_TAG_CWD, b"/none")]))
+    client.send(request("/bin/true", options=[_wire.string(lib.EB_TAG_CWD, b"/none")]))
     assert isinstance(client.reply(), Failed)
     arguments = ["/bin/sh", "-c", "read x", "", "x" * 300]
     read, write = os.pipe()
@@ -692,10 +692,10 @@ def test_more_kinds_of_failure_than_are_told_apart(pool: Pool) -> None:
     stages = (
         option(lib.EB_TAG_NICE, u32(0)),
         option(lib.EB_TAG_PGROUP, u32(1)),
-        protocol.string(lib.EB_TAG_CWD, b"/none"),
-        protocol.string(lib.EB_TAG_CWD, b"/dev/null"),
-        protocol.string(lib.EB_TAG_CWD, b"/" + b"x" * 300),
-        protocol.string(lib.EB_TAG_CWD, b"/" + b"x/" * 3000),
+        _wire.string(lib.EB_TAG_CWD, b"/none"),
+        _wire.string(lib.EB_TAG_CWD, b"/dev/null"),
+        _wire.string(lib.EB_TAG_CWD, b"/" + b"x" * 300),
+        _wire.string(lib.EB_TAG_CWD, b"/" + b"x/" * 3000),
     )
     for extra in stages:
         client.send(request("/none", options=[extra]))
@@ -1040,7 +1040,7 @@ def test_command_that_does_not_read_holds_up_its_own_input_only(
 def test_window_is_not_overrun(pool: Pool, witness: Client) -> None:
     client = pool.connect()
     pid = started(client, streamed("/bin/sleep", "100", streams=0b1))
-    client.send(protocol.HEADER.pack(lib.EB_WINDOW + 1, lib.EB_STDIN))
+    client.send(_wire.HEADER.pack(lib.EB_WINDOW + 1, lib.EB_STDIN))
     assert client.refusal() == f"STDIN with a payload of {lib.EB_WINDOW + 1} bytes"
     pool.told((lib.EB_CLOSED, client.id))
     assert gone(pid)
@@ -1263,7 +1263,7 @@ def test_slow_start_of_a_brief_command(what: str, pool: Pool) -> None:
     client = pool.connect()
     read, write = os.pipe()
     bits = option(lib.EB_TAG_STREAMS, b"\2")
-    fds = protocol.numbers(lib.EB_TAG_FDS, [0])
+    fds = _wire.numbers(lib.EB_TAG_FDS, [0])
     client.send(slow("/bin/cat", options=[bits, BRIEF, OWN_GROUP, fds]), [read])
     os.close(read)
     assert until(lambda: bool(pool.children()))
@@ -1358,7 +1358,7 @@ def test_directories_and_programs_are_opened_with_the_peers_rights(
     secret = public_dir / "secret"
     secret.mkdir(mode=0o700)
     shutil.copy("/bin/true", secret / "true")
-    cwd = protocol.string(lib.EB_TAG_CWD, os.fsencode(secret))
+    cwd = _wire.string(lib.EB_TAG_CWD, os.fsencode(secret))
     denied = errno.EACCES
     assert fails(peer, request("/bin/true", options=[cwd])) == (denied, lib.EB_STAGE_CWD)
     assert fails(peer, request(f"{secret}/true")) == (denied, lib.EB_STAGE_EXEC)

@@ -20,12 +20,13 @@ from conftest import script_environment
 from daemon import PATIENCE, Daemon, ended, request, send_signal, spawn, started_daemon
 from errand_boy._native import lib
 
-from errand_boy import listen, protocol, status
-from errand_boy.pool import Turns
-from errand_boy.protocol import Failed
+from errand_boy import _status, _wire
+from errand_boy._daemon import listen
+from errand_boy._daemon.pool import Turns
+from errand_boy._wire import Failed
 
 SERVE = [sys.executable, "-m", "errand_boy", "serve"]
-HELLO = protocol.OPENING
+HELLO = _wire.OPENING
 NOBODY = 65534
 
 
@@ -61,16 +62,16 @@ def read_all(sock: socket.socket) -> bytes:
 
 def refusal(sock: socket.socket) -> str:
     data = read_all(sock)
-    length, kind = protocol.HEADER.unpack_from(data)
+    length, kind = _wire.HEADER.unpack_from(data)
     assert kind == lib.EB_REFUSED
-    assert len(data) == protocol.HEADER.size + length
-    return data[protocol.HEADER.size :].decode()
+    assert len(data) == _wire.HEADER.size + length
+    return data[_wire.HEADER.size :].decode()
 
 
 def answers(path: str) -> bool:
     try:
-        return bool(status.fetch(path))
-    except status.NoAnswerError:
+        return bool(_status.fetch(path))
+    except _status.NoAnswerError:
         return False
 
 
@@ -94,7 +95,7 @@ def test_bytes_one_by_one_are_a_request_too(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon, daemon.socket() as sock:
         for byte in HELLO:
             sock.sendall(bytes([byte]))
-        assert sock.recv(100) == protocol.HELLO
+        assert sock.recv(100) == _wire.HELLO
 
 
 def test_least_busy_helper_serves(tmp_path: Path) -> None:
@@ -344,11 +345,11 @@ def test_commands_have_the_ids_of_who_asked(public_dir: Path, allow: str) -> Non
         script = 'test "$(id -u) $(id -G)" = "65534 65534" || exit 1; exit 42'
         argv = [b"sh", b"-c", script.encode()]
         payload = [
-            protocol.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/sh"]),
-            protocol.strings(lib.EB_TAG_ARGV, argv),
-            protocol.strings(lib.EB_TAG_ENV, [b"PATH=/usr/bin:/bin"]),
+            _wire.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/sh"]),
+            _wire.strings(lib.EB_TAG_ARGV, argv),
+            _wire.strings(lib.EB_TAG_ENV, [b"PATH=/usr/bin:/bin"]),
         ]
-        request = HELLO + protocol.frame(lib.EB_SPAWN, payload)
+        request = HELLO + _wire.frame(lib.EB_SPAWN, payload)
         process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-c"),
@@ -407,9 +408,9 @@ def test_half_a_frame_and_the_end(tmp_path: Path) -> None:
     [
         (b"\0" + bytes(9), "must be HELLO or STATUS"),
         (b"\0" + b"\xff" * 50, "must be HELLO or STATUS"),
-        (b"\0" + protocol.HEADER.pack(4, lib.EB_HELLO) + b"\x63\0\0\0", "version 1 of the"),
-        (b"\0" + protocol.HEADER.pack(4, lib.EB_STATUS) + b"\x63\0\0\0", "version 1 of the"),
-        (b"\0" + protocol.HEADER.pack(4, lib.EB_SPAWN) + bytes(4), "must be HELLO or STATUS"),
+        (b"\0" + _wire.HEADER.pack(4, lib.EB_HELLO) + b"\x63\0\0\0", "version 1 of the"),
+        (b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + b"\x63\0\0\0", "version 1 of the"),
+        (b"\0" + _wire.HEADER.pack(4, lib.EB_SPAWN) + bytes(4), "must be HELLO or STATUS"),
     ],
 )
 def test_garbage_is_refused(tmp_path: Path, first: bytes, reason: str) -> None:
@@ -531,7 +532,7 @@ def test_commands_may_finish(tmp_path: Path) -> None:
         pid = spawn(connection, "/bin/sleep", "100")
         daemon.process.terminate()
         assert daemon.notify.recv(100) == b"STOPPING=1"
-        assert read_all(idle.sock)[len(protocol.HELLO) :] == b""  # at rest, so closed
+        assert read_all(idle.sock)[len(_wire.HELLO) :] == b""  # at rest, so closed
         send_signal(connection, pid, signal.SIGTERM)
         assert ended(connection) == -signal.SIGTERM
         assert daemon.process.wait(PATIENCE) == 0

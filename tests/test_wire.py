@@ -1,4 +1,4 @@
-"""csrc/wire.h and csrc/request.c against errand_boy.protocol: what one encodes, the other reads."""
+"""The C parser of requests against errand_boy._wire: what one encodes, the other reads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from errand_boy._native import lib
 
-from errand_boy import protocol
-from errand_boy.protocol import Exited, Failed, Spawned
+from errand_boy import _wire
+from errand_boy._wire import Exited, Failed, Spawned
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
-SOURCES = [HERE / "c" / "parse_request.c", CSRC / "request.c", CSRC / "wire.c"]
+SOURCES = [HERE / "c" / "parse_request.c", CSRC / "spawn/request.c", CSRC / "common/wire.c"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1"}
 
@@ -70,41 +70,41 @@ def names(prefix: str) -> set[str]:
     return {name for name in dir(lib) if name.startswith(prefix)}
 
 
-EXECUTABLES = protocol.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a"])
-ARGV = protocol.strings(lib.EB_TAG_ARGV, [b"a"])
+EXECUTABLES = _wire.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a"])
+ARGV = _wire.strings(lib.EB_TAG_ARGV, [b"a"])
 
 OPTIONS = {
     "EXECUTABLES": (
-        protocol.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a", b"b", b""]),
+        _wire.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a", b"b", b""]),
         listed(b"/bin/a", b"b", b""),
     ),
     "ARGV": (
-        protocol.strings(lib.EB_TAG_ARGV, [b"", b"a b", b"", b"\xff\n", b""]),
+        _wire.strings(lib.EB_TAG_ARGV, [b"", b"a b", b"", b"\xff\n", b""]),
         listed(b"", b"a b", b"", b"\xff\n", b""),
     ),
-    "ENV": (protocol.strings(lib.EB_TAG_ENV, [b"A=", b"B=b"]), listed(b"A=", b"B=b")),
-    "FDS": (protocol.numbers(lib.EB_TAG_FDS, [0, 2, 3, 2**31 - 1]), "0 2 3 2147483647"),
-    "CWD_FD": (protocol.option(lib.EB_TAG_CWD_FD), ""),
-    "CWD": (protocol.string(lib.EB_TAG_CWD, b"/a\xff"), b"/a\xff".hex()),
-    "UMASK": (protocol.number(lib.EB_TAG_UMASK, 0o7777), str(0o777)),
-    "SIGMASK": (protocol.option(lib.EB_TAG_SIGMASK, b"\1" + bytes(6) + b"\x80"), str(1 + 2**63)),
-    "SIGDEFAULT": (protocol.option(lib.EB_TAG_SIGDEFAULT, b"\2" + bytes(7)), "2"),
-    "SIGIGN": (protocol.option(lib.EB_TAG_SIGIGN, b"\2" + bytes(7)), "2"),
-    "SETSID": (protocol.option(lib.EB_TAG_SETSID), ""),
-    "PGROUP": (protocol.number(lib.EB_TAG_PGROUP, -5), "-5"),
+    "ENV": (_wire.strings(lib.EB_TAG_ENV, [b"A=", b"B=b"]), listed(b"A=", b"B=b")),
+    "FDS": (_wire.numbers(lib.EB_TAG_FDS, [0, 2, 3, 2**31 - 1]), "0 2 3 2147483647"),
+    "CWD_FD": (_wire.option(lib.EB_TAG_CWD_FD), ""),
+    "CWD": (_wire.string(lib.EB_TAG_CWD, b"/a\xff"), b"/a\xff".hex()),
+    "UMASK": (_wire.number(lib.EB_TAG_UMASK, 0o7777), str(0o777)),
+    "SIGMASK": (_wire.option(lib.EB_TAG_SIGMASK, b"\1" + bytes(6) + b"\x80"), str(1 + 2**63)),
+    "SIGDEFAULT": (_wire.option(lib.EB_TAG_SIGDEFAULT, b"\2" + bytes(7)), "2"),
+    "SIGIGN": (_wire.option(lib.EB_TAG_SIGIGN, b"\2" + bytes(7)), "2"),
+    "SETSID": (_wire.option(lib.EB_TAG_SETSID), ""),
+    "PGROUP": (_wire.number(lib.EB_TAG_PGROUP, -5), "-5"),
     "RLIMITS": (
-        protocol.option(lib.EB_TAG_RLIMITS, struct.pack("<BQQBQQ", 0, 1, 2, 15, 3, 2**64 - 1)),
+        _wire.option(lib.EB_TAG_RLIMITS, struct.pack("<BQQBQQ", 0, 1, 2, 15, 3, 2**64 - 1)),
         f"0:1:2 15:3:{2**64 - 1}",
     ),
-    "NICE": (protocol.number(lib.EB_TAG_NICE, -20), "-20"),
-    "AFFINITY": (protocol.option(lib.EB_TAG_AFFINITY, b"\1\2\3"), "010203"),
-    "GROUPS": (protocol.numbers(lib.EB_TAG_GROUPS, [0, 2**32 - 2]), f"0 {2**32 - 2}"),
-    "GID": (protocol.number(lib.EB_TAG_GID, 2**32 - 2), str(2**32 - 2)),
-    "UID": (protocol.number(lib.EB_TAG_UID, 12), "12"),
-    "STREAMS": (protocol.option(lib.EB_TAG_STREAMS, b"\2"), "2"),
-    "NULL": (protocol.option(lib.EB_TAG_NULL, b"\0"), "0"),
-    "BRIEF": (protocol.option(lib.EB_TAG_BRIEF), ""),
-    "ON_CLOSE": (protocol.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
+    "NICE": (_wire.number(lib.EB_TAG_NICE, -20), "-20"),
+    "AFFINITY": (_wire.option(lib.EB_TAG_AFFINITY, b"\1\2\3"), "010203"),
+    "GROUPS": (_wire.numbers(lib.EB_TAG_GROUPS, [0, 2**32 - 2]), f"0 {2**32 - 2}"),
+    "GID": (_wire.number(lib.EB_TAG_GID, 2**32 - 2), str(2**32 - 2)),
+    "UID": (_wire.number(lib.EB_TAG_UID, 12), "12"),
+    "STREAMS": (_wire.option(lib.EB_TAG_STREAMS, b"\2"), "2"),
+    "NULL": (_wire.option(lib.EB_TAG_NULL, b"\0"), "0"),
+    "BRIEF": (_wire.option(lib.EB_TAG_BRIEF), ""),
+    "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())
 
@@ -136,8 +136,8 @@ def test_tags_are_consecutive_and_all_tested() -> None:
 
 
 def test_python_has_the_size_of_the_header() -> None:
-    assert protocol.HEADER.size == lib.EB_HEADER_SIZE
-    assert protocol.OPENING[0] == 0
+    assert _wire.HEADER.size == lib.EB_HEADER_SIZE
+    assert _wire.OPENING[0] == 0
 
 
 # Requests
@@ -163,14 +163,14 @@ def test_all_options(order: int, program: Path) -> None:
 @pytest.mark.parametrize("values", [[], [b""], [b"", b""], [b"a" * 131_071], [b"x"] * 100_000])
 @pytest.mark.parametrize("name", ["EXECUTABLES", "ARGV", "ENV"])
 def test_string_lists(name: str, values: list[bytes], program: Path) -> None:
-    encoded = protocol.strings(getattr(lib, f"EB_TAG_{name}"), values)
+    encoded = _wire.strings(getattr(lib, f"EB_TAG_{name}"), values)
     others = [option for option in (EXECUTABLES, ARGV) if option[0] != encoded[0]]
     assert understood(program, *others, encoded)[name] == listed(*values)
 
 
 def test_environment_of_a_mebibyte(program: Path) -> None:
     values = [b"N%d=%s" % (number, b"v" * 1000) for number in range(1060)]
-    encoded = protocol.strings(lib.EB_TAG_ENV, values)
+    encoded = _wire.strings(lib.EB_TAG_ENV, values)
     assert len(encoded) > 1 << 20
     assert understood(program, EXECUTABLES, ARGV, encoded)["ENV"] == listed(*values)
 
@@ -179,9 +179,9 @@ def test_most_strings(program: Path) -> None:
     """Each of the two lists here has a NULL at its end; one more string is one too many."""
     most = lib.EB_MAX_STRINGS - 3
     values = [b""] * most
-    seen = understood(program, EXECUTABLES, protocol.strings(lib.EB_TAG_ARGV, values))
+    seen = understood(program, EXECUTABLES, _wire.strings(lib.EB_TAG_ARGV, values))
     assert seen["ARGV"].count(".") == most
-    one_more = protocol.strings(lib.EB_TAG_ARGV, [*values, b""])
+    one_more = _wire.strings(lib.EB_TAG_ARGV, [*values, b""])
     assert run(program, EXECUTABLES + one_more) == f"error {errno.E2BIG}\n"
 
 
@@ -190,52 +190,52 @@ def test_most_strings(program: Path) -> None:
 )
 def test_most_numbers(name: str, most: int, size: int, program: Path) -> None:
     tag = getattr(lib, f"EB_TAG_{name}")
-    seen = understood(program, EXECUTABLES, ARGV, protocol.numbers(tag, range(most)))
+    seen = understood(program, EXECUTABLES, ARGV, _wire.numbers(tag, range(most)))
     assert len(seen[name].split()) == most
-    too_many = protocol.numbers(tag, range(most + 1))
+    too_many = _wire.numbers(tag, range(most + 1))
     assert run(program, EXECUTABLES + ARGV + too_many).startswith(f"refused: option {name}: ")
 
 
 def test_longest_frame() -> None:
     most = lib.EB_MAX_FRAME
-    assert len(protocol.frame(lib.EB_SPAWN, [bytes(most)])) == lib.EB_HEADER_SIZE + most
+    assert len(_wire.frame(lib.EB_SPAWN, [bytes(most)])) == lib.EB_HEADER_SIZE + most
     with pytest.raises(OSError) as caught:
-        protocol.frame(lib.EB_SPAWN, [bytes(most), b"\0"])
+        _wire.frame(lib.EB_SPAWN, [bytes(most), b"\0"])
     assert caught.value.errno == errno.E2BIG
 
 
 @pytest.mark.parametrize("values", [[b"\0"], [b"a", b"b\0"], [b"", b"\0a", b""]])
 def test_nul_byte_in_a_string_is_an_error_here(values: list[bytes]) -> None:
     with pytest.raises(ValueError, match="embedded null byte"):
-        protocol.strings(lib.EB_TAG_ARGV, values)
+        _wire.strings(lib.EB_TAG_ARGV, values)
     with pytest.raises(ValueError, match="embedded null byte"):
-        protocol.string(lib.EB_TAG_CWD, values[-2:][0] + b"\0")
+        _wire.string(lib.EB_TAG_CWD, values[-2:][0] + b"\0")
 
 
 # Replies
 
 
 def test_replies() -> None:
-    spawned = protocol.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_HELPER))
+    spawned = _wire.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_HELPER))
     assert isinstance(spawned, Spawned)
     assert (spawned.pid, spawned.by_helper) == (77, True)
-    spawned = protocol.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_CALLER))
+    spawned = _wire.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_CALLER))
     assert isinstance(spawned, Spawned)
     assert not spawned.by_helper
-    failed = protocol.reply(lib.EB_FAILED, struct.pack("<iiB", 78, 2, lib.EB_STAGE_EXEC))
+    failed = _wire.reply(lib.EB_FAILED, struct.pack("<iiB", 78, 2, lib.EB_STAGE_EXEC))
     assert isinstance(failed, Failed)
     assert (failed.pid, failed.errno, failed.stage) == (78, 2, lib.EB_STAGE_EXEC)
-    exited = protocol.reply(lib.EB_EXITED, struct.pack("<i9Q", 9, *range(9)))
+    exited = _wire.reply(lib.EB_EXITED, struct.pack("<i9Q", 9, *range(9)))
     assert isinstance(exited, Exited)
     assert (exited.status, tuple(exited.usage)) == (9, tuple(range(9)))
-    assert protocol.reply(200, b"") is None
+    assert _wire.reply(200, b"") is None
 
 
 @pytest.mark.parametrize("kind, size", [("SPAWNED", 5), ("FAILED", 9), ("EXITED", 76)])
 def test_reply_of_another_size(kind: str, size: int) -> None:
     for wrong in (0, size - 1, size + 1):
         with pytest.raises(struct.error):
-            protocol.reply(getattr(lib, f"EB_{kind}"), bytes(wrong))
+            _wire.reply(getattr(lib, f"EB_{kind}"), bytes(wrong))
 
 
 # What is not a request

@@ -6,7 +6,7 @@ import subprocess
 from subprocess import PIPE
 
 import errand_boy
-from errand_boy import captured
+from errand_boy import _capture
 from errand_boy.errors import SessionClosedError
 
 TYPE_CHECKING = False
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import os
     from typing import Any
 
-    from errand_boy import remote
-    from errand_boy.client import Client
+    from errand_boy import _remote
+    from errand_boy._client import Client
 
 _TEXT = ("text", "universal_newlines", "encoding", "errors")
 
@@ -32,7 +32,7 @@ class UNIXSocketTransport:
         input: Any = None,
         timeout: float | None = None,
         **options: Any,
-    ) -> tuple[remote.Popen[Any], Any, Any]:
+    ) -> tuple[_remote.Popen[Any], Any, Any]:
         """Run a shell command line with `input`; return its process, output and error output.
 
         Both are text, unless the options, which are Popen's, say otherwise. Raises
@@ -41,7 +41,7 @@ class UNIXSocketTransport:
         if input is None:
             options.setdefault("stdin", subprocess.DEVNULL)
         self._complete(command_string, options)
-        if input is None and captured.can_be(options):
+        if input is None and _capture.can_be(options):
             done = self._client.captured(command_string, time_limit=timeout, **options)
             return done, *done.streams
         with self._client.Popen(command_string, **options) as process:
@@ -52,7 +52,7 @@ class UNIXSocketTransport:
                 raise
         return process, stdout, stderr
 
-    def Popen(self, command_string: Any, **options: Any) -> remote.Popen[Any]:
+    def Popen(self, command_string: Any, **options: Any) -> _remote.Popen[Any]:
         """Start a shell command line, its standard streams pipes of text; return its process.
 
         The options are those of the client's Popen, and go before all this. A list is a command of

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #include "check.h"
-#include "request.h"
+#include "spawn/request.h"
 
 static void print_hex(const void *data, size_t size)
 {

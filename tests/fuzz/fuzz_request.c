@@ -2,13 +2,13 @@
  * Fuzzes eb_request_parse: no input may crash it, and what it accepts must be what it was given.
  *
  *     clang -g -O1 -D_GNU_SOURCE -Icsrc -fsanitize=fuzzer,address,undefined \
- *         -fno-sanitize-recover=all tests/fuzz/fuzz_request.c csrc/request.c csrc/wire.c -o fuzz_request
+ *         -fno-sanitize-recover=all tests/fuzz/fuzz_request.c csrc/spawn/request.c csrc/common/wire.c -o fuzz_request
  *     ./fuzz_request -max_total_time=20 -max_len=4096
  *
  * Without libFuzzer, and with a compiler of your choice, the same for a number of seeds and inputs each:
  *
  *     cc -DSTANDALONE -g -O1 -D_GNU_SOURCE -Icsrc -fsanitize=address,undefined \
- *         -fno-sanitize-recover=all tests/fuzz/fuzz_request.c csrc/request.c csrc/wire.c -o fuzz_request
+ *         -fno-sanitize-recover=all tests/fuzz/fuzz_request.c csrc/spawn/request.c csrc/common/wire.c -o fuzz_request
  *     ./fuzz_request 1 1000000
  */
 #include <stdio.h>
@@ -16,7 +16,7 @@
 #include <string.h>
 
 #include "../c/check.h"
-#include "request.h"
+#include "spawn/request.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

@@ -1,0 +1,293 @@
+#include "caller/direct.h"
+
+#include "caller/direct_child.h"
+#include "common/rawsys.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#if defined(__linux__) && EB_HAVE_RAW
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/wait.h>
+#include <time.h>
+
+enum {
+    SPARE = 16, /* each has a stack with two resident pages */
+    /* The number from which a pipe is opened again by the child, which takes some 5 µs: else the kernel copies the
+     * table up to it, which takes 0.1 µs for each descriptor. */
+    HIGH = 128,
+};
+
+/* No lock, which a forked process could find taken for ever. */
+static struct eb_direct *spare[SPARE];
+static struct eb_direct *lingering; /* given back while they were pending */
+
+static int works = -1;
+static int cannot_reopen;
+
+bool eb_direct_works(void)
+{
+    int known = __atomic_load_n(&works, __ATOMIC_RELAXED);
+    if (known < 0) {
+        /* Of no descriptor: only whether the call is there. */
+        known = syscall(SYS_close_range, ~0U, ~0U, 0) == 0;
+        __atomic_store_n(&works, known, __ATOMIC_RELAXED);
+    }
+    return known != 0;
+}
+
+static void free_direct(struct eb_direct *d)
+{
+    if (d->job != NULL)
+        eb_job_unmap(d->job);
+    eb_request_free(&d->q);
+    eb_outgoing_clear(&d->frame);
+    free(d);
+}
+
+static bool is_pending(const struct eb_direct *d)
+{
+    return d->job != NULL && __atomic_load_n(&d->job->alive, __ATOMIC_ACQUIRE) != 0 && d->maker == getpid();
+}
+
+static void linger(struct eb_direct *d)
+{
+    d->next = __atomic_load_n(&lingering, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(&lingering, &d->next, d, true, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+        ;
+}
+
+/* Takes back those that were given while they were pending, and are not any more. */
+static void collect(void)
+{
+    if (__atomic_load_n(&lingering, __ATOMIC_RELAXED) == NULL)
+        return;
+    struct eb_direct *d = __atomic_exchange_n(&lingering, NULL, __ATOMIC_ACQUIRE);
+    while (d != NULL) {
+        struct eb_direct *next = d->next;
+        eb_direct_give(d);
+        d = next;
+    }
+}
+
+struct eb_direct *eb_direct_take(void)
+{
+    collect();
+    for (int i = 0; i < SPARE; i++)
+        if (__atomic_load_n(&spare[i], __ATOMIC_RELAXED) != NULL) {
+            struct eb_direct *d = __atomic_exchange_n(&spare[i], NULL, __ATOMIC_ACQUIRE);
+            if (d != NULL)
+                return d;
+        }
+    struct eb_direct *d = calloc(1, sizeof *d);
+    if (d == NULL)
+        return NULL;
+    eb_outgoing_init(&d->frame);
+    d->job = eb_job_map();
+    if (d->job == NULL) {
+        free_direct(d);
+        return NULL;
+    }
+    d->job->alive = 0;
+    return d;
+}
+
+static int64_t now_us(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+/* Waits for the kernel to clear the word; not for much longer than until `end`, and not beyond a signal. */
+static bool wait_until_cleared(volatile pid_t *word, int64_t end)
+{
+    int64_t rest = end - now_us();
+    if (rest <= 0)
+        return false;
+    struct timespec t = {.tv_sec = rest / 1000000, .tv_nsec = rest % 1000000 * 1000};
+    /* Not FUTEX_PRIVATE_FLAG: the kernel wakes without it. */
+    return syscall(SYS_futex, word, FUTEX_WAIT, 1, &t, NULL, 0) == 0 || errno == EAGAIN;
+}
+
+void eb_direct_give(struct eb_direct *d)
+{
+    if (is_pending(d)) {
+        /* The caller is about to close what the child is to take over. */
+        eb_job_await_table(d->job, d->pid);
+        linger(d);
+        return;
+    }
+    eb_request_free(&d->q);
+    eb_outgoing_done(&d->frame);
+    for (int i = 0; i < SPARE; i++) {
+        struct eb_direct *none = NULL;
+        if (__atomic_load_n(&spare[i], __ATOMIC_RELAXED) == NULL &&
+            __atomic_compare_exchange_n(&spare[i], &none, d, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+            return;
+    }
+    free_direct(d);
+}
+
+/* Which of the descriptors for 0 to 2 are opened again by the child; `highest` is set to that of all others. */
+static uint8_t choose_reopened(const struct eb_request *q, int flags, int *highest)
+{
+    uint8_t reopened = 0;
+    int most = 2;
+    *highest = 2;
+    for (uint32_t i = 0; i < q->target_count; i++) {
+        bool own = q->targets[i] < 3 && (flags & EB_OWN_STDIN << q->targets[i]) != 0;
+        if (q->sources[i] > most)
+            most = q->sources[i];
+        if (own && q->sources[i] >= HIGH)
+            reopened |= (uint8_t)(1 << q->targets[i]);
+        else if (q->sources[i] > *highest)
+            *highest = q->sources[i];
+    }
+    if (reopened != 0 && *highest < HIGH && !__atomic_load_n(&cannot_reopen, __ATOMIC_RELAXED))
+        return reopened;
+    *highest = most;
+    return 0;
+}
+
+static void prepare_job(struct eb_direct *d)
+{
+    struct eb_job *job = d->job;
+    memcpy(d->q.sources, d->frame.fds, d->frame.fd_count * sizeof *d->q.sources);
+    *job = (struct eb_job){.q = &d->q, .pipe = -1, .has_handlers = true, .first = eb_direct_first};
+    if (d->flags & EB_KEEP_FILES) {
+        job->keeps_files = true;
+        return;
+    }
+    job->shares_table = 1;
+    job->reopened = choose_reopened(&d->q, d->flags, &job->highest);
+    if (job->reopened != 0)
+        (void)snprintf(job->proc_fd, sizeof job->proc_fd, "/proc/%d/fd/", (int)d->maker);
+}
+
+static int make_process(struct eb_direct *d)
+{
+    const uint64_t all = ~(uint64_t)0;
+    struct eb_job *job = d->job;
+    d->error = 0;
+    d->stage = EB_STAGE_START;
+    /* No handler of the caller's may run in the new process, whose mask is set as its last step before the exec. */
+    if (syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &d->q.sigmask, sizeof all) != 0)
+        return d->error = errno;
+    d->q.present |= 1u << EB_TAG_SIGMASK;
+    pid_t pid = eb_job_clone(job, job->shares_table ? CLONE_FILES : 0);
+    (void)syscall(SYS_rt_sigprocmask, SIG_SETMASK, &d->q.sigmask, NULL, sizeof all);
+    if (pid > 0)
+        d->pid = pid;
+    else if (pid == -EPERM || pid == -EINVAL) /* a filter's word for what it does not let pass */
+        d->error = ENOSYS;
+    else
+        d->error = -pid;
+    return d->error;
+}
+
+int eb_direct_begin(struct eb_direct *d, int flags, const uint8_t *options, size_t size,
+                    const struct eb_wanted_fds *wanted)
+{
+    char reason[EB_MAX_REASON];
+    d->maker = getpid();
+    d->pid = 0;
+    d->stage = EB_STAGE_EXEC; /* so that E2BIG names the program */
+    d->error = eb_outgoing_build(&d->frame, eb_standard_fds(), flags | EB_WITHOUT_STATE, options, size, wanted);
+    if (d->error != 0)
+        return d->error;
+    d->error = eb_request_parse(&d->q, d->frame.frame + EB_HEADER_SIZE, d->frame.size - EB_HEADER_SIZE, reason);
+    if (d->error != 0)
+        return d->error = d->error < 0 ? EINVAL : d->error;
+    d->flags = flags;
+    prepare_job(d);
+    return make_process(d);
+}
+
+void eb_direct_reap(struct eb_direct *d)
+{
+    /* ECHILD: somebody waits for any child, or SIGCHLD is ignored. */
+    while (waitpid(d->pid, NULL, 0) < 0 && errno == EINTR)
+        ;
+    d->pid = 0;
+}
+
+/* The new process has let go. Returns whether the start is decided. */
+static bool decide(struct eb_direct *d)
+{
+    const struct eb_job *job = d->job;
+    if (d->maker != getpid()) { /* which is told of it, and whose child it is */
+        d->error = 0;
+        return true;
+    }
+    d->error = job->error;
+    d->stage = job->stage;
+    if (job->cannot_reopen) {
+        /* /proc is missing, or another PID namespace's, or the caller is not dumpable: then by copies, from now on. */
+        __atomic_store_n(&cannot_reopen, 1, __ATOMIC_RELAXED);
+        eb_direct_reap(d);
+        prepare_job(d);
+        return make_process(d) != 0;
+    }
+    bool is_short = d->error == ENOMEM || d->error == EMFILE; /* for a table of descriptors */
+    if (d->error != 0 && d->stage == EB_STAGE_START && !is_short)
+        d->error = ENOSYS;
+    return true;
+}
+
+int eb_direct_wait(struct eb_direct *d, uint32_t microseconds)
+{
+    int64_t end = now_us() + microseconds;
+    for (;;) {
+        if (!is_pending(d)) {
+            if (decide(d))
+                return 1;
+        } else if (!wait_until_cleared(&d->job->alive, end)) {
+            return is_pending(d) ? 0 : decide(d);
+        }
+    }
+}
+
+#else
+
+bool eb_direct_works(void)
+{
+    return false;
+}
+
+void eb_direct_reap(struct eb_direct *d)
+{
+    (void)d;
+}
+
+struct eb_direct *eb_direct_take(void)
+{
+    errno = ENOSYS;
+    return NULL;
+}
+
+void eb_direct_give(struct eb_direct *d)
+{
+    (void)d;
+}
+
+int eb_direct_begin(struct eb_direct *d, int flags, const uint8_t *options, size_t size,
+                    const struct eb_wanted_fds *wanted)
+{
+    (void)d, (void)flags, (void)options, (void)size, (void)wanted;
+    return ENOSYS;
+}
+
+int eb_direct_wait(struct eb_direct *d, uint32_t microseconds)
+{
+    (void)d, (void)microseconds;
+    return 1;
+}
+
+#endif

@@ -1,0 +1,129 @@
+#include "caller/launch.h"
+
+#include "common/rawsys.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sched.h>
+#include <signal.h>
+#endif
+
+#if defined(__linux__) && EB_HAVE_RAW
+
+enum { START_STACK = 64 << 10, PROGRAM_FD = 5 };
+
+struct start {
+    const char *path;
+    char **arguments;
+    int program, control, caller;
+    long open_max;
+    volatile int error;
+};
+
+static EB_BARE void close_from(long least, long open_max)
+{
+    if (eb_raw(SYS_close_range, least, ~0u, 0, 0) == 0)
+        return;
+    for (long fd = least; fd < open_max; fd++)
+        eb_raw(SYS_close, fd, 0, 0, 0);
+}
+
+/* In the caller's memory, while one of its threads waits: the others go on. */
+static EB_BARE int helper_child(void *arg)
+{
+    struct start *s = arg;
+    char *env[] = {NULL}; /* nothing of the caller's, LD_PRELOAD included, is meant for the helper */
+    long control = eb_raw(SYS_fcntl, s->control, F_DUPFD, PROGRAM_FD + 1, 0);
+    long caller = control < 0 ? control : eb_raw(SYS_fcntl, s->caller, F_DUPFD, PROGRAM_FD + 1, 0);
+    long null, program = -1, r = caller;
+    if (r < 0 || (s->program >= 0 && (r = program = eb_raw(SYS_fcntl, s->program, F_DUPFD, PROGRAM_FD + 1, 0)) < 0))
+        goto failed;
+    if ((r = eb_raw(SYS_dup3, control, 3, 0, 0)) < 0 || (r = eb_raw(SYS_dup3, caller, 4, 0, 0)) < 0)
+        goto failed;
+    /* The helper's own 0 to 2 must be taken, lest a descriptor that it receives lands there; in a root
+     * without /dev the control socket does. */
+    null = eb_raw(SYS_openat, AT_FDCWD, (long)"/dev/null", O_RDWR, 0);
+    for (int fd = 0; fd < 3; fd++)
+        if (null != fd && (r = eb_raw(SYS_dup3, null < 0 ? 3 : null, fd, 0, 0)) < 0)
+            goto failed;
+    if (program >= 0) {
+        /* On a number below those that are closed; it goes with the exec. */
+        if ((r = eb_raw(SYS_dup3, program, PROGRAM_FD, O_CLOEXEC, 0)) < 0)
+            goto failed;
+        close_from(PROGRAM_FD + 1, s->open_max);
+        r = eb_raw5(SYS_execveat, PROGRAM_FD, (long)"", (long)s->arguments, (long)env, AT_EMPTY_PATH);
+    } else {
+        close_from(PROGRAM_FD, s->open_max);
+        r = eb_raw(SYS_execve, (long)s->path, (long)s->arguments, (long)env, 0);
+    }
+failed:
+    s->error = (int)-r;
+    eb_raw(SYS_exit_group, 127, 0, 0, 0);
+    return 127;
+}
+
+/*
+ * Whether this thread's real, effective and saved ids are the same. Where they are not, an exec by a process
+ * that shares its working directory, root and umask is not what it is otherwise: Linux sets the effective ids
+ * to the real ones then, if the process lacks CAP_SETUID (security/commoncap.c, cap_bprm_creds_from_file).
+ * For a root process with another effective user that means: root again. Kernels of late compare the new
+ * effective id with the old one, and have this no more; Linux 6.12 still does.
+ */
+static bool has_one_identity(void)
+{
+    uid_t uids[3];
+    gid_t gids[3];
+    return getresuid(&uids[0], &uids[1], &uids[2]) == 0 && getresgid(&gids[0], &gids[1], &gids[2]) == 0 &&
+           uids[0] == uids[1] && uids[1] == uids[2] && gids[0] == gids[1] && gids[1] == gids[2];
+}
+
+int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
+{
+    struct start s = {.path = path, .arguments = arguments, .program = program, .control = control};
+    const int flags = CLONE_VM | CLONE_VFORK | SIGCHLD;
+    uint64_t all = ~(uint64_t)0, before;
+    s.open_max = sysconf(_SC_OPEN_MAX);
+    if (s.open_max < 0)
+        s.open_max = 1 << 20; /* no limit; close_range makes this moot on Linux 5.9 */
+    s.caller = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    if (s.caller < 0)
+        return -errno;
+    char *stack = mmap(NULL, START_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+    if (stack == MAP_FAILED) {
+        int error = errno;
+        close(s.caller);
+        return -error;
+    }
+    *share_fs = *share_fs && has_one_identity();
+    /* No signal handler of the caller's may run in its half-made child. */
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
+    pid_t pid = clone(helper_child, stack + START_STACK, flags | (*share_fs ? CLONE_FS : 0), &s);
+    if (pid < 0 && *share_fs && errno != EAGAIN && errno != ENOMEM) {
+        *share_fs = 0;
+        pid = clone(helper_child, stack + START_STACK, flags, &s);
+    }
+    int error = pid < 0 ? errno : s.error;
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
+    if (pid > 0 && error != 0)
+        while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
+            ;
+    munmap(stack, START_STACK);
+    close(s.caller);
+    return error != 0 ? -error : pid;
+}
+
+#else
+
+int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
+{
+    (void)program, (void)path, (void)arguments, (void)control, (void)share_fs;
+    return -ENOSYS;
+}
+
+#endif

@@ -1,0 +1,264 @@
+/*
+ * The functions of errand_boy._native that cffi can't make: cffi lets go of the GIL around each call, and another
+ * thread that is busy in Python gives it back after 5 ms.  So a start that is quick keeps it.
+ */
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED
+#define Py_LIMITED_API 0x030A0000
+#endif
+#include <Python.h>
+
+#include "caller/module.h"
+
+#include "caller/direct.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+
+/* Makes the process known to `owner`, before any other code of the caller's runs; or no longer. */
+static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
+{
+    PyObject *pid = PyLong_FromLong(d->pid);
+    int result = pid == NULL ? -1 : 0;
+    if (result == 0 && created)
+        result = PyObject_SetAttrString(owner, "pid", pid);
+    if (result == 0)
+        result = PyObject_SetAttrString(owner, "_child_created", created ? Py_True : Py_False);
+    Py_XDECREF(pid);
+    return result;
+}
+
+static const char START[] = "errand_boy start", LEFT[] = "errand_boy start, left";
+
+/* A pending start that is dropped: by an exception of a signal handler, say, as soon as there is one.  Whoever gets
+ * that exception closes what the child is to take over. */
+static void drop(PyObject *start)
+{
+    struct eb_direct *d = PyCapsule_GetPointer(start, START);
+    if (d == NULL) {
+        PyErr_Clear(); /* it has been left */
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    eb_direct_give(d);
+    Py_END_ALLOW_THREADS
+}
+
+/* Py_RETURN_NONE of headers from 3.12 on counts no reference, which older Pythons need. */
+static PyObject *none(void)
+{
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+/* None for a program that runs, else (errno, stage). */
+static PyObject *outcome(const struct eb_direct *d)
+{
+    if (d->error == 0)
+        return none();
+    return Py_BuildValue("ii", d->error, (int)d->stage);
+}
+
+static void reap_if_failed(struct eb_direct *d)
+{
+    if (d->error == 0 || d->pid == 0)
+        return;
+    Py_BEGIN_ALLOW_THREADS
+    eb_direct_reap(d);
+    Py_END_ALLOW_THREADS
+}
+
+/* Whether the starts of late have come from several threads. */
+static bool has_many_starters(void)
+{
+    static unsigned long last;
+    static int changes; /* up with each start in another thread than the last, down with each in the same */
+    enum { MANY = 4, MOST = 8 };
+    unsigned long thread = PyThread_get_thread_ident();
+    int count = __atomic_load_n(&changes, __ATOMIC_RELAXED);
+    if (__atomic_exchange_n(&last, thread, __ATOMIC_RELAXED) != thread)
+        count = count + MANY < MOST ? count + MANY : MOST;
+    else if (count > 0)
+        count--;
+    __atomic_store_n(&changes, count, __ATOMIC_RELAXED);
+    return count >= MANY;
+}
+
+/*
+ * Keeps the GIL, for a thread that is busy in Python gives it back after 5 ms only.  But where several threads start
+ * commands, the new processes wait for a CPU, and the other threads had better go on meanwhile.
+ */
+static bool await_outcome(struct eb_direct *d, uint32_t patience)
+{
+    bool decided;
+    if (!has_many_starters())
+        return eb_direct_wait(d, patience);
+    Py_BEGIN_ALLOW_THREADS
+    decided = eb_direct_wait(d, patience);
+    Py_END_ALLOW_THREADS
+    return decided;
+}
+
+/* The integers of a list, allocated; NULL with an exception. */
+static int *integers(PyObject *list, uint32_t *count)
+{
+    Py_ssize_t size = PyList_Size(list);
+    if (size < 0)
+        return NULL;
+    int *values = malloc(((size_t)size + 1) * sizeof *values);
+    if (values == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < size; i++)
+        values[i] = (int)PyLong_AsLong(PyList_GetItem(list, i));
+    if (PyErr_Occurred()) {
+        free(values);
+        return NULL;
+    }
+    *count = (uint32_t)size;
+    return values;
+}
+
+/* spawn(owner, options, stdin, stdout, stderr, others, flags, microseconds): see errand_boy/direct.py. */
+static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    struct eb_wanted_fds wanted = {0};
+    int *others = NULL;
+    char *options;
+    Py_ssize_t size;
+    (void)module;
+    if (count != 8) {
+        PyErr_SetString(PyExc_TypeError, "spawn takes 8 arguments");
+        return NULL;
+    }
+    if (PyBytes_AsStringAndSize(args[1], &options, &size) != 0)
+        return NULL;
+    for (int i = 0; i < 3; i++)
+        wanted.standard[i] = (int)PyLong_AsLong(args[2 + i]);
+    int flags = (int)PyLong_AsLong(args[6]);
+    long patience = PyLong_AsLong(args[7]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (PyList_Size(args[5]) != 0) {
+        others = integers(args[5], &wanted.other_count);
+        if (others == NULL)
+            return NULL;
+        wanted.others = others;
+    }
+    struct eb_direct *d = eb_direct_take();
+    if (d == NULL) {
+        free(others);
+        return PyErr_NoMemory();
+    }
+    bool decided = eb_direct_begin(d, flags, (const uint8_t *)options, (size_t)size, &wanted) != 0;
+    free(others);
+    if (!decided)
+        decided = await_outcome(d, (uint32_t)patience);
+    bool failed = decided && d->error != 0;
+    if (failed)
+        reap_if_failed(d);
+    else if (set_process(args[0], d, true) != 0)
+        decided = false; /* an attribute that can't be set: the child goes on */
+    PyObject *result = PyErr_Occurred() ? NULL : decided ? outcome(d) : PyCapsule_New(d, START, drop);
+    if (decided || result == NULL)
+        eb_direct_give(d);
+    return result;
+}
+
+/* await_spawn(owner, start, microseconds) */
+static PyObject *await_spawn(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    int decided;
+    (void)module;
+    if (count != 3) {
+        PyErr_SetString(PyExc_TypeError, "await_spawn takes 3 arguments");
+        return NULL;
+    }
+    struct eb_direct *d = PyCapsule_GetPointer(args[1], START);
+    if (d == NULL)
+        return NULL;
+    long patience = PyLong_AsLong(args[2]);
+    if (PyErr_Occurred())
+        return NULL;
+    pid_t pid = d->pid;
+    Py_BEGIN_ALLOW_THREADS
+    decided = eb_direct_wait(d, (uint32_t)patience);
+    Py_END_ALLOW_THREADS
+    if (decided && d->error != 0) {
+        reap_if_failed(d);
+        if (set_process(args[0], d, false) != 0)
+            return NULL;
+    } else if (d->pid != pid && set_process(args[0], d, true) != 0) { /* begun anew */
+        return NULL;
+    }
+    if (decided)
+        return outcome(d);
+    Py_INCREF(args[1]);
+    return args[1];
+}
+
+/* leave_spawn(start) */
+static PyObject *leave_spawn(PyObject *module, PyObject *start)
+{
+    (void)module;
+    struct eb_direct *d = PyCapsule_GetPointer(start, START);
+    if (d == NULL || PyCapsule_SetName(start, LEFT) != 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    eb_direct_give(d);
+    Py_END_ALLOW_THREADS
+    return none();
+}
+
+static PyMethodDef functions[] = {
+    {"spawn", (PyCFunction)(void (*)(void))spawn, METH_FASTCALL, NULL},
+    {"await_spawn", (PyCFunction)(void (*)(void))await_spawn, METH_FASTCALL, NULL},
+    {"leave_spawn", leave_spawn, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+PyMODINIT_FUNC eb_init_by_cffi(void);
+PyMODINIT_FUNC PyInit__native(void);
+
+/* In the interpreter that imports it, which may be one of several. */
+PyMODINIT_FUNC PyInit__native(void)
+{
+    PyObject *module = eb_init_by_cffi();
+    if (module != NULL && PyModule_AddFunctions(module, functions) != 0) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}
+
+int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags, int fd,
+                    uint64_t device, uint64_t inode, const uint8_t *options, size_t options_size, int in, int out,
+                    int err, const int *others, uint32_t other_count)
+{
+    const struct eb_wanted_fds wanted = {.standard = {in, out, err}, .others = others, .other_count = other_count};
+    int found = eb_caller_read(&o->caller, start, helper, flags, fd, device, inode);
+    if (found < 0 || (start != NULL && !(found & EB_FITS)))
+        return found;
+    PyGILState_STATE state = 0;
+    if (flags & EB_WITH_ENVIRONMENT)
+        state = PyGILState_Ensure();
+    int error = eb_outgoing_build(o, found, flags, options, options_size, &wanted);
+    if (flags & EB_WITH_ENVIRONMENT)
+        PyGILState_Release(state);
+    if (error != 0)
+        return -error;
+    if (found & EB_CONNECTION && !(found & EB_UNSURE))
+        eb_outgoing_send(o, fd);
+    if (o->sent < o->size)
+        return found;
+    eb_outgoing_done(o);
+    return found | EB_SENT;
+}
+
+int eb_await_readable(int fd)
+{
+    struct pollfd wanted = {.fd = fd, .events = POLLIN};
+    return poll(&wanted, 1, -1);
+}

@@ -1,0 +1,222 @@
+#include "caller/outgoing.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+extern char **environ;
+
+enum {
+    KEEP = 64 << 10,        /* bytes of a frame whose memory is kept for the next one */
+    MOST_OF_STATE = 2048,   /* bytes of the options that put_state writes */
+    OPTION_HEADER = 5,
+};
+
+static void put_option(struct eb_writer *w, enum eb_tag tag, size_t size)
+{
+    eb_put_u8(w, tag);
+    eb_put_u32(w, (uint32_t)size);
+}
+
+static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags)
+{
+    const struct eb_state *s = &c->state;
+    put_option(w, EB_TAG_SIGMASK, 8);
+    eb_put_u64(w, s->sigmask);
+    put_option(w, EB_TAG_SIGIGN, 8);
+    eb_put_u64(w, s->sigign);
+    if (flags & EB_WITH_PGROUP) {
+        put_option(w, EB_TAG_PGROUP, 4);
+        eb_put_u32(w, (uint32_t)s->pgrp);
+    }
+    if (flags & EB_WITH_UMASK && !(flags & EB_UMASK_GIVEN)) {
+        put_option(w, EB_TAG_UMASK, 4);
+        eb_put_u32(w, c->umask);
+    }
+    if (flags & EB_WITH_CWD)
+        put_option(w, EB_TAG_CWD_FD, 0);
+    put_option(w, EB_TAG_RLIMITS, EB_MAX_RLIMITS * 17);
+    for (int i = 0; i < EB_MAX_RLIMITS; i++) {
+        eb_put_u8(w, (uint8_t)i);
+        eb_put_u64(w, s->rlimits[i].rlim_cur);
+        eb_put_u64(w, s->rlimits[i].rlim_max);
+    }
+    put_option(w, EB_TAG_NICE, 4);
+    eb_put_u32(w, (uint32_t)s->nice);
+    if (s->affinity_size > 0) {
+        put_option(w, EB_TAG_AFFINITY, s->affinity_size);
+        eb_put_bytes(w, s->affinity, s->affinity_size);
+    }
+}
+
+static void put_environment(struct eb_writer *w, size_t size, uint32_t count)
+{
+    put_option(w, EB_TAG_ENV, size);
+    eb_put_u32(w, count);
+    for (uint32_t i = 0; i < count; i++)
+        eb_put_bytes(w, environ[i], strlen(environ[i]) + 1);
+}
+
+/* Fills o->fds; returns 0 or ENOMEM. */
+static int collect_fds(struct eb_outgoing *o, int found, const struct eb_wanted_fds *wanted, struct eb_writer *w)
+{
+    uint32_t most = wanted->other_count + 4; /* 0 to 2, and the working directory */
+    if (most > o->fd_capacity) {
+        int *fds = realloc(o->fds, most * sizeof *fds);
+        if (fds == NULL)
+            return ENOMEM;
+        o->fds = fds;
+        o->fd_capacity = most;
+    }
+    uint32_t next = 0, count = 0;
+    uint8_t *size_at = w->at + 1;
+    put_option(w, EB_TAG_FDS, 0);
+    for (int number = 0; number < 3; number++) {
+        bool kept = next < wanted->other_count && wanted->others[next] == number;
+        next += kept;
+        if (wanted->standard[number] >= 0)
+            o->fds[count++] = wanted->standard[number];
+        else if (kept || found & EB_HAS_STDIN << number)
+            o->fds[count++] = number;
+        else
+            continue;
+        eb_put_u32(w, (uint32_t)number);
+    }
+    for (; next < wanted->other_count; next++) {
+        o->fds[count++] = wanted->others[next];
+        eb_put_u32(w, (uint32_t)wanted->others[next]);
+    }
+    struct eb_writer size = eb_writer(size_at, 4);
+    eb_put_u32(&size, count * 4);
+    o->fd_count = count;
+    return 0;
+}
+
+static int reserve(struct eb_outgoing *o, size_t size)
+{
+    if (size <= o->capacity)
+        return 0;
+    free(o->frame);
+    o->capacity = 0;
+    o->frame = malloc(size + size / 4);
+    if (o->frame == NULL)
+        return ENOMEM;
+    o->capacity = size + size / 4;
+    return 0;
+}
+
+int eb_outgoing_build(struct eb_outgoing *o, int found, int flags, const uint8_t *options,
+                      size_t options_size, const struct eb_wanted_fds *wanted)
+{
+    size_t environment = 4;
+    uint32_t count = 0;
+    o->size = o->sent = o->fd_count = 0;
+    if (flags & EB_WITH_ENVIRONMENT)
+        for (char **e = environ; e != NULL && *e != NULL; e++, count++)
+            environment += strlen(*e) + 1;
+    size_t most = EB_HEADER_SIZE + options_size + MOST_OF_STATE + OPTION_HEADER + environment +
+                  OPTION_HEADER + ((size_t)wanted->other_count + 3) * 4;
+    if (most > EB_HEADER_SIZE + (size_t)EB_MAX_FRAME)
+        return E2BIG;
+    int error = reserve(o, most);
+    if (error != 0)
+        return error;
+    struct eb_writer w = eb_writer(o->frame, o->capacity);
+    eb_put_u32(&w, 0);
+    eb_put_u8(&w, EB_SPAWN);
+    eb_put_bytes(&w, options, options_size);
+    if (flags & EB_RESTORE_SIGNALS) {
+        put_option(&w, EB_TAG_SIGDEFAULT, 8);
+        eb_put_u64(&w, (uint64_t)1 << (SIGPIPE - 1) | (uint64_t)1 << (SIGXFSZ - 1));
+    }
+    if (!(flags & EB_WITHOUT_STATE))
+        put_state(&w, &o->caller, flags);
+    if (flags & EB_WITH_ENVIRONMENT)
+        put_environment(&w, environment, count);
+    error = collect_fds(o, flags & EB_WITHOUT_STANDARD ? 0 : found, wanted, &w);
+    if (error != 0)
+        return error;
+    o->size = eb_written(&w);
+    w = eb_writer(o->frame, 4);
+    eb_put_u32(&w, (uint32_t)(o->size - EB_HEADER_SIZE));
+    if (flags & EB_WITH_CWD) {
+        int cwd = O_DIRECTORY | O_CLOEXEC;
+#ifdef O_PATH
+        cwd |= O_PATH;
+#endif
+        o->cwd_fd = open(".", cwd);
+        if (o->cwd_fd < 0)
+            return errno;
+        o->fds[o->fd_count++] = o->cwd_fd;
+    }
+    return 0;
+}
+
+void eb_outgoing_send(struct eb_outgoing *o, int fd)
+{
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(EB_MAX_FDS_PER_SEND * sizeof(int))];
+    } control;
+    struct iovec bytes = {.iov_base = o->frame, .iov_len = o->size};
+    struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1};
+    size_t rights = o->fd_count * sizeof(int);
+    if (o->fd_count > EB_MAX_FDS_PER_SEND)
+        return;
+    if (rights > 0) {
+        control.header = (struct cmsghdr){
+            .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(rights)};
+        memcpy(CMSG_DATA(&control.header), o->fds, rights);
+        message.msg_control = &control;
+        message.msg_controllen = CMSG_SPACE(rights);
+    }
+    /* Whatever fails here, the caller tries again in its own way, and finds out why. */
+    ssize_t n = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n > 0)
+        o->sent = (size_t)n;
+}
+
+void eb_outgoing_done(struct eb_outgoing *o)
+{
+    if (o->cwd_fd >= 0)
+        close(o->cwd_fd);
+    o->cwd_fd = -1;
+    if (o->capacity > KEEP) {
+        free(o->frame);
+        o->frame = NULL;
+        o->capacity = 0;
+    }
+}
+
+void eb_outgoing_init(struct eb_outgoing *o)
+{
+    eb_caller_init(&o->caller);
+    o->cwd_fd = -1;
+}
+
+void eb_outgoing_clear(struct eb_outgoing *o)
+{
+    eb_outgoing_done(o);
+    eb_caller_close(&o->caller);
+    free(o->frame);
+    free(o->fds);
+}
+
+struct eb_outgoing *eb_outgoing_new(void)
+{
+    struct eb_outgoing *o = calloc(1, sizeof *o);
+    if (o != NULL)
+        eb_outgoing_init(o);
+    return o;
+}
+
+void eb_outgoing_free(struct eb_outgoing *o)
+{
+    eb_outgoing_clear(o);
+    free(o);
+}

@@ -1,0 +1,60 @@
+/* A SPAWN request as its caller builds it: what was asked for, and what the child inherits. */
+#ifndef EB_OUTGOING_H
+#define EB_OUTGOING_H
+
+#include <stddef.h>
+
+#include "caller/caller.h"
+
+struct eb_outgoing {
+    struct eb_caller caller;
+    uint8_t *frame; /* the whole frame; allocated */
+    size_t size, capacity;
+    size_t sent; /* bytes of it that eb_outgoing_send has sent; with the first go the descriptors */
+    int *fds;    /* to be sent with it; allocated, borrowed but for cwd_fd */
+    uint32_t fd_count, fd_capacity;
+    int cwd_fd; /* the last of them, or -1 */
+};
+
+enum {
+    EB_RESTORE_SIGNALS = 2,  /* SIGPIPE and SIGXFSZ are not ignored in the child */
+    EB_WITH_PGROUP = 4,      /* the child joins the caller's process group */
+    EB_WITH_ENVIRONMENT = 8, /* the child has the C library's environment */
+    EB_WITH_CWD = 16,        /* the caller's working directory goes as a descriptor */
+    EB_UMASK_GIVEN = 32,     /* the options hold one: EB_WITH_UMASK adds none */
+    EB_WITHOUT_STATE = 256,    /* the child is this process's own, and has the caller's state by itself */
+    EB_WITHOUT_STANDARD = 128, /* of 0 to 2, the child has only what `standard` gives it */
+    EB_SENT = 64,            /* beside what eb_caller_read found: the frame has been sent whole, and released */
+};
+
+/* What the child's descriptors are.  `standard`: ours for 0 to 2, or -1 to inherit that one if it is open
+ * and inheritable; `others`: ascending, those that keep their numbers. */
+struct eb_wanted_fds {
+    int standard[3];
+    const int *others;
+    uint32_t other_count;
+};
+
+/* NULL if memory is short. */
+struct eb_outgoing *eb_outgoing_new(void);
+void eb_outgoing_free(struct eb_outgoing *o);
+
+/* In place of these two, for one inside another object; `o` is all zeros before. */
+void eb_outgoing_init(struct eb_outgoing *o);
+void eb_outgoing_clear(struct eb_outgoing *o);
+
+/*
+ * Builds the frame, after eb_caller_read has filled `caller` and returned `found`.  `options` are those that
+ * the caller has encoded itself.  Returns 0, E2BIG, ENOMEM, or why the working directory cannot be opened.
+ * With EB_WITH_ENVIRONMENT it must be called under the GIL, under which os.putenv moves the environment.
+ */
+int eb_outgoing_build(struct eb_outgoing *o, int found, int flags, const uint8_t *options,
+                      size_t options_size, const struct eb_wanted_fds *wanted);
+
+/* Sends the frame as far as the socket takes it without waiting; 0 to 253 descriptors. */
+void eb_outgoing_send(struct eb_outgoing *o, int fd);
+
+/* Releases what only this request needed. */
+void eb_outgoing_done(struct eb_outgoing *o);
+
+#endif

@@ -1,0 +1,30 @@
+/* Bytes and descriptors over a Unix stream socket, without waiting and without changing the socket's
+ * flags, which the peer may share. */
+#ifndef EB_FDPASS_H
+#define EB_FDPASS_H
+
+#include <sys/socket.h>
+#include <sys/types.h>
+
+#include "common/wire.h"
+
+/* Descriptors that were received and are owned here, oldest first. */
+struct eb_fds {
+    int *at;
+    uint32_t count, capacity;
+    bool lost; /* some did not arrive: no free number, or more than EB_MAX_FDS */
+};
+
+/* Receives up to `size` bytes; the descriptors that come with them are appended to `fds`, close-on-exec.
+ * Of a socket with SO_PASSCRED, `sender` becomes who sent them: the kernel glues no two senders' bytes.  It
+ * is left as it was otherwise.  Returns as recv(2) does. */
+ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds, struct ucred *sender);
+/* Sends two parts as send(2) does one, never raising SIGPIPE. */
+ssize_t eb_send(int socket, const void *first, size_t first_size, const void *second, size_t second_size);
+
+/* Closes the oldest `count`. */
+void eb_fds_drop(struct eb_fds *fds, uint32_t count);
+/* Closes all, and forgets what was lost. */
+void eb_fds_clear(struct eb_fds *fds);
+
+#endif

@@ -1,0 +1,188 @@
+/*
+ * The wire protocol between a client and errand-boy-helper: the only definition of it.
+ *
+ * A connection is a Unix stream socket.  The client's first byte is NUL (a text request cannot start
+ * with one); after it, and from the helper's side at once, both directions carry frames:
+ *
+ *     u32 length of the payload | u8 kind | payload
+ *
+ * Integers are little-endian and unaligned.  Each side's first frame is HELLO, but for a helper's on its
+ * control socket, where it sends none.  A client need not wait
+ * for the helper's HELLO before it sends its first request.
+ *
+ * Descriptors ride as SCM_RIGHTS on any bytes of the frame they belong to (the kernel allows 253 for
+ * each sendmsg); the last of them arrives before the frame's last byte, in the order the frame names.
+ */
+#ifndef EB_WIRE_H
+#define EB_WIRE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define EB_VERSION 1
+
+enum {
+    EB_HEADER_SIZE = 5,
+    EB_MAX_FRAME = 16 << 20,   /* above all that execve(2) accepts: 6 MiB on Linux */
+    EB_MAX_STRINGS = 1 << 20,  /* execve counts a pointer for each string against the same 6 MiB */
+    EB_MAX_FDS = 1 << 16,      /* descriptors of one request */
+    EB_MAX_FDS_PER_SEND = 253, /* SCM_MAX_FD of the kernel */
+    EB_MAX_RLIMITS = 16,
+    EB_MAX_GROUPS = 1 << 16,   /* NGROUPS_MAX */
+    EB_MAX_AFFINITY = 1024,    /* bytes of a CPU mask: 8,192 CPUs, the kernel's limit */
+    EB_MAX_REASON = 200,       /* bytes of a reason text */
+    EB_WINDOW = 64 << 10,      /* bytes of STDIN on their way */
+};
+
+enum eb_kind {
+    /* either side's first frame, but see EB_STATUS */
+    EB_HELLO = 1,    /* u32 version */
+
+    /* client to helper */
+    EB_SPAWN = 3,    /* options, see eb_tag */
+    EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
+                        negative of it: its process group, as for kill(2); or 0: the child, whichever it is */
+    EB_STDIN = 10,   /* bytes for a streamed standard input; empty: its end */
+
+    /* client to daemon, its first frame in place of HELLO */
+    EB_STATUS = 5,   /* u32 version; answered by STATUS_REPLY, then the daemon closes the connection */
+
+    /* helper to client */
+    EB_SPAWNED = 16, /* i32 pid | u8 eb_owner */
+    EB_FAILED = 17,  /* i32 pid that the caller must wait for, 0: none | i32 errno | u8 eb_stage */
+    EB_EXITED = 18,  /* i32 wait status | u64 * 9: user and system time (microseconds), peak resident set
+                        (KiB), minor and major faults, blocks in and out, voluntary and involuntary
+                        context switches */
+    EB_REFUSED = 19, /* UTF-8 reason; the sender closes the connection after it */
+    EB_STDOUT = 20,  /* bytes of a streamed standard output; empty: its end */
+    EB_STDERR = 21,
+    EB_CREDIT = 22,  /* u32: so many more bytes of STDIN may be sent, beyond the first EB_WINDOW */
+    EB_UNREAD = 30,  /* empty; a private helper is about to end: it closes the connection after this, and has
+                        read nothing that was sent since the connection's last command was over */
+
+    /* daemon to client */
+    EB_STATUS_REPLY = 23, /* JSON */
+
+    /* server to helper, on its control socket */
+    EB_ADOPT = 2,    /* u32 connection id | u8 eb_adopt; empty: 0 and 0.  One descriptor: a connection to serve */
+    EB_DRAIN = 6,    /* empty: close connections that are at rest, and others after the end of their command */
+    EB_END = 7,      /* u8 signal number, sent to the process groups of all live commands */
+    EB_QUERY = 8,    /* empty; answered by REPORT */
+    EB_GRANT = 9,    /* u32 connection id, in answer to WANT */
+
+    /* helper to server, on its control socket */
+    EB_WANT = 24,    /* u32 connection id: it asks to start a command, and waits for GRANT */
+    EB_DONE = 25,    /* u32 connection id: the command that was granted has ended or failed to start, or the
+                        wish for it is withdrawn */
+    EB_CLOSED = 26,  /* u32 connection id: it has gone */
+    EB_FULL = 27,    /* empty: --max-tasks have been started; sent once */
+    EB_REPORT = 28,  /* see docs/protocol.md */
+
+    /* private helper to its caller, on its control socket */
+    EB_IDS = 29,     /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
+                        u32 * n: its supplementary groups.  Its first frame */
+    EB_STAYS = 31,   /* empty: it takes no more requests, and ends with the commands that it owns; it shares
+                        the caller's working directory, root and umask no more.  It closes the socket after
+                        this; without this, its end of the socket goes with the process */
+};
+
+/* How a connection is to be served. */
+enum eb_adopt {
+    EB_AS_PEER = 1, /* its commands run with the ids and groups of the process that connected */
+    EB_ASK = 2,     /* each start waits for GRANT */
+};
+
+/* Whose child the new process is, that is, who must wait for it. */
+enum eb_owner {
+    EB_OWNER_CALLER = 0,
+    EB_OWNER_HELPER = 1, /* EXITED follows on this connection */
+};
+
+/*
+ * A SPAWN payload is a sequence of  u8 tag | u32 length | value, each tag at most once, in any order.
+ * A string list is  u32 count | count * (bytes, NUL).  What is absent is inherited from the helper.
+ * The new process takes the steps in the order of eb_stage.
+ */
+enum eb_tag {
+    EB_TAG_EXECUTABLES = 1, /* string list: paths to try in turn, as execvp(3) does; required */
+    EB_TAG_ARGV = 2,        /* string list; required, may be empty */
+    EB_TAG_ENV = 3,         /* string list */
+    EB_TAG_FDS = 4,         /* u32 * n, ascending: the child's number for each descriptor sent; all
+                               others are closed in the child */
+    EB_TAG_CWD_FD = 5,      /* empty; one more descriptor, after those of FDS: fchdir to it */
+    EB_TAG_CWD = 6,         /* path, NUL: chdir, after CWD_FD */
+    EB_TAG_UMASK = 7,       /* u32 */
+    EB_TAG_SIGMASK = 8,     /* u64, bit n-1 for signal n: blocked signals */
+    EB_TAG_SIGIGN = 9,      /* u64: ignored signals; all others get the default action */
+    EB_TAG_SETSID = 10,     /* empty */
+    EB_TAG_PGROUP = 11,     /* i32: setpgid(0, n) */
+    EB_TAG_RLIMITS = 12,    /* n * (u8 resource | u64 soft | u64 hard) */
+    EB_TAG_NICE = 13,       /* i32 */
+    EB_TAG_AFFINITY = 14,   /* CPU mask as sched_setaffinity(2) takes it */
+    EB_TAG_GROUPS = 15,     /* u32 * n: supplementary groups */
+    EB_TAG_GID = 16,        /* u32: real, effective and saved */
+    EB_TAG_UID = 17,        /* u32: real, effective and saved */
+    EB_TAG_STREAMS = 18,    /* u8, bit n for descriptor n of 0 to 2: it is a pipe of the helper's, whose data
+                               travel as frames; EB_JOINED: 2 is the same pipe as 1.  Helpers that own their
+                               children only */
+    EB_TAG_ON_CLOSE = 19,   /* u32 milliseconds: if the connection ends before the command, its process group
+                               gets SIGTERM, and after that time SIGKILL.  EB_LIVES_ON: it lives on.  Absent: it
+                               lives on, unless streamed; then 1,000 */
+    EB_TAG_NULL = 20,       /* u8, bit n for descriptor n of 0 to 2: it is /dev/null */
+    EB_TAG_BRIEF = 21,      /* empty: no SPAWNED, and all other frames together, when the command is over or
+                               there are many or 50 ms have passed; EXITED has two more fields, u64 microseconds
+                               from the start to the end and i32 pid */
+    EB_TAG_SIGDEFAULT = 22, /* u64: signals that get the default action, whatever else is said of them */
+    EB_TAG_END              /* one past the last */
+};
+
+#define EB_JOINED 8             /* a bit of STREAMS */
+#define EB_LIVES_ON 0xFFFFFFFFu /* of ON_CLOSE */
+
+/* What a start was doing when it failed, in the order in which it is done. */
+enum eb_stage {
+    EB_STAGE_START = 1, /* making the process */
+    EB_STAGE_FDS = 2,
+    EB_STAGE_CWD = 3,
+    EB_STAGE_UMASK = 4,
+    EB_STAGE_SIGNALS = 5,
+    EB_STAGE_SETSID = 6,
+    EB_STAGE_PGROUP = 7,
+    EB_STAGE_RLIMITS = 8,
+    EB_STAGE_NICE = 9,
+    EB_STAGE_AFFINITY = 10,
+    EB_STAGE_GROUPS = 11,
+    EB_STAGE_GID = 12,
+    EB_STAGE_UID = 13,
+    EB_STAGE_EXEC = 14,
+};
+
+/* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */
+struct eb_reader {
+    const uint8_t *at, *end;
+    bool bad;
+};
+
+struct eb_reader eb_reader(const void *data, size_t size);
+size_t eb_remaining(const struct eb_reader *r);
+uint8_t eb_get_u8(struct eb_reader *r);
+uint32_t eb_get_u32(struct eb_reader *r);
+uint64_t eb_get_u64(struct eb_reader *r);
+/* `size` bytes inside the reader's data, or NULL. */
+const uint8_t *eb_get_bytes(struct eb_reader *r, size_t size);
+
+/* Writes into a fixed buffer; what does not fit sets `bad` and is not written. */
+struct eb_writer {
+    uint8_t *start, *at, *end;
+    bool bad;
+};
+
+struct eb_writer eb_writer(void *data, size_t size);
+size_t eb_written(const struct eb_writer *w);
+void eb_put_u8(struct eb_writer *w, uint8_t value);
+void eb_put_u32(struct eb_writer *w, uint32_t value);
+void eb_put_u64(struct eb_writer *w, uint64_t value);
+void eb_put_bytes(struct eb_writer *w, const void *data, size_t size);
+
+#endif

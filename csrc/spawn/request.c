@@ -1,0 +1,283 @@
+#include "spawn/request.h"
+
+#include "common/rawsys.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct value {
+    const uint8_t *at;
+    size_t size;
+};
+
+static const char tag_names[EB_TAG_END][12] = {
+    [EB_TAG_EXECUTABLES] = "EXECUTABLES", [EB_TAG_ARGV] = "ARGV",         [EB_TAG_ENV] = "ENV",
+    [EB_TAG_FDS] = "FDS",                 [EB_TAG_CWD_FD] = "CWD_FD",     [EB_TAG_CWD] = "CWD",
+    [EB_TAG_UMASK] = "UMASK",             [EB_TAG_SIGMASK] = "SIGMASK",   [EB_TAG_SIGIGN] = "SIGIGN",
+    [EB_TAG_SETSID] = "SETSID",           [EB_TAG_PGROUP] = "PGROUP",     [EB_TAG_RLIMITS] = "RLIMITS",
+    [EB_TAG_NICE] = "NICE",               [EB_TAG_AFFINITY] = "AFFINITY", [EB_TAG_GROUPS] = "GROUPS",
+    [EB_TAG_GID] = "GID",                 [EB_TAG_UID] = "UID",                 [EB_TAG_STREAMS] = "STREAMS", [EB_TAG_ON_CLOSE] = "ON_CLOSE",
+    [EB_TAG_NULL] = "NULL",               [EB_TAG_BRIEF] = "BRIEF",       [EB_TAG_SIGDEFAULT] = "SIGDEFAULT",
+};
+
+static int malformed(char *reason, enum eb_tag tag, const char *what)
+{
+    snprintf(reason, EB_MAX_REASON, "option %s: %s", tag_names[tag], what);
+    return -1;
+}
+
+/* The count that a string list declares; bounded before anything is allocated for it. */
+static uint32_t string_count(struct value v)
+{
+    struct eb_reader r = eb_reader(v.at, v.size);
+    return eb_get_u32(&r);
+}
+
+/* Fills `list` with the strings of `v` and a NULL; false if count and bytes do not agree. */
+static bool get_strings(struct value v, char **list)
+{
+    struct eb_reader r = eb_reader(v.at, v.size);
+    uint32_t count = eb_get_u32(&r);
+    for (uint32_t i = 0; i < count; i++) {
+        size_t left = eb_remaining(&r);
+        const uint8_t *nul = left > 0 ? memchr(r.at, 0, left) : NULL;
+        if (nul == NULL)
+            return false;
+        /* execve's prototype lacks a const; nobody writes through these pointers. */
+        list[i] = (char *)(uintptr_t)eb_get_bytes(&r, (size_t)(nul - r.at) + 1);
+    }
+    list[count] = NULL;
+    return !r.bad && eb_remaining(&r) == 0;
+}
+
+static int get_string_lists(struct eb_request *q, const struct value *values, char *reason)
+{
+    static const enum eb_tag tags[] = {EB_TAG_EXECUTABLES, EB_TAG_ARGV, EB_TAG_ENV};
+    char ***lists[] = {&q->executables, &q->argv, &q->env};
+    size_t total = 0;
+    for (size_t i = 0; i < 3; i++)
+        if (eb_has(q, tags[i])) {
+            uint32_t count = string_count(values[tags[i]]);
+            if (values[tags[i]].size < 4 || count > values[tags[i]].size - 4)
+                return malformed(reason, tags[i], "not a string list");
+            total += count + 1;
+        }
+    if (total > EB_MAX_STRINGS)
+        return E2BIG;
+    q->strings = malloc((total + 1) * sizeof *q->strings);
+    if (q->strings == NULL)
+        return ENOMEM;
+    char **next = q->strings;
+    for (size_t i = 0; i < 3; i++)
+        if (eb_has(q, tags[i])) {
+            if (!get_strings(values[tags[i]], next))
+                return malformed(reason, tags[i], "not a string list");
+            *lists[i] = next;
+            next += string_count(values[tags[i]]) + 1;
+        }
+    return 0;
+}
+
+/* The numbers of FDS and those that are made, which are the lowest, in one ascending list. */
+static int get_targets(struct eb_request *q, struct value v, char *reason)
+{
+    uint32_t count = (uint32_t)(v.size / 4);
+    if (v.size % 4 != 0 || v.size / 4 > EB_MAX_FDS)
+        return malformed(reason, EB_TAG_FDS, "bad length");
+    q->targets = malloc((count + 3 + 1) * sizeof *q->targets);
+    if (q->targets == NULL)
+        return ENOMEM;
+    /* Without FDS there is no value. */
+    struct eb_reader r = count > 0 ? eb_reader(v.at, v.size) : (struct eb_reader){0};
+    int made = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t target = eb_get_u32(&r);
+        for (; made < 3 && (uint32_t)made < target; made++)
+            if (eb_is_made(q, made))
+                q->targets[q->target_count++] = made;
+        bool ascends = q->target_count == 0 || (int)target > q->targets[q->target_count - 1];
+        if (target > INT_MAX || !ascends)
+            return malformed(reason, EB_TAG_FDS, "numbers are not ascending");
+        if (eb_is_made(q, (int)target))
+            return malformed(reason, EB_TAG_FDS, "names a descriptor that STREAMS or NULL has");
+        q->targets[q->target_count++] = (int)target;
+    }
+    for (; made < 3; made++)
+        if (eb_is_made(q, made) &&
+            (q->target_count == 0 || made > q->targets[q->target_count - 1]))
+            q->targets[q->target_count++] = made;
+    return 0;
+}
+
+static int get_groups(struct eb_request *q, struct value v, char *reason)
+{
+    if (v.size % 4 != 0 || v.size / 4 > EB_MAX_GROUPS)
+        return malformed(reason, EB_TAG_GROUPS, "bad length");
+    q->group_count = (uint32_t)(v.size / 4);
+    q->groups = malloc((q->group_count + 1) * sizeof *q->groups);
+    if (q->groups == NULL)
+        return ENOMEM;
+    struct eb_reader r = eb_reader(v.at, v.size);
+    for (uint32_t i = 0; i < q->group_count; i++)
+        q->groups[i] = eb_get_u32(&r);
+    return 0;
+}
+
+static int get_rlimits(struct eb_request *q, struct value v, char *reason)
+{
+    if (v.size % 17 != 0 || v.size / 17 > EB_MAX_RLIMITS)
+        return malformed(reason, EB_TAG_RLIMITS, "bad length");
+    q->rlimit_count = (uint32_t)(v.size / 17);
+    struct eb_reader r = eb_reader(v.at, v.size);
+    for (uint32_t i = 0; i < q->rlimit_count; i++) {
+        q->rlimits[i].resource = eb_get_u8(&r);
+        q->rlimits[i].limit.rlim_cur = eb_get_u64(&r);
+        q->rlimits[i].limit.rlim_max = eb_get_u64(&r);
+        if (q->rlimits[i].resource >= EB_MAX_RLIMITS)
+            return malformed(reason, EB_TAG_RLIMITS, "no such resource");
+    }
+    return 0;
+}
+
+static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char *reason)
+{
+    static const int8_t sizes[EB_TAG_END] = {
+        /* exact sizes; -1: checked by the reader of the value */
+        [EB_TAG_EXECUTABLES] = -1, [EB_TAG_ARGV] = -1,     [EB_TAG_ENV] = -1,    [EB_TAG_FDS] = -1,
+        [EB_TAG_CWD] = -1,         [EB_TAG_UMASK] = 4,     [EB_TAG_SIGMASK] = 8, [EB_TAG_SIGIGN] = 8,
+        [EB_TAG_PGROUP] = 4,       [EB_TAG_RLIMITS] = -1,  [EB_TAG_NICE] = 4,    [EB_TAG_AFFINITY] = -1,
+        [EB_TAG_GROUPS] = -1,      [EB_TAG_GID] = 4,       [EB_TAG_UID] = 4,     [EB_TAG_STREAMS] = 1,
+        [EB_TAG_ON_CLOSE] = 4,     [EB_TAG_NULL] = 1,     [EB_TAG_SIGDEFAULT] = 8,
+    };
+    if (sizes[tag] >= 0 && v.size != (size_t)sizes[tag])
+        return malformed(reason, tag, "bad length");
+    struct eb_reader r = eb_reader(v.at, v.size);
+    switch (tag) {
+    case EB_TAG_CWD:
+        if (v.size == 0 || memchr(v.at, 0, v.size) != v.at + v.size - 1)
+            return malformed(reason, tag, "not one string");
+        q->cwd = (const char *)v.at;
+        break;
+    case EB_TAG_UMASK:
+        q->umask = eb_get_u32(&r) & 0777;
+        break;
+    case EB_TAG_SIGMASK:
+        q->sigmask = eb_get_u64(&r);
+        break;
+    case EB_TAG_SIGIGN:
+        q->sigign = eb_get_u64(&r);
+        break;
+    case EB_TAG_SIGDEFAULT:
+        q->sigdefault = eb_get_u64(&r) & ~((uint64_t)1 << (SIGKILL - 1) | (uint64_t)1 << (SIGSTOP - 1));
+        break;
+    case EB_TAG_PGROUP:
+        q->pgroup = (int32_t)eb_get_u32(&r);
+        break;
+    case EB_TAG_RLIMITS:
+        return get_rlimits(q, v, reason);
+    case EB_TAG_NICE:
+        q->nice = (int32_t)eb_get_u32(&r);
+        break;
+    case EB_TAG_AFFINITY:
+        if (v.size == 0 || v.size > EB_MAX_AFFINITY)
+            return malformed(reason, tag, "bad length");
+        q->affinity = v.at;
+        q->affinity_size = (uint32_t)v.size;
+        break;
+    case EB_TAG_GROUPS:
+        return get_groups(q, v, reason);
+    case EB_TAG_GID:
+        q->gid = eb_get_u32(&r);
+        break;
+    case EB_TAG_UID:
+        q->uid = eb_get_u32(&r);
+        break;
+    case EB_TAG_STREAMS:
+        q->streams = eb_get_u8(&r);
+        if (q->streams > 15 || ((q->streams & EB_JOINED) != 0 && (q->streams & 6) != 2))
+            return malformed(reason, tag, "no such descriptor");
+        break;
+    case EB_TAG_NULL: /* after STREAMS, whose number is lower */
+        q->nulls = eb_get_u8(&r);
+        if (q->nulls > 7)
+            return malformed(reason, tag, "no such descriptor");
+        if (q->nulls & (q->streams | (q->streams & EB_JOINED ? 4 : 0)))
+            return malformed(reason, tag, "names a streamed descriptor");
+        break;
+    case EB_TAG_ON_CLOSE:
+        q->on_close_ms = eb_get_u32(&r);
+        break;
+    default: /* the string lists and the descriptors, read together; and the empty ones */
+        break;
+    }
+    return 0;
+}
+
+int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, char *reason)
+{
+    struct value values[EB_TAG_END] = {{0}};
+    *q = (struct eb_request){0};
+    struct eb_reader r = eb_reader(payload, size);
+    while (eb_remaining(&r) > 0) {
+        uint8_t tag = eb_get_u8(&r);
+        uint32_t length = eb_get_u32(&r);
+        const uint8_t *at = eb_get_bytes(&r, length);
+        if (at == NULL) {
+            snprintf(reason, EB_MAX_REASON, "an option is longer than its frame");
+            return -1;
+        }
+        if (tag == 0 || tag >= EB_TAG_END) {
+            snprintf(reason, EB_MAX_REASON, "unknown option %u", (unsigned)tag);
+            return -1;
+        }
+        if (eb_has(q, tag))
+            return malformed(reason, tag, "given twice");
+        q->present |= 1u << tag;
+        values[tag] = (struct value){.at = at, .size = length};
+    }
+    if (!eb_has(q, EB_TAG_EXECUTABLES) || !eb_has(q, EB_TAG_ARGV)) {
+        snprintf(reason, EB_MAX_REASON, "options EXECUTABLES and ARGV are required");
+        return -1;
+    }
+    for (enum eb_tag tag = 1; tag < EB_TAG_END; tag++)
+        if (eb_has(q, tag)) {
+            int error = get_value(q, tag, values[tag], reason);
+            if (error != 0)
+                return error;
+        }
+    if (eb_has(q, EB_TAG_FDS) || eb_made(q) != 0) {
+        int error = get_targets(q, values[EB_TAG_FDS], reason);
+        if (error != 0)
+            return error;
+    }
+    q->sources = malloc((eb_request_sources(q) + 1) * sizeof *q->sources);
+    if (q->sources == NULL)
+        return ENOMEM;
+    return get_string_lists(q, values, reason);
+}
+
+EB_BARE bool eb_is_target(const struct eb_request *q, long fd)
+{
+    uint32_t low = 0, high = q->target_count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (q->targets[middle] < fd)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < q->target_count && q->targets[low] == fd;
+}
+
+void eb_request_free(struct eb_request *q)
+{
+    free(q->strings);
+    free(q->targets);
+    free(q->sources);
+    free(q->groups);
+    *q = (struct eb_request){0};
+}

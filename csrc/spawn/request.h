@@ -1,0 +1,90 @@
+/* A SPAWN payload, checked and taken apart. */
+#ifndef EB_REQUEST_H
+#define EB_REQUEST_H
+
+#include <sys/resource.h>
+#include <sys/types.h>
+
+#include "common/wire.h"
+
+struct eb_rlimit {
+    int resource;
+    struct rlimit limit;
+};
+
+/* Whom a command runs as: the process at the other end of its connection, as the kernel tells. */
+struct eb_peer {
+    uid_t uid;
+    gid_t gid;
+    uint32_t group_count;
+    gid_t groups[];
+};
+
+struct eb_request {
+    uint32_t present; /* bit per eb_tag, see eb_has */
+    /* The three lists are NULL-terminated; the strings stay in the payload, which must outlive this. */
+    char **executables, **argv, **env;
+    char **strings; /* the one allocation behind them */
+    int *targets;   /* allocated */
+    uint32_t target_count;
+    int *sources; /* allocated, for eb_request_sources descriptors; the spawner's to change */
+    const char *cwd;
+    mode_t umask;
+    uint64_t sigmask, sigign, sigdefault;
+    pid_t pgroup;
+    struct eb_rlimit rlimits[EB_MAX_RLIMITS];
+    uint32_t rlimit_count;
+    int nice;
+    const uint8_t *affinity;
+    uint32_t affinity_size;
+    gid_t *groups; /* allocated */
+    uint32_t group_count;
+    gid_t gid;
+    uid_t uid;
+    uint8_t streams, nulls; /* bit per descriptor of 0 to 2; they are among the targets */
+    uint32_t on_close_ms;
+    const struct eb_peer *peer; /* not parsed: the spawner's to take on before all steps but FDS */
+};
+
+static inline bool eb_has(const struct eb_request *q, enum eb_tag tag)
+{
+    return (q->present >> tag & 1) != 0;
+}
+
+_Static_assert(EB_TAG_END <= 32, "`present` has a bit for each tag");
+
+/* The number of `sources`: one for each target, then the working directory. */
+static inline uint32_t eb_request_sources(const struct eb_request *q)
+{
+    return q->target_count + (eb_has(q, EB_TAG_CWD_FD) ? 1 : 0);
+}
+
+/* The descriptors of 0 to 2 that the helper makes, a bit for each. */
+static inline unsigned eb_made(const struct eb_request *q)
+{
+    return (q->streams & 7u) | (q->streams & EB_JOINED ? 4u : 0) | q->nulls;
+}
+
+static inline bool eb_is_made(const struct eb_request *q, int target)
+{
+    return target < 3 && (eb_made(q) >> target & 1) != 0;
+}
+
+/* The number of descriptors that the request comes with. */
+static inline uint32_t eb_request_fds(const struct eb_request *q)
+{
+    unsigned made = eb_made(q);
+    return eb_request_sources(q) - (made & 1) - (made >> 1 & 1) - (made >> 2 & 1);
+}
+
+/* Whether the child is to have a descriptor `fd`.  Also called between clone and exec. */
+bool eb_is_target(const struct eb_request *q, long fd);
+
+/*
+ * Reads `payload`.  Returns 0; or an errno that the command's start fails with (E2BIG, ENOMEM); or -1 if
+ * the payload is malformed, with why in `reason` (EB_MAX_REASON bytes).  Call eb_request_free in each case.
+ */
+int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, char *reason);
+void eb_request_free(struct eb_request *q);
+
+#endif

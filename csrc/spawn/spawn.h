@@ -1,0 +1,40 @@
+/* Starting one command.  The caller does not learn which system calls did it. */
+#ifndef EB_SPAWN_H
+#define EB_SPAWN_H
+
+#include <sys/types.h>
+
+#include "spawn/request.h"
+#include "common/state.h"
+
+/* One start under way, then its outcome. */
+struct eb_start {
+    pid_t pid;    /* 0 if no process was made */
+    enum eb_owner owner;
+    int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once, unless `quiet` */
+    bool quiet;   /* only `runs` and the end of the process tell */
+    int error;    /* 0: the command runs */
+    enum eb_stage stage;
+    void *job;    /* the implementation's own */
+};
+
+struct eb_spawner {
+    /* Fills `start`.  Until `end`, `q` and what it points to must stay as they are.  The descriptors in
+     * its `sources` are close-on-exec, none of them is 0, 1 or 2, and the new process has its own. */
+    void (*begin)(struct eb_start *start, const struct eb_request *q);
+    /* Whether a quiet start has led to a running program.  If it has failed, the process's end tells. */
+    bool (*runs)(const struct eb_start *start);
+    /* Once the outcome is known: gives it, and releases what the start held. */
+    void (*end)(struct eb_start *start);
+    /* Gives back what is kept for many starts at once. */
+    void (*rest)(void);
+};
+
+/* Linux: clone(2) without CLONE_VFORK, so that a slow exec holds up nobody.  With `parent`, new processes
+ * are children of this process's parent (CLONE_PARENT) where the kernel allows that.  NULL if this
+ * machine's architecture has none.  `self` is this process's state, and must stay valid. */
+const struct eb_spawner *eb_spawner_clone(const struct eb_state *self, bool parent);
+/* Any POSIX system: posix_spawn(3).  What it cannot express fails with ENOTSUP. */
+const struct eb_spawner *eb_spawner_posix(const struct eb_state *self);
+
+#endif

@@ -1,0 +1,223 @@
+/*
+ * What the new process does.  It shares its maker's memory until it execs or exits, and runs at the same time as
+ * it, on a stack of its own.  So it makes raw system calls only, and writes to nothing but its job and the
+ * `sources` of its request.
+ */
+#include "spawn/spawn_job.h"
+
+#include "common/rawsys.h"
+
+#if defined(__linux__) && EB_HAVE_RAW
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <unistd.h>
+
+/* -- descriptors -- */
+
+EB_BARE long eb_take_table(struct eb_job *job)
+{
+    return eb_raw(SYS_close_range, (long)job->highest + 1, ~0U, EB_CLOSE_RANGE_UNSHARE, 0);
+}
+
+EB_BARE void eb_tell_table(struct eb_job *job)
+{
+    __atomic_store_n(&job->shares_table, 0, __ATOMIC_RELEASE);
+    eb_raw(SYS_futex, (long)&job->shares_table, FUTEX_WAKE, 1, 0);
+}
+
+/* A copy of `fd` whose number is nobody's target, searched from `*least` on. */
+static EB_BARE long move_away(const struct eb_request *q, int fd, long *least)
+{
+    for (uint32_t i = 0; i <= q->target_count; i++) {
+        long copy = eb_raw(SYS_fcntl, fd, F_DUPFD_CLOEXEC, *least, 0);
+        if (copy < 0)
+            return copy;
+        *least = copy + 1;
+        if (!eb_is_target(q, copy))
+            return copy;
+        eb_raw(SYS_close, copy, 0, 0, 0);
+    }
+    return -EMFILE;
+}
+
+static EB_BARE long place_fds(struct eb_job *job)
+{
+    const struct eb_request *q = job->q;
+    uint32_t count = eb_request_sources(q);
+    long r, least = 3;
+    if (job->pipe >= 0 && eb_is_target(q, job->pipe)) {
+        if ((r = move_away(q, job->pipe, &least)) < 0)
+            return r;
+        job->pipe = (int)r;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        bool in_place = i < q->target_count && q->sources[i] == q->targets[i];
+        if (!in_place && eb_is_target(q, q->sources[i])) {
+            if ((r = move_away(q, q->sources[i], &least)) < 0)
+                return r;
+            q->sources[i] = (int)r;
+        }
+    }
+    for (uint32_t i = 0; i < q->target_count; i++) {
+        if (q->sources[i] == q->targets[i])
+            r = eb_raw(SYS_fcntl, q->sources[i], F_SETFD, 0, 0);
+        else
+            r = eb_raw(SYS_dup3, q->sources[i], q->targets[i], 0, 0);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+/* Closes all but what is needed up to the exec, which may be slow: copies of this process's descriptors would
+ * keep others' pipes and connections open as long.  An older kernel leaves them to the exec. */
+static EB_BARE void close_rest(const struct eb_job *job)
+{
+    const struct eb_request *q = job->q;
+    long next = 0, extra[] = {job->pipe, eb_has(q, EB_TAG_CWD_FD) ? q->sources[q->target_count] : -1};
+    for (uint32_t i = 0;;) {
+        long kept = -1;
+        while (i < q->target_count && q->targets[i] < next)
+            i++;
+        if (i < q->target_count)
+            kept = q->targets[i];
+        for (int k = 0; k < 2; k++)
+            if (extra[k] >= next && (kept < 0 || extra[k] < kept))
+                kept = extra[k];
+        if (kept != next)
+            eb_raw(SYS_close_range, next, kept < 0 ? ~0U : (unsigned)kept - 1, 0, 0);
+        if (kept < 0)
+            return;
+        next = kept + 1;
+    }
+}
+
+/* -- signals -- */
+
+EB_BARE long eb_set_action(int n, bool ignored)
+{
+    struct eb_action action = {.handler = ignored ? 1 : 0}; /* SIG_IGN : SIG_DFL */
+    return eb_raw(SYS_rt_sigaction, n, (long)&action, 0, sizeof action.mask);
+}
+
+/* There are no handlers here, so only SIG_IGN and SIG_DFL have to be told apart. */
+static EB_BARE long set_signals(const struct eb_state *self, const struct eb_request *q)
+{
+    uint64_t differ = 0;
+    if (eb_has(q, EB_TAG_SIGIGN))
+        differ = self != NULL ? q->sigign ^ self->sigign : ~EB_NEVER_IGNORED;
+    differ |= q->sigdefault;
+    for (int n = 1; n <= EB_SIGNALS; n++)
+        if (differ >> (n - 1) & 1) {
+            long r = eb_set_action(n, ((q->sigign & ~q->sigdefault) >> (n - 1) & 1) != 0);
+            if (r < 0)
+                return r;
+        }
+    return 0;
+}
+
+/* -- limits and scheduling -- */
+
+static EB_BARE long set_rlimits(const struct eb_job *job)
+{
+    const struct eb_request *q = job->q;
+    for (uint32_t i = 0; i < q->rlimit_count; i++) {
+        int resource = q->rlimits[i].resource;
+        const struct rlimit *limit = &q->rlimits[i].limit;
+        const struct rlimit *own = resource == RLIMIT_NPROC ? &job->nproc : &job->self->rlimits[resource];
+        if (job->self == NULL || limit->rlim_cur != own->rlim_cur || limit->rlim_max != own->rlim_max) {
+            long r = eb_raw(SYS_prlimit64, 0, resource, (long)limit, 0);
+            if (r < 0)
+                return r;
+        }
+    }
+    return 0;
+}
+
+static EB_BARE bool same_affinity(const struct eb_state *self, const struct eb_request *q)
+{
+    if (self == NULL || q->affinity_size != self->affinity_size)
+        return false;
+    for (uint32_t i = 0; i < q->affinity_size; i++)
+        if (q->affinity[i] != self->affinity[i])
+            return false;
+    return true;
+}
+
+/* -- the exec -- */
+
+/* The first error, as execvp(3) tells it: ENOENT and ENOTDIR only if there was no other. */
+static EB_BARE long exec_first(const struct eb_request *q)
+{
+    extern char **environ;
+    char **env = q->env != NULL ? q->env : environ;
+    long first = 0, r = -ENOENT;
+    for (char **path = q->executables; *path != NULL; path++) {
+        r = eb_raw(SYS_execve, (long)*path, (long)q->argv, (long)env, 0);
+        if (r != -ENOENT && r != -ENOTDIR && first == 0)
+            first = r;
+    }
+    return first != 0 ? first : r;
+}
+
+EB_BARE int eb_child(void *arg)
+{
+    struct eb_job *job = arg;
+    const struct eb_request *q = job->q;
+    const struct eb_state *self = job->self;
+    long r;
+#define STEP(name, call)                                                                                \
+    do {                                                                                                \
+        job->stage = EB_STAGE_##name;                                                                   \
+        if ((r = (call)) < 0)                                                                           \
+            goto failed;                                                                                \
+    } while (0)
+
+    if (job->first != NULL)
+        STEP(START, job->first(job));
+    STEP(FDS, place_fds(job));
+    if (!job->keeps_files)
+        close_rest(job);
+    if (q->peer != NULL) {
+        /* First of all: what follows is done with the peer's rights, not with ours. */
+        STEP(GROUPS, eb_raw(SYS_setgroups, q->peer->group_count, (long)q->peer->groups, 0, 0));
+        STEP(GID, eb_raw(SYS_setresgid, q->peer->gid, q->peer->gid, q->peer->gid, 0));
+        STEP(UID, eb_raw(SYS_setresuid, q->peer->uid, q->peer->uid, q->peer->uid, 0));
+    }
+    if (eb_has(q, EB_TAG_CWD_FD))
+        STEP(CWD, eb_raw(SYS_fchdir, q->sources[q->target_count], 0, 0, 0));
+    if (eb_has(q, EB_TAG_CWD))
+        STEP(CWD, eb_raw(SYS_chdir, (long)q->cwd, 0, 0, 0));
+    if (eb_has(q, EB_TAG_UMASK))
+        STEP(UMASK, eb_raw(SYS_umask, (long)q->umask, 0, 0, 0));
+    STEP(SIGNALS, set_signals(self, q));
+    if (eb_has(q, EB_TAG_SETSID))
+        STEP(SETSID, eb_raw(SYS_setsid, 0, 0, 0, 0));
+    if (eb_has(q, EB_TAG_PGROUP) && (self == NULL || q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID)))
+        STEP(PGROUP, eb_raw(SYS_setpgid, 0, q->pgroup, 0, 0));
+    STEP(RLIMITS, set_rlimits(job));
+    if (eb_has(q, EB_TAG_NICE) && (self == NULL || q->nice != self->nice))
+        STEP(NICE, eb_raw(SYS_setpriority, PRIO_PROCESS, 0, q->nice, 0));
+    if (eb_has(q, EB_TAG_AFFINITY) && !same_affinity(self, q))
+        STEP(AFFINITY, eb_raw(SYS_sched_setaffinity, 0, q->affinity_size, (long)q->affinity, 0));
+    if (eb_has(q, EB_TAG_GROUPS))
+        STEP(GROUPS, eb_raw(SYS_setgroups, q->group_count, (long)q->groups, 0, 0));
+    if (eb_has(q, EB_TAG_GID))
+        STEP(GID, eb_raw(SYS_setresgid, q->gid, q->gid, q->gid, 0));
+    if (eb_has(q, EB_TAG_UID))
+        STEP(UID, eb_raw(SYS_setresuid, q->uid, q->uid, q->uid, 0));
+    if (eb_has(q, EB_TAG_SIGMASK))
+        STEP(SIGNALS, eb_raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&q->sigmask, 0, sizeof q->sigmask));
+    STEP(EXEC, exec_first(q));
+#undef STEP
+failed:
+    job->error = (int)-r;
+    eb_raw(SYS_exit_group, 255, 0, 0, 0);
+    return 255;
+}
+
+#endif

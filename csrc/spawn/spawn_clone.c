@@ -1,0 +1,246 @@
+/*
+ * The new process shares this one's memory until it execs or exits, and runs at the same time, on a stack
+ * of its own.  So it makes raw system calls only, writes to nothing but its job, and what it reads stays
+ * untouched until the kernel says that it has left: CLONE_CHILD_CLEARTID clears a word in the job when
+ * the memory is let go, and after that the close-on-exec pipe hangs up (Linux fs/exec.c, begin_new_exec:
+ * exec_mmap comes before do_close_on_exec; kernel/exit.c: exit_mm before exit_files).  A quiet start has
+ * no pipe: the word is looked at when something else has woken us, at the latest the process's end.
+ *
+ * A process that changes its ids here still shares our memory for a moment.  The kernel marks memory
+ * undumpable at that instant (commit_creds), so its new user's processes cannot trace it, unless the
+ * administrator has set fs.suid_dumpable to 1.
+ */
+#include "spawn/spawn_job.h"
+
+#include "common/rawsys.h"
+
+#if defined(__linux__) && EB_HAVE_RAW
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum {
+    SPARE_STACKS = 1, /* two pages of each stay resident */
+    SPARE_STACKS_BUSY = 32,
+    LOW = 8,    /* reserved descriptors */
+    HIGH = 512, /* from this number on, a table is too large to be copied: 0.1 µs for each */
+};
+
+static const struct eb_state *self;
+static struct rlimit nproc;
+static bool use_parent;
+static int low[LOW]; /* copies of a descriptor that nobody needs; ascending, -1 in the first: there are none */
+static struct eb_job *spare;      /* memory that nobody uses */
+static unsigned spare_count;
+static struct eb_job *lingering;  /* hung up, but not yet let go: not seen on Linux, kept for its imitations */
+
+static struct eb_job *new_job(void)
+{
+    struct eb_job **link = &lingering;
+    while (*link != NULL) {
+        struct eb_job *job = *link;
+        if (job->alive != 0) {
+            link = &job->next;
+            continue;
+        }
+        *link = job->next;
+        job->next = spare;
+        spare = job;
+        spare_count++;
+    }
+    if (spare == NULL)
+        return eb_job_map();
+    struct eb_job *job = spare;
+    spare = job->next;
+    spare_count--;
+    return job;
+}
+
+static void free_job(struct eb_job *job)
+{
+    if (job->alive != 0) {
+        job->next = lingering;
+        lingering = job;
+    } else if (spare_count < SPARE_STACKS_BUSY) {
+        job->next = spare;
+        spare = job;
+        spare_count++;
+    } else {
+        eb_job_unmap(job);
+    }
+}
+
+static void rest(void)
+{
+    while (spare_count > SPARE_STACKS) {
+        struct eb_job *job = spare;
+        spare = job->next;
+        spare_count--;
+        eb_job_unmap(job);
+    }
+}
+
+/* RLIMIT_NPROC counts when a process is made: then it must be ours that is the caller's. */
+static void adopt_nproc(const struct eb_request *q)
+{
+    for (uint32_t i = 0; i < q->rlimit_count; i++)
+        if (q->rlimits[i].resource == RLIMIT_NPROC && q->rlimits[i].limit.rlim_cur != nproc.rlim_cur) {
+            struct rlimit limit = {.rlim_cur = q->rlimits[i].limit.rlim_cur, .rlim_max = nproc.rlim_max};
+            if (limit.rlim_cur > limit.rlim_max)
+                limit.rlim_cur = limit.rlim_max;
+            if (setrlimit(RLIMIT_NPROC, &limit) == 0)
+                nproc = limit;
+        }
+}
+
+static bool reserve(void)
+{
+    for (int i = 0; i < LOW; i++)
+        if ((low[i] = fcntl(0, F_DUPFD_CLOEXEC, 3)) < 0)
+            return false;
+    return syscall(SYS_close_range, ~0U, ~0U, 0) == 0; /* of no descriptor: whether it is there */
+}
+
+static EB_BARE long take_table(struct eb_job *job)
+{
+    long r = eb_take_table(job);
+    if (r == 0)
+        eb_tell_table(job);
+    return r;
+}
+
+/* The new process has its own table, or there is none: the reserved numbers are free again. */
+static void restore_low(void)
+{
+    for (int i = 0; i < LOW; i++)
+        eb_raw(SYS_dup3, 0, low[i], O_CLOEXEC, 0);
+}
+
+/* Where many descriptors are open, gives the new process's reserved numbers, so that the table need not be copied up
+ * to their own. */
+static void lower_sources(struct eb_job *job)
+{
+    const struct eb_request *q = job->q;
+    uint32_t count = eb_request_sources(q);
+    int most = job->pipe;
+    for (uint32_t i = 0; i < count; i++)
+        most = q->sources[i] > most ? q->sources[i] : most;
+    if (most < HIGH || low[0] < 0 || count >= LOW)
+        return;
+    for (uint32_t i = 0; i <= count; i++) {
+        int fd = i < count ? q->sources[i] : job->pipe;
+        if (fd >= 0 && eb_raw(SYS_dup3, fd, low[i], O_CLOEXEC, 0) < 0) {
+            restore_low();
+            return;
+        }
+    }
+    memcpy(q->sources, low, count * sizeof *low);
+    if (job->pipe >= 0)
+        job->pipe = low[count];
+    job->highest = low[count];
+    job->shares_table = 1;
+    job->first = take_table;
+}
+
+static pid_t make_process(struct eb_job *job)
+{
+    const unsigned files = job->shares_table ? CLONE_FILES : 0;
+    pid_t pid = eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
+    if (use_parent && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
+        /* gVisor and some seccomp profiles have no CLONE_PARENT: from now on the children are ours. */
+        use_parent = false;
+        pid = eb_job_clone(job, files);
+    }
+    if (files != 0) {
+        if (pid > 0)
+            eb_job_await_table(job, pid);
+        restore_low();
+    }
+    return pid;
+}
+
+static void begin(struct eb_start *start, const struct eb_request *q)
+{
+    int pipe[2] = {-1, -1};
+    *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
+    /* Its end must be seen here, and nothing of the client's wait for the outcome: no input, no SPAWNED. */
+    bool quiet = !use_parent && eb_has(q, EB_TAG_BRIEF) && !(q->streams & 1);
+    struct eb_job *job = new_job();
+    if (job == NULL) {
+        start->error = errno;
+        return;
+    }
+    *job = (struct eb_job){.q = q, .self = self};
+    if (!quiet && pipe2(pipe, O_CLOEXEC) != 0) {
+        start->error = errno;
+        free_job(job);
+        return;
+    }
+    job->pipe = pipe[1];
+    adopt_nproc(q);
+    job->nproc = nproc;
+    lower_sources(job);
+    pid_t pid = make_process(job);
+    if (pipe[1] >= 0)
+        close(pipe[1]);
+    if (pid < 0) {
+        if (pipe[0] >= 0)
+            close(pipe[0]);
+        free_job(job);
+        start->error = -pid;
+        return;
+    }
+    start->pid = pid;
+    start->owner = use_parent ? EB_OWNER_CALLER : EB_OWNER_HELPER;
+    start->done_fd = pipe[0];
+    start->quiet = quiet;
+    start->job = job;
+}
+
+static bool runs(const struct eb_start *start)
+{
+    const struct eb_job *job = start->job;
+    return __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) == 0 && job->error == 0;
+}
+
+static void end(struct eb_start *start)
+{
+    struct eb_job *job = start->job;
+    if (job == NULL)
+        return;
+    start->error = job->error;
+    start->stage = job->stage;
+    if (start->done_fd >= 0)
+        close(start->done_fd);
+    start->done_fd = -1;
+    start->quiet = false;
+    start->job = NULL;
+    free_job(job);
+}
+
+const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent)
+{
+    static const struct eb_spawner spawner = {.begin = begin, .runs = runs, .end = end, .rest = rest};
+    self = state;
+    nproc = state->rlimits[RLIMIT_NPROC];
+    use_parent = parent;
+    /* Not where the limit allows no such table, nor the reserve perhaps. */
+    if (state->rlimits[RLIMIT_NOFILE].rlim_max <= HIGH || !reserve())
+        low[0] = -1;
+    return &spawner;
+}
+
+#else
+
+const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent)
+{
+    (void)state, (void)parent;
+    return NULL;
+}
+
+#endif

@@ -1,0 +1,98 @@
+#include "spawn/spawn_job.h"
+
+#include "common/rawsys.h"
+
+#if defined(__linux__) && EB_HAVE_RAW
+
+#include "spawn/rawclone.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    STACK_SIZE = 32 << 10,
+    GUARD_SIZE = 64 << 10, /* at least a page, whatever its size */
+};
+
+static const uint64_t CLEAR_SIGHAND = 0x100000000; /* of clone3 only; Linux 5.5 */
+
+static int has_no_clone3; /* as under seccomp filters that cannot look at its flags */
+
+/* A job lies above the stack that its process runs on, in one mapping with a guard below. */
+struct eb_job *eb_job_map(void)
+{
+    char *memory = mmap(NULL, GUARD_SIZE + STACK_SIZE, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+    if (memory == MAP_FAILED)
+        return NULL;
+    if (mprotect(memory, GUARD_SIZE, PROT_NONE) != 0) {
+        int error = errno;
+        munmap(memory, GUARD_SIZE + STACK_SIZE);
+        errno = error;
+        return NULL;
+    }
+    uintptr_t top = (uintptr_t)memory + GUARD_SIZE + STACK_SIZE;
+    return (struct eb_job *)((top - sizeof(struct eb_job)) & ~(uintptr_t)63);
+}
+
+static char *stack_of(const struct eb_job *job)
+{
+    uintptr_t top = ((uintptr_t)job + sizeof(struct eb_job) + 4095) & ~(uintptr_t)4095;
+    return (char *)top - STACK_SIZE;
+}
+
+void eb_job_unmap(struct eb_job *job)
+{
+    munmap(stack_of(job) - GUARD_SIZE, GUARD_SIZE + STACK_SIZE);
+}
+
+pid_t eb_job_clone(struct eb_job *job, unsigned flags)
+{
+    flags |= CLONE_VM | CLONE_CHILD_CLEARTID;
+    job->alive = 1;
+    if (job->has_handlers && !__atomic_load_n(&has_no_clone3, __ATOMIC_RELAXED)) {
+        char *stack = stack_of(job);
+        struct eb_clone_args args = {
+            .flags = flags | CLEAR_SIGHAND,
+            .child_tid = (uintptr_t)&job->alive,
+            .exit_signal = SIGCHLD,
+            .stack = (uintptr_t)stack,
+            .stack_size = (uintptr_t)job - (uintptr_t)stack,
+        };
+        job->has_handlers = false;
+        long pid = eb_raw_clone3(&args, eb_child, job);
+        if (pid != -ENOSYS && pid != -EPERM && pid != -EINVAL) {
+            if (pid < 0)
+                job->alive = 0;
+            return (pid_t)pid;
+        }
+        __atomic_store_n(&has_no_clone3, 1, __ATOMIC_RELAXED);
+        job->has_handlers = true;
+    }
+    long pid = eb_raw_clone(flags | SIGCHLD, job, &job->alive, eb_child, job);
+    if (pid < 0)
+        job->alive = 0;
+    return (pid_t)pid;
+}
+
+void eb_job_await_table(const struct eb_job *job, pid_t pid)
+{
+    const struct timespec pause = {.tv_nsec = 10 * 1000 * 1000};
+    int pauses = 100;
+    while (__atomic_load_n(&job->shares_table, __ATOMIC_ACQUIRE) != 0 &&
+           __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) != 0) {
+        if (syscall(SYS_futex, &job->shares_table, FUTEX_WAIT, 1, &pause, NULL, 0) == 0 || errno != ETIMEDOUT)
+            continue; /* it has told, or a signal has come */
+        if (--pauses == 0) {
+            (void)kill(pid, SIGKILL);
+            return;
+        }
+    }
+}
+
+#endif

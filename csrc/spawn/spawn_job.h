@@ -1,0 +1,69 @@
+/* A new process between clone and exec, on Linux: what it reads and writes, and its stack. */
+#ifndef EB_SPAWN_JOB_H
+#define EB_SPAWN_JOB_H
+
+#include <stdbool.h>
+#include <sys/resource.h>
+#include <sys/types.h>
+
+#include "spawn/request.h"
+#include "spawn/spawn.h"
+#include "common/state.h"
+
+enum { EB_CLOSE_RANGE_UNSHARE = 1 << 1 };
+
+/* SIGKILL and SIGSTOP. */
+#define EB_NEVER_IGNORED ((uint64_t)1 << 8 | (uint64_t)1 << 18)
+
+struct eb_job {
+    /* written by the new process */
+    volatile int error;
+    volatile enum eb_stage stage;
+    volatile pid_t alive;      /* not 0 while it uses its maker's memory; cleared, and woken, by the kernel */
+    volatile int shares_table; /* and its table of descriptors, or a name in it */
+    volatile bool cannot_reopen;
+    int reopened_fd;
+    /* read by it */
+    const struct eb_request *q;
+    const struct eb_state *self; /* its maker's, so that what it has already is not set again; NULL: not known */
+    struct rlimit nproc;         /* in the place of the one in `self` */
+    int pipe;                    /* close-on-exec; -1: none */
+    int highest;                 /* of the descriptors that it takes over from a shared table */
+    uint8_t reopened;            /* bit n: the one for 0 to 2 is a pipe that is opened again, by its name in /proc */
+    char proc_fd[24];            /* the directory of its maker's */
+    bool has_handlers;           /* its maker's signal handlers are still there */
+    bool keeps_files;            /* closes nothing */
+    long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
+    /* the maker's */
+    struct eb_job *next;
+};
+
+/* Memory for a job and the stack below it, or NULL. */
+struct eb_job *eb_job_map(void);
+void eb_job_unmap(struct eb_job *job);
+
+/* Makes a process that runs eb_child; with its own handlers reset where `has_handlers` says that there are some.
+ * `flags` go with CLONE_VM and CLONE_CHILD_CLEARTID.  Returns its pid or -errno. */
+pid_t eb_job_clone(struct eb_job *job, unsigned flags);
+
+/* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory.  That takes it
+ * microseconds; one that has been stopped is killed after a second, since it would get somebody else's. */
+void eb_job_await_table(const struct eb_job *job, pid_t pid);
+
+/* The new process. */
+int eb_child(void *job);
+
+/* In the new process: takes a table of its own, with the descriptors up to the job's `highest`: the kernel copies no
+ * others.  Returns 0 or -errno.  Then, once nothing in the maker's table is needed, its maker is told. */
+long eb_take_table(struct eb_job *job);
+void eb_tell_table(struct eb_job *job);
+
+/* The kernel's sigaction. */
+struct eb_action {
+    uint64_t handler, flags, restorer, mask;
+};
+
+/* In the new process: has a signal ignored, or gives it its default action.  Returns 0 or -errno. */
+long eb_set_action(int n, bool ignored);
+
+#endif

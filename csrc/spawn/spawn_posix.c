@@ -1,0 +1,215 @@
+/*
+ * posix_spawn(3) has no way to set ids, resource limits or niceness: a request in which they differ from
+ * this process's own fails with ENOTSUP.  The umask and ignored signals are set here around the call,
+ * which one thread may do.  The call returns when the command runs, so a slow exec holds up the others.
+ */
+#include "spawn/spawn.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+extern char **environ;
+
+static const struct eb_state *self;
+
+/* posix_spawn performs its actions in order, in the child: no source may be an earlier action's target.
+ * Such a one is replaced by a copy. */
+static int move_sources(const struct eb_request *q)
+{
+    for (uint32_t i = 0; i < eb_request_sources(q); i++) {
+        int fd = q->sources[i], least = 3;
+        if (!eb_is_target(q, fd) || (i < q->target_count && fd == q->targets[i]))
+            continue;
+        for (uint32_t tries = 0; tries <= q->target_count && q->sources[i] == fd; tries++) {
+            int copy = fcntl(fd, F_DUPFD_CLOEXEC, least);
+            if (copy < 0)
+                return errno;
+            if (eb_is_target(q, copy)) {
+                close(copy);
+                least = copy + 1;
+            } else {
+                q->sources[i] = copy;
+            }
+        }
+    }
+    return 0;
+}
+
+static void close_copies(const struct eb_request *q, const int *originals)
+{
+    for (uint32_t i = 0; i < eb_request_sources(q); i++)
+        if (q->sources[i] != originals[i])
+            close(q->sources[i]);
+}
+
+static int add_actions(const struct eb_request *q, posix_spawn_file_actions_t *actions)
+{
+    int error = 0;
+    for (uint32_t i = 0; i < q->target_count && error == 0; i++)
+        error = posix_spawn_file_actions_adddup2(actions, q->sources[i], q->targets[i]);
+    if (error == 0 && eb_has(q, EB_TAG_CWD_FD))
+        error = posix_spawn_file_actions_addfchdir_np(actions, q->sources[q->target_count]);
+    if (error == 0 && eb_has(q, EB_TAG_CWD))
+        error = posix_spawn_file_actions_addchdir_np(actions, q->cwd);
+    return error;
+}
+
+static void to_sigset(uint64_t bits, sigset_t *set)
+{
+    sigemptyset(set);
+    for (int n = 1; n <= EB_SIGNALS; n++)
+        if (bits >> (n - 1) & 1)
+            (void)sigaddset(set, n);
+}
+
+static int add_attributes(const struct eb_request *q, posix_spawnattr_t *attributes)
+{
+    short flags = 0;
+    sigset_t set;
+    int error = 0;
+    if (eb_has(q, EB_TAG_SIGMASK)) {
+        to_sigset(q->sigmask, &set);
+        error = posix_spawnattr_setsigmask(attributes, &set);
+        flags |= POSIX_SPAWN_SETSIGMASK;
+    }
+    if (error == 0 && (eb_has(q, EB_TAG_SIGIGN) || eb_has(q, EB_TAG_SIGDEFAULT))) {
+        to_sigset((eb_has(q, EB_TAG_SIGIGN) ? self->sigign & ~q->sigign : 0) | q->sigdefault, &set);
+        error = posix_spawnattr_setsigdefault(attributes, &set);
+        flags |= POSIX_SPAWN_SETSIGDEF;
+    }
+    if (eb_has(q, EB_TAG_SETSID))
+        flags |= POSIX_SPAWN_SETSID;
+    if (error == 0 && eb_has(q, EB_TAG_PGROUP) && (q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID))) {
+        error = posix_spawnattr_setpgroup(attributes, q->pgroup);
+        flags |= POSIX_SPAWN_SETPGROUP;
+    }
+    return error != 0 ? error : posix_spawnattr_setflags(attributes, flags);
+}
+
+static bool same_rlimits(const struct eb_request *q)
+{
+    for (uint32_t i = 0; i < q->rlimit_count; i++) {
+        const struct rlimit *own = &self->rlimits[q->rlimits[i].resource];
+        if (q->rlimits[i].limit.rlim_cur != own->rlim_cur || q->rlimits[i].limit.rlim_max != own->rlim_max)
+            return false;
+    }
+    return true;
+}
+
+/* The stage that posix_spawn cannot express, or 0. */
+static enum eb_stage unsupported(const struct eb_request *q)
+{
+    if (!same_rlimits(q))
+        return EB_STAGE_RLIMITS;
+    if (eb_has(q, EB_TAG_NICE) && q->nice != self->nice)
+        return EB_STAGE_NICE;
+    if (eb_has(q, EB_TAG_AFFINITY) &&
+        (q->affinity_size != self->affinity_size || memcmp(q->affinity, self->affinity, q->affinity_size) != 0))
+        return EB_STAGE_AFFINITY;
+    if (eb_has(q, EB_TAG_GROUPS))
+        return EB_STAGE_GROUPS;
+    if (eb_has(q, EB_TAG_GID))
+        return EB_STAGE_GID;
+    if (eb_has(q, EB_TAG_UID) || q->peer != NULL)
+        return EB_STAGE_UID;
+    return 0;
+}
+
+static void set_ignored(uint64_t signals, void (*action)(int))
+{
+    for (int n = 1; n <= EB_SIGNALS; n++)
+        if (signals >> (n - 1) & 1)
+            (void)signal(n, action);
+}
+
+static int spawn_first(const struct eb_request *q, pid_t *pid, const posix_spawn_file_actions_t *actions,
+                       const posix_spawnattr_t *attributes)
+{
+    char **env = q->env != NULL ? q->env : environ;
+    int first = 0, error = ENOENT;
+    for (char **path = q->executables; *path != NULL; path++) {
+        error = posix_spawn(pid, *path, actions, attributes, q->argv, env);
+        if (error == 0)
+            return 0;
+        if (error != ENOENT && error != ENOTDIR && first == 0)
+            first = error;
+    }
+    return first != 0 ? first : error;
+}
+
+/* posix_spawn does not say what failed.  A directory that cannot be entered is told by trying. */
+static enum eb_stage guess_stage(const struct eb_request *q)
+{
+    struct stat info;
+    if (eb_has(q, EB_TAG_CWD) &&
+        (stat(q->cwd, &info) != 0 || !S_ISDIR(info.st_mode) || access(q->cwd, X_OK) != 0))
+        return EB_STAGE_CWD;
+    return EB_STAGE_EXEC;
+}
+
+static void begin(struct eb_start *start, const struct eb_request *q)
+{
+    size_t size = eb_request_sources(q) * sizeof(int);
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    *start = (struct eb_start){.done_fd = -1, .owner = EB_OWNER_HELPER, .stage = unsupported(q)};
+    if (start->stage != 0) {
+        start->error = ENOTSUP;
+        return;
+    }
+    start->stage = EB_STAGE_START;
+    int *originals = malloc(size + 1);
+    if (originals == NULL) {
+        start->error = ENOMEM;
+        return;
+    }
+    memcpy(originals, q->sources, size);
+    if ((start->error = posix_spawn_file_actions_init(&actions)) != 0)
+        goto no_actions;
+    if ((start->error = posix_spawnattr_init(&attributes)) != 0)
+        goto no_attributes;
+    if ((start->error = move_sources(q)) != 0 || (start->error = add_actions(q, &actions)) != 0 ||
+        (start->error = add_attributes(q, &attributes)) != 0)
+        goto no_spawn;
+
+    uint64_t also_ignored = eb_has(q, EB_TAG_SIGIGN) ? q->sigign & ~self->sigign & ~q->sigdefault : 0;
+    mode_t umask_before = eb_has(q, EB_TAG_UMASK) ? umask(q->umask) : 0;
+    set_ignored(also_ignored, SIG_IGN);
+    start->error = spawn_first(q, &start->pid, &actions, &attributes);
+    set_ignored(also_ignored, SIG_DFL);
+    if (eb_has(q, EB_TAG_UMASK))
+        umask(umask_before);
+    if (start->error != 0) {
+        start->pid = 0;
+        start->stage = guess_stage(q);
+    }
+no_spawn:
+    close_copies(q, originals);
+    posix_spawnattr_destroy(&attributes);
+no_attributes:
+    posix_spawn_file_actions_destroy(&actions);
+no_actions:
+    free(originals);
+}
+
+static void end(struct eb_start *start)
+{
+    (void)start; /* the outcome was there at once */
+}
+
+static void rest(void)
+{
+}
+
+const struct eb_spawner *eb_spawner_posix(const struct eb_state *state)
+{
+    static const struct eb_spawner spawner = {.begin = begin, .end = end, .rest = rest};
+    self = state;
+    return &spawner;
+}

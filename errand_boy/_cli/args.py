@@ -1,0 +1,321 @@
+"""The command ``errand-boy``: arguments only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import errand_boy
+
+_COMMANDS = ("serve", "run", "map", "status")
+_GIVEN = ("-h", "--help", "--version")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status. To serve, this process becomes the daemon."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in (*_COMMANDS, *_GIVEN):
+        arguments = ["serve", *arguments]
+    parser = argparse.ArgumentParser(
+        prog="errand-boy",
+        description="Start commands without forking the process that wants them.",
+        epilog="errand-boy COMMAND --help has the options of each.",
+    )
+    parser.add_argument("--version", action="version", version=errand_boy.__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="be the daemon; the default",
+        description="Listen on a Unix socket, or on that which systemd hands over, and start "
+        "commands for this user and those whom the options name.",
+    )
+    add_serve_options(serve)
+    run = commands.add_parser(
+        "run",
+        help="run one command, with this terminal, and exit with its status",
+        usage="errand-boy run [-h] [--socket PATH] [--] COMMAND [ARGUMENT ...]",
+        description="Run a command by the daemon or, if none listens, as a child of this process. "
+        "Signals are passed on. Exit status: the command's, 128 + N if signal N ended it; 127 if "
+        "it was not found, 126 if it could not be started, 125 for what errand-boy itself could "
+        "not do.",
+    )
+    _add_socket(run)
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
+    many = commands.add_parser(
+        "map",
+        help="run a command for each line of standard input, several at once",
+        usage="errand-boy map [option ...] [--] COMMAND [ARGUMENT ...] < lines",
+        description="Run a command for each line of standard input, by a private helper, and write "
+        "the output of each at its end. The commands read /dev/null. Exit status: how many failed, "
+        "101 for more than 100; after a halt, that of the command which led to it, 128 + N if "
+        "signal N ended it; 125 for what errand-boy itself could not do.",
+    )
+    add_map_options(many)
+    status = commands.add_parser(
+        "status",
+        help="tell what the daemon is doing",
+        description="Tell what the daemon is doing: its helpers, the live commands, totals, how "
+        "long starts take. Exit status: 1 if none answers.",
+    )
+    _add_socket(status)
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--metrics", action="store_true", help="in Prometheus's text form")
+    options = parser.parse_args(arguments)
+    if options.command == "serve":
+        return run_server(serve, options)
+    if options.command == "status":
+        return _status(options)
+    argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
+    if options.command == "map":
+        return _map(many, options, argv)
+    if not argv:
+        run.error("which command?")
+    from errand_boy._cli.run import run as run_command  # noqa: PLC0415
+
+    return run_command(argv, options.socket)
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
+        "$XDG_RUNTIME_DIR, else in errand-boy-UID in $TMPDIR or /tmp)",
+    )
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Add the daemon's options to `parser`."""
+    _add_socket(parser)
+    count = _number(int, 0)
+    parser.add_argument(
+        "--pool-size",
+        type=_number(int, 1),
+        metavar="N",
+        default=len(os.sched_getaffinity(0)),
+        help="helpers (default: the number of CPUs that it may use)",
+    )
+    parser.add_argument(
+        "--max-accepts",
+        type=count,
+        metavar="N",
+        default=0,
+        help="end after so many connections, when what runs has finished (default: 0, no limit)",
+    )
+    parser.add_argument(
+        "--max-child-tasks",
+        type=count,
+        metavar="N",
+        default=0,
+        help="replace a helper after so many commands (default: 0, never)",
+    )
+    parser.add_argument(
+        "--allow-uid",
+        type=_user,
+        action="append",
+        metavar="USER",
+        default=[],
+        help="who may use it besides the daemon's own user; repeatable",
+    )
+    parser.add_argument(
+        "--allow-gid",
+        type=_group,
+        action="append",
+        metavar="GROUP",
+        default=[],
+        help="a group whose members may use it; repeatable",
+    )
+    parser.add_argument(
+        "--as-peer",
+        action="store_true",
+        help="commands run with the ids and groups of who asked for them; needs root",
+    )
+    parser.add_argument(
+        "--max-processes",
+        type=count,
+        metavar="N",
+        default=0,
+        help="commands at a time; the others wait (default: 0, no limit)",
+    )
+    parser.add_argument(
+        "--max-processes-per-client",
+        type=count,
+        metavar="N",
+        default=0,
+        help="the same for each client process (default: 0, no limit)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_number(float, 0),
+        metavar="SECONDS",
+        default=30.0,
+        help="for commands to finish when SIGTERM or SIGINT has come (default: 30)",
+    )
+    parser.add_argument("--patience", type=_number(float, 0), default=30.0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="the least that is logged, on standard error (default: info)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: an object a line (default: text)",
+    )
+    parser.add_argument(
+        "--pid-file", metavar="PATH", help="written when it listens, removed when it ends"
+    )
+    parser.add_argument(
+        "-t",
+        "--transport",
+        choices=("unixsocket",),
+        default="unixsocket",
+        help="for compatibility; there is one",
+    )
+
+
+def add_map_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `errand-boy map` to `parser`."""
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=_number(int, 1),
+        metavar="N",
+        help="commands at a time (default: the number of CPUs that it may use)",
+    )
+    parser.add_argument(
+        "-k",
+        "--keep-order",
+        action="store_true",
+        help="write output in the order of the lines, not of the ends",
+    )
+    parser.add_argument("-0", "--null", action="store_true", help="lines end with NUL")
+    parser.add_argument(
+        "--shell",
+        action="store_true",
+        help="COMMAND and its arguments are a shell command; what replaces {} is quoted",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_number(float, 0),
+        metavar="SECONDS",
+        help="kill a command's process group after that; it has failed",
+    )
+    parser.add_argument(
+        "--progress",
+        action="store_true",
+        help="show a bar, if standard error is a terminal and tqdm is installed",
+    )
+    parser.add_argument(
+        "--joblog",
+        metavar="FILE",
+        help="a line for each command, at its end: GNU parallel's columns, and the peak resident "
+        "set in KiB",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="skip the lines whose numbers the job log has"
+    )
+    parser.add_argument(
+        "--halt",
+        default="never",
+        metavar="POLICY",
+        help="when to end early: never (the default), soon,fail=N (take no more lines when N have "
+        "failed) or now,fail=N (end what runs too); success=N counts the others; N%% is a share of "
+        "those that have ended, of which there must be three",
+    )
+    parser.add_argument(
+        "argv",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="{} in it is replaced by the line; without one, the line is the last argument",
+    )
+
+
+def _map(parser: argparse.ArgumentParser, options: argparse.Namespace, argv: list[str]) -> int:
+    if not argv:
+        parser.error("which command?")
+    from errand_boy._cli import map  # noqa: PLC0415
+
+    kept = {name: value for name, value in vars(options).items() if name not in ("command", "argv")}
+    try:
+        return map.run(argv, **kept)
+    except map.UsageError as error:
+        parser.error(str(error))
+
+
+def _number(of: type[int] | type[float], least: int) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = of(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+        return value
+
+    parse.__name__ = "number"  # for argparse's own message
+    return parse
+
+
+def _user(text: str) -> int:
+    import pwd  # noqa: PLC0415
+
+    if text.isdecimal():
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no user {text}") from None
+
+
+def _group(text: str) -> int:
+    import grp  # noqa: PLC0415
+
+    if text.isdecimal():
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group {text}") from None
+
+
+def run_server(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Become the daemon that `options` describe; does not return but for an error."""
+    root = os.geteuid() == 0
+    if options.as_peer and not root:
+        parser.error("--as-peer needs root: only root can give commands the ids of others")
+    if root and not options.as_peer and (options.allow_uid or options.allow_gid):
+        parser.error(
+            "a daemon of root with --allow-uid or --allow-gid would run the commands of others "
+            "as root: add --as-peer to run them with their own ids"
+        )
+    values = vars(options)
+    kept = {name: value for name, value in values.items() if name not in ("command", "transport")}
+    if kept["socket"] is not None:
+        kept["socket"] = os.path.abspath(kept["socket"])
+    kept["version"] = errand_boy.__version__
+    program = os.path.join(os.path.dirname(errand_boy.__file__), "_daemon", "serve.py")
+    argument = json.dumps({"path": [path for path in sys.path if path], "options": kept})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The same process, so that its supervisor finds it, but without what this command line took.
+    os.execv(sys.executable, [sys.executable, "-I", "-S", program, argument])
+
+
+def _status(options: argparse.Namespace) -> int:
+    from errand_boy import _status  # noqa: PLC0415
+    from errand_boy._daemon import listen  # noqa: PLC0415
+
+    try:
+        value = _status.fetch(options.socket or listen.default_path())
+    except (_status.NoAnswerError, OSError) as error:
+        print(f"errand-boy: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(value, indent=2))
+    else:
+        sys.stdout.write(_status.metrics(value) if options.metrics else _status.table(value))
+    return 0

@@ -1,0 +1,104 @@
+"""One command in the foreground of a terminal: `errand-boy run`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+import errand_boy
+from errand_boy import _popen, _remote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+# What a supervisor or a user sends to one process; the terminal sends its own to the whole group.
+_FORWARDED = {
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+}
+# The daemon's commands are not in this process's session, so the terminal stops us only.
+_JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
+
+
+def run(argv: Sequence[str], socket: str | None = None) -> int:
+    """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
+
+    The daemon runs it that listens at `socket`, or where daemons listen by default; if none does,
+    it is a child of this process.
+    """
+    early: list[int] = []
+    # What is ignored (nohup, a shell's background job) stays so, for the command too.
+    candidates = _FORWARDED | _JOB_CONTROL
+    forwarded = {n for n in candidates if signal.getsignal(n) is not signal.SIG_IGN}
+    for number in forwarded:
+        signal.signal(number, lambda number, frame: early.append(number))
+    try:
+        process = _start(argv, socket)
+    except OSError as error:
+        if isinstance(error, errand_boy.ErrandBoyError):
+            print(f"errand-boy: {error.strerror}", file=sys.stderr)
+            return 125
+        print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
+        return 127 if isinstance(error, FileNotFoundError) else 126
+    if not isinstance(process, _remote.Popen):
+        for number in _JOB_CONTROL & forwarded:
+            signal.signal(number, signal.SIG_DFL)
+        forwarded -= _JOB_CONTROL
+    # Only now, since the child inherits the mask.
+    awaited = {*forwarded, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    failures: list[OSError] = []
+    waiter = threading.Thread(target=_await_end, args=[process, failures], daemon=True)
+    waiter.start()
+    for early_one in early:
+        _forward(process, early_one)
+    while process.returncode is None:
+        info = signal.sigwaitinfo(awaited)
+        # A positive code: the kernel's, for the terminal, which has told a child of our own too.
+        by_terminal = info.si_code > 0 and not isinstance(process, _remote.Popen)
+        if info.si_signo != signal.SIGCHLD and not by_terminal:
+            _forward(process, info.si_signo)
+    waiter.join()
+    for failure in failures:
+        print(f"errand-boy: {failure.strerror}", file=sys.stderr)
+        return 125
+    status: int = process.returncode
+    return status if status >= 0 else 128 - status
+
+
+def _start(argv: Sequence[str], socket: str | None) -> _popen.Popen[Any]:
+    try:
+        client = errand_boy.connect(socket)
+    except PermissionError:  # somebody else has the place where ours would listen
+        return _popen.Popen(argv)
+    try:
+        return client.Popen(argv)
+    except errand_boy.NoDaemonError:
+        return _popen.Popen(argv)
+
+
+def _await_end(process: _popen.Popen[Any], failures: list[OSError]) -> None:
+    try:
+        process.wait()
+    except OSError as error:
+        failures.append(error)
+    # The kernel sends one for a child of our own only, and that may have come before the wait.
+    os.kill(os.getpid(), signal.SIGCHLD)
+
+
+def _forward(process: _popen.Popen[Any], number: int) -> None:
+    if not isinstance(process, _remote.Popen):
+        process.send_signal(number)
+        return
+    process.send_group_signal(number)
+    if number == signal.SIGTSTP:
+        os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,0 +1,227 @@
+"""The client of the daemon: what subprocess offers, with the commands started by the daemon."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import os
+import socket
+import subprocess
+
+from errand_boy import _capture
+from errand_boy._connection import Connection
+from errand_boy._daemon import listen
+from errand_boy._frame import Outgoing
+from errand_boy._functions import bound_to
+from errand_boy._native import lib
+from errand_boy._remote import Popen
+from errand_boy._request import Request
+from errand_boy.errors import NoDaemonError, RefusedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+    from typing import Any
+
+    from errand_boy._map import Command, Result
+
+_MOST_IDLE = 32  # connections kept for later
+_WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
+
+_clients: dict[str, Client] = {}
+
+
+def connect(path: str | os.PathLike[str] | None = None) -> Client:
+    """Return the client of the daemon that listens at `path`, or where daemons listen by default.
+
+    The default is ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in ``$XDG_RUNTIME_DIR``, else
+    in a directory of the user's under the temporary directory. Nothing is sent before the first
+    command, which raises NoDaemonError if nobody listens, and RefusedError if the daemon does not
+    serve this user. One path has one client; threads may share it, and so may forked processes.
+    Raises PermissionError if the default directory is not the user's own.
+    """
+    path = os.path.abspath(listen.default_path() if path is None else path)
+    client = _clients.get(path)
+    if client is None:
+        client = _clients.setdefault(path, Client(path))
+    return client
+
+
+class _Idle(Connection):
+    """A connection to a daemon, who knows it by the ids that this process had when it was made."""
+
+    __slots__ = ("ids",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.ids = _ids()
+
+
+class Client:
+    """The functions, constants and exceptions of subprocess, for commands of one daemon's.
+
+    `path` is the daemon's socket.
+    """
+
+    PIPE = subprocess.PIPE
+    STDOUT = subprocess.STDOUT
+    DEVNULL = subprocess.DEVNULL
+    CalledProcessError = subprocess.CalledProcessError
+    CompletedProcess = subprocess.CompletedProcess
+    SubprocessError = subprocess.SubprocessError
+    TimeoutExpired = subprocess.TimeoutExpired
+    list2cmdline = staticmethod(subprocess.list2cmdline)
+
+    if TYPE_CHECKING:
+        call: Callable[..., int]
+        check_call: Callable[..., int]
+        check_output: Callable[..., Any]
+        getoutput: Callable[..., str]
+        getstatusoutput: Callable[..., tuple[int, str]]
+        run: Callable[..., subprocess.CompletedProcess[Any]]
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.owns_children = True
+        self._idle: list[Connection] = []
+        self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_client": self})
+        functions = bound_to(self.Popen)
+        self.captured: type[_capture.Popen[Any]] = type(
+            "Popen", (_capture.Popen,), {"_client": self}
+        )
+        run = _capture.runner(self.captured, functions["run"])
+        functions["check_output"].__globals__["run"] = functions["run"] = run
+        vars(self).update(functions)
+
+    def __repr__(self) -> str:
+        return f"<errand_boy client of {self.path}>"
+
+    def close(self) -> None:
+        """Close the connections that no command uses; the next command makes a new one."""
+        while self._idle:
+            try:
+                self._idle.pop().close()
+            except IndexError:  # another thread took it
+                return
+
+    def status(self) -> dict[str, Any]:
+        """Return what the daemon says of itself, as `errand-boy status --json` prints it.
+
+        Raises NoDaemonError, with the reason, if there is no answer.
+        """
+        from errand_boy import _status  # noqa: PLC0415  it brings json
+
+        try:
+            return _status.fetch(self.path)
+        except _status.NoAnswerError as error:
+            raise NoDaemonError(errno.ENOTCONN, str(error)) from error
+
+    def map(self, commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
+        """Run commands by the daemon, many at once, and yield a result for each, as batch.map."""
+        from errand_boy import _map  # noqa: PLC0415
+
+        return _map.map(commands, client=self, **options)
+
+    # -- for Popen --
+
+    def acquire(self, request: Request, outgoing: Outgoing) -> Connection:
+        """Prepare `request`, and send it as far as that does not wait; return the connection.
+
+        Raises NoDaemonError, RefusedError, and OSError for a lack of descriptors or a request that
+        is too long (E2BIG).
+        """
+        outgoing.helper = self
+        while True:
+            connection = outgoing.connection = self._pop() or self._connect()
+            try:
+                found = outgoing.prepare(request, None, 0, _WITH_FS, connection)
+            except OSError:  # nothing has been sent
+                outgoing.connection = None
+                self.release(connection)
+                raise
+            if found & lib.EB_CONNECTION:
+                return connection
+            # Its descriptor was closed under us, or it is from before a fork.
+            outgoing.connection = None
+            connection.close()
+
+    def connection(self) -> Connection:
+        """Return a connection that nothing is using. Raises NoDaemonError and RefusedError."""
+        while True:
+            connection = self._pop() or self._connect()
+            if connection.is_ours():
+                return connection
+            connection.close()
+
+    def release(self, connection: Connection) -> None:
+        """Take back a connection whose last command has ended."""
+        connection.reply = None
+        if len(self._idle) < _MOST_IDLE and not connection.is_foreign():
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def _pop(self) -> Connection | None:
+        ids = _ids()
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread took it
+                break
+            # The daemon may run a connection's commands with the rights that its maker had.
+            if isinstance(connection, _Idle) and connection.ids == ids:
+                return connection
+            connection.close()
+        return None
+
+    def _connect(self) -> Connection:
+        sock = self._socket()
+        try:
+            connection = _Idle(sock)
+            # If it is closed already, the reason is read where a reply is awaited.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.open()
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    def _socket(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(None)  # whatever socket.setdefaulttimeout says
+            sock.connect(self.path)
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
+            sock.close()
+            text = (
+                "no errand-boy daemon listens here: start one with `errand-boy serve --socket`, "
+                "or give another path or ERRAND_BOY_SOCKET"
+            )
+            raise NoDaemonError(error.errno, text, self.path) from error
+        except PermissionError as error:
+            sock.close()
+            text = "the daemon's socket is not for this user"
+            raise RefusedError(error.errno, text, self.path) from error
+        except OSError as error:
+            sock.close()
+            if error.errno is None:  # "AF_UNIX path too long"
+                text = f"{error}: at most 107 bytes"
+                raise NoDaemonError(errno.ENAMETOOLONG, text, self.path) from error
+            raise
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+def _ids() -> tuple[int, int]:
+    return os.geteuid(), os.getegid()
+
+
+def _close_idle() -> None:
+    for client in list(_clients.values()):
+        client.close()
+
+
+atexit.register(_close_idle)

@@ -1,0 +1,282 @@
+"""One framed connection to a helper."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+
+from errand_boy import _wire
+from errand_boy._native import lib
+from errand_boy._wire import Exited, Failed, Reply, Spawned
+from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError, RefusedError
+
+TYPE_CHECKING = False  # typing takes milliseconds to import
+if TYPE_CHECKING:
+    from errand_boy._frame import Outgoing
+
+_NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
+_BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
+_HEADER_SIZE = _wire.HEADER.size
+_KIND = _HEADER_SIZE - 1  # where it is in a frame
+
+_unpack_header = _wire.HEADER.unpack_from
+
+_Ancillary = list[tuple[int, int, bytes]]
+
+
+def _rights(fds: Sequence[int]) -> _Ancillary:
+    if not fds:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Close the copies that a forked process has of its parent's connections."""
+    for connection in list(_connections):
+        connection.close()
+
+
+class Connection:
+    """A socket whose other end a helper serves, one command at a time."""
+
+    __slots__ = (
+        "__weakref__",
+        "_buffer",
+        "_owner",
+        "_size",
+        "device",
+        "greeted",
+        "inode",
+        "lock",
+        "reply",
+        "sock",
+    )
+
+    def __init__(self, sock: socket.socket) -> None:
+        info = os.fstat(sock.fileno())
+        sock.settimeout(None)  # whatever socket.setdefaulttimeout says
+        self.sock = sock
+        self._owner = os.getpid()
+        self.device = info.st_dev
+        self.inode = info.st_ino
+        self._buffer = bytearray(_BUFFER_SIZE + _HEADER_SIZE)  # zeros at the end
+        self._size = 0  # of what has come into it
+        self.greeted = False
+        self.reply: Reply | None = None  # the last one, to the command that is being started
+        # Held while a signal is sent to the live command, and while that one gives the connection
+        # back. Reentrant: a handler of ours may signal the command of the code that it interrupts.
+        self.lock = threading.RLock()
+        _connections.add(self)
+
+    def close(self) -> None:
+        """Close the socket, unless its descriptor has become somebody else's."""
+        if not self.is_ours():
+            self.sock.detach()
+            return
+        if self._owner == os.getpid():
+            # Forked processes may hold copies, which must not keep the helper.
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    def is_ours(self) -> bool:
+        """Return whether the descriptor still is the socket that it was."""
+        try:
+            info = os.fstat(self.sock.fileno())
+        except OSError:
+            return False
+        return (info.st_dev, info.st_ino) == (self.device, self.inode)
+
+    def is_foreign(self) -> bool:
+        """Return whether it was made by another process, of which this one is a fork."""
+        return self._owner != os.getpid()
+
+    def open(self) -> None:
+        """Send the connection's first bytes. Raises BrokenPipeError if the helper has gone."""
+        self.sock.sendall(_wire.OPENING, _NOSIGNAL)
+
+    def send(self, frame: bytes | memoryview, fds: Sequence[int] = ()) -> None:
+        """Send one frame, or the rest of one, with its descriptors.
+
+        Raises NotServedError if the helper has gone, ProtocolError with its reason if it refused
+        the connection, and OSError for descriptors that cannot be sent.
+        """
+        data = memoryview(frame)
+        most = lib.EB_MAX_FDS_PER_SEND
+        try:
+            for start in range(0, len(fds) - most, most):
+                self.sock.sendmsg([data[:1]], _rights(fds[start : start + most]), _NOSIGNAL)
+                data = data[1:]
+            last = fds[(len(fds) - 1) // most * most :] if fds else fds
+            sent = self.sock.sendmsg([data], _rights(last), _NOSIGNAL)
+            if sent < len(data):
+                self.sock.sendall(data[sent:], _NOSIGNAL)
+        except (BrokenPipeError, ConnectionResetError):
+            self._raise_unserved()
+            raise
+
+    def _raise_unserved(self) -> None:
+        # What was sent is not a whole request, so nothing has been run.
+        try:
+            self.receive()
+        except HelperDiedError:
+            raise NotServedError from None
+
+    def send_some(self, data: memoryview, fds: Sequence[int]) -> int:
+        """Send what the socket takes without waiting, and all descriptors; return how many bytes.
+
+        Raises BlockingIOError if it takes nothing now, and what `send` does.
+        """
+        try:
+            return self.sock.sendmsg([data], _rights(fds), _NOSIGNAL | socket.MSG_DONTWAIT)
+        except (BrokenPipeError, ConnectionResetError):
+            self._raise_unserved()
+            raise
+
+    def send_signal(self, pid: int, number: int) -> None:
+        """Have a signal sent to the live command, or with its negative pid to its process group.
+
+        A helper that has gone is for the receiver of replies to notice, maybe in another thread.
+        """
+        frame = _wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)])
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.sock.sendall(frame, _NOSIGNAL)
+
+    def has_received(self) -> bool:
+        """Return whether a part of the next reply is here, of which the socket does not tell."""
+        return self._size > 0
+
+    def receive(self, timeout: float | None = None) -> Reply:
+        """Return the next reply.
+
+        Raises TimeoutError after `timeout` seconds, NotServedError or HelperDiedError if the
+        helper has gone before or after it read what was sent, and ProtocolError.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        buffer = self._buffer
+        if buffer[self._size + _KIND]:
+            self._count_received()
+        while True:
+            if self._size >= _HEADER_SIZE:
+                length, kind = _unpack_header(buffer)
+                size = _HEADER_SIZE + length
+                if size > _BUFFER_SIZE:
+                    raise ProtocolError(errno.EPROTO, f"reply of {length} bytes")
+                if self._size >= size:
+                    payload = bytes(buffer[_HEADER_SIZE:size])
+                    try:
+                        reply = _wire.reply(kind, payload)
+                    except struct.error:
+                        reply = None
+                    if reply is not None:
+                        break
+                    self.take_other(kind, payload)
+                    self._consume(size)
+                    continue
+            self._receive_some(deadline)
+        self.reply = reply
+        self._consume(size)  # last, see recover()
+        return reply
+
+    def outcome(self, outgoing: Outgoing) -> Spawned | Failed:
+        """Send what has not been sent of a request, and return its outcome."""
+        if not outgoing.is_sent:
+            self.send(outgoing.frame, outgoing.fds)
+        lib.eb_await_readable(self.sock.fileno())
+        return self.answer()
+
+    def answer(self, timeout: float | None = None) -> Spawned | Failed:
+        """Return the answer to a request; else as `receive`. Raises ProtocolError for another."""
+        reply = self.receive(timeout)
+        if isinstance(reply, Exited):
+            raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
+        return reply
+
+    def recover(self) -> None:
+        """Await the outcome after all, when an exception came in from outside.
+
+        KeyboardInterrupt or a greenlet's Timeout must not cost the command's pid: the outcome is
+        then in `reply`, unless the request had not been sent whole. The connection is of no use
+        any more.
+        """
+        if self.reply is None:
+            with contextlib.suppress(NotServedError, OSError):
+                # The helper answers what came whole, then closes: this wait is bounded.
+                self.sock.shutdown(socket.SHUT_WR)
+                self.receive()
+
+    def take_other(self, kind: int, payload: bytes) -> None:
+        """Take a frame that is no answer to a request.
+
+        Raises NotServedError, RefusedError and ProtocolError.
+        """
+        if kind == lib.EB_HELLO:
+            self.greet(payload)
+        elif kind == lib.EB_UNREAD:
+            raise NotServedError
+        elif kind == lib.EB_REFUSED:
+            reason = payload.decode("utf-8", "replace")
+            if not self.greeted:  # so it is the daemon who speaks
+                raise RefusedError(errno.EACCES, f"the daemon refused: {reason}")
+            raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
+        else:
+            raise ProtocolError(errno.EPROTO, f"reply {kind} of {len(payload)} bytes")
+
+    def greet(self, payload: bytes) -> None:
+        """Take the other side's HELLO. Raises ProtocolError if it speaks another version."""
+        version = int.from_bytes(payload[:4], "little")
+        if version != lib.EB_VERSION:
+            raise ProtocolError(
+                errno.EPROTO,
+                f"the helper speaks version {version} of the protocol, this client version "
+                f"{lib.EB_VERSION}: restart the older one",
+            )
+        self.greeted = True
+
+    def _receive_some(self, deadline: float | None) -> None:
+        if deadline is not None:
+            self.sock.settimeout(max(0.0, deadline - time.monotonic()))
+        try:
+            if self._size == 0:
+                size = self.sock.recv_into(self._buffer, _BUFFER_SIZE)
+            else:
+                rest = memoryview(self._buffer)[self._size : _BUFFER_SIZE]
+                size = self.sock.recv_into(rest)
+        except BlockingIOError:
+            raise TimeoutError from None
+        except ConnectionResetError:
+            # The kernel says so when the other end was closed with bytes that nobody read
+            # (unix_release_sock): then the request was never whole on the other side.
+            raise NotServedError from None
+        finally:
+            if deadline is not None:
+                self.sock.settimeout(None)
+        if size == 0:
+            if not self.greeted:
+                raise NotServedError
+            raise HelperDiedError(
+                errno.EPIPE,
+                "errand-boy's helper ended before it answered: the command may have been started",
+            )
+        self._size += size
+
+    def _consume(self, size: int) -> None:
+        whole = self._size
+        self._buffer[:whole] = self._buffer[size:whole] + bytes(size)  # zeros, see _count_received
+        self._size = whole - size
+
+    def _count_received(self) -> None:
+        """Count the frames that an interrupted _receive_some has received but not counted."""
+        while self._buffer[self._size + _KIND] != 0:
+            length, _ = _unpack_header(self._buffer, self._size)
+            self._size = min(self._size + _HEADER_SIZE + length, _BUFFER_SIZE)

@@ -1,0 +1,1 @@
+"""The daemon: errand-boy for other users and other languages."""

@@ -1,0 +1,29 @@
+"""Runs the server, in an interpreter that has loaded nothing for it yet.
+
+``python -I -S serve.py`` with a JSON object: "path", the sys.path to use, and "options", those of
+server.Options. The package's ``__init__`` is for clients and costs 3 MB, so it stands back here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+
+
+def main() -> int:
+    """Read the argument and serve."""
+    import json  # noqa: PLC0415
+
+    argument = json.loads(sys.argv[1])
+    sys.path[:] = argument["path"]
+    package = ModuleType("errand_boy")
+    package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    sys.modules["errand_boy"] = package
+    from errand_boy._daemon.server import Options, serve  # noqa: PLC0415
+
+    return serve(Options(**argument["options"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,562 @@
+"""The text protocol: a command line and its input in, one answer out; see docs/protocol.md."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Callable
+
+from errand_boy import _wire
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from errand_boy._daemon.server import Peer, Services
+
+_END = b"\r\n\r\n"
+_SHELL = b"/bin/sh"
+
+_LONGEST_LINE = (128 << 10) - 1  # bytes: MAX_ARG_STRLEN, without the NUL
+_MOST_INPUT = 64 << 20  # bytes
+_MOST_ERRORS = 64 << 20
+_IN_MEMORY = 32 << 10  # of each that has to be kept
+_CHUNK = 32 << 10
+
+_NOT_RUN = 127  # return codes: as a shell says that it has not run a command,
+_NOT_RUNNABLE = 126  # or could not,
+_UNKNOWN = 255  # and as ssh says that it does not know
+
+_MOST_ATTEMPTS = 50
+_PAUSE = 0.02  # seconds between two: a helper's sockets close before its pid is known to be dead
+
+
+class _Spool:
+    """Bytes to be kept: a few in memory, more in a file without a name."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._data = bytearray()
+        self._fd = -1
+
+    def write(self, data: bytes) -> None:
+        """Append `data`. Raises OSError."""
+        if self._fd < 0 and self.size + len(data) <= _IN_MEMORY:
+            self._data += data
+        else:
+            if self._fd < 0:
+                self._fd = _nameless_file()
+                data = bytes(self._data) + data
+                self._data.clear()
+                self.size = 0
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+        self.size += len(data)
+
+    def read(self, at: int, size: int) -> bytes:
+        """Return up to `size` bytes from position `at` on. Raises OSError."""
+        if self._fd < 0:
+            return bytes(self._data[at : at + size])
+        return os.pread(self._fd, size, at)
+
+    def close(self) -> None:
+        """Let go of the bytes."""
+        self._data.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _nameless_file() -> int:
+    directory = os.environ.get("TMPDIR") or "/tmp"
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(directory, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:  # EISDIR: the kernel's word for a file system that cannot
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    path = os.path.join(directory, f"errand-boy-{os.urandom(16).hex()}")
+    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(path)
+    return fd
+
+
+class _Request:
+    """What a client has sent. `refusal`: why it cannot be done, or ""; `whole`: no more is needed.
+
+    One that cannot be done is read to its end all the same: only then its client reads the answer.
+    """
+
+    def __init__(self) -> None:
+        self.line = bytearray()
+        self.input = _Spool()
+        self.refusal = ""
+        self.whole = False
+        self._has_line = False
+        self._tail = b""  # that may be the beginning of an end
+
+    def feed(self, data: bytes) -> None:
+        """Take what has come; what comes after the end is dropped."""
+        data = self._tail + data
+        while not self.whole:
+            part, end, data = data.partition(_END)
+            if not end:
+                self._take(part[: 1 - len(_END)])
+                self._tail = part[1 - len(_END) :]
+                return
+            self._take(part)
+            self.whole, self._has_line = self._has_line, True
+
+    def end(self) -> None:
+        """Take note that nothing more comes: that, too, ends the input, but no command line."""
+        if self._has_line and not self.whole:
+            self._take(self._tail)
+            self.whole = True
+
+    def _take(self, part: bytes) -> None:
+        if self.refusal:
+            return
+        if not self._has_line:
+            self.line += part
+            if len(self.line) > _LONGEST_LINE:
+                self._refuse(f"a command line has at most {_LONGEST_LINE} bytes")
+            elif 0 in part:
+                self._refuse("a command line holds no NUL byte")
+        elif self.input.size + len(part) > _MOST_INPUT:
+            self._refuse(f"the input has at most {_MOST_INPUT} bytes")
+        else:
+            try:
+                self.input.write(part)
+            except OSError as error:
+                self._refuse(f"cannot keep the input: {error.strerror}")
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = reason
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what was sent."""
+        self.line.clear()
+        self.input.close()
+
+
+class _Command:
+    """A command at a helper, its streams frames: it ends when this is closed.
+
+    `on_output` is called with what it says; `on_end` once, with its return code, and with what
+    errand-boy itself has to say. The errors are kept until then. Raises OSError.
+    """
+
+    def __init__(
+        self,
+        server: Services,
+        request: _Request,
+        on_output: Callable[[bytes], None],
+        on_end: Callable[[int, str], None],
+    ) -> None:
+        self.errors = _Spool()
+        self._server = server
+        self._request = request
+        self._on_output = on_output
+        self._on_end = on_end
+        self._attempts = 0
+        self._note = ""
+        self._code = 0
+        self._awaited = {lib.EB_STDOUT, lib.EB_STDERR, lib.EB_EXITED}
+        self._closed = False
+        self._paused = False
+        self._feeding = False
+        self._fed = 0
+        self._credit = lib.EB_WINDOW
+        self._sock: socket.socket
+        self._connect()
+
+    def _connect(self) -> None:
+        self._attempts += 1
+        self._greeted = False
+        self._started = False
+        self._inbox = bytearray()
+        self._kind = 0  # of the frame that has begun
+        self._left = 0  # bytes of it that have not been dealt with
+        self._sock = self._server.pool.connect()
+        self._sock.setblocking(False)
+        # The input waits for SPAWNED: until then, ECONNRESET says that nothing was run.
+        self._outbox = memoryview(_wire.OPENING + _spawn(bytes(self._request.line)))
+        self._flush()
+
+    def pause(self, paused: bool) -> None:
+        """Take no output while `paused`."""
+        if self._paused != paused and not self._closed:
+            self._paused = paused
+            self._watch()
+
+    def close(self) -> None:
+        """End it, if it has not ended."""
+        if not self._closed:
+            self._closed = True
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        _watch(self._server, self._sock, 0, self._on_events)
+        self._sock.close()
+
+    def _watch(self) -> None:
+        events = 0 if self._paused else selectors.EVENT_READ
+        if self._outbox:
+            events |= selectors.EVENT_WRITE
+        _watch(self._server, self._sock, events, self._on_events)
+
+    def _on_events(self, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._flush()
+            if events & selectors.EVENT_READ:
+                self._read()
+        except Exception:  # the client must not wait for ever
+            if not self._closed:
+                self._finish(_UNKNOWN, "internal error; command ended")
+            raise
+
+    def _flush(self) -> None:
+        try:
+            while self._outbox or self._feeding:
+                if not self._outbox:
+                    self._outbox = memoryview(self._next_input())
+                    if not self._outbox:
+                        break
+                self._outbox = self._outbox[self._sock.send(self._outbox, socket.MSG_NOSIGNAL) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # the reader will see why
+            self._feeding = False
+            self._outbox = memoryview(b"")
+        self._watch()
+
+    def _next_input(self) -> bytes:
+        spool = self._request.input
+        data = spool.read(self._fed, min(self._credit, _CHUNK))
+        self._fed += len(data)
+        self._credit -= len(data)
+        frames = _wire.HEADER.pack(len(data), lib.EB_STDIN) + data if data else b""
+        if self._fed == spool.size:
+            self._feeding = False
+            frames += _wire.HEADER.pack(0, lib.EB_STDIN)
+        return frames
+
+    def _read(self) -> None:
+        reset = False
+        try:
+            data = self._sock.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            reset = error.errno == errno.ECONNRESET
+            data = b""
+        if not data:
+            self._on_gone(reset)
+            return
+        self._inbox += data
+        while not self._closed and self._step():
+            pass
+
+    def _step(self) -> bool:
+        """Deal with the next frame, or the next piece of a stream; return False if it lacks."""
+        header, inbox = _wire.HEADER, self._inbox
+        if self._left == 0:
+            if len(inbox) < header.size:
+                return False
+            self._left, self._kind = header.unpack_from(inbox)
+            del inbox[: header.size]
+            if self._left == 0:
+                self._strike(self._kind)
+                return True
+        if not inbox:
+            return False
+        is_stream = self._kind in (lib.EB_STDOUT, lib.EB_STDERR)
+        if not is_stream and len(inbox) < self._left:
+            return False
+        piece = bytes(inbox[: self._left])
+        del inbox[: self._left]
+        self._left -= len(piece)
+        if self._kind == lib.EB_STDOUT:
+            self._on_output(piece)
+        elif self._kind == lib.EB_STDERR:
+            self._keep(piece)
+        else:
+            self._on_frame(self._kind, piece)
+        return True
+
+    def _keep(self, errors: bytes) -> None:
+        if self.errors.size + len(errors) > _MOST_ERRORS:
+            self._note = f"standard error is cut off after {_MOST_ERRORS} bytes"
+        if self._note:
+            return
+        try:
+            self.errors.write(errors)
+        except OSError as error:
+            self._finish(_UNKNOWN, f"cannot keep standard error: {error.strerror}; command ended")
+
+    def _on_frame(self, kind: int, payload: bytes) -> None:
+        if kind == lib.EB_REFUSED:
+            self._finish(_NOT_RUN, payload.decode("utf-8", "replace"))
+            return
+        if kind == lib.EB_HELLO:
+            self._greeted = True
+        elif kind == lib.EB_CREDIT:
+            self._credit += struct.unpack("<I", payload)[0]
+            self._flush()
+        reply = _wire.reply(kind, payload)
+        if isinstance(reply, _wire.Failed):
+            self._finish(*_failure(reply))
+        elif isinstance(reply, _wire.Spawned):
+            self._started = self._feeding = True
+            self._flush()
+        elif isinstance(reply, _wire.Exited):
+            self._feeding = False
+            self._code = os.waitstatus_to_exitcode(reply.status)
+            self._strike(kind)
+
+    def _strike(self, kind: int) -> None:
+        self._awaited.discard(kind)
+        if not self._awaited:
+            self._finish(self._code, self._note)
+
+    def _finish(self, code: int, note: str) -> None:
+        self.close()
+        self._on_end(code, note)
+
+    def _on_gone(self, reset: bool) -> None:
+        self._disconnect()
+        if self._started or (self._greeted and not reset):
+            self._closed = True
+            self._on_end(_UNKNOWN, "the command's helper has died; it may have been run")
+        elif self._attempts == _MOST_ATTEMPTS:
+            self._closed = True
+            self._on_end(_NOT_RUN, "the daemon's helpers die")
+        else:
+            self._server.call_later(_PAUSE, self._reconnect)
+
+    def _reconnect(self) -> None:
+        if not self._closed:
+            try:
+                self._connect()
+            except OSError as error:
+                self._closed = True
+                self._on_end(_NOT_RUN, error.strerror or str(error))
+
+
+def _spawn(line: bytes) -> bytes:
+    return _wire.frame(
+        lib.EB_SPAWN,
+        [
+            _wire.strings(lib.EB_TAG_EXECUTABLES, [_SHELL]),
+            _wire.strings(lib.EB_TAG_ARGV, [_SHELL, b"-c", line]),
+            _wire.option(lib.EB_TAG_STREAMS, b"\7"),
+            _wire.number(lib.EB_TAG_PGROUP, 0),
+        ],
+    )
+
+
+def _failure(reply: _wire.Failed) -> tuple[int, str]:
+    reason = os.strerror(reply.errno)
+    code = _NOT_RUN if reply.errno == errno.ENOENT else _NOT_RUNNABLE
+    if reply.stage == lib.EB_STAGE_EXEC:
+        return code, f"{os.fsdecode(_SHELL)}: {reason}"
+    return code, f"cannot start a command: {_wire.stage_name(reply.stage)}: {reason}"
+
+
+def refusal(reason: str) -> bytes:
+    """Return the whole answer to a request that is not served."""
+    return b"\r\n0:\r\n1:" + _ending(_NOT_RUN, reason)
+
+
+def _ending(code: int, note: str) -> bytes:
+    """Return what follows the errors; `note` is what errand-boy has to say, or ""."""
+    said = b"errand-boy: " + os.fsencode(note) + b"\n" if note else b""
+    return said + _END + str(code).encode() + _END
+
+
+class TextConnection:
+    """A connection that speaks the text protocol."""
+
+    def __init__(self, sock: socket.socket, peer: Peer, server: Services) -> None:
+        self._sock = sock
+        self._peer = peer
+        self._server = server
+        self._request = _Request()
+        self._command: _Command | None = None
+        self._begun = False
+        self._closed = False
+        self._half_closed: select.epoll | None = None
+        self._out = bytearray()
+        self._trailer: bytes | None = None  # what follows the errors; None: not known yet
+        self._errors_sent = 0
+        self._heard = time.monotonic()
+        self._timer = server.call_later(server.limits.patience, self._on_time)
+        self._watch()
+
+    def _watch(self) -> None:
+        events = 0 if self._half_closed else selectors.EVENT_READ
+        if self._out:
+            events |= selectors.EVENT_WRITE
+        _watch(self._server, self._sock, events, self._on_events)
+
+    def _on_events(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE and self._out:
+            self._send()
+        if events & selectors.EVENT_READ and not (self._closed or self._half_closed):
+            self._receive()
+
+    def _on_time(self) -> None:
+        patience = self._server.limits.patience
+        rest = self._heard + patience - time.monotonic()
+        if rest > 0:
+            self._timer = self._server.call_later(rest, self._on_time)
+        else:
+            self._begun = True
+            self._refuse(f"the request was not whole, and nothing came for {patience:g} seconds")
+
+    # -- the request --
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._close()
+            return
+        if data:
+            self._heard = time.monotonic()
+            self._request.feed(data)
+        elif self._has_gone():
+            self._close()
+            return
+        else:
+            self._request.end()
+            if not self._request.whole:
+                self._close()
+                return
+            self._await_hangup()
+        if self._request.whole and not self._begun:
+            self._begin()
+
+    def _has_gone(self) -> bool:
+        """Return whether the client has closed its socket, not only ended its side."""
+        poll = select.poll()
+        poll.register(self._sock, 0)  # POLLHUP
+        return bool(poll.poll(0))
+
+    def _await_hangup(self) -> None:
+        # A selector has no event for that alone, and its EVENT_READ would be true all the time.
+        self._half_closed = select.epoll()
+        self._half_closed.register(self._sock, 0)
+        self._server.selector.register(
+            self._half_closed, selectors.EVENT_READ, lambda events: self._close()
+        )
+        self._watch()
+
+    def _begin(self) -> None:
+        self._begun = True
+        self._timer.cancel()
+        if self._request.refusal:
+            self._refuse(self._request.refusal)
+            return
+        self._out += b"\r\n0:"
+        try:
+            self._command = _Command(self._server, self._request, self._on_output, self._on_end)
+        except OSError as error:
+            self._refuse(error.strerror or str(error))
+
+    # -- the answer --
+
+    def _refuse(self, reason: str) -> None:
+        self._log(reason)
+        self._out[:] = refusal(reason)
+        self._trailer = b""
+        self._send()
+
+    def _on_output(self, data: bytes) -> None:
+        self._out += data
+        self._send()
+
+    def _on_end(self, code: int, note: str) -> None:
+        self._request.close()
+        self._out += b"\r\n1:"
+        self._trailer = _ending(code, note)
+        if note:
+            self._log(note)
+        self._send()
+
+    def _log(self, note: str) -> None:
+        self._server.log.warning(
+            "text request", outcome=note, pid=self._peer.pid, uid=self._peer.uid
+        )
+
+    def _send(self) -> None:
+        while True:
+            if not self._out:
+                self._out += self._next_output()
+                if not self._out:
+                    break
+            try:
+                sent = self._sock.send(self._out, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                break
+            except OSError:
+                self._close()
+                return
+            del self._out[:sent]
+        if not self._out and self._trailer == b"":
+            self._close()
+            return
+        self._watch()
+        if self._command is not None:
+            self._command.pause(bool(self._out))
+
+    def _next_output(self) -> bytes:
+        if self._trailer is None:
+            return b""
+        if self._command is not None:
+            errors = self._command.errors.read(self._errors_sent, _CHUNK)
+            self._errors_sent += len(errors)
+            if errors:
+                return errors
+        trailer, self._trailer = self._trailer, b""
+        return trailer
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._timer.cancel()
+        if self._half_closed is not None:
+            self._server.selector.unregister(self._half_closed)
+            self._half_closed.close()
+        _watch(self._server, self._sock, 0, self._on_events)
+        self._sock.close()
+        self._request.close()
+        if self._command is not None:
+            self._command.close()
+            self._command.errors.close()
+        self._server.forget(self)
+
+
+def _watch(
+    server: Services, sock: socket.socket, events: int, callback: Callable[[int], None]
+) -> None:
+    if sock.fileno() < 0:
+        return
+    key = server.selector.get_map().get(sock)
+    if key is None:
+        if events:
+            server.selector.register(sock, events, callback)
+    elif not events:
+        server.selector.unregister(sock)
+    elif key.events != events:
+        server.selector.modify(sock, events, callback)

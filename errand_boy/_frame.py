@@ -1,0 +1,139 @@
+"""The frame of a request: what was asked for, and what the child inherits."""
+
+from __future__ import annotations
+
+import os
+
+from errand_boy._native import ffi, lib
+
+TYPE_CHECKING = False  # typing takes milliseconds to import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._client import Client
+    from errand_boy._connection import Connection
+    from errand_boy._helper import Helper
+    from errand_boy._request import Request
+
+PATIENCE = 100  # attempts at one command, of a process whose threads differ in what they are
+_MOST_SPARE = 8
+
+_spare: list[Outgoing] = []
+
+
+class Caller:
+    """The state of the thread that made this, as the kernel had it then."""
+
+    __slots__ = ("c",)
+
+    def __init__(self) -> None:
+        c = lib.eb_caller_new()
+        if c == ffi.NULL:
+            raise MemoryError
+        self.c: Any = ffi.gc(c, lib.eb_caller_free)
+        _check(lib.eb_caller_read(c, ffi.NULL, 0, lib.EB_WITH_ROOT, -1, 0, 0))
+        lib.eb_caller_close(c)
+
+
+class Outgoing:
+    """The frame of a request, for reuse; and where it has gone."""
+
+    __slots__ = ("_c", "connection", "helper", "is_sent")
+
+    def __init__(self) -> None:
+        c = lib.eb_outgoing_new()
+        if c == ffi.NULL:
+            raise MemoryError
+        self._c: Any = ffi.gc(c, lib.eb_outgoing_free)
+        self.connection: Connection | None = None
+        self.helper: Helper | Client | None = None
+        self.is_sent = True  # whole, by `prepare`, and so `done` has nothing to release
+
+    def read(self, start: Caller, helper: int) -> int:
+        """Read the calling thread's state; return what was found, as csrc/caller has it."""
+        caller = ffi.addressof(self._c, "caller")
+        return _check(lib.eb_caller_read(caller, start.c, helper, 0, -1, 0, 0))
+
+    def prepare(
+        self,
+        request: Request,
+        start: Caller | None,
+        helper: int,
+        flags: int,
+        connection: Connection | None,
+    ) -> int:
+        """Read the calling thread's state, and build the frame; send it where that does not wait.
+
+        Returns what was found, as csrc/caller has it: without EB_FITS there is no frame.
+        """
+        self.is_sent = False
+        if connection is None:
+            fd, device, inode = -1, 0, 0
+        else:
+            fd, device, inode = connection.sock.fileno(), connection.device, connection.inode
+        others = ffi.new("int[]", request.others) if request.others else ffi.NULL
+        found: int = lib.eb_send_request(
+            self._c,
+            ffi.NULL if start is None else start.c,
+            helper,
+            request.flags | flags,
+            fd,
+            device,
+            inode,
+            request.options,
+            len(request.options),
+            *request.standard,
+            others,
+            len(request.others),
+        )
+        self.is_sent = _check(found) & lib.EB_SENT != 0
+        return found
+
+    @property
+    def frame(self) -> memoryview:
+        """What has not been sent of the frame; valid until the next `prepare` or `done`."""
+        c = self._c
+        if c.sent == c.size:  # its memory may have been released
+            return memoryview(b"")
+        return memoryview(ffi.buffer(c.frame, c.size))[c.sent :]
+
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors that have not been sent; they belong to the frame's first byte."""
+        c = self._c
+        return [] if c.sent else ffi.unpack(c.fds, c.fd_count) if c.fd_count else []
+
+    def count_sent(self, size: int) -> None:
+        """Take note that so many more bytes have been sent."""
+        self._c.sent += size
+
+    def done(self) -> None:
+        """Release what only this request needed, and be spare."""
+        if not self.is_sent:
+            lib.eb_outgoing_done(self._c)
+        self.connection = self.helper = None
+        if len(_spare) < _MOST_SPARE:
+            _spare.append(self)
+
+
+def take() -> Outgoing:
+    """Return a spare one, or a new one."""
+    try:
+        return _spare.pop()
+    except IndexError:
+        return Outgoing()
+
+
+def forget() -> None:
+    """Let go of the spare ones."""
+    _spare.clear()
+
+
+def _check(found: int) -> int:
+    if found < 0:
+        raise OSError(-found, os.strerror(-found))
+    return found
+
+
+# Another process must not read the state of its parent's threads.
+os.register_at_fork(after_in_child=forget)

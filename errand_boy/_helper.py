@@ -1,0 +1,431 @@
+"""The private helper of this process: started when needed, replaced when it no longer fits."""
+
+from __future__ import annotations
+
+import _socket
+import atexit
+import contextlib
+import errno
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+
+from errand_boy import _child, _wire
+from errand_boy._connection import Connection, close_all
+from errand_boy._frame import PATIENCE, Caller, Outgoing, forget, take
+from errand_boy._native import ffi, lib
+from errand_boy._request import Request
+from errand_boy.errors import HelperError
+
+_MOST_IDLE = 32  # connections kept for later
+
+_EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
+_GRACE = 1.0  # seconds
+_START = 30.0  # seconds, for a program of which the kernel has said that it runs
+
+_NAMES = (
+    "user ids (real, effective, saved)",
+    "group ids (real, effective, saved)",
+    "supplementary groups",
+)
+
+_WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
+
+_lock = threading.RLock()
+_unreaped: list[Helper] = []  # retired; they have ended, or will soon
+
+
+def _open_program() -> tuple[int, int, int]:
+    """Return a descriptor of the helper's program, for use after a change of root or ids."""
+    try:
+        fd = os.open(_EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return -1, 0, 0  # the attempt to start it will say why
+    info = os.fstat(fd)
+    return fd, info.st_dev, info.st_ino
+
+
+_program = _open_program()
+
+
+def _program_fd() -> int:
+    fd, device, inode = _program
+    try:
+        info = os.fstat(fd)
+    except OSError:
+        return -1
+    return fd if (info.st_dev, info.st_ino) == (device, inode) else -1
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    """Return our end of a connection, and the helper's, which tells who has sent what it reads."""
+    # Where gevent or eventlet has replaced them, sockets would let others run, and gevent's loop
+    # reap the command, before its pid is known.
+    classes = _socket.socket.__subclasses__()
+    native: type[socket.socket]
+    native = next(c for c in classes if c.__module__ == "socket")  # type: ignore[assignment]
+    ours, theirs = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
+    # Before anything is sent: the kernel notes the sender only where somebody wants to know.
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return ours, theirs
+
+
+def _frame(sock: socket.socket, seconds: float) -> tuple[int, bytes] | None:
+    """Return the next frame's kind and payload; None at the end. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    data, size = b"", _wire.HEADER.size
+    while len(data) < size:
+        if not _child.readable(sock.fileno(), max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        try:
+            part = sock.recv(size - len(data))
+        except ConnectionResetError:
+            part = b""
+        if not part:
+            return None
+        data += part
+        if len(data) == _wire.HEADER.size:
+            size += min(_wire.HEADER.unpack(data)[0], lib.EB_MAX_FRAME)
+    return data[_wire.HEADER.size - 1], data[_wire.HEADER.size :]
+
+
+def _ids_after_exec() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the calling thread's ids, as the kernel passes them on to a program.
+
+    That is, with the effective ids as the saved ones.
+    """
+    (uid, euid, _), (gid, egid, _) = os.getresuid(), os.getresgid()
+    return (uid, euid, euid), (gid, egid, egid), tuple(os.getgroups())
+
+
+class Helper:
+    """A running helper process, and the connections to it that are not in use."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self.caller = Caller()
+        self._owner = os.getpid()
+        path = os.environ.get("ERRAND_BOY_HELPER")
+        posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix"
+        arguments = [b"errand-boy: helper of %d" % self._owner, b"--private"]
+        if keeper.own_children:
+            arguments.append(b"--own-children")
+        if posix:
+            arguments.append(b"--posix-spawn")
+        strings = [ffi.new("char[]", argument) for argument in arguments]
+        argv = ffi.new("char *[]", [*strings, ffi.NULL])
+        share_fs = ffi.new("int *", 0 if posix else 1)
+        ours, theirs = _socketpair()
+        with theirs:
+            pid = lib.eb_start_helper(
+                -1 if path else _program_fd(),
+                os.fsencode(path or _EXECUTABLE),
+                argv,
+                theirs.fileno(),
+                share_fs,
+            )
+        if pid < 0:
+            ours.close()
+            raise HelperError(
+                -pid, f"cannot start the helper: {os.strerror(-pid)}", path or _EXECUTABLE
+            )
+        self.pid: int = pid
+        self.shares_fs: bool = share_fs[0] != 0
+        self.owns_children = False  # until a reply says so
+        self._stays = False  # retired, it lives on with its commands
+        self.idle: list[Connection] = []
+        self._control = Connection(ours)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended at once: connect() will tell
+                self._control.open()
+                self._check_ids(path or _EXECUTABLE)
+        except BaseException:
+            self.retire()
+            raise
+
+    def _check_ids(self, path: str) -> None:
+        # What an execution does to the ids depends on the kernel, and on the program's mode.
+        try:
+            frame = _frame(self._control.sock, _START)
+        except TimeoutError:
+            text = f"the helper has not said in {_START:.0f} seconds that it is there"
+            raise HelperError(errno.ETIMEDOUT, text, path) from None
+        if frame is None:
+            return  # it ended at once
+        kind, payload = frame
+        ids = struct.unpack(f"<{len(payload) // 4}I", payload) if kind == lib.EB_IDS else ()
+        theirs, ours = (ids[:3], ids[3:6], ids[6:]), _ids_after_exec()
+        for name, its, wanted in zip(_NAMES, theirs, ours, strict=True):
+            if its != wanted:
+                raise HelperError(
+                    errno.EPERM,
+                    f"the helper does not have this process's rights: its {name} are {its}, not "
+                    f"{wanted}. See that its program is not set-user-ID or set-group-ID",
+                    path,
+                )
+
+    def fits(self, fresh: Helper | None) -> bool:
+        """Return whether the calling thread may use it; `fresh` is one that it has just started."""
+        outgoing = take()
+        try:
+            found = outgoing.read(self.caller, self.pid if self.shares_fs else 0)
+        finally:
+            outgoing.done()
+        return _fits(found, self is fresh)
+
+    def connect(self) -> Connection | None:
+        """Return a new connection; None if the helper has gone."""
+        ours, theirs = _socketpair()
+        connection = Connection(ours)
+        try:
+            with theirs:
+                rights = struct.pack("i", theirs.fileno())
+                if self._control.is_ours():
+                    # So small a message is sent whole, whatever other threads send.
+                    self._control.sock.sendmsg(
+                        [_wire.HEADER.pack(0, lib.EB_ADOPT)],
+                        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
+                        socket.MSG_NOSIGNAL,
+                    )
+                    connection.open()
+                    return connection
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except OSError as error:
+            if error.errno != errno.EBADF:  # else retired by another thread just now
+                connection.close()
+                raise
+        except BaseException:
+            connection.close()
+            raise
+        connection.close()
+        return None
+
+    def release(self, connection: Connection) -> None:
+        """Take back a connection whose last command has ended or is the caller's own child."""
+        connection.reply = None
+        if self is self._keeper.current and len(self.idle) < _MOST_IDLE:
+            self.idle.append(connection)
+            if self is not self._keeper.current:  # retired meanwhile
+                self._close_idle()
+        else:
+            connection.close()
+
+    def _close_idle(self) -> None:
+        while self.idle:
+            with contextlib.suppress(IndexError):  # another thread took it
+                self.idle.pop().close()
+
+    def retire(self) -> None:
+        """Have it take no more requests, and end when those that it has are done."""
+        self._close_idle()
+        if self._owner != os.getpid():
+            self._control.close()
+            return
+        _unreaped.append(self)
+        if self._control.is_ours():
+            with contextlib.suppress(OSError):  # it has ended
+                self._control.sock.shutdown(socket.SHUT_WR)
+        else:
+            # Closed under us, so it can't be told to end, and forked processes may have copies that
+            # keep it.
+            self._kill()
+            self._control.close()
+
+    def ended(self, grace: float) -> bool:
+        """Return whether it has ended, and reap it.
+
+        With a grace (seconds), it has ended, or it stays with its commands and shares nothing with
+        this process any more.
+        """
+        # Somebody may have waited for any child.
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                if not grace or not self._ends(grace):
+                    return False
+                os.waitpid(self.pid, 0)
+        self._control.close()
+        return True
+
+    def _ends(self, grace: float) -> bool:
+        """Wait for its end, or for its word that it stays; return whether it ends."""
+        if self._stays:
+            return False
+        deadline = time.monotonic() + grace
+        try:
+            while self._control.is_ours():
+                frame = _frame(self._control.sock, max(0.0, deadline - time.monotonic()))
+                if frame is None:
+                    break
+                if frame[0] == lib.EB_STAYS:
+                    self._stays = True
+                    self._control.close()
+                    return False
+        except TimeoutError:
+            pass
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            if _child.readable(pidfd, max(0.0, deadline - time.monotonic())):
+                return True
+        finally:
+            os.close(pidfd)
+        # One start takes long, or the helper has been stopped. Its commands it must not lose.
+        return not self.owns_children and self._kill()
+
+    def _kill(self) -> bool:
+        """Kill it, unless others have waited for it; return whether it ends."""
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                try:
+                    os.kill(self.pid, signal.SIGKILL)
+                except PermissionError:  # this process has given up the rights
+                    return False
+        return True
+
+
+def _fits(found: int, fresh: bool) -> bool:
+    return bool(found & lib.EB_FITS) and (fresh or not found & lib.EB_UNSURE)
+
+
+def ends_at_once() -> HelperError:
+    """Return the error for a helper that cannot be kept alive."""
+    return HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
+
+
+class Keeper:
+    """Starts, finds and replaces the helper of one kind.
+
+    With `own_children`, that helper's commands are its own children, and so can be streamed.
+    """
+
+    def __init__(self, own_children: bool) -> None:
+        self.own_children = own_children
+        self.current: Helper | None = None
+
+    def acquire(self, request: Request, outgoing: Outgoing) -> tuple[Helper, Connection]:
+        """Prepare `request` for a helper that fits the calling thread; return it and a connection.
+
+        They are those of `outgoing` too, for an exception that comes in from outside: the request
+        may have been sent by then. Raises HelperError if no helper can be started, and OSError for
+        a lack of descriptors or a request that is too long (E2BIG).
+        """
+        fresh: Helper | None = None
+        if _unreaped:
+            _reap()
+        for _ in range(PATIENCE):
+            helper = self.current
+            if helper is None:
+                helper = fresh = self._replace(None)
+            try:
+                connection = outgoing.connection = helper.idle.pop()
+            except IndexError:
+                connection = None
+            outgoing.helper = helper
+            pid, flags = (helper.pid, 0) if helper.shares_fs else (0, _WITH_FS)
+            try:
+                found = outgoing.prepare(request, helper.caller, pid, flags, connection)
+            except OSError:  # the request is too long: nothing has been sent
+                outgoing.connection = None
+                if connection is not None:
+                    helper.release(connection)
+                raise
+            if not _fits(found, helper is fresh):
+                fresh = self._replace(helper)
+            elif connection is None:
+                connection = outgoing.connection = helper.connect()
+                if connection is not None:
+                    return helper, connection
+                fresh = self._replace(helper)
+            elif found & lib.EB_CONNECTION:
+                return helper, connection
+            if connection is not None:
+                outgoing.connection = None
+                connection.close()
+        raise ends_at_once()
+
+    def start(self) -> None:
+        """Have a helper that fits the calling thread."""
+        fresh: Helper | None = None
+        for _ in range(PATIENCE):
+            helper = self.current
+            if helper is not None and helper.fits(fresh):
+                connection = None if helper.idle else helper.connect()
+                if connection is not None:
+                    helper.release(connection)
+                if helper.idle:
+                    return
+            fresh = self._replace(helper)
+        raise ends_at_once()
+
+    def discard(self, helper: Helper, connection: Connection) -> None:
+        """Take note that `connection` broke, and probably the helper with it."""
+        connection.close()
+        self.dismiss(helper)
+
+    def dismiss(self, helper: Helper) -> None:
+        """Let go of `helper`, if it is the current one."""
+        with _lock:
+            if helper is self.current:
+                self.retire()
+
+    def _replace(self, old: Helper | None) -> Helper:
+        """Start a helper in place of `old`, unless another thread has."""
+        with _lock:
+            if self.current is old:
+                self.retire()
+            if self.current is None:
+                helper = Helper(self)
+                if self.current is None:
+                    self.current = helper
+                else:  # a signal handler has started one meanwhile, in this very thread
+                    helper.retire()
+                    _reap()
+            return self.current
+
+    def retire(self) -> None:
+        """Have none. Call it with the lock held."""
+        helper, self.current = self.current, None
+        if helper is not None:
+            helper.retire()
+        _reap()
+
+
+callers = Keeper(own_children=False)  # whose commands are the calling process's own children
+owner = Keeper(own_children=True)
+
+
+def _reap(grace: float = 0.0) -> None:
+    """Wait for the retired helpers; end those that own no children and are there after `grace`."""
+    for helper in _unreaped[:]:
+        if helper.ended(grace):
+            with contextlib.suppress(ValueError):  # a signal handler was here first
+                _unreaped.remove(helper)
+
+
+def stop() -> None:
+    """End all helpers and wait for them.
+
+    One that has commands of its own, those of a `map` that has not come to its end, stays until
+    they end, but shares nothing with this process any more.
+    """
+    with _lock:
+        callers.retire()
+        owner.retire()
+        _reap(_GRACE)
+    forget()
+
+
+def _after_fork() -> None:
+    global _lock
+    # The parent's helpers are not ours; a lock may be held by a thread that exists no more.
+    _lock = threading.RLock()
+    _unreaped.clear()
+    callers.current = owner.current = None
+    close_all()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(stop)

@@ -1,0 +1,192 @@
+"""Makes the Popen of others start through errand-boy, by a method of their class."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from errand_boy import _adapter, _popen
+
+_originals: dict[tuple[type, str], Any] = {}  # what the class itself had; None: it inherits
+
+
+def patch() -> None:
+    """See errand_boy.patch."""
+    _patch_stdlib()
+    for name, patch_module in _MODULES.items():
+        module = sys.modules.get(name)
+        if module is not None:
+            patch_module(module)
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+def unpatch() -> None:
+    """See errand_boy.unpatch."""
+    with contextlib.suppress(ValueError):
+        sys.meta_path.remove(_finder)
+    while _originals:
+        (owner, name), original = _originals.popitem()
+        if original is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def _replace(owner: type, name: str, replacement: Callable[..., Any]) -> None:
+    """Put into a class what `replacement` returns when it is called with what was there."""
+    if (owner, name) in _originals:
+        return
+    original = getattr(owner, name)
+    _originals[owner, name] = vars(owner).get(name)
+    setattr(owner, name, wraps(original)(replacement(original)))
+
+
+def _patch_stdlib() -> None:
+    # eventlet loads copies of the module, and puts a class derived from a copy's in the place of
+    # the original: other modules may have imported each of them.
+    for owner in {_popen._Base, subprocess.Popen, *object.__subclasses__()}:
+        if (owner.__module__, owner.__name__) == ("subprocess", "Popen"):
+            _patch_class(owner, _adapter.View)
+
+
+def _patch_class(owner: type, view_class: type[_adapter.View]) -> None:
+    def execute_child(original: Any) -> Any:
+        def _execute_child(self: Any, *args: Any) -> None:
+            if isinstance(self, _popen.Popen):  # errand_boy's own, for a preexec_fn
+                original(self, *args)
+            else:
+                _adapter.execute_child(view_class, original, self, *args)
+
+        return _execute_child
+
+    _replace(owner, "_execute_child", execute_child)
+    _replace(owner, "_internal_poll", _with_original(_adapter.internal_poll))
+    _replace(owner, "_wait", _with_original(_adapter.wait))
+    _replace(owner, "send_signal", _with_original(_adapter.send_signal))
+
+
+def _with_original(function: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(original: Any) -> Any:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        return method
+
+    return replacement
+
+
+# -- modules that may be loaded before or after --
+
+
+def _patch_eventlet(module: ModuleType) -> None:
+    from errand_boy import eventlet  # noqa: PLC0415
+
+    _patch_class(module.Popen, eventlet._View)
+    _replace(module.Popen, "wait", _with_original(eventlet.wait))
+    _patch_stdlib()
+
+
+def _patch_gevent(module: ModuleType) -> None:
+    from errand_boy import gevent  # noqa: PLC0415
+
+    _replace(module.Popen, "_execute_child", _with_original(gevent.execute_child))
+    _replace(module.Popen, "_internal_poll", _with_original(gevent.internal_poll))
+    _replace(module.Popen, "send_signal", _with_original(gevent.send_signal))
+    _replace(module.Popen, "wait", _with_original(gevent.wait))
+
+
+async def _make_subprocess_transport(loop: Any, *args: Any, **kwargs: Any) -> Any:
+    from errand_boy.asyncio import make_transport  # noqa: PLC0415
+
+    return await make_transport(loop, *args, **kwargs)
+
+
+def _patch_asyncio(module: ModuleType) -> None:
+    _replace(
+        module._UnixSelectorEventLoop,
+        "_make_subprocess_transport",
+        lambda original: _make_subprocess_transport,
+    )
+
+
+def _patch_uvloop(module: ModuleType) -> None:
+    def subprocess_exec(original: Any) -> Any:
+        async def subprocess_exec(
+            self: Any, protocol_factory: Callable[[], Any], program: Any, *args: Any, **kwargs: Any
+        ) -> tuple[Any, Any]:
+            return await _start_on_uvloop(self, protocol_factory, (program, *args), False, kwargs)
+
+        return subprocess_exec
+
+    def subprocess_shell(original: Any) -> Any:
+        async def subprocess_shell(
+            self: Any, protocol_factory: Callable[[], Any], cmd: Any, **kwargs: Any
+        ) -> tuple[Any, Any]:
+            return await _start_on_uvloop(self, protocol_factory, cmd, True, kwargs)
+
+        return subprocess_shell
+
+    _replace(module.Loop, "subprocess_exec", subprocess_exec)
+    _replace(module.Loop, "subprocess_shell", subprocess_shell)
+
+
+async def _start_on_uvloop(
+    loop: Any, protocol_factory: Callable[[], Any], args: Any, shell: bool, kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    if kwargs.pop("shell", shell) is not shell:
+        raise ValueError(f"shell must be {shell}")
+    for name in ("universal_newlines", "text", "encoding", "errors", "bufsize"):
+        if kwargs.pop(name, None):
+            raise ValueError(f"{name} must not be given: the streams carry bytes")
+    standard = [kwargs.pop(name, subprocess.PIPE) for name in ("stdin", "stdout", "stderr")]
+    protocol = protocol_factory()
+    transport = await _make_subprocess_transport(
+        loop, protocol, args, shell, *standard, bufsize=0, **kwargs
+    )
+    return transport, protocol
+
+
+_MODULES: dict[str, Callable[[ModuleType], None]] = {
+    "asyncio.unix_events": _patch_asyncio,
+    "eventlet.green.subprocess": _patch_eventlet,
+    "gevent.subprocess": _patch_gevent,
+    "uvloop": _patch_uvloop,
+}
+
+
+class _Finder:
+    """Patches a module as soon as it has been executed."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        patch_module = _MODULES.get(name)
+        if patch_module is None:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                _execute_with(spec.loader, patch_module)
+                return spec
+        return None
+
+
+def _execute_with(loader: Any, patch_module: Callable[[ModuleType], None]) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        if _finder in sys.meta_path:
+            patch_module(module)
+
+    loader.exec_module = exec_module  # of one module only: finders make a loader for each
+
+
+_finder: Any = _Finder()

@@ -1,0 +1,234 @@
+"""Popen's arguments as a request: what `args`, `shell`, `env`, `cwd` and the others mean.
+
+The only place that says so, for the commands of all front ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import index
+
+from errand_boy import _wire
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_PATH_MAX = 4096  # bytes, of Linux
+_INT_MAX = 0x7FFFFFFF
+
+
+class Request:
+    """What is asked for.
+
+    `options` are encoded; `standard` are the descriptors for the child's 0 to 2, -1 where it
+    inherits its parent's; `others`, ascending, keep their numbers; `flags` are EB_WITH_* and
+    EB_RESTORE_SIGNALS.
+    """
+
+    __slots__ = ("flags", "options", "others", "standard")
+
+    def __init__(
+        self, options: bytes, standard: tuple[int, int, int], others: Sequence[int], flags: int
+    ) -> None:
+        self.options = options
+        self.standard = standard
+        self.others = others
+        self.flags = flags
+
+
+# -- the command --
+
+
+def arguments(args: Any, shell: bool, executable: Any = None) -> list[Any]:
+    """Return the argument list that `args` stands for. Raises TypeError."""
+    if isinstance(args, (str, bytes)):
+        args = [args]
+    elif isinstance(args, os.PathLike):
+        if shell:
+            raise TypeError("path-like args is not allowed when shell is true")
+        args = [args]
+    else:
+        args = list(args)
+    return [executable or "/bin/sh", "-c", *args] if shell else args
+
+
+def command(argv: Sequence[Any], executable: Any, env: Mapping[Any, Any] | None) -> bytes:
+    """Return the options for a program and its arguments.
+
+    Raises TypeError, and ValueError for an embedded null byte.
+    """
+    words = [os.fsencode(arg) for arg in argv]
+    program = words[0] if argv and executable is argv[0] else os.fsencode(executable)
+    return _wire.strings(lib.EB_TAG_ARGV, words) + programs(program, lambda: exec_path(env))
+
+
+def programs(name: bytes, path: Callable[[], Iterable[bytes]]) -> bytes:
+    """Return the option for the programs to try in turn for `name`, as execvp(3) does."""
+    found = [name]
+    if b"/" not in name:
+        # A longer name is too long all the same, and many times too long to send.
+        found = [os.path.join(directory, name[:_PATH_MAX]) for directory in path()]
+    return _wire.strings(lib.EB_TAG_EXECUTABLES, found)
+
+
+def exec_path(env: Mapping[Any, Any] | None) -> list[bytes]:
+    """Return the directories in which programs are looked for."""
+    return [os.fsencode(directory) for directory in os.get_exec_path(env)]
+
+
+# -- what it gets --
+
+
+def settings(
+    *,
+    env: Mapping[Any, Any] | None = None,
+    cwd: Any = None,
+    restore_signals: bool = True,
+    umask: int = -1,
+    start_new_session: bool = False,
+    process_group: int = -1,
+    default_group: int = -1,
+    gids: list[int] | None = None,
+    gid: int | None = None,
+    uid: int | None = None,
+) -> tuple[bytes, int]:
+    """Return the options for what a command gets, and the flags of the request.
+
+    The names are those of Popen's parameters, or of those that it derives from them; without a
+    `process_group`, the group is `default_group`, or if that is negative the caller's. Raises
+    ValueError, TypeError and OverflowError as subprocess.Popen does.
+    """
+    flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
+    options = b""
+    if env is None:
+        flags |= lib.EB_WITH_ENVIRONMENT
+    else:
+        options += _wire.strings(lib.EB_TAG_ENV, _environment(env))
+    if cwd is not None:
+        options += _wire.string(lib.EB_TAG_CWD, os.fsencode(cwd))
+    if index(umask) >= 0:
+        options += _wire.number(lib.EB_TAG_UMASK, _as_int(umask))
+        flags |= lib.EB_UMASK_GIVEN
+    if start_new_session:
+        options += _wire.option(lib.EB_TAG_SETSID)
+    elif index(process_group) < 0:
+        process_group = default_group
+        flags |= lib.EB_WITH_PGROUP if process_group < 0 else 0
+    if index(process_group) >= 0:
+        options += _wire.number(lib.EB_TAG_PGROUP, _as_int(process_group))
+    if gids is not None:
+        options += _wire.numbers(lib.EB_TAG_GROUPS, _group_ids(gids))
+    if gid is not None and gid >= 0:
+        options += _wire.number(lib.EB_TAG_GID, _id(gid, "gid"))
+    if uid is not None and uid >= 0:
+        options += _wire.number(lib.EB_TAG_UID, _id(uid, "uid"))
+    return options, flags
+
+
+def _environment(env: Mapping[Any, Any]) -> list[bytes]:
+    """Return the variables as execve takes them. Raises ValueError for a name with a "="."""
+    result = []
+    for key, value in env.items():
+        name = os.fsencode(key)
+        if b"=" in name:
+            raise ValueError("illegal environment variable name")
+        result.append(name + b"=" + os.fsencode(value))
+    return result
+
+
+def _as_int(value: int) -> int:
+    if index(value) > _INT_MAX:
+        raise OverflowError("signed integer is greater than maximum")  # CPython's words
+    return value
+
+
+def _id(value: int, name: str) -> int:
+    if value >= 0xFFFFFFFF:  # that one means "unchanged" to the kernel
+        # The words are CPython's (_Py_Uid_Converter).
+        raise OverflowError(
+            f"{name} is greater than maximum"
+            if value > sys.maxsize
+            else f"{name} is less than minimum"
+        )
+    return value
+
+
+def _group_ids(values: list[int]) -> list[int]:
+    if len(values) > lib.EB_MAX_GROUPS:
+        extra = "extra_" if sys.version_info >= (3, 12) else ""
+        raise ValueError(f"too many {extra}groups")
+    try:
+        return [_id(value, "gid") for value in values]
+    except OverflowError:
+        raise ValueError("invalid group id") from None
+
+
+# -- its descriptors --
+
+
+def standard(p2cread: int, c2pwrite: int, errwrite: int) -> tuple[int, int, int]:
+    """Return the descriptors for the child's 0 to 2. Raises OSError and OverflowError."""
+    fds = (p2cread, c2pwrite, errwrite)
+    if min(fds) < -1:  # STDOUT, where it says nothing
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    _as_int(max(fds))
+    return fds
+
+
+def others(pass_fds: Iterable[int]) -> list[int]:
+    """Return `pass_fds` in ascending order. Raises ValueError for what can't be a descriptor."""
+    kept = set(map(int, pass_fds))
+    if kept and not 0 <= min(kept) <= max(kept) <= _INT_MAX:
+        raise ValueError("bad value(s) in fds_to_keep")
+    return sorted(kept)
+
+
+def with_inheritable(fds: Iterable[int]) -> list[int]:
+    """Return `fds` and all inheritable descriptors of this process from 3 on, ascending."""
+    found = set(fds)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.add(int(name))
+    return sorted(found)
+
+
+def made_by_helper(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, bytes, tuple[int, int, int]]:
+    """Return what is streamed, the options for that, and the descriptors, for Popen's arguments.
+
+    For a helper that makes the pipes itself and sends what goes through them as frames.
+    """
+    streams = nulls = 0
+    fds = [-1, -1, -1]
+    for number, wanted in enumerate((stdin, stdout, stderr)):
+        if wanted == subprocess.PIPE:
+            streams |= 1 << number
+        elif wanted == subprocess.DEVNULL:
+            nulls |= 1 << number
+        elif wanted == subprocess.STDOUT:
+            if number < 2:
+                raise ValueError("STDOUT can only be used for stderr")  # CPython 3.13's words
+            if streams & 2:
+                streams |= lib.EB_JOINED
+            elif nulls & 2:
+                nulls |= 4
+            else:
+                fds[2] = fds[1]
+        elif wanted is None:
+            with contextlib.suppress(OSError):  # closed, as it is then for the command
+                fds[number] = number if os.get_inheritable(number) else -1
+        else:
+            fds[number] = wanted if isinstance(wanted, int) else wanted.fileno()
+    options = b""
+    if streams:
+        options += _wire.option(lib.EB_TAG_STREAMS, bytes([streams]))
+    if nulls:
+        options += _wire.option(lib.EB_TAG_NULL, bytes([nulls]))
+    return streams, options, (fds[0], fds[1], fds[2])

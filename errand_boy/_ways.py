@@ -1,0 +1,76 @@
+"""Which way a command is started: in this process, by a helper, or by the standard library."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from errand_boy import _direct
+from errand_boy._native import lib
+
+_helper_is_asked_for = False
+
+
+def way(with_ids: bool) -> str:
+    """Return how the next command is to be started: "direct", "helper" or "subprocess".
+
+    `with_ids`: it gets other ids than this process has. In a process that shares memory that would
+    make the memory undumpable, and here it is the caller's. "subprocess" is the standard library's
+    own way, for systems that have neither of the others.
+    """
+    mode = os.environ.get("ERRAND_BOY_SPAWN")
+    if mode is None:
+        if (with_ids or _helper_is_asked_for) and lib.EB_HAVE_RAW:
+            return "helper"
+        return "direct" if _direct.works() else "subprocess"
+    if mode in ("helper", "posix"):
+        return "helper"
+    if mode != "direct":
+        raise ValueError(f"ERRAND_BOY_SPAWN={mode}: it must be direct, helper or posix")
+    if with_ids:
+        text = (
+            "user=, group= and extra_groups= need a helper, which ERRAND_BOY_SPAWN=direct forbids"
+        )
+        raise OSError(errno.ENOTSUP, text)
+    if not _direct.works():
+        text = "ERRAND_BOY_SPAWN=direct needs Linux 5.9 on x86-64 or aarch64, and no seccomp filter"
+        raise OSError(errno.ENOSYS, f"{text} that refuses clone or close_range")
+    return "direct"
+
+
+def start() -> None:
+    """Have a helper start all further commands of this process, until stop(); start it now.
+
+    A command that is started by a helper has a peak memory (`ru_maxrss`) of its own. Otherwise the
+    kernel counts that of the process that started it, as with subprocess. A helper that is started
+    early, while the process is small and single-threaded, starts fastest. Raises HelperError.
+    """
+    global _helper_is_asked_for
+    from errand_boy import _helper  # noqa: PLC0415  most processes need none
+
+    _helper_is_asked_for = True
+    _helper.callers.start()
+
+
+def stop() -> None:
+    """End the helper, if there is one, and wait for it.
+
+    Further commands are started in this process again; one that needs a helper, or a map, starts a
+    new one. Useful before ``os.exec*`` of a set-user-ID program: Linux ignores that bit while
+    another process shares the working directory, as the helper does. A helper that has commands of
+    its own, those of a `map` that has not come to its end, stays until they end, but shares nothing
+    with this process any more.
+    """
+    global _helper_is_asked_for
+    _helper_is_asked_for = False
+    helper = sys.modules.get("errand_boy._helper")
+    if helper is not None:
+        helper.stop()
+
+
+def helper_pid() -> int | None:
+    """Return the pid of the helper that starts commands as this process's children, or None."""
+    helper = sys.modules.get("errand_boy._helper")
+    current = None if helper is None else helper.callers.current
+    return None if current is None else current.pid

@@ -1,0 +1,148 @@
+"""The bytes of the protocol, which csrc/common/wire.h defines. No I/O."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterable, Sequence
+
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import resource
+    from typing import Any
+
+HEADER = struct.Struct("<IB")
+HELLO = HEADER.pack(4, lib.EB_HELLO) + struct.pack("<I", lib.EB_VERSION)
+OPENING = b"\0" + HELLO
+
+_OPTION = struct.Struct("<BI")
+_LIST = struct.Struct("<BII")
+_SPAWNED = struct.Struct("<iB")
+_FAILED = struct.Struct("<iiB")
+EXITED = struct.Struct("<i9Q")
+
+
+class Spawned:
+    """A command runs. ``by_helper``: it is the helper's child, and Exited will follow."""
+
+    __slots__ = ("by_helper", "pid")
+
+    def __init__(self, pid: int, by_helper: bool) -> None:
+        self.pid = pid
+        self.by_helper = by_helper
+
+
+class Failed:
+    """A command was not started. ``pid``: a process that the caller must wait for, or 0."""
+
+    __slots__ = ("errno", "pid", "stage")
+
+    def __init__(self, pid: int, error: int, stage: int) -> None:
+        self.pid = pid
+        self.errno = error
+        self.stage = stage
+
+
+class Exited:
+    """The end of a command: its wait status, and what it used, in the order of wire.h."""
+
+    __slots__ = ("status", "usage")
+
+    def __init__(self, status: int, *usage: int) -> None:
+        self.status = status
+        self.usage = usage
+
+
+Reply = Spawned | Failed | Exited
+
+
+def rusage(usage: Sequence[int]) -> resource.struct_rusage:
+    """Return the usage of an Exited as the resource module has it."""
+    from resource import struct_rusage  # noqa: PLC0415
+
+    user, system, peak, minor, major, blocks_in, blocks_out, voluntary, involuntary = usage
+    return struct_rusage(
+        (
+            *(user / 1e6, system / 1e6, peak, 0, 0, 0, minor, major, 0),
+            *(blocks_in, blocks_out, 0, 0, 0, voluntary, involuntary),
+        )
+    )
+
+
+def stage_name(stage: int) -> str:
+    """Return what a start was doing, as a word."""
+    for name in dir(lib):
+        if name.startswith("EB_STAGE_") and getattr(lib, name) == stage:
+            return name.removeprefix("EB_STAGE_").lower()
+    return str(stage)
+
+
+def is_refused(failed: Failed) -> bool:
+    """Return whether the kernel or a filter lacks what the direct way needs."""
+    return failed.errno == errno.ENOSYS and failed.stage == lib.EB_STAGE_START
+
+
+def spawn_error(failed: Failed, executable: Any, cwd: Any) -> OSError:
+    """Return what subprocess.Popen would raise."""
+    text = os.strerror(failed.errno)
+    if failed.errno == errno.ENOTSUP:
+        step = stage_name(failed.stage)
+        return OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
+    if failed.stage == lib.EB_STAGE_CWD:
+        return OSError(failed.errno, text, cwd)
+    if failed.stage == lib.EB_STAGE_EXEC:
+        return OSError(failed.errno, text, executable)
+    return OSError(failed.errno, text)
+
+
+def option(tag: int, value: bytes = b"") -> bytes:
+    """Return one option of a SPAWN request."""
+    return _OPTION.pack(tag, len(value)) + value
+
+
+def strings(tag: int, values: Sequence[bytes]) -> bytes:
+    """Return a string list option. Raises ValueError if a string holds a NUL byte."""
+    text = b"\0".join(values) + b"\0" if values else b""
+    if text.count(0) != len(values):
+        raise ValueError("embedded null byte")
+    return _LIST.pack(tag, len(text) + 4, len(values)) + text
+
+
+def string(tag: int, value: bytes) -> bytes:
+    """Return an option that is one string. Raises ValueError if it holds a NUL byte."""
+    if 0 in value:
+        raise ValueError("embedded null byte")
+    return option(tag, value + b"\0")
+
+
+def numbers(tag: int, values: Sequence[int]) -> bytes:
+    """Return an option that is a list of u32."""
+    return option(tag, struct.pack(f"<{len(values)}I", *values))
+
+
+def number(tag: int, value: int) -> bytes:
+    """Return an option that is one number, taken modulo 2**32."""
+    return option(tag, struct.pack("<I", value & 0xFFFFFFFF))
+
+
+def frame(kind: int, parts: Iterable[bytes]) -> bytes:
+    """Return a whole frame. Raises OSError (E2BIG) if it is longer than a frame may be."""
+    payload = b"".join(parts)
+    if len(payload) > lib.EB_MAX_FRAME:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+    return HEADER.pack(len(payload), kind) + payload
+
+
+def reply(kind: int, payload: bytes) -> Reply | None:
+    """Decode a reply; None if it is of another kind. Raises struct.error if it is malformed."""
+    if kind == lib.EB_SPAWNED:
+        pid, owner = _SPAWNED.unpack(payload)
+        return Spawned(pid, owner == lib.EB_OWNER_HELPER)
+    if kind == lib.EB_FAILED:
+        return Failed(*_FAILED.unpack(payload))
+    if kind == lib.EB_EXITED:
+        return Exited(*EXITED.unpack(payload))
+    return None
