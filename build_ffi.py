@@ -16,14 +16,14 @@ SOURCES = [
         "spawn/spawn_child",
         "spawn/spawn_job",
         "caller/caller",
-        "caller/outgoing",
+        "caller/spawn_frame",
         "caller/launch",
         "caller/direct",
         "caller/direct_child",
         "caller/module",
     )
 ]
-HEADERS = ("common/wire.h", "caller/caller.h", "caller/outgoing.h", "caller/direct.h")
+HEADERS = ("common/wire.h", "caller/caller.h", "caller/spawn_frame.h", "caller/direct.h")
 
 FUNCTIONS = """
 struct eb_caller {
@@ -31,7 +31,7 @@ struct eb_caller {
     ...;
 };
 
-struct eb_outgoing {
+struct eb_spawn_frame {
     struct eb_caller caller;
     uint8_t *frame;
     size_t size, sent;
@@ -45,10 +45,10 @@ void eb_caller_free(struct eb_caller *c);
 void eb_caller_close(struct eb_caller *c);
 int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags,
                    int fd, uint64_t device, uint64_t inode);
-struct eb_outgoing *eb_outgoing_new(void);
-void eb_outgoing_free(struct eb_outgoing *o);
-void eb_outgoing_done(struct eb_outgoing *o);
-int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags,
+struct eb_spawn_frame *eb_spawn_frame_new(void);
+void eb_spawn_frame_free(struct eb_spawn_frame *o);
+void eb_spawn_frame_done(struct eb_spawn_frame *o);
+int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int helper, int flags,
                     int fd, uint64_t device, uint64_t inode, const uint8_t *options,
                     size_t options_size, int in, int out, int err, const int *others,
                     uint32_t other_count);
@@ -64,7 +64,9 @@ def constants() -> str:
     lines = []
     for header in HEADERS:
         text = re.sub(r"/\*.*?\*/", "", (CSRC / header).read_text(), flags=re.DOTALL)
-        lines += re.findall(r"^#define (EB_[A-Z_]+) (?:\d+|0x[0-9A-F]+u) *$", text, flags=re.MULTILINE)
+        lines += re.findall(
+            r"^#define (EB_[A-Z_]+) (?:\d+|0x[0-9A-F]+u) *$", text, flags=re.MULTILINE
+        )
         for body in re.findall(r"^enum(?: \w+)? \{(.*?)\}", text, flags=re.DOTALL | re.MULTILINE):
             lines += re.findall(r"\b(EB_[A-Z_]+)\b(?=\s*[=,\n])", body)
     return "".join(f"#define {name} ...\n" for name in lines)

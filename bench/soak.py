@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import errand_boy
-from errand_boy._helper import Keeper, callers, owner
+from errand_boy._helper import HelperManager, launcher, runner
 
 WARM_UP = 300
 REPORTS = 10
@@ -81,7 +81,7 @@ def zombies() -> int:
     return found
 
 
-def inventory(keeper: Keeper) -> dict[str, int]:
+def inventory(keeper: HelperManager) -> dict[str, int]:
     time.sleep(REST)
     found = {}
     if keeper.current is not None:
@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, metavar="FILE")
     options = parser.parse_args()
     count: int = options.count
-    run, keeper = (spawn_by_map, owner) if options.map else (spawn, callers)
+    run, keeper = (spawn_by_map, runner) if options.map else (spawn, launcher)
 
     if options.helper:
         errand_boy.start()

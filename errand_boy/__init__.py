@@ -31,7 +31,7 @@ from subprocess import (
     run,
 )
 
-from errand_boy._functions import NAMES, bound_to
+from errand_boy._functions import NAMES, rebind
 from errand_boy._popen import Popen
 from errand_boy._ways import helper_pid, start, stop
 from errand_boy.errors import (
@@ -119,7 +119,7 @@ if not TYPE_CHECKING:  # to a type checker they are what the imports say
         Popen = _client.Popen
         globals().update((name, getattr(_client, name)) for name in NAMES)
     else:
-        globals().update(bound_to(Popen))
+        globals().update(rebind(Popen))
 
 __version__ = "1.0.0.dev0"
 

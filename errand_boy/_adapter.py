@@ -7,7 +7,7 @@ from functools import partial
 
 from errand_boy import _child, _direct, _popen
 from errand_boy._connection import Connection
-from errand_boy._frame import Outgoing
+from errand_boy._frame import SpawnFrame
 from errand_boy._native import lib
 from errand_boy._wire import Failed, Spawned
 from errand_boy.errors import NotServedError
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from errand_boy._popen import Lender
 
 
-def sending(connection: Connection, outgoing: Outgoing) -> Iterator[None]:
+def sending(connection: Connection, spawn_frame: SpawnFrame) -> Iterator[None]:
     """Send what has not been sent of a request; yields whenever the socket takes nothing now."""
-    fds, most = outgoing.fds, lib.EB_MAX_FDS_PER_SEND
-    while frame := outgoing.frame:
+    fds, most = spawn_frame.fds, lib.EB_MAX_FDS_PER_SEND
+    while frame := spawn_frame.rest:
         try:
             sent = connection.send_some(frame[:1] if len(fds) > most else frame, fds[:most])
         except BlockingIOError:
             yield
         else:
-            outgoing.count_sent(sent)
+            spawn_frame.count_sent(sent)
             fds = fds[most:]
 
 
-class View(_popen.Popen[bytes]):
+class Adapter(_popen.Popen[bytes]):
     """errand_boy.Popen's methods over the attributes of `process`, which is of another class.
 
     Nothing is added to that class, whose subclasses may have names of their own. `original` starts
@@ -55,12 +55,12 @@ class View(_popen.Popen[bytes]):
         self._original()
 
 
-class GreenView(View):
+class GreenAdapter(Adapter):
     """The same, for a framework of greenlets: others go on while the command is being started."""
 
     __slots__ = ()
 
-    _patience = _direct.LOOP_PATIENCE
+    _patience_us = _direct.LOOP_PATIENCE_US
 
     def _pause(self, seconds: float) -> None:
         raise NotImplementedError
@@ -84,8 +84,8 @@ class GreenView(View):
             _direct.leave_spawn(start)
         return outcome
 
-    def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
-        for _ in sending(connection, outgoing):
+    def _outcome(self, connection: Connection, spawn_frame: SpawnFrame) -> Spawned | Failed:
+        for _ in sending(connection, spawn_frame):
             self._until_writable(connection)
         return self._answer(connection)
 
@@ -95,11 +95,11 @@ class GreenView(View):
             with contextlib.suppress(TimeoutError):  # only a part of it has come
                 return connection.answer(0.0)
 
-    def _abandon(self, outgoing: Outgoing, error: BaseException) -> None:
-        lender, connection = outgoing.helper, outgoing.connection
+    def _abandon(self, spawn_frame: SpawnFrame, error: BaseException) -> None:
+        lender, connection = spawn_frame.helper, spawn_frame.connection
         if connection is None or lender is None or isinstance(error, OSError):
-            super()._abandon(outgoing, error)
-        elif outgoing.frame:  # not sent whole: nothing has been started
+            super()._abandon(spawn_frame, error)
+        elif spawn_frame.rest:  # not sent whole: nothing has been started
             connection.close()
         elif connection.reply is None:
             # A greenlet's Timeout must not make the others wait. The command may run, and then it
@@ -120,7 +120,7 @@ class GreenView(View):
 
 
 def execute_child(
-    view: type[View], original: Callable[..., None], process: Any, *args: Any
+    view: type[Adapter], original: Callable[..., None], process: Any, *args: Any
 ) -> None:
     """Start a command for `process`; `args` are those of _execute_child."""
     view(process, partial(original, process, *args))._execute_child(*args)
@@ -132,13 +132,13 @@ def internal_poll(
     """Return the return code, or None."""
     if vars(process).get("_lease") is None:
         return original(process, *args, **kwargs)
-    return View(process)._internal_poll(*args, **kwargs)
+    return Adapter(process)._internal_poll(*args, **kwargs)
 
 
 def wait(original: Callable[..., int], process: Any, timeout: float | None) -> int:
     """Return the return code; see subprocess.Popen._wait."""
     if vars(process).get("_lease") is not None:
-        return View(process)._wait(timeout)
+        return Adapter(process)._wait(timeout)
     if _child.STDLIB_POLLS and _child.wait(process, timeout):
         returncode: int = process.returncode
         return returncode
@@ -148,6 +148,6 @@ def wait(original: Callable[..., int], process: Any, timeout: float | None) -> i
 def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
     """Send a signal to the process."""
     if vars(process).get("_lease") is not None:
-        View(process).send_signal(sig)
+        Adapter(process).send_signal(sig)
     elif not _child.send_signal(process, sig):
         original(process, sig)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from errand_boy import _helper, _remote, _wire
 from errand_boy._connection import Connection
-from errand_boy._frame import PATIENCE, take
+from errand_boy._frame import MOST_ATTEMPTS, acquire
 from errand_boy._native import lib
 from errand_boy._request import Request, made_by_helper
 from errand_boy._wire import Failed
@@ -110,23 +110,23 @@ class Popen(_remote.Popen[AnyStr]):
 
     def _start(self, request: Request) -> Failed | None:
         request.flags |= lib.EB_WITHOUT_STANDARD
-        outgoing = take()
+        spawn_frame = acquire()
         try:
-            for _ in range(PATIENCE):
+            for _ in range(MOST_ATTEMPTS):
                 try:
-                    connection = self._client.acquire(request, outgoing)
-                    if not outgoing.is_sent:
-                        connection.send(outgoing.frame, outgoing.fds)
+                    connection = self._client.acquire(request, spawn_frame)
+                    if not spawn_frame.is_sent:
+                        connection.send(spawn_frame.rest, spawn_frame.fds)
                     failed = self._collect(connection)
                 except BaseException as error:
-                    _abandon(outgoing.connection)
+                    _abandon(spawn_frame.connection)
                     if isinstance(error, NotServedError):
                         continue
                     raise
                 self._client.release(connection)
                 return failed
         finally:
-            outgoing.done()
+            spawn_frame.done()
         raise _helper.ends_at_once()
 
     def _collect(self, connection: Connection) -> Failed | None:

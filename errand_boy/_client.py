@@ -12,8 +12,8 @@ import subprocess
 from errand_boy import _capture
 from errand_boy._connection import Connection
 from errand_boy._daemon import listen
-from errand_boy._frame import Outgoing
-from errand_boy._functions import bound_to
+from errand_boy._frame import SpawnFrame
+from errand_boy._functions import rebind
 from errand_boy._native import lib
 from errand_boy._remote import Popen
 from errand_boy._request import Request
@@ -86,7 +86,7 @@ class Client:
         self.owns_children = True
         self._idle: list[Connection] = []
         self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_client": self})
-        functions = bound_to(self.Popen)
+        functions = rebind(self.Popen)
         self.captured: type[_capture.Popen[Any]] = type(
             "Popen", (_capture.Popen,), {"_client": self}
         )
@@ -125,25 +125,25 @@ class Client:
 
     # -- for Popen --
 
-    def acquire(self, request: Request, outgoing: Outgoing) -> Connection:
+    def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
         """Prepare `request`, and send it as far as that does not wait; return the connection.
 
         Raises NoDaemonError, RefusedError, and OSError for a lack of descriptors or a request that
         is too long (E2BIG).
         """
-        outgoing.helper = self
+        spawn_frame.helper = self
         while True:
-            connection = outgoing.connection = self._pop() or self._connect()
+            connection = spawn_frame.connection = self._pop() or self._connect()
             try:
-                found = outgoing.prepare(request, None, 0, _WITH_FS, connection)
+                found = spawn_frame.prepare(request, None, 0, _WITH_FS, connection)
             except OSError:  # nothing has been sent
-                outgoing.connection = None
+                spawn_frame.connection = None
                 self.release(connection)
                 raise
             if found & lib.EB_CONNECTION:
                 return connection
             # Its descriptor was closed under us, or it is from before a fork.
-            outgoing.connection = None
+            spawn_frame.connection = None
             connection.close()
 
     def connection(self) -> Connection:

@@ -19,7 +19,7 @@ from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError, Re
 
 TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
-    from errand_boy._frame import Outgoing
+    from errand_boy._frame import SpawnFrame
 
 _NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
 _BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
@@ -188,10 +188,10 @@ class Connection:
         self._consume(size)  # last, see recover()
         return reply
 
-    def outcome(self, outgoing: Outgoing) -> Spawned | Failed:
+    def outcome(self, spawn_frame: SpawnFrame) -> Spawned | Failed:
         """Send what has not been sent of a request, and return its outcome."""
-        if not outgoing.is_sent:
-            self.send(outgoing.frame, outgoing.fds)
+        if not spawn_frame.is_sent:
+            self.send(spawn_frame.rest, spawn_frame.fds)
         lib.eb_await_readable(self.sock.fileno())
         return self.answer()
 

@@ -1,7 +1,7 @@
 """Commands that are started in this process, without a helper: the default way.
 
 `spawn(owner, options, stdin, stdout, stderr, others, flags, microseconds)` begins a start, with the
-fields of an outgoing.Request, and waits for its outcome, for so long at most, without giving up the
+fields of a Request, and waits for its outcome, for so long at most, without giving up the
 GIL. As soon as there is a process, the owner's `pid` and `_child_created` say so. It returns
 
 - None if the program runs;
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # How long (microseconds) a start keeps the GIL, and an event loop, at most. An exec takes 60, and a
 # busy thread keeps the GIL for 5,000, sys.getswitchinterval(). A wait for less than the time to the
 # kernel's next tick sets a timer, which costs 25 in a virtual machine.
-PATIENCE = 5000
-LOOP_PATIENCE = 200
+PATIENCE_US = 5000
+LOOP_PATIENCE_US = 200
 
 spawn: Callable[..., Any] = _native.spawn
 await_spawn: Callable[[Any, object, int], Any] = _native.await_spawn

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from errand_boy._helper import Helper
     from errand_boy._request import Request
 
-PATIENCE = 100  # attempts at one command, of a process whose threads differ in what they are
+MOST_ATTEMPTS = 100  # attempts at one command, of a process whose threads differ in what they are
 _MOST_SPARE = 8
 
-_spare: list[Outgoing] = []
+_spare: list[SpawnFrame] = []
 
 
 class Caller:
@@ -35,16 +35,16 @@ class Caller:
         lib.eb_caller_close(c)
 
 
-class Outgoing:
+class SpawnFrame:
     """The frame of a request, for reuse; and where it has gone."""
 
     __slots__ = ("_c", "connection", "helper", "is_sent")
 
     def __init__(self) -> None:
-        c = lib.eb_outgoing_new()
+        c = lib.eb_spawn_frame_new()
         if c == ffi.NULL:
             raise MemoryError
-        self._c: Any = ffi.gc(c, lib.eb_outgoing_free)
+        self._c: Any = ffi.gc(c, lib.eb_spawn_frame_free)
         self.connection: Connection | None = None
         self.helper: Helper | Client | None = None
         self.is_sent = True  # whole, by `prepare`, and so `done` has nothing to release
@@ -90,7 +90,7 @@ class Outgoing:
         return found
 
     @property
-    def frame(self) -> memoryview:
+    def rest(self) -> memoryview:
         """What has not been sent of the frame; valid until the next `prepare` or `done`."""
         c = self._c
         if c.sent == c.size:  # its memory may have been released
@@ -110,18 +110,18 @@ class Outgoing:
     def done(self) -> None:
         """Release what only this request needed, and be spare."""
         if not self.is_sent:
-            lib.eb_outgoing_done(self._c)
+            lib.eb_spawn_frame_done(self._c)
         self.connection = self.helper = None
         if len(_spare) < _MOST_SPARE:
             _spare.append(self)
 
 
-def take() -> Outgoing:
+def acquire() -> SpawnFrame:
     """Return a spare one, or a new one."""
     try:
         return _spare.pop()
     except IndexError:
-        return Outgoing()
+        return SpawnFrame()
 
 
 def forget() -> None:

@@ -39,7 +39,7 @@ def _popen_of_a_copy() -> type[subprocess.Popen[Any]]:
     return popen
 
 
-def bound_to(popen: type[Any], module: ModuleType = subprocess) -> dict[str, Any]:
+def rebind(popen: type[Any], module: ModuleType = subprocess) -> dict[str, Any]:
     """Return the functions of `module`, by name, with `popen` in the place of Popen.
 
     `module` is subprocess or one that stands for it; by default they are the running Python's own.

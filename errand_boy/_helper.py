@@ -15,7 +15,7 @@ import time
 
 from errand_boy import _child, _wire
 from errand_boy._connection import Connection, close_all
-from errand_boy._frame import PATIENCE, Caller, Outgoing, forget, take
+from errand_boy._frame import MOST_ATTEMPTS, Caller, SpawnFrame, acquire, forget
 from errand_boy._native import ffi, lib
 from errand_boy._request import Request
 from errand_boy.errors import HelperError
@@ -104,14 +104,14 @@ def _ids_after_exec() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]
 class Helper:
     """A running helper process, and the connections to it that are not in use."""
 
-    def __init__(self, keeper: Keeper) -> None:
-        self._keeper = keeper
+    def __init__(self, manager: HelperManager) -> None:
+        self._manager = manager
         self.caller = Caller()
         self._owner = os.getpid()
         path = os.environ.get("ERRAND_BOY_HELPER")
         posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix"
         arguments = [b"errand-boy: helper of %d" % self._owner, b"--private"]
-        if keeper.own_children:
+        if manager.own_children:
             arguments.append(b"--own-children")
         if posix:
             arguments.append(b"--posix-spawn")
@@ -169,11 +169,11 @@ class Helper:
 
     def fits(self, fresh: Helper | None) -> bool:
         """Return whether the calling thread may use it; `fresh` is one that it has just started."""
-        outgoing = take()
+        spawn_frame = acquire()
         try:
-            found = outgoing.read(self.caller, self.pid if self.shares_fs else 0)
+            found = spawn_frame.read(self.caller, self.pid if self.shares_fs else 0)
         finally:
-            outgoing.done()
+            spawn_frame.done()
         return _fits(found, self is fresh)
 
     def connect(self) -> Connection | None:
@@ -207,9 +207,9 @@ class Helper:
     def release(self, connection: Connection) -> None:
         """Take back a connection whose last command has ended or is the caller's own child."""
         connection.reply = None
-        if self is self._keeper.current and len(self.idle) < _MOST_IDLE:
+        if self is self._manager.current and len(self.idle) < _MOST_IDLE:
             self.idle.append(connection)
-            if self is not self._keeper.current:  # retired meanwhile
+            if self is not self._manager.current:  # retired meanwhile
                 self._close_idle()
         else:
             connection.close()
@@ -295,7 +295,7 @@ def ends_at_once() -> HelperError:
     return HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
 
 
-class Keeper:
+class HelperManager:
     """Starts, finds and replaces the helper of one kind.
 
     With `own_children`, that helper's commands are its own children, and so can be streamed.
@@ -305,51 +305,51 @@ class Keeper:
         self.own_children = own_children
         self.current: Helper | None = None
 
-    def acquire(self, request: Request, outgoing: Outgoing) -> tuple[Helper, Connection]:
+    def acquire(self, request: Request, spawn_frame: SpawnFrame) -> tuple[Helper, Connection]:
         """Prepare `request` for a helper that fits the calling thread; return it and a connection.
 
-        They are those of `outgoing` too, for an exception that comes in from outside: the request
+        `spawn_frame` has them too, for an exception that comes in from outside: the request
         may have been sent by then. Raises HelperError if no helper can be started, and OSError for
         a lack of descriptors or a request that is too long (E2BIG).
         """
         fresh: Helper | None = None
         if _unreaped:
             _reap()
-        for _ in range(PATIENCE):
+        for _ in range(MOST_ATTEMPTS):
             helper = self.current
             if helper is None:
                 helper = fresh = self._replace(None)
             try:
-                connection = outgoing.connection = helper.idle.pop()
+                connection = spawn_frame.connection = helper.idle.pop()
             except IndexError:
                 connection = None
-            outgoing.helper = helper
+            spawn_frame.helper = helper
             pid, flags = (helper.pid, 0) if helper.shares_fs else (0, _WITH_FS)
             try:
-                found = outgoing.prepare(request, helper.caller, pid, flags, connection)
+                found = spawn_frame.prepare(request, helper.caller, pid, flags, connection)
             except OSError:  # the request is too long: nothing has been sent
-                outgoing.connection = None
+                spawn_frame.connection = None
                 if connection is not None:
                     helper.release(connection)
                 raise
             if not _fits(found, helper is fresh):
                 fresh = self._replace(helper)
             elif connection is None:
-                connection = outgoing.connection = helper.connect()
+                connection = spawn_frame.connection = helper.connect()
                 if connection is not None:
                     return helper, connection
                 fresh = self._replace(helper)
             elif found & lib.EB_CONNECTION:
                 return helper, connection
             if connection is not None:
-                outgoing.connection = None
+                spawn_frame.connection = None
                 connection.close()
         raise ends_at_once()
 
     def start(self) -> None:
         """Have a helper that fits the calling thread."""
         fresh: Helper | None = None
-        for _ in range(PATIENCE):
+        for _ in range(MOST_ATTEMPTS):
             helper = self.current
             if helper is not None and helper.fits(fresh):
                 connection = None if helper.idle else helper.connect()
@@ -393,8 +393,8 @@ class Keeper:
         _reap()
 
 
-callers = Keeper(own_children=False)  # whose commands are the calling process's own children
-owner = Keeper(own_children=True)
+launcher = HelperManager(own_children=False)  # starts children of the calling process
+runner = HelperManager(own_children=True)  # runs commands of its own, whose streams are frames
 
 
 def _reap(grace: float = 0.0) -> None:
@@ -412,8 +412,8 @@ def stop() -> None:
     they end, but shares nothing with this process any more.
     """
     with _lock:
-        callers.retire()
-        owner.retire()
+        launcher.retire()
+        runner.retire()
         _reap(_GRACE)
     forget()
 
@@ -423,7 +423,7 @@ def _after_fork() -> None:
     # The parent's helpers are not ours; a lock may be held by a thread that exists no more.
     _lock = threading.RLock()
     _unreaped.clear()
-    callers.current = owner.current = None
+    launcher.current = runner.current = None
     close_all()
 
 

@@ -20,7 +20,7 @@ from heapq import heappop, heappush
 import errand_boy
 from errand_boy import _helper, _request, _wire
 from errand_boy._connection import Connection
-from errand_boy._frame import PATIENCE, Caller, take
+from errand_boy._frame import MOST_ATTEMPTS, Caller, acquire
 from errand_boy._native import lib
 from errand_boy._request import Request
 from errand_boy.errors import ErrandBoyError, HelperDiedError, ProtocolError, RefusedError
@@ -193,7 +193,7 @@ class _Job:
         self.pid = 0  # unless it is brief
 
 
-class _Line:
+class Channel:
     """A connection, and the command that runs over it."""
 
     __slots__ = ("connection", "fd", "generation", "job", "lender", "rest", "sock", "unsent")
@@ -209,7 +209,7 @@ class _Line:
         self.unsent = b""
 
 
-class _Here:
+class LocalSource:
     """Commands by a helper of this process's own."""
 
     _helper: Helper | None = None
@@ -220,7 +220,7 @@ class _Here:
         """Have a helper that fits this process; return whether it is another than before."""
         # Ids are compared at each start. The rest (capabilities, limits, session, ...) takes 15 µs.
         ids = (os.getresuid(), os.getresgid(), os.getgroups())
-        helper, now = _helper.owner.current, time.monotonic()
+        helper, now = _helper.runner.current, time.monotonic()
         if (
             self._helper is helper is not None
             and ids == self._ids
@@ -228,8 +228,8 @@ class _Here:
         ):
             return False
         while helper is None or not helper.fits(None):
-            _helper.owner.start()
-            before, helper = helper, _helper.owner.current
+            _helper.runner.start()
+            before, helper = helper, _helper.runner.current
             if helper is not before:  # it has just been found to fit
                 break
         if helper is not None:
@@ -244,7 +244,7 @@ class _Here:
         assert helper is not None
         return (helper.caller, helper.pid, 0) if helper.shares_fs else (helper.caller, 0, _WITH_FS)
 
-    def connect(self) -> _Line | None:
+    def connect(self) -> Channel | None:
         """Return a new line; None if the helper has gone."""
         helper = self._helper
         if helper is None:
@@ -254,15 +254,15 @@ class _Here:
         except IndexError:
             connection = helper.connect()
         if connection is None:
-            _helper.owner.dismiss(helper)
+            _helper.runner.dismiss(helper)
             return None
         if connection.is_ours():
-            return _Line(helper, connection)
+            return Channel(helper, connection)
         connection.close()
         return None
 
 
-class _There:
+class DaemonSource:
     """Commands by a daemon."""
 
     _ids: tuple[int, int] | None = None
@@ -278,8 +278,8 @@ class _There:
     def state(self) -> tuple[Caller | None, int, int]:
         return None, 0, _WITH_FS
 
-    def connect(self) -> _Line | None:
-        return _Line(self._client, self._client.connection())
+    def connect(self) -> Channel | None:
+        return Channel(self._client, self._client.connection())
 
 
 class _Template:
@@ -339,7 +339,7 @@ class Batch:
 
     def __init__(
         self,
-        place: _Here | _There,
+        place: LocalSource | DaemonSource,
         commands: Iterable[Command],
         *,
         max_workers: int | None = None,
@@ -412,12 +412,12 @@ class Batch:
         self._taken = 0  # results that the caller has
         self._failure: Exception | None = None  # of the iterator's, for when its turn comes
         self._exhausted = False
-        self._lines: dict[int, _Line] = {}
-        self._idle: list[_Line] = []
+        self._lines: dict[int, Channel] = {}
+        self._idle: list[Channel] = []
         self._generation = 0  # of lines
         self._live = 0
         self._waiting: deque[_Job] = deque()  # to be started again, elsewhere
-        self._ends: list[tuple[float, int, _Line, _Job]] = []  # a heap of deadlines
+        self._ends: list[tuple[float, int, Channel, _Job]] = []  # a heap of deadlines
         self._serial = itertools.count()
         self._results: dict[int, Result] = {}
         self._done: deque[Result] = deque()
@@ -591,16 +591,16 @@ class Batch:
         start, helper, with_fs = self._place.state()
         flags |= with_fs
         request = Request(common, standard, (), flags)
-        outgoing = take()
+        spawn_frame = acquire()
         try:
-            outgoing.prepare(request, start, helper, 0, None)
-            tail, fds = bytes(outgoing.frame[_HEADER_SIZE:]), outgoing.fds
+            spawn_frame.prepare(request, start, helper, 0, None)
+            tail, fds = bytes(spawn_frame.rest[_HEADER_SIZE:]), spawn_frame.fds
             if flags & lib.EB_WITH_CWD:
                 if self._cwd_fd < 0:
                     self._cwd_fd = os.dup(fds[-1])
                 fds[-1] = self._cwd_fd
         finally:
-            outgoing.done()
+            spawn_frame.done()
         return _Template(tail, fds, _request.exec_path(options["env"]))
 
     def _forget_templates(self) -> None:
@@ -620,7 +620,7 @@ class Batch:
         return template
 
     def _start(self, job: _Job) -> None:
-        while job.attempts < PATIENCE:
+        while job.attempts < MOST_ATTEMPTS:
             if self._place.changed():
                 self._renew()
             job.begin(self._streams)
@@ -681,7 +681,7 @@ class Batch:
         job.given += len(now)
         return frames if job.given < len(job.input) else frames + _END_OF_INPUT
 
-    def _send(self, line: _Line, data: bytes, fds: Sequence[int] = ()) -> bool:
+    def _send(self, line: Channel, data: bytes, fds: Sequence[int] = ()) -> bool:
         """Send, or keep what the socket does not take; return whether there is still a helper."""
         if line.unsent:
             data = line.unsent + data
@@ -711,7 +711,7 @@ class Batch:
 
     # -- receiving --
 
-    def _receive(self, line: _Line, data: memoryview) -> None:
+    def _receive(self, line: Channel, data: memoryview) -> None:
         if line.rest:
             data = memoryview(line.rest + data)
         at, end, job = 0, len(data), line.job
@@ -744,7 +744,7 @@ class Batch:
                 job = None
         line.rest = bytes(data[at:]) if at < end else b""
 
-    def _stray(self, line: _Line, kind: int, payload: bytes) -> None:
+    def _stray(self, line: Channel, kind: int, payload: bytes) -> None:
         """Take a frame that belongs to no command."""
         if kind == lib.EB_HELLO:
             line.connection.greet(payload)
@@ -760,7 +760,7 @@ class Batch:
         elif line.fd in self._lines:  # else what is left of a command that was timed out
             raise ProtocolError(errno.EPROTO, f"frame {kind} while no command runs")
 
-    def _frame(self, line: _Line, job: _Job, kind: int, payload: bytes) -> None:
+    def _frame(self, line: Channel, job: _Job, kind: int, payload: bytes) -> None:
         if kind == _CREDIT:
             job.window += int.from_bytes(payload, "little")
             if job.input is not None and job.given < len(job.input):
@@ -833,7 +833,7 @@ class Batch:
             else:
                 result.stdout = data
 
-    def _over(self, line: _Line, result: Result, keep: bool = True) -> None:
+    def _over(self, line: Channel, result: Result, keep: bool = True) -> None:
         job = line.job
         assert job is not None
         line.job = None
@@ -859,12 +859,12 @@ class Batch:
         if self.on_result is not None:
             self.on_result(result)
 
-    def _drop(self, line: _Line) -> None:
+    def _drop(self, line: Channel) -> None:
         if self._lines.pop(line.fd, None) is not None:
             self.unwatch(line.fd)
         line.connection.close()
 
-    def _lost(self, line: _Line, error: OSError | None) -> None:
+    def _lost(self, line: Channel, error: OSError | None) -> None:
         job, line.job = line.job, None
         if job is None and line in self._idle:
             self._idle.remove(line)
@@ -930,7 +930,7 @@ def drive(batch: Batch, check: bool = False) -> Generator[Result, None, None]:
 
 def make(commands: Iterable[Command], client: Client | None = None, **options: Any) -> Batch:
     """Return the batch for `map`'s arguments."""
-    return Batch(_Here() if client is None else _There(client), commands, **options)
+    return Batch(LocalSource() if client is None else DaemonSource(client), commands, **options)
 
 
 def map(

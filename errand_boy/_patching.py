@@ -53,10 +53,10 @@ def _patch_stdlib() -> None:
     # the original: other modules may have imported each of them.
     for owner in {_popen._Base, subprocess.Popen, *object.__subclasses__()}:
         if (owner.__module__, owner.__name__) == ("subprocess", "Popen"):
-            _patch_class(owner, _adapter.View)
+            _patch_class(owner, _adapter.Adapter)
 
 
-def _patch_class(owner: type, view_class: type[_adapter.View]) -> None:
+def _patch_class(owner: type, view_class: type[_adapter.Adapter]) -> None:
     def execute_child(original: Any) -> Any:
         def _execute_child(self: Any, *args: Any) -> None:
             if isinstance(self, _popen.Popen):  # errand_boy's own, for a preexec_fn

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from operator import index
 
 from errand_boy import _child, _direct, _request, _ways, _wire
-from errand_boy._frame import PATIENCE, Outgoing, take
+from errand_boy._frame import MOST_ATTEMPTS, SpawnFrame, acquire
 from errand_boy._functions import original_popen
 from errand_boy._native import lib
 from errand_boy._request import Request
@@ -63,7 +63,7 @@ class Popen(_Base[AnyStr]):
     _usage: tuple[int, ...] = ()  # see protocol.Exited
     _more_options = b""
     _default_group = -1  # the caller's
-    _patience = _direct.PATIENCE
+    _patience_us = _direct.PATIENCE_US
     _names: tuple[Any, Any]  # of the program and its directory, for an error
 
     def _execute_child(self, *given: Any) -> None:
@@ -143,7 +143,12 @@ class Popen(_Base[AnyStr]):
     def _start_here(self, request: Request) -> Failed | None:
         """Start a command in this process; return why it could not be."""
         outcome = _direct.spawn(
-            self, request.options, *request.standard, request.others, request.flags, self._patience
+            self,
+            request.options,
+            *request.standard,
+            request.others,
+            request.flags,
+            self._patience_us,
         )
         if not (outcome is None or isinstance(outcome, tuple)):
             outcome = self._await_start(outcome)
@@ -198,48 +203,48 @@ class Popen(_Base[AnyStr]):
         """Start a command the standard library's way; `given` are _execute_child's arguments."""
         super()._execute_child(*given)  # type: ignore[misc]
 
-    def _acquire(self, request: Request, outgoing: Outgoing) -> tuple[Lender, Connection]:
+    def _acquire(self, request: Request, spawn_frame: SpawnFrame) -> tuple[Lender, Connection]:
         """Prepare `request` for a connection; return that, and who keeps it between commands."""
         from errand_boy import _helper  # noqa: PLC0415  most processes need none
 
-        return _helper.callers.acquire(request, outgoing)
+        return _helper.launcher.acquire(request, spawn_frame)
 
     def _discard(self, lender: Any, connection: Connection) -> None:
         """Take note that `connection` broke before the request was read."""
         from errand_boy import _helper  # noqa: PLC0415
 
-        _helper.callers.discard(lender, connection)
+        _helper.launcher.discard(lender, connection)
 
-    def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
+    def _outcome(self, connection: Connection, spawn_frame: SpawnFrame) -> Spawned | Failed:
         """Send what has not been sent of a request, and return its outcome."""
-        return connection.outcome(outgoing)
+        return connection.outcome(spawn_frame)
 
     def _start(self, request: Request) -> Spawned | Failed | None:
-        outgoing = take()
+        spawn_frame = acquire()
         try:
-            for _ in range(PATIENCE):
+            for _ in range(MOST_ATTEMPTS):
                 try:
-                    lender, connection = self._acquire(request, outgoing)
-                    reply = self._outcome(connection, outgoing)
+                    lender, connection = self._acquire(request, spawn_frame)
+                    reply = self._outcome(connection, spawn_frame)
                     self._take(reply, lender, connection)
                 except NotServedError:
                     self._discard(lender, connection)
                     continue
                 except BaseException as error:
-                    self._abandon(outgoing, error)
+                    self._abandon(spawn_frame, error)
                     raise
                 if self._lease is None:
                     lender.release(connection)
                 return reply
         finally:
-            outgoing.done()
+            spawn_frame.done()
         raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
 
-    def _abandon(self, outgoing: Outgoing, error: BaseException) -> None:
+    def _abandon(self, spawn_frame: SpawnFrame, error: BaseException) -> None:
         """Have what became of a request whose start has failed with `error`."""
         # Descriptors that cannot be sent end the connection, not the helper; if it is the helper
         # that ended, the next start finds that out.
-        lender, connection = outgoing.helper, outgoing.connection
+        lender, connection = spawn_frame.helper, spawn_frame.connection
         if lender is None or connection is None:
             return
         if not isinstance(error, OSError):

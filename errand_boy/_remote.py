@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from errand_boy import _popen, _wire
 from errand_boy._connection import Connection
-from errand_boy._frame import Outgoing
+from errand_boy._frame import SpawnFrame
 from errand_boy._native import lib
 from errand_boy._request import Request
 
@@ -91,14 +91,14 @@ class Popen(_popen.Popen[AnyStr]):
     def _way(self, with_ids: bool) -> str:
         return "helper"
 
-    def _acquire(self, request: Request, outgoing: Outgoing) -> tuple[Client, Connection]:
-        return self._client, self._client.acquire(request, outgoing)
+    def _acquire(self, request: Request, spawn_frame: SpawnFrame) -> tuple[Client, Connection]:
+        return self._client, self._client.acquire(request, spawn_frame)
 
     def _discard(self, lender: Any, connection: Connection) -> None:
         connection.close()
 
-    def _abandon(self, outgoing: Outgoing, error: BaseException) -> None:
+    def _abandon(self, spawn_frame: SpawnFrame, error: BaseException) -> None:
         # The outcome, which might be long in coming where commands wait for their turn, is of no
         # use: the child is not ours to wait for. One that waits for its turn is withdrawn by this.
-        if outgoing.connection is not None and self._lease is None:
-            outgoing.connection.close()
+        if spawn_frame.connection is not None and self._lease is None:
+            spawn_frame.connection.close()

@@ -50,7 +50,7 @@ def start() -> None:
     from errand_boy import _helper  # noqa: PLC0415  most processes need none
 
     _helper_is_asked_for = True
-    _helper.callers.start()
+    _helper.launcher.start()
 
 
 def stop() -> None:
@@ -72,5 +72,5 @@ def stop() -> None:
 def helper_pid() -> int | None:
     """Return the pid of the helper that starts commands as this process's children, or None."""
     helper = sys.modules.get("errand_boy._helper")
-    current = None if helper is None else helper.callers.current
+    current = None if helper is None else helper.launcher.current
     return None if current is None else current.pid

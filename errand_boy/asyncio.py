@@ -30,7 +30,7 @@ from typing import IO, Any
 from errand_boy import _direct, _helper, _popen, _remote, _wire
 from errand_boy._adapter import sending
 from errand_boy._connection import Connection
-from errand_boy._frame import PATIENCE, Outgoing, take
+from errand_boy._frame import MOST_ATTEMPTS, SpawnFrame, acquire
 from errand_boy._request import Request
 from errand_boy._wire import Failed, Spawned
 from errand_boy.errors import HelperError, NotServedError
@@ -61,7 +61,7 @@ _STARTS_IN_A_TURN = 4
 _MOMENT = 1.0  # seconds that a cancelled start waits for its command's end
 _PAUSE = 0.01  # seconds between attempts to reach a daemon that has many others waiting
 
-_burials: set[_Burial] = set()
+_cancelled_starts: set[_CancelledStart] = set()
 
 # Those whose answer is awaited, or that have a live command. When that is found to be garbage,
 # with its loop, it can only be ended if the connection has not been finalized before.
@@ -149,7 +149,7 @@ def _readers_of(loop: asyncio.AbstractEventLoop) -> _Readers | asyncio.AbstractE
 class _Popen(_popen.Popen[bytes]):
     """A Popen whose constructor sends nothing: `begin` does, without blocking the loop."""
 
-    _patience = _direct.LOOP_PATIENCE
+    _patience_us = _direct.LOOP_PATIENCE_US
     _request: Request | None = None
     _pending: object = None  # a start in this process, see direct.py
     _given: tuple[Any, ...] = ()  # to _execute_child
@@ -212,9 +212,9 @@ class _Popen(_popen.Popen[bytes]):
             while (outcome := _direct.await_spawn(self, start, 0)) is start:
                 await asyncio.sleep(next(pauses))
         except BaseException as error:
-            burial = _Burial(loop, self)
+            cancelled = _CancelledStart(loop, self)
             if isinstance(error, asyncio.CancelledError):
-                await burial.wait()
+                await cancelled.wait()
             raise
         finally:
             self._pending = None
@@ -223,29 +223,29 @@ class _Popen(_popen.Popen[bytes]):
 
     async def _asked(self, loop: asyncio.AbstractEventLoop, request: Request) -> Spawned | Failed:
         """Have a helper start the command."""
-        if _burials:
-            _end_burials()
-        for _ in range(PATIENCE):
+        if _cancelled_starts:
+            _end_cancelled_starts()
+        for _ in range(MOST_ATTEMPTS):
             await self._until_reachable(loop)
-            outgoing, connection = take(), None
+            spawn_frame, connection = acquire(), None
             try:
-                lender, connection = self._acquire(request, outgoing)
-                if outgoing.frame:
-                    await _send(loop, connection, outgoing)
+                lender, connection = self._acquire(request, spawn_frame)
+                if spawn_frame.rest:
+                    await _send(loop, connection, spawn_frame)
             except NotServedError:
                 assert connection is not None
                 self._discard(lender, connection)
                 continue
             except BaseException as error:
                 if connection is None:
-                    self._abandon(outgoing, error)
+                    self._abandon(spawn_frame, error)
                     if self._child_created:  # an interrupt came when it had been sent
                         self._end()
                 else:  # not sent whole: it will not be started
                     connection.close()
                 raise
             finally:
-                outgoing.done()
+                spawn_frame.done()
             _in_use.add(connection)
             try:
                 reply = await _answer(loop, connection)
@@ -256,10 +256,10 @@ class _Popen(_popen.Popen[bytes]):
                 connection.close()
                 raise
             except BaseException as error:
-                burial = _Burial(loop, self, lender, connection)
+                cancelled = _CancelledStart(loop, self, lender, connection)
                 # asyncio.run() waits for the tasks that it cancels: leave nothing for later.
                 if isinstance(error, asyncio.CancelledError):
-                    await burial.wait()
+                    await cancelled.wait()
                 raise
             finally:
                 _in_use.discard(connection)
@@ -271,11 +271,11 @@ class _Popen(_popen.Popen[bytes]):
 
     async def _until_reachable(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait until `_acquire` can make a connection without waiting."""
-        helper = _helper.callers.current
+        helper = _helper.launcher.current
         while helper is not None and not helper.idle and not _is_writable(helper._control.sock):
             with contextlib.closing(helper._control.sock.dup()) as sock:  # one waits for each start
                 await _ready(loop, sock.fileno(), loop.add_writer, loop.remove_writer)
-            helper = _helper.callers.current
+            helper = _helper.launcher.current
 
     # -- the end --
 
@@ -370,10 +370,10 @@ async def _ready(
 
 
 async def _send(
-    loop: asyncio.AbstractEventLoop, connection: Connection, outgoing: Outgoing
+    loop: asyncio.AbstractEventLoop, connection: Connection, spawn_frame: SpawnFrame
 ) -> None:
     """Send what has not been sent of a request."""
-    for _ in sending(connection, outgoing):
+    for _ in sending(connection, spawn_frame):
         await _ready(loop, connection.sock.fileno(), loop.add_writer, loop.remove_writer)
 
 
@@ -441,7 +441,7 @@ class _Watch:
     __del__ = _close
 
 
-class _Burial:
+class _CancelledStart:
     """Ends a command whose start was cancelled when it had been asked for."""
 
     def __init__(
@@ -457,7 +457,7 @@ class _Burial:
         self._helper = None if lender is None or connection is None else (lender, connection)
         if self._helper is None:
             self._kill()
-        _burials.add(self)
+        _cancelled_starts.add(self)
         if loop.is_closed():
             self.end_without_loop(_MOMENT)
         else:  # which may run in another thread
@@ -518,7 +518,7 @@ class _Burial:
             self._process.kill()
 
     def _end(self, returncode: int = 0) -> None:
-        _burials.discard(self)
+        _cancelled_starts.discard(self)
         if not self._over.done() and not self.loop.is_closed():
             self._over.set_result(None)
 
@@ -532,17 +532,17 @@ class _Burial:
             self._end()
 
 
-def _end_burials() -> None:
-    for burial in list(_burials):
-        if burial.loop.is_closed():
-            burial.end_without_loop(0.0)
+def _end_cancelled_starts() -> None:
+    for cancelled in list(_cancelled_starts):
+        if cancelled.loop.is_closed():
+            cancelled.end_without_loop(0.0)
 
 
 @atexit.register
-def _end_all_burials() -> None:
+def _end_all_cancelled_starts() -> None:
     end = time.monotonic() + _MOMENT
-    for burial in list(_burials):
-        burial.end_without_loop(max(0.0, end - time.monotonic()))
+    for cancelled in list(_cancelled_starts):
+        cancelled.end_without_loop(max(0.0, end - time.monotonic()))
 
 
 class _Transport(base_subprocess.BaseSubprocessTransport):

@@ -30,7 +30,7 @@ from celery.worker.state import revoked
 
 from errand_boy import _helper, _request, _wire
 from errand_boy._connection import Connection
-from errand_boy._frame import PATIENCE, take
+from errand_boy._frame import MOST_ATTEMPTS, acquire
 from errand_boy._helper import Helper
 from errand_boy._native import lib
 from errand_boy._request import Request
@@ -160,7 +160,7 @@ class _Command:
         also one that comes in from outside, ends the process group.
         """
         try:
-            for _ in range(PATIENCE):
+            for _ in range(MOST_ATTEMPTS):
                 self._input = None if input is None else memoryview(input)
                 try:
                     self._start()
@@ -170,7 +170,7 @@ class _Command:
                     break
                 except NotServedError:
                     if self._lease is not None:
-                        _helper.owner.discard(*self._lease)
+                        _helper.runner.discard(*self._lease)
             else:
                 raise _helper.ends_at_once()
             self._give_back()
@@ -188,22 +188,22 @@ class _Command:
     # -- the course of it --
 
     def _start(self) -> None:
-        outgoing = take()
+        spawn_frame = acquire()
         try:
-            helper, connection = _helper.owner.acquire(self._request, outgoing)
+            helper, connection = _helper.runner.acquire(self._request, spawn_frame)
             with self._lock:
                 self._lease = helper, connection
                 if self._cancelled:
                     raise Ignore
-            while outgoing.frame:
+            while spawn_frame.rest:
                 try:
-                    outgoing.count_sent(connection.send_some(outgoing.frame, outgoing.fds))
+                    spawn_frame.count_sent(connection.send_some(spawn_frame.rest, spawn_frame.fds))
                 except BlockingIOError:
                     _await(connection.sock.fileno(), False, True, None)
         finally:
-            if self._lease is None and outgoing.connection is not None:
-                outgoing.connection.close()
-            outgoing.done()
+            if self._lease is None and spawn_frame.connection is not None:
+                spawn_frame.connection.close()
+            spawn_frame.done()
         helper.owns_children = True
 
     def _over(self) -> bool:

@@ -26,8 +26,8 @@ from eventlet.green.subprocess import (
 
 from errand_boy import _adapter, _child
 from errand_boy._connection import Connection
-from errand_boy._frame import Outgoing
-from errand_boy._functions import bound_to
+from errand_boy._frame import SpawnFrame
+from errand_boy._functions import rebind
 from errand_boy._wire import Failed, Spawned
 
 __all__ = [
@@ -79,7 +79,7 @@ class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
         _adapter.send_signal(_Base.send_signal, self, sig)
 
 
-_functions = bound_to(Popen, subprocess)
+_functions = rebind(Popen, subprocess)
 call = _functions["call"]
 check_call = _functions["check_call"]
 check_output = _functions["check_output"]
@@ -123,19 +123,19 @@ def _readable(fd: int, seconds: float) -> None:
         hubs.trampoline(fd, read=True, timeout=seconds, timeout_exc=_NotReadableError)
 
 
-class _View(_adapter.GreenView):
+class _View(_adapter.GreenAdapter):
     def _await_start(self, start: object) -> tuple[int, int] | None:
         if _in_hub():
-            return _adapter.View._await_start(self, start)
+            return _adapter.Adapter._await_start(self, start)
         return super()._await_start(start)
 
     def _pause(self, seconds: float) -> None:
         eventlet.sleep(seconds)
 
-    def _outcome(self, connection: Connection, outgoing: Outgoing) -> Spawned | Failed:
+    def _outcome(self, connection: Connection, spawn_frame: SpawnFrame) -> Spawned | Failed:
         if _in_hub():
-            return connection.outcome(outgoing)
-        return super()._outcome(connection, outgoing)
+            return connection.outcome(spawn_frame)
+        return super()._outcome(connection, spawn_frame)
 
     def _until_readable(self, connection: Connection) -> None:
         hubs.trampoline(connection.sock.fileno(), read=True)

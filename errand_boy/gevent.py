@@ -31,9 +31,9 @@ from gevent.subprocess import (
     list2cmdline,
 )
 
-from errand_boy._adapter import GreenView
+from errand_boy._adapter import GreenAdapter
 from errand_boy._connection import Connection
-from errand_boy._functions import bound_to
+from errand_boy._functions import rebind
 from errand_boy._request import Request
 from errand_boy._wire import Failed, Reply, Spawned
 
@@ -92,7 +92,7 @@ class Popen(_Base):  # type: ignore[misc]  # gevent has no types
         send_signal(_Base.send_signal, self, sig)
 
 
-_functions = bound_to(Popen, subprocess)
+_functions = rebind(Popen, subprocess)
 call = _functions["call"]
 check_call = _functions["check_call"]
 check_output = _functions["check_output"]
@@ -141,7 +141,7 @@ def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
         _View(process)._send_signal_frame(process.pid, sig)
 
 
-class _View(GreenView):
+class _View(GreenAdapter):
     def _start_here(self, request: Request) -> Failed | None:
         _unblock(request)
         with _collecting(self._process._loop):

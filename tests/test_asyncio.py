@@ -439,7 +439,7 @@ def test_cancelled_in_a_slow_exec(run: Runner, tmp_path: Path, unchanged: None) 
         with pytest.raises(asyncio.CancelledError):
             await start
         guard.release()
-        while ours._burials:
+        while ours._cancelled_starts:
             await ticks(1)
         os.close(reader)
 

@@ -31,8 +31,8 @@ def ended(pidfd):
 # -- SIGTERM --
 
 
-@pytest.mark.parametrize("keeper", ["callers", "owner"])
-def test_sigterm_ends_a_helper_at_rest_and_the_next_command_starts_another(keeper: str) -> None:
+@pytest.mark.parametrize("manager", ["launcher", "runner"])
+def test_sigterm_ends_a_helper_at_rest_and_the_next_command_starts_another(manager: str) -> None:
     source = f"""{ENDED}
 def run():
     subprocess.run(["true"], check=True)
@@ -40,12 +40,12 @@ def run():
 
 start()
 run()
-before = helper.{keeper}.current
+before = helper.{manager}.current
 pidfd = os.pidfd_open(before.pid)
 os.kill(before.pid, signal.SIGTERM)
 seen = [ended(pidfd)]
 run()
-report([*seen, helper.{keeper}.current is not before])
+report([*seen, helper.{manager}.current is not before])
 """
     assert run_script(source) == [True, True]
 
@@ -80,11 +80,11 @@ def test_command_of_a_helper_that_is_told_to_end_goes_on() -> None:
     source = f"""{ENDED}
 start()
 next(subprocess.map([["true"]])).check_returncode()
-before = helper.owner.current
+before = helper.runner.current
 results = subprocess.map([["sh", "-c", {script!r}], ["true"]], input=bytes(1 << 20), max_workers=1)
 done = next(results)
 seen = [int(done.stdout), done.returncode, next(results).returncode]
-report([*seen, helper.owner.current is not before])
+report([*seen, helper.runner.current is not before])
 """
     assert run_script(source) == [1 << 20, 3, 0, True]
 
@@ -125,8 +125,8 @@ terminated = set()
 
 def terminate():
     while not over.wait(0.003):
-        for keeper in helper.callers, helper.owner:
-            current = keeper.current
+        for manager in helper.launcher, helper.runner:
+            current = manager.current
             if current is not None:
                 try:
                     os.kill(current.pid, signal.SIGTERM)
@@ -193,7 +193,7 @@ signal.signal({int(number)}, take)
 start()
 subprocess.run(["true"], check=True)
 next(subprocess.map([["true"]])).check_returncode()
-before = [helper.callers.current, helper.owner.current]
+before = [helper.launcher.current, helper.runner.current]
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.tcsetpgrp(0, os.getpgrp())
 groups = [os.getpgid(it.pid) == os.getpgrp() for it in before]
@@ -203,7 +203,7 @@ while not seen:
 subprocess.run(["true"], check=True)
 next(subprocess.map([["true"]])).check_returncode()
 states = [open(f"/proc/{{it.pid}}/stat").read().rpartition(") ")[2][0] for it in before]
-same = [helper.callers.current, helper.owner.current] == before
+same = [helper.launcher.current, helper.runner.current] == before
 print(json.dumps([seen, same, groups, "T" in states]), flush=True, file=out)
 """
     master, terminal = pty.openpty()
@@ -291,7 +291,7 @@ def test_helper_with_a_live_command_shares_nothing_after_stop(tmp_path: Path) ->
 os.chdir("/")
 results = subprocess.map([["cat", sys.argv[2]], ["true"]], max_workers=2, ordered=False)
 next(results)
-it = helper.owner.current
+it = helper.runner.current
 pidfd = os.pidfd_open(it.pid)
 cwd = lambda: os.readlink(f"/proc/{{it.pid}}/cwd")
 os.chdir("/usr")

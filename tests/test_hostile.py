@@ -753,8 +753,8 @@ report([outcome, only_helper_left()])
     assert lines.read_text() in ("", "x\n")
 
 
-@pytest.mark.parametrize("keeper", ["callers", "owner"])
-def test_commands_of_a_helper_that_holds_many_descriptors(keeper: str) -> None:
+@pytest.mark.parametrize("manager", ["launcher", "runner"])
+def test_commands_of_a_helper_that_holds_many_descriptors(manager: str) -> None:
     """Where a table is too large to be copied, a new process gets reserved numbers instead."""
     source = f"""
 from errand_boy import _helper as helper, _wire as protocol
@@ -762,7 +762,7 @@ from errand_boy._native import lib
 
 start()
 list(subprocess.map([["true"]]))
-it = helper.{keeper}.current
+it = helper.{manager}.current
 fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(250)]
 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in fds))]
 lines = [it.connect() for _ in range(6)]
@@ -775,7 +775,7 @@ script = "cat; ls /proc/self/fd; readlink /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/f
 wrong = []
 for number in range(50):
     text = str(number).encode()
-    if "{keeper}" == "owner":
+    if "{manager}" == "runner":
         done = next(subprocess.map([["sh", "-c", script]], input=text))
     else:
         done = subprocess.run(["sh", "-c", script], input=text, capture_output=True)

@@ -156,12 +156,12 @@ def send(line, *argv):
         os.waitpid(reply.pid, 0)
     return "run"
 
-def started(keeper):
+def started(manager):
     \"\"\"Have both helpers, each with an idle connection; return one of them, and its pidfd.\"\"\"
     start()
     subprocess.run(["true"], check=True)
     list(subprocess.map([["true"]]))
-    it = getattr(helper, keeper).current
+    it = getattr(helper, manager).current
     return it, os.pidfd_open(it.pid)
 
 def ended(pidfd):
@@ -172,14 +172,14 @@ def ended(pidfd):
 @pytest.mark.usefixtures("by_helper")
 @pytest.mark.root
 @pytest.mark.parametrize("over", ["connection", "new connection"])
-@pytest.mark.parametrize("keeper", ["callers", "owner"])
+@pytest.mark.parametrize("manager", ["launcher", "runner"])
 def test_helper_serves_nobody_who_has_given_up_the_rights_it_was_started_with(
-    keeper: str, over: str, public_dir: Path
+    manager: str, over: str, public_dir: Path
 ) -> None:
     public_dir.chmod(0o777)
     marker = public_dir / "marker"
     source = f"""{SEND}
-it, pidfd = started("{keeper}")
+it, pidfd = started("{manager}")
 os.setgroups([])
 os.setresgid(2002, 2002, 2002)
 os.setresuid(2002, 2002, 2002)
@@ -200,13 +200,13 @@ report([outcome, ended(pidfd), int(out), int(mapped)])
 
 
 @pytest.mark.usefixtures("by_helper")
-@pytest.mark.parametrize("keeper", ["callers", "owner"])
+@pytest.mark.parametrize("manager", ["launcher", "runner"])
 def test_helper_serves_no_other_process_than_the_one_that_started_it(
-    keeper: str, tmp_path: Path
+    manager: str, tmp_path: Path
 ) -> None:
     marker = tmp_path / "marker"
     source = f"""{SEND}
-it, pidfd = started("{keeper}")
+it, pidfd = started("{manager}")
 ours, theirs = socket.socketpair()
 line = it.idle[-1]
 fd = os.dup(line.sock.fileno())

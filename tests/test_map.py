@@ -555,8 +555,8 @@ def test_end_of_the_process_ends_what_runs(number: int, tmp_path: Path) -> None:
 
 
 def owner_pid() -> int:
-    assert _helper.owner.current is not None
-    return _helper.owner.current.pid
+    assert _helper.runner.current is not None
+    return _helper.runner.current.pid
 
 
 def test_helper_killed(tmp_path: Path) -> None:
@@ -635,7 +635,7 @@ def test_helpers_killed_at_random(tmp_path: Path) -> None:
 
     def kill() -> None:
         while not over.wait(random.random() / 20):
-            current = _helper.owner.current
+            current = _helper.runner.current
             if current is not None:
                 with suppress(ProcessLookupError):
                     os.kill(current.pid, signal.SIGKILL)

@@ -47,7 +47,7 @@ static void free_direct(struct eb_direct *d)
     if (d->job != NULL)
         eb_job_unmap(d->job);
     eb_request_free(&d->q);
-    eb_outgoing_clear(&d->frame);
+    eb_spawn_frame_clear(&d->frame);
     free(d);
 }
 
@@ -88,7 +88,7 @@ struct eb_direct *eb_direct_take(void)
     struct eb_direct *d = calloc(1, sizeof *d);
     if (d == NULL)
         return NULL;
-    eb_outgoing_init(&d->frame);
+    eb_spawn_frame_init(&d->frame);
     d->job = eb_job_map();
     if (d->job == NULL) {
         free_direct(d);
@@ -125,7 +125,7 @@ void eb_direct_give(struct eb_direct *d)
         return;
     }
     eb_request_free(&d->q);
-    eb_outgoing_done(&d->frame);
+    eb_spawn_frame_done(&d->frame);
     for (int i = 0; i < SPARE; i++) {
         struct eb_direct *none = NULL;
         if (__atomic_load_n(&spare[i], __ATOMIC_RELAXED) == NULL &&
@@ -199,7 +199,7 @@ int eb_direct_begin(struct eb_direct *d, int flags, const uint8_t *options, size
     d->maker = getpid();
     d->pid = 0;
     d->stage = EB_STAGE_EXEC; /* so that E2BIG names the program */
-    d->error = eb_outgoing_build(&d->frame, eb_standard_fds(), flags | EB_WITHOUT_STATE, options, size, wanted);
+    d->error = eb_spawn_frame_build(&d->frame, eb_standard_fds(), flags | EB_WITHOUT_STATE, options, size, wanted);
     if (d->error != 0)
         return d->error;
     d->error = eb_request_parse(&d->q, d->frame.frame + EB_HEADER_SIZE, d->frame.size - EB_HEADER_SIZE, reason);

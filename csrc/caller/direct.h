@@ -5,11 +5,11 @@
 #ifndef EB_DIRECT_H
 #define EB_DIRECT_H
 
-#include "caller/outgoing.h"
+#include "caller/spawn_frame.h"
 #include "spawn/request.h"
 
 struct eb_direct {
-    struct eb_outgoing frame; /* what the child reads, */
+    struct eb_spawn_frame frame; /* what the child reads, */
     struct eb_request q;      /* parsed */
     int flags;
     struct eb_job *job;
@@ -37,7 +37,7 @@ struct eb_direct *eb_direct_take(void);
 void eb_direct_give(struct eb_direct *d);
 
 /*
- * Makes the process.  `flags`, `options` and `wanted` are as for eb_outgoing_build, and so is the GIL.  Returns 0 if
+ * Makes the process.  `flags`, `options` and `wanted` are as for eb_spawn_frame_build, and so is the GIL.  Returns 0 if
  * the start is pending, else it is decided.  A filter or a kernel that does not have what is needed is ENOSYS in the
  * stage EB_STAGE_START, and then no program has been run.
  */

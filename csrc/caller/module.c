@@ -233,7 +233,7 @@ PyMODINIT_FUNC PyInit__native(void)
     return module;
 }
 
-int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags, int fd,
+int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int helper, int flags, int fd,
                     uint64_t device, uint64_t inode, const uint8_t *options, size_t options_size, int in, int out,
                     int err, const int *others, uint32_t other_count)
 {
@@ -244,16 +244,16 @@ int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int he
     PyGILState_STATE state = 0;
     if (flags & EB_WITH_ENVIRONMENT)
         state = PyGILState_Ensure();
-    int error = eb_outgoing_build(o, found, flags, options, options_size, &wanted);
+    int error = eb_spawn_frame_build(o, found, flags, options, options_size, &wanted);
     if (flags & EB_WITH_ENVIRONMENT)
         PyGILState_Release(state);
     if (error != 0)
         return -error;
     if (found & EB_CONNECTION && !(found & EB_UNSURE))
-        eb_outgoing_send(o, fd);
+        eb_spawn_frame_send(o, fd);
     if (o->sent < o->size)
         return found;
-    eb_outgoing_done(o);
+    eb_spawn_frame_done(o);
     return found | EB_SENT;
 }
 

@@ -2,14 +2,14 @@
 #ifndef EB_MODULE_H
 #define EB_MODULE_H
 
-#include "caller/outgoing.h"
+#include "caller/spawn_frame.h"
 
 /*
  * Reads the calling thread's state; if the helper that `start` belongs to fits it, or without one, builds the request;
  * and if `fd` still is a connection to it, sends that.  One call, since each one lets go of the GIL and waits for it.
  * Returns what was found, or -errno.
  */
-int eb_send_request(struct eb_outgoing *o, const struct eb_caller *start, int helper, int flags, int fd,
+int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int helper, int flags, int fd,
                     uint64_t device, uint64_t inode, const uint8_t *options, size_t options_size, int in, int out,
                     int err, const int *others, uint32_t other_count);
 

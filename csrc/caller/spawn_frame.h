@@ -1,16 +1,16 @@
 /* A SPAWN request as its caller builds it: what was asked for, and what the child inherits. */
-#ifndef EB_OUTGOING_H
-#define EB_OUTGOING_H
+#ifndef EB_SPAWN_FRAME_H
+#define EB_SPAWN_FRAME_H
 
 #include <stddef.h>
 
 #include "caller/caller.h"
 
-struct eb_outgoing {
+struct eb_spawn_frame {
     struct eb_caller caller;
     uint8_t *frame; /* the whole frame; allocated */
     size_t size, capacity;
-    size_t sent; /* bytes of it that eb_outgoing_send has sent; with the first go the descriptors */
+    size_t sent; /* bytes of it that eb_spawn_frame_send has sent; with the first go the descriptors */
     int *fds;    /* to be sent with it; allocated, borrowed but for cwd_fd */
     uint32_t fd_count, fd_capacity;
     int cwd_fd; /* the last of them, or -1 */
@@ -36,25 +36,25 @@ struct eb_wanted_fds {
 };
 
 /* NULL if memory is short. */
-struct eb_outgoing *eb_outgoing_new(void);
-void eb_outgoing_free(struct eb_outgoing *o);
+struct eb_spawn_frame *eb_spawn_frame_new(void);
+void eb_spawn_frame_free(struct eb_spawn_frame *o);
 
 /* In place of these two, for one inside another object; `o` is all zeros before. */
-void eb_outgoing_init(struct eb_outgoing *o);
-void eb_outgoing_clear(struct eb_outgoing *o);
+void eb_spawn_frame_init(struct eb_spawn_frame *o);
+void eb_spawn_frame_clear(struct eb_spawn_frame *o);
 
 /*
  * Builds the frame, after eb_caller_read has filled `caller` and returned `found`.  `options` are those that
  * the caller has encoded itself.  Returns 0, E2BIG, ENOMEM, or why the working directory cannot be opened.
  * With EB_WITH_ENVIRONMENT it must be called under the GIL, under which os.putenv moves the environment.
  */
-int eb_outgoing_build(struct eb_outgoing *o, int found, int flags, const uint8_t *options,
+int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options,
                       size_t options_size, const struct eb_wanted_fds *wanted);
 
 /* Sends the frame as far as the socket takes it without waiting; 0 to 253 descriptors. */
-void eb_outgoing_send(struct eb_outgoing *o, int fd);
+void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd);
 
 /* Releases what only this request needed. */
-void eb_outgoing_done(struct eb_outgoing *o);
+void eb_spawn_frame_done(struct eb_spawn_frame *o);
 
 #endif

@@ -1,4 +1,4 @@
-#include "caller/outgoing.h"
+#include "caller/spawn_frame.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -63,7 +63,7 @@ static void put_environment(struct eb_writer *w, size_t size, uint32_t count)
 }
 
 /* Fills o->fds; returns 0 or ENOMEM. */
-static int collect_fds(struct eb_outgoing *o, int found, const struct eb_wanted_fds *wanted, struct eb_writer *w)
+static int collect_fds(struct eb_spawn_frame *o, int found, const struct eb_wanted_fds *wanted, struct eb_writer *w)
 {
     uint32_t most = wanted->other_count + 4; /* 0 to 2, and the working directory */
     if (most > o->fd_capacity) {
@@ -97,7 +97,7 @@ static int collect_fds(struct eb_outgoing *o, int found, const struct eb_wanted_
     return 0;
 }
 
-static int reserve(struct eb_outgoing *o, size_t size)
+static int reserve(struct eb_spawn_frame *o, size_t size)
 {
     if (size <= o->capacity)
         return 0;
@@ -110,7 +110,7 @@ static int reserve(struct eb_outgoing *o, size_t size)
     return 0;
 }
 
-int eb_outgoing_build(struct eb_outgoing *o, int found, int flags, const uint8_t *options,
+int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options,
                       size_t options_size, const struct eb_wanted_fds *wanted)
 {
     size_t environment = 4;
@@ -157,7 +157,7 @@ int eb_outgoing_build(struct eb_outgoing *o, int found, int flags, const uint8_t
     return 0;
 }
 
-void eb_outgoing_send(struct eb_outgoing *o, int fd)
+void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd)
 {
     union {
         struct cmsghdr header;
@@ -181,7 +181,7 @@ void eb_outgoing_send(struct eb_outgoing *o, int fd)
         o->sent = (size_t)n;
 }
 
-void eb_outgoing_done(struct eb_outgoing *o)
+void eb_spawn_frame_done(struct eb_spawn_frame *o)
 {
     if (o->cwd_fd >= 0)
         close(o->cwd_fd);
@@ -193,30 +193,30 @@ void eb_outgoing_done(struct eb_outgoing *o)
     }
 }
 
-void eb_outgoing_init(struct eb_outgoing *o)
+void eb_spawn_frame_init(struct eb_spawn_frame *o)
 {
     eb_caller_init(&o->caller);
     o->cwd_fd = -1;
 }
 
-void eb_outgoing_clear(struct eb_outgoing *o)
+void eb_spawn_frame_clear(struct eb_spawn_frame *o)
 {
-    eb_outgoing_done(o);
+    eb_spawn_frame_done(o);
     eb_caller_close(&o->caller);
     free(o->frame);
     free(o->fds);
 }
 
-struct eb_outgoing *eb_outgoing_new(void)
+struct eb_spawn_frame *eb_spawn_frame_new(void)
 {
-    struct eb_outgoing *o = calloc(1, sizeof *o);
+    struct eb_spawn_frame *o = calloc(1, sizeof *o);
     if (o != NULL)
-        eb_outgoing_init(o);
+        eb_spawn_frame_init(o);
     return o;
 }
 
-void eb_outgoing_free(struct eb_outgoing *o)
+void eb_spawn_frame_free(struct eb_spawn_frame *o)
 {
-    eb_outgoing_clear(o);
+    eb_spawn_frame_clear(o);
     free(o);
 }
