@@ -115,9 +115,9 @@ def unpatch() -> None:
 
 if not TYPE_CHECKING:  # to a type checker they are what the imports say
     if os.environ.get("ERRAND_BOY_SOCKET"):
-        _client = connect()
-        Popen = _client.Popen
-        globals().update((name, getattr(_client, name)) for name in NAMES)
+        _default = connect()
+        Popen = _default.Popen
+        globals().update((name, getattr(_default, name)) for name in NAMES)
     else:
         globals().update(rebind(Popen))
 
