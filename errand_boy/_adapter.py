@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from errand_boy._popen import Lender
-
 
 def sending(connection: Connection, spawn_frame: SpawnFrame) -> Iterator[None]:
     """Send what has not been sent of a request; yields whenever the socket takes nothing now."""
@@ -96,22 +94,22 @@ class GreenAdapter(Adapter):
                 return connection.answer(0.0)
 
     def _abandon(self, spawn_frame: SpawnFrame, error: BaseException) -> None:
-        lender, connection = spawn_frame.helper, spawn_frame.connection
-        if connection is None or lender is None or isinstance(error, OSError):
+        connection = spawn_frame.connection
+        if connection is None or isinstance(error, OSError):
             super()._abandon(spawn_frame, error)
         elif spawn_frame.rest:  # not sent whole: nothing has been started
             connection.close()
         elif connection.reply is None:
             # A greenlet's Timeout must not make the others wait. The command may run, and then it
             # must be waited for.
-            self._spawn(self._conclude, lender, connection)
+            self._spawn(self._conclude, connection)
         else:
-            self._take(connection.reply, lender, connection)
+            self._take(connection.reply, connection)
 
-    def _conclude(self, lender: Lender, connection: Connection) -> None:
+    def _conclude(self, connection: Connection) -> None:
         with contextlib.suppress(NotServedError, OSError):
-            self._take(self._answer(connection), lender, connection)
-        if self._lease is None:
+            self._take(self._answer(connection), connection)
+        if self._connection is None:
             connection.close()
 
 
@@ -130,14 +128,14 @@ def internal_poll(
     original: Callable[..., int | None], process: Any, *args: Any, **kwargs: Any
 ) -> int | None:
     """Return the return code, or None."""
-    if vars(process).get("_lease") is None:
+    if vars(process).get("_connection") is None:
         return original(process, *args, **kwargs)
     return Adapter(process)._internal_poll(*args, **kwargs)
 
 
 def wait(original: Callable[..., int], process: Any, timeout: float | None) -> int:
     """Return the return code; see subprocess.Popen._wait."""
-    if vars(process).get("_lease") is not None:
+    if vars(process).get("_connection") is not None:
         return Adapter(process)._wait(timeout)
     if _child.STDLIB_POLLS and _child.wait(process, timeout):
         returncode: int = process.returncode
@@ -147,7 +145,7 @@ def wait(original: Callable[..., int], process: Any, timeout: float | None) -> i
 
 def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
     """Send a signal to the process."""
-    if vars(process).get("_lease") is not None:
+    if vars(process).get("_connection") is not None:
         Adapter(process).send_signal(sig)
     elif not _child.send_signal(process, sig):
         original(process, sig)

@@ -123,7 +123,7 @@ class Popen(_remote.Popen[AnyStr]):
                     if isinstance(error, NotServedError):
                         continue
                     raise
-                self._client.release(connection)
+                connection.give_back()
                 return failed
         finally:
             spawn_frame.done()

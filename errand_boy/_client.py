@@ -53,8 +53,8 @@ class _Idle(Connection):
 
     __slots__ = ("ids",)
 
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, client: Client) -> None:
+        super().__init__(sock, client)
         self.ids = _ids()
 
 
@@ -131,14 +131,13 @@ class Client:
         Raises NoDaemonError, RefusedError, and OSError for a lack of descriptors or a request that
         is too long (E2BIG).
         """
-        spawn_frame.helper = self
         while True:
             connection = spawn_frame.connection = self._pop() or self._connect()
             try:
                 found = spawn_frame.prepare(request, None, 0, _WITH_FS, connection)
             except OSError:  # nothing has been sent
                 spawn_frame.connection = None
-                self.release(connection)
+                connection.give_back()
                 raise
             if found & lib.EB_CONNECTION:
                 return connection
@@ -154,13 +153,16 @@ class Client:
                 return connection
             connection.close()
 
-    def release(self, connection: Connection) -> None:
-        """Take back a connection whose last command has ended."""
-        connection.reply = None
+    def take_back(self, connection: Connection) -> None:
+        """Keep a connection for the next command, or close it. For Connection.give_back."""
         if len(self._idle) < _MOST_IDLE and not connection.is_foreign():
             self._idle.append(connection)
         else:
             connection.close()
+
+    def discard(self, connection: Connection) -> None:
+        """Close a connection that broke; it says nothing about the others."""
+        connection.close()
 
     def _pop(self) -> Connection | None:
         ids = _ids()
@@ -178,7 +180,7 @@ class Client:
     def _connect(self) -> Connection:
         sock = self._socket()
         try:
-            connection = _Idle(sock)
+            connection = _Idle(sock, self)
             # If it is closed already, the reason is read where a reply is awaited.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.open()

@@ -19,6 +19,8 @@ from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError, Re
 
 TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from errand_boy._frame import SpawnFrame
 
 _NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
@@ -47,7 +49,11 @@ def close_all() -> None:
 
 
 class Connection:
-    """A socket whose other end a helper serves, one command at a time."""
+    """A socket whose other end a helper serves, one command at a time.
+
+    `pool` is where it goes between commands: a helper of this process, or the client of a daemon.
+    (Their modules stand above this one, so that no type can be named here.)
+    """
 
     __slots__ = (
         "__weakref__",
@@ -58,14 +64,16 @@ class Connection:
         "greeted",
         "inode",
         "lock",
+        "pool",
         "reply",
         "sock",
     )
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, pool: Any = None) -> None:
         info = os.fstat(sock.fileno())
         sock.settimeout(None)  # whatever socket.setdefaulttimeout says
         self.sock = sock
+        self.pool: Any = pool
         self._owner = os.getpid()
         self.device = info.st_dev
         self.inode = info.st_ino
@@ -88,6 +96,15 @@ class Connection:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+
+    def give_back(self) -> None:
+        """Return it to its pool: its last command has ended or is the caller's own child."""
+        self.reply = None
+        self.pool.take_back(self)
+
+    def discard(self) -> None:
+        """Close it because it broke before the request was read."""
+        self.pool.discard(self)
 
     def is_ours(self) -> bool:
         """Return whether the descriptor still is the socket that it was."""

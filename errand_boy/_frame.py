@@ -10,9 +10,7 @@ TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
     from typing import Any
 
-    from errand_boy._client import Client
     from errand_boy._connection import Connection
-    from errand_boy._helper import Helper
     from errand_boy._request import Request
 
 MOST_ATTEMPTS = 100  # attempts at one command, of a process whose threads differ in what they are
@@ -36,9 +34,9 @@ class Caller:
 
 
 class SpawnFrame:
-    """The frame of a request, for reuse; and where it has gone."""
+    """The frame of a request, for reuse; and the connection that it goes over."""
 
-    __slots__ = ("_c", "connection", "helper", "is_sent")
+    __slots__ = ("_c", "connection", "is_sent")
 
     def __init__(self) -> None:
         c = lib.eb_spawn_frame_new()
@@ -46,7 +44,6 @@ class SpawnFrame:
             raise MemoryError
         self._c: Any = ffi.gc(c, lib.eb_spawn_frame_free)
         self.connection: Connection | None = None
-        self.helper: Helper | Client | None = None
         self.is_sent = True  # whole, by `prepare`, and so `done` has nothing to release
 
     def read(self, start: Caller, helper: int) -> int:
@@ -111,7 +108,7 @@ class SpawnFrame:
         """Release what only this request needed, and be spare."""
         if not self.is_sent:
             lib.eb_spawn_frame_done(self._c)
-        self.connection = self.helper = None
+        self.connection = None
         if len(_spare) < _MOST_SPARE:
             _spare.append(self)
 

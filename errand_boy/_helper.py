@@ -179,7 +179,7 @@ class Helper:
     def connect(self) -> Connection | None:
         """Return a new connection; None if the helper has gone."""
         ours, theirs = _socketpair()
-        connection = Connection(ours)
+        connection = Connection(ours, self)
         try:
             with theirs:
                 rights = struct.pack("i", theirs.fileno())
@@ -204,15 +204,19 @@ class Helper:
         connection.close()
         return None
 
-    def release(self, connection: Connection) -> None:
-        """Take back a connection whose last command has ended or is the caller's own child."""
-        connection.reply = None
+    def take_back(self, connection: Connection) -> None:
+        """Keep a connection for the next command, or close it. For Connection.give_back."""
         if self is self._manager.current and len(self.idle) < _MOST_IDLE:
             self.idle.append(connection)
             if self is not self._manager.current:  # retired meanwhile
                 self._close_idle()
         else:
             connection.close()
+
+    def discard(self, connection: Connection) -> None:
+        """Take note that `connection` broke, and probably this helper with it."""
+        connection.close()
+        self._manager.dismiss(self)
 
     def _close_idle(self) -> None:
         while self.idle:
@@ -305,11 +309,11 @@ class HelperManager:
         self.own_children = own_children
         self.current: Helper | None = None
 
-    def acquire(self, request: Request, spawn_frame: SpawnFrame) -> tuple[Helper, Connection]:
-        """Prepare `request` for a helper that fits the calling thread; return it and a connection.
+    def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
+        """Prepare `request` for a helper that fits the calling thread; return its connection.
 
-        `spawn_frame` has them too, for an exception that comes in from outside: the request
-        may have been sent by then. Raises HelperError if no helper can be started, and OSError for
+        `spawn_frame` has it too, for an exception that comes in from outside: the request may
+        have been sent by then. Raises HelperError if no helper can be started, and OSError for
         a lack of descriptors or a request that is too long (E2BIG).
         """
         fresh: Helper | None = None
@@ -323,24 +327,23 @@ class HelperManager:
                 connection = spawn_frame.connection = helper.idle.pop()
             except IndexError:
                 connection = None
-            spawn_frame.helper = helper
             pid, flags = (helper.pid, 0) if helper.shares_fs else (0, _WITH_FS)
             try:
                 found = spawn_frame.prepare(request, helper.caller, pid, flags, connection)
             except OSError:  # the request is too long: nothing has been sent
                 spawn_frame.connection = None
                 if connection is not None:
-                    helper.release(connection)
+                    connection.give_back()
                 raise
             if not _fits(found, helper is fresh):
                 fresh = self._replace(helper)
             elif connection is None:
                 connection = spawn_frame.connection = helper.connect()
                 if connection is not None:
-                    return helper, connection
+                    return connection
                 fresh = self._replace(helper)
             elif found & lib.EB_CONNECTION:
-                return helper, connection
+                return connection
             if connection is not None:
                 spawn_frame.connection = None
                 connection.close()
@@ -354,16 +357,11 @@ class HelperManager:
             if helper is not None and helper.fits(fresh):
                 connection = None if helper.idle else helper.connect()
                 if connection is not None:
-                    helper.release(connection)
+                    connection.give_back()
                 if helper.idle:
                     return
             fresh = self._replace(helper)
         raise ends_at_once()
-
-    def discard(self, helper: Helper, connection: Connection) -> None:
-        """Take note that `connection` broke, and probably the helper with it."""
-        connection.close()
-        self.dismiss(helper)
 
     def dismiss(self, helper: Helper) -> None:
         """Let go of `helper`, if it is the current one."""

@@ -196,10 +196,9 @@ class _Job:
 class Channel:
     """A connection, and the command that runs over it."""
 
-    __slots__ = ("connection", "fd", "generation", "job", "lender", "rest", "sock", "unsent")
+    __slots__ = ("connection", "fd", "generation", "job", "rest", "sock", "unsent")
 
-    def __init__(self, lender: Any, connection: Connection) -> None:
-        self.lender = lender
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.sock = connection.sock
         self.fd = connection.sock.fileno()
@@ -257,7 +256,7 @@ class LocalSource:
             _helper.runner.dismiss(helper)
             return None
         if connection.is_ours():
-            return Channel(helper, connection)
+            return Channel(connection)
         connection.close()
         return None
 
@@ -279,7 +278,7 @@ class DaemonSource:
         return None, 0, _WITH_FS
 
     def connect(self) -> Channel | None:
-        return Channel(self._client, self._client.connection())
+        return Channel(self._client.connection())
 
 
 class _Template:
@@ -518,7 +517,7 @@ class Batch:
         for line in list(self._lines.values()):
             self.unwatch(line.fd)
             if line.job is None and not line.rest and line.generation == self._generation:
-                line.lender.release(line.connection)
+                line.connection.give_back()
             else:
                 line.connection.close()
         self._lines.clear()

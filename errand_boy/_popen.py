@@ -26,13 +26,10 @@ _LOOK = 100_000  # microseconds, after which a start that is pending is looked a
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, AnyStr, TypeAlias
+    from typing import Any, AnyStr
 
-    from errand_boy._client import Client
     from errand_boy._connection import Connection
-    from errand_boy._helper import Helper
 
-    Lender: TypeAlias = Helper | Client
     _Base = subprocess.Popen
 else:
     AnyStr = str  # typing takes milliseconds to import
@@ -57,9 +54,8 @@ class Popen(_Base[AnyStr]):
     makes it raise ValueError.
     """
 
-    # Set where the helper owns the child: the connection over which it reports the child's end, and
-    # where that goes back to.
-    _lease: tuple[Lender, Connection] | None = None
+    # Set where the helper owns the child: the connection over which it reports the child's end.
+    _connection: Connection | None = None
     _usage: tuple[int, ...] = ()  # see protocol.Exited
     _more_options = b""
     _default_group = -1  # the caller's
@@ -203,17 +199,11 @@ class Popen(_Base[AnyStr]):
         """Start a command the standard library's way; `given` are _execute_child's arguments."""
         super()._execute_child(*given)  # type: ignore[misc]
 
-    def _acquire(self, request: Request, spawn_frame: SpawnFrame) -> tuple[Lender, Connection]:
-        """Prepare `request` for a connection; return that, and who keeps it between commands."""
+    def _acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
+        """Prepare `request` for a connection, and return that."""
         from errand_boy import _helper  # noqa: PLC0415  most processes need none
 
         return _helper.launcher.acquire(request, spawn_frame)
-
-    def _discard(self, lender: Any, connection: Connection) -> None:
-        """Take note that `connection` broke before the request was read."""
-        from errand_boy import _helper  # noqa: PLC0415
-
-        _helper.launcher.discard(lender, connection)
 
     def _outcome(self, connection: Connection, spawn_frame: SpawnFrame) -> Spawned | Failed:
         """Send what has not been sent of a request, and return its outcome."""
@@ -224,17 +214,17 @@ class Popen(_Base[AnyStr]):
         try:
             for _ in range(MOST_ATTEMPTS):
                 try:
-                    lender, connection = self._acquire(request, spawn_frame)
+                    connection = self._acquire(request, spawn_frame)
                     reply = self._outcome(connection, spawn_frame)
-                    self._take(reply, lender, connection)
+                    self._take(reply, connection)
                 except NotServedError:
-                    self._discard(lender, connection)
+                    connection.discard()
                     continue
                 except BaseException as error:
                     self._abandon(spawn_frame, error)
                     raise
-                if self._lease is None:
-                    lender.release(connection)
+                if self._connection is None:
+                    connection.give_back()
                 return reply
         finally:
             spawn_frame.done()
@@ -244,24 +234,24 @@ class Popen(_Base[AnyStr]):
         """Have what became of a request whose start has failed with `error`."""
         # Descriptors that cannot be sent end the connection, not the helper; if it is the helper
         # that ended, the next start finds that out.
-        lender, connection = spawn_frame.helper, spawn_frame.connection
-        if lender is None or connection is None:
+        connection = spawn_frame.connection
+        if connection is None:
             return
         if not isinstance(error, OSError):
             connection.recover()
         if connection.reply is not None:
-            self._take(connection.reply, lender, connection)
-        if self._lease is None:
+            self._take(connection.reply, connection)
+        if self._connection is None:
             connection.close()
 
-    def _take(self, reply: Reply, lender: Lender, connection: Connection) -> None:
+    def _take(self, reply: Reply, connection: Connection) -> None:
         """Make the outcome this object's own; calling it again has no effect."""
         if isinstance(reply, Spawned):
             self.pid = reply.pid
             self._child_created = True
             if reply.by_helper:
-                lender.owns_children = True
-                self._lease = (lender, connection)
+                connection.pool.owns_children = True
+                self._connection = connection
         elif isinstance(reply, Failed) and reply.pid > 0 and self.returncode is None:
             self.pid = reply.pid
             with contextlib.suppress(ChildProcessError):  # somebody waited for any child
@@ -271,10 +261,10 @@ class Popen(_Base[AnyStr]):
     # -- where the helper owns the child --
 
     def _internal_poll(self, _deadstate: int | None = None, **kwargs: Any) -> int | None:
-        lease = self._lease
-        if lease is None:
+        connection = self._connection
+        if connection is None:
             return super()._internal_poll(_deadstate, **kwargs)  # type: ignore[misc,no-any-return]
-        if lease[1].is_foreign():
+        if connection.is_foreign():
             if _deadstate is None:
                 raise _not_ours()
             self.returncode = _deadstate
@@ -290,12 +280,12 @@ class Popen(_Base[AnyStr]):
         return self.returncode
 
     def _wait(self, timeout: float | None) -> int:
-        lease = self._lease
-        if lease is None:
+        connection = self._connection
+        if connection is None:
             if _child.STDLIB_POLLS and _child.wait(self, timeout):
                 return self.returncode
             return super()._wait(timeout)  # type: ignore[misc,no-any-return]
-        if lease[1].is_foreign():
+        if connection.is_foreign():
             raise _not_ours()
         if timeout is None:
             with self._waitpid_lock:
@@ -313,10 +303,9 @@ class Popen(_Base[AnyStr]):
         return self.returncode
 
     def _await_exit(self, timeout: float | None) -> None:
-        lease = self._lease
-        if self.returncode is not None or lease is None:
+        connection = self._connection
+        if self.returncode is not None or connection is None:
             return
-        lender, connection = lease
         try:
             reply = connection.receive(timeout)
         except TimeoutError:
@@ -324,7 +313,7 @@ class Popen(_Base[AnyStr]):
         except (NotServedError, OSError) as error:
             self.returncode = -signal.SIGKILL  # nobody can tell any more
             with connection.lock:
-                self._lease = None
+                self._connection = None
             connection.close()
             if isinstance(error, NotServedError):
                 raise HelperDiedError(
@@ -336,12 +325,12 @@ class Popen(_Base[AnyStr]):
             self._handle_exitstatus(reply.status)
             # Once it is back, another command's request may be on its way over it.
             with connection.lock:
-                self._lease = None
-            lender.release(connection)
+                self._connection = None
+            connection.give_back()
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
-        if self._lease is None:
+        if self._connection is None:
             if not _child.send_signal(self, sig):
                 super().send_signal(sig)
         elif self.poll() is None:
@@ -350,11 +339,11 @@ class Popen(_Base[AnyStr]):
     def _send_signal_frame(self, pid: int, sig: int) -> None:
         if not 0 <= index(sig) < signal.NSIG:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        lease = self._lease
-        if lease is not None:
-            with lease[1].lock:
-                if self._lease is not None:
-                    lease[1].send_signal(pid, sig)
+        connection = self._connection
+        if connection is not None:
+            with connection.lock:
+                if self._connection is not None:
+                    connection.send_signal(pid, sig)
 
 
 def _not_ours() -> ChildProcessError:

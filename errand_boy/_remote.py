@@ -91,14 +91,11 @@ class Popen(_popen.Popen[AnyStr]):
     def _way(self, with_ids: bool) -> str:
         return "helper"
 
-    def _acquire(self, request: Request, spawn_frame: SpawnFrame) -> tuple[Client, Connection]:
-        return self._client, self._client.acquire(request, spawn_frame)
-
-    def _discard(self, lender: Any, connection: Connection) -> None:
-        connection.close()
+    def _acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
+        return self._client.acquire(request, spawn_frame)
 
     def _abandon(self, spawn_frame: SpawnFrame, error: BaseException) -> None:
         # The outcome, which might be long in coming where commands wait for their turn, is of no
         # use: the child is not ours to wait for. One that waits for its turn is withdrawn by this.
-        if spawn_frame.connection is not None and self._lease is None:
+        if spawn_frame.connection is not None and self._connection is None:
             spawn_frame.connection.close()

@@ -229,12 +229,12 @@ class _Popen(_popen.Popen[bytes]):
             await self._until_reachable(loop)
             spawn_frame, connection = acquire(), None
             try:
-                lender, connection = self._acquire(request, spawn_frame)
+                connection = self._acquire(request, spawn_frame)
                 if spawn_frame.rest:
                     await _send(loop, connection, spawn_frame)
             except NotServedError:
                 assert connection is not None
-                self._discard(lender, connection)
+                connection.discard()
                 continue
             except BaseException as error:
                 if connection is None:
@@ -250,22 +250,22 @@ class _Popen(_popen.Popen[bytes]):
             try:
                 reply = await _answer(loop, connection)
             except NotServedError:
-                self._discard(lender, connection)
+                connection.discard()
                 continue
             except Exception:
                 connection.close()
                 raise
             except BaseException as error:
-                cancelled = _CancelledStart(loop, self, lender, connection)
+                cancelled = _CancelledStart(loop, self, connection)
                 # asyncio.run() waits for the tasks that it cancels: leave nothing for later.
                 if isinstance(error, asyncio.CancelledError):
                     await cancelled.wait()
                 raise
             finally:
                 _in_use.discard(connection)
-            self._take(reply, lender, connection)
-            if self._lease is None:
-                lender.release(connection)
+            self._take(reply, connection)
+            if self._connection is None:
+                connection.give_back()
             return reply
         raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
 
@@ -287,7 +287,7 @@ class _Popen(_popen.Popen[bytes]):
 
     def reap(self) -> int | None:
         """Return the return code if the child has ended."""
-        if self._lease is not None:
+        if self._connection is not None:
             return self.poll()
         if self.returncode is None and self._waitpid_lock.acquire(False):
             try:
@@ -304,14 +304,14 @@ class _Popen(_popen.Popen[bytes]):
         return self.returncode
 
     def _await_exit(self, timeout: float | None) -> None:
-        lease = self._lease
-        if lease is not None:
-            _in_use.discard(lease[1])  # before it is back with its lender
+        connection = self._connection
+        if connection is not None:
+            _in_use.discard(connection)  # before it is back in its pool
         try:
             super()._await_exit(timeout)
         except TimeoutError:
-            if lease is not None:
-                _in_use.add(lease[1])
+            if connection is not None:
+                _in_use.add(connection)
             raise
         except OSError as error:
             self.lost = error
@@ -340,10 +340,10 @@ def _connected(client: _client.Client) -> bool:
     except OSError as error:
         sock.close()
         return not isinstance(error, BlockingIOError)  # it will meet others too, and explain them
-    connection = _Idle(sock)
+    connection = _Idle(sock, client)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.open()
-    client.release(connection)
+    connection.give_back()
     return True
 
 
@@ -393,12 +393,12 @@ class _Watch:
         self._loop = loop
         self._process = process
         self._ended: Callable[[int], Any] | None = None
-        lease = process._lease
-        if lease is not None:
+        connection = process._connection
+        if connection is not None:
             # A copy: the connection may be in use for another command before this is removed.
-            self._fd = os.dup(lease[1].sock.fileno())
+            self._fd = os.dup(connection.sock.fileno())
             process._watch = self
-            _in_use.add(lease[1])
+            _in_use.add(connection)
         else:
             with contextlib.suppress(ProcessLookupError):  # somebody has waited for it
                 self._fd = os.pidfd_open(process.pid)
@@ -410,8 +410,8 @@ class _Watch:
             # As the loop's own would: what follows is in the context of the start.
             look = functools.partial(contextvars.copy_context().run, self._look)
             _readers_of(self._loop).add_reader(self._fd, look)
-        lease = self._process._lease
-        if self._fd < 0 or (lease is not None and lease[1].has_received()):
+        connection = self._process._connection
+        if self._fd < 0 or (connection is not None and connection.has_received()):
             self._loop.call_soon(self._look)
 
     def look_soon(self) -> None:
@@ -448,22 +448,19 @@ class _CancelledStart:
         self,
         loop: asyncio.AbstractEventLoop,
         process: _Popen,
-        lender: _popen.Lender | None = None,
         connection: Connection | None = None,
     ) -> None:
         self._over: asyncio.Future[None] = loop.create_future()
         self.loop = loop
         self._process = process
-        self._helper = None if lender is None or connection is None else (lender, connection)
-        if self._helper is None:
+        self._connection = connection
+        if connection is None:
             self._kill()
         _cancelled_starts.add(self)
         if loop.is_closed():
             self.end_without_loop(_MOMENT)
         else:  # which may run in another thread
-            loop.call_soon_threadsafe(
-                self._await_end if self._helper is None else self._await_reply
-            )
+            loop.call_soon_threadsafe(self._await_end if connection is None else self._await_reply)
 
     async def wait(self) -> None:
         """Wait for its end, but not for long. Does not mind to be cancelled once more."""
@@ -473,8 +470,8 @@ class _CancelledStart:
                 await asyncio.wait([self._over], timeout=rest)
 
     def _await_reply(self) -> None:
-        assert self._helper is not None
-        fd = self._helper[1].sock.fileno()
+        assert self._connection is not None
+        fd = self._connection.sock.fileno()
         _readers_of(self.loop).add_reader(fd, functools.partial(self._look, fd))
 
     def _look(self, fd: int) -> None:
@@ -497,9 +494,8 @@ class _CancelledStart:
 
     def _begin(self, timeout: float) -> None:
         """Take the outcome, and kill the command."""
-        assert self._helper is not None
-        lender, connection = self._helper
-        process = self._process
+        connection, process = self._connection, self._process
+        assert connection is not None
         try:
             reply = connection.receive(timeout)
         except TimeoutError:
@@ -507,11 +503,11 @@ class _CancelledStart:
         except (NotServedError, OSError):
             connection.close()
             return
-        process._take(reply, lender, connection)
+        process._take(reply, connection)
         if isinstance(reply, Spawned):
             self._kill()
-        if process._lease is None:
-            lender.release(connection)
+        if process._connection is None:
+            connection.give_back()
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it has other ids
@@ -619,11 +615,11 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
     def abandon(self) -> None:
         """End the command though nothing may be awaited any more."""
         self._closed = True
-        lease = self._started._lease
+        connection = self._started._connection
         with contextlib.suppress(OSError):
             self._started.kill()
-        if lease is not None:
-            _in_use.discard(lease[1])
+        if connection is not None:
+            _in_use.discard(connection)
 
     def __del__(self, _warn: Callable[..., Any] = warnings.warn) -> None:
         # asyncio's own would have the pipes call a loop that is closed, before it kills.

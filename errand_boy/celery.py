@@ -31,7 +31,6 @@ from celery.worker.state import revoked
 from errand_boy import _helper, _request, _wire
 from errand_boy._connection import Connection
 from errand_boy._frame import MOST_ATTEMPTS, acquire
-from errand_boy._helper import Helper
 from errand_boy._native import lib
 from errand_boy._request import Request
 from errand_boy.errors import HelperDiedError, HelperError, NotServedError, ProtocolError
@@ -114,8 +113,8 @@ class _Command:
         self._cwd = cwd
         self._grace = grace
         self._outputs = outputs
-        self._lease: tuple[Helper, Connection] | None = None
-        self._lock = threading.Lock()  # of _lease, _cancelled
+        self._connection: Connection | None = None
+        self._lock = threading.Lock()  # of _connection, _cancelled
         self._cancelled = False
         self._received = b""
         self._unsent = b""
@@ -141,10 +140,10 @@ class _Command:
         """End the command, in another thread than runs it; `run` raises Ignore there."""
         with self._lock:
             self._cancelled = True
-            if self._lease is not None:
+            if self._connection is not None:
                 # It wakes that thread, and makes the helper end the process group.
                 with contextlib.suppress(OSError):
-                    self._lease[1].sock.shutdown(socket.SHUT_RDWR)
+                    self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     def time_up(self) -> None:
         """Send SIGTERM to the process group, and after the grace SIGKILL."""
@@ -169,8 +168,8 @@ class _Command:
                         self._receive()
                     break
                 except NotServedError:
-                    if self._lease is not None:
-                        _helper.runner.discard(*self._lease)
+                    if self._connection is not None:
+                        self._connection.discard()
             else:
                 raise _helper.ends_at_once()
             self._give_back()
@@ -190,9 +189,9 @@ class _Command:
     def _start(self) -> None:
         spawn_frame = acquire()
         try:
-            helper, connection = _helper.runner.acquire(self._request, spawn_frame)
+            connection = _helper.runner.acquire(self._request, spawn_frame)
             with self._lock:
-                self._lease = helper, connection
+                self._connection = connection
                 if self._cancelled:
                     raise Ignore
             while spawn_frame.rest:
@@ -201,10 +200,10 @@ class _Command:
                 except BlockingIOError:
                     _await(connection.sock.fileno(), False, True, None)
         finally:
-            if self._lease is None and spawn_frame.connection is not None:
+            if self._connection is None and spawn_frame.connection is not None:
                 spawn_frame.connection.close()
             spawn_frame.done()
-        helper.owns_children = True
+        connection.pool.owns_children = True
 
     def _over(self) -> bool:
         # What left the group may keep the output open.
@@ -212,7 +211,7 @@ class _Command:
 
     def _wait(self) -> None:
         """Wait for the helper or for the next alarm, and let that ring."""
-        assert self._lease is not None
+        assert self._connection is not None
         now = time.monotonic()
         first = min(self._alarms, key=lambda alarm: alarm[0], default=None)
         if first is not None and first[0] <= now:
@@ -220,15 +219,15 @@ class _Command:
             first[1]()
             return
         rest = None if first is None else first[0] - now
-        _await(self._lease[1].sock.fileno(), True, bool(self._unsent), rest)
+        _await(self._connection.sock.fileno(), True, bool(self._unsent), rest)
         self._send(b"")
 
     def _send(self, data: bytes) -> None:
-        assert self._lease is not None
+        assert self._connection is not None
         self._unsent += data
         if self._unsent:
             with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-                sent = self._lease[1].sock.send(self._unsent, _FLAGS)
+                sent = self._connection.sock.send(self._unsent, _FLAGS)
                 self._unsent = self._unsent[sent:]
 
     def _send_input(self) -> None:
@@ -243,8 +242,8 @@ class _Command:
         self._input = rest if rest else None
 
     def _receive(self) -> None:
-        assert self._lease is not None
-        connection = self._lease[1]
+        assert self._connection is not None
+        connection = self._connection
         try:
             data = connection.sock.recv(_CHUNK, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -323,23 +322,22 @@ class _Command:
 
     def _give_back(self) -> None:
         with self._lock:
-            lease, self._lease = self._lease, None
-        if lease is None:
+            connection, self._connection = self._connection, None
+        if connection is None:
             return
-        helper, connection = lease
         if self._cancelled or self._unsent or (self.status is not None and self._streams):
             connection.close()
         else:
-            helper.release(connection)
+            connection.give_back()
 
     def _abandon(self) -> None:
         """Close the connection: the helper sends SIGTERM to the group, and SIGKILL later."""
         if self.status is not None:
             self._signal_group(signal.SIGKILL)
         with self._lock:
-            lease, self._lease = self._lease, None
-        if lease is not None:
-            lease[1].close()
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
         self._received = self._unsent = b""
 
 

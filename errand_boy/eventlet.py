@@ -100,7 +100,7 @@ def wait(
     check_interval: float = 0.01,
 ) -> int:
     """Return the return code; see Popen.wait. eventlet's own looks from time to time."""
-    known = process.returncode is not None or vars(process).get("_lease") is not None
+    known = process.returncode is not None or vars(process).get("_connection") is not None
     while not (known or _in_hub()):
         try:
             if not _child.wait(process, _HOUR if timeout is None else timeout, _readable):

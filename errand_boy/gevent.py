@@ -37,10 +37,6 @@ from errand_boy._functions import rebind
 from errand_boy._request import Request
 from errand_boy._wire import Failed, Reply, Spawned
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from errand_boy._popen import Lender
-
 __all__ = [
     "DEVNULL",
     "PIPE",
@@ -113,7 +109,7 @@ def execute_child(original: Callable[..., None], process: Any, *args: Any) -> No
 
 def internal_poll(original: Callable[..., int | None], process: Any) -> int | None:
     """Return the return code, or None; where the helper owns the child, after a look for it."""
-    if vars(process).get("_lease") and process.returncode is None:
+    if vars(process).get("_connection") and process.returncode is None:
         gevent.sleep(0)
     return _forget(process, original(process))
 
@@ -135,7 +131,7 @@ def _forget(process: Any, returncode: int | None) -> int | None:
 
 def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
     """Send a signal, through the helper where that owns the child."""
-    if not vars(process).get("_lease"):
+    if not vars(process).get("_connection"):
         original(process, sig)
     elif process.returncode is None:
         _View(process)._send_signal_frame(process.pid, sig)
@@ -170,15 +166,15 @@ class _View(GreenAdapter):
     def _spawn(self, function: Callable[..., None], *args: Any) -> None:
         gevent.spawn(function, *args)
 
-    def _conclude(self, lender: Lender, connection: Connection) -> None:
+    def _conclude(self, connection: Connection) -> None:
         with _collecting(self._process._loop):
-            super()._conclude(lender, connection)
+            super()._conclude(connection)
 
-    def _take(self, reply: Reply, lender: Lender, connection: Connection) -> None:
-        super()._take(reply, lender, connection)
+    def _take(self, reply: Reply, connection: Connection) -> None:
+        super()._take(reply, connection)
         if not isinstance(reply, Spawned):
             return
-        if self._lease is not None:
+        if self._connection is not None:
             gevent.spawn(self._attend)
         else:
             self._watch(reply.pid)
@@ -194,11 +190,11 @@ class _View(GreenAdapter):
 
     def _attend(self) -> None:
         """Await the end of a child that the helper owns."""
-        while (lease := self._lease) is not None:
+        while (connection := self._connection) is not None:
             try:
                 self._await_exit(0.0)
             except TimeoutError:
-                self._until_readable(lease[1])
+                self._until_readable(connection)
             except OSError:  # the helper has gone: returncode says so
                 break
         self._process.result.set(self.returncode)

@@ -265,7 +265,7 @@ def test_helper_that_ends_before_it_reads_of_a_timeout(started: bool) -> None:
     """The bytes that nobody reads then are not the request: that is not sent again."""
     theirs, ours = socket.socketpair()
     client = Client("/none")  # there is no other helper
-    client._idle.append(_Idle(ours))
+    client._idle.append(_Idle(ours, client))
     errors: list[BaseException] = []
 
     def run() -> None:

@@ -294,8 +294,8 @@ def test_connection_does_not_go_back_while_a_signal_is_sent(client: Client) -> N
     """Else the signal could get into the middle of another command's request."""
     client.close()
     process = client.Popen(["sleep", "100"])
-    assert process._lease is not None
-    connection = process._lease[1]
+    assert process._connection is not None
+    connection = process._connection
     waiter = threading.Thread(target=process.wait)
     waiter.start()
     with connection.lock:
