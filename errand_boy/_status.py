@@ -1,12 +1,9 @@
-"""What a daemon is doing: asked for, and told as JSON, as a table, and to Prometheus."""
+"""What a daemon is doing: asked for, and told as a table, and to Prometheus."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import socket
-import time
 
 from errand_boy import _wire
 from errand_boy._native import lib
@@ -14,120 +11,6 @@ from errand_boy._native import lib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-    from errand_boy._daemon.pool import Query, Report
-    from errand_boy._daemon.server import Peer, Server
-
-_MOST_COMMANDS = 20_000  # of one reply: a frame has its bound
-
-
-# -- the daemon's side --
-
-
-def reply(server: Server, query: Query, peer: Peer) -> bytes:
-    """Return the STATUS_REPLY for `peer`, who sees the commands of others if it is root or us."""
-    pool = server.pool
-    totals = type(pool.retired)()
-    totals.add(pool.retired)
-    helpers = []
-    commands: list[dict[str, Any]] = []
-    now = time.time()
-    for worker in pool.workers:
-        report = query.reports.get(worker, worker.report)
-        totals.add(report)
-        helpers.append(
-            {
-                "pid": worker.pid,
-                "memory_kib": _private_kib(worker.pid),
-                "connections": len(worker.connections),
-                "live": report.started - report.ended,
-                "served": report.started,
-                "draining": worker.draining,
-                "answered": worker in query.reports,
-            }
-        )
-        for command in report.commands:
-            known = pool.peers.get(command.connection)
-            if known is None:
-                continue
-            client = known[1]
-            if peer.uid in (0, os.geteuid(), client.uid) and len(commands) < _MOST_COMMANDS:
-                commands.append(
-                    {
-                        "pid": command.pid,
-                        "argv": command.argv,
-                        "age": round(max(0.0, now - command.since), 3),
-                        "client_pid": client.pid,
-                        "client_uid": client.uid,
-                    }
-                )
-    failures = _failures(totals)
-    value = {
-        "version": server.options.version,
-        "protocol": lib.EB_VERSION,
-        "pid": os.getpid(),
-        "socket": server.listener.path,
-        "uptime": round(time.monotonic() - server.started, 3),
-        "helpers": helpers,
-        "commands": commands,
-        "totals": {
-            "accepted": server.accepted,
-            "refused": server.refused,
-            "started": totals.started,
-            "ended": totals.ended,
-            "failed": sum(failures.values()),
-            "helpers_lost": pool.lost,
-            "commands_lost": pool.lost_commands,
-        },
-        "failures": failures,
-        "latency_us": {
-            "p50": quantile(totals.latency, 0.50),
-            "p99": quantile(totals.latency, 0.99),
-            "histogram": totals.latency,
-        },
-        "queue": len(pool.turns) if pool.turns is not None else 0,
-    }
-    # ASCII: what is no UTF-8 in argv came as lone surrogates, which JSON can only escape.
-    return _wire.frame(lib.EB_STATUS_REPLY, [json.dumps(value).encode("ascii")])
-
-
-def _failures(report: Report) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for (_, number), times in sorted(report.failures.items()):
-        name = errno.errorcode.get(number, str(number))
-        counts[name] = counts.get(name, 0) + times
-    return counts
-
-
-def _private_kib(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            lines = file.read().splitlines()
-    except OSError:  # it has just ended
-        return None
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-
-
-def quantile(histogram: list[int], share: float) -> float | None:
-    """Return the microseconds that `share` of the starts took at most, to a fifth; None: no starts.
-
-    `histogram` is as in pool.Report.
-    """
-    rest = share * sum(histogram)
-    if not rest:
-        return None
-    for i, count in enumerate(histogram):
-        rest -= count
-        if rest <= 0:
-            return _bound(i)
-    return _bound(len(histogram) - 1)
-
-
-def _bound(i: int) -> float:
-    return float(round(2 ** (i / 4), 1))
-
-
-# -- the client's side --
 
 
 class NoAnswerError(Exception):

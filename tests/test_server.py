@@ -22,7 +22,7 @@ from errand_boy._native import lib
 
 from errand_boy import _status, _wire
 from errand_boy._daemon import listen
-from errand_boy._daemon.pool import Turns
+from errand_boy._daemon.turns import Turns
 from errand_boy._wire import Failed
 
 SERVE = [sys.executable, "-m", "errand_boy", "serve"]

@@ -14,8 +14,8 @@ import pytest
 from conftest import script_environment
 from daemon import PATIENCE, ended, request, send_signal, spawn, started_daemon
 
-from errand_boy import _status
-from errand_boy._daemon.pool import Report
+from errand_boy._daemon.report import Report
+from errand_boy._daemon.status import quantile
 from errand_boy._wire import Failed
 
 
@@ -116,6 +116,6 @@ def test_report_of_a_helper() -> None:
 
 
 def test_quantiles() -> None:
-    assert _status.quantile([], 0.5) is None
-    assert _status.quantile([0] * 8 + [99] + [0] * 7 + [1], 0.5) == 4
-    assert _status.quantile([0] * 8 + [99] + [0] * 7 + [2], 0.99) == 16
+    assert quantile([], 0.5) is None
+    assert quantile([0] * 8 + [99] + [0] * 7 + [1], 0.5) == 4
+    assert quantile([0] * 8 + [99] + [0] * 7 + [2], 0.99) == 16

@@ -1,7 +1,7 @@
 """Runs the server, in an interpreter that has loaded nothing for it yet.
 
 ``python -I -S serve.py`` with a JSON object: "path", the sys.path to use, and "options", those of
-server.Options. The package's ``__init__`` is for clients and costs 3 MB, so it stands back here.
+options.Options. The package's ``__init__`` is for clients and costs 3 MB, so it stands back here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def main() -> int:
     package = ModuleType("errand_boy")
     package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     sys.modules["errand_boy"] = package
-    from errand_boy._daemon.server import Options, serve  # noqa: PLC0415
+    from errand_boy._daemon.process import serve  # noqa: PLC0415
 
-    return serve(Options(**argument["options"]))
+    return serve(argument["options"])
 
 
 if __name__ == "__main__":

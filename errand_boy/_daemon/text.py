@@ -16,7 +16,8 @@ from errand_boy._native import lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from errand_boy._daemon.server import Peer, Services
+    from errand_boy._daemon.peer import Peer
+    from errand_boy._daemon.services import Services
 
 _END = b"\r\n\r\n"
 _SHELL = b"/bin/sh"

@@ -1,0 +1,220 @@
+"""One helper process, from the server's side."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+
+from errand_boy import _wire
+from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.report import FILE_SIZE, Report
+from errand_boy._native import lib
+
+_PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "errand-boy-helper")
+_OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # before the server raises it
+_CONTROL_FD, _FIGURES_FD = 3, 4
+
+ID = struct.Struct("<I")
+_ADOPT = struct.Struct("<IB")
+
+OnFrame = Callable[["Helper", int, bytes], None]
+Unserved = list[tuple[int, socket.socket]]
+OnExit = Callable[["Helper", int, Unserved], None]
+
+
+class Helper:
+    """A helper process.
+
+    `on_frame` is called with each frame from it, `on_exit` once, with its exit status and with the
+    connections that it was to be handed: their ids and sockets. Raises OSError if it cannot start.
+    """
+
+    def __init__(
+        self, loop: Loop, arguments: Sequence[str], on_frame: OnFrame, on_exit: OnExit
+    ) -> None:
+        self.connections: set[int] = set()
+        self.draining = False
+        self.gone = False  # seen before its pidfd told of it
+        self.started = time.monotonic()
+        self.report = Report()  # its last one
+        self._loop = loop
+        self._selector = loop.selector
+        self._on_frame = on_frame
+        self._exited = on_exit
+        self._questions: deque[Callable[[Report | None], None]] = deque()
+        self._inbox = bytearray()
+        self._outbox: deque[tuple[bytes, socket.socket | None]] = deque()
+        with ExitStack() as undo:
+            self._sock, theirs = socket.socketpair()
+            undo.callback(self._sock.close)
+            with theirs:
+                # Its figures, to be read here in case that it is killed.
+                self._figures = os.memfd_create("errand-boy-figures")
+                undo.callback(os.close, self._figures)
+                os.ftruncate(self._figures, FILE_SIZE)
+                self.pid = _start(arguments, theirs.fileno(), self._figures)
+            undo.callback(os.waitpid, self.pid, 0)  # the end of the socket, closed after, ends it
+            undo.callback(self._sock.shutdown, socket.SHUT_RDWR)
+            self._pidfd = os.pidfd_open(self.pid)
+            self._sock.setblocking(False)
+            undo.pop_all()
+        self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
+        self._selector.register(self._sock, selectors.EVENT_READ, self._on_control)
+        with suppress(OSError):  # it has ended already
+            self._sock.send(_wire.OPENING, socket.MSG_NOSIGNAL)
+
+    def adopt(self, connection: int, flags: int, sock: socket.socket) -> None:
+        """Let it serve `sock`, which is taken."""
+        self.connections.add(connection)
+        self.send(lib.EB_ADOPT, _ADOPT.pack(connection, flags), sock)
+
+    def ask(self, callback: Callable[[Report | None], None]) -> None:
+        """Ask for its report; `callback` is called with it, or with None if the helper ends."""
+        self._questions.append(callback)
+        self.send(lib.EB_QUERY)
+
+    def send(self, kind: int, payload: bytes = b"", passed: socket.socket | None = None) -> None:
+        """Send a frame, and with it `passed`, which is taken; never waits."""
+        self._outbox.append((_wire.HEADER.pack(len(payload), kind) + payload, passed))
+        if len(self._outbox) == 1:
+            self._flush()
+
+    def drain(self) -> None:
+        """Let it end when its commands have."""
+        if not self.draining:
+            self.draining = True
+            self.send(lib.EB_DRAIN)
+            self._release()
+
+    def forget(self, connection: int) -> None:
+        """Take note that a connection has gone."""
+        self.connections.remove(connection)
+        self._release()
+
+    def _release(self) -> None:
+        """Let it end if it is draining and its last connection has gone."""
+        if self.draining and not self.connections:
+            with suppress(OSError):  # it has ended already
+                self._sock.shutdown(socket.SHUT_WR)
+
+    def _flush(self) -> None:
+        while self._outbox:
+            frame, passed = self._outbox[0]
+            rights = []
+            if passed is not None:
+                fd = struct.pack("i", passed.fileno())
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd)]
+            try:
+                # A frame this small goes whole or not at all (unix_stream_sendmsg).
+                self._sock.sendmsg([frame], rights, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._watch(selectors.EVENT_READ | selectors.EVENT_WRITE)
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self.gone = True  # its pidfd will tell; what was not sent goes to another one
+                return
+            except OSError as error:
+                # Too many descriptors on their way, say. A client is told by the close.
+                self._loop.log.warning("cannot reach a helper", pid=self.pid, error=error.strerror)
+            self._outbox.popleft()
+            if passed is not None:
+                passed.close()
+        self._watch(selectors.EVENT_READ)
+
+    def _watch(self, events: int) -> None:
+        key = self._selector.get_map().get(self._sock)
+        if key is not None and key.events != events:
+            self._selector.modify(self._sock, events, self._on_control)
+
+    def _on_control(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._flush()
+        if events & selectors.EVENT_READ and not self._read():
+            self._selector.unregister(self._sock)
+
+    def _read(self) -> bool:
+        """Act on what has come; return False at the end."""
+        try:
+            data = self._sock.recv(1 << 16)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._inbox += data
+        header = _wire.HEADER.size
+        at = 0
+        while len(self._inbox) - at >= header:
+            length, kind = _wire.HEADER.unpack_from(self._inbox, at)
+            if len(self._inbox) - at < header + length:
+                break
+            payload = bytes(self._inbox[at + header : at + header + length])
+            at += header + length
+            try:
+                self._act(kind, payload)
+            except struct.error:
+                self._loop.log.error("a helper sent nonsense", pid=self.pid, kind=kind)
+        del self._inbox[:at]
+        return bool(data)
+
+    def _act(self, kind: int, payload: bytes) -> None:
+        if kind == lib.EB_REPORT:
+            self.report = Report.decode(payload)
+            if self._questions:
+                self._questions.popleft()(self.report)
+        else:
+            self._on_frame(self, kind, payload)
+
+    def _on_exit(self, events: int) -> None:
+        self._selector.unregister(self._pidfd)
+        os.close(self._pidfd)
+        # Its last words: with the process gone, this comes to an end.
+        if self._sock in self._selector.get_map():
+            self._selector.unregister(self._sock)
+            while self._read():
+                pass
+        self._sock.close()
+        self.report = Report.read(self._figures)
+        os.close(self._figures)
+        _, status = os.waitpid(self.pid, 0)
+        unserved = [
+            (_ADOPT.unpack_from(frame, _wire.HEADER.size)[0], passed)
+            for frame, passed in self._outbox
+            if passed is not None
+        ]
+        self._exited(self, os.waitstatus_to_exitcode(status), unserved)
+        for answer in self._questions:
+            answer(None)
+
+
+def _start(arguments: Sequence[str], control: int, figures: int) -> int:
+    arguments = [
+        f"errand-boy: helper of {os.getpid()}",
+        f"--open-files={_OPEN_FILES}",
+        "--figures",
+        *arguments,
+    ]
+    with ExitStack() as copies:
+        actions = []
+        for fd, number in (control, _CONTROL_FD), (figures, _FIGURES_FD):
+            # Out of the way of the numbers that they are to get.
+            copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIGURES_FD + 1)
+            copies.callback(os.close, copy)
+            actions.append((os.POSIX_SPAWN_DUP2, copy, number))
+        # A session of its own: what the terminal sends is not for the commands.
+        return os.posix_spawn(
+            _PROGRAM,
+            arguments,
+            os.environ,
+            file_actions=actions,
+            setsid=True,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP],
+        )

@@ -1,0 +1,67 @@
+"""The daemon's log."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Log:
+    """Lines on standard error. What cannot be written is lost, and never holds up the service."""
+
+    _longest = 4096  # bytes: so many go into a pipe at once, or none
+
+    def __init__(self, level: str, form: str) -> None:
+        self._least = LEVELS.index(level)
+        self._json = form == "json"
+        self._lost = 0
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
+
+    def debug(self, message: str, **fields: object) -> None:
+        """Write what only the curious want to know."""
+        self._log(0, message, fields)
+
+    def info(self, message: str, **fields: object) -> None:
+        """Write what marks the daemon's life."""
+        self._log(1, message, fields)
+
+    def warning(self, message: str, **fields: object) -> None:
+        """Write what somebody may have to look at."""
+        self._log(2, message, fields)
+
+    def error(self, message: str, **fields: object) -> None:
+        """Write what keeps the daemon from doing its work."""
+        self._log(3, message, fields)
+
+    def _log(self, level: int, message: str, fields: dict[str, object]) -> None:
+        if level < self._least:
+            return
+        if self._lost:
+            fields["lost"] = self._lost
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z"
+        if self._json:
+            entry = {"time": stamp, "level": LEVELS[level], "message": message, **fields}
+            line = json.dumps(entry, default=str)
+        else:
+            pairs = "".join(f" {name}={_quoted(value)}" for name, value in fields.items())
+            line = f"{stamp} {LEVELS[level].upper()} {message}{pairs}"
+        data = line.encode("utf-8", "backslashreplace")[: self._longest - 1] + b"\n"
+        try:
+            # A reader that has stopped must not stop us; O_NONBLOCK would be everybody's.
+            if self._poll.poll(0) and os.write(2, data) == len(data):
+                self._lost = 0
+                return
+        except OSError:
+            pass
+        self._lost += 1
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() and text and " " not in text else repr(text)

@@ -1,0 +1,85 @@
+"""The server's loop: events of descriptors, and timers."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import selectors
+import time
+from collections.abc import Callable
+
+from errand_boy._daemon.log import Log
+
+
+class Timer:
+    """Something to be done at a time, unless cancelled."""
+
+    __slots__ = ("callback", "time")
+
+    def __init__(self, at: float, callback: Callable[[], None]) -> None:
+        self.time = at
+        self.callback: Callable[[], None] | None = callback
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.time < other.time
+
+    def cancel(self) -> None:
+        """Forget it."""
+        self.callback = None
+
+
+class Loop:
+    """Calls the data of what is registered with `selector`, with its events, and what is due.
+
+    An exception of a callback is logged, and the loop goes on.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.selector = selectors.DefaultSelector()
+        self._timers: list[Timer] = []
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        """Call `callback` after so many seconds, unless the timer that is returned is cancelled."""
+        timer = Timer(time.monotonic() + seconds, callback)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def run(self, is_finished: Callable[[], bool]) -> None:
+        """Run until `is_finished`."""
+        while not is_finished():
+            for key, events in self.selector.select(self._timeout()):
+                current = self.selector.get_map().get(key.fd)
+                if current is not None and current.fileobj is key.fileobj:
+                    self.call(key.data, events)
+            self._expire()
+
+    def call(self, callback: Callable[..., None], *arguments: object) -> None:
+        """Call `callback` for one connection; if that fails, the others go on."""
+        try:
+            callback(*arguments)
+        except Exception as error:
+            self.log.error("internal error", error=repr(error), trace=_trace(error))
+
+    def _timeout(self) -> float | None:
+        while self._timers and self._timers[0].callback is None:
+            heapq.heappop(self._timers)
+        return max(0.0, self._timers[0].time - time.monotonic()) if self._timers else None
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0].time <= now:
+            callback = heapq.heappop(self._timers).callback
+            if callback is not None:
+                self.call(callback)
+
+
+def _trace(error: BaseException) -> str:
+    """Return where it was raised; the module traceback, to be had at any time, costs 1 MB."""
+    places = []
+    at = error.__traceback__
+    while at is not None:
+        code = at.tb_frame.f_code
+        places.append(f"{os.path.basename(code.co_filename)}:{at.tb_lineno}:{code.co_name}")
+        at = at.tb_next
+    return " ".join(places[-10:])

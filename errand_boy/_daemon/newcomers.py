@@ -1,0 +1,124 @@
+"""Connections whose first bytes are awaited."""
+
+from __future__ import annotations
+
+import select
+import selectors
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from errand_boy import _wire
+from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.peer import Peer
+
+FIRST = 1 + _wire.HEADER.size + 4  # bytes that tell what a connection is
+_STRANGERS = 64  # who may not use the daemon, and whose first bytes are waited for
+
+
+class Newcomer:
+    """A connection that has just come. `refusal`: why it will not be served, or ""."""
+
+    __slots__ = ("deadline", "fd", "peer", "refusal", "sock")
+
+    def __init__(self, sock: socket.socket, peer: Peer, refusal: str, patience: float) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.peer = peer
+        self.refusal = refusal
+        self.deadline = time.monotonic() + patience
+
+    def first(self) -> bytes | None:
+        """Return the bytes that tell what it is, unread; b"" if it has gone, None if they lack."""
+        try:
+            first = self.sock.recv(FIRST, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+        return None if first[:1] == b"\0" and len(first) < FIRST else first
+
+
+class Newcomers:
+    """Those that are waited for.
+
+    `on_first` is called with each and its first bytes, b"" if it has gone; `on_late` with one whose
+    time is over, or for which there is no room.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        on_first: Callable[[Newcomer, bytes], None],
+        on_late: Callable[[Newcomer], None],
+    ) -> None:
+        self._loop = loop
+        self._on_first = on_first
+        self._on_late = on_late
+        self._waiting: OrderedDict[int, Newcomer] = OrderedDict()  # in the order of deadlines
+        self._strangers = 0
+        self._is_timed = False
+        # Its edges tell of each further byte, where a level would tell of the same half a frame
+        # again and again.
+        self._edges = select.epoll()
+        loop.selector.register(self._edges, selectors.EVENT_READ, self._on_edges)
+
+    def __len__(self) -> int:
+        """Return how many are waited for."""
+        return len(self._waiting)
+
+    def add(self, newcomer: Newcomer) -> None:
+        """Wait for the first bytes of `newcomer`, if they are not there."""
+        first = newcomer.first()
+        if first is not None:
+            self._on_first(newcomer, first)
+        elif newcomer.refusal and self._strangers >= _STRANGERS:
+            self._on_late(newcomer)
+        else:
+            self._edges.register(newcomer.sock, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+            self._waiting[newcomer.fd] = newcomer
+            self._strangers += bool(newcomer.refusal)
+            self._watch_time()
+
+    def clear(self) -> list[Newcomer]:
+        """Wait no longer, and return them."""
+        waiting = list(self._waiting.values())
+        for newcomer in waiting:
+            self._forget(newcomer)
+        return waiting
+
+    def _forget(self, newcomer: Newcomer) -> None:
+        # Closing would not do: the helper's copy of it would go on to report to us.
+        self._edges.unregister(newcomer.fd)
+        del self._waiting[newcomer.fd]
+        self._strangers -= bool(newcomer.refusal)
+
+    def _on_edges(self, events: int) -> None:
+        for fd, flags in self._edges.poll(0):
+            newcomer = self._waiting.get(fd)
+            if newcomer is None:
+                continue
+            first = newcomer.first()
+            if first is None and flags & select.EPOLLRDHUP:
+                first = b""
+            if first is not None:
+                self._forget(newcomer)
+                self._loop.call(self._on_first, newcomer, first)
+
+    def _watch_time(self) -> None:
+        if self._waiting and not self._is_timed:
+            self._is_timed = True
+            first = next(iter(self._waiting.values()))
+            self._loop.call_later(first.deadline - time.monotonic(), self._on_time)
+
+    def _on_time(self) -> None:
+        self._is_timed = False
+        now = time.monotonic()
+        while self._waiting:
+            newcomer = next(iter(self._waiting.values()))
+            if newcomer.deadline > now:
+                break
+            self._forget(newcomer)
+            self._loop.call(self._on_late, newcomer)
+        self._watch_time()

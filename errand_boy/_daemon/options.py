@@ -1,0 +1,44 @@
+"""How to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Options:
+    """How to serve. Times are in seconds; 0 is no limit; uids and gids are numbers."""
+
+    def __init__(
+        self,
+        *,
+        socket: str | None = None,
+        pool_size: int = 1,
+        max_accepts: int = 0,
+        max_child_tasks: int = 0,
+        allow_uid: Sequence[int] = (),
+        allow_gid: Sequence[int] = (),
+        as_peer: bool = False,
+        max_processes: int = 0,
+        max_processes_per_client: int = 0,
+        grace: float = 30.0,
+        patience: float = 30.0,
+        log_level: str = "info",
+        log_format: str = "text",
+        pid_file: str | None = None,
+        version: str = "",
+    ) -> None:
+        self.socket = socket
+        self.pool_size = pool_size
+        self.max_accepts = max_accepts
+        self.max_child_tasks = max_child_tasks
+        self.allow_uid = frozenset(allow_uid)
+        self.allow_gid = frozenset(allow_gid)
+        self.as_peer = as_peer
+        self.max_processes = max_processes
+        self.max_processes_per_client = max_processes_per_client
+        self.grace = grace
+        self.patience = patience
+        self.log_level = log_level
+        self.log_format = log_format
+        self.pid_file = pid_file
+        self.version = version

@@ -1,0 +1,96 @@
+"""What a helper tells of its work."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+_COUNT = struct.Struct("<I")
+_HEAD = struct.Struct("<QQI")
+_FAILURE = struct.Struct("<BiQ")
+_LIVE = struct.Struct("<iIiIQH")
+_FIGURES = struct.Struct("<QQQ96Q")
+_KIND = struct.Struct("<IiQ")
+
+FILE_SIZE = 4096  # bytes: of the file in which a helper keeps its figures
+
+
+class Command:
+    """A live command. `since`: its start in seconds since 1970; `argv`: the beginning of it."""
+
+    __slots__ = ("argv", "connection", "pid", "since")
+
+    def __init__(self, pid: int, connection: int, since: float, argv: list[str]) -> None:
+        self.pid = pid
+        self.connection = connection
+        self.since = since
+        self.argv = argv
+
+
+class Report:
+    """What a helper has done; the counts of several can be added up.
+
+    `failures` are by stage and errno; `latency[i]` are the starts that took less than 2**(i/4)
+    microseconds and not less than the entry before; those of brief commands, for whose exec nobody
+    waits, are not among them.
+    """
+
+    __slots__ = ("commands", "ended", "failures", "latency", "started")
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.ended = 0
+        self.failures: dict[tuple[int, int], int] = {}
+        self.latency: list[int] = []
+        self.commands: list[Command] = []
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Report:
+        """Decode a REPORT. Raises struct.error if it is malformed."""
+        report = cls()
+        report.started, report.ended, _ = _HEAD.unpack_from(payload)
+        at = _HEAD.size
+
+        def count() -> int:
+            nonlocal at
+            (n,) = _COUNT.unpack_from(payload, at)
+            at += _COUNT.size
+            return int(n)
+
+        for _ in range(count()):
+            stage, error, times = _FAILURE.unpack_from(payload, at)
+            report.failures[stage, error] = times
+            at += _FAILURE.size
+        n = count()
+        report.latency = list(struct.unpack_from(f"<{n}Q", payload, at))
+        at += 8 * n
+        for _ in range(count()):
+            pid, connection, _, _, milliseconds, size = _LIVE.unpack_from(payload, at)
+            at += _LIVE.size
+            text = payload[at : at + size]
+            at += size
+            argv = [os.fsdecode(word) for word in text.removesuffix(b"\0").split(b"\0")]
+            report.commands.append(Command(pid, connection, milliseconds / 1000, argv))
+        return report
+
+    @classmethod
+    def read(cls, fd: int) -> Report:
+        """Return what a helper that has ended had kept in its file of figures."""
+        report = cls()
+        data = os.pread(fd, FILE_SIZE, 0)
+        report.started, report.ended, kinds, *latency = _FIGURES.unpack_from(data)
+        report.latency = list(latency)
+        for i in range(kinds):
+            stage, error, times = _KIND.unpack_from(data, _FIGURES.size + i * _KIND.size)
+            report.failures[stage, error] = times
+        return report
+
+    def add(self, other: Report) -> None:
+        """Add the counts of `other`, but not its live commands."""
+        self.started += other.started
+        self.ended += other.ended
+        for key, times in other.failures.items():
+            self.failures[key] = self.failures.get(key, 0) + times
+        self.latency += [0] * (len(other.latency) - len(self.latency))
+        for i, times in enumerate(other.latency):
+            self.latency[i] += times

@@ -1,0 +1,188 @@
+"""What the server tells of itself to who asks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+
+from errand_boy import _wire
+from errand_boy._daemon.helper import Helper
+from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.peer import Peer
+from errand_boy._daemon.pool import Pool
+from errand_boy._daemon.report import Report
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_ANSWER = 2.0  # seconds to wait for the helpers' reports
+_MOST_COMMANDS = 20_000  # of one reply: a frame has its bound
+
+Reports = dict[Helper, Report]
+
+
+class Reply:
+    """A STATUS_REPLY: waits for the reports of `helpers`, and is sent at the pace of its reader.
+
+    `describe` makes the answer of those that came in time; `on_done` is called at the end.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        helpers: list[Helper],
+        describe: Callable[[Reports], dict[str, Any]],
+        patience: float,
+        on_done: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._describe = describe
+        self._patience = patience
+        self._on_done = on_done
+        self._reports: Reports = {}
+        self._awaited = set(helpers)
+        # A helper may be stopped, by a debugger say.
+        self._timer = loop.call_later(_ANSWER if helpers else 0, self._begin)
+        for helper in helpers:
+            self._ask(helper)
+
+    def _ask(self, helper: Helper) -> None:
+        helper.ask(lambda report: self._on_report(helper, report))
+
+    def _on_report(self, helper: Helper, report: Report | None) -> None:
+        if helper in self._awaited:
+            self._awaited.remove(helper)
+            if report is not None:
+                self._reports[helper] = report
+            if not self._awaited:
+                self._timer.cancel()
+                self._begin()
+
+    def _begin(self) -> None:
+        self._awaited.clear()
+        self._timer = self._loop.call_later(self._patience, self._close)
+        # ASCII: what is no UTF-8 in argv came as lone surrogates, which JSON can only escape.
+        text = json.dumps(self._describe(self._reports)).encode("ascii")
+        self._rest = memoryview(_wire.frame(lib.EB_STATUS_REPLY, [text]))
+        self._loop.selector.register(self._sock, selectors.EVENT_WRITE, self._on_writable)
+
+    def _on_writable(self, events: int) -> None:
+        try:
+            self._rest = self._rest[self._sock.send(self._rest, socket.MSG_NOSIGNAL) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._rest = self._rest[:0]
+        if not self._rest:
+            self._close()
+
+    def _close(self) -> None:
+        self._timer.cancel()
+        self._loop.selector.unregister(self._sock)
+        self._sock.close()
+        self._on_done()
+
+
+def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
+    """Return what `pool` does and has done, as `reports` and older ones tell.
+
+    `peer` is told of the commands of others if it is root or this process's user.
+    """
+    totals = Report()
+    totals.add(pool.retired)
+    helpers = []
+    commands: list[dict[str, Any]] = []
+    now = time.time()
+    for helper in pool.helpers:
+        report = reports.get(helper, helper.report)
+        totals.add(report)
+        helpers.append(
+            {
+                "pid": helper.pid,
+                "memory_kib": _private_kib(helper.pid),
+                "connections": len(helper.connections),
+                "live": report.started - report.ended,
+                "served": report.started,
+                "draining": helper.draining,
+                "answered": helper in reports,
+            }
+        )
+        for command in report.commands:
+            known = pool.peers.get(command.connection)
+            if known is None:
+                continue
+            client = known[1]
+            if peer.uid in (0, os.geteuid(), client.uid) and len(commands) < _MOST_COMMANDS:
+                commands.append(
+                    {
+                        "pid": command.pid,
+                        "argv": command.argv,
+                        "age": round(max(0.0, now - command.since), 3),
+                        "client_pid": client.pid,
+                        "client_uid": client.uid,
+                    }
+                )
+    failures = _failures(totals)
+    return {
+        "helpers": helpers,
+        "commands": commands,
+        "totals": {
+            "started": totals.started,
+            "ended": totals.ended,
+            "failed": sum(failures.values()),
+            "helpers_lost": pool.lost,
+            "commands_lost": pool.lost_commands,
+        },
+        "failures": failures,
+        "latency_us": {
+            "p50": quantile(totals.latency, 0.50),
+            "p99": quantile(totals.latency, 0.99),
+            "histogram": totals.latency,
+        },
+        "queue": len(pool.turns) if pool.turns is not None else 0,
+    }
+
+
+def _failures(report: Report) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for (_, number), times in sorted(report.failures.items()):
+        name = errno.errorcode.get(number, str(number))
+        counts[name] = counts.get(name, 0) + times
+    return counts
+
+
+def _private_kib(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            lines = file.read().splitlines()
+    except OSError:  # it has just ended
+        return None
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def quantile(histogram: list[int], share: float) -> float | None:
+    """Return the microseconds that `share` of the starts took at most, to a fifth; None: no starts.
+
+    `histogram` is as in Report.
+    """
+    rest = share * sum(histogram)
+    if not rest:
+        return None
+    for i, count in enumerate(histogram):
+        rest -= count
+        if rest <= 0:
+            return _bound(i)
+    return _bound(len(histogram) - 1)
+
+
+def _bound(i: int) -> float:
+    return float(round(2 ** (i / 4), 1))
