@@ -113,13 +113,13 @@ WHOLE = b"".join(option for option, _ in OPTIONS.values())
 
 
 def test_every_constant_is_what_the_header_says(tmp_path: Path) -> None:
-    text = re.sub(r"/\*.*?\*/", "", (CSRC / "wire.h").read_text(), flags=re.DOTALL)
+    text = re.sub(r"/\*.*?\*/", "", (CSRC / "common" / "wire.h").read_text(), flags=re.DOTALL)
     constants = set(re.findall(r"\bEB_[A-Z_]+\b", text)) - {"EB_WIRE_H"}
     assert {"EB_VERSION", "EB_MAX_FRAME", "EB_SPAWN", "EB_TAG_UID", "EB_STAGE_EXEC"} <= constants
     lines = [f'printf("%s %lld\\n", "{name}", (long long)({name}));' for name in constants]
     source = tmp_path / "constants.c"
     source.write_text(
-        '#include <stdio.h>\n#include "wire.h"\nint main(void)\n{\n' + "\n".join(lines) + "\n}\n"
+        '#include <stdio.h>\n#include "common/wire.h"\nint main(void)\n{\n' + "\n".join(lines) + "\n}\n"
     )
     compile_c(tmp_path / "constants", source)
     done = subprocess.run([tmp_path / "constants"], stdout=subprocess.PIPE, text=True, check=True)
