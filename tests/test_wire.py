@@ -119,7 +119,9 @@ def test_every_constant_is_what_the_header_says(tmp_path: Path) -> None:
     lines = [f'printf("%s %lld\\n", "{name}", (long long)({name}));' for name in constants]
     source = tmp_path / "constants.c"
     source.write_text(
-        '#include <stdio.h>\n#include "common/wire.h"\nint main(void)\n{\n' + "\n".join(lines) + "\n}\n"
+        '#include <stdio.h>\n#include "common/wire.h"\nint main(void)\n{\n'
+        + "\n".join(lines)
+        + "\n}\n"
     )
     compile_c(tmp_path / "constants", source)
     done = subprocess.run([tmp_path / "constants"], stdout=subprocess.PIPE, text=True, check=True)
