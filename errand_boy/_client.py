@@ -87,10 +87,7 @@ class Client:
         self._idle: list[Connection] = []
         self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_client": self})
         functions = rebind(self.Popen)
-        self.captured: type[_capture.Popen[Any]] = type(
-            "Popen", (_capture.Popen,), {"_client": self}
-        )
-        run = _capture.runner(self.captured, functions["run"])
+        run = _capture.runner(self, functions["run"])
         functions["check_output"].__globals__["run"] = functions["run"] = run
         vars(self).update(functions)
 
