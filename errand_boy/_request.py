@@ -230,12 +230,14 @@ def streamed(
 
 
 def name_program(error: BaseException, program: Any) -> None:
-    """Have `error` name the program, as subprocess does, if it is for a request that is too long."""
+    """Have `error` name the program if it is for a request that is too long."""
     if isinstance(error, OSError) and error.errno == errno.E2BIG and error.filename is None:
         error.filename = program
 
 
-def _made_by_helper(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, bytes, tuple[int, int, int]]:
+def _made_by_helper(
+    stdin: Any, stdout: Any, stderr: Any
+) -> tuple[int, bytes, tuple[int, int, int]]:
     """Return what is streamed, the options for that, and the descriptors."""
     streams = nulls = 0
     fds = [-1, -1, -1]

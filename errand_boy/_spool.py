@@ -62,16 +62,34 @@ class Spool:
             return bytes(self.data[at : at + size])
         return os.pread(self.file.fileno(), size, at)
 
+    def reader(self) -> Reader:
+        """Return what reads it from its beginning, with the method of a file."""
+        return Reader(self)
+
     def close(self) -> None:
-        """Let go of the bytes, and of the file."""
-        self.data = b""
+        """Close the file; `data` stays."""
         if self.file is not None:
             self.file.close()
-            self.file = None
 
     def text(self, encoding: str, errors: str) -> str:
         """Return `data` as text, as subprocess has it, but for a character that was cut."""
         return to_text(self.data, encoding, errors, self.file is None and not self.truncated)
+
+
+class Reader:
+    """Reads a Spool."""
+
+    __slots__ = ("_at", "_spool")
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._at = 0
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes; fewer at the end. Raises OSError."""
+        data = self._spool.read(self._at, size)
+        self._at += len(data)
+        return data
 
 
 def _write(file: IO[bytes], data: bytes | bytearray) -> None:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
             """Return the next `size` bytes; fewer at the end only."""
 
 
-_STDOUT, _STDERR, _EXITED = lib.EB_STDOUT, lib.EB_STDERR, lib.EB_EXITED
+_STDOUT, _EXITED = lib.EB_STDOUT, lib.EB_EXITED
+_OUTPUT_KINDS = (_STDOUT, lib.EB_STDERR)
 _MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
@@ -40,7 +41,7 @@ _SIZES = {
     _EXITED: (_wire.EXITED.size, _wire.EXITED.size + _MORE.size),
     lib.EB_REFUSED: (0, _MOST_REASON),
     _STDOUT: (0, lib.EB_MAX_FRAME),
-    _STDERR: (0, lib.EB_MAX_FRAME),
+    lib.EB_STDERR: (0, lib.EB_MAX_FRAME),
     lib.EB_CREDIT: (4, 4),
     lib.EB_UNREAD: (0, 0),
 }
@@ -191,7 +192,7 @@ class Stream:
         """Take what has come, and yield what it tells. After Lost, nothing more may be done."""
         try:
             for kind, payload in self._splitter.split(data):
-                if kind == _STDOUT or kind == _STDERR:
+                if kind in _OUTPUT_KINDS:
                     number = kind - _STDOUT
                     if not self._awaited >> number & 1 or not self.greeted:
                         raise _unexpected(kind)

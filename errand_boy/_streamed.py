@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import select
 import socket
 import threading
@@ -133,7 +132,7 @@ class StreamedCommand:
     def _start(self) -> Connection:
         spawn_frame = acquire()
         try:
-            connection = self._pool.acquire(self._request, spawn_frame)
+            connection: Connection = self._pool.acquire(self._request, spawn_frame)
             connection.pool.owns_children = True
             with self._lock:
                 self._connection = connection
@@ -203,4 +202,3 @@ def _wait(sock: socket.socket, reading: bool, writing: bool, seconds: float | No
     poll = select.poll()
     poll.register(sock, reading * select.POLLIN | writing * select.POLLOUT)
     return bool(poll.poll(None if seconds is None else seconds * 1000))
-

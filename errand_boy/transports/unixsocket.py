@@ -12,9 +12,8 @@ from errand_boy.errors import SessionClosedError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from typing import Any
-
     from resource import struct_rusage
+    from typing import Any
 
     from errand_boy import _remote
     from errand_boy._capture import Captured
@@ -35,7 +34,7 @@ class UNIXSocketTransport:
         input: Any = None,
         timeout: float | None = None,
         **options: Any,
-    ) -> tuple[subprocess.Popen[Any], Any, Any]:
+    ) -> tuple[_remote.Popen[Any] | Ended, Any, Any]:
         """Run a shell command line with `input`; return its process, output and error output.
 
         Both are text, unless the options, which are Popen's, say otherwise. Raises
@@ -46,7 +45,7 @@ class UNIXSocketTransport:
         self._complete(command_string, options)
         if input is None and _capture.can_capture(options):
             ended = _capture.capture(self._client, command_string, options, timeout)
-            return _Ended(ended), *ended.output
+            return Ended(ended), *ended.output
         with self._client.Popen(command_string, **options) as process:
             try:
                 stdout, stderr = process.communicate(input, timeout)
@@ -76,7 +75,7 @@ class UNIXSocketTransport:
         return Session(self._client)
 
 
-class _Ended(subprocess.Popen[bytes]):
+class Ended(subprocess.Popen[bytes]):
     """The process of a command that has ended. As of any such Popen, its methods do nothing."""
 
     def __init__(self, ended: Captured) -> None:
