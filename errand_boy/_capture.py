@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -110,7 +109,7 @@ def capture(
         raise subprocess.TimeoutExpired(args, time_limit or 0, stdout, stderr)
     found = output(lambda spool: to_text(spool.data, *text) if text else bytes(spool.data))
     pid = end.brief[1] if end.brief else command.pid
-    return Captured(args, pid, os.waitstatus_to_exitcode(end.status), end.usage, found)
+    return Captured(args, pid, end.returncode, end.usage, found)
 
 
 def runner(client: Any, plain: Callable[..., Any]) -> Callable[..., Any]:

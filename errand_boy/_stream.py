@@ -7,6 +7,7 @@ and whether the request may be sent again when the connection is lost; see docs/
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import struct
 
@@ -32,6 +33,7 @@ _OUTPUT_KINDS = (_STDOUT, lib.EB_STDERR)
 _MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
+_LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
 
 # All that may come, and the least and the most bytes of it.
 _SIZES = {
@@ -71,12 +73,15 @@ class Output:
 
 
 class Ended:
-    """The command has ended with this wait status, and all of its output has come."""
+    """The command has ended, with a return code as subprocess has it, and so has its output."""
 
-    __slots__ = ("_payload", "status")
+    __slots__ = ("_payload", "returncode")
 
     def __init__(self, payload: bytes) -> None:
-        self.status = int.from_bytes(payload[:4], "little")
+        status = int.from_bytes(payload[:4], "little")
+        if status > _LAST_STATUS or status & _STOPPED == _STOPPED:
+            raise _unexpected(_EXITED)
+        self.returncode = os.waitstatus_to_exitcode(status) if status else 0
         self._payload = payload
 
     @property
@@ -208,8 +213,11 @@ class Stream:
                     self.ended = Ended(payload)
                 else:
                     event = self._take(kind, payload)
-                    if event is not None:
-                        yield event
+                    if event is None:
+                        continue
+                    yield event
+                    if isinstance(event, Lost):
+                        return
                     continue
                 ended = self.ended
                 if ended is not None and (not self._awaited or self._is_killed):

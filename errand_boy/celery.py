@@ -215,7 +215,7 @@ def run_command(
         end = command.run()
         if isinstance(end, Failed):
             raise _wire.spawn_error(end, argv[0], cwd)
-        code = os.waitstatus_to_exitcode(end.status)
+        code = end.returncode
     except HelperDiedError as died:
         code, error = -signal.SIGKILL, died
     except HelperError:

@@ -198,7 +198,7 @@ class _Command:
             else:
                 self._keep(event.data)
         elif isinstance(event, Ended):
-            self._finish(os.waitstatus_to_exitcode(event.status), self._note)
+            self._finish(event.returncode, self._note)
         elif isinstance(event, Failed):
             self._finish(*_failure(event))
         elif isinstance(event, Lost):
