@@ -170,7 +170,7 @@ class Stream:
     @property
     def is_free(self) -> bool:
         """Whether the connection may carry another command."""
-        return not self._awaited and not self.unsent
+        return not (self._awaited or self.unsent or self._splitter.rest)
 
     def count_sent(self, size: int) -> None:
         """Take note that the first `size` bytes of `unsent` have been sent."""

@@ -155,22 +155,23 @@ def reply(kind: int, payload: bytes) -> Reply | None:
 class Splitter:
     """Takes frames apart, as their bytes come.
 
-    `sizes`: for each kind that may come, the least and the most bytes of its payload.
+    `sizes`: for each kind that may come, the least and the most bytes of its payload. `rest`: what
+    has come of a frame that is not whole.
     """
 
-    __slots__ = ("_rest", "_sizes")
+    __slots__ = ("_sizes", "rest")
 
     def __init__(self, sizes: Mapping[int, tuple[int, int]]) -> None:
         self._sizes = sizes
-        self._rest = b""  # of a frame that has not come whole
+        self.rest = b""
 
     def split(self, data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
         """Yield the kind and the payload of each frame that `data` completes.
 
         Raises ProtocolError for a frame that may not come, as soon as its header is there.
         """
-        if self._rest:
-            data = self._rest + data
+        if self.rest:
+            data, self.rest = self.rest + data, b""
         at, end, start = 0, len(data), HEADER.size
         while end - at >= start:
             length, kind = _unpack_header(data, at)
@@ -183,7 +184,7 @@ class Splitter:
             payload = bytes(data[at + start : following])
             at = following
             yield kind, payload
-        self._rest = bytes(data[at:])
+        self.rest = bytes(data[at:])
 
 
 def check_version(payload: bytes) -> None:
