@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from typing import Any
 
+    from errand_boy._batch import Command
     from errand_boy._client import Client
-    from errand_boy._map import Command, Result
+    from errand_boy._result import Result
 
 
 def connect(path: str | os.PathLike[str] | None = None) -> Client:
@@ -76,17 +77,17 @@ def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, 
     `max_workers`: how many run at once, by default four for each CPU.
     `ordered` (true): results come in the order of the commands, else as the commands end.
     `check`, `progress`, `max_output`, `spool`, and what run() has: `input`, `timeout`, `text`,
-    `shell`, `cwd`, `env` and more. help("errand_boy.batch.map") tells of each.
+    `shell`, `cwd`, `env` and more.
 
     Output is captured. A result also has `index`, `error`, `started`, `duration`, `rusage` and
-    more: help("errand_boy.batch.Result"). A command that can't be started is a result too.
+    more: see Result. A command that can't be started is a result too.
 
     Closing the iterator ends what runs. The commands are started by a private helper, or if
     ``ERRAND_BOY_SOCKET`` was set at import by the daemon.
     """
     from errand_boy import _map  # noqa: PLC0415
 
-    return _map.map(commands, **options)
+    return _map.map(commands, client=_default, **options)
 
 
 def patch() -> None:
@@ -113,9 +114,18 @@ def unpatch() -> None:
     _patching.unpatch()
 
 
+_default = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None  # the daemon's client
+
 if not TYPE_CHECKING:  # to a type checker they are what the imports say
-    if os.environ.get("ERRAND_BOY_SOCKET"):
-        _default = connect()
+
+    def __getattr__(name: str) -> Any:
+        if name == "Result":
+            from errand_boy._result import Result  # noqa: PLC0415  only those who need it pay
+
+            return Result
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    if _default is not None:
         Popen = _default.Popen
         globals().update((name, getattr(_default, name)) for name in NAMES)
     else:
@@ -136,6 +146,7 @@ __all__ = [
     "Popen",
     "ProtocolError",
     "RefusedError",
+    "Result",
     "SessionClosedError",
     "SubprocessError",
     "TimeoutExpired",

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
     from typing import Any
 
-    from errand_boy._map import Command, Result
+    from errand_boy._batch import Command
+    from errand_boy._result import Result
 
 _MOST_IDLE = 32  # connections kept for later
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
@@ -87,10 +88,7 @@ class Client:
         self._idle: list[Connection] = []
         self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_client": self})
         functions = rebind(self.Popen)
-        self.captured: type[_capture.Popen[Any]] = type(
-            "Popen", (_capture.Popen,), {"_client": self}
-        )
-        run = _capture.runner(self.captured, functions["run"])
+        run = _capture.runner(self, functions["run"])
         functions["check_output"].__globals__["run"] = functions["run"] = run
         vars(self).update(functions)
 
@@ -118,7 +116,7 @@ class Client:
             raise NoDaemonError(errno.ENOTCONN, str(error)) from error
 
     def map(self, commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
-        """Run commands by the daemon, many at once, and yield a result for each, as batch.map."""
+        """Run commands by the daemon, many at once, and yield a Result for each."""
         from errand_boy import _map  # noqa: PLC0415
 
         return _map.map(commands, client=self, **options)

@@ -200,11 +200,45 @@ def with_inheritable(fds: Iterable[int]) -> list[int]:
     return sorted(found)
 
 
-def made_by_helper(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, bytes, tuple[int, int, int]]:
-    """Return what is streamed, the options for that, and the descriptors, for Popen's arguments.
+# -- where its output comes over the connection --
 
-    For a helper that makes the pipes itself and sends what goes through them as frames.
+
+def streamed(
+    command: bytes,
+    stdin: Any,
+    stdout: Any,
+    stderr: Any,
+    *,
+    on_close: int,
+    brief: bool,
+    process_group: int | None = None,
+    **given: Any,
+) -> tuple[int, Request]:
+    """Return what is streamed, as STREAMS has it, and the request.
+
+    `command` are its options; `stdin`, `stdout` and `stderr` are as for Popen, but that the pipes
+    are the helper's; `on_close` and `brief` are the options of these names; the rest goes to
+    `settings`. The command leads a group of its own, unless told otherwise.
     """
+    streams, made, fds = _made_by_helper(stdin, stdout, stderr)
+    group = -1 if process_group is None else process_group
+    what, flags = settings(process_group=group, default_group=0, **given)
+    options = command + what + made + _wire.number(lib.EB_TAG_ON_CLOSE, on_close)
+    if brief:
+        options += _wire.option(lib.EB_TAG_BRIEF)
+    return streams, Request(options, fds, (), flags | lib.EB_WITHOUT_STANDARD)
+
+
+def name_program(error: BaseException, program: Any) -> None:
+    """Have `error` name the program if it is for a request that is too long."""
+    if isinstance(error, OSError) and error.errno == errno.E2BIG and error.filename is None:
+        error.filename = program
+
+
+def _made_by_helper(
+    stdin: Any, stdout: Any, stderr: Any
+) -> tuple[int, bytes, tuple[int, int, int]]:
+    """Return what is streamed, the options for that, and the descriptors."""
     streams = nulls = 0
     fds = [-1, -1, -1]
     for number, wanted in enumerate((stdin, stdout, stderr)):

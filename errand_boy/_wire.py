@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from errand_boy._native import lib
+from errand_boy.errors import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ _LIST = struct.Struct("<BII")
 _SPAWNED = struct.Struct("<iB")
 _FAILED = struct.Struct("<iiB")
 EXITED = struct.Struct("<i9Q")
+
+_unpack_header = HEADER.unpack_from
+_NONE = (1, 0)
 
 
 class Spawned:
@@ -146,3 +150,49 @@ def reply(kind: int, payload: bytes) -> Reply | None:
     if kind == lib.EB_EXITED:
         return Exited(*EXITED.unpack(payload))
     return None
+
+
+class Splitter:
+    """Takes frames apart, as their bytes come.
+
+    `sizes`: for each kind that may come, the least and the most bytes of its payload. `rest`: what
+    has come of a frame that is not whole.
+    """
+
+    __slots__ = ("_sizes", "rest")
+
+    def __init__(self, sizes: Mapping[int, tuple[int, int]]) -> None:
+        self._sizes = sizes
+        self.rest = b""
+
+    def split(self, data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
+        """Yield the kind and the payload of each frame that `data` completes.
+
+        Raises ProtocolError for a frame that may not come, as soon as its header is there.
+        """
+        if self.rest:
+            data, self.rest = self.rest + data, b""
+        at, end, start = 0, len(data), HEADER.size
+        while end - at >= start:
+            length, kind = _unpack_header(data, at)
+            least, most = self._sizes.get(kind, _NONE)
+            if not least <= length <= most:
+                raise ProtocolError(errno.EPROTO, f"frame {kind} of {length} bytes")
+            following = at + start + length
+            if following > end:
+                break
+            payload = bytes(data[at + start : following])
+            at = following
+            yield kind, payload
+        self.rest = bytes(data[at:])
+
+
+def check_version(payload: bytes) -> None:
+    """Check the other side's HELLO. Raises ProtocolError if it speaks another version."""
+    version = int.from_bytes(payload[:4], "little")
+    if version != lib.EB_VERSION:
+        raise ProtocolError(
+            errno.EPROTO,
+            f"the helper speaks version {version} of the protocol, this client version "
+            f"{lib.EB_VERSION}: restart the older one",
+        )

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
     from errand_boy import _client
-    from errand_boy._map import Batch, Command, Result
+    from errand_boy._batch import Batch, Command
+    from errand_boy._result import Result
 
 __all__ = [
     "DEVNULL",
@@ -813,7 +814,7 @@ class _Functions:
     def map(
         self, commands: Iterable[Command], *, check: bool = False, **options: Any
     ) -> AsyncGenerator[Result, None]:
-        """Run commands, many at once, and yield a Result for each, as errand_boy.batch.map.
+        """Run commands, many at once, and yield a Result for each, as errand_boy.map.
 
         Commands are started while the iterator is awaited only. One that is left early should be
         closed (``contextlib.aclosing``), which ends what runs.
@@ -895,8 +896,8 @@ async def _drive(batch: Batch, check: bool) -> AsyncGenerator[Result, None]:
                 return
             if timer is not None:
                 timer.cancel()
-            rest = batch.patience()
-            timer = None if rest is None else loop.call_later(rest, tell, batch.on_time)
+            rest = batch.timers.rest()
+            timer = None if rest is None else loop.call_later(rest, tell, batch.timers.ring)
             await news
             news = loop.create_future()
     finally:

@@ -31,8 +31,7 @@ from daemon import started_daemon
 
 import errand_boy
 import errand_boy.asyncio
-from errand_boy import _helper, _map
-from errand_boy._map import Result
+from errand_boy import Result, _batch, _helper
 
 PATIENCE = 20.0
 
@@ -149,7 +148,7 @@ def test_endless_generator_is_read_lazily(run_map: Map) -> None:
     with closing(run_map(commands(), max_workers=3)) as results:
         for result in itertools.islice(results, 100):
             assert result.returncode == 0
-        assert 100 <= given <= 100 + _map._LEAST_AHEAD
+        assert 100 <= given <= 100 + _batch._LEAST_AHEAD
 
 
 def test_at_most_max_workers_live(run_map: Map, tmp_path: Path) -> None:

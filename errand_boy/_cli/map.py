@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from subprocess import TimeoutExpired
 
 from errand_boy import _map
-from errand_boy._map import NOT_NOW, Batch, Result
+from errand_boy._batch import NOT_NOW, Batch
+from errand_boy._result import Result
 from errand_boy.errors import ErrandBoyError
 
 TYPE_CHECKING = False
@@ -286,7 +287,7 @@ def _run(work: Batch, lines: _Lines, log: JobLog | None, policy: Halt, progress:
 
 
 def _drive(work: Batch, lines: _Lines, policy: Halt) -> Iterator[Result]:
-    """As batch.drive, but wait for lines too, and for the reason to halt."""
+    """As _map.drive, but wait for lines too, and for the reason to halt."""
     wait = _map.waiter(work)
     reads = False
     while True:
@@ -307,9 +308,9 @@ def _drive(work: Batch, lines: _Lines, policy: Halt) -> Iterator[Result]:
                 work.watch(0, False)
             else:
                 work.unwatch(0)
-        for fd in wait(work.patience()):
+        for fd in wait(work.timers.rest()):
             if fd == 0:
                 lines.read()
             else:
                 work.on_ready(fd)
-        work.on_time()
+        work.timers.ring()

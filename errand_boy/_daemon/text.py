@@ -7,12 +7,14 @@ import os
 import select
 import selectors
 import socket
-import struct
 import time
 from collections.abc import Callable
 
 from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy._spool import Spool, nameless_file
+from errand_boy._stream import Ended, Event, Lost, Output, Stream
+from errand_boy._wire import Failed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ _MOST_INPUT = 64 << 20  # bytes
 _MOST_ERRORS = 64 << 20
 _IN_MEMORY = 32 << 10  # of each that has to be kept
 _CHUNK = 32 << 10
+_STREAMS = 0b111  # all three
 
 _NOT_RUN = 127  # return codes: as a shell says that it has not run a command,
 _NOT_RUNNABLE = 126  # or could not,
@@ -34,57 +37,6 @@ _UNKNOWN = 255  # and as ssh says that it does not know
 
 _MOST_ATTEMPTS = 50
 _PAUSE = 0.02  # seconds between two: a helper's sockets close before its pid is known to be dead
-
-
-class _Spool:
-    """Bytes to be kept: a few in memory, more in a file without a name."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._data = bytearray()
-        self._fd = -1
-
-    def write(self, data: bytes) -> None:
-        """Append `data`. Raises OSError."""
-        if self._fd < 0 and self.size + len(data) <= _IN_MEMORY:
-            self._data += data
-        else:
-            if self._fd < 0:
-                self._fd = _nameless_file()
-                data = bytes(self._data) + data
-                self._data.clear()
-                self.size = 0
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._fd, view) :]
-        self.size += len(data)
-
-    def read(self, at: int, size: int) -> bytes:
-        """Return up to `size` bytes from position `at` on. Raises OSError."""
-        if self._fd < 0:
-            return bytes(self._data[at : at + size])
-        return os.pread(self._fd, size, at)
-
-    def close(self) -> None:
-        """Let go of the bytes."""
-        self._data.clear()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _nameless_file() -> int:
-    directory = os.environ.get("TMPDIR") or "/tmp"
-    flags = os.O_RDWR | os.O_CLOEXEC
-    try:
-        return os.open(directory, flags | os.O_TMPFILE, 0o600)
-    except OSError as error:  # EISDIR: the kernel's word for a file system that cannot
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
-            raise
-    path = os.path.join(directory, f"errand-boy-{os.urandom(16).hex()}")
-    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    os.unlink(path)
-    return fd
 
 
 class _Request:
@@ -95,7 +47,7 @@ class _Request:
 
     def __init__(self) -> None:
         self.line = bytearray()
-        self.input = _Spool()
+        self.input = Spool(_IN_MEMORY, nameless_file)
         self.refusal = ""
         self.whole = False
         self._has_line = False
@@ -160,35 +112,26 @@ class _Command:
         on_output: Callable[[bytes], None],
         on_end: Callable[[int, str], None],
     ) -> None:
-        self.errors = _Spool()
+        self.errors = Spool(_IN_MEMORY, nameless_file)
         self._server = server
         self._request = request
         self._on_output = on_output
         self._on_end = on_end
         self._attempts = 0
         self._note = ""
-        self._code = 0
-        self._awaited = {lib.EB_STDOUT, lib.EB_STDERR, lib.EB_EXITED}
         self._closed = False
         self._paused = False
-        self._feeding = False
-        self._fed = 0
-        self._credit = lib.EB_WINDOW
         self._sock: socket.socket
         self._connect()
 
     def _connect(self) -> None:
         self._attempts += 1
-        self._greeted = False
-        self._started = False
-        self._inbox = bytearray()
-        self._kind = 0  # of the frame that has begun
-        self._left = 0  # bytes of it that have not been dealt with
         self._sock = self._server.pool.connect()
         self._sock.setblocking(False)
-        # The input waits for SPAWNED: until then, ECONNRESET says that nothing was run.
-        self._outbox = memoryview(_wire.OPENING + _spawn(bytes(self._request.line)))
-        self._flush()
+        self._stream = Stream()
+        request = _wire.OPENING + _spawn(bytes(self._request.line))
+        self._stream.begin(_STREAMS, False, request, self._request.input.reader())
+        self._send()
 
     def pause(self, paused: bool) -> None:
         """Take no output while `paused`."""
@@ -208,89 +151,59 @@ class _Command:
 
     def _watch(self) -> None:
         events = 0 if self._paused else selectors.EVENT_READ
-        if self._outbox:
+        if self._stream.unsent:
             events |= selectors.EVENT_WRITE
         _watch(self._server, self._sock, events, self._on_events)
 
     def _on_events(self, events: int) -> None:
         try:
-            if events & selectors.EVENT_WRITE:
-                self._flush()
             if events & selectors.EVENT_READ:
-                self._read()
+                self._receive()
+            if not self._closed:
+                self._send()
         except Exception:  # the client must not wait for ever
             if not self._closed:
                 self._finish(_UNKNOWN, "internal error; command ended")
             raise
 
-    def _flush(self) -> None:
-        try:
-            while self._outbox or self._feeding:
-                if not self._outbox:
-                    self._outbox = memoryview(self._next_input())
-                    if not self._outbox:
-                        break
-                self._outbox = self._outbox[self._sock.send(self._outbox, socket.MSG_NOSIGNAL) :]
-        except BlockingIOError:
-            pass
-        except OSError:  # the reader will see why
-            self._feeding = False
-            self._outbox = memoryview(b"")
+    def _send(self) -> None:
+        if self._stream.unsent:
+            try:
+                self._stream.count_sent(self._sock.send(self._stream.unsent, socket.MSG_NOSIGNAL))
+            except BlockingIOError:
+                pass
+            except OSError:  # the reader will see why
+                self._stream.unsent = b""
         self._watch()
 
-    def _next_input(self) -> bytes:
-        spool = self._request.input
-        data = spool.read(self._fed, min(self._credit, _CHUNK))
-        self._fed += len(data)
-        self._credit -= len(data)
-        frames = _wire.HEADER.pack(len(data), lib.EB_STDIN) + data if data else b""
-        if self._fed == spool.size:
-            self._feeding = False
-            frames += _wire.HEADER.pack(0, lib.EB_STDIN)
-        return frames
-
-    def _read(self) -> None:
-        reset = False
+    def _receive(self) -> None:
         try:
             data = self._sock.recv(_CHUNK)
         except BlockingIOError:
             return
         except OSError as error:
-            reset = error.errno == errno.ECONNRESET
-            data = b""
-        if not data:
-            self._on_gone(reset)
+            self._take(self._stream.end(error.errno == errno.ECONNRESET))
             return
-        self._inbox += data
-        while not self._closed and self._step():
-            pass
+        if not data:
+            self._take(self._stream.end())
+            return
+        for event in self._stream.receive(data):
+            self._take(event)
+            if self._closed:
+                break
 
-    def _step(self) -> bool:
-        """Deal with the next frame, or the next piece of a stream; return False if it lacks."""
-        header, inbox = _wire.HEADER, self._inbox
-        if self._left == 0:
-            if len(inbox) < header.size:
-                return False
-            self._left, self._kind = header.unpack_from(inbox)
-            del inbox[: header.size]
-            if self._left == 0:
-                self._strike(self._kind)
-                return True
-        if not inbox:
-            return False
-        is_stream = self._kind in (lib.EB_STDOUT, lib.EB_STDERR)
-        if not is_stream and len(inbox) < self._left:
-            return False
-        piece = bytes(inbox[: self._left])
-        del inbox[: self._left]
-        self._left -= len(piece)
-        if self._kind == lib.EB_STDOUT:
-            self._on_output(piece)
-        elif self._kind == lib.EB_STDERR:
-            self._keep(piece)
-        else:
-            self._on_frame(self._kind, piece)
-        return True
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Output):
+            if event.number == 0:
+                self._on_output(event.data)
+            else:
+                self._keep(event.data)
+        elif isinstance(event, Ended):
+            self._finish(event.returncode, self._note)
+        elif isinstance(event, Failed):
+            self._finish(*_failure(event))
+        elif isinstance(event, Lost):
+            self._on_lost(event)
 
     def _keep(self, errors: bytes) -> None:
         if self.errors.size + len(errors) > _MOST_ERRORS:
@@ -302,44 +215,19 @@ class _Command:
         except OSError as error:
             self._finish(_UNKNOWN, f"cannot keep standard error: {error.strerror}; command ended")
 
-    def _on_frame(self, kind: int, payload: bytes) -> None:
-        if kind == lib.EB_REFUSED:
-            self._finish(_NOT_RUN, payload.decode("utf-8", "replace"))
-            return
-        if kind == lib.EB_HELLO:
-            self._greeted = True
-        elif kind == lib.EB_CREDIT:
-            self._credit += struct.unpack("<I", payload)[0]
-            self._flush()
-        reply = _wire.reply(kind, payload)
-        if isinstance(reply, _wire.Failed):
-            self._finish(*_failure(reply))
-        elif isinstance(reply, _wire.Spawned):
-            self._started = self._feeding = True
-            self._flush()
-        elif isinstance(reply, _wire.Exited):
-            self._feeding = False
-            self._code = os.waitstatus_to_exitcode(reply.status)
-            self._strike(kind)
-
-    def _strike(self, kind: int) -> None:
-        self._awaited.discard(kind)
-        if not self._awaited:
-            self._finish(self._code, self._note)
-
     def _finish(self, code: int, note: str) -> None:
         self.close()
         self._on_end(code, note)
 
-    def _on_gone(self, reset: bool) -> None:
-        self._disconnect()
-        if self._started or (self._greeted and not reset):
-            self._closed = True
-            self._on_end(_UNKNOWN, "the command's helper has died; it may have been run")
+    def _on_lost(self, lost: Lost) -> None:
+        if lost.reason is not None:
+            self._finish(_NOT_RUN, lost.reason)
+        elif not lost.may_resend:
+            self._finish(_UNKNOWN, "the command's helper has died; it may have been run")
         elif self._attempts == _MOST_ATTEMPTS:
-            self._closed = True
-            self._on_end(_NOT_RUN, "the daemon's helpers die")
+            self._finish(_NOT_RUN, "the daemon's helpers die")
         else:
+            self._disconnect()
             self._server.call_later(_PAUSE, self._reconnect)
 
     def _reconnect(self) -> None:
@@ -357,13 +245,13 @@ def _spawn(line: bytes) -> bytes:
         [
             _wire.strings(lib.EB_TAG_EXECUTABLES, [_SHELL]),
             _wire.strings(lib.EB_TAG_ARGV, [_SHELL, b"-c", line]),
-            _wire.option(lib.EB_TAG_STREAMS, b"\7"),
+            _wire.option(lib.EB_TAG_STREAMS, bytes([_STREAMS])),
             _wire.number(lib.EB_TAG_PGROUP, 0),
         ],
     )
 
 
-def _failure(reply: _wire.Failed) -> tuple[int, str]:
+def _failure(reply: Failed) -> tuple[int, str]:
     reason = os.strerror(reply.errno)
     code = _NOT_RUN if reply.errno == errno.ENOENT else _NOT_RUNNABLE
     if reply.stage == lib.EB_STAGE_EXEC:

@@ -6,15 +6,17 @@ import subprocess
 from subprocess import PIPE
 
 import errand_boy
-from errand_boy import _capture
+from errand_boy import _capture, _wire
 from errand_boy.errors import SessionClosedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
+    from resource import struct_rusage
     from typing import Any
 
     from errand_boy import _remote
+    from errand_boy._capture import Captured
     from errand_boy._client import Client
 
 _TEXT = ("text", "universal_newlines", "encoding", "errors")
@@ -32,7 +34,7 @@ class UNIXSocketTransport:
         input: Any = None,
         timeout: float | None = None,
         **options: Any,
-    ) -> tuple[_remote.Popen[Any], Any, Any]:
+    ) -> tuple[_remote.Popen[Any] | Ended, Any, Any]:
         """Run a shell command line with `input`; return its process, output and error output.
 
         Both are text, unless the options, which are Popen's, say otherwise. Raises
@@ -41,9 +43,9 @@ class UNIXSocketTransport:
         if input is None:
             options.setdefault("stdin", subprocess.DEVNULL)
         self._complete(command_string, options)
-        if input is None and _capture.can_be(options):
-            done = self._client.captured(command_string, time_limit=timeout, **options)
-            return done, *done.streams
+        if input is None and _capture.can_capture(options):
+            ended = _capture.capture(self._client, command_string, options, timeout)
+            return Ended(ended), *ended.output
         with self._client.Popen(command_string, **options) as process:
             try:
                 stdout, stderr = process.communicate(input, timeout)
@@ -71,6 +73,26 @@ class UNIXSocketTransport:
     def get_session(self) -> Session:
         """Return a session, for use in a ``with`` statement."""
         return Session(self._client)
+
+
+class Ended(subprocess.Popen[bytes]):
+    """The process of a command that has ended. As of any such Popen, its methods do nothing."""
+
+    def __init__(self, ended: Captured) -> None:
+        self.args = ended.args
+        self.pid = ended.pid
+        self.returncode = ended.returncode
+        self.stdin = self.stdout = self.stderr = None
+        self._communication_started = False
+        self._usage = ended.usage
+
+    @property
+    def rusage(self) -> struct_rusage:
+        """What it and those it waited for have used."""
+        return _wire.rusage(self._usage)
+
+    def send_group_signal(self, sig: int) -> None:
+        """Do nothing."""
 
 
 class Session:

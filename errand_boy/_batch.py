@@ -1,0 +1,532 @@
+"""The commands of one `map`: which run, over which connection, and what became of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from io import BytesIO
+
+from errand_boy import _helper, _request, _wire
+from errand_boy._frame import MOST_ATTEMPTS
+from errand_boy._result import Result
+from errand_boy._spool import Spool, coding
+from errand_boy._stream import Ended, Lost, Output, Started, Stream
+from errand_boy._templates import Templates
+from errand_boy._timers import Timer, Timers
+from errand_boy._wire import Failed
+from errand_boy.errors import ErrandBoyError, HelperDiedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import IO, Any, TypeAlias
+
+    from errand_boy._connection import Connection
+    from errand_boy._templates import Source
+
+    Command: TypeAlias = "Sequence[Any] | str | bytes | os.PathLike[Any] | Mapping[str, Any]"
+
+NOT_NOW = object()  # from an iterator of commands: none yet, though more may come
+
+_CHUNK = 1 << 17  # bytes, above those of any single frame of output
+_LEAST_AHEAD = 64  # commands
+_PER_CPU = 4  # workers
+
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_DONTWAIT = socket.MSG_DONTWAIT
+_PLAIN = (list, tuple)
+
+
+class _Job:
+    __slots__ = (
+        "args",
+        "argv",
+        "attempts",
+        "begun",
+        "index",
+        "input",
+        "options",
+        "outputs",
+        "shell",
+        "timed_out",
+        "timeout",
+        "timer",
+    )
+
+    def __init__(self, index: int, args: Any) -> None:
+        self.index = index
+        self.args = args
+        self.argv: Sequence[Any] = ()
+        self.options: Mapping[str, Any] | None = None  # its own
+        self.input: bytes | None = None
+        self.shell = False
+        self.timeout: float | None = None
+        self.timer: Timer | None = None
+        self.attempts = 0
+
+    def begin(self) -> None:
+        """Be as before anything was sent or received."""
+        self.attempts += 1
+        self.outputs: list[Spool | None] = [None, None]
+        self.timed_out = False
+        self.begun = time.monotonic()
+
+
+class _Channel:
+    """A connection, and the command that runs over it."""
+
+    __slots__ = ("awaits_room", "connection", "fd", "generation", "job", "sock", "stream")
+
+    def __init__(self, connection: Connection, generation: int) -> None:
+        self.connection = connection
+        self.generation = generation
+        self.sock = connection.sock
+        self.fd = connection.sock.fileno()
+        self.stream = Stream(connection.greeted)
+        self.awaits_room = False  # in the socket
+        self.job: _Job | None = None
+
+
+def _temporary_file() -> IO[bytes]:
+    from tempfile import TemporaryFile  # noqa: PLC0415
+
+    return TemporaryFile()
+
+
+def _unwatched(*_: Any) -> None:
+    pass
+
+
+class Batch:
+    """The commands of one `map`: those that run, and the results that nobody has taken yet.
+
+    A driver sets `watch` and `unwatch`, and waits for what they name to be readable, or writable
+    too where `watch` says so, for `timers.rest()` seconds at most; it then calls `on_ready` for
+    what is ready, and `timers.ring`. `fill` starts commands, `take` takes a result, and there is
+    none to come any more when `pending` says so after that.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        commands: Iterable[Command],
+        *,
+        max_workers: int | None = None,
+        capture_output: bool = True,
+        stdout: Any = None,
+        stderr: Any = None,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        input: Any = None,
+        timeout: float | None = None,
+        ordered: bool = True,
+        max_output: int | None = None,
+        spool: bool = False,
+        shell: bool = False,
+        cwd: Any = None,
+        env: Mapping[Any, Any] | None = None,
+        umask: int = -1,
+        start_new_session: bool = False,
+        process_group: int | None = None,
+        restore_signals: bool = True,
+    ) -> None:
+        if max_workers is None:
+            max_workers = _PER_CPU * len(os.sched_getaffinity(0))
+        if max_workers < 1:
+            raise ValueError("max_workers must be at least 1")
+        if max_output is not None and max_output < 0:
+            raise ValueError("max_output must not be negative")
+        if stdout is not None or stderr is not None:
+            capture_output = False
+        elif capture_output:
+            stdout = stderr = subprocess.PIPE
+        self.watch: Callable[[int, bool], Any] = _unwatched
+        self.unwatch: Callable[[int], Any] = _unwatched
+        self.on_result: Callable[[Result], Any] | None = None  # called before its turn
+        self._owner = os.getpid()
+        self._source = source
+        self._commands = iter(commands)
+        self._most = max_workers
+        self._ordered = ordered
+        self._text = bool(text or encoding or errors)
+        self._nothing: Any = "" if self._text else b""
+        self._encoding, self._errors = coding(encoding, errors) if self._text else ("", "")
+        self._input = input
+        self._timeout = timeout
+        self._max_output = max_output
+        self._open_file = _temporary_file if spool else None
+        self._shell = shell
+        self._captured = (stdout == subprocess.PIPE, stderr == subprocess.PIPE)
+        self._options: dict[str, Any] = {
+            "cwd": cwd,
+            "env": env,
+            "umask": umask,
+            "start_new_session": start_new_session,
+            "process_group": process_group,
+            "restore_signals": restore_signals,
+        }
+        self._templates = Templates(source, self._options, stdout, stderr)
+        self._ahead = max(_LEAST_AHEAD, 4 * max_workers)
+        self._given = 0  # commands taken from the iterator
+        self._taken = 0  # results that the caller has
+        self._failure: Exception | None = None  # of the iterator's, for when its turn comes
+        self._exhausted = False
+        self._channels: dict[int, _Channel] = {}
+        self._idle: list[_Channel] = []
+        self._generation = 0  # of channels
+        self._live = 0
+        self._waiting: deque[_Job] = deque()  # to be started again, elsewhere
+        self.timers = Timers()
+        self._results: dict[int, Result] = {}
+        self._done: deque[Result] = deque()
+        # recv() would allocate as much each time, which may be a system call or three.
+        self._buffer = memoryview(bytearray(_CHUNK))
+
+    # -- the driver's side --
+
+    def fill(self) -> None:
+        """Start what may be started."""
+        if self._owner != os.getpid():
+            text = "another process started the commands, before a fork"
+            raise ChildProcessError(errno.ECHILD, text)
+        while self._live < self._most:
+            job = self._waiting.popleft() if self._waiting else self._next()
+            if job is None:
+                return
+            self._start(job)
+
+    def pending(self) -> bool:
+        """Return whether there is anything to wait for.
+
+        Raises what the iterator of commands raised, once the results of those before it are taken.
+        """
+        if self._live:
+            return True
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return not self._exhausted
+
+    def take(self) -> Result | None:
+        """Return a result if one is ready."""
+        if not self._ordered:
+            if not self._done:
+                return None
+            result = self._done.popleft()
+        elif self._taken in self._results:
+            result = self._results.pop(self._taken)
+        else:
+            return None
+        self._taken += 1
+        return result
+
+    def finished(self) -> Iterator[Result]:
+        """Take all results that are there, out of their turn."""
+        while self._done:
+            yield self._done.popleft()
+        for index in sorted(self._results):
+            yield self._results.pop(index)
+
+    def on_ready(self, fd: int) -> None:
+        """Move data over a channel."""
+        channel = self._channels.get(fd)
+        if channel is None:
+            return
+        stream = channel.stream
+        if stream.unsent:
+            self._send(channel)
+        try:
+            size = channel.sock.recv_into(self._buffer, 0, _DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._on_lost(channel, stream.end(isinstance(error, ConnectionResetError)))
+            return
+        if not size:
+            self._on_lost(channel, stream.end())
+            return
+        for event in stream.receive(self._buffer[:size]):
+            if type(event) is Lost:
+                self._on_lost(channel, event)
+                return
+            job = channel.job
+            assert job is not None
+            if type(event) is Ended:
+                self._over(channel, self._ended(job, event))
+                if not stream.is_free:
+                    return
+            elif type(event) is Output:
+                output = job.outputs[event.number]
+                if output is None:
+                    output = Spool(self._max_output, self._open_file)
+                    job.outputs[event.number] = output
+                output.write(event.data)
+            elif type(event) is Started:
+                self._on_started(channel, job)
+            elif type(event) is Failed:
+                options = self._options if job.options is None else job.options
+                why = _wire.spawn_error(event, job.argv[0], options["cwd"])
+                self._over(channel, self._failed(job, why))
+        if stream.unsent:
+            self._send(channel)
+
+    def stop(self) -> None:
+        """Take no more commands; what runs may end."""
+        self._exhausted = True
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """End what still runs: its process group gets SIGTERM, and SIGKILL a second later."""
+        for channel in list(self._channels.values()):
+            self.unwatch(channel.fd)
+            connection = channel.connection
+            if channel.stream.is_free and channel.generation == self._generation:
+                connection.greeted = channel.stream.greeted
+                connection.give_back()
+            else:
+                connection.close()
+        self._channels.clear()
+        self._idle.clear()
+        self._templates.forget()
+
+    # -- starting --
+
+    def _next(self) -> _Job | None:
+        """Return the next command, unless there is none, or enough of them are ahead."""
+        while not self._exhausted and self._given - self._taken < self._ahead:
+            try:
+                command: Any = next(self._commands)
+                if command is NOT_NOW:
+                    return None
+                job = self._job(command)
+            except StopIteration:
+                self._exhausted = True
+                return None
+            except Exception as error:  # those before it have their results first
+                self._exhausted = True
+                self._failure = error
+                return None
+            self._given += 1
+            return job
+        return None
+
+    def _job(self, command: Command) -> _Job:
+        given: dict[str, Any] = {}
+        plain = type(command) in _PLAIN  # else the checks take a microsecond
+        if not plain and isinstance(command, Mapping):
+            given = dict(command)
+            try:
+                args = given.pop("args")
+            except KeyError:
+                raise TypeError("a command's mapping needs args") from None
+        else:
+            args = command
+        job = _Job(self._given, args)
+        job.shell = given.pop("shell", self._shell) if given else self._shell
+        job.timeout = given.pop("timeout", self._timeout) if given else self._timeout
+        input = given.pop("input", self._input) if given else self._input
+        if input is not None:
+            if self._text:
+                input = input.encode(self._encoding, self._errors)
+            job.input = input if type(input) is bytes else bytes(memoryview(input))
+        if given:
+            unknown = given.keys() - self._options.keys()
+            if unknown:
+                raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
+            job.options = {**self._options, **given}
+        if plain and not job.shell:
+            job.argv = args
+        else:
+            job.argv = _request.arguments(args, job.shell)
+        return job
+
+    def _start(self, job: _Job) -> None:
+        while job.attempts < MOST_ATTEMPTS:
+            if self._source.changed():
+                self._renew()
+            job.begin()
+            # The time of one that waits for its turn in a daemon begins with the news of its start.
+            brief = job.timeout is None
+            template = None
+            try:
+                template = self._templates.get(job.options, job.input is not None, brief)
+                request = template.frame(job.argv)
+                channel = self._idle.pop() if self._idle else self._connect()
+            except (OSError, ValueError, IndexError) as error:
+                if isinstance(error, ErrandBoyError):
+                    raise
+                if template is None and job.options is None and isinstance(error, ValueError):
+                    raise  # it is wrong for all of them
+                if not self._put_off(job, error):
+                    self._finish(job, self._failed(job, error))
+                return
+            if channel is None:
+                continue
+            channel.job = job
+            self._live += 1
+            input = None if job.input is None else BytesIO(job.input)
+            channel.stream.begin(template.streams, brief, request, input)
+            self._send(channel, template.fds)
+            return
+        raise _helper.ends_at_once()
+
+    def _connect(self) -> _Channel | None:
+        connection = self._source.connect()
+        if connection is None:
+            return None
+        channel = _Channel(connection, self._generation)
+        self._channels[channel.fd] = channel
+        self.watch(channel.fd, False)
+        return channel
+
+    def _put_off(self, job: _Job, error: Exception) -> bool:
+        """Go on with fewer at once, if it is descriptors that are short."""
+        if not self._live or getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            return False
+        self._most = self._live
+        self._waiting.append(job)
+        return True
+
+    def _renew(self) -> None:
+        """Let go of what belongs to a former helper, or to who this process was."""
+        self._generation += 1
+        while self._idle:
+            self._drop(self._idle.pop())
+        self._templates.forget()
+
+    def _send(self, channel: _Channel, fds: Sequence[int] = ()) -> None:
+        """Send what the socket takes, and all of `fds`."""
+        stream = channel.stream
+        try:
+            if fds:
+                # Never kept for later: nothing else is on its way when a job begins.
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+                stream.count_sent(channel.sock.sendmsg([stream.unsent], rights, _FLAGS))
+            else:
+                stream.count_sent(channel.sock.send(stream.unsent, _FLAGS))
+        except BlockingIOError:
+            pass
+        except (BrokenPipeError, ConnectionResetError):
+            stream.unsent = b""  # the reader will see why
+        awaits_room = bool(stream.unsent)
+        if awaits_room != channel.awaits_room:
+            channel.awaits_room = awaits_room
+            self.watch(channel.fd, awaits_room)
+
+    # -- the course of one --
+
+    def _on_started(self, channel: _Channel, job: _Job) -> None:
+        job.begun = time.monotonic()
+        if job.timeout is not None:
+            job.timer = self.timers.at(job.begun + job.timeout, partial(self._expire, channel, job))
+
+    def _expire(self, channel: _Channel, job: _Job) -> None:
+        job.timed_out = True
+        pid = channel.stream.pid
+        ended = channel.stream.kill(-pid, pid)  # it may lead no group
+        if ended is None:
+            self._send(channel)
+        else:  # it has left others that hold its output
+            self._over(channel, self._ended(job, ended))
+
+    def _ended(self, job: _Job, ended: Ended) -> Result:
+        result = Result(job.args, ended.returncode)
+        result._end = ended
+        self._put_output(result, job)
+        if job.timed_out:
+            result.error = subprocess.TimeoutExpired(
+                job.args, job.timeout or 0, result.stdout, result.stderr
+            )
+        return result
+
+    def _failed(self, job: _Job, error: Exception) -> Result:
+        """Return the result of a command that was not started."""
+        if isinstance(error, IndexError):
+            error = ValueError("a command needs at least one argument")
+        else:
+            _request.name_program(error, job.argv[0])
+        result = Result(job.args, 127 if isinstance(error, FileNotFoundError) else 126)
+        self._put_output(result, job)
+        result.error = error
+        return result
+
+    def _put_output(self, result: Result, job: _Job) -> None:
+        for number, output in enumerate(job.outputs):
+            if not self._captured[number]:
+                continue
+            data = self._nothing
+            if output is not None:
+                data = output.data
+                if output.file is not None:
+                    output.file.seek(0)
+                    setattr(result, "stderr_file" if number else "stdout_file", output.file)
+                result.truncated = result.truncated or output.truncated
+                if self._text:
+                    try:
+                        data = output.text(self._encoding, self._errors)
+                    except UnicodeError as error:
+                        result.error = error
+                if isinstance(data, bytearray):
+                    data = bytes(data)
+            if number:
+                result.stderr = data
+            else:
+                result.stdout = data
+
+    def _over(self, channel: _Channel, result: Result) -> None:
+        job = channel.job
+        assert job is not None
+        channel.job = None
+        self._live -= 1
+        if channel.stream.is_free and channel.generation == self._generation:
+            self._idle.append(channel)
+        else:
+            self._drop(channel)
+        self._finish(job, result)
+
+    def _finish(self, job: _Job, result: Result) -> None:
+        result.index = job.index
+        if job.timer is not None:
+            job.timer.cancel()
+        now = time.monotonic()
+        brief = None if result._end is None else result._end.brief
+        result.duration = now - job.begun if brief is None else brief[0] / 1e6
+        result._begun = now - result.duration
+        if self._ordered:
+            self._results[job.index] = result
+        else:
+            self._done.append(result)
+        if self.on_result is not None:
+            self.on_result(result)
+
+    def _drop(self, channel: _Channel) -> None:
+        if self._channels.pop(channel.fd, None) is not None:
+            self.unwatch(channel.fd)
+        channel.connection.close()
+
+    def _on_lost(self, channel: _Channel, lost: Lost) -> None:
+        job, channel.job = channel.job, None
+        if job is None and channel in self._idle:
+            self._idle.remove(channel)
+        self._drop(channel)
+        if job is not None:
+            self._live -= 1
+            if lost.may_resend:
+                self._waiting.append(job)
+                return
+        if not isinstance(lost.error, HelperDiedError):
+            raise lost.error
+        if job is not None:
+            result = Result(job.args, -signal.SIGKILL)
+            self._put_output(result, job)
+            result.error = lost.error
+            self._finish(job, result)

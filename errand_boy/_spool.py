@@ -1,0 +1,133 @@
+"""Output that is kept: so much of it in memory, and all of a longer one in a file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import IO
+
+
+class Spool:
+    """Bytes in the order in which they come.
+
+    `data` are the first of them, `most` at most; None: all. If there are more, all of them are in
+    `file`, which `open_file` has opened; without that, the others are lost: it is `truncated`.
+    """
+
+    __slots__ = ("_open_file", "_room", "data", "file", "size", "truncated")
+
+    def __init__(
+        self, most: int | None = None, open_file: Callable[[], IO[bytes]] | None = None
+    ) -> None:
+        self.data: bytes | bytearray = b""
+        self.size = 0
+        self.truncated = False
+        self.file: IO[bytes] | None = None
+        self._room = sys.maxsize if most is None else most
+        self._open_file = open_file
+
+    def write(self, data: bytes) -> None:
+        """Append `data`. Raises OSError."""
+        size = len(data)
+        if self.file is None and size > self._room:
+            if self._open_file is None:
+                self.truncated = True
+            else:
+                self.file = self._open_file()
+                _write(self.file, self.data)
+        if self.file is not None:
+            _write(self.file, data)
+        self.size += size
+        if size > self._room:
+            data = data[: self._room]
+        self._room -= len(data)
+        if not self.data:
+            self.data = data
+        elif isinstance(self.data, bytearray):
+            self.data += data
+        else:
+            self.data = bytearray(self.data + data)
+
+    def read(self, at: int, size: int) -> bytes:
+        """Return `size` bytes from position `at` on, or what there is; a file needs no buffer.
+
+        Raises OSError.
+        """
+        if self.file is None:
+            return bytes(self.data[at : at + size])
+        return os.pread(self.file.fileno(), size, at)
+
+    def reader(self) -> Reader:
+        """Return what reads it from its beginning, with the method of a file."""
+        return Reader(self)
+
+    def close(self) -> None:
+        """Close the file; `data` stays."""
+        if self.file is not None:
+            self.file.close()
+
+    def text(self, encoding: str, errors: str) -> str:
+        """Return `data` as text, as subprocess has it, but for a character that was cut."""
+        return to_text(self.data, encoding, errors, self.file is None and not self.truncated)
+
+
+class Reader:
+    """Reads a Spool."""
+
+    __slots__ = ("_at", "_spool")
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._at = 0
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes; fewer at the end. Raises OSError."""
+        data = self._spool.read(self._at, size)
+        self._at += len(data)
+        return data
+
+
+def _write(file: IO[bytes], data: bytes | bytearray) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def nameless_file() -> IO[bytes]:
+    """Open a new file without a name or a buffer, in ``$TMPDIR`` or /tmp. Raises OSError."""
+    directory = os.environ.get("TMPDIR") or "/tmp"
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        fd = os.open(directory, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:  # EISDIR: the kernel's word for a file system that cannot
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        path = os.path.join(directory, f"errand-boy-{os.urandom(16).hex()}")
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        os.unlink(path)
+    return open(fd, "w+b", buffering=0)
+
+
+def coding(encoding: str | None, errors: str | None) -> tuple[str, str]:
+    """Return the codec and the handling of errors that subprocess takes for these arguments."""
+    if not encoding or encoding == "locale":
+        import locale  # noqa: PLC0415
+
+        encoding = locale.getpreferredencoding(False)
+    return encoding, errors or "strict"
+
+
+def to_text(data: bytes | bytearray, encoding: str, errors: str, is_whole: bool = True) -> str:
+    """Return output as subprocess has text; a character that is cut at the end is left out."""
+    if is_whole:
+        text = data.decode(encoding, errors)
+    else:
+        from codecs import getincrementaldecoder  # noqa: PLC0415
+
+        text = getincrementaldecoder(encoding)(errors).decode(bytes(data))
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,287 @@
+"""Streamed commands over one connection, one after another, without I/O: bytes in, events out.
+
+The only place that knows what the frames of a streamed command mean, how much input may be sent,
+and whether the request may be sent again when the connection is lost; see docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import struct
+
+from errand_boy import _wire
+from errand_boy._native import lib
+from errand_boy._wire import Failed, Spawned, Splitter
+from errand_boy.errors import HelperDiedError, ProtocolError, RefusedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Protocol, TypeAlias
+
+    class Input(Protocol):
+        """What a command reads."""
+
+        def read(self, size: int, /) -> bytes:
+            """Return the next `size` bytes; fewer at the end only."""
+
+
+_STDOUT, _EXITED = lib.EB_STDOUT, lib.EB_EXITED
+_OUTPUT_KINDS = (_STDOUT, lib.EB_STDERR)
+_MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
+_END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
+_MOST_REASON = 4096  # bytes
+_LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
+
+# All that may come, and the least and the most bytes of it.
+_SIZES = {
+    lib.EB_HELLO: (4, 64),
+    lib.EB_SPAWNED: (5, 5),
+    lib.EB_FAILED: (9, 9),
+    _EXITED: (_wire.EXITED.size, _wire.EXITED.size + _MORE.size),
+    lib.EB_REFUSED: (0, _MOST_REASON),
+    _STDOUT: (0, lib.EB_MAX_FRAME),
+    lib.EB_STDERR: (0, lib.EB_MAX_FRAME),
+    lib.EB_CREDIT: (4, 4),
+    lib.EB_UNREAD: (0, 0),
+}
+
+# Bits of what is awaited of a command.
+_OUTPUTS = 3  # those of STREAMS, less that for standard input
+_EXIT = 4
+
+
+class Started:
+    """The command runs. A brief one does not tell."""
+
+    __slots__ = ("pid",)
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+
+class Output:
+    """The command has written `data`; `number`: 0 to its standard output, 1 to its errors."""
+
+    __slots__ = ("data", "number")
+
+    def __init__(self, number: int, data: bytes) -> None:
+        self.number = number
+        self.data = data
+
+
+class Ended:
+    """The command has ended, with a return code as subprocess has it, and so has its output."""
+
+    __slots__ = ("_payload", "returncode")
+
+    def __init__(self, payload: bytes) -> None:
+        status = int.from_bytes(payload[:4], "little")
+        if status > _LAST_STATUS or status & _STOPPED == _STOPPED:
+            raise _unexpected(_EXITED)
+        self.returncode = os.waitstatus_to_exitcode(status) if status else 0
+        self._payload = payload
+
+    @property
+    def usage(self) -> tuple[int, ...]:
+        """What it has used, in the order of wire.h."""
+        return _wire.EXITED.unpack_from(self._payload)[1:]
+
+    @property
+    def brief(self) -> tuple[int, int] | None:
+        """The microseconds that a brief command took, and its pid; None for another."""
+        if len(self._payload) == _wire.EXITED.size:
+            return None
+        return _MORE.unpack_from(self._payload, _wire.EXITED.size)
+
+
+class Lost:
+    """The connection is of no use any more.
+
+    `may_resend`: its command's request was not read, and may be sent again, elsewhere. Else `error`
+    says what is to be told; `reason` is the other side's if it has refused.
+    """
+
+    __slots__ = ("error", "may_resend", "reason")
+
+    def __init__(self, error: OSError, may_resend: bool = False, reason: str | None = None) -> None:
+        self.error = error
+        self.may_resend = may_resend
+        self.reason = reason
+
+
+Event: TypeAlias = "Started | Output | Ended | Failed | Lost"
+
+
+class Stream:
+    """A connection's commands, as seen by their client.
+
+    `unsent` is to be sent, as soon as the socket takes it. `pid` is 0 until Started, and for a
+    brief command. `ended` is the command's end, which may be known before that of its output.
+    `greeted`: the other side has said HELLO.
+    """
+
+    __slots__ = (
+        "_awaited",
+        "_brief",
+        "_input",
+        "_is_killed",
+        "_request_left",
+        "_sends_more",
+        "_splitter",
+        "_started",
+        "_window",
+        "ended",
+        "greeted",
+        "pid",
+        "unsent",
+    )
+
+    def __init__(self, greeted: bool = False) -> None:
+        self.greeted = greeted
+        self._splitter = Splitter(_SIZES)
+        self.begin(0, False)
+        self._awaited = 0
+
+    def begin(
+        self, streams: int, brief: bool, request: bytes = b"", input: Input | None = None
+    ) -> None:
+        """Begin a command, when the last one is over.
+
+        `streams` and `brief` are what the request says; `request` is what has not been sent of it.
+        """
+        self._awaited = streams >> 1 & _OUTPUTS | _EXIT
+        self._brief = brief
+        self._started = False
+        self._is_killed = False
+        self._window = lib.EB_WINDOW
+        self._request_left = len(request)
+        self._sends_more = False  # anything behind the request
+        self.unsent = request
+        self.pid = 0
+        self.ended: Ended | None = None
+        self._input = input
+        # It waits for SPAWNED, since unread bytes are the request only if there are no others.
+        if input is not None and brief:
+            self._feed(input)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the connection may carry another command."""
+        return not (self._awaited or self.unsent or self._splitter.rest)
+
+    def count_sent(self, size: int) -> None:
+        """Take note that the first `size` bytes of `unsent` have been sent."""
+        self.unsent = self.unsent[size:]
+        if self._request_left:
+            self._request_left = max(0, self._request_left - size)
+
+    def signal(self, pid: int, number: int) -> None:
+        """Have a signal sent to `pid`, as SIGNAL has it."""
+        self._send(_wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))
+
+    def kill(self, *pids: int) -> Ended | None:
+        """End the command with its process: those who hold its output are waited for no more.
+
+        Return the end if it is known, else have SIGKILL sent to `pids`.
+        """
+        self._is_killed = True
+        if self.ended is None:
+            for pid in pids:
+                self.signal(pid, signal.SIGKILL)
+        return self.ended
+
+    def receive(self, data: bytes | memoryview) -> Iterator[Event]:
+        """Take what has come, and yield what it tells. After Lost, nothing more may be done."""
+        try:
+            for kind, payload in self._splitter.split(data):
+                if kind in _OUTPUT_KINDS:
+                    number = kind - _STDOUT
+                    if not self._awaited >> number & 1 or not self.greeted:
+                        raise _unexpected(kind)
+                    self._started = True
+                    if payload:
+                        yield Output(number, payload)
+                        continue
+                    self._awaited &= ~(1 << number)
+                elif kind == _EXITED:
+                    if not self._awaited & _EXIT or not self.greeted:
+                        raise _unexpected(kind)
+                    self._awaited &= ~_EXIT
+                    self.ended = Ended(payload)
+                else:
+                    event = self._take(kind, payload)
+                    if event is None:
+                        continue
+                    yield event
+                    if isinstance(event, Lost):
+                        return
+                    continue
+                ended = self.ended
+                if ended is not None and (not self._awaited or self._is_killed):
+                    yield ended
+        except ProtocolError as error:
+            yield Lost(error)
+
+    def end(self, reset: bool = False) -> Lost:
+        """Take note that the connection has ended; `reset`: with ECONNRESET."""
+        # The kernel says so when the other side has closed it with bytes that it never read.
+        unread = not self.greeted or self._request_left or (reset and not self._sends_more)
+        text = "errand-boy's helper ended: the command may have been started"
+        return Lost(HelperDiedError(errno.EPIPE, text), not self._started and bool(unread))
+
+    def _take(self, kind: int, payload: bytes) -> Event | None:
+        if kind == lib.EB_REFUSED:
+            reason = payload.decode("utf-8", "replace")
+            if self.greeted:
+                text = f"the helper refused: {reason}"
+                return Lost(ProtocolError(errno.EPROTO, text), reason=reason)
+            text = f"the daemon refused: {reason}"  # it speaks in the helper's place
+            return Lost(RefusedError(errno.EACCES, text), reason=reason)
+        if self.greeted == (kind == lib.EB_HELLO):
+            raise _unexpected(kind)
+        if kind == lib.EB_HELLO:
+            _wire.check_version(payload)
+            self.greeted = True
+            return None
+        if kind == lib.EB_CREDIT and self._awaited:
+            self._window += int.from_bytes(payload, "little")
+            if self._window > lib.EB_WINDOW:
+                raise _unexpected(kind)
+            if self._input is not None:
+                self._feed(self._input)
+            return None
+        if kind == lib.EB_UNREAD and not (self._awaited and self._started):
+            return Lost(self.end().error, may_resend=True)
+        if self._awaited & _EXIT and not self._started:
+            reply = _wire.reply(kind, payload)
+            if isinstance(reply, Failed):
+                self._awaited = 0
+                return reply
+            if isinstance(reply, Spawned) and reply.by_helper and not self._brief:
+                self._started = True
+                self.pid = reply.pid
+                if self._input is not None:
+                    self._feed(self._input)
+                return Started(reply.pid)
+        raise _unexpected(kind)
+
+    def _feed(self, input: Input) -> None:
+        """Have as much of the input sent as may be sent now."""
+        data = input.read(self._window)
+        if data:
+            self._send(_wire.frame(lib.EB_STDIN, [data]))
+        if len(data) < self._window:
+            self._send(_END_OF_INPUT)
+            self._input = None
+        self._window -= len(data)
+
+    def _send(self, frame: bytes) -> None:
+        self.unsent += frame
+        self._sends_more = True
+
+
+def _unexpected(kind: int) -> ProtocolError:
+    return ProtocolError(errno.EPROTO, f"frame {kind}, which may not come now")

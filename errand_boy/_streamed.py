@@ -1,0 +1,204 @@
+"""One streamed command, run to its end by the thread that asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+
+from errand_boy import _helper
+from errand_boy._adapter import sending
+from errand_boy._frame import MOST_ATTEMPTS, acquire
+from errand_boy._stream import Ended, Event, Lost, Output, Started, Stream
+from errand_boy._timers import Timers
+from errand_boy._wire import Failed
+from errand_boy.errors import NotServedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._connection import Connection
+    from errand_boy._request import Request
+    from errand_boy._spool import Spool
+
+_CHUNK = 1 << 16  # bytes; twice as many would be a mapping of their own each time
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+class CancelledError(Exception):
+    """The command was cancelled."""
+
+
+class StreamedCommand:
+    """A command whose output comes over the connection to its helper.
+
+    `pool` gives the connection. `streams` and `brief` are what `request` says. What is written goes
+    to `outputs`. `on_started` is called when the command runs, unless it is brief. `timers` ring
+    while it runs.
+    """
+
+    def __init__(
+        self,
+        pool: Any,
+        request: Request,
+        streams: int,
+        brief: bool,
+        outputs: Sequence[Spool],
+        input: bytes | None = None,
+        on_started: Callable[[], Any] | None = None,
+    ) -> None:
+        self._pool = pool
+        self._request = request
+        self._streams = streams
+        self._brief = brief
+        self._outputs = outputs
+        self._input = input
+        self._on_started = on_started
+        self._stream = Stream()
+        self._connection: Connection | None = None
+        self._cancelled = False
+        self._lock = threading.Lock()  # of these two
+        self._end: Ended | Failed | None = None
+        self.timers = Timers()
+
+    @property
+    def pid(self) -> int:
+        """The command's pid; 0 if it is not known to have been started, or is brief."""
+        return self._stream.pid
+
+    @property
+    def has_exited(self) -> bool:
+        """Whether the process has ended, though others may hold its output."""
+        return self._stream.ended is not None
+
+    def run(self) -> Ended | Failed:
+        """Run it to its end, and that of its output.
+
+        Raises OSError if it can't be sent, HelperError, HelperDiedError, ProtocolError,
+        RefusedError and CancelledError. After any exception, also one from outside, call `abandon`.
+        """
+        for _ in range(MOST_ATTEMPTS):
+            try:
+                connection = self._start()
+                while self._end is None:
+                    for event in _exchange(connection.sock, self._stream, self.timers.rest()):
+                        self._take(event)
+                    self.timers.ring()
+            except NotServedError:
+                self._let_go(lambda connection: connection.discard())
+            else:
+                connection.greeted = True
+                if self._stream.is_free and not self._cancelled:
+                    self._let_go(lambda connection: connection.give_back())
+                else:
+                    self._let_go(lambda connection: connection.close())
+                if self._cancelled:
+                    raise CancelledError
+                return self._end
+        raise _helper.ends_at_once()
+
+    def signal(self, pid: int, number: int) -> None:
+        """Have a signal sent to `pid`, as the frame SIGNAL has it."""
+        self._stream.signal(pid, number)
+
+    def kill(self, pid: int) -> None:
+        """Have SIGKILL sent to `pid`; those who hold the output are waited for no more."""
+        self._end = self._stream.kill(pid)
+
+    def cancel(self) -> None:
+        """In another thread: have `run` raise CancelledError, and the helper end the command."""
+        with self._lock:
+            self._cancelled = True
+            if self._connection is not None:
+                with contextlib.suppress(OSError):
+                    self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def abandon(self, *, kill: bool = False) -> None:
+        """Close the connection: the helper does with the command what the request says of that.
+
+        With `kill` the command itself gets SIGKILL before.
+        """
+        connection = self._connection
+        if kill and connection is not None:
+            self.kill(0)
+            with contextlib.suppress(OSError):
+                _send(connection.sock, self._stream)
+        self._let_go(lambda connection: connection.close())
+
+    def _start(self) -> Connection:
+        spawn_frame = acquire()
+        try:
+            connection: Connection = self._pool.acquire(self._request, spawn_frame)
+            connection.pool.owns_children = True
+            with self._lock:
+                self._connection = connection
+            for _ in sending(connection, spawn_frame):
+                _wait(connection.sock, False, True, None)
+        except BaseException:
+            with self._lock:
+                self._connection = spawn_frame.connection  # an interrupt may have come before
+            raise
+        finally:
+            spawn_frame.done()
+        if self._cancelled:
+            raise CancelledError
+        self._stream = Stream(connection.greeted)
+        input = None if self._input is None else BytesIO(self._input)
+        self._stream.begin(self._streams, self._brief, input=input)
+        return connection
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Output):
+            self._outputs[event.number].write(event.data)
+        elif isinstance(event, Started):
+            if self._on_started is not None:
+                self._on_started()
+        elif isinstance(event, Lost):
+            if self._cancelled:
+                raise CancelledError
+            if event.may_resend:
+                raise NotServedError
+            raise event.error
+        else:
+            self._end = event
+
+    def _let_go(self, how: Callable[[Connection], object]) -> None:
+        with self._lock:
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            how(connection)
+
+
+def _exchange(sock: socket.socket, stream: Stream, seconds: float | None) -> Iterable[Event]:
+    """Wait for so long until data can be moved, move it, and return what it tells."""
+    if not _wait(sock, True, bool(stream.unsent), seconds):
+        return ()
+    if stream.unsent:
+        _send(sock, stream)
+    try:
+        data = sock.recv(_CHUNK, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return ()
+    except ConnectionResetError:
+        return (stream.end(reset=True),)
+    return stream.receive(data) if data else (stream.end(),)
+
+
+def _send(sock: socket.socket, stream: Stream) -> None:
+    # Of one that has gone, the reader sees why.
+    with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+        stream.count_sent(sock.send(stream.unsent, _FLAGS))
+
+
+def _wait(sock: socket.socket, reading: bool, writing: bool, seconds: float | None) -> bool:
+    """Wait, as the process's select module does: under gevent and eventlet others go on."""
+    if not hasattr(select, "poll"):  # eventlet has taken it away; its select knows no limit
+        files = [sock] if reading else [], [sock] if writing else []
+        return any(select.select(*files, [], seconds))
+    poll = select.poll()
+    poll.register(sock, reading * select.POLLIN | writing * select.POLLOUT)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))

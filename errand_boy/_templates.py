@@ -1,0 +1,198 @@
+"""The requests of many commands that are alike, and where they go."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from errand_boy import _helper, _request, _wire
+from errand_boy._frame import Caller, acquire
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
+    from errand_boy._connection import Connection
+    from errand_boy._helper import Helper
+
+    Source: TypeAlias = "LocalSource | DaemonSource"
+
+_RECHECK = 0.005  # seconds for which what else a helper must fit is taken to be unchanged
+_GRACE = 1000  # milliseconds from SIGTERM to SIGKILL
+_MOST_PROGRAMS = 1000  # of which a template keeps what their requests have in common
+
+# lib's attributes take several times as long to look up.
+_SPAWN, _ARGV, _MOST = lib.EB_SPAWN, lib.EB_TAG_ARGV, lib.EB_MAX_FRAME
+_WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
+_BEGINNING = struct.Struct("<IBBII")  # of a SPAWN frame, up to its arguments
+_ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
+
+
+class LocalSource:
+    """Commands by a helper of this process's own."""
+
+    _helper: Helper | None = None
+    _ids: tuple[Any, ...] = ()
+    _checked = 0.0
+
+    def changed(self) -> bool:
+        """Have a helper that fits this process; return whether it is another than before."""
+        # Ids are compared at each start. The rest (capabilities, limits, session, ...) takes 15 µs.
+        ids = (os.getresuid(), os.getresgid(), os.getgroups())
+        helper, now = _helper.runner.current, time.monotonic()
+        if (
+            self._helper is helper is not None
+            and ids == self._ids
+            and now - self._checked < _RECHECK
+        ):
+            return False
+        while helper is None or not helper.fits(None):
+            _helper.runner.start()
+            before, helper = helper, _helper.runner.current
+            if helper is not before:  # it has just been found to fit
+                break
+        if helper is not None:
+            helper.owns_children = True
+        before, self._helper = self._helper, helper
+        self._ids, self._checked = ids, now
+        return before is not helper
+
+    def state(self) -> tuple[Caller | None, int, int]:
+        """Return what a request's `prepare` is given of the helper, and the flags it needs."""
+        helper = self._helper
+        assert helper is not None
+        return (helper.caller, helper.pid, 0) if helper.shares_fs else (helper.caller, 0, _WITH_FS)
+
+    def connect(self) -> Connection | None:
+        """Return a connection; None if the helper has gone."""
+        helper = self._helper
+        if helper is None:
+            return None
+        try:
+            connection: Connection | None = helper.idle.pop()
+        except IndexError:
+            connection = helper.connect()
+        if connection is None:
+            _helper.runner.dismiss(helper)
+            return None
+        if connection.is_ours():
+            return connection
+        connection.close()
+        return None
+
+
+class DaemonSource:
+    """Commands by a daemon."""
+
+    _ids: tuple[int, int] | None = None
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def changed(self) -> bool:
+        """Return whether the daemon may see another user than before."""
+        before, self._ids = self._ids, (os.geteuid(), os.getegid())
+        return before != self._ids
+
+    def state(self) -> tuple[Caller | None, int, int]:
+        """Return what a request's `prepare` is given, and the flags it needs."""
+        return None, 0, _WITH_FS
+
+    def connect(self) -> Connection | None:
+        """Return a connection. Raises NoDaemonError and RefusedError."""
+        connection: Connection = self._client.connection()
+        return connection
+
+
+class Template:
+    """What the requests of commands with the same options have in common."""
+
+    __slots__ = ("_options", "_path", "_programs", "fds", "streams")
+
+    def __init__(self, streams: int, options: bytes, fds: list[int], path: list[bytes]) -> None:
+        self.streams = streams  # as STREAMS has it
+        self.fds = fds
+        self._options = options
+        self._path = path
+        self._programs: dict[Any, bytes] = {}
+
+    def frame(self, argv: Sequence[Any]) -> bytes:
+        """Return a SPAWN frame. Raises ValueError, TypeError and OSError (E2BIG)."""
+        program = argv[0]
+        common = self._programs.get(program)
+        if common is None:
+            common = self._common(os.fsencode(program))
+            if len(self._programs) < _MOST_PROGRAMS:
+                self._programs[program] = common
+        try:
+            if type(program) is bytes:
+                text = b"\0".join(argv) + b"\0"
+            else:
+                text = "\0".join(argv).encode(_ENCODING, _ERRORS) + b"\0"
+        except TypeError:
+            text = b"\0".join([os.fsencode(arg) for arg in argv]) + b"\0"
+        if text.count(0) != len(argv):
+            raise ValueError("embedded null byte")
+        # ARGV's own header, then the others.
+        size = 9 + len(text) + len(common)
+        if size > _MOST:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        return _BEGINNING.pack(size, _SPAWN, _ARGV, len(text) + 4, len(argv)) + text + common
+
+    def _common(self, name: bytes) -> bytes:
+        return _request.programs(name, lambda: self._path) + self._options
+
+
+class Templates:
+    """Those of one `map`: `options` are settings' of commands that have none of their own."""
+
+    def __init__(
+        self, source: Source, options: Mapping[str, Any], stdout: Any, stderr: Any
+    ) -> None:
+        self._source = source
+        self._options = options
+        self._outputs = stdout, stderr
+        self._known: dict[tuple[bool, bool], Template] = {}
+        self._cwd_fd = -1
+
+    def get(self, options: Mapping[str, Any] | None, with_input: bool, brief: bool) -> Template:
+        """Return the template for a command; `options` are its own. Raises what `settings` does."""
+        if options is not None:
+            return self._make(options, with_input, brief)
+        key = with_input, brief
+        template = self._known.get(key)
+        if template is None:
+            template = self._known[key] = self._make(self._options, with_input, brief)
+        return template
+
+    def forget(self) -> None:
+        """Let go of all of them."""
+        self._known.clear()
+        if self._cwd_fd >= 0:
+            os.close(self._cwd_fd)
+            self._cwd_fd = -1
+
+    def _make(self, options: Mapping[str, Any], with_input: bool, brief: bool) -> Template:
+        stdin = subprocess.PIPE if with_input else subprocess.DEVNULL
+        streams, request = _request.streamed(
+            b"", stdin, *self._outputs, on_close=_GRACE, brief=brief, **options
+        )
+        start, helper, with_fs = self._source.state()
+        request.flags |= with_fs
+        spawn_frame = acquire()
+        try:
+            spawn_frame.prepare(request, start, helper, 0, None)
+            tail, fds = bytes(spawn_frame.rest[_wire.HEADER.size :]), spawn_frame.fds
+            if request.flags & lib.EB_WITH_CWD:
+                if self._cwd_fd < 0:
+                    self._cwd_fd = os.dup(fds[-1])
+                fds[-1] = self._cwd_fd
+        finally:
+            spawn_frame.done()
+        return Template(streams, tail, fds, _request.exec_path(options["env"]))

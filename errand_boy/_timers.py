@@ -1,0 +1,58 @@
+"""What is to be done at a time. The clock is time.monotonic()."""
+
+from __future__ import annotations
+
+import time
+from heapq import heappop, heappush
+from itertools import count
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+class Timer:
+    """One of these, until it is cancelled or its time comes."""
+
+    __slots__ = ("action",)
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self.action: Callable[[], Any] | None = action
+
+    def cancel(self) -> None:
+        """Have it not be done."""
+        self.action = None
+
+
+class Timers:
+    """All of them, in the order of their times."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Timer]] = []
+        self._number = count()  # those of the same time come in the order in which they were set
+
+    def at(self, when: float, action: Callable[[], Any]) -> Timer:
+        """Have `action` called by `ring` at `when`, or as soon as that is called after it."""
+        timer = Timer(action)
+        heappush(self._heap, (when, next(self._number), timer))
+        return timer
+
+    def after(self, seconds: float, action: Callable[[], Any]) -> Timer:
+        """Have `action` called so many seconds from now."""
+        return self.at(time.monotonic() + seconds, action)
+
+    def rest(self) -> float | None:
+        """Return the seconds until `ring` should be called, at least 0; None: there is no timer."""
+        heap = self._heap
+        while heap and heap[0][2].action is None:
+            heappop(heap)
+        return max(0.0, heap[0][0] - time.monotonic()) if heap else None
+
+    def ring(self) -> None:
+        """Do what is due. Raises what an action raises; those behind it are left."""
+        heap = self._heap
+        while heap and heap[0][0] <= time.monotonic():
+            action = heappop(heap)[2].action
+            if action is not None:
+                action()
