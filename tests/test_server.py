@@ -21,6 +21,7 @@ from daemon import PATIENCE, Daemon, ended, request, send_signal, spawn, started
 from errand_boy._native import lib
 
 from errand_boy import _status, _wire
+from errand_boy._address import Address
 from errand_boy._daemon import listen
 from errand_boy._daemon.turns import Turns
 from errand_boy._wire import Failed
@@ -70,7 +71,7 @@ def refusal(sock: socket.socket) -> str:
 
 def answers(path: str) -> bool:
     try:
-        return bool(_status.fetch(path))
+        return bool(_status.fetch(Address(path)))
     except _status.NoAnswerError:
         return False
 
@@ -238,37 +239,21 @@ def test_path_is_free_while_the_last_commands_finish(tmp_path: Path) -> None:
         connection.close()
 
 
-def test_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = tmp_path / f"errand-boy-{os.geteuid()}"
-    monkeypatch.setenv("ERRAND_BOY_SOCKET", "/a/path")
-    assert listen.default_path() == "/a/path"
-    monkeypatch.delenv("ERRAND_BOY_SOCKET")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert listen.default_path() == str(tmp_path / "errand-boy.sock")
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
+def test_classic_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert listen.default_path() == str(own / "errand-boy.sock")
-    own.mkdir(0o700)
-    assert listen.default_path() == str(own / "errand-boy.sock")
+    own = tmp_path / f"errand-boy-{os.geteuid()}"
+    path = str(own / "errand-boy.sock")
+    listen.listen(path, 0o600).close()
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    listen.listen(path, 0o600).close()
     own.chmod(0o750)
-    with pytest.raises(PermissionError, match="mode 0700"):
-        listen.default_path()
-    own.rmdir()
-    own.symlink_to(tmp_path)
-    with pytest.raises(PermissionError):
-        listen.default_path()
-
-
-def test_default_directory_is_made(tmp_path: Path) -> None:
-    env = {**script_environment(), "TMPDIR": str(tmp_path)}
-    for name in ("ERRAND_BOY_SOCKET", "XDG_RUNTIME_DIR"):
-        env.pop(name, None)
-    with subprocess.Popen(SERVE, env=env) as process:
-        path = tmp_path / f"errand-boy-{os.geteuid()}" / "errand-boy.sock"
-        until(lambda: answers(str(path)))
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        process.terminate()
-        assert process.wait(PATIENCE) == 0
+    with pytest.raises(listen.ListenError, match="mode 0700"):
+        listen.listen(path, 0o600)
+    own.rename(tmp_path / "moved")
+    own.symlink_to(tmp_path / "moved")
+    own.chmod(0o700)
+    with pytest.raises(listen.ListenError, match="mode 0700"):
+        listen.listen(path, 0o600)
 
 
 def test_socket_from_systemd(tmp_path: Path) -> None:
