@@ -200,7 +200,8 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shell",
         action="store_true",
-        help="COMMAND and its arguments are a shell command; what replaces {} is quoted",
+        help="COMMAND is a shell command; {} in it is the line as one word, so leave it outside "
+        "quotes. ARGUMENTs are quoted",
     )
     parser.add_argument(
         "--timeout",
