@@ -318,6 +318,16 @@ def test_nul_in_command_line(daemon: Daemon) -> None:
     assert refusal(ask(daemon, b"echo \0")) == b"a command line holds no NUL byte\n"
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_browser_is_refused(daemon: Daemon, tmp_path: Path, version: bytes) -> None:
+    marker = tmp_path / "marker"
+    head = b"POST /$(touch %b) HTTP/%b\r\nHost: localhost\r\n" % (bytes(marker), version)
+    line = head + b"Content-Type: text/plain; touch %b" % bytes(marker)
+    assert refusal(ask(daemon, line, b"body")) == b"this is not an HTTP server\n"
+    assert not marker.exists()
+    assert ask(daemon, b"echo ' HTTP/1.1'\ntrue") == (b" HTTP/1.1\n", b"", 0)
+
+
 @pytest.mark.parametrize("part", [b"echo n", b"echo no\r\n\r", b"echo no" + END + b"input\r\n"])
 def test_unfinished_request(tmp_path: Path, part: bytes) -> None:
     with started_daemon(tmp_path, "--patience=0.2") as daemon:

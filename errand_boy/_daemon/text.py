@@ -111,6 +111,8 @@ class _Request:
                 self._tail = part[1 - len(_END) :]
                 return
             self._take(part)
+            if not self._has_line and _is_http(self.line):
+                self._refuse("this is not an HTTP server")
             self.whole, self._has_line = self._has_line, True
 
     def end(self) -> None:
@@ -144,6 +146,15 @@ class _Request:
         """Let go of what was sent."""
         self.line.clear()
         self.input.close()
+
+
+def _is_http(line: bytes) -> bool:
+    """Return whether a command line begins as an HTTP request does.
+
+    Where the socket is relayed to TCP, a page that the user looks at can make a browser send one.
+    """
+    first = line.partition(b"\n")[0].rstrip()
+    return first[-9:-1] == b" HTTP/1."
 
 
 class _Command:
