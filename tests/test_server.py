@@ -23,6 +23,7 @@ from errand_boy._native import lib
 from errand_boy import _status, _wire
 from errand_boy._address import Address
 from errand_boy._daemon import listen
+from errand_boy._daemon.log import Complaints
 from errand_boy._daemon.turns import Turns
 from errand_boy._wire import Failed
 
@@ -309,6 +310,48 @@ def test_another_user_is_refused_with_the_reason(public_dir: Path) -> None:
         assert b"user 65534 may not use this daemon of user 0" in answer
         assert b"user 65534 may not use" in as_nobody(daemon.path, b"ls\r\n\r\n\r\n\r\n")
         assert daemon.status()["totals"]["refused"] == 2
+
+
+@pytest.mark.root
+def test_flood_of_refusals_does_not_flood_the_log(public_dir: Path) -> None:
+    script = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+for _ in range(1000):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(sys.argv[1])
+        sock.sendall(bytes.fromhex(sys.argv[2]))
+        while sock.recv(1000):
+            pass
+"""
+    with started_daemon(public_dir, "--log-format=json") as daemon:
+        os.chmod(daemon.path, 0o666)
+        subprocess.run([sys.executable, "-I", "-c", script, daemon.path, HELLO.hex()], check=True)
+        assert daemon.status()["totals"]["refused"] == 1000
+        assert daemon.stop() == 0
+        entries = [json.loads(line) for line in daemon.log().splitlines()]
+        refusals = [entry for entry in entries if entry["message"] == "refused"]
+        assert len(refusals) < 100
+        assert sum(entry.get("left_out", 1) for entry in refusals) == 1000
+
+
+def test_complaints_left_out_are_told_when_the_time_is_over() -> None:
+    written: list[tuple[str, dict[str, object]]] = []
+    timers: list[Callable[[], None]] = []
+
+    class Log:
+        def warning(self, message: str, **fields: object) -> None:
+            written.append((message, fields))
+
+    complaints = Complaints(Log(), lambda _, callback: timers.append(callback), most=2)  # type: ignore[arg-type]
+    for message in ("one", "other", "one", "one", "one"):
+        complaints.warning(message, pid=1)
+    assert written == [(message, {"pid": 1}) for message in ("one", "other", "one")]
+    assert len(timers) == 1
+    timers.pop()()
+    assert written[3:] == [("one", {"left_out": 2})]
+    complaints.warning("one")
+    assert (len(written), len(timers)) == (5, 1)
 
 
 @pytest.mark.root

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from errand_boy import _wire
 from errand_boy._daemon import status, text
 from errand_boy._daemon.listen import Listener
-from errand_boy._daemon.log import Log
+from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.loop import Loop, Timer
 from errand_boy._daemon.newcomers import FIRST, Newcomer, Newcomers
 from errand_boy._daemon.options import Options
@@ -46,6 +46,7 @@ class Server:
         self.listener = listener
         self._on_stopping = on_stopping  # called once, when no more connections are accepted
         self.loop = Loop(log)
+        self._complaints = Complaints(log, self.loop.call_later)
         self.started = time.monotonic()
         self.accepted = 0
         self.refused = 0
@@ -74,6 +75,7 @@ class Server:
     def run(self) -> int:
         """Serve until told to stop; return the exit status."""
         self.loop.run(self._is_finished)
+        self._complaints.conclude()
         return self._status
 
     def _catch_signals(self) -> None:
@@ -162,7 +164,9 @@ class Server:
             self._refuse(newcomer, first, newcomer.refusal)
         elif first[0] != 0:
             self.log.debug("accepted", kind="text", pid=peer.pid, uid=peer.uid)
-            services = Services(self.loop, self.pool, peer, self.options, self.texts.discard)
+            services = Services(
+                self.loop, self.pool, peer, self.options, self._complaints, self.texts.discard
+            )
             self.texts.add(text.TextConnection(sock, peer, services))
         else:
             length, kind = _wire.HEADER.unpack_from(first, 1)
@@ -190,7 +194,7 @@ class Server:
         """Tell why in the peer's own protocol, if the socket takes it at once, and close."""
         self.refused += 1
         sock, peer = newcomer.sock, newcomer.peer
-        self.log.warning("refused", reason=reason, pid=peer.pid, uid=peer.uid)
+        self._complaints.warning("refused", reason=reason, pid=peer.pid, uid=peer.uid)
         if first[:1] in (b"", b"\0"):
             answer = _wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]])
         else:

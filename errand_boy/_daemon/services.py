@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
+from errand_boy._daemon.log import Complaints
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
@@ -36,11 +37,12 @@ class Services:
         pool: Pool,
         peer: Peer,
         limits: Options,
+        complaints: Complaints,
         forget: Callable[[object], None],
     ) -> None:
         self.selector = loop.selector
         self.call_later = loop.call_later
-        self.log = loop.log
+        self.log = complaints
         self.pool = _ClientPool(pool, peer)
         self.limits = limits
         self.forget = forget

@@ -148,7 +148,7 @@ class _Request:
         self.input.close()
 
 
-def _is_http(line: bytes) -> bool:
+def _is_http(line: bytearray) -> bool:
     """Return whether a command line begins as an HTTP request does.
 
     Where the socket is relayed to TCP, a page that the user looks at can make a browser send one.
