@@ -81,6 +81,8 @@ def table(status: dict[str, Any]) -> str:
             f"{command['pid']:>8} {_duration(command['age']):>9} {command['client_pid']:>8} "
             f"{command['client_uid']:>6} {_words(command['argv'])}"
         )
+    if status["commands_left_out"]:
+        lines.append(f"and {status['commands_left_out']} more")
     return "\n".join(lines) + "\n"
 
 
