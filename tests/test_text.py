@@ -457,6 +457,16 @@ def acting_as(uid: int, gid: int, groups: list[int]) -> Iterator[None]:
 
 
 @pytest.mark.root
+def test_environment_is_not_another_users(public_dir: Path) -> None:
+    with started_daemon(
+        public_dir, "--as-peer", "--allow-uid=12345", env={"HOME": "/root", "MARK": "ours"}
+    ) as daemon:
+        with acting_as(12345, 12346, []):
+            sock = sent(daemon, b"echo ${HOME-none} ${MARK-none}")
+        assert split(rest(sock)) == (b"none none\n", b"", 0)
+
+
+@pytest.mark.root
 def test_command_runs_as_its_client(public_dir: Path) -> None:
     with started_daemon(public_dir, "--as-peer", "--allow-uid=12345") as daemon:
         with acting_as(12345, 12346, [12347, 12348]):
