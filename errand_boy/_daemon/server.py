@@ -23,7 +23,7 @@ from errand_boy._daemon.newcomers import FIRST, Newcomer, Newcomers
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
-from errand_boy._daemon.services import Services
+from errand_boy._daemon.services import Holdings, Services
 from errand_boy._daemon.turns import Turns
 from errand_boy._native import lib
 
@@ -51,6 +51,7 @@ class Server:
         self.accepted = 0
         self.refused = 0
         self.texts: set[object] = set()
+        self._holdings = Holdings()
         turns = None
         if options.max_processes or options.max_processes_per_client:
             turns = Turns(options.max_processes, options.max_processes_per_client)
@@ -165,7 +166,13 @@ class Server:
         elif first[0] != 0:
             self.log.debug("accepted", kind="text", pid=peer.pid, uid=peer.uid)
             services = Services(
-                self.loop, self.pool, peer, self.options, self._complaints, self.texts.discard
+                self.loop,
+                self.pool,
+                peer,
+                self.options,
+                self._complaints,
+                self._holdings,
+                self.texts.discard,
             )
             self.texts.add(text.TextConnection(sock, peer, services))
         else:
