@@ -28,6 +28,7 @@ from typing import Any
 
 import errand_boy
 from errand_boy import _status
+from errand_boy._address import Address
 
 COUNTS = struct.Struct("<4Q")  # begun, ended well, told that a helper died, failed otherwise
 HELPER_EVERY = 1.0  # seconds
@@ -77,7 +78,7 @@ class Daemon:
                 raise TimeoutError("the daemon does not answer")
 
     def status(self) -> dict[str, Any]:
-        return _status.fetch(self.path)
+        return _status.fetch(Address(self.path))
 
     def state(self) -> dict[str, Any]:
         seen = self.status()

@@ -54,19 +54,22 @@ if TYPE_CHECKING:
     from errand_boy._result import Result
 
 
-def connect(path: str | os.PathLike[str] | None = None) -> Client:
+def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None = None) -> Client:
     """Return the client of the daemon that listens at `path`, or where daemons listen by default.
 
     It has the functions, constants and exceptions of subprocess, and all of its commands are the
     daemon's. The default is ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in
-    ``$XDG_RUNTIME_DIR``, else in a directory of the user's under the temporary directory. Nothing
-    is sent before the first command, which raises NoDaemonError if nobody listens, and RefusedError
-    if the daemon does not serve this user. Threads may share the client, and so may forked
-    processes. Raises PermissionError if the default directory is not the user's own.
+    ``$XDG_RUNTIME_DIR`` if that is the user's own directory, else in ``/run``; there too if only
+    that has a socket. Threads may share the client, and so may forked processes.
+
+    Nothing is sent before the first command. That raises NoDaemonError if nobody listens, and
+    RefusedError if the daemon does not serve this user; also if who listens is not user `peer_uid`
+    or, at a default path and without `peer_uid`, neither this user nor root. Whoever listens at a
+    path that is named, here or by ``$ERRAND_BOY_SOCKET``, is trusted.
     """
     from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
 
-    return _client.connect(path)
+    return _client.connect(path, peer_uid=peer_uid)
 
 
 def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:

@@ -9,9 +9,8 @@ import os
 import socket
 import subprocess
 
-from errand_boy import _capture
+from errand_boy import _address, _capture
 from errand_boy._connection import Connection
-from errand_boy._daemon import listen
 from errand_boy._frame import SpawnFrame
 from errand_boy._functions import rebind
 from errand_boy._native import lib
@@ -24,28 +23,32 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
     from typing import Any
 
+    from errand_boy._address import Address
     from errand_boy._batch import Command
     from errand_boy._result import Result
 
 _MOST_IDLE = 32  # connections kept for later
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 
-_clients: dict[str, Client] = {}
+_clients: dict[tuple[str, int | None, bool], Client] = {}
 
 
-def connect(path: str | os.PathLike[str] | None = None) -> Client:
-    """Return the client of the daemon that listens at `path`, or where daemons listen by default.
+def connect(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    peer_uid: int | None = None,
+    classic: bool = False,
+) -> Client:
+    """Return the client of the daemon at `path`, as errand_boy.connect does.
 
-    The default is ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in ``$XDG_RUNTIME_DIR``, else
-    in a directory of the user's under the temporary directory. Nothing is sent before the first
-    command, which raises NoDaemonError if nobody listens, and RefusedError if the daemon does not
-    serve this user. One path has one client; threads may share it, and so may forked processes.
-    Raises PermissionError if the default directory is not the user's own.
+    One path and `peer_uid` have one client. `classic`: without ``$XDG_RUNTIME_DIR``, the default is
+    in a directory of the user's under ``$TMPDIR`` or ``/tmp``, but for root.
     """
-    path = os.path.abspath(listen.default_path() if path is None else path)
-    client = _clients.get(path)
+    address = _address.find(path, peer_uid, classic=classic)
+    key = (address.path, peer_uid, address.is_default)
+    client = _clients.get(key)
     if client is None:
-        client = _clients.setdefault(path, Client(path))
+        client = _clients.setdefault(key, Client(address))
     return client
 
 
@@ -82,8 +85,9 @@ class Client:
         getstatusoutput: Callable[..., tuple[int, str]]
         run: Callable[..., subprocess.CompletedProcess[Any]]
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.path = address.path
         self.owns_children = True
         self._idle: list[Connection] = []
         self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_client": self})
@@ -111,7 +115,7 @@ class Client:
         from errand_boy import _status  # noqa: PLC0415  it brings json
 
         try:
-            return _status.fetch(self.path)
+            return _status.fetch(self.address)
         except _status.NoAnswerError as error:
             raise NoDaemonError(errno.ENOTCONN, str(error)) from error
 
@@ -192,6 +196,7 @@ class Client:
         try:
             sock.settimeout(None)  # whatever socket.setdefaulttimeout says
             sock.connect(self.path)
+            self.address.check(sock)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
             sock.close()
             text = (
@@ -199,6 +204,9 @@ class Client:
                 "or give another path or ERRAND_BOY_SOCKET"
             )
             raise NoDaemonError(error.errno, text, self.path) from error
+        except RefusedError:
+            sock.close()
+            raise
         except PermissionError as error:
             sock.close()
             text = "the daemon's socket is not for this user"

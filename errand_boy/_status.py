@@ -12,18 +12,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from errand_boy._address import Address
+
 
 class NoAnswerError(Exception):
     """No daemon answers at the path; the text says why, in one line."""
 
 
-def fetch(path: str, timeout: float = 10.0) -> dict[str, Any]:
-    """Ask the daemon at `path`; wait at most `timeout` seconds. Raises NoAnswerError."""
+def fetch(address: Address, timeout: float = 10.0) -> dict[str, Any]:
+    """Ask the daemon at `address`; wait at most `timeout` seconds. Raises NoAnswerError."""
+    path = address.path
     request = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + lib.EB_VERSION.to_bytes(4, "little")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         try:
             sock.connect(path)
+            address.check(sock)
             sock.sendall(request, socket.MSG_NOSIGNAL)
         except (FileNotFoundError, ConnectionRefusedError):
             raise NoAnswerError(f"no daemon listens on {path}") from None
@@ -77,6 +81,8 @@ def table(status: dict[str, Any]) -> str:
             f"{command['pid']:>8} {_duration(command['age']):>9} {command['client_pid']:>8} "
             f"{command['client_uid']:>6} {_words(command['argv'])}"
         )
+    if status["commands_left_out"]:
+        lines.append(f"and {status['commands_left_out']} more")
     return "\n".join(lines) + "\n"
 
 

@@ -338,6 +338,7 @@ def _connected(client: _client.Client) -> bool:
     sock.setblocking(False)
     try:
         sock.connect(client.path)
+        client.address.check(sock)
     except OSError as error:
         sock.close()
         return not isinstance(error, BlockingIOError)  # it will meet others too, and explain them
@@ -849,11 +850,11 @@ class Client(_Functions):
         return f"<errand_boy asyncio client of {self.path}>"
 
 
-def connect(path: str | os.PathLike[str] | None = None) -> Client:
+def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None = None) -> Client:
     """Return a client of the daemon at `path`, as errand_boy.connect does, for asyncio."""
     from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
 
-    return Client(_client.connect(path))
+    return Client(_client.connect(path, peer_uid=peer_uid))
 
 
 async def _drive(batch: Batch, check: bool) -> AsyncGenerator[Result, None]:

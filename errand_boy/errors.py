@@ -21,7 +21,7 @@ class ProtocolError(ErrandBoyError, OSError):
 
 
 class RefusedError(ProtocolError, PermissionError):
-    """The daemon does not serve this client; its reason is part of the message."""
+    """The daemon does not serve this client, or is somebody else's; the message has the reason."""
 
 
 class NoDaemonError(ErrandBoyError, ConnectionError):

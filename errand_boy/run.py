@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.command_line
     del options.command_line
     if command is None:
-        return args.run_server(parser, options)
+        return args.run_server(parser, options, classic=True)
     return _run(command, options.socket)
 
 

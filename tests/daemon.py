@@ -18,6 +18,7 @@ from conftest import script_environment
 from errand_boy._native import lib
 
 from errand_boy import _status, _wire
+from errand_boy._address import Address
 from errand_boy._connection import Connection
 from errand_boy._wire import Exited, Spawned
 
@@ -54,7 +55,7 @@ class Daemon:
         return connection
 
     def status(self) -> dict[str, Any]:
-        return _status.fetch(self.path)
+        return _status.fetch(Address(self.path))
 
     def helpers(self) -> list[int]:
         return [helper["pid"] for helper in self.status()["helpers"]]

@@ -26,6 +26,7 @@ from errand_boy._native import lib
 
 import errand_boy
 from errand_boy import _wire
+from errand_boy._address import Address
 from errand_boy._client import Client, _Idle
 from errand_boy.errors import HelperDiedError, NoDaemonError
 from errand_boy.transports.unixsocket import UNIXSocketTransport
@@ -264,7 +265,7 @@ def test_helper_killed(tmp_path: Path) -> None:
 def test_helper_that_ends_before_it_reads_of_a_timeout(started: bool) -> None:
     """The bytes that nobody reads then are not the request: that is not sent again."""
     theirs, ours = socket.socketpair()
-    client = Client("/none")  # there is no other helper
+    client = Client(Address("/none"))  # there is no other helper
     client._idle.append(_Idle(ours, client))
     errors: list[BaseException] = []
 

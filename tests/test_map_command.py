@@ -77,6 +77,56 @@ def test_shell_quotes_the_line() -> None:
     assert done.stdout == b"A 'B\n-a 'b\n$HOME; EXIT\n-$HOME; exit\n"
 
 
+HOSTILE = ["; touch x", "$(touch x)", "`touch x`", "' ; touch x '", '" ; touch x "', "a  b", "a\nb"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["printf '<%s>' {}"],
+        ["printf '<%s>'", "{}"],
+        ["printf '<%s>'"],
+        ["printf '<x%sx>' {}"],
+        ["printf '<%s>'", "x{}x"],
+    ],
+)
+def test_line_is_one_word_of_a_shell(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("-0", "-k", "--shell", *words, input="\0".join(HOSTILE).encode())
+    assert (done.stderr, done.returncode) == (b"", 0)
+    form = "<x%sx>" if "x" in "".join(words) else "<%s>"
+    assert done.stdout.decode() == "".join(form % line for line in HOSTILE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cat <<E\n{}\nE",
+        "echo '{}'",
+        'echo "{}"',
+        'echo "$(echo "{}")"',
+        "# don't\necho '{}'",
+    ],
+)
+def test_line_within_quotes_is_not_parsed_either(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("-0", "--shell", command, input="\0".join(HOSTILE).encode())
+    assert (done.stderr, done.returncode) == (b"", 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shell_quotes_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("--shell", "printf '<%s>'", "a b", "; touch x", "it's", '{}"', input=b"*\n")
+    assert done.stdout == b"<a b><; touch x><it's><*\">"
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_lines() -> None:
     done = run("echo")
     assert (done.stdout, done.stderr, done.returncode) == (b"", b"", 0)

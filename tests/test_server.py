@@ -21,7 +21,9 @@ from daemon import PATIENCE, Daemon, ended, request, send_signal, spawn, started
 from errand_boy._native import lib
 
 from errand_boy import _status, _wire
+from errand_boy._address import Address
 from errand_boy._daemon import listen
+from errand_boy._daemon.log import Complaints
 from errand_boy._daemon.turns import Turns
 from errand_boy._wire import Failed
 
@@ -70,7 +72,7 @@ def refusal(sock: socket.socket) -> str:
 
 def answers(path: str) -> bool:
     try:
-        return bool(_status.fetch(path))
+        return bool(_status.fetch(Address(path)))
     except _status.NoAnswerError:
         return False
 
@@ -238,37 +240,21 @@ def test_path_is_free_while_the_last_commands_finish(tmp_path: Path) -> None:
         connection.close()
 
 
-def test_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = tmp_path / f"errand-boy-{os.geteuid()}"
-    monkeypatch.setenv("ERRAND_BOY_SOCKET", "/a/path")
-    assert listen.default_path() == "/a/path"
-    monkeypatch.delenv("ERRAND_BOY_SOCKET")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert listen.default_path() == str(tmp_path / "errand-boy.sock")
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
+def test_classic_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert listen.default_path() == str(own / "errand-boy.sock")
-    own.mkdir(0o700)
-    assert listen.default_path() == str(own / "errand-boy.sock")
+    own = tmp_path / f"errand-boy-{os.geteuid()}"
+    path = str(own / "errand-boy.sock")
+    listen.listen(path, 0o600).close()
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    listen.listen(path, 0o600).close()
     own.chmod(0o750)
-    with pytest.raises(PermissionError, match="mode 0700"):
-        listen.default_path()
-    own.rmdir()
-    own.symlink_to(tmp_path)
-    with pytest.raises(PermissionError):
-        listen.default_path()
-
-
-def test_default_directory_is_made(tmp_path: Path) -> None:
-    env = {**script_environment(), "TMPDIR": str(tmp_path)}
-    for name in ("ERRAND_BOY_SOCKET", "XDG_RUNTIME_DIR"):
-        env.pop(name, None)
-    with subprocess.Popen(SERVE, env=env) as process:
-        path = tmp_path / f"errand-boy-{os.geteuid()}" / "errand-boy.sock"
-        until(lambda: answers(str(path)))
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        process.terminate()
-        assert process.wait(PATIENCE) == 0
+    with pytest.raises(listen.ListenError, match="mode 0700"):
+        listen.listen(path, 0o600)
+    own.rename(tmp_path / "moved")
+    own.symlink_to(tmp_path / "moved")
+    own.chmod(0o700)
+    with pytest.raises(listen.ListenError, match="mode 0700"):
+        listen.listen(path, 0o600)
 
 
 def test_socket_from_systemd(tmp_path: Path) -> None:
@@ -324,6 +310,48 @@ def test_another_user_is_refused_with_the_reason(public_dir: Path) -> None:
         assert b"user 65534 may not use this daemon of user 0" in answer
         assert b"user 65534 may not use" in as_nobody(daemon.path, b"ls\r\n\r\n\r\n\r\n")
         assert daemon.status()["totals"]["refused"] == 2
+
+
+@pytest.mark.root
+def test_flood_of_refusals_does_not_flood_the_log(public_dir: Path) -> None:
+    script = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+for _ in range(1000):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(sys.argv[1])
+        sock.sendall(bytes.fromhex(sys.argv[2]))
+        while sock.recv(1000):
+            pass
+"""
+    with started_daemon(public_dir, "--log-format=json") as daemon:
+        os.chmod(daemon.path, 0o666)
+        subprocess.run([sys.executable, "-I", "-c", script, daemon.path, HELLO.hex()], check=True)
+        assert daemon.status()["totals"]["refused"] == 1000
+        assert daemon.stop() == 0
+        entries = [json.loads(line) for line in daemon.log().splitlines()]
+        refusals = [entry for entry in entries if entry["message"] == "refused"]
+        assert len(refusals) < 100
+        assert sum(entry.get("left_out", 1) for entry in refusals) == 1000
+
+
+def test_complaints_left_out_are_told_when_the_time_is_over() -> None:
+    written: list[tuple[str, dict[str, object]]] = []
+    timers: list[Callable[[], None]] = []
+
+    class Log:
+        def warning(self, message: str, **fields: object) -> None:
+            written.append((message, fields))
+
+    complaints = Complaints(Log(), lambda _, callback: timers.append(callback), most=2)  # type: ignore[arg-type]
+    for message in ("one", "other", "one", "one", "one"):
+        complaints.warning(message, pid=1)
+    assert written == [(message, {"pid": 1}) for message in ("one", "other", "one")]
+    assert len(timers) == 1
+    timers.pop()()
+    assert written[3:] == [("one", {"left_out": 2})]
+    complaints.warning("one")
+    assert (len(written), len(timers)) == (5, 1)
 
 
 @pytest.mark.root

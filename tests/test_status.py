@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 from conftest import script_environment
 from daemon import PATIENCE, ended, request, send_signal, spawn, started_daemon
+from errand_boy._native import lib
 
-from errand_boy._daemon.report import Report
-from errand_boy._daemon.status import quantile
+from errand_boy import _wire
+from errand_boy._daemon.helper import Helper
+from errand_boy._daemon.log import Log
+from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.peer import Peer
+from errand_boy._daemon.pool import Pool
+from errand_boy._daemon.report import Command, Report
+from errand_boy._daemon.status import of_pool, quantile
 from errand_boy._wire import Failed
 
 
@@ -113,6 +122,34 @@ def test_report_of_a_helper() -> None:
     assert (total.started, total.latency, total.failures) == (10, [0, 8, 2], {(14, 2): 18})
     with pytest.raises(struct.error):
         Report.decode(payload[:40])
+
+
+class FakeHelper:
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.pid = os.getpid()
+        self.connections: set[int] = set()
+        self.draining = False
+
+
+def test_answer_is_bounded() -> None:
+    """However many commands run, and whatever their arguments are."""
+    loop = Loop(Log("error", "text"))
+    pool = Pool(loop, 1, 0, None, False)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        peer = Peer(ours, False)
+        report = Report()
+        argv = ["\x01" * 99, "\udcff" * 99]
+        report.commands = [Command(n, n, 0.0, argv) for n in range(40_000)]
+        helper = cast(Helper, FakeHelper(report))
+        pool.helpers.append(helper)
+        pool.peers.update((n, (helper, peer)) for n in range(40_000))
+        value = of_pool(pool, {helper: report}, peer)
+    frame = _wire.frame(lib.EB_STATUS_REPLY, [json.dumps(value).encode()])
+    assert len(frame) < 16 << 20
+    assert len(value["commands"]) > 5_000
+    assert len(value["commands"]) + value["commands_left_out"] == 40_000
 
 
 def test_quantiles() -> None:

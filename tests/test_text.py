@@ -64,6 +64,27 @@ def split(answer: bytes) -> tuple[bytes, bytes, int]:
     return stdout, stderr, int(code)
 
 
+def read_answer(sock: socket.socket) -> bytes:
+    """What it says until it closes, even if that was before it read all that was sent."""
+    said = bytearray()
+    with sock, contextlib.suppress(ConnectionResetError):
+        while more := sock.recv(1 << 16):
+            said += more
+    return bytes(said)
+
+
+def until_read(sock: socket.socket) -> None:
+    """Wait until the other end has read all that was sent."""
+    unsent = bytearray(4)
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        fcntl.ioctl(sock, termios.TIOCOUTQ, unsent)
+        if not any(unsent):
+            return
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
 def ask(daemon: Daemon, line: bytes, data: bytes = b"") -> tuple[bytes, bytes, int]:
     return split(rest(sent(daemon, line, data)))
 
@@ -318,6 +339,16 @@ def test_nul_in_command_line(daemon: Daemon) -> None:
     assert refusal(ask(daemon, b"echo \0")) == b"a command line holds no NUL byte\n"
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_browser_is_refused(daemon: Daemon, tmp_path: Path, version: bytes) -> None:
+    marker = tmp_path / "marker"
+    head = b"POST /$(touch %b) HTTP/%b\r\nHost: localhost\r\n" % (bytes(marker), version)
+    line = head + b"Content-Type: text/plain; touch %b" % bytes(marker)
+    assert refusal(ask(daemon, line, b"body")) == b"this is not an HTTP server\n"
+    assert not marker.exists()
+    assert ask(daemon, b"echo ' HTTP/1.1'\ntrue") == (b" HTTP/1.1\n", b"", 0)
+
+
 @pytest.mark.parametrize("part", [b"echo n", b"echo no\r\n\r", b"echo no" + END + b"input\r\n"])
 def test_unfinished_request(tmp_path: Path, part: bytes) -> None:
     with started_daemon(tmp_path, "--patience=0.2") as daemon:
@@ -339,6 +370,38 @@ def test_slow_request_is_no_unfinished_one(tmp_path: Path) -> None:
         sock.sendall(END)
         assert split(rest(sock)) == (data, b"", 0)
         refusal(split(rest(late)))
+
+
+def test_request_has_a_time(tmp_path: Path) -> None:
+    """However often its client sends a byte."""
+    with started_daemon(tmp_path, "--patience=0.2") as daemon:
+        sock = connected(daemon)
+        sock.sendall(b"cat" + END)
+        while not select.select([sock], [], [], 0.05)[0]:
+            sock.sendall(b"x")
+        assert refusal(split(read_answer(sock))) == b"the request was not whole after 2 seconds\n"
+
+
+def test_what_a_user_holds_is_bounded(daemon: Daemon) -> None:
+    """Whatever the number of his connections."""
+    half = b"cat" + END + bytes(60 * MIB)
+    holding = [connected(daemon) for _ in range(2)]
+    for sock in holding:
+        sock.sendall(half)
+    for sock in holding:
+        until_read(sock)
+    stderr = refusal(ask(daemon, b"cat", bytes(10 * MIB)))
+    assert stderr == b"cannot keep the input: this user's requests hold 134217728 bytes at most\n"
+    stdout, stderr, code = ask(daemon, b"echo out; head -c 10000000 /dev/zero >&2; exit 3")
+    assert (stdout, code) == (b"out\n", 3)
+    assert stderr.endswith(
+        b"errand-boy: standard error is cut off: "
+        b"this user's requests hold 134217728 bytes at most\n"
+    )
+    for sock in holding:
+        sock.sendall(END)
+        assert len(split(read_answer(sock))[0]) == 60 * MIB
+    assert ask(daemon, b"wc -c", bytes(10 * MIB)) == (b"10485760\n", b"", 0)
 
 
 def test_full_disk(tmp_path: Path) -> None:
@@ -444,6 +507,16 @@ def acting_as(uid: int, gid: int, groups: list[int]) -> Iterator[None]:
         os.seteuid(0)
         os.setegid(0)
         os.setgroups(before)
+
+
+@pytest.mark.root
+def test_environment_is_not_another_users(public_dir: Path) -> None:
+    with started_daemon(
+        public_dir, "--as-peer", "--allow-uid=12345", env={"HOME": "/root", "MARK": "ours"}
+    ) as daemon:
+        with acting_as(12345, 12346, []):
+            sock = sent(daemon, b"echo ${HOME-none} ${MARK-none}")
+        assert split(rest(sock)) == (b"none none\n", b"", 0)
 
 
 @pytest.mark.root

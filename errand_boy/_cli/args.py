@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import errand_boy
+from errand_boy import _address
 
 _COMMANDS = ("serve", "run", "map", "status")
 _GIVEN = ("-h", "--help", "--version")
@@ -84,7 +85,7 @@ def _add_socket(parser: argparse.ArgumentParser) -> None:
         "--socket",
         metavar="PATH",
         help="where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
-        "$XDG_RUNTIME_DIR, else in errand-boy-UID in $TMPDIR or /tmp)",
+        "$XDG_RUNTIME_DIR, else in /run)",
     )
 
 
@@ -199,7 +200,8 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shell",
         action="store_true",
-        help="COMMAND and its arguments are a shell command; what replaces {} is quoted",
+        help="COMMAND is a shell command; {} in it is the line as one word, so leave it outside "
+        "quotes. ARGUMENTs are quoted",
     )
     parser.add_argument(
         "--timeout",
@@ -282,7 +284,9 @@ def _group(text: str) -> int:
         raise argparse.ArgumentTypeError(f"there is no group {text}") from None
 
 
-def run_server(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def run_server(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, *, classic: bool = False
+) -> int:
     """Become the daemon that `options` describe; does not return but for an error."""
     root = os.geteuid() == 0
     if options.as_peer and not root:
@@ -294,8 +298,7 @@ def run_server(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         )
     values = vars(options)
     kept = {name: value for name, value in values.items() if name not in ("command", "transport")}
-    if kept["socket"] is not None:
-        kept["socket"] = os.path.abspath(kept["socket"])
+    kept["socket"] = os.path.abspath(options.socket or _address.default_path(classic=classic))
     kept["version"] = errand_boy.__version__
     program = os.path.join(os.path.dirname(errand_boy.__file__), "_daemon", "serve.py")
     argument = json.dumps({"path": [path for path in sys.path if path], "options": kept})
@@ -307,11 +310,10 @@ def run_server(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
 
 def _status(options: argparse.Namespace) -> int:
     from errand_boy import _status  # noqa: PLC0415
-    from errand_boy._daemon import listen  # noqa: PLC0415
 
     try:
-        value = _status.fetch(options.socket or listen.default_path())
-    except (_status.NoAnswerError, OSError) as error:
+        value = _status.fetch(_address.find(options.socket))
+    except _status.NoAnswerError as error:
         print(f"errand-boy: {error}", file=sys.stderr)
         return 1
     if options.json:

@@ -27,6 +27,7 @@ _MOST_FAILED = 101  # the exit status for so many, or more
 _LEAST_ENDED = 3  # commands before a percentage counts
 _TITLE = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command MaxRSS\n"
 _PLACE = b"{}"
+_VARIABLE = b"errand_boy_line"
 
 
 class UsageError(ValueError):
@@ -111,7 +112,10 @@ class _Lines:
 
 
 class _Maker:
-    """Makes the command for a line."""
+    """Makes the command for a line.
+
+    With `shell` the first word is for the shell to parse; the others, and the line, never are.
+    """
 
     def __init__(self, words: Sequence[str], shell: bool) -> None:
         self._words = [os.fsencode(word) for word in words]
@@ -120,10 +124,22 @@ class _Maker:
         self._shell = shell
 
     def __call__(self, line: bytes) -> list[bytes] | bytes:
-        if self._shell:
-            quoted = os.fsencode(shlex.quote(os.fsdecode(line)))
-            return b" ".join(self._words).replace(_PLACE, quoted)
-        return [word.replace(_PLACE, line) for word in self._words]
+        if not self._shell:
+            return [word.replace(_PLACE, line) for word in self._words]
+        command, *arguments = self._words
+        quoted = _quote(line)
+        if _PLACE in command and quoted != line:
+            # Not pasted: a {} that is within quotes would end them. A variable is not parsed again.
+            command = b"%b=%b; %b" % (_VARIABLE, quoted, command)
+            line_there = b'"$%b"' % _VARIABLE
+        else:
+            line_there = line
+        words = [_quote(word.replace(_PLACE, line)) for word in arguments]
+        return b" ".join([command.replace(_PLACE, line_there), *words])
+
+
+def _quote(word: bytes) -> bytes:
+    return os.fsencode(shlex.quote(os.fsdecode(word)))
 
 
 def _written(args: list[bytes] | bytes) -> bytes:

@@ -77,11 +77,7 @@ def run(argv: Sequence[str], socket: str | None = None) -> int:
 
 def _start(argv: Sequence[str], socket: str | None) -> _popen.Popen[Any]:
     try:
-        client = errand_boy.connect(socket)
-    except PermissionError:  # somebody else has the place where ours would listen
-        return _popen.Popen(argv)
-    try:
-        return client.Popen(argv)
+        return errand_boy.connect(socket).Popen(argv)
     except errand_boy.NoDaemonError:
         return _popen.Popen(argv)
 

@@ -7,55 +7,13 @@ import fcntl
 import os
 import socket
 import stat
+from contextlib import suppress
+
+from errand_boy import _address
 
 _FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 _BACKLOG = 4096  # the kernel's net.core.somaxconn bounds it
 _LONGEST = 107  # bytes of a path in struct sockaddr_un, without its NUL
-
-
-def default_path() -> str:
-    """Return where a daemon of this user listens if nobody says otherwise.
-
-    ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in ``$XDG_RUNTIME_DIR``, else in
-    ``errand-boy-UID``, a directory of the user's own, under ``$TMPDIR`` or ``/tmp``. Raises
-    PermissionError if that directory is there, but is somebody else's or open to others.
-    """
-    path = os.environ.get("ERRAND_BOY_SOCKET")
-    if path:
-        return path
-    directory = os.environ.get("XDG_RUNTIME_DIR")
-    # After su or sudo it may still be the other user's.
-    if not directory or not _is_own(directory):
-        directory = _fallback_directory()
-        _check_private(directory)
-    return os.path.join(directory, "errand-boy.sock")
-
-
-def _fallback_directory() -> str:
-    return os.path.join(os.environ.get("TMPDIR") or "/tmp", f"errand-boy-{os.geteuid()}")
-
-
-def _is_own(directory: str) -> bool:
-    try:
-        info = os.stat(directory)
-    except OSError:
-        return False
-    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
-
-
-def _check_private(directory: str) -> None:
-    try:
-        info = os.lstat(directory)  # not stat: under /tmp, anybody can make a link
-    except FileNotFoundError:
-        return
-    if (
-        not stat.S_ISDIR(info.st_mode)
-        or info.st_uid != os.geteuid()
-        or stat.S_IMODE(info.st_mode) & 0o077
-    ):
-        raise PermissionError(
-            errno.EPERM, f"not a directory of user {os.geteuid()} with mode 0700", directory
-        )
 
 
 class ListenError(Exception):
@@ -96,8 +54,8 @@ class Listener:
             self._lock = None
 
 
-def listen(path: str | None, mode: int) -> Listener:
-    """Listen on the socket that systemd has handed over, or at `path` or the default one.
+def listen(path: str, mode: int) -> Listener:
+    """Listen on the socket that systemd has handed over, or at `path`.
 
     `mode` is the new socket's. Raises ListenError.
     """
@@ -105,21 +63,27 @@ def listen(path: str | None, mode: int) -> Listener:
     if passed is not None:
         return passed
     try:
-        if path is None:
-            path = default_path()
-            if path == os.path.join(_fallback_directory(), "errand-boy.sock"):
-                _make_private(os.path.dirname(path))
-        return _bind(os.path.abspath(path), mode)
+        directory = os.path.dirname(path)
+        if directory == _address.classic_directory():
+            _make_private(directory)
+        return _bind(path, mode)
     except OSError as error:
         where = error.filename or path
         raise ListenError(f"cannot listen on {where}: {error.strerror or error}") from None
 
 
 def _make_private(directory: str) -> None:
-    try:
+    with suppress(FileExistsError):
         os.mkdir(directory, 0o700)
-    except FileExistsError:
-        _check_private(directory)
+    info = os.lstat(directory)  # not stat: under /tmp, anybody can make a link
+    if (
+        not stat.S_ISDIR(info.st_mode)
+        or info.st_uid != os.geteuid()
+        or stat.S_IMODE(info.st_mode) & 0o077
+    ):
+        raise PermissionError(
+            errno.EPERM, f"not a directory of user {os.geteuid()} with mode 0700", directory
+        )
 
 
 def _bind(path: str, mode: int) -> Listener:

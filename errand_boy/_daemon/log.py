@@ -6,6 +6,7 @@ import json
 import os
 import select
 import time
+from collections.abc import Callable
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -60,6 +61,41 @@ class Log:
         except OSError:
             pass
         self._lost += 1
+
+
+class Complaints:
+    """Warnings that clients can cause at will: so many of each are written in a time.
+
+    How many were left out is written when the time is over. `call_later` is the loop's.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        call_later: Callable[[float, Callable[[], None]], object],
+        most: int = 20,
+        seconds: float = 10.0,
+    ) -> None:
+        self._log = log
+        self._call_later = call_later
+        self._most = most
+        self._seconds = seconds
+        self._counts: dict[str, int] = {}  # of this time, by message
+
+    def warning(self, message: str, **fields: object) -> None:
+        """Write it, or count it as left out."""
+        if not self._counts:
+            self._call_later(self._seconds, self.conclude)
+        count = self._counts[message] = self._counts.get(message, 0) + 1
+        if count <= self._most:
+            self._log.warning(message, **fields)
+
+    def conclude(self) -> None:
+        """Write how many were left out, and begin anew."""
+        for message, count in self._counts.items():
+            if count > self._most:
+                self._log.warning(message, left_out=count - self._most)
+        self._counts.clear()
 
 
 def _quoted(value: object) -> str:

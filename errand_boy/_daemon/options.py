@@ -11,7 +11,7 @@ class Options:
     def __init__(
         self,
         *,
-        socket: str | None = None,
+        socket: str,
         pool_size: int = 1,
         max_accepts: int = 0,
         max_child_tasks: int = 0,

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from errand_boy import _wire
 from errand_boy._daemon import status, text
 from errand_boy._daemon.listen import Listener
-from errand_boy._daemon.log import Log
+from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.loop import Loop, Timer
 from errand_boy._daemon.newcomers import FIRST, Newcomer, Newcomers
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
-from errand_boy._daemon.services import Services
+from errand_boy._daemon.services import Holdings, Services
 from errand_boy._daemon.turns import Turns
 from errand_boy._native import lib
 
@@ -46,10 +46,12 @@ class Server:
         self.listener = listener
         self._on_stopping = on_stopping  # called once, when no more connections are accepted
         self.loop = Loop(log)
+        self._complaints = Complaints(log, self.loop.call_later)
         self.started = time.monotonic()
         self.accepted = 0
         self.refused = 0
         self.texts: set[object] = set()
+        self._holdings = Holdings()
         turns = None
         if options.max_processes or options.max_processes_per_client:
             turns = Turns(options.max_processes, options.max_processes_per_client)
@@ -74,6 +76,7 @@ class Server:
     def run(self) -> int:
         """Serve until told to stop; return the exit status."""
         self.loop.run(self._is_finished)
+        self._complaints.conclude()
         return self._status
 
     def _catch_signals(self) -> None:
@@ -162,7 +165,15 @@ class Server:
             self._refuse(newcomer, first, newcomer.refusal)
         elif first[0] != 0:
             self.log.debug("accepted", kind="text", pid=peer.pid, uid=peer.uid)
-            services = Services(self.loop, self.pool, peer, self.options, self.texts.discard)
+            services = Services(
+                self.loop,
+                self.pool,
+                peer,
+                self.options,
+                self._complaints,
+                self._holdings,
+                self.texts.discard,
+            )
             self.texts.add(text.TextConnection(sock, peer, services))
         else:
             length, kind = _wire.HEADER.unpack_from(first, 1)
@@ -190,7 +201,7 @@ class Server:
         """Tell why in the peer's own protocol, if the socket takes it at once, and close."""
         self.refused += 1
         sock, peer = newcomer.sock, newcomer.peer
-        self.log.warning("refused", reason=reason, pid=peer.pid, uid=peer.uid)
+        self._complaints.warning("refused", reason=reason, pid=peer.pid, uid=peer.uid)
         if first[:1] in (b"", b"\0"):
             answer = _wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]])
         else:

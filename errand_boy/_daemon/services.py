@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 
+from errand_boy._daemon.log import Complaints
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
+
+_MOST_HELD = 128 << 20  # bytes, for one user
 
 
 class _ClientPool:
@@ -23,11 +27,31 @@ class _ClientPool:
         return self._pool.connect(self._peer)
 
 
+class Holdings:
+    """Bytes that text connections hold in memory and in files of the daemon's, by user."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, int] = {}
+
+    def take(self, uid: int, size: int) -> None:
+        """Count `size` more. Raises OSError if they are too many."""
+        held = self._held.get(uid, 0) + size
+        if held > _MOST_HELD:
+            raise OSError(errno.EDQUOT, f"this user's requests hold {_MOST_HELD} bytes at most")
+        self._held[uid] = held
+
+    def give_back(self, uid: int, size: int) -> None:
+        """Count them no longer."""
+        held = self._held.pop(uid, 0) - size
+        if held > 0:
+            self._held[uid] = held
+
+
 class Services:
     """What a text connection of `peer` may use.
 
     `selector` calls the data of a registered object with its events, `limits` are the server's
-    options, `forget` takes note that a connection has been closed.
+    options, `forget` is called with a connection that has been closed.
     """
 
     def __init__(
@@ -36,11 +60,27 @@ class Services:
         pool: Pool,
         peer: Peer,
         limits: Options,
+        complaints: Complaints,
+        holdings: Holdings,
         forget: Callable[[object], None],
     ) -> None:
         self.selector = loop.selector
         self.call_later = loop.call_later
-        self.log = loop.log
+        self.log = complaints
         self.pool = _ClientPool(pool, peer)
         self.limits = limits
-        self.forget = forget
+        self._holdings = holdings
+        self._uid = peer.uid
+        self._held = 0
+        self._forget = forget
+
+    def take(self, size: int) -> None:
+        """Count bytes that the connection holds until its end. Raises OSError if too many are."""
+        self._holdings.take(self._uid, size)
+        self._held += size
+
+    def forget(self, connection: object) -> None:
+        """Take note that it has been closed."""
+        self._holdings.give_back(self._uid, self._held)
+        self._held = 0
+        self._forget(connection)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _ANSWER = 2.0  # seconds to wait for the helpers' reports
-_MOST_COMMANDS = 20_000  # of one reply: a frame has its bound
+_MOST_COMMANDS = lib.EB_MAX_FRAME // 2  # bytes of a reply, as JSON; the rest is far below that
 
 Reports = dict[Helper, Report]
 
@@ -101,6 +101,7 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
     totals.add(pool.retired)
     helpers = []
     commands: list[dict[str, Any]] = []
+    size = left_out = 0
     now = time.time()
     for helper in pool.helpers:
         report = reports.get(helper, helper.report)
@@ -121,20 +122,25 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
             if known is None:
                 continue
             client = known[1]
-            if peer.uid in (0, os.geteuid(), client.uid) and len(commands) < _MOST_COMMANDS:
-                commands.append(
-                    {
-                        "pid": command.pid,
-                        "argv": command.argv,
-                        "age": round(max(0.0, now - command.since), 3),
-                        "client_pid": client.pid,
-                        "client_uid": client.uid,
-                    }
-                )
+            if peer.uid not in (0, os.geteuid(), client.uid):
+                continue
+            entry = {
+                "pid": command.pid,
+                "argv": command.argv,
+                "age": round(max(0.0, now - command.since), 3),
+                "client_pid": client.pid,
+                "client_uid": client.uid,
+            }
+            size += len(json.dumps(entry)) + 2
+            if size <= _MOST_COMMANDS:
+                commands.append(entry)
+            else:
+                left_out += 1
     failures = _failures(totals)
     return {
         "helpers": helpers,
         "commands": commands,
+        "commands_left_out": left_out,
         "totals": {
             "started": totals.started,
             "ended": totals.ended,

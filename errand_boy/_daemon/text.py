@@ -36,6 +36,7 @@ _NOT_RUNNABLE = 126  # or could not,
 _UNKNOWN = 255  # and as ssh says that it does not know
 
 _MOST_ATTEMPTS = 50
+_MOST_SILENCES = 10  # until a request must be whole, in times that its client may be silent
 _PAUSE = 0.02  # seconds between two: a helper's sockets close before its pid is known to be dead
 
 
@@ -45,8 +46,9 @@ class _Request:
     One that cannot be done is read to its end all the same: only then its client reads the answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, server: Services) -> None:
         self.line = bytearray()
+        self._server = server
         self.input = Spool(_IN_MEMORY, nameless_file)
         self.refusal = ""
         self.whole = False
@@ -63,6 +65,8 @@ class _Request:
                 self._tail = part[1 - len(_END) :]
                 return
             self._take(part)
+            if not self._has_line and _is_http(self.line):
+                self._refuse("this is not an HTTP server")
             self.whole, self._has_line = self._has_line, True
 
     def end(self) -> None:
@@ -84,6 +88,7 @@ class _Request:
             self._refuse(f"the input has at most {_MOST_INPUT} bytes")
         else:
             try:
+                self._server.take(len(part))
                 self.input.write(part)
             except OSError as error:
                 self._refuse(f"cannot keep the input: {error.strerror}")
@@ -96,6 +101,15 @@ class _Request:
         """Let go of what was sent."""
         self.line.clear()
         self.input.close()
+
+
+def _is_http(line: bytearray) -> bool:
+    """Return whether a command line begins as an HTTP request does.
+
+    Where the socket is relayed to TCP, a page that the user looks at can make a browser send one.
+    """
+    first = line.partition(b"\n")[0].rstrip()
+    return first[-9:-1] == b" HTTP/1."
 
 
 class _Command:
@@ -211,6 +225,11 @@ class _Command:
         if self._note:
             return
         try:
+            self._server.take(len(errors))
+        except OSError as error:
+            self._note = f"standard error is cut off: {error.strerror}"
+            return
+        try:
             self.errors.write(errors)
         except OSError as error:
             self._finish(_UNKNOWN, f"cannot keep standard error: {error.strerror}; command ended")
@@ -277,7 +296,7 @@ class TextConnection:
         self._sock = sock
         self._peer = peer
         self._server = server
-        self._request = _Request()
+        self._request = _Request(server)
         self._command: _Command | None = None
         self._begun = False
         self._closed = False
@@ -286,6 +305,7 @@ class TextConnection:
         self._trailer: bytes | None = None  # what follows the errors; None: not known yet
         self._errors_sent = 0
         self._heard = time.monotonic()
+        self._latest = self._heard + _MOST_SILENCES * server.limits.patience
         self._timer = server.call_later(server.limits.patience, self._on_time)
         self._watch()
 
@@ -303,11 +323,15 @@ class TextConnection:
 
     def _on_time(self) -> None:
         patience = self._server.limits.patience
-        rest = self._heard + patience - time.monotonic()
+        now = time.monotonic()
+        rest = min(self._heard + patience, self._latest) - now
         if rest > 0:
             self._timer = self._server.call_later(rest, self._on_time)
+            return
+        self._begun = True
+        if now >= self._latest:
+            self._refuse(f"the request was not whole after {_MOST_SILENCES * patience:g} seconds")
         else:
-            self._begun = True
             self._refuse(f"the request was not whole, and nothing came for {patience:g} seconds")
 
     # -- the request --

@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 from subprocess import PIPE
 
-import errand_boy
-from errand_boy import _capture, _wire
+from errand_boy import _capture, _client, _wire
 from errand_boy.errors import SessionClosedError
 
 TYPE_CHECKING = False
@@ -26,7 +25,7 @@ class UNIXSocketTransport:
     """The daemon at `socket_path`, or where daemons listen by default."""
 
     def __init__(self, socket_path: str | os.PathLike[str] | None = None) -> None:
-        self._client = errand_boy.connect(socket_path)
+        self._client = _client.connect(socket_path, classic=True)
 
     def run_cmd(
         self,

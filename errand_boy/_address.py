@@ -1,0 +1,110 @@
+"""Where a daemon listens, and whose it must be."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+
+from errand_boy.errors import RefusedError
+
+_NAME = "errand-boy.sock"
+_MACHINE = "/run"  # where root alone can listen
+
+_CREDENTIALS = struct.Struct("iII")
+
+
+class Address:
+    """The path of a daemon's socket, and who may be trusted to listen there.
+
+    That is whoever does, where somebody has named the path; at a default one the user and root;
+    and with `peer_uid` that user alone.
+    """
+
+    __slots__ = ("is_default", "path", "peer_uid")
+
+    def __init__(self, path: str, peer_uid: int | None = None, *, is_default: bool = False) -> None:
+        self.path = path
+        self.peer_uid = peer_uid
+        self.is_default = is_default
+
+    def check(self, sock: socket.socket) -> None:
+        """Raise RefusedError if another user listens at the other end of `sock`.
+
+        To be called when it is connected, before anything is sent: a check of the path would tell
+        of a moment before that.
+        """
+        own = os.geteuid()
+        if self.peer_uid is not None:
+            trusted = {self.peer_uid}
+        elif self.is_default:
+            trusted = {own, 0}
+        else:
+            return
+        _, uid, _ = credentials(sock)
+        if uid not in trusted:
+            expected = " or ".join(map(str, sorted(trusted, reverse=True)))
+            raise RefusedError(
+                errno.EPERM,
+                f"user {uid} listens here, where user {expected} should: nothing was sent",
+                self.path,
+            )
+
+
+def credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Return the pid, user id and group id of the other end, as the kernel noted them.
+
+    For the end that has connected, they are those of who called listen(2).
+    """
+    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(found)
+    return pid, uid, gid
+
+
+def find(
+    path: str | os.PathLike[str] | None = None,
+    peer_uid: int | None = None,
+    *,
+    classic: bool = False,
+) -> Address:
+    """Return the address of the daemon at `path`, else at ``$ERRAND_BOY_SOCKET``, else by default.
+
+    By default it is the user's own daemon, or the machine's where only that has a socket.
+    """
+    path = path or os.environ.get("ERRAND_BOY_SOCKET")
+    if path:
+        return Address(os.path.abspath(path), peer_uid)
+    places = _places(classic)
+    place = next(filter(os.path.exists, places), places[0])
+    return Address(place, peer_uid, is_default=True)
+
+
+def default_path(*, classic: bool = False) -> str:
+    """Return where a daemon of this user listens if nobody says otherwise."""
+    return os.environ.get("ERRAND_BOY_SOCKET") or _places(classic)[0]
+
+
+def classic_directory() -> str:
+    """Return where the classic daemon listens without ``$XDG_RUNTIME_DIR``."""
+    return os.path.join(os.environ.get("TMPDIR") or "/tmp", f"errand-boy-{os.geteuid()}")
+
+
+def _places(classic: bool) -> list[str]:
+    directories = [_MACHINE]
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    # After su or sudo it may still be the other user's.
+    if runtime and _is_own(runtime):
+        directories.insert(0, runtime)
+    elif classic and os.geteuid() != 0:
+        directories.insert(0, classic_directory())
+    return [os.path.join(directory, _NAME) for directory in directories]
+
+
+def _is_own(directory: str) -> bool:
+    try:
+        info = os.stat(directory)
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
