@@ -15,9 +15,11 @@ HELPER = "errand-boy-helper"
 HELPER_SOURCES = [
     f"csrc/{name}.c"
     for name in (
-        "helper/helper",
-        "helper/commands",
+        "helper/main",
+        "helper/loop",
         "helper/control",
+        "helper/command",
+        "helper/counters",
         "helper/connection",
         "common/fdpass",
         "spawn/request",

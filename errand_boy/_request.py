@@ -225,7 +225,7 @@ def streamed(
     what, flags = settings(process_group=group, default_group=0, **given)
     options = command + what + made + _wire.number(lib.EB_TAG_ON_CLOSE, on_close)
     if brief:
-        options += _wire.option(lib.EB_TAG_BRIEF)
+        options += _wire.option(lib.EB_TAG_COALESCE)
     return streams, Request(options, fds, (), flags | lib.EB_WITHOUT_STANDARD)
 
 

@@ -350,7 +350,7 @@ def test_all_options_at_once(helper: Helper) -> None:
         "ON_CLOSE": option(lib.EB_TAG_ON_CLOSE, u32(1000)),
     }
     # A session's leader may not change its group; only a daemon's helper has streams.
-    assert set(values) == set(TAGS) - {"PGROUP", "STREAMS", "NULL", "BRIEF"}
+    assert set(values) == set(TAGS) - {"PGROUP", "STREAMS", "NULL", "COALESCE"}
     with open(read) as stream:
         client.send(frame(lib.EB_SPAWN, *reversed(values.values())), [write, directory])
         os.close(write)
@@ -503,7 +503,7 @@ BAD_REQUESTS = {
             TRUE + option(TAGS[name], value),
             f"option {name} needs a helper that owns its children",
         )
-        for name, value in (("STREAMS", b"\2"), ("BRIEF", b""))
+        for name, value in (("STREAMS", b"\2"), ("COALESCE", b""))
     },
     "CWD empty": (TRUE + option(lib.EB_TAG_CWD), "CWD: not one string"),
     "CWD without its NUL": (TRUE + option(lib.EB_TAG_CWD, b"/"), "CWD: not one string"),

@@ -680,7 +680,7 @@ def test_brief_start_is_counted_without_its_time(pool: Pool) -> None:
     """When its program began to run is not known exactly, unless something of it is waited for."""
     client = pool.connect()
     for timed, streams in enumerate((0b10, 0b11)):
-        client.send(streamed("/bin/sleep", "0.05", streams=streams, options=[BRIEF]))
+        client.send(streamed("/bin/sleep", "0.05", streams=streams, options=[COALESCE]))
         assert converse(client, None, streams, brief=True).status == 0
         report = pool.report()
         assert (report.started, sum(report.buckets)) == (timed + 1, timed)
@@ -1196,7 +1196,7 @@ def test_output_and_error_joined(pool: Pool) -> None:
 # Brief answers
 
 
-BRIEF = option(lib.EB_TAG_BRIEF)
+COALESCE = option(lib.EB_TAG_COALESCE)
 
 
 def test_brief_commands_one_after_another(pool: Pool) -> None:
@@ -1204,7 +1204,7 @@ def test_brief_commands_one_after_another(pool: Pool) -> None:
     nulls = option(lib.EB_TAG_NULL, b"\5")
     for number in range(50):
         script = f"echo {number}; exit {number}"
-        options = [BRIEF, nulls]
+        options = [COALESCE, nulls]
         client.send(streamed("/bin/sh", "-c", script, streams=0b10, options=options))
         assert converse(client, None, 0b10, brief=True) == (b"%d\n" % number, b"", number << 8)
     assert client.status("/bin/true") == 0
@@ -1213,9 +1213,9 @@ def test_brief_commands_one_after_another(pool: Pool) -> None:
 def test_brief_command_that_does_not_start(pool: Pool) -> None:
     client = pool.connect()
     for _ in range(2):
-        client.send(streamed("/none", streams=0b10, options=[BRIEF]))
+        client.send(streamed("/none", streams=0b10, options=[COALESCE]))
         assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
-        client.send(streamed("/bin/true", streams=0b10, options=[BRIEF]))
+        client.send(streamed("/bin/true", streams=0b10, options=[COALESCE]))
         assert converse(client, None, 0b10, brief=True) == (b"", b"", 0)
 
 
@@ -1223,7 +1223,7 @@ def test_much_output_of_brief_commands(pool: Pool) -> None:
     client = pool.connect()
     for _ in range(10):
         client.send(
-            streamed("/usr/bin/head", "-c", "300000", "/dev/zero", streams=0b10, options=[BRIEF])
+            streamed("/usr/bin/head", "-c", "300000", "/dev/zero", streams=0b10, options=[COALESCE])
         )
         assert converse(client, None, 0b10, brief=True) == (bytes(300_000), b"", 0)
 
@@ -1234,7 +1234,7 @@ def test_output_of_a_brief_command_that_others_hold(pool: Pool) -> None:
     script = "echo first; { read x; echo last; } <&3 & exec 3<&-"
     read, write = os.pipe()
     for _ in range(2):
-        data = streamed("/bin/sh", "-c", script, streams=0b10, options=[BRIEF], targets=[3])
+        data = streamed("/bin/sh", "-c", script, streams=0b10, options=[COALESCE], targets=[3])
         client.send(data, [read])
         frames = dict([client.frame(), client.frame()])
         assert frames[lib.EB_STDOUT] == b"first\n"
@@ -1248,7 +1248,7 @@ def test_output_of_a_brief_command_that_others_hold(pool: Pool) -> None:
 
 def test_client_of_brief_commands_goes(pool: Pool) -> None:
     client = pool.connect()
-    data = streamed("/bin/sleep", "100", streams=0b10, options=[BRIEF, OWN_GROUP])
+    data = streamed("/bin/sleep", "100", streams=0b10, options=[COALESCE, OWN_GROUP])
     client.send(data + data)
     assert until(lambda: bool(pool.children()))
     (pid,) = pool.children()
@@ -1264,7 +1264,7 @@ def test_slow_start_of_a_brief_command(what: str, pool: Pool) -> None:
     read, write = os.pipe()
     bits = option(lib.EB_TAG_STREAMS, b"\2")
     fds = _wire.numbers(lib.EB_TAG_FDS, [0])
-    client.send(slow("/bin/cat", options=[bits, BRIEF, OWN_GROUP, fds]), [read])
+    client.send(slow("/bin/cat", options=[bits, COALESCE, OWN_GROUP, fds]), [read])
     os.close(read)
     assert until(lambda: bool(pool.children()))
     (live,) = pool.report().live.values()
@@ -1300,7 +1300,7 @@ def test_silence_before_the_end_of_a_brief_command(pool: Pool) -> None:
     """What it has written comes although it runs on."""
     client = pool.connect()
     script = "echo early; read x; echo late"
-    client.send(streamed("/bin/sh", "-c", script, streams=0b11, options=[BRIEF]))
+    client.send(streamed("/bin/sh", "-c", script, streams=0b11, options=[COALESCE]))
     assert client.frame() == (lib.EB_STDOUT, b"early\n")
     assert converse(client, b"\n", brief=True) == (b"late\n", b"", 0)
 
@@ -1697,7 +1697,7 @@ def test_rest_beside_a_command_that_does_not_end(pool: Pool) -> None:
     before = pool.private_bytes()
     clients = [pool.connect() for _ in range(200)]
     for other in clients:
-        other.send(streamed("/bin/true", streams=0b10, options=[BRIEF]))
+        other.send(streamed("/bin/true", streams=0b10, options=[COALESCE]))
     for other in clients:
         assert converse(other, None, 0b10, brief=True).status == 0
     burst = pool.private_bytes() - before

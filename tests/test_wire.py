@@ -103,7 +103,7 @@ OPTIONS = {
     "UID": (_wire.number(lib.EB_TAG_UID, 12), "12"),
     "STREAMS": (_wire.option(lib.EB_TAG_STREAMS, b"\2"), "2"),
     "NULL": (_wire.option(lib.EB_TAG_NULL, b"\0"), "0"),
-    "BRIEF": (_wire.option(lib.EB_TAG_BRIEF), ""),
+    "COALESCE": (_wire.option(lib.EB_TAG_COALESCE), ""),
     "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())

@@ -130,7 +130,7 @@ enum eb_tag {
                                gets SIGTERM, and after that time SIGKILL.  EB_LIVES_ON: it lives on.  Absent: it
                                lives on, unless streamed; then 1,000 */
     EB_TAG_NULL = 20,       /* u8, bit n for descriptor n of 0 to 2: it is /dev/null */
-    EB_TAG_BRIEF = 21,      /* empty: no SPAWNED, and all other frames together, when the command is over or
+    EB_TAG_COALESCE = 21,   /* empty: no SPAWNED, and all other frames together, when the command is over or
                                there are many or 50 ms have passed; EXITED has two more fields, u64 microseconds
                                from the start to the end and i32 pid */
     EB_TAG_SIGDEFAULT = 22, /* u64: signals that get the default action, whatever else is said of them */

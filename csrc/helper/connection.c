@@ -1,11 +1,133 @@
 #include "helper/connection.h"
 
 #include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { SMALL = 4 << 10, LARGE = 256 << 10 };
+enum {
+    SMALL = 4 << 10,
+    LARGE = 256 << 10,
+    CORK_MS = 10,
+    MOST_CORKED = 32 << 10, /* bytes */
+    GRAIN_MS = 4,           /* wakes are put off to multiples of it, so that few are for one object only */
+};
+
+struct eb_helper helper;
+
+uint64_t eb_now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+void eb_wake_by(uint64_t when)
+{
+    uint64_t wake = (when / GRAIN_MS + 1) * GRAIN_MS;
+    if (helper.next_wake == 0 || wake < helper.next_wake)
+        helper.next_wake = wake;
+}
+
+/* -- marks -- */
+
+void eb_mark(struct eb_connection *c)
+{
+    if (c->marked || c->fd < 0)
+        return;
+    c->marked = true;
+    c->next_marked = NULL;
+    *(helper.marked == NULL ? &helper.marked : helper.marked_end) = c;
+    helper.marked_end = &c->next_marked;
+}
+
+void eb_mark_closing(struct eb_connection *c)
+{
+    c->closing = true;
+    eb_mark(c);
+}
+
+/* -- the beginning and the end -- */
+
+/* The kernel's word for who connected; false if it has none. */
+static bool identify(struct eb_connection *c, bool as_peer)
+{
+    struct ucred ucred;
+    socklen_t size = sizeof ucred, groups = 0;
+    if (getsockopt(c->fd, SOL_SOCKET, SO_PEERCRED, &ucred, &size) != 0)
+        return false;
+    c->client.pid = ucred.pid;
+    c->client.uid = ucred.uid;
+    if (!as_peer)
+        return true;
+    if (getsockopt(c->fd, SOL_SOCKET, SO_PEERGROUPS, NULL, &groups) != 0 && errno != ERANGE)
+        return false;
+    if (groups > EB_MAX_GROUPS * sizeof(gid_t))
+        return false;
+    c->peer = malloc(sizeof *c->peer + groups);
+    if (c->peer == NULL)
+        return false;
+    if (groups > 0 && getsockopt(c->fd, SOL_SOCKET, SO_PEERGROUPS, c->peer->groups, &groups) != 0)
+        return false;
+    c->peer->uid = ucred.uid;
+    c->peer->gid = ucred.gid;
+    c->peer->group_count = (uint32_t)(groups / sizeof(gid_t));
+    return true;
+}
+
+struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool control)
+{
+    struct eb_connection *c = calloc(1, sizeof *c);
+    if (c == NULL) {
+        close(fd);
+        return NULL;
+    }
+    *c = (struct eb_connection){
+        .source = EB_SOURCE_CONNECTION,
+        .stream_sources = {EB_SOURCE_STDIN, EB_SOURCE_STDOUT, EB_SOURCE_STDERR},
+        .fd = fd,
+        .client.id = id,
+        .control = control,
+        .asks = (flags & EB_ASK) != 0,
+        .only = helper.pool ? NULL : &helper.caller,
+        .next = helper.connections,
+    };
+    if (c->next != NULL)
+        c->next->previous = c;
+    helper.connections = c;
+    eb_mark(c);
+    if (control)
+        return helper.control = c;
+    helper.count++;
+    uint8_t payload[4];
+    struct eb_writer hello = eb_writer(payload, sizeof payload);
+    eb_put_u32(&hello, EB_VERSION);
+    if (!helper.pool || identify(c, (flags & EB_AS_PEER) != 0))
+        eb_reply(c, EB_HELLO, payload, eb_written(&hello));
+    else
+        eb_mark_closing(c);
+    return c;
+}
+
+void eb_connection_close(struct eb_connection *c)
+{
+    close(c->fd);
+    c->fd = -1;
+    eb_fds_clear(&c->fds);
+    free(c->peer);
+    free(c->spare);
+    free(c->in);
+    free(c->out);
+    c->in = c->out = NULL;
+    c->peer = NULL;
+    c->spare = NULL;
+    c->in_at = c->in_size = c->in_capacity = c->out_size = 0;
+}
+
+/* -- what comes -- */
 
 int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame)
 {
@@ -74,6 +196,24 @@ void eb_connection_consume(struct eb_connection *c, size_t size)
     }
 }
 
+uint8_t *eb_connection_take(struct eb_connection *c, struct eb_frame *frame)
+{
+    uint8_t *bytes = c->in;
+    if (c->in_size == EB_HEADER_SIZE + (size_t)frame->size) {
+        c->in = NULL;
+    } else {
+        bytes = malloc(frame->size + 1);
+        if (bytes == NULL)
+            return NULL;
+        memcpy(bytes, frame->payload, frame->size);
+        frame->payload = bytes;
+    }
+    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
+    return bytes;
+}
+
+/* -- what goes -- */
+
 static bool keep(struct eb_connection *c, const uint8_t *data, size_t size)
 {
     if (size == 0)
@@ -87,13 +227,14 @@ static bool keep(struct eb_connection *c, const uint8_t *data, size_t size)
     return true;
 }
 
-bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size)
+/* Sends a frame, or keeps what the socket does not take, or all of it; false: the peer is gone or memory is short. */
+static bool send_frame(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size, bool hold)
 {
     uint8_t header[EB_HEADER_SIZE];
     struct eb_writer w = eb_writer(header, sizeof header);
     eb_put_u32(&w, (uint32_t)size);
     eb_put_u8(&w, kind);
-    ssize_t n = c->out_size > 0 ? 0 : eb_send(c->fd, header, sizeof header, payload, size);
+    ssize_t n = hold || c->out_size > 0 ? 0 : eb_send(c->fd, header, sizeof header, payload, size);
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
         return false;
     size_t sent = n > 0 ? (size_t)n : 0;
@@ -103,40 +244,65 @@ bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const void *
     return sent == size || keep(c, (const uint8_t *)payload + sent, size - sent);
 }
 
-bool eb_connection_hold(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size)
+bool eb_is_blocked(const struct eb_connection *c)
 {
-    uint8_t header[EB_HEADER_SIZE];
-    struct eb_writer w = eb_writer(header, sizeof header);
-    eb_put_u32(&w, (uint32_t)size);
-    eb_put_u8(&w, kind);
-    return keep(c, header, sizeof header) && keep(c, payload, size);
+    return c->out_size > 0 && !c->corked;
 }
 
-bool eb_connection_flush(struct eb_connection *c)
+void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size)
 {
-    if (c->out_size == 0)
-        return true;
+    if (c->closing)
+        return;
+    bool hold = c->coalesces && !eb_is_blocked(c);
+    if (!send_frame(c, kind, payload, size, hold)) {
+        eb_mark_closing(c);
+        return;
+    }
+    if (hold && !c->corked) {
+        c->corked = true;
+        c->corked_until = eb_now_ms() + CORK_MS;
+        eb_wake_by(c->corked_until);
+    }
+    if (c->corked && c->out_size > MOST_CORKED)
+        eb_uncork(c);
+    if (eb_is_blocked(c))
+        eb_mark(c);
+}
+
+void eb_refuse(struct eb_connection *c, const char *format, ...)
+{
+    char reason[EB_MAX_REASON];
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(reason, sizeof reason, format, arguments);
+    va_end(arguments);
+    c->coalesces = false;
+    eb_uncork(c);
+    eb_reply(c, EB_REFUSED, reason, length < (int)sizeof reason ? (size_t)length : sizeof reason - 1);
+    eb_mark_closing(c);
+}
+
+void eb_uncork(struct eb_connection *c)
+{
+    if (c->corked)
+        eb_connection_flush(c);
+}
+
+void eb_connection_flush(struct eb_connection *c)
+{
+    c->corked = false;
+    if (c->out_size == 0 || c->closing)
+        return;
     ssize_t n = eb_send(c->fd, c->out, c->out_size, NULL, 0);
-    if (n < 0)
-        return errno == EAGAIN || errno == EWOULDBLOCK;
+    if (n < 0) {
+        if (errno != EAGAIN && errno != EWOULDBLOCK)
+            eb_mark_closing(c);
+        return;
+    }
     c->out_size -= (size_t)n;
     memmove(c->out, c->out + n, c->out_size);
     if (c->out_size == 0) {
         free(c->out);
         c->out = NULL;
     }
-    return true;
-}
-
-void eb_connection_close(struct eb_connection *c)
-{
-    if (c->fd >= 0)
-        close(c->fd);
-    c->fd = -1;
-    eb_fds_clear(&c->fds);
-    eb_request_free(&c->request);
-    free(c->in);
-    free(c->out);
-    c->in = c->out = NULL;
-    c->in_at = c->in_size = c->in_capacity = c->out_size = 0;
 }

@@ -1,80 +1,54 @@
-/* One framed connection of the helper: what has arrived of the next frame, what is still to be sent. */
+/* One framed connection: what has arrived of the next frame, what is still to be sent. */
 #ifndef EB_CONNECTION_H
 #define EB_CONNECTION_H
 
 #include "common/fdpass.h"
-#include "spawn/request.h"
-#include "spawn/spawn.h"
+#include "helper/helper.h"
 
-/* What an epoll event points to: a member of a connection, by which its owner is found. */
-enum eb_source {
-    EB_SOURCE_CONNECTION,
-    EB_SOURCE_START,
-    EB_SOURCE_STDIN, /* three in a row */
-    EB_SOURCE_STDOUT,
-    EB_SOURCE_STDERR,
-    EB_SOURCE_CALLER,
-    EB_SOURCE_SIGNALS,
+/* Who is at the other end of a connection. */
+struct eb_client {
+    uint32_t id; /* the server's number for the connection */
+    pid_t pid;
+    uid_t uid;
 };
-
-/* A command's standard input and output that travel as frames. */
-struct eb_streams {
-    int fds[3];        /* ours of the pipes; -1: none, or closed */
-    bool watched[3];
-    bool ended;        /* the client has ended the input */
-    uint64_t lazy_until; /* of eb_now_ms: output is not looked at before, or the command's end; 0: it is */
-    uint64_t passed;   /* bytes of output */
-    uint32_t window;   /* bytes of input that the client may send */
-    uint32_t credit;   /* bytes that it could be told it may send more */
-    uint8_t *pending;  /* input that the pipe has not taken, EB_WINDOW at most; allocated */
-    uint32_t pending_size;
-};
-
-enum { EB_MOST_TITLE = 200 };
 
 struct eb_connection {
-    enum eb_source source;       /* EB_SOURCE_CONNECTION */
-    enum eb_source start_source; /* EB_SOURCE_START */
+    enum eb_source source;            /* EB_SOURCE_CONNECTION */
     enum eb_source stream_sources[3]; /* EB_SOURCE_STDIN and its neighbours */
-    int fd; /* -1: closed; the rest lives until its start and its child have ended */
-    uint32_t id;
-    bool control, greeted, opened; /* opened: the NUL byte has come; greeted: the peer's HELLO */
-    bool released; /* among the dead */
+    int fd;                           /* -1: closed */
+    struct eb_client client;
+    bool control;
+    bool asks;            /* each start needs a GRANT */
+    bool opened, greeted; /* the NUL byte has come; and the peer's HELLO */
+    bool ended;           /* the peer has ended its side, and we go on all the same */
+    /* Marks for the loop. */
+    bool marked;  /* in its list */
+    bool closing; /* nothing more is read or sent: close it */
+    /* The loop's. */
     bool watched;
-    uint32_t events; /* watched for */
-    bool starting;
-    bool brief;      /* the command's frames are held back, to go together */
-    bool held;       /* `out` holds such frames */
-    bool wordy;      /* the last command had much to say */
-    uint64_t held_until; /* of eb_now_ms */
-    bool ask, wanting, granted; /* ask: each start needs a GRANT */
-    bool on_close;   /* the command is ended with the connection: SIGTERM, and SIGKILL after so long */
-    bool dying;      /* that has begun */
-    int group_fd;    /* the pidfd by which the group of a dying command is told when its leader has gone */
-    uint32_t on_close_ms;
-    uint64_t deadline; /* of eb_now_ms: for the rest of a frame, or for SIGKILL; 0: none */
-    uint64_t begun_ns;
-    struct eb_start start;
-    struct eb_request request; /* its strings are in the frame at the head of `in` */
-    struct eb_peer *peer;      /* whose ids its commands get; NULL: this process's */
-    struct eb_streams *streams;
-    pid_t child; /* live and ours; 0: none */
-    uint64_t child_since; /* milliseconds since 1970 */
-    /* The beginning of its argv, for the report.  Not allocated: it would outlive the buffers around it,
-     * and keep their pages after a burst. */
-    uint8_t title[EB_MOST_TITLE], title_size;
-    pid_t client;
-    uid_t client_uid;
-    uint8_t *in;
-    size_t in_at, in_size, in_capacity; /* in_size bytes from in_at on are not consumed */
-    struct eb_fds fds;
+    uint32_t events;         /* watched for */
+    uint64_t frame_deadline; /* of eb_now_ms: for the rest of a frame; 0: none */
+
+    struct eb_command *command; /* requested, starting or running; NULL: none */
+    /* The memory for the next, when there is none.  It comes with the connection: made for each command, it would
+     * outlive the buffers around it, and keep their pages after a burst. */
+    struct eb_command *spare;
+    struct eb_streams *streams; /* its standard streams, which may outlast it; NULL: none */
+    bool coalesces;             /* the command's frames are to go together */
+    bool corked;                /* `out` holds such frames back, at most until then */
+    bool large_output;          /* the last command wrote much */
+    uint64_t corked_until;      /* of eb_now_ms */
+
+    struct eb_peer *peer;     /* whose ids its commands get; NULL: this process's */
     const struct ucred *only; /* who alone may ask for anything; NULL: whoever sends */
     bool foreign;             /* something of what is not consumed came from another */
+    struct eb_fds fds;
+    uint8_t *in;
+    size_t in_at, in_size, in_capacity; /* in_size bytes from in_at on are not consumed */
     uint8_t *out;
     size_t out_size;
-    struct eb_connection *next, *previous; /* among all; or next among the dead */
-    struct eb_connection *next_child;      /* in its bucket of the child table */
-    struct eb_connection *next_quiet;      /* among the quiet starts */
+    struct eb_connection *next, *previous; /* among all; or `next` among the dead */
+    struct eb_connection *next_marked;
 };
 
 struct eb_frame {
@@ -83,19 +57,35 @@ struct eb_frame {
     uint32_t size;
 };
 
+/* Makes a connection of the socket `fd`, one of helper.connections, and says HELLO.  NULL: memory is short, and `fd`
+ * is closed. */
+struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool control);
+/* Has the loop look at it: act on what has come, on its marks, and on those of its command and streams. */
+void eb_mark(struct eb_connection *c);
+/* Has the loop close it. */
+void eb_mark_closing(struct eb_connection *c);
+
 /* Reads once.  1: something came; 0: nothing now; -1: the peer is gone or memory is short. */
 int eb_connection_fill(struct eb_connection *c);
 /* 1: `frame` is the whole first one; 0: more is needed; -1: no frame of this protocol. */
 int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame);
 /* Removes the first `size` bytes. */
 void eb_connection_consume(struct eb_connection *c, size_t size);
-/* Sends a frame, or keeps what the socket does not take; false: the peer is gone or memory is short. */
-bool eb_connection_send(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
-/* Keeps a frame, to be sent with the next ones; false: memory is short. */
-bool eb_connection_hold(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
-/* Sends what was kept. */
-bool eb_connection_flush(struct eb_connection *c);
-/* Closes the socket and all descriptors, frees all buffers but those of the command. */
+/* Removes the first frame, a whole one, and moves its payload to memory that is the caller's to free, which is
+ * returned; NULL: memory is short. */
+uint8_t *eb_connection_take(struct eb_connection *c, struct eb_frame *frame);
+/* Sends a frame, or holds it back for a moment if the command's are to go together. */
+void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
+/* The same with the reason, and has the loop close the connection.  The reason is sent if the socket takes it at once;
+ * who sends what he may not is owed no more. */
+__attribute__((format(printf, 2, 3))) void eb_refuse(struct eb_connection *c, const char *format, ...);
+/* Sends what is held back. */
+void eb_uncork(struct eb_connection *c);
+/* Sends what the socket did not take before. */
+void eb_connection_flush(struct eb_connection *c);
+/* Whether frames wait for room in the socket. */
+bool eb_is_blocked(const struct eb_connection *c);
+/* Closes the socket and all descriptors, frees all buffers. */
 void eb_connection_close(struct eb_connection *c);
 
 #endif

@@ -21,7 +21,7 @@ static const char tag_names[EB_TAG_END][12] = {
     [EB_TAG_SETSID] = "SETSID",           [EB_TAG_PGROUP] = "PGROUP",     [EB_TAG_RLIMITS] = "RLIMITS",
     [EB_TAG_NICE] = "NICE",               [EB_TAG_AFFINITY] = "AFFINITY", [EB_TAG_GROUPS] = "GROUPS",
     [EB_TAG_GID] = "GID",                 [EB_TAG_UID] = "UID",                 [EB_TAG_STREAMS] = "STREAMS", [EB_TAG_ON_CLOSE] = "ON_CLOSE",
-    [EB_TAG_NULL] = "NULL",               [EB_TAG_BRIEF] = "BRIEF",       [EB_TAG_SIGDEFAULT] = "SIGDEFAULT",
+    [EB_TAG_NULL] = "NULL",               [EB_TAG_COALESCE] = "COALESCE",       [EB_TAG_SIGDEFAULT] = "SIGDEFAULT",
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)

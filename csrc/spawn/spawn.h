@@ -11,8 +11,8 @@
 struct eb_start {
     pid_t pid;    /* 0 if no process was made */
     enum eb_owner owner;
-    int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once, unless `quiet` */
-    bool quiet;   /* only `runs` and the end of the process tell */
+    int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once, unless `polled` */
+    bool polled;  /* only `is_decided` tells */
     int error;    /* 0: the command runs */
     enum eb_stage stage;
     void *job;    /* the implementation's own */
@@ -22,12 +22,12 @@ struct eb_spawner {
     /* Fills `start`.  Until `end`, `q` and what it points to must stay as they are.  The descriptors in
      * its `sources` are close-on-exec, none of them is 0, 1 or 2, and the new process has its own. */
     void (*begin)(struct eb_start *start, const struct eb_request *q);
-    /* Whether a quiet start has led to a running program.  If it has failed, the process's end tells. */
-    bool (*runs)(const struct eb_start *start);
+    /* Whether the outcome of a start that was not known at once is known now. */
+    bool (*is_decided)(const struct eb_start *start);
     /* Once the outcome is known: gives it, and releases what the start held. */
     void (*end)(struct eb_start *start);
     /* Gives back what is kept for many starts at once. */
-    void (*rest)(void);
+    void (*trim)(void);
 };
 
 /* Linux: clone(2) without CLONE_VFORK, so that a slow exec holds up nobody.  With `parent`, new processes

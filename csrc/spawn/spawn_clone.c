@@ -3,7 +3,7 @@
  * of its own.  So it makes raw system calls only, writes to nothing but its job, and what it reads stays
  * untouched until the kernel says that it has left: CLONE_CHILD_CLEARTID clears a word in the job when
  * the memory is let go, and after that the close-on-exec pipe hangs up (Linux fs/exec.c, begin_new_exec:
- * exec_mmap comes before do_close_on_exec; kernel/exit.c: exit_mm before exit_files).  A quiet start has
+ * exec_mmap comes before do_close_on_exec; kernel/exit.c: exit_mm before exit_files).  A polled start has
  * no pipe: the word is looked at when something else has woken us, at the latest the process's end.
  *
  * A process that changes its ids here still shares our memory for a moment.  The kernel marks memory
@@ -75,7 +75,7 @@ static void free_job(struct eb_job *job)
     }
 }
 
-static void rest(void)
+static void trim(void)
 {
     while (spare_count > SPARE_STACKS) {
         struct eb_job *job = spare;
@@ -169,14 +169,14 @@ static void begin(struct eb_start *start, const struct eb_request *q)
     int pipe[2] = {-1, -1};
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
     /* Its end must be seen here, and nothing of the client's wait for the outcome: no input, no SPAWNED. */
-    bool quiet = !use_parent && eb_has(q, EB_TAG_BRIEF) && !(q->streams & 1);
+    bool polled = !use_parent && eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1);
     struct eb_job *job = new_job();
     if (job == NULL) {
         start->error = errno;
         return;
     }
     *job = (struct eb_job){.q = q, .self = self};
-    if (!quiet && pipe2(pipe, O_CLOEXEC) != 0) {
+    if (!polled && pipe2(pipe, O_CLOEXEC) != 0) {
         start->error = errno;
         free_job(job);
         return;
@@ -198,14 +198,14 @@ static void begin(struct eb_start *start, const struct eb_request *q)
     start->pid = pid;
     start->owner = use_parent ? EB_OWNER_CALLER : EB_OWNER_HELPER;
     start->done_fd = pipe[0];
-    start->quiet = quiet;
+    start->polled = polled;
     start->job = job;
 }
 
-static bool runs(const struct eb_start *start)
+static bool is_decided(const struct eb_start *start)
 {
     const struct eb_job *job = start->job;
-    return __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) == 0 && job->error == 0;
+    return __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) == 0;
 }
 
 static void end(struct eb_start *start)
@@ -218,14 +218,14 @@ static void end(struct eb_start *start)
     if (start->done_fd >= 0)
         close(start->done_fd);
     start->done_fd = -1;
-    start->quiet = false;
+    start->polled = false;
     start->job = NULL;
     free_job(job);
 }
 
 const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent)
 {
-    static const struct eb_spawner spawner = {.begin = begin, .runs = runs, .end = end, .rest = rest};
+    static const struct eb_spawner spawner = {.begin = begin, .is_decided = is_decided, .end = end, .trim = trim};
     self = state;
     nproc = state->rlimits[RLIMIT_NPROC];
     use_parent = parent;

@@ -203,13 +203,13 @@ static void end(struct eb_start *start)
     (void)start; /* the outcome was there at once */
 }
 
-static void rest(void)
+static void trim(void)
 {
 }
 
 const struct eb_spawner *eb_spawner_posix(const struct eb_state *state)
 {
-    static const struct eb_spawner spawner = {.begin = begin, .end = end, .rest = rest};
+    static const struct eb_spawner spawner = {.begin = begin, .end = end, .trim = trim};
     self = state;
     return &spawner;
 }

@@ -199,7 +199,7 @@ def _start(arguments: Sequence[str], control: int, figures: int) -> int:
     arguments = [
         f"errand-boy: helper of {os.getpid()}",
         f"--open-files={_OPEN_FILES}",
-        "--figures",
+        "--counters",
         *arguments,
     ]
     with ExitStack() as copies:

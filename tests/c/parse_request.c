@@ -92,8 +92,8 @@ static void print_request(const struct eb_request *q)
         printf("STREAMS %u\n", (unsigned)q->streams);
     if (eb_has(q, EB_TAG_NULL))
         printf("NULL %u\n", (unsigned)q->nulls);
-    if (eb_has(q, EB_TAG_BRIEF))
-        printf("BRIEF\n");
+    if (eb_has(q, EB_TAG_COALESCE))
+        printf("COALESCE\n");
     if (eb_has(q, EB_TAG_ON_CLOSE))
         printf("ON_CLOSE %u\n", (unsigned)q->on_close_ms);
 }

@@ -1,0 +1,421 @@
+#include "helper/command.h"
+
+#include "helper/counters.h"
+#include "helper/streams.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    CHILD_BUCKETS = 256,
+    STREAMED_GRACE_MS = 1000,
+    GROUP_TICK_MS = 40, /* poll interval for the end of a process group, which no descriptor reports */
+};
+
+static struct eb_command *children[CHILD_BUCKETS];
+
+static uint64_t nanoseconds(clockid_t clock)
+{
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* -- the table of children -- */
+
+static struct eb_command **child_bucket(pid_t pid)
+{
+    return &children[(unsigned)pid % CHILD_BUCKETS];
+}
+
+static void add_child(struct eb_command *k, pid_t pid)
+{
+    struct eb_command **bucket = child_bucket(pid);
+    k->child = pid;
+    k->next_child = *bucket;
+    *bucket = k;
+}
+
+static void keep_usage(struct eb_command *k, const struct rusage *u)
+{
+    const uint64_t fields[EB_USAGE_FIELDS] = {
+        (uint64_t)u->ru_utime.tv_sec * 1000000 + (uint64_t)u->ru_utime.tv_usec,
+        (uint64_t)u->ru_stime.tv_sec * 1000000 + (uint64_t)u->ru_stime.tv_usec,
+        (uint64_t)u->ru_maxrss,
+        (uint64_t)u->ru_minflt,
+        (uint64_t)u->ru_majflt,
+        (uint64_t)u->ru_inblock,
+        (uint64_t)u->ru_oublock,
+        (uint64_t)u->ru_nvcsw,
+        (uint64_t)u->ru_nivcsw,
+    };
+    memcpy(k->usage, fields, sizeof fields);
+}
+
+struct eb_command *eb_command_reap(pid_t pid, int status, const struct rusage *usage)
+{
+    for (struct eb_command **at = child_bucket(pid); *at != NULL; at = &(*at)->next_child)
+        if ((*at)->child == pid) {
+            struct eb_command *k = *at;
+            *at = k->next_child;
+            k->next_child = NULL;
+            k->child = 0;
+            k->status = status;
+            keep_usage(k, usage);
+            return k;
+        }
+    return NULL;
+}
+
+/* -- signals -- */
+
+bool eb_command_lives(const struct eb_command *k)
+{
+    return k->child != 0 && k->state != EB_FAILING;
+}
+
+void eb_command_kill(const struct eb_command *k, int number)
+{
+    /* Not yet waited for, so the pid is its own, and a group of that number can only be its. */
+    if (k->child > 0 && kill(-k->child, number) != 0)
+        (void)kill(k->child, number);
+}
+
+void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame)
+{
+    struct eb_reader r = eb_reader(frame->payload, frame->size);
+    pid_t pid = (pid_t)eb_get_u32(&r), child = c->command != NULL ? c->command->child : 0;
+    int number = (int)eb_get_u32(&r);
+    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
+    /* Not yet waited for, so the pid is still its own.  A signal may cross with EXITED: then it is late,
+     * as it would be with kill(2). */
+    if (child != 0 && (pid == 0 || pid == child || pid == -child))
+        (void)kill(pid != 0 ? pid : child, number);
+}
+
+/* Signals the group of a dying command whose leader has been waited for.  By its pidfd, since another group
+ * may have the number by now; before Linux 6.9 there is no such call, and the leader's end is the end. */
+static bool signal_group(const struct eb_command *k, int number)
+{
+    const unsigned process_group = 1 << 2; /* PIDFD_SIGNAL_PROCESS_GROUP */
+    return k->group_fd >= 0 && syscall(SYS_pidfd_send_signal, k->group_fd, number, NULL, process_group) == 0;
+}
+
+static bool is_gone(const struct eb_command *k)
+{
+    return k->child == 0 && !signal_group(k, 0);
+}
+
+static void forget_group(struct eb_command *k)
+{
+    if (k->group_fd >= 0)
+        close(k->group_fd);
+    k->group_fd = -1;
+    k->dying = false;
+}
+
+static void end_command(struct eb_command *k)
+{
+    k->dying = true;
+    k->group_fd = (int)syscall(SYS_pidfd_open, k->child, 0);
+    k->kill_at = eb_now_ms() + k->on_close_ms;
+    eb_wake_by(eb_now_ms());
+    eb_command_kill(k, SIGTERM);
+    eb_command_kill(k, SIGCONT); /* stopped, it would not notice */
+}
+
+void eb_command_wake(struct eb_command *k, uint64_t now)
+{
+    if (!k->dying || k->kill_at == 0)
+        return;
+    if (now < k->kill_at && !is_gone(k)) {
+        eb_wake_by(now + GROUP_TICK_MS < k->kill_at ? now + GROUP_TICK_MS : k->kill_at);
+        return;
+    }
+    k->kill_at = 0;
+    if (k->child != 0) {
+        eb_command_kill(k, SIGKILL);
+    } else {
+        (void)signal_group(k, SIGKILL);
+        forget_group(k);
+    }
+}
+
+/* -- what becomes of it -- */
+
+/* Nothing reads it any more; what the report wants of it takes its place. */
+static void release_request(struct eb_command *k)
+{
+    struct eb_request q = k->request;
+    struct eb_writer w = eb_writer(k->cmdline, sizeof k->cmdline);
+    for (char **a = q.argv; a != NULL && *a != NULL && eb_written(&w) < sizeof k->cmdline; a++) {
+        size_t length = strlen(*a) + 1, left = sizeof k->cmdline - eb_written(&w);
+        eb_put_bytes(&w, *a, length < left ? length : left);
+    }
+    k->cmdline_size = (uint8_t)eb_written(&w);
+    eb_request_free(&q);
+    free(k->bytes);
+    free(k->peer);
+    k->bytes = NULL;
+    k->peer = NULL;
+}
+
+void eb_command_orphan(struct eb_command *k)
+{
+    struct eb_connection *c = k->connection;
+    k->connection = NULL;
+    c->command = NULL;
+    if (k->state < EB_STARTING) {
+        release_request(k);
+        k->state = EB_OVER;
+    } else if (k->state == EB_STARTING) {
+        k->peer = c->peer;
+        c->peer = NULL;
+    } else if (k->state == EB_RUNNING && k->on_close) {
+        end_command(k);
+    }
+}
+
+static void report_start(const struct eb_command *k)
+{
+    uint8_t payload[16];
+    struct eb_writer w = eb_writer(payload, sizeof payload);
+    bool failed = k->start.error != 0;
+    if (k->connection == NULL || (k->connection->coalesces && !failed))
+        return;
+    eb_put_u32(&w, failed && k->start.owner != EB_OWNER_CALLER ? 0 : (uint32_t)k->start.pid);
+    if (failed)
+        eb_put_u32(&w, (uint32_t)k->start.error);
+    eb_put_u8(&w, failed ? k->start.stage : k->start.owner);
+    eb_reply(k->connection, failed ? EB_FAILED : EB_SPAWNED, payload, eb_written(&w));
+}
+
+static void report_end(const struct eb_command *k)
+{
+    uint8_t payload[4 + 10 * 8 + 4];
+    struct eb_writer w = eb_writer(payload, sizeof payload);
+    eb_put_u32(&w, (uint32_t)k->status);
+    for (int i = 0; i < EB_USAGE_FIELDS; i++)
+        eb_put_u64(&w, k->usage[i]);
+    if (k->connection->coalesces) {
+        eb_put_u64(&w, (nanoseconds(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
+        eb_put_u32(&w, (uint32_t)k->start.pid);
+    }
+    eb_reply(k->connection, EB_EXITED, payload, eb_written(&w));
+}
+
+void eb_command_ended(struct eb_command *k)
+{
+    if (k->state == EB_FAILING) {
+        report_start(k);
+    } else if (k->state == EB_RUNNING) {
+        eb_count_end();
+        if (k->connection != NULL) {
+            eb_streams_gather(k->connection);
+            report_end(k);
+        }
+        if (k->dying && (k->kill_at == 0 || is_gone(k)))
+            forget_group(k);
+    }
+    k->state = EB_OVER;
+}
+
+void eb_command_started(struct eb_command *k)
+{
+    const bool timed = !k->start.polled; /* else the program may have run for long */
+    helper.spawner->end(&k->start);
+    helper.starting--;
+    release_request(k);
+    if (k->start.error != 0) {
+        eb_count_failure(k->start.stage, k->start.error);
+        if (k->connection != NULL)
+            eb_streams_abandon(k->connection);
+        k->state = EB_FAILING;
+        return;
+    }
+    uint64_t started = eb_count_start();
+    helper.full = helper.full || (started != 0 && started == helper.max_tasks);
+    if (timed)
+        eb_count_time((nanoseconds(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
+    k->state = k->start.owner == EB_OWNER_HELPER ? EB_RUNNING : EB_OVER;
+    report_start(k);
+    if (k->connection == NULL && k->child != 0 && k->on_close)
+        end_command(k);
+}
+
+/* -- the request -- */
+
+bool eb_command_reserve(struct eb_connection *c)
+{
+    c->spare = malloc(sizeof *c->spare);
+    return c->spare != NULL;
+}
+
+static struct eb_command *use_spare(struct eb_connection *c)
+{
+    struct eb_command *k = c->spare;
+    *k = (struct eb_command){
+        .source = EB_SOURCE_START,
+        .connection = c,
+        .client = c->client,
+        .group_fd = -1,
+        .start.done_fd = -1,
+        .next = helper.commands,
+    };
+    if (k->next != NULL)
+        k->next->previous = k;
+    helper.commands = c->command = k;
+    c->spare = NULL;
+    return k;
+}
+
+/* Closes the descriptors that came with a request.  Those behind them belong to the next frame, unless the order is
+ * lost. */
+static void drop_fds(struct eb_command *k)
+{
+    struct eb_fds *fds = &k->connection->fds;
+    uint32_t count = eb_request_fds(&k->request);
+    if (fds->lost || fds->count < count)
+        eb_fds_clear(fds);
+    else
+        eb_fds_drop(fds, count);
+}
+
+/* It can't be started; the loop sees that the outcome is known. */
+static void fail(struct eb_command *k, int error, enum eb_stage stage)
+{
+    drop_fds(k);
+    k->start.error = error;
+    k->start.stage = stage;
+    k->state = EB_STARTING;
+    helper.starting++;
+}
+
+void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
+{
+    char reason[EB_MAX_REASON];
+    struct eb_frame taken = *frame;
+    struct eb_command *k = use_spare(c);
+    struct eb_request *q = &k->request;
+    k->bytes = eb_connection_take(c, &taken);
+    if (k->bytes == NULL) {
+        eb_refuse(c, "out of memory");
+        return;
+    }
+    int error = eb_request_parse(q, taken.payload, taken.size, reason);
+    if (error < 0)
+        eb_refuse(c, "malformed SPAWN: %s", reason);
+    else if (error > 0)
+        fail(k, error, EB_STAGE_EXEC);
+    else if (c->fds.lost)
+        fail(k, EMFILE, EB_STAGE_FDS);
+    else if (c->fds.count < eb_request_fds(q))
+        eb_refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(q),
+                  (unsigned)c->fds.count);
+    else if (!helper.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_COALESCE))) /* it could not tell of the end */
+        eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
+                  q->streams != 0 ? "STREAMS" : "COALESCE");
+}
+
+/* Where the request has no limit of this resource. */
+static void default_limit(struct eb_request *q, int resource, rlim_t soft)
+{
+    for (uint32_t i = 0; i < q->rlimit_count; i++)
+        if (q->rlimits[i].resource == resource)
+            return;
+    if (q->rlimit_count == EB_MAX_RLIMITS)
+        return;
+    struct eb_rlimit *own = &q->rlimits[q->rlimit_count++];
+    own->resource = resource;
+    own->limit = helper.self.rlimits[resource];
+    own->limit.rlim_cur = soft < own->limit.rlim_max ? soft : own->limit.rlim_max;
+}
+
+/* Completes what a request leaves open, where this process's own state is none to inherit: its signals, its
+ * limit of files, that of processes, which is as the last request had it (see adopt_nproc), and, for another
+ * user, the environment.  And what it may not exceed, its commands get as far as it may; else no start would
+ * succeed where a daemon's limits are lower than its client's. */
+static void complete(struct eb_request *q)
+{
+    static char *empty[] = {NULL};
+    q->present |= 1u << EB_TAG_SIGMASK | 1u << EB_TAG_SIGIGN;
+    if (!helper.pool)
+        return;
+    bool unchanged = q->peer == NULL || q->peer->uid == 0;
+    for (uint32_t i = 0; i < q->rlimit_count; i++) {
+        struct rlimit *limit = &q->rlimits[i].limit;
+        rlim_t most = helper.self.rlimits[q->rlimits[i].resource].rlim_max;
+        if (!(helper.raises_limits && unchanged) && limit->rlim_max > most)
+            limit->rlim_max = most;
+        if (!(helper.raises_limits && unchanged) && limit->rlim_cur > limit->rlim_max)
+            limit->rlim_cur = limit->rlim_max;
+    }
+    if (!(helper.raises_priority && unchanged) && q->nice < helper.self.nice)
+        q->nice = helper.self.nice;
+    default_limit(q, RLIMIT_NOFILE, helper.open_files);
+    default_limit(q, RLIMIT_NPROC, helper.self.rlimits[RLIMIT_NPROC].rlim_cur);
+    if (q->peer != NULL && q->env == NULL)
+        q->env = empty;
+}
+
+static int made_source(const struct eb_request *q, int target, const int ends[3])
+{
+    if (q->nulls >> target & 1)
+        return helper.null_fd;
+    return target == 2 && (q->streams & EB_JOINED) ? ends[1] : ends[target];
+}
+
+/* Gives each target its source: what was sent, or the end of a pipe. */
+static void place_sources(struct eb_request *q, const struct eb_fds *sent, const int ends[3])
+{
+    uint32_t next = 0;
+    for (uint32_t i = 0; i < eb_request_sources(q); i++)
+        if (i < q->target_count && eb_is_made(q, q->targets[i]))
+            q->sources[i] = made_source(q, q->targets[i], ends);
+        else
+            q->sources[i] = sent->at[next++];
+}
+
+static void close_ends(int ends[3])
+{
+    for (int i = 0; i < 3; i++)
+        if (ends[i] >= 0)
+            close(ends[i]);
+}
+
+void eb_command_begin(struct eb_command *k)
+{
+    struct eb_connection *c = k->connection;
+    struct eb_request *q = &k->request;
+    int ends[3] = {-1, -1, -1};
+    if (q->streams != 0 && !eb_streams_make(c, q, ends)) {
+        fail(k, errno, EB_STAGE_FDS);
+        close_ends(ends);
+        return;
+    }
+    q->peer = c->peer;
+    place_sources(q, &c->fds, ends);
+    complete(q);
+    c->coalesces = eb_has(q, EB_TAG_COALESCE);
+    bool given = eb_has(q, EB_TAG_ON_CLOSE);
+    k->on_close = given ? q->on_close_ms != EB_LIVES_ON : q->streams != 0;
+    k->on_close_ms = given ? q->on_close_ms : STREAMED_GRACE_MS;
+    k->begun_ns = nanoseconds(CLOCK_MONOTONIC);
+    k->state = EB_STARTING;
+    helper.spawner->begin(&k->start, q);
+    if (++helper.starting > 1)
+        helper.needs_trim = true;
+    /* The new process has its own by now. */
+    drop_fds(k);
+    close_ends(ends);
+    if (k->start.pid > 0 && k->start.owner == EB_OWNER_HELPER) {
+        add_child(k, k->start.pid);
+        if (helper.pool)
+            k->since_ms = nanoseconds(CLOCK_REALTIME) / 1000000;
+    }
+}

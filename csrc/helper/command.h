@@ -1,0 +1,89 @@
+/*
+ * A command, from the request to the end of its process.
+ *
+ *   state      what it waits for            what its connection does meanwhile   if the connection ends
+ *   REQUESTED  the loop: begin it, or ask   nothing                              it is dropped
+ *   WAITING    GRANT                        watches for a hang-up                it is dropped
+ *   STARTING   the exec, or its failure     nothing                              then as if it were RUNNING
+ *   FAILING    the end of its process       nothing                              nobody is told
+ *   RUNNING    the end of its process       takes SIGNAL and STDIN               it lives on, or is ended (ON_CLOSE)
+ *   OVER       the loop: release it; if it  -                                    -
+ *              is dying, that of its group
+ *
+ * A connection without a command is at rest when its streams are over too, and takes the next SPAWN.
+ */
+#ifndef EB_COMMAND_H
+#define EB_COMMAND_H
+
+#include "helper/connection.h"
+
+#include <sys/resource.h>
+
+enum eb_command_state {
+    EB_REQUESTED,
+    EB_WAITING,
+    EB_STARTING,
+    EB_FAILING,
+    EB_RUNNING,
+    EB_OVER,
+};
+
+enum {
+    EB_MOST_CMDLINE = 200,
+    EB_USAGE_FIELDS = 9, /* of EXITED */
+};
+
+struct eb_command {
+    enum eb_source source; /* EB_SOURCE_START */
+    enum eb_command_state state;
+    struct eb_connection *connection; /* NULL: it has ended */
+    struct eb_client client;          /* whose it is or was */
+    bool asked;                       /* the server has been told WANT, and is owed DONE */
+    bool on_close;                    /* it is ended with the connection: SIGTERM, and SIGKILL after so long */
+    bool dying;                       /* that has begun */
+    uint32_t on_close_ms;
+    uint64_t kill_at; /* of eb_now_ms: SIGKILL; 0: it has been sent */
+    int group_fd;     /* the pidfd by which the group of a dying command is told when its leader has gone */
+    struct eb_start start;
+    /* What the start reads, up to its outcome: */
+    uint8_t *bytes;       /* the memory of the frame */
+    struct eb_peer *peer; /* the connection's, when that has ended */
+    pid_t child;          /* ours, and not yet waited for; 0: none */
+    int status;           /* of its process, when that has ended */
+    uint64_t usage[EB_USAGE_FIELDS];
+    uint64_t begun_ns; /* of CLOCK_MONOTONIC */
+    uint64_t since_ms; /* since 1970 */
+    uint8_t cmdline_size;
+    union {
+        struct eb_request request;        /* up to the outcome of the start; its strings are in `bytes` */
+        uint8_t cmdline[EB_MOST_CMDLINE]; /* then: the beginning of its argv, for the report */
+    };
+    struct eb_command *next, *previous; /* among all; or `next` among the dead */
+    struct eb_command *next_child;      /* in its bucket of the child table, or of those that have ended */
+    struct eb_command *next_polled;     /* the loop's */
+};
+
+/* Gives a new connection the memory for a command; false: there is none. */
+bool eb_command_reserve(struct eb_connection *c);
+/* A request: makes a command of it, or refuses it. */
+void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame);
+void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame);
+/* Makes its process: it is STARTING then, see `start`. */
+void eb_command_begin(struct eb_command *k);
+/* The outcome of its start is known.  It is RUNNING then, OVER if its process is the caller's, or FAILING. */
+void eb_command_started(struct eb_command *k);
+/* Its process `pid` has been waited for.  Returns whose that was; NULL: nobody's. */
+struct eb_command *eb_command_reap(pid_t pid, int status, const struct rusage *usage);
+/* Its process, if there was one, has been waited for, and the outcome of its start is known: tells the client. */
+void eb_command_ended(struct eb_command *k);
+/* The client has gone: what that means for its command is the request's choice. */
+void eb_command_orphan(struct eb_command *k);
+
+/* Whether it has a process that runs, or is about to. */
+bool eb_command_lives(const struct eb_command *k);
+/* Signals its process group, or it alone if it leads none. */
+void eb_command_kill(const struct eb_command *k, int number);
+/* What a dying one needs: looks again when it is due, and kills it when its time has come. */
+void eb_command_wake(struct eb_command *k, uint64_t now);
+
+#endif

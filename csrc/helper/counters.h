@@ -1,0 +1,24 @@
+/*
+ * What a daemon's helper counts, for its REPORT.  These do nothing where nothing is kept, as in a private helper.
+ */
+#ifndef EB_COUNTERS_H
+#define EB_COUNTERS_H
+
+#include "common/wire.h"
+
+/* They are kept in a file of the server's, who has them there if this process is killed; with -1, in memory of this
+ * process.  False: see errno. */
+bool eb_counters_keep(int fd);
+bool eb_counters_are_kept(void);
+/* Returns how many have been counted with this one. */
+uint64_t eb_count_start(void);
+/* How long a start took. */
+void eb_count_time(uint64_t microseconds);
+void eb_count_failure(enum eb_stage stage, int error);
+void eb_count_end(void);
+
+/* The REPORT up to the live commands, and its size. */
+size_t eb_counters_size(void);
+void eb_counters_put(struct eb_writer *w, uint32_t connections);
+
+#endif

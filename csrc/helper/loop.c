@@ -1,0 +1,665 @@
+#include "helper/loop.h"
+
+#include "helper/command.h"
+#include "helper/control.h"
+#include "helper/streams.h"
+
+#include <errno.h>
+#include <malloc.h>
+#include <sched.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum {
+    READS_PER_TURN = 16, /* of one connection, before the others have theirs */
+    TRIM_MS = 100,
+    START_TICK_MS = 40, /* poll interval for starts that no descriptor reports */
+};
+
+static int epoll_fd, signals_fd, caller_fd;
+static bool caller_gone;
+static struct eb_command *polled; /* whose start is under way, and could not or need not be watched */
+/* Freed between two rounds of events, which may point to them. */
+static struct eb_connection *dead_connections;
+static struct eb_command *dead_commands;
+
+void eb_fatal(const char *what)
+{
+    fprintf(stderr, "errand-boy-helper: %s: %s\n", what, strerror(errno));
+    exit(1);
+}
+
+/* -- the epoll set -- */
+
+static bool watch_fd(int fd, uint32_t events, enum eb_source *source)
+{
+    struct epoll_event event = {.events = events, .data.ptr = source};
+    return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0;
+}
+
+static void unwatch_fd(int fd)
+{
+    (void)epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+}
+
+/* Watches for `events`, 0 for a hang-up only. */
+static bool watch(struct eb_connection *c, uint32_t events)
+{
+    if (c->watched && c->events == events)
+        return true;
+    struct epoll_event event = {.events = events, .data.ptr = &c->source};
+    if (epoll_ctl(epoll_fd, c->watched ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, c->fd, &event) != 0)
+        return false;
+    c->watched = true;
+    c->events = events;
+    return true;
+}
+
+/* Removed, not masked: a hang-up is reported whatever the mask says. */
+static void unwatch(struct eb_connection *c)
+{
+    if (c->watched)
+        unwatch_fd(c->fd);
+    c->watched = false;
+}
+
+/* -- streams -- */
+
+/* Whether the outcome of its command's start is awaited, before which nothing else matters. */
+static bool is_starting(const struct eb_connection *c)
+{
+    return c->command != NULL && (c->command->state == EB_STARTING || c->command->state == EB_FAILING);
+}
+
+/* Closes the pipes that are over, and watches for what the others want. */
+static void sync_streams(struct eb_connection *c)
+{
+    struct eb_streams *s = c->streams;
+    /* Over: the command has ended, and nobody holds its output any more. */
+    if (c->command == NULL && (s->fds[1] < 0 || s->over & 2) && (s->fds[2] < 0 || s->over & 4))
+        eb_streams_abandon(c);
+    for (int i = 0; i < 3; i++) {
+        const uint8_t bit = (uint8_t)(1 << i);
+        if (s->fds[i] < 0)
+            continue;
+        bool over = (s->over & bit) != 0, wanted = !over && !is_starting(c) && eb_streams_want(c, i);
+        if (wanted != ((s->watched & bit) != 0)) {
+            /* Also before it is closed: a new process may hold a copy, which would keep it in the set. */
+            if (!wanted)
+                unwatch_fd(s->fds[i]);
+            else if (!watch_fd(s->fds[i], i == 0 ? EPOLLOUT : EPOLLIN, &c->stream_sources[i]))
+                c->closing = true;
+            s->watched ^= bit;
+        }
+        if (over) {
+            close(s->fds[i]);
+            s->fds[i] = -1;
+        }
+    }
+    if (s->over == 7)
+        eb_streams_free(c);
+}
+
+/* -- commands -- */
+
+static void finish_start(struct eb_command *k)
+{
+    /* Closing is not enough: other new processes hold copies of it until they exec, and with them it would
+     * go on to report events, for a start that is over. */
+    if (k->start.done_fd >= 0)
+        unwatch_fd(k->start.done_fd);
+    eb_command_started(k);
+    if (helper.full)
+        eb_tell_empty(EB_FULL);
+    helper.full = false;
+    if (k->state != EB_FAILING)
+        return;
+    if (k->connection != NULL && k->connection->streams != NULL)
+        sync_streams(k->connection); /* nothing is left of it when the client is told */
+    if (k->child == 0)
+        eb_command_ended(k);
+}
+
+static void release(struct eb_command *k)
+{
+    if (k->previous != NULL)
+        k->previous->next = k->next;
+    else
+        helper.commands = k->next;
+    if (k->next != NULL)
+        k->next->previous = k->previous;
+    if (k->connection != NULL) {
+        k->connection->command = NULL;
+        k->connection->spare = k;
+        return;
+    }
+    helper.count--;
+    eb_tell(EB_CLOSED, k->client.id);
+    k->next = dead_commands;
+    dead_commands = k;
+}
+
+static void begin(struct eb_command *k)
+{
+    eb_command_begin(k);
+    if (k->start.polled || (k->start.done_fd >= 0 && !watch_fd(k->start.done_fd, 0, &k->source))) {
+        k->next_polled = polled;
+        polled = k;
+        eb_wake_by(eb_now_ms());
+    }
+}
+
+/* Does what a command waits for of the loop. */
+static void attend(struct eb_command *k)
+{
+    if (k->state == EB_REQUESTED && k->connection->asks && !k->asked && helper.control != NULL) {
+        k->asked = true;
+        k->state = EB_WAITING;
+        eb_tell(EB_WANT, k->client.id);
+    }
+    if (k->state == EB_REQUESTED)
+        begin(k);
+    if (k->state == EB_STARTING && k->start.done_fd < 0 && !k->start.polled)
+        finish_start(k);
+    if (k->state != EB_OVER)
+        return;
+    if (k->asked)
+        eb_tell(EB_DONE, k->client.id);
+    k->asked = false;
+    if (!k->dying)
+        release(k);
+}
+
+/* Something has become of it. */
+static void touch(struct eb_command *k)
+{
+    if (k->connection != NULL)
+        eb_mark(k->connection);
+    else
+        attend(k);
+}
+
+static void look_at_polled(void)
+{
+    for (struct eb_command **at = &polled, *k; (k = *at) != NULL;) {
+        if (k->state == EB_STARTING && !helper.spawner->is_decided(&k->start)) {
+            at = &k->next_polled;
+            continue;
+        }
+        *at = k->next_polled;
+        if (k->state == EB_STARTING) {
+            finish_start(k);
+            touch(k);
+        }
+    }
+}
+
+/* All that have ended are waited for before anything is told of them, since that may lead to new ones. */
+static void reap(void)
+{
+    struct eb_command *first = NULL, **last = &first, *k;
+    struct rusage usage;
+    int status;
+    pid_t pid;
+    while ((pid = wait4(-1, &status, WNOHANG, &usage)) > 0)
+        if ((k = eb_command_reap(pid, status, &usage)) != NULL) {
+            *last = k;
+            last = &k->next_child;
+        }
+    while ((k = first) != NULL) {
+        first = k->next_child;
+        /* It may have come and gone before its start was noticed; the outcome is known by now. */
+        if (k->state == EB_STARTING)
+            finish_start(k);
+        eb_command_ended(k);
+        touch(k);
+    }
+}
+
+/* -- connections -- */
+
+static bool is_at_rest(const struct eb_connection *c)
+{
+    return c->command == NULL && c->streams == NULL;
+}
+
+/* Whether it is time for more of its frames. */
+static bool takes_frames(const struct eb_connection *c)
+{
+    return !c->closing && !eb_is_blocked(c) && (c->command == NULL || c->command->state == EB_RUNNING);
+}
+
+static void close_connection(struct eb_connection *c)
+{
+    struct eb_command *k = c->command;
+    unwatch(c);
+    eb_streams_abandon(c);
+    if (c->streams != NULL)
+        sync_streams(c);
+    if (k != NULL)
+        eb_command_orphan(k);
+    eb_connection_close(c);
+    if (c->previous != NULL)
+        c->previous->next = c->next;
+    else
+        helper.connections = c->next;
+    if (c->next != NULL)
+        c->next->previous = c->previous;
+    c->next = dead_connections;
+    dead_connections = c;
+    if (c->control) {
+        helper.control = NULL;
+        eb_server_gone();
+    } else if (k != NULL) {
+        attend(k);
+    } else {
+        helper.count--;
+        eb_tell(EB_CLOSED, c->client.id);
+    }
+}
+
+static void sweep(void)
+{
+    struct eb_connection *c;
+    struct eb_command *k;
+    while ((c = dead_connections) != NULL) {
+        dead_connections = c->next;
+        free(c);
+    }
+    while ((k = dead_commands) != NULL) {
+        dead_commands = k->next;
+        free(k);
+    }
+}
+
+/* -- frames -- */
+
+static void on_hello(struct eb_connection *c, const struct eb_frame *frame)
+{
+    struct eb_reader r = eb_reader(frame->payload, frame->size);
+    uint32_t version = eb_get_u32(&r);
+    if (version != EB_VERSION) {
+        eb_refuse(c,
+                  "this helper speaks version %d of the protocol, not %u: one of the two sides is of an older "
+                  "release; restart it",
+                  EB_VERSION, (unsigned)version);
+        return;
+    }
+    c->greeted = true;
+    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
+}
+
+/* The states of a connection, as far as frames go: before HELLO; then without a command; while one runs, or its output
+ * is still to come.  The control socket has one only.  Others take none: see takes_frames. */
+enum { NEW = 1, REST = 2, BUSY = 4, CONTROL = 8 };
+
+static unsigned state_of(const struct eb_connection *c)
+{
+    return !c->greeted ? NEW : c->control ? CONTROL : is_at_rest(c) ? REST : BUSY;
+}
+
+static const struct rule {
+    char name[8];
+    uint8_t states; /* in which it may come */
+    uint32_t least, most;
+    void (*act)(struct eb_connection *c, const struct eb_frame *frame);
+} rules[] = {
+    [EB_HELLO] = {"HELLO", NEW, 4, 4, on_hello},
+    [EB_ADOPT] = {"ADOPT", CONTROL, 0, 5, eb_on_adopt},
+    [EB_SPAWN] = {"SPAWN", REST, 0, EB_MAX_FRAME, eb_on_spawn},
+    [EB_SIGNAL] = {"SIGNAL", REST | BUSY, 8, 8, eb_on_signal},
+    [EB_DRAIN] = {"DRAIN", CONTROL, 0, 0, eb_on_drain},
+    [EB_END] = {"END", CONTROL, 1, 1, eb_on_end},
+    [EB_QUERY] = {"QUERY", CONTROL, 0, 0, eb_on_query},
+    [EB_GRANT] = {"GRANT", CONTROL, 4, 4, eb_on_grant},
+    [EB_STDIN] = {"STDIN", REST | BUSY, 0, EB_WINDOW, eb_on_stdin},
+};
+
+/*
+ * The caller may have fewer rights than this helper by now, and another process may have got hold of its
+ * connections: neither may have anything started here.  The kernel's word for the sender has its real ids, so
+ * one that can take back the rights which it had may still ask.  Input and signals, on the other hand, concern
+ * the connection's live command alone, which closing it would end as well.
+ */
+static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
+{
+    return !c->foreign || frame->kind == EB_STDIN || frame->kind == EB_SIGNAL || frame->kind == EB_HELLO;
+}
+
+/* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */
+static bool is_admitted(struct eb_connection *c, const struct eb_frame *frame)
+{
+    const struct rule *rule = frame->kind < sizeof rules / sizeof *rules ? &rules[frame->kind] : &rules[0];
+    const unsigned state = state_of(c);
+    const bool fits = frame->size >= rule->least && frame->size <= rule->most;
+    if (state == NEW && (rule->states != NEW || !fits)) {
+        eb_refuse(c, "the first frame must be HELLO with a version");
+    } else if (state != NEW && (rule->states & ~NEW) == 0) {
+        eb_refuse(c, "unknown frame kind %u", (unsigned)frame->kind);
+    } else if ((rule->states == CONTROL) != (state == CONTROL) && state != NEW) {
+        eb_refuse(c, "%s is not for this connection", rule->name);
+    } else if (!fits) {
+        eb_refuse(c, "%s with a payload of %u bytes", rule->name, (unsigned)frame->size);
+    } else if (!may_ask(c, frame)) {
+        eb_refuse(c, "%s from another sender than process %d with user id %u and group id %u, which started this helper",
+                  rule->name, (int)helper.caller.pid, (unsigned)helper.caller.uid, (unsigned)helper.caller.gid);
+        eb_drain();
+    } else if (rule->states & state) {
+        return true;
+    } else if (c->command != NULL) {
+        eb_refuse(c, "%s while this connection's command %d is running", rule->name, (int)c->command->child);
+    } else {
+        eb_refuse(c, "%s before the end of the last command's output", rule->name);
+    }
+    return false;
+}
+
+/* Acts on the first frame, or on the NUL byte before all; false: it has not come whole, or was refused. */
+static bool take_frame(struct eb_connection *c)
+{
+    struct eb_frame frame = {0};
+    if (!c->opened && c->in_size > 0) {
+        c->opened = c->in[c->in_at] == 0;
+        if (c->opened)
+            eb_connection_consume(c, 1);
+        else
+            eb_refuse(c, "a framed connection starts with a NUL byte");
+        return c->opened;
+    }
+    int whole = eb_connection_frame(c, &frame);
+    if (whole < 0)
+        eb_refuse(c, "a frame of more than %d bytes", EB_MAX_FRAME);
+    if (whole < 0 || c->in_size < EB_HEADER_SIZE || !is_admitted(c, &frame) || whole == 0)
+        return false;
+    c->frame_deadline = 0; /* the next one has its own */
+    rules[frame.kind].act(c, &frame);
+    return true;
+}
+
+/* What is left of a frame must come in time. */
+static void set_frame_deadline(struct eb_connection *c)
+{
+    if (c->in_size == 0 || !is_at_rest(c) || eb_is_blocked(c) || !helper.pool || c->control) {
+        c->frame_deadline = 0;
+    } else if (c->frame_deadline == 0) {
+        c->frame_deadline = eb_now_ms() + helper.frame_timeout_ms;
+        eb_wake_by(c->frame_deadline);
+    }
+}
+
+/* Has a connection closed over which nothing is under way, now that no command is taken any more. */
+static void close_if_at_rest(struct eb_connection *c)
+{
+    if (c->control || !is_at_rest(c) || c->in_size > 0 || c->out_size > 0)
+        return;
+    /* A request may come between our last look and the close.  That the kernel tells its sender of unread bytes
+     * is not enough where input followed the request: it may be the input alone that was not read. */
+    if (!helper.pool)
+        eb_reply(c, EB_UNREAD, NULL, 0);
+    c->closing = true;
+}
+
+/* -- the marks -- */
+
+/* Acts on one frame at most, so that what it asks of others is done before the next: a DRAIN before a QUERY. */
+static void step(struct eb_connection *c)
+{
+    if (!c->closing && c->command != NULL)
+        attend(c->command);
+    if (!c->closing && c->streams != NULL)
+        sync_streams(c);
+    if (!c->closing && is_at_rest(c)) {
+        eb_uncork(c);
+        c->coalesces = false;
+    }
+    if (takes_frames(c) && take_frame(c)) {
+        eb_mark(c);
+        return;
+    }
+    if (takes_frames(c) && c->in_size == 0 && c->fds.count > 0)
+        eb_refuse(c, "%u descriptors that no frame names", (unsigned)c->fds.count);
+    if (!c->closing && helper.draining)
+        close_if_at_rest(c);
+    if (!c->closing && !is_starting(c) && !c->ended) {
+        bool waits = c->command != NULL && c->command->state == EB_WAITING;
+        set_frame_deadline(c);
+        if (!watch(c, waits ? 0 : eb_is_blocked(c) ? EPOLLOUT : EPOLLIN))
+            c->closing = true;
+    }
+    if (c->closing)
+        close_connection(c);
+}
+
+static void act_on_marks(void)
+{
+    while (helper.marked != NULL) {
+        struct eb_connection *c = helper.marked;
+        helper.marked = c->next_marked;
+        c->marked = false;
+        if (c->fd >= 0)
+            step(c);
+    }
+}
+
+/* -- events -- */
+
+static void on_connection(struct eb_connection *c, uint32_t events)
+{
+    if (c->fd < 0)
+        return;
+    if (is_starting(c)) {
+        /* More requests, or the peer's end: neither matters before this start is decided. */
+        unwatch(c);
+        return;
+    }
+    /* Also on a hang-up, which is reported again and again until the socket is closed. */
+    if (eb_is_blocked(c)) {
+        eb_connection_flush(c);
+        eb_mark(c);
+        act_on_marks();
+    } else if (c->command != NULL && c->command->state == EB_WAITING && events & (EPOLLHUP | EPOLLERR)) {
+        eb_mark_closing(c);
+    }
+    for (int i = 0; i < READS_PER_TURN && takes_frames(c); i++) {
+        int got = eb_connection_fill(c);
+        if (got == 0)
+            return;
+        if (got < 0 && c->control && !helper.pool) {
+            c->ended = true; /* it is closed when it is known what there is to tell, see tell_of_the_end */
+            unwatch(c);
+            eb_drain();
+            return;
+        }
+        if (got < 0) {
+            eb_mark_closing(c);
+            return;
+        }
+        bool drained = c->in_size < c->in_capacity;
+        eb_mark(c);
+        act_on_marks();
+        if (drained)
+            return;
+    }
+}
+
+/* The caller has ended. */
+static void leave(void)
+{
+    caller_gone = true;
+    unwatch_fd(caller_fd);
+    for (struct eb_connection *c = helper.connections; c != NULL; c = c->next)
+        eb_mark_closing(c);
+}
+
+/* Whether a command is still to be ended with the caller. */
+static bool has_duties(void)
+{
+    for (const struct eb_command *k = helper.commands; k != NULL; k = k->next)
+        if (k->dying || (k->on_close && (k->state == EB_STARTING || k->state == EB_RUNNING)))
+            return true;
+    return false;
+}
+
+/*
+ * A private helper that takes no more requests: its caller may wait for the end, since an exec of a set-user-ID
+ * program or a setns() are not what they should be while another process shares the caller's fs.  Commands that
+ * are its own may keep it for long, but no fs of the caller's.
+ */
+static void tell_of_the_end(void)
+{
+    if (helper.count > 0) {
+        for (const struct eb_command *k = helper.commands; k != NULL; k = k->next)
+            if (k->state < EB_RUNNING)
+                return; /* soon over, or soon more than that */
+        for (const struct eb_connection *c = helper.connections; c != NULL; c = c->next)
+            if (!c->control && is_at_rest(c))
+                return;
+        (void)syscall(SYS_unshare, CLONE_FS); /* needs no right, and fails only for lack of memory */
+        eb_tell_empty(EB_STAYS);
+    }
+    eb_mark_closing(helper.control);
+}
+
+static void take_signals(void)
+{
+    struct signalfd_siginfo infos[2]; /* each is pending once at most */
+    ssize_t size = read(signals_fd, infos, sizeof infos);
+    for (ssize_t i = 0; i < size / (ssize_t)sizeof *infos; i++)
+        if (infos[i].ssi_signo == SIGTERM)
+            eb_drain();
+    reap();
+}
+
+#define OWNER_OF(type, pointer, member) ((struct type *)(void *)((char *)(pointer) - offsetof(struct type, member)))
+
+static void dispatch(enum eb_source *source, uint32_t events, bool *signalled)
+{
+    switch (*source) {
+    case EB_SOURCE_CONNECTION:
+        on_connection(OWNER_OF(eb_connection, source, source), events);
+        break;
+    case EB_SOURCE_START: {
+        struct eb_command *k = OWNER_OF(eb_command, source, source);
+        if (k->state == EB_STARTING) {
+            finish_start(k);
+            touch(k);
+        }
+        break;
+    }
+    case EB_SOURCE_STDIN:
+    case EB_SOURCE_STDOUT:
+    case EB_SOURCE_STDERR: {
+        int number = (int)(*source - EB_SOURCE_STDIN);
+        eb_on_stream(OWNER_OF(eb_connection, source - number, stream_sources), number);
+        break;
+    }
+    case EB_SOURCE_SIGNALS:
+        *signalled = true;
+        break;
+    case EB_SOURCE_CALLER:
+        leave();
+        break;
+    }
+}
+
+/* -- time -- */
+
+static void wake_connection(struct eb_connection *c, uint64_t now)
+{
+    if (c->corked && now >= c->corked_until) {
+        eb_uncork(c);
+        eb_mark(c);
+    } else if (c->corked) {
+        eb_wake_by(c->corked_until);
+    }
+    eb_streams_wake(c, now);
+    if (c->frame_deadline != 0 && now >= c->frame_deadline)
+        eb_refuse(c, "the rest of a frame has not come in %llu ms", (unsigned long long)helper.frame_timeout_ms);
+    else if (c->frame_deadline != 0)
+        eb_wake_by(c->frame_deadline);
+}
+
+static void wake_those_due(void)
+{
+    uint64_t now = helper.next_wake != 0 ? eb_now_ms() : 0;
+    if (helper.next_wake == 0 || now < helper.next_wake)
+        return;
+    helper.next_wake = 0;
+    for (struct eb_connection *c = helper.connections; c != NULL; c = c->next)
+        wake_connection(c, now);
+    for (struct eb_command *k = helper.commands, *next; k != NULL; k = next) {
+        next = k->next;
+        eb_command_wake(k, now);
+        if (k->connection == NULL)
+            attend(k);
+    }
+    if (polled != NULL)
+        eb_wake_by(now + START_TICK_MS);
+}
+
+/* Milliseconds to wait for events. */
+static int time_to_wait(void)
+{
+    const uint64_t most = helper.needs_trim ? TRIM_MS : 60 * 1000;
+    uint64_t now = helper.next_wake != 0 ? eb_now_ms() : 0;
+    if (helper.next_wake != 0 && helper.next_wake < now + most)
+        return helper.next_wake > now ? (int)(helper.next_wake - now) : 0;
+    return helper.next_wake != 0 || helper.needs_trim ? (int)most : -1;
+}
+
+void eb_serve(int signals, int caller)
+{
+    static enum eb_source signals_source = EB_SOURCE_SIGNALS, caller_source = EB_SOURCE_CALLER;
+    struct epoll_event events[64];
+    int idle = 0; /* milliseconds without an event, in several waits if wakes are due */
+    signals_fd = signals;
+    caller_fd = caller;
+    epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (epoll_fd < 0 || !watch_fd(signals, EPOLLIN, &signals_source) ||
+        (caller >= 0 && !watch_fd(caller, EPOLLIN, &caller_source)))
+        eb_fatal("epoll");
+    act_on_marks();
+    while (helper.control != NULL || helper.count > 0) {
+        bool signalled = false;
+        int timeout = time_to_wait();
+        int n = epoll_wait(epoll_fd, events, 64, timeout);
+        idle = n == 0 && helper.needs_trim ? idle + timeout : 0;
+        if (idle >= TRIM_MS) {
+            /* At rest after a burst: what it took goes back. */
+            malloc_trim(0);
+            helper.spawner->trim();
+            helper.needs_trim = false;
+        } else if (n > 1) {
+            helper.needs_trim = true;
+        }
+        if (n < 0 && errno != EINTR)
+            eb_fatal("epoll_wait");
+        for (int i = 0; i < n; i++) {
+            dispatch(events[i].data.ptr, events[i].events, &signalled);
+            act_on_marks();
+        }
+        /* Last, since it may finish a start whose own event is in this round, and begin another. */
+        if (signalled)
+            take_signals();
+        look_at_polled();
+        wake_those_due();
+        act_on_marks();
+        if (helper.draining && !helper.pool && helper.control != NULL) {
+            tell_of_the_end();
+            act_on_marks();
+        }
+        sweep();
+        if (caller_gone && !has_duties())
+            _exit(0); /* what is being started shares our memory, which stays until they have gone */
+    }
+    close(epoll_fd);
+    close(signals_fd);
+}
