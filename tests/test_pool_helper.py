@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -1175,6 +1177,78 @@ def test_slow_exec_keeps_nobodys_pipes_open(
         guard.release()
         started(other)
         assert ended(other) == 0
+
+
+# A filter that lets the helper watch no descriptor from a number on, then the program.
+WITHOUT_WATCHES = """
+import ctypes, os, platform, struct, sys
+
+least, program = int(sys.argv[1]), sys.argv[2:]
+epoll_ctl = {"x86_64": 233, "aarch64": 21}[platform.machine()]
+epoll_ctl_add, enospc = 1, 28
+load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+instructions = [
+    (load, 0, 0, 0),  # the call
+    (equal, 0, 5, epoll_ctl),
+    (load, 0, 0, 24),  # its second argument
+    (equal, 0, 3, epoll_ctl_add),
+    (load, 0, 0, 32),  # its third
+    (at_least, 0, 1, least),
+    (give, 0, 0, 0x50000 | enospc),
+    (give, 0, 0, 0x7FFF0000),
+]
+code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in instructions))
+filter = ctypes.create_string_buffer(struct.pack("@HP", len(instructions), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+pr_set_no_new_privs, pr_set_seccomp, seccomp_mode_filter = 38, 22, 2
+if libc.prctl(pr_set_no_new_privs, 1, 0, 0, 0) or libc.prctl(
+    pr_set_seccomp, seccomp_mode_filter, filter, 0, 0
+):
+    raise OSError(ctypes.get_errno(), "prctl")
+os.execv(program[0], program)
+"""
+
+
+@pytest.mark.root
+def test_start_that_cannot_be_watched_holds_up_nobody(pool: Pool, public_dir: Path) -> None:
+    """As without memory for it, or with all watches of its user in use."""
+    program = public_dir / "program"
+    shutil.copy("/bin/true", program)
+    one, two = pool.connect(), pool.connect()
+    numbers = map(int, os.listdir(f"/proc/{pool.pid}/fd"))
+    least = max(numbers) + 1
+    one.sock.close()
+    two.sock.close()
+    under = [sys.executable, "-c", WITHOUT_WATCHES, str(least)]
+    with running(under=under) as limited:
+        client, witness = limited.connect(), limited.connect()
+        with Guard(program, 2 * PATIENCE) as guard:
+            client.send(request(str(program)))
+            guard.held()
+            assert witness.status("/bin/sh", "-c", "exit 3") == 3 << 8
+            assert witness.run("/none") == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+            guard.release()
+            started(client)
+            assert ended(client) == 0
+
+
+def test_failed_start_whose_process_does_not_go_holds_up_nobody(pool: Pool, witness: Client) -> None:
+    """A traced process is its tracer's first; only then the helper can wait for it."""
+    ptrace_seize = 0x4206
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long] * 4
+    client = pool.connect()
+    client.send(slow("/none"))
+    assert until(lambda: bool(pool.children()))
+    (pid,) = pool.children()
+    if libc.ptrace(ptrace_seize, pid, 0, 0):
+        pytest.skip(os.strerror(ctypes.get_errno()))
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert witness.status("/bin/true") == 0
+    assert pool.silent()
+    os.waitpid(pid, 0)
+    assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
+    assert client.status("/bin/true") == 0
 
 
 def test_nulls(pool: Pool) -> None:
