@@ -17,6 +17,7 @@ from conftest import script_environment
 from daemon import PATIENCE, ended, request, send_signal, spawn, started_daemon
 from errand_boy._native import lib
 
+import errand_boy
 from errand_boy import _wire
 from errand_boy._daemon.helper import Helper
 from errand_boy._daemon.log import Log
@@ -83,6 +84,19 @@ def test_for_people_and_machines(tmp_path: Path) -> None:
         send_signal(connection, -pid, signal.SIGKILL)
         ended(connection)
         connection.close()
+
+
+def test_commands_whose_output_is_captured_have_latencies(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        client = errand_boy.connect(daemon.path)
+        for _ in range(50):
+            client.run(["true"], capture_output=True)
+        list(client.map([["true"]] * 50))
+        client.close()
+        latency = daemon.status()["latency_us"]
+        assert sum(latency["histogram"]) == 100
+        assert 0 < latency["p50"] <= latency["p99"]
+        assert "starts took" in cli("--socket", daemon.path).stdout
 
 
 def test_nobody_listens(tmp_path: Path) -> None:

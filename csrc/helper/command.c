@@ -227,7 +227,7 @@ void eb_command_ended(struct eb_command *k)
 
 void eb_command_started(struct eb_command *k)
 {
-    const bool timed = !k->start.polled; /* else the program may have run for long */
+    const bool polled = k->start.polled; /* its program may have run for long */
     helper.spawner->end(&k->start);
     helper.starting--;
     release_request(k);
@@ -240,8 +240,7 @@ void eb_command_started(struct eb_command *k)
     }
     uint64_t started = eb_count_start();
     helper.full = helper.full || (started != 0 && started == helper.max_tasks);
-    if (timed)
-        eb_count_time((nanoseconds(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
+    eb_count_time(((polled ? k->start.exec_ns : nanoseconds(CLOCK_MONOTONIC)) - k->begun_ns) / 1000);
     k->state = k->start.owner == EB_OWNER_HELPER ? EB_RUNNING : EB_OVER;
     report_start(k);
     if (k->connection == NULL && k->child != 0 && k->on_close)

@@ -14,6 +14,7 @@ struct eb_start {
     int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once, unless `polled` */
     bool polled;  /* only `is_decided` tells */
     int error;    /* 0: the command runs */
+    uint64_t exec_ns; /* of CLOCK_MONOTONIC: when a polled one called execve */
     enum eb_stage stage;
     void *job;    /* the implementation's own */
 };

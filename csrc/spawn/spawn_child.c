@@ -14,6 +14,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 
 /* -- descriptors -- */
@@ -164,6 +165,13 @@ static EB_BARE long exec_first(const struct eb_request *q)
     return first != 0 ? first : r;
 }
 
+static EB_BARE uint64_t now_ns(void)
+{
+    struct timespec t = {0};
+    eb_raw(SYS_clock_gettime, CLOCK_MONOTONIC, (long)&t, 0, 0);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
 EB_BARE int eb_child(void *arg)
 {
     struct eb_job *job = arg;
@@ -212,6 +220,8 @@ EB_BARE int eb_child(void *arg)
         STEP(UID, eb_raw(SYS_setresuid, q->uid, q->uid, q->uid, 0));
     if (eb_has(q, EB_TAG_SIGMASK))
         STEP(SIGNALS, eb_raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&q->sigmask, 0, sizeof q->sigmask));
+    if (job->timed)
+        job->exec_ns = now_ns();
     STEP(EXEC, exec_first(q));
 #undef STEP
 failed:

@@ -175,7 +175,7 @@ static void begin(struct eb_start *start, const struct eb_request *q)
         start->error = errno;
         return;
     }
-    *job = (struct eb_job){.q = q, .self = self};
+    *job = (struct eb_job){.q = q, .self = self, .timed = polled};
     if (!polled && pipe2(pipe, O_CLOEXEC) != 0) {
         start->error = errno;
         free_job(job);
@@ -215,6 +215,7 @@ static void end(struct eb_start *start)
         return;
     start->error = job->error;
     start->stage = job->stage;
+    start->exec_ns = job->exec_ns;
     if (start->done_fd >= 0)
         close(start->done_fd);
     start->done_fd = -1;

@@ -23,6 +23,7 @@ struct eb_job {
     volatile int shares_table; /* and its table of descriptors, or a name in it */
     volatile bool cannot_reopen;
     int reopened_fd;
+    volatile uint64_t exec_ns; /* of CLOCK_MONOTONIC: when it called execve, if it is `timed` */
     /* read by it */
     const struct eb_request *q;
     const struct eb_state *self; /* its maker's, so that what it has already is not set again; NULL: not known */
@@ -33,6 +34,7 @@ struct eb_job {
     char proc_fd[24];            /* the directory of its maker's */
     bool has_handlers;           /* its maker's signal handlers are still there */
     bool keeps_files;            /* closes nothing */
+    bool timed;
     long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
     /* the maker's */
     struct eb_job *next;

@@ -31,8 +31,7 @@ class Report:
     """What a helper has done; the counts of several can be added up.
 
     `failures` are by stage and errno; `latency[i]` are the starts that took less than 2**(i/4)
-    microseconds and not less than the entry before; those of brief commands, for whose exec nobody
-    waits, are not among them.
+    microseconds and not less than the entry before.
     """
 
     __slots__ = ("commands", "ended", "failures", "latency", "started")
