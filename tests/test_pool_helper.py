@@ -678,14 +678,18 @@ def test_start_times_are_in_their_buckets(pool: Pool, tmp_path: Path) -> None:
     assert 20 < first < last < 96
 
 
-def test_brief_start_is_counted_without_its_time(pool: Pool) -> None:
-    """When its program began to run is not known exactly, unless something of it is waited for."""
+def test_time_of_a_brief_start_is_not_that_of_its_command(pool: Pool) -> None:
+    """Although nobody is told when its program began to run."""
     client = pool.connect()
-    for timed, streams in enumerate((0b10, 0b11)):
-        client.send(streamed("/bin/sleep", "0.05", streams=streams, options=[COALESCE]))
+    for count, streams in enumerate((0b10, 0b11), 1):
+        client.send(streamed("/bin/sleep", "0.3", streams=streams, options=[COALESCE]))
         assert converse(client, None, streams, brief=True).status == 0
         report = pool.report()
-        assert (report.started, sum(report.buckets)) == (timed + 1, timed)
+        assert (report.started, sum(report.buckets)) == (count, count)
+        assert sum(report.buckets[: 4 * 18]) == count  # 2**18 µs
+    client.send(streamed("/none", streams=0b10, options=[COALESCE]))
+    assert isinstance(client.reply(), Failed)
+    assert sum(pool.report().buckets) == count
 
 
 def test_more_kinds_of_failure_than_are_told_apart(pool: Pool) -> None:
@@ -1549,6 +1553,40 @@ def test_limit_of_processes_is_no_other_clients(pool: Pool) -> None:
 
 
 # Silence and garbage
+
+
+def test_half_a_request_while_a_command_runs_is_not_kept(pool: Pool, witness: Client) -> None:
+    """Nobody may send one then, so nothing of it is waited for."""
+    client = pool.connect()
+    pid = started(client, request("/bin/sleep", "100"))
+    client.send(_wire.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_SPAWN))
+    assert client.refusal() == f"SPAWN while this connection's command {pid} is running"
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_descriptors_while_a_command_runs_are_not_kept(pool: Pool, witness: Client) -> None:
+    """They come with half a frame, for which there is no time."""
+    client = pool.connect()
+    before = pool.descriptors()
+    started(client, streamed("/bin/cat", streams=0b11))
+    client.send(frame(lib.EB_STDIN, b"x")[:-1], [0] * 253)
+    assert client.refusal() == "253 descriptors that no frame names"
+    assert pool.comes_to(before - 1)
+
+
+def test_descriptors_of_a_request_are_bounded(pool: Pool, witness: Client) -> None:
+    client, other = pool.connect(), pool.connect()
+    before = pool.descriptors()
+    half = _wire.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_SPAWN) + b"\1"
+    for at in range(6):
+        client.send(half[at : at + 1], [0] * 200)
+    assert client.refusal() == "more than 1024 descriptors"
+    assert pool.comes_to(before - 1)
+    data = frame(lib.EB_SPAWN, TRUE + option(lib.EB_TAG_FDS, u32(*range(10, 1010))))
+    for at in range(4):
+        other.send(data[at : at + 1], [0] * 200)
+    started(other, data[4:], [0] * 200)
+    assert ended(other) == 0
 
 
 HALVES = {

@@ -20,6 +20,7 @@
 
 enum {
     READS_PER_TURN = 16, /* of one connection, before the others have theirs */
+    MOST_FDS = 1024,     /* that a daemon's client may have sent for its next request */
     TRIM_MS = 100,
     START_TICK_MS = 40, /* poll interval for starts that no descriptor reports */
 };
@@ -407,6 +408,15 @@ static void close_if_at_rest(struct eb_connection *c)
     c->closing = true;
 }
 
+/* While a command runs, what is left of a frame is none that descriptors go with. */
+static void check_fds(struct eb_connection *c)
+{
+    if (c->fds.count > 0 && (c->in_size == 0 || state_of(c) == BUSY))
+        eb_refuse(c, "%u descriptors that no frame names", (unsigned)c->fds.count);
+    else if (helper.pool && !c->control && c->fds.count > MOST_FDS)
+        eb_refuse(c, "more than %d descriptors", MOST_FDS);
+}
+
 /* -- the marks -- */
 
 /* Acts on one frame at most, so that what it asks of others is done before the next: a DRAIN before a QUERY. */
@@ -424,8 +434,8 @@ static void step(struct eb_connection *c)
         eb_mark(c);
         return;
     }
-    if (takes_frames(c) && c->in_size == 0 && c->fds.count > 0)
-        eb_refuse(c, "%u descriptors that no frame names", (unsigned)c->fds.count);
+    if (takes_frames(c))
+        check_fds(c);
     if (!c->closing && helper.draining)
         close_if_at_rest(c);
     if (!c->closing && !is_starting(c) && !c->ended) {
