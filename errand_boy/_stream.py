@@ -28,8 +28,6 @@ if TYPE_CHECKING:
             """Return the next `size` bytes; fewer at the end only."""
 
 
-_STDOUT, _EXITED = lib.EB_STDOUT, lib.EB_EXITED
-_OUTPUT_KINDS = (_STDOUT, lib.EB_STDERR)
 _MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
@@ -40,17 +38,17 @@ _SIZES = {
     lib.EB_HELLO: (4, 64),
     lib.EB_SPAWNED: (5, 5),
     lib.EB_FAILED: (9, 9),
-    _EXITED: (_wire.EXITED.size, _wire.EXITED.size + _MORE.size),
+    lib.EB_EXITED: (_wire.EXITED.size, _wire.EXITED.size + _MORE.size),
     lib.EB_REFUSED: (0, _MOST_REASON),
-    _STDOUT: (0, lib.EB_MAX_FRAME),
+    lib.EB_STDOUT: (0, lib.EB_MAX_FRAME),
     lib.EB_STDERR: (0, lib.EB_MAX_FRAME),
     lib.EB_CREDIT: (4, 4),
     lib.EB_UNREAD: (0, 0),
 }
 
-# Bits of what is awaited of a command.
-_OUTPUTS = 3  # those of STREAMS, less that for standard input
-_EXIT = 4
+# Bits of what is awaited of a command: STREAMS, less that for standard input, and the exit.
+_OUTPUTS, _EXIT = 3, 4
+_BITS = {lib.EB_STDOUT: 1, lib.EB_STDERR: 2, lib.EB_EXITED: _EXIT}
 
 
 class Started:
@@ -80,7 +78,7 @@ class Ended:
     def __init__(self, payload: bytes) -> None:
         status = int.from_bytes(payload[:4], "little")
         if status > _LAST_STATUS or status & _STOPPED == _STOPPED:
-            raise _unexpected(_EXITED)
+            raise _unexpected(lib.EB_EXITED)
         self.returncode = os.waitstatus_to_exitcode(status) if status else 0
         self._payload = payload
 
@@ -197,28 +195,23 @@ class Stream:
         """Take what has come, and yield what it tells. After Lost, nothing more may be done."""
         try:
             for kind, payload in self._splitter.split(data):
-                if kind in _OUTPUT_KINDS:
-                    number = kind - _STDOUT
-                    if not self._awaited >> number & 1 or not self.greeted:
-                        raise _unexpected(kind)
-                    self._started = True
-                    if payload:
-                        yield Output(number, payload)
-                        continue
-                    self._awaited &= ~(1 << number)
-                elif kind == _EXITED:
-                    if not self._awaited & _EXIT or not self.greeted:
-                        raise _unexpected(kind)
-                    self._awaited &= ~_EXIT
-                    self.ended = Ended(payload)
-                else:
+                bit = _BITS.get(kind)
+                if bit is None:
                     event = self._take(kind, payload)
-                    if event is None:
-                        continue
-                    yield event
-                    if isinstance(event, Lost):
-                        return
+                    if event is not None:
+                        yield event
+                        if isinstance(event, Lost):
+                            return
                     continue
+                if not self._awaited & bit or not self.greeted:
+                    raise _unexpected(kind)
+                self._started = True
+                if bit != _EXIT and payload:
+                    yield Output(bit - 1, payload)
+                    continue
+                self._awaited -= bit
+                if bit == _EXIT:
+                    self.ended = Ended(payload)
                 ended = self.ended
                 if ended is not None and (not self._awaited or self._is_killed):
                     yield ended
