@@ -104,9 +104,9 @@ class Lost:
 
     __slots__ = ("error", "may_resend", "reason")
 
-    def __init__(self, error: OSError, may_resend: bool = False, reason: str | None = None) -> None:
+    def __init__(self, error: OSError, reason: str | None = None) -> None:
         self.error = error
-        self.may_resend = may_resend
+        self.may_resend = False
         self.reason = reason
 
 
@@ -140,8 +140,8 @@ class Stream:
     def __init__(self, greeted: bool = False) -> None:
         self.greeted = greeted
         self._splitter = Splitter(_SIZES)
-        self.begin(0, False)
         self._awaited = 0
+        self.unsent = b""
 
     def begin(
         self, streams: int, brief: bool, request: bytes = b"", input: Input | None = None
@@ -221,18 +221,21 @@ class Stream:
     def end(self, reset: bool = False) -> Lost:
         """Take note that the connection has ended; `reset`: with ECONNRESET."""
         # The kernel says so when the other side has closed it with bytes that it never read.
-        unread = not self.greeted or self._request_left or (reset and not self._sends_more)
         text = "errand-boy's helper ended: the command may have been started"
-        return Lost(HelperDiedError(errno.EPIPE, text), not self._started and bool(unread))
+        lost = Lost(HelperDiedError(errno.EPIPE, text))
+        if self._awaited and not self._started:
+            unread = not self.greeted or self._request_left or (reset and not self._sends_more)
+            lost.may_resend = bool(unread)
+        return lost
 
     def _take(self, kind: int, payload: bytes) -> Event | None:
         if kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
             if self.greeted:
                 text = f"the helper refused: {reason}"
-                return Lost(ProtocolError(errno.EPROTO, text), reason=reason)
+                return Lost(ProtocolError(errno.EPROTO, text), reason)
             text = f"the daemon refused: {reason}"  # it speaks in the helper's place
-            return Lost(RefusedError(errno.EACCES, text), reason=reason)
+            return Lost(RefusedError(errno.EACCES, text), reason)
         if self.greeted == (kind == lib.EB_HELLO):
             raise _unexpected(kind)
         if kind == lib.EB_HELLO:
@@ -247,7 +250,9 @@ class Stream:
                 self._feed(self._input)
             return None
         if kind == lib.EB_UNREAD and not (self._awaited and self._started):
-            return Lost(self.end().error, may_resend=True)
+            lost = self.end()
+            lost.may_resend = True
+            return lost
         if self._awaited & _EXIT and not self._started:
             reply = _wire.reply(kind, payload)
             if isinstance(reply, Failed):
