@@ -274,7 +274,7 @@ class Batch:
             assert job is not None
             if type(event) is Ended:
                 self._over(channel, self._ended(job, event))
-                if not stream.is_free:
+                if not stream.is_free:  # the rest is of those who hold its output
                     return
             elif type(event) is Output:
                 output = job.outputs[event.number]

@@ -195,6 +195,8 @@ class Stream:
         """Take what has come, and yield what it tells. After Lost, nothing more may be done."""
         try:
             for kind, payload in self._splitter.split(data):
+                if payload is None:
+                    raise _unexpected(kind)
                 bit = _BITS.get(kind)
                 if bit is None:
                     event = self._take(kind, payload)
