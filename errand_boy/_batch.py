@@ -204,6 +204,18 @@ class Batch:
                 return
             self._start(job)
 
+    def ready(self, check: bool) -> Iterator[Result]:
+        """Start what may be started, and take the results that are ready.
+
+        With `check`, raise at the first that is no success.
+        """
+        self.fill()
+        while (result := self.take()) is not None:
+            if check:
+                result.check_returncode()
+            yield result
+            self.fill()
+
     def pending(self) -> bool:
         """Return whether there is anything to wait for.
 
@@ -262,7 +274,7 @@ class Batch:
             assert job is not None
             if type(event) is Ended:
                 self._over(channel, self._ended(job, event))
-                if not stream.is_free:
+                if not stream.is_free:  # the rest is of those who hold its output
                     return
             elif type(event) is Output:
                 output = job.outputs[event.number]

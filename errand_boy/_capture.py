@@ -63,21 +63,23 @@ def capture(
     Raises what Popen and `communicate` do. After `time_limit` seconds the command is killed, and
     TimeoutExpired has what it wrote until then.
     """
-    executable, env, cwd = (options.get(name) for name in ("executable", "env", "cwd"))
-    argv = _request.arguments(args, options.get("shell", False), executable)
+    get = options.get
+    executable, env, cwd = get("executable"), get("env"), get("cwd")
+    argv = _request.arguments(args, get("shell", False), executable)
     program = argv[0] if executable is None else executable
     sys.audit("subprocess.Popen", program, argv, cwd, env)
+    # The time of one that waits for its turn in the daemon begins with the news of its start.
+    brief = time_limit is None
     streams, request = _request.streamed(
         _request.command(argv, program, env),
-        *(options.get(name) for name in ("stdin", "stdout", "stderr")),
+        *(get("stdin"), get("stdout"), get("stderr")),
         on_close=lib.EB_LIVES_ON,
-        # The time of one that waits for its turn in the daemon begins with the news of its start.
-        brief=time_limit is None,
-        **{name: options[name] for name in _SETTINGS & options.keys()},
+        brief=brief,
+        **{name: options[name] for name in _SETTINGS if name in options},
     )
     text = None
-    if any(options.get(name) for name in _TEXT):
-        text = coding(options.get("encoding"), options.get("errors"))
+    if get("text") or get("universal_newlines") or get("encoding") or get("errors"):
+        text = coding(get("encoding"), get("errors"))
     spools = Spool(), Spool()
     is_late = False
 
@@ -93,9 +95,7 @@ def capture(
     def output(of: Callable[[Spool], Any]) -> list[Any]:
         return [of(spool) if streams >> 1 + n & 1 else None for n, spool in enumerate(spools)]
 
-    command = StreamedCommand(
-        client, request, streams, time_limit is None, spools, on_started=start_clock
-    )
+    command = StreamedCommand(client, request, streams, brief, spools, on_started=start_clock)
     try:
         end = command.run()
     except BaseException as error:

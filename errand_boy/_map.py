@@ -45,12 +45,7 @@ def drive(batch: Batch, check: bool = False) -> Generator[Result, None, None]:
     wait = waiter(batch)
     try:
         while True:
-            batch.fill()
-            while (result := batch.take()) is not None:
-                if check:
-                    result.check_returncode()
-                yield result
-                batch.fill()
+            yield from batch.ready(check)
             if not batch.pending():
                 return
             for fd in wait(batch.timers.rest()):

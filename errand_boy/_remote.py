@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from errand_boy import _popen, _wire
+from errand_boy import _popen, _request, _wire
 from errand_boy._connection import Connection
 from errand_boy._frame import SpawnFrame
 from errand_boy._native import lib
@@ -50,9 +50,7 @@ class Popen(_popen.Popen[AnyStr]):
         **kwargs: Any,
     ) -> None:
         if kill_on_client_exit:
-            milliseconds = round(kill_grace * 1000)
-            if not 0 <= milliseconds <= 0xFFFFFFFF:
-                raise ValueError("kill_grace is out of range")
+            milliseconds = _request.milliseconds(kill_grace, "kill_grace")
             self._more_options = _wire.number(lib.EB_TAG_ON_CLOSE, milliseconds)
         super().__init__(*args, **kwargs)
 

@@ -229,6 +229,14 @@ def streamed(
     return streams, Request(options, fds, (), flags | lib.EB_WITHOUT_STANDARD)
 
 
+def milliseconds(grace: float, name: str) -> int:
+    """Return a time until SIGKILL for ON_CLOSE. Raises ValueError, with the option's `name`."""
+    value = round(grace * 1000)
+    if not 0 <= value < lib.EB_LIVES_ON:
+        raise ValueError(f"{name} is out of range")
+    return value
+
+
 def name_program(error: BaseException, program: Any) -> None:
     """Have `error` name the program if it is for a request that is too long."""
     if isinstance(error, OSError) and error.errno == errno.E2BIG and error.filename is None:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
             """Return the next `size` bytes; fewer at the end only."""
 
 
-_STDOUT, _EXITED = lib.EB_STDOUT, lib.EB_EXITED
-_OUTPUT_KINDS = (_STDOUT, lib.EB_STDERR)
 _MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
@@ -40,17 +38,17 @@ _SIZES = {
     lib.EB_HELLO: (4, 64),
     lib.EB_SPAWNED: (5, 5),
     lib.EB_FAILED: (9, 9),
-    _EXITED: (_wire.EXITED.size, _wire.EXITED.size + _MORE.size),
+    lib.EB_EXITED: (_wire.EXITED.size, _wire.EXITED.size + _MORE.size),
     lib.EB_REFUSED: (0, _MOST_REASON),
-    _STDOUT: (0, lib.EB_MAX_FRAME),
+    lib.EB_STDOUT: (0, lib.EB_MAX_FRAME),
     lib.EB_STDERR: (0, lib.EB_MAX_FRAME),
     lib.EB_CREDIT: (4, 4),
     lib.EB_UNREAD: (0, 0),
 }
 
-# Bits of what is awaited of a command.
-_OUTPUTS = 3  # those of STREAMS, less that for standard input
-_EXIT = 4
+# Bits of what is awaited of a command: STREAMS, less that for standard input, and the exit.
+_OUTPUTS, _EXIT = 3, 4
+_BITS = {lib.EB_STDOUT: 1, lib.EB_STDERR: 2, lib.EB_EXITED: _EXIT}
 
 
 class Started:
@@ -80,7 +78,7 @@ class Ended:
     def __init__(self, payload: bytes) -> None:
         status = int.from_bytes(payload[:4], "little")
         if status > _LAST_STATUS or status & _STOPPED == _STOPPED:
-            raise _unexpected(_EXITED)
+            raise _unexpected(lib.EB_EXITED)
         self.returncode = os.waitstatus_to_exitcode(status) if status else 0
         self._payload = payload
 
@@ -106,9 +104,9 @@ class Lost:
 
     __slots__ = ("error", "may_resend", "reason")
 
-    def __init__(self, error: OSError, may_resend: bool = False, reason: str | None = None) -> None:
+    def __init__(self, error: OSError, reason: str | None = None) -> None:
         self.error = error
-        self.may_resend = may_resend
+        self.may_resend = False
         self.reason = reason
 
 
@@ -142,8 +140,8 @@ class Stream:
     def __init__(self, greeted: bool = False) -> None:
         self.greeted = greeted
         self._splitter = Splitter(_SIZES)
-        self.begin(0, False)
         self._awaited = 0
+        self.unsent = b""
 
     def begin(
         self, streams: int, brief: bool, request: bytes = b"", input: Input | None = None
@@ -197,28 +195,25 @@ class Stream:
         """Take what has come, and yield what it tells. After Lost, nothing more may be done."""
         try:
             for kind, payload in self._splitter.split(data):
-                if kind in _OUTPUT_KINDS:
-                    number = kind - _STDOUT
-                    if not self._awaited >> number & 1 or not self.greeted:
-                        raise _unexpected(kind)
-                    self._started = True
-                    if payload:
-                        yield Output(number, payload)
-                        continue
-                    self._awaited &= ~(1 << number)
-                elif kind == _EXITED:
-                    if not self._awaited & _EXIT or not self.greeted:
-                        raise _unexpected(kind)
-                    self._awaited &= ~_EXIT
-                    self.ended = Ended(payload)
-                else:
+                if payload is None:
+                    raise _unexpected(kind)
+                bit = _BITS.get(kind)
+                if bit is None:
                     event = self._take(kind, payload)
-                    if event is None:
-                        continue
-                    yield event
-                    if isinstance(event, Lost):
-                        return
+                    if event is not None:
+                        yield event
+                        if isinstance(event, Lost):
+                            return
                     continue
+                if not self._awaited & bit or not self.greeted:
+                    raise _unexpected(kind)
+                self._started = True
+                if bit != _EXIT and payload:
+                    yield Output(bit - 1, payload)
+                    continue
+                self._awaited -= bit
+                if bit == _EXIT:
+                    self.ended = Ended(payload)
                 ended = self.ended
                 if ended is not None and (not self._awaited or self._is_killed):
                     yield ended
@@ -228,18 +223,21 @@ class Stream:
     def end(self, reset: bool = False) -> Lost:
         """Take note that the connection has ended; `reset`: with ECONNRESET."""
         # The kernel says so when the other side has closed it with bytes that it never read.
-        unread = not self.greeted or self._request_left or (reset and not self._sends_more)
         text = "errand-boy's helper ended: the command may have been started"
-        return Lost(HelperDiedError(errno.EPIPE, text), not self._started and bool(unread))
+        lost = Lost(HelperDiedError(errno.EPIPE, text))
+        if self._awaited and not self._started:
+            unread = not self.greeted or self._request_left or (reset and not self._sends_more)
+            lost.may_resend = bool(unread)
+        return lost
 
     def _take(self, kind: int, payload: bytes) -> Event | None:
         if kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
             if self.greeted:
                 text = f"the helper refused: {reason}"
-                return Lost(ProtocolError(errno.EPROTO, text), reason=reason)
+                return Lost(ProtocolError(errno.EPROTO, text), reason)
             text = f"the daemon refused: {reason}"  # it speaks in the helper's place
-            return Lost(RefusedError(errno.EACCES, text), reason=reason)
+            return Lost(RefusedError(errno.EACCES, text), reason)
         if self.greeted == (kind == lib.EB_HELLO):
             raise _unexpected(kind)
         if kind == lib.EB_HELLO:
@@ -254,7 +252,9 @@ class Stream:
                 self._feed(self._input)
             return None
         if kind == lib.EB_UNREAD and not (self._awaited and self._started):
-            return Lost(self.end().error, may_resend=True)
+            lost = self.end()
+            lost.may_resend = True
+            return lost
         if self._awaited & _EXIT and not self._started:
             reply = _wire.reply(kind, payload)
             if isinstance(reply, Failed):

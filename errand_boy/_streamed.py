@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ from io import BytesIO
 
 from errand_boy import _helper
 from errand_boy._adapter import sending
+from errand_boy._connection import Connection
 from errand_boy._frame import MOST_ATTEMPTS, acquire
 from errand_boy._stream import Ended, Event, Lost, Output, Started, Stream
 from errand_boy._timers import Timers
@@ -21,7 +23,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from errand_boy._connection import Connection
     from errand_boy._request import Request
     from errand_boy._spool import Spool
 
@@ -58,7 +59,7 @@ class StreamedCommand:
         self._outputs = outputs
         self._input = input
         self._on_started = on_started
-        self._stream = Stream()
+        self._stream: Stream | None = None
         self._connection: Connection | None = None
         self._cancelled = False
         self._lock = threading.Lock()  # of these two
@@ -68,12 +69,12 @@ class StreamedCommand:
     @property
     def pid(self) -> int:
         """The command's pid; 0 if it is not known to have been started, or is brief."""
-        return self._stream.pid
+        return 0 if self._stream is None else self._stream.pid
 
     @property
     def has_exited(self) -> bool:
         """Whether the process has ended, though others may hold its output."""
-        return self._stream.ended is not None
+        return self._stream is not None and self._stream.ended is not None
 
     def run(self) -> Ended | Failed:
         """Run it to its end, and that of its output.
@@ -83,31 +84,31 @@ class StreamedCommand:
         """
         for _ in range(MOST_ATTEMPTS):
             try:
-                connection = self._start()
+                connection, stream = self._start()
                 while self._end is None:
-                    for event in _exchange(connection.sock, self._stream, self.timers.rest()):
+                    for event in _exchange(connection.sock, stream, self.timers.rest()):
                         self._take(event)
                     self.timers.ring()
             except NotServedError:
-                self._let_go(lambda connection: connection.discard())
-            else:
-                connection.greeted = True
-                if self._stream.is_free and not self._cancelled:
-                    self._let_go(lambda connection: connection.give_back())
-                else:
-                    self._let_go(lambda connection: connection.close())
-                if self._cancelled:
-                    raise CancelledError
-                return self._end
+                self._let_go(Connection.discard)
+                continue
+            connection.greeted = True
+            if self._cancelled:
+                self._let_go(Connection.close)
+                raise CancelledError
+            self._let_go(Connection.give_back if stream.is_free else Connection.close)
+            return self._end
         raise _helper.ends_at_once()
 
     def signal(self, pid: int, number: int) -> None:
         """Have a signal sent to `pid`, as the frame SIGNAL has it."""
-        self._stream.signal(pid, number)
+        if self._stream is not None:
+            self._stream.signal(pid, number)
 
     def kill(self, pid: int) -> None:
         """Have SIGKILL sent to `pid`; those who hold the output are waited for no more."""
-        self._end = self._stream.kill(pid)
+        if self._stream is not None:
+            self._end = self._stream.kill(pid)
 
     def cancel(self) -> None:
         """In another thread: have `run` raise CancelledError, and the helper end the command."""
@@ -122,14 +123,15 @@ class StreamedCommand:
 
         With `kill` the command itself gets SIGKILL before.
         """
-        connection = self._connection
-        if kill and connection is not None:
-            self.kill(0)
+        if kill and self._connection is not None:
+            stream = self._stream or Stream()
+            stream.signal(0, signal.SIGKILL)
             with contextlib.suppress(OSError):
-                _send(connection.sock, self._stream)
-        self._let_go(lambda connection: connection.close())
+                _send(self._connection.sock, stream)
+        self._let_go(Connection.close)
 
-    def _start(self) -> Connection:
+    def _start(self) -> tuple[Connection, Stream]:
+        self._stream = None
         spawn_frame = acquire()
         try:
             connection: Connection = self._pool.acquire(self._request, spawn_frame)
@@ -138,18 +140,22 @@ class StreamedCommand:
                 self._connection = connection
             for _ in sending(connection, spawn_frame):
                 _wait(connection.sock, False, True, None)
-        except BaseException:
+        except BaseException as error:
             with self._lock:
                 self._connection = spawn_frame.connection  # an interrupt may have come before
+            if spawn_frame.rest and not isinstance(error, NotServedError):
+                self._let_go(Connection.close)  # a signal would be taken for the rest
             raise
         finally:
             spawn_frame.done()
         if self._cancelled:
             raise CancelledError
-        self._stream = Stream(connection.greeted)
-        input = None if self._input is None else BytesIO(self._input)
-        self._stream.begin(self._streams, self._brief, input=input)
-        return connection
+        stream = Stream(connection.greeted)
+        stream.begin(
+            self._streams, self._brief, input=None if self._input is None else BytesIO(self._input)
+        )
+        self._stream = stream
+        return connection, stream
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Output):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from errand_boy._native import lib
 from errand_boy.errors import ProtocolError
@@ -165,26 +165,31 @@ class Splitter:
         self._sizes = sizes
         self.rest = b""
 
-    def split(self, data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
-        """Yield the kind and the payload of each frame that `data` completes.
+    def split(self, data: bytes | memoryview) -> list[tuple[int, bytes | None]]:
+        """Return the kind and the payload of each frame that `data` completes.
 
-        Raises ProtocolError for a frame that may not come, as soon as its header is there.
+        A frame that may not come has None in place of its payload, as soon as its header is there,
+        and ends all.
         """
         if self.rest:
             data, self.rest = self.rest + data, b""
-        at, end, start = 0, len(data), HEADER.size
-        while end - at >= start:
+        frames: list[tuple[int, bytes | None]] = []
+        at, end = 0, len(data)
+        while end - at >= HEADER.size:
             length, kind = _unpack_header(data, at)
             least, most = self._sizes.get(kind, _NONE)
             if not least <= length <= most:
-                raise ProtocolError(errno.EPROTO, f"frame {kind} of {length} bytes")
-            following = at + start + length
+                frames.append((kind, None))
+                break
+            begin = at + HEADER.size
+            following = begin + length
             if following > end:
                 break
-            payload = bytes(data[at + start : following])
+            frames.append((kind, bytes(data[begin:following])))
             at = following
-            yield kind, payload
-        self.rest = bytes(data[at:])
+        if at < end:
+            self.rest = bytes(data[at:])
+        return frames
 
 
 def check_version(payload: bytes) -> None:

@@ -887,12 +887,8 @@ async def _drive(batch: Batch, check: bool) -> AsyncGenerator[Result, None]:
     batch.watch, batch.unwatch = watch, unwatch
     try:
         while True:
-            batch.fill()
-            while (result := batch.take()) is not None:
-                if check:
-                    result.check_returncode()
+            for result in batch.ready(check):
                 yield result
-                batch.fill()
             if not batch.pending():
                 return
             if timer is not None:

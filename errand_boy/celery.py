@@ -270,14 +270,11 @@ def _request_for(
 ) -> tuple[int, Request]:
     if not argv:
         raise ValueError("a command needs at least one argument")
-    milliseconds = round(grace * 1000)
-    if not 0 <= milliseconds <= 0xFFFFFFFF:
-        raise ValueError("grace is out of range")
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     return _request.streamed(
         _request.command(argv, argv[0], env),
         *(pipe if with_input else null, pipe, pipe),
-        on_close=milliseconds,
+        on_close=_request.milliseconds(grace, "grace"),
         brief=False,
         cwd=cwd,
         env=env,

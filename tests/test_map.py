@@ -160,6 +160,17 @@ def test_at_most_max_workers_live(run_map: Map, tmp_path: Path) -> None:
     assert len(live) == 40
 
 
+def test_result_is_public_but_costs_no_import() -> None:
+    report = run_script(
+        """
+        loaded = [name for name in sys.modules if name in ("errand_boy._map", "errand_boy._result")]
+        [result] = subprocess.map([["true"]])
+        report([loaded, isinstance(result, subprocess.Result), "Result" in subprocess.__all__])
+        """
+    )
+    assert report == [[], True, True]
+
+
 # -- what is asked for --
 
 
