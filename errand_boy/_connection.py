@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from errand_boy import _wire
 from errand_boy._native import lib
@@ -160,6 +160,21 @@ class Connection:
             self._raise_unserved()
             raise
 
+    def sending(self, spawn_frame: SpawnFrame) -> Generator[tuple[int, bool], None, None]:
+        """Send what has not been sent of a request; raises what `send` does.
+
+        Yields (descriptor, True) whenever that has to be writable first.
+        """
+        fds, most = spawn_frame.fds, lib.EB_MAX_FDS_PER_SEND
+        while frame := spawn_frame.rest:
+            try:
+                sent = self.send_some(frame[:1] if len(fds) > most else frame, fds[:most])
+            except BlockingIOError:
+                yield self.sock.fileno(), True
+            else:
+                spawn_frame.count_sent(sent)
+                fds = fds[most:]
+
     def send_signal(self, pid: int, number: int) -> None:
         """Have a signal sent to the live command, or with its negative pid to its process group.
 
@@ -202,15 +217,8 @@ class Connection:
                     continue
             self._receive_some(deadline)
         self.reply = reply
-        self._consume(size)  # last, see recover()
+        self._consume(size)  # last: an interrupted start looks for `reply`
         return reply
-
-    def outcome(self, spawn_frame: SpawnFrame) -> Spawned | Failed:
-        """Send what has not been sent of a request, and return its outcome."""
-        if not spawn_frame.is_sent:
-            self.send(spawn_frame.rest, spawn_frame.fds)
-        lib.eb_await_readable(self.sock.fileno())
-        return self.answer()
 
     def answer(self, timeout: float | None = None) -> Spawned | Failed:
         """Return the answer to a request; else as `receive`. Raises ProtocolError for another."""
@@ -218,19 +226,6 @@ class Connection:
         if isinstance(reply, Exited):
             raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
         return reply
-
-    def recover(self) -> None:
-        """Await the outcome after all, when an exception came in from outside.
-
-        KeyboardInterrupt or a greenlet's Timeout must not cost the command's pid: the outcome is
-        then in `reply`, unless the request had not been sent whole. The connection is of no use
-        any more.
-        """
-        if self.reply is None:
-            with contextlib.suppress(NotServedError, OSError):
-                # The helper answers what came whole, then closes: this wait is bounded.
-                self.sock.shutdown(socket.SHUT_WR)
-                self.receive()
 
     def take_other(self, kind: int, payload: bytes) -> None:
         """Take a frame that is no answer to a request.

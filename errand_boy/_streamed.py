@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 
 from errand_boy import _helper
-from errand_boy._adapter import sending
 from errand_boy._frame import MOST_ATTEMPTS, acquire
 from errand_boy._stream import Ended, Event, Lost, Output, Started, Stream
 from errand_boy._timers import Timers
@@ -136,7 +135,7 @@ class StreamedCommand:
             connection.pool.owns_children = True
             with self._lock:
                 self._connection = connection
-            for _ in sending(connection, spawn_frame):
+            for _ in connection.sending(spawn_frame):
                 _wait(connection.sock, False, True, None)
         except BaseException:
             with self._lock:
