@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import time
+from functools import partial
 
 from errand_boy import _address, _capture, _popen, _wire
 from errand_boy._connection import Connection
@@ -156,10 +157,7 @@ class Client:
         self.owns_children = True
         self._idle: list[Connection] = []
         self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_source": self})
-        functions = rebind(self.Popen)
-        run = _capture.runner(self, functions["run"])
-        functions["check_output"].__globals__["run"] = functions["run"] = run
-        vars(self).update(functions)
+        vars(self).update(rebind(self.Popen, wrap_run=partial(_capture.runner, self)))
 
     def __repr__(self) -> str:
         return f"<errand_boy client of {self.path}>"

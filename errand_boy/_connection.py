@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 from errand_boy import _wire
 from errand_boy._native import lib
@@ -20,8 +20,6 @@ from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError, Re
 TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
     from typing import Any
-
-    from errand_boy._frame import SpawnFrame
 
 _NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
 _BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
@@ -159,21 +157,6 @@ class Connection:
         except (BrokenPipeError, ConnectionResetError):
             self._raise_unserved()
             raise
-
-    def sending(self, spawn_frame: SpawnFrame) -> Generator[tuple[int, bool], None, None]:
-        """Send what has not been sent of a request; raises what `send` does.
-
-        Yields (descriptor, True) whenever that has to be writable first.
-        """
-        fds, most = spawn_frame.fds, lib.EB_MAX_FDS_PER_SEND
-        while frame := spawn_frame.rest:
-            try:
-                sent = self.send_some(frame[:1] if len(fds) > most else frame, fds[:most])
-            except BlockingIOError:
-                yield self.sock.fileno(), True
-            else:
-                spawn_frame.count_sent(sent)
-                fds = fds[most:]
 
     def send_signal(self, pid: int, number: int) -> None:
         """Have a signal sent to the live command, or with its negative pid to its process group.

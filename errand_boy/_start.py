@@ -274,7 +274,7 @@ def _by_helper(process: Any, request: Request, source: Any, driver: Driver) -> O
             try:
                 connection = source.acquire(request, spawn_frame)
                 if not driver.blocking:
-                    yield from connection.sending(spawn_frame)
+                    yield from spawn_frame.sending()
                 elif not spawn_frame.is_sent:
                     connection.send(spawn_frame.rest, spawn_frame.fds)
             finally:

@@ -135,7 +135,7 @@ class StreamedCommand:
             connection.pool.owns_children = True
             with self._lock:
                 self._connection = connection
-            for _ in connection.sending(spawn_frame):
+            for _ in spawn_frame.sending():
                 _wait(connection.sock, False, True, None)
         except BaseException:
             with self._lock:
