@@ -19,7 +19,7 @@ from asyncio.log import logger
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from errand_boy import _popen, _start
+from errand_boy import _driver, _popen, _start
 from errand_boy._asyncio_loop import drive, readers_of, take_turn
 from errand_boy._child import ready
 from errand_boy._connection import Connection
@@ -38,7 +38,7 @@ def _keep(process: Any, steps: Any) -> None:
     process._conclusion = steps
 
 
-_DRIVER = _start.Driver(drive, _keep, ends_interrupted=True)
+_DRIVER = _driver.Driver(drive, _keep, ends_interrupted=True)
 
 
 class Deferred(_popen.Popen[bytes]):

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from operator import index
 
-from errand_boy._connection import Connection
 from errand_boy._wire import Exited
 from errand_boy.errors import HelperDiedError, NotServedError
 
@@ -27,21 +26,24 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from errand_boy._connection import Connection
+
 # Since Python 3.15 subprocess itself waits by pidfd.
 _STDLIB_POLLS = sys.version_info < (3, 15)
 
 _LONGEST = 3600.0  # seconds, of one wait: poll(2) takes no more than 24 days, a lock not infinity
 
 
-def ready(fd: int, seconds: float | None, writing: bool = False) -> bool:
-    """Wait until `fd` is readable, or writable; return whether it is."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT if writing else select.POLLIN)
-        return bool(poll.poll(None if seconds is None else seconds * 1000))
-    reading, writable = ([], [fd]) if writing else ([fd], [])
-    found = select.select(reading, writable, [], seconds)  # all that eventlet leaves there
-    return bool(found[0] or found[1])
+def ready(fd: int, seconds: float | None, *, reading: bool = True, writing: bool = False) -> bool:
+    """Wait until `fd` is readable, or writable, or has failed; return whether it is.
+
+    The process's select module waits: under gevent and eventlet others go on.
+    """
+    if not hasattr(select, "poll"):  # eventlet has taken it away; its select knows no limit
+        return any(select.select([fd] if reading else [], [fd] if writing else [], [], seconds))
+    poll = select.poll()
+    poll.register(fd, reading * select.POLLIN | writing * select.POLLOUT)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 class HelperChild:

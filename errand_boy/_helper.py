@@ -356,7 +356,7 @@ class HelperManager:
         while (helper := self.current) is not None and not helper.idle:
             # One for each start that waits: event loops have one waiter for each descriptor.
             with contextlib.closing(helper._control.sock.dup()) as sock:
-                if ready(sock.fileno(), 0, True):
+                if ready(sock.fileno(), 0, reading=False, writing=True):
                     return
                 yield sock.fileno(), True
 

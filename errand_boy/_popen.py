@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from errand_boy import _child, _start
+from errand_boy import _child, _driver, _start
 from errand_boy._child import HelperChild
 from errand_boy._functions import original_popen
 
@@ -44,7 +44,7 @@ class Popen(_Base[AnyStr]):
 
     def _execute_child(self, *given: Any) -> None:
         _start.execute(
-            self, given, _Stdlib._execute_child, self._source, _start.BLOCKING, self._more_options
+            self, given, _Stdlib._execute_child, self._source, _driver.BLOCKING, self._more_options
         )
 
     def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:

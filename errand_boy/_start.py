@@ -1,85 +1,33 @@
-"""One start of a command, whoever waits for it.
+"""One start of a command, on whichever way, and whoever waits for it.
 
-`begin` goes as far as it gets without waiting, and returns the rest as a generator. That yields
-what it waits for: a time in seconds (a float), or a descriptor and whether it is to be writable,
-else readable. A driver waits, and goes on. Closing the generator, as any exception in the driver
-does, interrupts the start: what was sent to a helper is concluded, so that a child is never lost.
+`begin` goes as far as that gets without waiting, and returns the rest as a generator for a driver.
+What was sent to a helper when a start is interrupted is concluded, so that no child is lost.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import posix
-import socket
 import sys
-import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 from errand_boy import _direct, _request, _ways, _wire
-from errand_boy._child import HelperChild, helper_child
-from errand_boy._connection import Connection
-from errand_boy._frame import MOST_ATTEMPTS, acquire
+from errand_boy._driver import BLOCKING, Driver
 from errand_boy._native import lib
 from errand_boy._request import Request
-from errand_boy._wire import Failed, Reply, Spawned
-from errand_boy.errors import ErrandBoyError, HelperError, NotServedError
+from errand_boy._wire import Failed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, TypeAlias
+    from typing import Any
 
+    from errand_boy._connection import Connection
+    from errand_boy._driver import Outcome, Steps
     from errand_boy._frame import SpawnFrame
 
-    Wait: TypeAlias = float | tuple[int, bool]
-    Steps: TypeAlias = Generator[Wait, None, None]
-    Outcome: TypeAlias = Generator[Wait, None, Failed | None]
-
 _LOOK = 100_000  # microseconds, after which a start that is pending is looked at whatever happens
-
-
-class Driver:
-    """How a start waits.
-
-    `run(steps)` runs steps to their end; `conclude(process, steps)` runs those of a start that was
-    interrupted, now or later. With `blocking`, nothing else goes on in this thread meanwhile. With
-    `ends_interrupted`, the command is ended after that.
-    """
-
-    def __init__(
-        self,
-        run: Callable[[Steps], Any],
-        conclude: Callable[[Any, Steps], Any],
-        *,
-        blocking: bool = False,
-        ends_interrupted: bool = False,
-    ) -> None:
-        self.run = run
-        self.conclude = conclude
-        self.blocking = blocking
-        self.patience_us = _direct.PATIENCE_US if blocking else _direct.LOOP_PATIENCE_US
-        self.ends_interrupted = ends_interrupted
-
-
-def run(steps: Steps, pause: Callable[[float], Any], wait: Callable[[int, bool], Any]) -> None:
-    """Run `steps` to their end; wait by `pause` for a time, by `wait` for a descriptor."""
-    try:
-        for wanted in steps:
-            if isinstance(wanted, float):
-                pause(wanted)
-            else:
-                wait(*wanted)
-    finally:
-        steps.close()
-
-
-def _block(steps: Steps) -> None:
-    run(steps, time.sleep, lambda fd, writing: lib.eb_await_readable(fd))
-
-
-BLOCKING = Driver(_block, lambda process, steps: _block(steps), blocking=True)
 
 
 class Local:
@@ -104,7 +52,7 @@ class Local:
         _warn_of_fork(preexec_fn)
 
 
-LOCAL = Local()
+LOCAL: Local = Local()
 
 
 def execute(
@@ -184,7 +132,10 @@ def begin(
         if not close_fds:
             others = _request.with_inheritable(others)
         request = Request(options, standard, others, flags)
-        return _finish(process, given, names, _by_helper(process, request, source, driver))
+        from errand_boy import _helper_start  # noqa: PLC0415  most processes need none
+
+        steps = _helper_start.by_helper(process, request, source, driver)
+        return _finish(process, given, names, steps)
 
     if not close_fds:
         flags |= lib.EB_KEEP_FILES
@@ -260,97 +211,6 @@ def _directly(
     source.way(False)  # raises where the direct way is forced
     original(process, *given)
     return None
-
-
-def _by_helper(process: Any, request: Request, source: Any, driver: Driver) -> Outcome:
-    """Have a helper start a command, and return the outcome."""
-    for _ in range(MOST_ATTEMPTS):
-        if not driver.blocking:
-            yield from source.until_reachable()
-        spawn_frame = acquire()
-        connection: Any = None
-        is_sent = False
-        try:
-            try:
-                connection = source.acquire(request, spawn_frame)
-                if not driver.blocking:
-                    yield from spawn_frame.sending()
-                elif not spawn_frame.is_sent:
-                    connection.send(spawn_frame.rest, spawn_frame.fds)
-            finally:
-                connection = spawn_frame.connection
-                is_sent = connection is not None and not spawn_frame.rest
-                spawn_frame.done()
-            reply = yield from _answer(connection, driver)
-            _take(process, connection, reply)
-        except NotServedError:
-            connection.discard()
-        except ErrandBoyError:
-            if connection is not None:
-                connection.close()
-            raise
-        except BaseException:
-            if connection is not None and not vars(process).get("_child_created"):
-                _interrupt(process, connection, is_sent, source, driver)
-            raise
-        else:
-            if helper_child(process) is None:
-                connection.give_back()
-            return reply if isinstance(reply, Failed) else None
-    raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
-
-
-def _answer(connection: Connection, driver: Driver) -> Generator[Wait, None, Spawned | Failed]:
-    while True:
-        yield connection.sock.fileno(), False
-        try:
-            return connection.answer(None if driver.blocking else 0.0)
-        except TimeoutError:  # only a part of it has come
-            if driver.blocking:  # it is a signal handler's
-                raise
-
-
-def _take(process: Any, connection: Connection, reply: Reply) -> None:
-    """Make the outcome the process's own; calling it again has no effect."""
-    if isinstance(reply, Spawned):
-        if reply.by_helper and helper_child(process) is None:
-            process._helper_child = HelperChild(connection)
-        process.pid = reply.pid
-        process._child_created = True
-    elif isinstance(reply, Failed) and reply.pid > 0:
-        with contextlib.suppress(ChildProcessError):  # somebody waited for any child
-            posix.waitpid(reply.pid, 0)
-
-
-def _interrupt(
-    process: Any, connection: Connection, is_sent: bool, source: Any, driver: Driver
-) -> None:
-    """Have what became of a request whose start was interrupted, if anything may have."""
-    if not is_sent and not driver.blocking:  # exact, since the exception came while it waited
-        connection.close()
-    elif source.is_daemon and not driver.ends_interrupted:
-        # The outcome, which might be long in coming where commands wait for their turn, is of no
-        # use: the child is not ours to wait for. One that waits for its turn is withdrawn by this.
-        connection.close()
-    else:
-        driver.conclude(process, _conclude(process, connection, driver))
-
-
-def _conclude(process: Any, connection: Connection, driver: Driver) -> Steps:
-    """Take the outcome after all: a child must be waited for."""
-    try:
-        reply = connection.reply
-        if reply is None:
-            if driver.blocking:
-                # The helper answers what came whole, then closes: this wait is bounded.
-                connection.sock.shutdown(socket.SHUT_WR)
-            reply = yield from _answer(connection, driver)
-        _take(process, connection, reply)
-    except (NotServedError, OSError):
-        pass
-    finally:
-        if helper_child(process) is None:
-            connection.close()
 
 
 _warned: set[tuple[str, int]] = set()

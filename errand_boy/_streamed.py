@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 
 from errand_boy import _helper
+from errand_boy._child import ready
 from errand_boy._frame import MOST_ATTEMPTS, acquire
 from errand_boy._stream import Ended, Event, Lost, Output, Started, Stream
 from errand_boy._timers import Timers
@@ -136,7 +136,7 @@ class StreamedCommand:
             with self._lock:
                 self._connection = connection
             for _ in spawn_frame.sending():
-                _wait(connection.sock, False, True, None)
+                ready(connection.sock.fileno(), None, reading=False, writing=True)
         except BaseException:
             with self._lock:
                 self._connection = spawn_frame.connection  # an interrupt may have come before
@@ -174,7 +174,7 @@ class StreamedCommand:
 
 def _exchange(sock: socket.socket, stream: Stream, seconds: float | None) -> Iterable[Event]:
     """Wait for so long until data can be moved, move it, and return what it tells."""
-    if not _wait(sock, True, bool(stream.unsent), seconds):
+    if not ready(sock.fileno(), seconds, writing=bool(stream.unsent)):
         return ()
     if stream.unsent:
         _send(sock, stream)
@@ -191,13 +191,3 @@ def _send(sock: socket.socket, stream: Stream) -> None:
     # Of one that has gone, the reader sees why.
     with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
         stream.count_sent(sock.send(stream.unsent, _FLAGS))
-
-
-def _wait(sock: socket.socket, reading: bool, writing: bool, seconds: float | None) -> bool:
-    """Wait, as the process's select module does: under gevent and eventlet others go on."""
-    if not hasattr(select, "poll"):  # eventlet has taken it away; its select knows no limit
-        files = [sock] if reading else [], [sock] if writing else []
-        return any(select.select(*files, [], seconds))
-    poll = select.poll()
-    poll.register(sock, reading * select.POLLIN | writing * select.POLLOUT)
-    return bool(poll.poll(None if seconds is None else seconds * 1000))

@@ -24,7 +24,7 @@ from eventlet.green.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _child, _start
+from errand_boy import _child, _driver, _start
 from errand_boy._functions import rebind
 
 __all__ = [
@@ -87,7 +87,7 @@ run = _functions["run"]
 
 def execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
     """Start a command for an eventlet.green.subprocess.Popen of any class."""
-    _start.execute(process, args, original, driver=_start.BLOCKING if _in_hub() else _HUB)
+    _start.execute(process, args, original, driver=_driver.BLOCKING if _in_hub() else _HUB)
 
 
 def wait(
@@ -125,7 +125,7 @@ def _wait(fd: int, writing: bool) -> None:
 
 
 def _run(steps: Any) -> None:
-    _start.run(steps, eventlet.sleep, _wait)
+    _driver.run(steps, eventlet.sleep, _wait)
 
 
 def _conclude(process: Any, steps: Any) -> None:
@@ -133,7 +133,7 @@ def _conclude(process: Any, steps: Any) -> None:
     eventlet.spawn_n(_run, steps)
 
 
-_HUB = _start.Driver(_run, _conclude)
+_HUB = _driver.Driver(_run, _conclude)
 
 
 def _in_hub() -> bool:

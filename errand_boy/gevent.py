@@ -31,7 +31,7 @@ from gevent.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _start
+from errand_boy import _driver, _start
 from errand_boy._child import HelperChild, helper_child
 from errand_boy._functions import rebind
 
@@ -171,10 +171,10 @@ def _conclude_now(process: Any, steps: Any) -> None:
 
 
 def _run(steps: Any) -> None:
-    _start.run(steps, gevent.sleep, _wait)
+    _driver.run(steps, gevent.sleep, _wait)
 
 
-_HUB = _start.Driver(_run, _conclude)
+_HUB = _driver.Driver(_run, _conclude)
 
 
 def _watch(process: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import run_script, script_environment
 
 COUNT = """
-import errand_boy, errand_boy._start
+import errand_boy, errand_boy._helper_start
 starts = []
 def count(module, name):
     original = getattr(module, name)
@@ -20,7 +20,7 @@ def count(module, name):
         return original(*args)
     setattr(module, name, counting)
 count(errand_boy._direct, "spawn")
-count(errand_boy._start, "_by_helper")
+count(errand_boy._helper_start, "by_helper")
 def through_us(function):
     del starts[:]
     value = function()
