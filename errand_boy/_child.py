@@ -1,53 +1,226 @@
-"""Waits and signals for a child of this process, given as a subprocess.Popen of any class.
+"""A started command: its end, and signals to it, for a process object of any class.
 
-The pid is the child's until the child has been waited for, and nobody does that without the
-object's `_waitpid_lock`. So who holds the lock may send it a signal, or open a pidfd.
+The classes keep their state as subprocess.Popen does: `pid`, `returncode`, `_waitpid_lock`. A child
+of this process needs nothing else. The pid is its own until it has been waited for, and nobody does
+that without the lock; so who holds the lock may send it a signal, or open a pidfd. A child that a
+helper owns is a HelperChild, which the object has as `_helper_child`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from operator import index
+
+from errand_boy._wire import Exited
+from errand_boy.errors import HelperDiedError, NotServedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from errand_boy._connection import Connection
+
 # Since Python 3.15 subprocess itself waits by pidfd.
-STDLIB_POLLS = sys.version_info < (3, 15)
+_STDLIB_POLLS = sys.version_info < (3, 15)
 
 _LONGEST = 3600.0  # seconds, of one wait: poll(2) takes no more than 24 days, a lock not infinity
 
 
-def readable(fd: int, seconds: float) -> bool:
-    """Wait until `fd` is readable; return whether it is."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-    return bool(select.select([fd], [], [], seconds)[0])  # all that eventlet leaves there
+def ready(fd: int, seconds: float | None, *, reading: bool = True, writing: bool = False) -> bool:
+    """Wait until `fd` is readable, or writable, or has failed; return whether it is.
+
+    The process's select module waits: under gevent and eventlet others go on.
+    """
+    if not hasattr(select, "poll"):  # eventlet has taken it away; its select knows no limit
+        return any(select.select([fd] if reading else [], [fd] if writing else [], [], seconds))
+    poll = select.poll()
+    poll.register(fd, reading * select.POLLIN | writing * select.POLLOUT)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
-def wait(
+class HelperChild:
+    """A command that a helper owns: signals go over the connection, and the end comes over it.
+
+    `status` is its wait status, once it is known to have ended, and `usage` what it used, as in
+    Exited. `lost` is why nobody knows how it ended: then it counts as killed. `on_end` is called by
+    the thread that reads of the end, when the process object has its return code.
+    """
+
+    __slots__ = ("connection", "lost", "on_end", "status", "usage")
+
+    def __init__(self, connection: Connection) -> None:
+        connection.pool.owns_children = True
+        self.connection: Connection | None = connection  # until the end
+        self.status: int | None = None
+        self.usage: tuple[int, ...] = ()
+        self.lost: OSError | None = None
+        self.on_end: Callable[[], Any] | None = None
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait for the end, at most `timeout` seconds. One thread at a time may.
+
+        Raises TimeoutError, ChildProcessError in a process forked since the start, and where the
+        end is lost HelperDiedError or another OSError.
+        """
+        connection = self.connection
+        if connection is None:
+            return
+        if connection.is_foreign():
+            raise _not_ours()
+        try:
+            reply = connection.receive(timeout)
+        except TimeoutError:
+            raise
+        except (NotServedError, OSError) as error:
+            self.lost = HelperDiedError(
+                errno.EPIPE, "errand-boy's helper ended: the command's exit status is lost"
+            )
+            if not isinstance(error, NotServedError):
+                self.lost = error
+            self._end(signal.SIGKILL)
+            connection.close()
+            raise self.lost from None
+        if isinstance(reply, Exited):
+            self.usage = reply.usage
+            self._end(reply.status)
+            connection.give_back()
+
+    def _end(self, status: int) -> None:
+        assert self.connection is not None
+        self.status = status
+        # Once it is back, another command's request may be on its way over the connection.
+        with self.connection.lock:
+            self.connection = None
+
+    def is_foreign(self) -> bool:
+        """Return whether another process started it, of which this one is a fork."""
+        connection = self.connection
+        return connection is not None and connection.is_foreign()
+
+    def send_signal(self, pid: int, number: int) -> None:
+        """Send a signal to its pid, or to its process group, a negative pid. Raises OSError."""
+        if not 0 <= index(number) < signal.NSIG:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        connection = self.connection
+        if connection is not None:
+            with connection.lock:
+                if self.connection is not None:
+                    connection.send_signal(pid, number)
+
+
+def _not_ours() -> ChildProcessError:
+    return ChildProcessError(errno.ECHILD, "another process started the command, before a fork")
+
+
+def helper_child(process: Any) -> HelperChild | None:
+    """Return what a helper owns, or None for a child of this process."""
+    child: HelperChild | None = vars(process).get("_helper_child")
+    return child
+
+
+# -- the methods of subprocess.Popen; `original` is the one that the class of `process` has --
+
+
+def internal_poll(
+    original: Callable[..., int | None],
     process: Any,
-    timeout: float | None,
-    readable: Callable[[int, float], Any] = readable,
+    _deadstate: int | None = None,
+    **kwargs: Any,
+) -> int | None:
+    """Return the return code, or None."""
+    child = helper_child(process)
+    if child is None:
+        return original(process, _deadstate, **kwargs)
+    if child.is_foreign():
+        if _deadstate is None:
+            raise _not_ours()
+        process.returncode = _deadstate
+    # The standard library polls forgotten objects, whatever else is being started.
+    ignored = TimeoutError if _deadstate is None else OSError
+    if process.returncode is None and process._waitpid_lock.acquire(False):
+        try:
+            with contextlib.suppress(ignored):
+                _await_end(process, child, 0.0)
+        finally:
+            process._waitpid_lock.release()
+    returncode: int | None = process.returncode
+    return returncode
+
+
+def wait(original: Callable[..., int], process: Any, timeout: float | None) -> int:
+    """Return the return code; see subprocess.Popen._wait."""
+    child = helper_child(process)
+    if child is None:
+        # Without a time-out too, to wait first and reap then would let go of the GIL twice, which
+        # costs 10 ms beside a busy thread.
+        if timeout is None or not _STDLIB_POLLS or not wait_by_pidfd(process, timeout):
+            return original(process, timeout)
+        return int(process.returncode)
+    if child.is_foreign():
+        raise _not_ours()
+    rest = None if timeout is None else max(timeout, 0)
+    start = time.monotonic()
+    if not process._waitpid_lock.acquire(timeout=-1 if rest is None else rest):
+        raise subprocess.TimeoutExpired(process.args, timeout)  # type: ignore[arg-type]
+    try:
+        if rest is not None:
+            rest = max(0.0, rest - (time.monotonic() - start))
+        _await_end(process, child, rest)
+    except TimeoutError:
+        if timeout is None:  # it is a signal handler's
+            raise
+        raise subprocess.TimeoutExpired(process.args, timeout) from None
+    finally:
+        process._waitpid_lock.release()
+    return int(process.returncode)
+
+
+def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
+    """Send a signal to the process; does nothing if it is known to have ended."""
+    child = helper_child(process)
+    if child is None:
+        if not _send_signal(process, sig):
+            original(process, sig)
+    elif process.poll() is None:
+        child.send_signal(process.pid, sig)
+
+
+def _await_end(process: Any, child: HelperChild, timeout: float | None) -> None:
+    """Wait for the end of what a helper owns. Call it with the lock held; raises as `wait` does."""
+    if process.returncode is not None:
+        return
+    try:
+        child.wait(timeout)
+    finally:
+        if child.status is not None:
+            process._handle_exitstatus(child.status)
+            if child.on_end is not None:
+                child.on_end()
+
+
+# -- for a child of this process --
+
+
+def wait_by_pidfd(
+    process: Any,
+    timeout: float,
+    until_readable: Callable[[int, float], Any] = ready,
 ) -> bool:
     """Wait for the end of `process`, as _wait of subprocess.Popen does, but without polling.
 
-    `timeout` is in seconds; `readable` waits for so long for a descriptor. Raises TimeoutExpired.
-    Returns False, at once, where no pidfd can be had, or none is needed: without a time-out. (To
-    wait first and reap then would let go of the GIL twice, which costs 10 ms beside a busy thread.)
+    `timeout` is in seconds; `until_readable` waits for so long for a descriptor. Raises
+    TimeoutExpired. Returns False, at once, where no pidfd can be had.
     """
     if process.returncode is not None:
         return True
-    if timeout is None:
-        return False
     end = time.monotonic() + timeout
     while process.returncode is None:
         patience = max(0.0, min(end - time.monotonic(), _LONGEST))
@@ -69,13 +242,13 @@ def wait(
         finally:
             process._waitpid_lock.release()
         try:
-            readable(fd, min(_LONGEST, rest))
+            until_readable(fd, min(_LONGEST, rest))
         finally:
             os.close(fd)
     return True
 
 
-def send_signal(process: Any, sig: int) -> bool:
+def _send_signal(process: Any, sig: int) -> bool:
     """Send a signal to `process` if it has not ended; return False, without that, if it may have.
 
     That is while the lock is held, by another thread that is about to wait for the child, or by the

@@ -8,26 +8,32 @@ import errno
 import os
 import socket
 import subprocess
+import time
+from functools import partial
 
-from errand_boy import _address, _capture
+from errand_boy import _address, _capture, _popen, _request, _wire
 from errand_boy._connection import Connection
 from errand_boy._frame import SpawnFrame
 from errand_boy._functions import rebind
 from errand_boy._native import lib
-from errand_boy._remote import Popen
 from errand_boy._request import Request
 from errand_boy.errors import NoDaemonError, RefusedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import resource
     from collections.abc import Callable, Generator, Iterable
-    from typing import Any
+    from typing import Any, AnyStr
 
     from errand_boy._address import Address
     from errand_boy._batch import Command
     from errand_boy._result import Result
+else:
+    AnyStr = str
 
 _MOST_IDLE = 32  # connections kept for later
+_PAUSE = 0.01  # seconds between attempts to reach a daemon that has many others waiting
+_LOOK = 0.5  # seconds between looks whether the helper is there, in communicate()
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 
 _clients: dict[tuple[str, int | None, bool], Client] = {}
@@ -62,6 +68,64 @@ class _Idle(Connection):
         self.ids = _ids()
 
 
+class Popen(_popen.Popen[AnyStr]):
+    """subprocess.Popen whose child is started, owned and waited for by a helper of the daemon's.
+
+    Parameters, methods and exceptions are those of subprocess.Popen, but:
+
+    - The child leads a process group of its own, unless `start_new_session` or `process_group` says
+      something else.
+    - With `kill_on_client_exit`, the child's process group gets SIGTERM when this process ends, and
+      SIGKILL `kill_grace` seconds later. Else it lives on. An object that is dropped before its
+      child has ended keeps its connection, in the standard library's list of such objects.
+    - `preexec_fn` may be None, os.setsid or os.setpgrp.
+    - `wait`, `poll` and `communicate` raise HelperDiedError when the helper has gone, and with it
+      the exit status; in a process forked from the one that started the command, ChildProcessError.
+    """
+
+    _source: Client
+
+    def __init__(
+        self,
+        *args: Any,
+        kill_on_client_exit: bool = False,
+        kill_grace: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        if kill_on_client_exit:
+            milliseconds = _request.milliseconds(kill_grace, "kill_grace")
+            self._more_options = _wire.number(lib.EB_TAG_ON_CLOSE, milliseconds)
+        super().__init__(*args, **kwargs)
+
+    @property
+    def rusage(self) -> resource.struct_rusage | None:
+        """What the child and those it waited for have used, when it is known to have ended."""
+        child = self._helper_child
+        return _wire.rusage(child.usage) if child is not None and child.usage else None
+
+    def send_group_signal(self, sig: int) -> None:
+        """Send a signal to the child's process group; does nothing if it is known to have ended."""
+        child = self._helper_child
+        if child is not None and self.poll() is None:
+            child.send_signal(-self.pid, sig)
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """As subprocess has it, but a helper that dies is noticed, though the pipes stay open."""
+        if not (self.stdin or self.stdout or self.stderr):
+            return super().communicate(input, timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            rest = _LOOK if deadline is None else deadline - time.monotonic()
+            try:
+                return super().communicate(input, min(rest, _LOOK))
+            except subprocess.TimeoutExpired as expired:
+                if timeout is not None and rest <= _LOOK:
+                    expired.timeout = timeout
+                    raise
+            self.poll()
+            input = None
+
+
 class Client:
     """The functions, constants and exceptions of subprocess, for commands of one daemon's.
 
@@ -90,11 +154,8 @@ class Client:
         self.path = address.path
         self.owns_children = True
         self._idle: list[Connection] = []
-        self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_client": self})
-        functions = rebind(self.Popen)
-        run = _capture.runner(self, functions["run"])
-        functions["check_output"].__globals__["run"] = functions["run"] = run
-        vars(self).update(functions)
+        self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_source": self})
+        vars(self).update(rebind(self.Popen, wrap_run=partial(_capture.runner, self)))
 
     def __repr__(self) -> str:
         return f"<errand_boy client of {self.path}>"
@@ -125,7 +186,34 @@ class Client:
 
         return _map.map(commands, client=self, **options)
 
-    # -- for Popen --
+    # -- for Popen: what is asked of it is as in _start.Local --
+
+    default_group = 0  # the command's own
+    is_daemon = True
+
+    def way(self, with_ids: bool) -> str:
+        """Return "helper"."""
+        return "helper"
+
+    def check_function(self, preexec_fn: Callable[[], Any]) -> None:
+        """Raise ValueError."""
+        raise ValueError(
+            "the daemon accepts no preexec_fn but os.setsid and os.setpgrp: use user=, group=, "
+            "extra_groups=, umask=, cwd=, start_new_session= or process_group= instead"
+        )
+
+    def until_reachable(self) -> Generator[float, None, None]:
+        """Yield a time to wait while `acquire` would wait for a connection."""
+        # Nothing tells of room in the backlog of a Unix socket.
+        while not self._idle:
+            try:
+                connection = self._connect(blocking=False)
+            except BlockingIOError:
+                yield _PAUSE
+            except OSError:  # `acquire` will meet it too
+                return
+            else:
+                self.take_back(connection)
 
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
         """Prepare `request`, and send it as far as that does not wait; return the connection.
@@ -179,8 +267,8 @@ class Client:
             connection.close()
         return None
 
-    def _connect(self) -> Connection:
-        sock = self._socket()
+    def _connect(self, *, blocking: bool = True) -> Connection:
+        sock = self._socket(blocking)
         try:
             connection = _Idle(sock, self)
             # If it is closed already, the reason is read where a reply is awaited.
@@ -191,10 +279,10 @@ class Client:
             raise
         return connection
 
-    def _socket(self) -> socket.socket:
+    def _socket(self, blocking: bool) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         try:
-            sock.settimeout(None)  # whatever socket.setdefaulttimeout says
+            sock.setblocking(blocking)  # whatever socket.setdefaulttimeout says
             sock.connect(self.path)
             self.address.check(sock)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:

@@ -21,8 +21,6 @@ TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
     from typing import Any
 
-    from errand_boy._frame import SpawnFrame
-
 _NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
 _BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
 _HEADER_SIZE = _wire.HEADER.size
@@ -202,15 +200,8 @@ class Connection:
                     continue
             self._receive_some(deadline)
         self.reply = reply
-        self._consume(size)  # last, see recover()
+        self._consume(size)  # last: an interrupted start looks for `reply`
         return reply
-
-    def outcome(self, spawn_frame: SpawnFrame) -> Spawned | Failed:
-        """Send what has not been sent of a request, and return its outcome."""
-        if not spawn_frame.is_sent:
-            self.send(spawn_frame.rest, spawn_frame.fds)
-        lib.eb_await_readable(self.sock.fileno())
-        return self.answer()
 
     def answer(self, timeout: float | None = None) -> Spawned | Failed:
         """Return the answer to a request; else as `receive`. Raises ProtocolError for another."""
@@ -218,19 +209,6 @@ class Connection:
         if isinstance(reply, Exited):
             raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
         return reply
-
-    def recover(self) -> None:
-        """Await the outcome after all, when an exception came in from outside.
-
-        KeyboardInterrupt or a greenlet's Timeout must not cost the command's pid: the outcome is
-        then in `reply`, unless the request had not been sent whole. The connection is of no use
-        any more.
-        """
-        if self.reply is None:
-            with contextlib.suppress(NotServedError, OSError):
-                # The helper answers what came whole, then closes: this wait is bounded.
-                self.sock.shutdown(socket.SHUT_WR)
-                self.receive()
 
     def take_other(self, kind: int, payload: bytes) -> None:
         """Take a frame that is no answer to a request.

@@ -8,6 +8,7 @@ from errand_boy._native import ffi, lib
 
 TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from typing import Any
 
     from errand_boy._connection import Connection
@@ -100,9 +101,21 @@ class SpawnFrame:
         c = self._c
         return [] if c.sent else ffi.unpack(c.fds, c.fd_count) if c.fd_count else []
 
-    def count_sent(self, size: int) -> None:
-        """Take note that so many more bytes have been sent."""
-        self._c.sent += size
+    def sending(self) -> Generator[tuple[int, bool], None, None]:
+        """Send what has not been sent; raises what Connection.send does.
+
+        Yields (descriptor, True) whenever that has to be writable first.
+        """
+        assert self.connection is not None
+        fds, most = self.fds, lib.EB_MAX_FDS_PER_SEND
+        while frame := self.rest:
+            data = frame[:1] if len(fds) > most else frame
+            try:
+                self._c.sent += self.connection.send_some(data, fds[:most])
+            except BlockingIOError:
+                yield self.connection.sock.fileno(), True
+            else:
+                fds = fds[most:]
 
     def done(self) -> None:
         """Release what only this request needed, and be spare."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from types import FunctionType, ModuleType
 
 TYPE_CHECKING = False
@@ -39,12 +40,17 @@ def _popen_of_a_copy() -> type[subprocess.Popen[Any]]:
     return popen
 
 
-def rebind(popen: type[Any], module: ModuleType = subprocess) -> dict[str, Any]:
+def rebind(
+    popen: type[Any],
+    module: ModuleType = subprocess,
+    wrap_run: Callable[[Any], Any] = lambda run: run,
+) -> dict[str, Any]:
     """Return the functions of `module`, by name, with `popen` in the place of Popen.
 
     `module` is subprocess or one that stands for it; by default they are the running Python's own.
     They are the same code objects over another global namespace, so they stay what this Python's
-    are, and none of its users sees a change.
+    are, and none of its users sees a change. In the place of `run` there is what `wrap_run` returns
+    for that, and `check_output` calls it.
     """
     functions: dict[str, Any] = {}
     namespace: dict[str, Any] = {}
@@ -57,5 +63,5 @@ def rebind(popen: type[Any], module: ModuleType = subprocess) -> dict[str, Any]:
         )
         bound.__kwdefaults__ = original.__kwdefaults__
         bound.__doc__ = original.__doc__
-        namespace[name] = functions[name] = bound
+        namespace[name] = functions[name] = wrap_run(bound) if name == "run" else bound
     return functions

@@ -12,8 +12,10 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Generator
 
-from errand_boy import _child, _wire
+from errand_boy import _wire
+from errand_boy._child import ready
 from errand_boy._connection import Connection, close_all
 from errand_boy._frame import MOST_ATTEMPTS, Caller, SpawnFrame, acquire, forget
 from errand_boy._native import ffi, lib
@@ -78,7 +80,7 @@ def _frame(sock: socket.socket, seconds: float) -> tuple[int, bytes] | None:
     deadline = time.monotonic() + seconds
     data, size = b"", _wire.HEADER.size
     while len(data) < size:
-        if not _child.readable(sock.fileno(), max(0.0, deadline - time.monotonic())):
+        if not ready(sock.fileno(), max(0.0, deadline - time.monotonic())):
             raise TimeoutError
         try:
             part = sock.recv(size - len(data))
@@ -272,7 +274,7 @@ class Helper:
             pass
         pidfd = os.pidfd_open(self.pid)
         try:
-            if _child.readable(pidfd, max(0.0, deadline - time.monotonic())):
+            if ready(pidfd, max(0.0, deadline - time.monotonic())):
                 return True
         finally:
             os.close(pidfd)
@@ -348,6 +350,15 @@ class HelperManager:
                 spawn_frame.connection = None
                 connection.close()
         raise ends_at_once()
+
+    def until_reachable(self) -> Generator[tuple[int, bool], None, None]:
+        """Yield (descriptor, True) while `acquire` would wait for that to be writable."""
+        while (helper := self.current) is not None and not helper.idle:
+            # One for each start that waits: event loops have one waiter for each descriptor.
+            with contextlib.closing(helper._control.sock.dup()) as sock:
+                if ready(sock.fileno(), 0, reading=False, writing=True):
+                    return
+                yield sock.fileno(), True
 
     def start(self) -> None:
         """Have a helper that fits the calling thread."""

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from errand_boy import _adapter, _popen
+from errand_boy import _child, _popen, _start
 
 _originals: dict[tuple[type, str], Any] = {}  # what the class itself had; None: it inherits
 
@@ -53,23 +53,21 @@ def _patch_stdlib() -> None:
     # the original: other modules may have imported each of them.
     for owner in {_popen._Base, subprocess.Popen, *object.__subclasses__()}:
         if (owner.__module__, owner.__name__) == ("subprocess", "Popen"):
-            _patch_class(owner, _adapter.Adapter)
+            _patch_class(owner, _execute_child)
 
 
-def _patch_class(owner: type, view_class: type[_adapter.Adapter]) -> None:
-    def execute_child(original: Any) -> Any:
-        def _execute_child(self: Any, *args: Any) -> None:
-            if isinstance(self, _popen.Popen):  # errand_boy's own, for a preexec_fn
-                original(self, *args)
-            else:
-                _adapter.execute_child(view_class, original, self, *args)
+def _execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
+    if isinstance(process, _popen.Popen):  # errand_boy's own, for a preexec_fn
+        original(process, *args)
+    else:
+        _start.execute(process, args, original)
 
-        return _execute_child
 
-    _replace(owner, "_execute_child", execute_child)
-    _replace(owner, "_internal_poll", _with_original(_adapter.internal_poll))
-    _replace(owner, "_wait", _with_original(_adapter.wait))
-    _replace(owner, "send_signal", _with_original(_adapter.send_signal))
+def _patch_class(owner: type, execute_child: Callable[..., None]) -> None:
+    _replace(owner, "_execute_child", _with_original(execute_child))
+    _replace(owner, "_internal_poll", _with_original(_child.internal_poll))
+    _replace(owner, "_wait", _with_original(_child.wait))
+    _replace(owner, "send_signal", _with_original(_child.send_signal))
 
 
 def _with_original(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +86,7 @@ def _with_original(function: Callable[..., Any]) -> Callable[..., Any]:
 def _patch_eventlet(module: ModuleType) -> None:
     from errand_boy import eventlet  # noqa: PLC0415
 
-    _patch_class(module.Popen, eventlet._View)
+    _patch_class(module.Popen, eventlet.execute_child)
     _replace(module.Popen, "wait", _with_original(eventlet.wait))
     _patch_stdlib()
 
@@ -103,7 +101,7 @@ def _patch_gevent(module: ModuleType) -> None:
 
 
 async def _make_subprocess_transport(loop: Any, *args: Any, **kwargs: Any) -> Any:
-    from errand_boy.asyncio import make_transport  # noqa: PLC0415
+    from errand_boy._asyncio_transport import make_transport  # noqa: PLC0415
 
     return await make_transport(loop, *args, **kwargs)
 

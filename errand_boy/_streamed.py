@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import signal
 import socket
 import threading
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 
 from errand_boy import _helper
-from errand_boy._adapter import sending
+from errand_boy._child import ready
 from errand_boy._connection import Connection
 from errand_boy._frame import MOST_ATTEMPTS, acquire
 from errand_boy._stream import Ended, Event, Lost, Output, Started, Stream
@@ -138,8 +137,8 @@ class StreamedCommand:
             connection.pool.owns_children = True
             with self._lock:
                 self._connection = connection
-            for _ in sending(connection, spawn_frame):
-                _wait(connection.sock, False, True, None)
+            for _ in spawn_frame.sending():
+                ready(connection.sock.fileno(), None, reading=False, writing=True)
         except BaseException as error:
             with self._lock:
                 self._connection = spawn_frame.connection  # an interrupt may have come before
@@ -181,7 +180,7 @@ class StreamedCommand:
 
 def _exchange(sock: socket.socket, stream: Stream, seconds: float | None) -> Iterable[Event]:
     """Wait for so long until data can be moved, move it, and return what it tells."""
-    if not _wait(sock, True, bool(stream.unsent), seconds):
+    if not ready(sock.fileno(), seconds, writing=bool(stream.unsent)):
         return ()
     if stream.unsent:
         _send(sock, stream)
@@ -198,13 +197,3 @@ def _send(sock: socket.socket, stream: Stream) -> None:
     # Of one that has gone, the reader sees why.
     with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
         stream.count_sent(sock.send(stream.unsent, _FLAGS))
-
-
-def _wait(sock: socket.socket, reading: bool, writing: bool, seconds: float | None) -> bool:
-    """Wait, as the process's select module does: under gevent and eventlet others go on."""
-    if not hasattr(select, "poll"):  # eventlet has taken it away; its select knows no limit
-        files = [sock] if reading else [], [sock] if writing else []
-        return any(select.select(*files, [], seconds))
-    poll = select.poll()
-    poll.register(sock, reading * select.POLLIN | writing * select.POLLOUT)
-    return bool(poll.poll(None if seconds is None else seconds * 1000))

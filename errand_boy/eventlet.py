@@ -24,11 +24,8 @@ from eventlet.green.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _adapter, _child
-from errand_boy._connection import Connection
-from errand_boy._frame import SpawnFrame
+from errand_boy import _child, _driver, _start
 from errand_boy._functions import rebind
-from errand_boy._wire import Failed, Spawned
 
 __all__ = [
     "DEVNULL",
@@ -65,7 +62,7 @@ class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
         execute_child(_Base._execute_child, self, *args)
 
     def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:
-        return _adapter.internal_poll(_Base._internal_poll, self, *args, **kwargs)
+        return _child.internal_poll(_Base._internal_poll, self, *args, **kwargs)
 
     def wait(self, timeout: float | None = None, check_interval: float = 0.01) -> int:
         """Wait for the process to end, at most `timeout` seconds; return its return code.
@@ -76,7 +73,7 @@ class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
-        _adapter.send_signal(_Base.send_signal, self, sig)
+        _child.send_signal(_Base.send_signal, self, sig)
 
 
 _functions = rebind(Popen, subprocess)
@@ -90,7 +87,7 @@ run = _functions["run"]
 
 def execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
     """Start a command for an eventlet.green.subprocess.Popen of any class."""
-    _adapter.execute_child(_View, original, process, *args)
+    _start.execute(process, args, original, driver=_driver.BLOCKING if _in_hub() else _HUB)
 
 
 def wait(
@@ -100,10 +97,10 @@ def wait(
     check_interval: float = 0.01,
 ) -> int:
     """Return the return code; see Popen.wait. eventlet's own looks from time to time."""
-    known = process.returncode is not None or vars(process).get("_connection") is not None
+    known = process.returncode is not None or _child.helper_child(process) is not None
     while not (known or _in_hub()):
         try:
-            if not _child.wait(process, _HOUR if timeout is None else timeout, _readable):
+            if not _child.wait_by_pidfd(process, _HOUR if timeout is None else timeout, _readable):
                 break
         except TimeoutExpired:
             if timeout is not None:
@@ -123,28 +120,20 @@ def _readable(fd: int, seconds: float) -> None:
         hubs.trampoline(fd, read=True, timeout=seconds, timeout_exc=_NotReadableError)
 
 
-class _View(_adapter.GreenAdapter):
-    def _await_start(self, start: object) -> tuple[int, int] | None:
-        if _in_hub():
-            return _adapter.Adapter._await_start(self, start)
-        return super()._await_start(start)
+def _wait(fd: int, writing: bool) -> None:
+    hubs.trampoline(fd, read=not writing, write=writing)
 
-    def _pause(self, seconds: float) -> None:
-        eventlet.sleep(seconds)
 
-    def _outcome(self, connection: Connection, spawn_frame: SpawnFrame) -> Spawned | Failed:
-        if _in_hub():
-            return connection.outcome(spawn_frame)
-        return super()._outcome(connection, spawn_frame)
+def _run(steps: Any) -> None:
+    _driver.run(steps, eventlet.sleep, _wait)
 
-    def _until_readable(self, connection: Connection) -> None:
-        hubs.trampoline(connection.sock.fileno(), read=True)
 
-    def _until_writable(self, connection: Connection) -> None:
-        hubs.trampoline(connection.sock.fileno(), write=True)
+def _conclude(process: Any, steps: Any) -> None:
+    # A greenlet's Timeout must not make the others wait.
+    eventlet.spawn_n(_run, steps)
 
-    def _spawn(self, function: Callable[..., None], *args: Any) -> None:
-        eventlet.spawn_n(function, *args)
+
+_HUB = _driver.Driver(_run, _conclude)
 
 
 def _in_hub() -> bool:

@@ -31,11 +31,9 @@ from gevent.subprocess import (
     list2cmdline,
 )
 
-from errand_boy._adapter import GreenAdapter
-from errand_boy._connection import Connection
+from errand_boy import _driver, _start
+from errand_boy._child import HelperChild, helper_child
 from errand_boy._functions import rebind
-from errand_boy._request import Request
-from errand_boy._wire import Failed, Reply, Spawned
 
 __all__ = [
     "DEVNULL",
@@ -103,13 +101,26 @@ run = _functions["run"]
 def execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
     """Start a command; `args` are those of gevent's _execute_child."""
     before, after, process_group = args[:7], args[8:-1], args[-1]  # but for universal_newlines
-    view: Any = _View(process, partial(original, process, *args))
-    view._execute_child(*before, *after, -1 if process_group is None else process_group)
+    given = (*before, *after, -1 if process_group is None else process_group)
+    is_ours = True
+
+    def execute_original(process: Any, *given: Any) -> None:
+        nonlocal is_ours
+        is_ours = False
+        original(process, *args)
+
+    _unblock(given)
+    with _collecting(process._loop):
+        try:
+            _start.execute(process, given, execute_original, driver=_HUB)
+        finally:
+            if is_ours:
+                _watch(process)
 
 
 def internal_poll(original: Callable[..., int | None], process: Any) -> int | None:
     """Return the return code, or None; where the helper owns the child, after a look for it."""
-    if vars(process).get("_connection") and process.returncode is None:
+    if helper_child(process) is not None and process.returncode is None:
         gevent.sleep(0)
     return _forget(process, original(process))
 
@@ -131,91 +142,76 @@ def _forget(process: Any, returncode: int | None) -> int | None:
 
 def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
     """Send a signal, through the helper where that owns the child."""
-    if not vars(process).get("_connection"):
+    child = helper_child(process)
+    if child is None:
         original(process, sig)
     elif process.returncode is None:
-        _View(process)._send_signal_frame(process.pid, sig)
+        child.send_signal(process.pid, sig)
 
 
-class _View(GreenAdapter):
-    def _start_here(self, request: Request) -> Failed | None:
-        _unblock(request)
-        with _collecting(self._process._loop):
-            try:
-                return super()._start_here(request)
-            finally:
-                if self._child_created:
-                    self._watch(self.pid)
-
-    def _start(self, request: Request) -> Spawned | Failed | None:
-        _unblock(request)
-        with _collecting(self._process._loop):
-            return super()._start(request)
-
-    def _pause(self, seconds: float) -> None:
-        gevent.sleep(seconds)
-
-    def _until_readable(self, connection: Connection) -> None:
-        with _kept_after_fork(connection) as fd:
-            wait_read(fd)
-
-    def _until_writable(self, connection: Connection) -> None:
-        with _kept_after_fork(connection) as fd:
-            wait_write(fd)
-
-    def _spawn(self, function: Callable[..., None], *args: Any) -> None:
-        gevent.spawn(function, *args)
-
-    def _conclude(self, connection: Connection) -> None:
-        with _collecting(self._process._loop):
-            super()._conclude(connection)
-
-    def _take(self, reply: Reply, connection: Connection) -> None:
-        super()._take(reply, connection)
-        if not isinstance(reply, Spawned):
-            return
-        if self._connection is not None:
-            gevent.spawn(self._attend)
-        else:
-            self._watch(reply.pid)
-
-    def _watch(self, pid: int) -> None:
-        loop = self._process._loop
-        if not loop.default:
-            loop = _Elsewhere(loop)
-        elif _is_reaped(pid):
-            loop = _Reaped(loop)
-        # Nothing has been forked: this is how gevent wants to be told of a child.
-        fork_and_watch(self._process._on_child, loop, True, lambda: pid)
-
-    def _attend(self) -> None:
-        """Await the end of a child that the helper owns."""
-        while (connection := self._connection) is not None:
-            try:
-                self._await_exit(0.0)
-            except TimeoutError:
-                self._until_readable(connection)
-            except OSError:  # the helper has gone: returncode says so
-                break
-        self._process.result.set(self.returncode)
+def _wait(fd: int, writing: bool) -> None:
+    # Of a copy: a forked process closes its own of connections; but there are copies of the
+    # greenlets that wait for them too, and libuv aborts where it is to watch a closed descriptor.
+    copy = os.dup(fd)
+    try:
+        (wait_write if writing else wait_read)(copy)
+    finally:
+        posix.close(copy)
 
 
-def _unblock(request: Request) -> None:
+def _conclude(process: Any, steps: Any) -> None:
+    # A greenlet's Timeout must not make the others wait.
+    gevent.spawn(_conclude_now, process, steps)
+
+
+def _conclude_now(process: Any, steps: Any) -> None:
+    with _collecting(process._loop):
+        _run(steps)
+        _watch(process)
+
+
+def _run(steps: Any) -> None:
+    _driver.run(steps, gevent.sleep, _wait)
+
+
+_HUB = _driver.Driver(_run, _conclude)
+
+
+def _watch(process: Any) -> None:
+    """Have gevent told of the end of a child, if there is one."""
+    if not vars(process).get("_child_created"):
+        return
+    child = helper_child(process)
+    if child is not None:
+        gevent.spawn(_attend, process, child)
+        return
+    loop, pid = process._loop, process.pid
+    if not loop.default:
+        loop = _Elsewhere(loop)
+    elif _is_reaped(pid):
+        loop = _Reaped(loop)
+    # Nothing has been forked: this is how gevent wants to be told of a child.
+    fork_and_watch(process._on_child, loop, True, lambda: pid)
+
+
+def _attend(process: Any, child: HelperChild) -> None:
+    """Await the end of a child that the helper owns."""
+    while (connection := child.connection) is not None:
+        try:
+            child.wait(0.0)
+        except TimeoutError:
+            _wait(connection.sock.fileno(), False)
+        except OSError:  # the helper has gone: it counts as killed
+            break
+    process._handle_exitstatus(child.status)
+    process.result.set(process.returncode)
+
+
+def _unblock(given: tuple[Any, ...]) -> None:
     # As gevent's own children have it, which share the flag with us.
-    for number, fd in enumerate(request.standard):
+    for number, fd in enumerate((given[10], given[13], given[15])):
         with contextlib.suppress(OSError):
             os.set_blocking(number if fd == -1 else fd, True)
-
-
-@contextmanager
-def _kept_after_fork(connection: Connection) -> Iterator[int]:
-    # A forked process closes its copies of connections; but there are copies of the greenlets that
-    # wait for them too, and libuv aborts where it is to watch a closed descriptor.
-    fd = os.dup(connection.sock.fileno())
-    try:
-        yield fd
-    finally:
-        posix.close(fd)
 
 
 # -- children that are reaped before they are known --

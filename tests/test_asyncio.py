@@ -31,7 +31,7 @@ from guard import Guard
 
 import errand_boy
 import errand_boy.asyncio as ours
-from errand_boy import _helper, _popen
+from errand_boy import _asyncio_loop, _asyncio_transport, _helper, _start
 
 T = TypeVar("T")
 
@@ -310,7 +310,7 @@ def test_errors_of_shell_commands(run: Runner) -> None:
 
 
 def test_preexec_fn_goes_the_standard_library_s_way(run: Runner, unchanged: None) -> None:
-    _popen._warned.clear()
+    _start._warned.clear()
 
     async def main() -> None:
         with pytest.warns(RuntimeWarning, match="makes Popen fork"):
@@ -342,7 +342,7 @@ def test_raw_protocol(run: Runner, spawn: str, unchanged: None) -> None:
     over = asyncio.Event()
 
     async def main() -> None:
-        transport = await ours.make_transport(
+        transport = await _asyncio_transport.make_transport(
             asyncio.get_running_loop(), Protocol(), ["echo", "a"], False, None, ours.PIPE, None, 0
         )
         assert transport.get_extra_info("subprocess").pid == transport.get_pid()
@@ -370,7 +370,7 @@ def test_each_protocol_is_called_in_the_context_of_its_start(run: Runner, spawn:
     async def main() -> None:
         async def one(number: int) -> None:
             start.set(number)
-            make = ours.make_transport
+            make = _asyncio_transport.make_transport
             loop = asyncio.get_running_loop()
             transport = await make(loop, Protocol(number), ["true"], False, None, None, None, 0)
             await transport._wait()
@@ -392,7 +392,7 @@ def test_without_epoll(run: Runner, spawn: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_descriptor_that_is_watched_is_closed(run: Runner) -> None:
     async def main() -> None:
-        readers = ours._readers_of(asyncio.get_running_loop())
+        readers = _asyncio_loop.readers_of(asyncio.get_running_loop())
         for _ in range(2):  # the number is given anew
             reader, writer = os.pipe()
             readers.add_reader(reader, lambda: None)
@@ -439,7 +439,7 @@ def test_cancelled_in_a_slow_exec(run: Runner, tmp_path: Path, unchanged: None) 
         with pytest.raises(asyncio.CancelledError):
             await start
         guard.release()
-        while ours._cancelled_starts:
+        while _asyncio_transport._cancelled_starts:
             await ticks(1)
         os.close(reader)
 
@@ -585,13 +585,13 @@ def test_loop_closed_before_pipes_are_connected(
     run: Runner, spawn: str, unchanged: None, monkeypatch: pytest.MonkeyPatch, output: int | None
 ) -> None:
     loop = run.new_loop()
-    make = ours._Transport.__init__
+    make = _asyncio_transport._Transport.__init__
 
     def make_and_stop(*args: Any) -> None:
         make(*args)
         loop.stop()
 
-    monkeypatch.setattr(ours._Transport, "__init__", make_and_stop)
+    monkeypatch.setattr(_asyncio_transport._Transport, "__init__", make_and_stop)
     with warnings.catch_warnings(record=True) as kept:
         warnings.simplefilter("always")
         start = loop.create_task(ours.create_subprocess_exec("sleep", "60", stdout=output))

@@ -294,8 +294,9 @@ def test_connection_does_not_go_back_while_a_signal_is_sent(client: Client) -> N
     """Else the signal could get into the middle of another command's request."""
     client.close()
     process = client.Popen(["sleep", "100"])
-    assert process._connection is not None
-    connection = process._connection
+    assert process._helper_child is not None
+    connection = process._helper_child.connection
+    assert connection is not None
     waiter = threading.Thread(target=process.wait)
     waiter.start()
     with connection.lock:

@@ -210,7 +210,7 @@ async def start():
 async def main():
     first = await start()
     refuse(CLOSE_RANGE, errno.ENOSYS)
-    errand_boy.asyncio._Popen._patience = 0  # pending, then
+    errand_boy._asyncio_transport._DRIVER.patience_us = 0  # pending, then
     return [first, await start(), await start()]
 report([asyncio.run(main()), len(os.listdir("/proc/self/fd")) - before])
 """

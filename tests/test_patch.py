@@ -11,16 +11,16 @@ import pytest
 from conftest import run_script, script_environment
 
 COUNT = """
-import errand_boy, errand_boy._popen
+import errand_boy, errand_boy._helper_start
 starts = []
-def count(name):
-    original = getattr(errand_boy._popen.Popen, name)
+def count(module, name):
+    original = getattr(module, name)
     def counting(*args):
         starts.append(1)
         return original(*args)
-    setattr(errand_boy._popen.Popen, name, counting)
-count("_start_here")
-count("_ask")
+    setattr(module, name, counting)
+count(errand_boy._direct, "spawn")
+count(errand_boy._helper_start, "by_helper")
 def through_us(function):
     del starts[:]
     value = function()
@@ -34,7 +34,7 @@ def test_everything_of_subprocess(spawn: str) -> None:
         + """
 from subprocess import Popen, PIPE, check_output, run
 class Mine(Popen):
-    _start = _take = _lease_of = None  # names that are none of our business
+    _start = _take = _child = None  # names that are none of our business
     def send_signal(self, sig):
         self.sent = sig
         super().send_signal(sig)

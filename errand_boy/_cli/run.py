@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 
 import errand_boy
-from errand_boy import _popen, _remote
+from errand_boy import _client, _popen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(argv: Sequence[str], socket: str | None = None) -> int:
             return 125
         print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
         return 127 if isinstance(error, FileNotFoundError) else 126
-    if not isinstance(process, _remote.Popen):
+    if not isinstance(process, _client.Popen):
         for number in _JOB_CONTROL & forwarded:
             signal.signal(number, signal.SIG_DFL)
         forwarded -= _JOB_CONTROL
@@ -64,7 +64,7 @@ def run(argv: Sequence[str], socket: str | None = None) -> int:
     while process.returncode is None:
         info = signal.sigwaitinfo(awaited)
         # A positive code: the kernel's, for the terminal, which has told a child of our own too.
-        by_terminal = info.si_code > 0 and not isinstance(process, _remote.Popen)
+        by_terminal = info.si_code > 0 and not isinstance(process, _client.Popen)
         if info.si_signo != signal.SIGCHLD and not by_terminal:
             _forward(process, info.si_signo)
     waiter.join()
@@ -92,7 +92,7 @@ def _await_end(process: _popen.Popen[Any], failures: list[OSError]) -> None:
 
 
 def _forward(process: _popen.Popen[Any], number: int) -> None:
-    if not isinstance(process, _remote.Popen):
+    if not isinstance(process, _client.Popen):
         process.send_signal(number)
         return
     process.send_group_signal(number)

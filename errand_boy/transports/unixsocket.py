@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from resource import struct_rusage
     from typing import Any
 
-    from errand_boy import _remote
     from errand_boy._capture import Captured
     from errand_boy._client import Client
 
@@ -33,7 +32,7 @@ class UNIXSocketTransport:
         input: Any = None,
         timeout: float | None = None,
         **options: Any,
-    ) -> tuple[_remote.Popen[Any] | Ended, Any, Any]:
+    ) -> tuple[_client.Popen[Any] | Ended, Any, Any]:
         """Run a shell command line with `input`; return its process, output and error output.
 
         Both are text, unless the options, which are Popen's, say otherwise. Raises
@@ -53,7 +52,7 @@ class UNIXSocketTransport:
                 raise
         return process, stdout, stderr
 
-    def Popen(self, command_string: Any, **options: Any) -> _remote.Popen[Any]:
+    def Popen(self, command_string: Any, **options: Any) -> _client.Popen[Any]:
         """Start a shell command line, its standard streams pipes of text; return its process.
 
         The options are those of the client's Popen, and go before all this. A list is a command of

@@ -255,7 +255,8 @@ def replace_asyncio(undo: ExitStack) -> None:
         for name in "create_subprocess_exec", "create_subprocess_shell":
             undo.enter_context(mock.patch.object(module, name, getattr(ours, name)))
     loop: Any = asyncio.SelectorEventLoop
-    undo.enter_context(mock.patch.object(loop, "_make_subprocess_transport", ours.make_transport))
+    make: Any = importlib.import_module("errand_boy._asyncio_transport").make_transport
+    undo.enter_context(mock.patch.object(loop, "_make_subprocess_transport", make))
 
 
 def use_uvloop(undo: ExitStack, replaced: bool) -> None:

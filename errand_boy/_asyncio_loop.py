@@ -1,0 +1,141 @@
+"""What starts need of an asyncio loop: turns, many readers, and a driver of their steps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import select
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+_STARTS_IN_A_TURN = 4
+
+# Those that are awaited. When a coroutine is found to be garbage, with its loop, its start can only
+# be concluded if the connection has not been finalized before.
+_driven: dict[int, Any] = {}
+
+
+async def drive(steps: Any) -> None:
+    """Run the steps of a start to their end (see _start). Raises what they do."""
+    loop = asyncio.get_running_loop()
+    _driven[id(steps)] = steps
+    try:
+        for wanted in steps:
+            if isinstance(wanted, float):
+                await asyncio.sleep(wanted)
+            else:
+                await _ready(loop, *wanted)
+    finally:
+        steps.close()
+        del _driven[id(steps)]
+
+
+async def _ready(loop: asyncio.AbstractEventLoop, fd: int, writing: bool) -> None:
+    ready = loop.create_future()
+
+    def tell() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    readers = readers_of(loop)
+    (loop.add_writer if writing else readers.add_reader)(fd, tell)
+    try:
+        await ready
+    finally:
+        (loop.remove_writer if writing else readers.remove_reader)(fd)
+
+
+class _Turns:
+    """Spreads the starts of a loop over its turns: many at once must leave time for others."""
+
+    def __init__(self) -> None:
+        self._count = 0  # in this turn
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until a start may begin."""
+        if self._count < _STARTS_IN_A_TURN:
+            if not self._count:
+                loop.call_soon(self._next, loop)
+            self._count += 1
+        else:
+            turn = loop.create_future()
+            self._waiting.append(turn)
+            await turn
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._count = 0
+        while self._waiting and self._count < _STARTS_IN_A_TURN:
+            turn = self._waiting.popleft()
+            if not turn.done():  # cancelled
+                turn.set_result(None)
+                self._count += 1
+        if self._count:
+            loop.call_soon(self._next, loop)
+
+
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = weakref.WeakKeyDictionary()
+
+
+async def take_turn(loop: asyncio.AbstractEventLoop) -> None:
+    """Wait until a start may begin in this loop."""
+    turns = _turns.get(loop)
+    if turns is None:
+        # Whose waiting starts would keep them for ever. From a copy of the dictionary's keys, since
+        # other threads add their loops meanwhile.
+        for reference in _turns.keyrefs():
+            other = reference()
+            if other is not None and other.is_closed():
+                _turns.pop(other, None)
+        turns = _turns.setdefault(loop, _Turns())
+    await turns.take(loop)
+
+
+class _Readers:
+    """A loop's add_reader and remove_reader, for less: the loop watches one epoll for all.
+
+    The loop alone holds this object for long. So what waits in a loop that has been closed and
+    forgotten is found to be garbage.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._epoll = select.epoll()
+        self._calls: dict[int, Callable[[], Any]] = {}
+        # In no context, since the loop would keep that of the first start.
+        contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._look)
+
+    def add_reader(self, fd: int, call: Callable[[], Any]) -> None:
+        self._calls[fd] = call
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def remove_reader(self, fd: int) -> None:
+        # To close it would not do: a forked process may have a copy.
+        if self._calls.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):  # it has been closed under us
+                self._epoll.unregister(fd)
+
+    def _look(self) -> None:
+        for fd, _ in self._epoll.poll(0, max(1, len(self._calls))):
+            call = self._calls.get(fd)
+            if call is not None:  # else one before it has removed it
+                call()
+
+
+_readers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Readers]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def readers_of(loop: asyncio.AbstractEventLoop) -> _Readers | asyncio.AbstractEventLoop:
+    """Return what has the loop's add_reader and remove_reader."""
+    if not hasattr(select, "epoll"):  # eventlet takes it away
+        return loop
+    known = _readers.get(loop)
+    readers = None if known is None else known()
+    if readers is None:
+        readers = _Readers(loop)
+        _readers[loop] = weakref.ref(readers)
+    return readers

@@ -1,0 +1,114 @@
+"""A start by a helper: the request goes over a connection, and the outcome comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import posix
+import socket
+from collections.abc import Generator
+
+from errand_boy._child import HelperChild, helper_child
+from errand_boy._connection import Connection
+from errand_boy._driver import Driver
+from errand_boy._frame import MOST_ATTEMPTS, acquire
+from errand_boy._request import Request
+from errand_boy._wire import Failed, Reply, Spawned
+from errand_boy.errors import ErrandBoyError, HelperError, NotServedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._driver import Outcome, Steps, Wait
+
+
+def by_helper(process: Any, request: Request, source: Any, driver: Driver) -> Outcome:
+    """Have a helper start a command, and return the outcome."""
+    for _ in range(MOST_ATTEMPTS):
+        if not driver.blocking:
+            yield from source.until_reachable()
+        spawn_frame = acquire()
+        connection: Any = None
+        is_sent = False
+        try:
+            try:
+                connection = source.acquire(request, spawn_frame)
+                if not driver.blocking:
+                    yield from spawn_frame.sending()
+                elif not spawn_frame.is_sent:
+                    connection.send(spawn_frame.rest, spawn_frame.fds)
+            finally:
+                connection = spawn_frame.connection
+                is_sent = connection is not None and not spawn_frame.rest
+                spawn_frame.done()
+            reply = yield from _answer(connection, driver)
+            _take(process, connection, reply)
+        except NotServedError:
+            connection.discard()
+        except ErrandBoyError:
+            if connection is not None:
+                connection.close()
+            raise
+        except BaseException:
+            if connection is not None and not vars(process).get("_child_created"):
+                _interrupt(process, connection, is_sent, source, driver)
+            raise
+        else:
+            if helper_child(process) is None:
+                connection.give_back()
+            return reply if isinstance(reply, Failed) else None
+    raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
+
+
+def _answer(connection: Connection, driver: Driver) -> Generator[Wait, None, Spawned | Failed]:
+    while True:
+        yield connection.sock.fileno(), False
+        try:
+            return connection.answer(None if driver.blocking else 0.0)
+        except TimeoutError:  # only a part of it has come
+            if driver.blocking:  # it is a signal handler's
+                raise
+
+
+def _take(process: Any, connection: Connection, reply: Reply) -> None:
+    """Make the outcome the process's own; calling it again has no effect."""
+    if isinstance(reply, Spawned):
+        if reply.by_helper and helper_child(process) is None:
+            process._helper_child = HelperChild(connection)
+        process.pid = reply.pid
+        process._child_created = True
+    elif isinstance(reply, Failed) and reply.pid > 0:
+        with contextlib.suppress(ChildProcessError):  # somebody waited for any child
+            posix.waitpid(reply.pid, 0)
+
+
+def _interrupt(
+    process: Any, connection: Connection, is_sent: bool, source: Any, driver: Driver
+) -> None:
+    """Have what became of a request whose start was interrupted, if anything may have."""
+    if not is_sent and not driver.blocking:  # exact, since the exception came while it waited
+        connection.close()
+    elif source.is_daemon and not driver.ends_interrupted:
+        # The outcome, which might be long in coming where commands wait for their turn, is of no
+        # use: the child is not ours to wait for. One that waits for its turn is withdrawn by this.
+        connection.close()
+    else:
+        driver.conclude(process, _conclude(process, connection, driver))
+
+
+def _conclude(process: Any, connection: Connection, driver: Driver) -> Steps:
+    """Take the outcome after all: a child must be waited for."""
+    try:
+        reply = connection.reply
+        if reply is None:
+            if driver.blocking:
+                # The helper answers what came whole, then closes: this wait is bounded.
+                connection.sock.shutdown(socket.SHUT_WR)
+            reply = yield from _answer(connection, driver)
+        _take(process, connection, reply)
+    except (NotServedError, OSError):
+        pass
+    finally:
+        if helper_child(process) is None:
+            connection.close()

@@ -1,0 +1,239 @@
+"""One start of a command, on whichever way, and whoever waits for it.
+
+`begin` goes as far as that gets without waiting, and returns the rest as a generator for a driver.
+What was sent to a helper when a start is interrupted is concluded, so that no child is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posix
+import sys
+import warnings
+from collections.abc import Callable
+
+from errand_boy import _direct, _request, _ways, _wire
+from errand_boy._driver import BLOCKING, Driver
+from errand_boy._native import lib
+from errand_boy._request import Request
+from errand_boy._wire import Failed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._connection import Connection
+    from errand_boy._driver import Outcome, Steps
+    from errand_boy._frame import SpawnFrame
+
+_LOOK = 100_000  # microseconds, after which a start that is pending is looked at whatever happens
+
+
+class Local:
+    """Starts commands in this process, or by its helper."""
+
+    default_group = -1  # the caller's
+    is_daemon = False
+    way = staticmethod(_ways.way)
+
+    def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
+        from errand_boy import _helper  # noqa: PLC0415  most processes need none
+
+        return _helper.launcher.acquire(request, spawn_frame)
+
+    def until_reachable(self) -> Steps:
+        from errand_boy import _helper  # noqa: PLC0415
+
+        return _helper.launcher.until_reachable()
+
+    def check_function(self, preexec_fn: Callable[[], Any]) -> None:
+        """Warn that a `preexec_fn` can't be sent."""
+        _warn_of_fork(preexec_fn)
+
+
+LOCAL: Local = Local()
+
+
+def execute(
+    process: Any,
+    given: tuple[Any, ...],
+    original: Callable[..., None],
+    source: Any = LOCAL,
+    driver: Driver = BLOCKING,
+    more: bytes = b"",
+) -> None:
+    """Start a command; the arguments are those of `begin`."""
+    steps = begin(process, given, original, source, driver, more)
+    if steps is not None:
+        driver.run(steps)
+
+
+def begin(
+    process: Any,
+    given: tuple[Any, ...],
+    original: Callable[..., None],
+    source: Any,
+    driver: Driver,
+    more: bytes,
+) -> Steps | None:
+    """Start a command as far as that goes without waiting; return the rest, or None.
+
+    `process` is of any class; its `pid` and `_child_created` are set as soon as there is a child,
+    and `_helper_child` where a helper owns that. `given` are the arguments of subprocess.Popen's
+    _execute_child, `original` is the method that is called with both where this is not our way.
+    `source` is Local or a daemon; `more` are options for the request.
+    """
+    # Follows CPython's _execute_child of 3.13, which gives the reasons.
+    args: Any
+    (
+        args, executable, preexec_fn, close_fds, pass_fds, cwd, env, _, _, shell,
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
+        restore_signals, gid, gids, uid, umask, start_new_session,
+    ) = given[:22]  # fmt: skip
+    process_group = given[22] if len(given) > 22 else -1  # Python 3.11
+    if preexec_fn is os.setsid:
+        start_new_session = True
+    elif preexec_fn is os.setpgrp:
+        process_group = 0
+    elif preexec_fn is not None:
+        source.check_function(preexec_fn)
+        original(process, *given)
+        return None
+    has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
+    way = source.way(has_ids)
+    if way == "subprocess":
+        original(process, *given)
+        return None
+
+    args = _request.arguments(args, shell, executable)
+    if executable is None:
+        executable = args[0]
+    sys.audit("subprocess.Popen", executable, args, cwd, env)
+
+    settings, flags = _request.settings(
+        env=env,
+        cwd=cwd,
+        restore_signals=restore_signals,
+        umask=umask,
+        start_new_session=start_new_session,
+        process_group=process_group,
+        default_group=source.default_group,
+        gids=gids,
+        gid=gid,
+        uid=uid,
+    )
+    options = _request.command(args, executable, env) + more + settings
+    standard = _request.standard(p2cread, c2pwrite, errwrite)
+    others = _request.others(pass_fds) if pass_fds else []
+
+    names = executable, cwd
+    if way != "direct":
+        if not close_fds:
+            others = _request.with_inheritable(others)
+        request = Request(options, standard, others, flags)
+        from errand_boy import _helper_start  # noqa: PLC0415  most processes need none
+
+        steps = _helper_start.by_helper(process, request, source, driver)
+        return _finish(process, given, names, steps)
+
+    if not close_fds:
+        flags |= lib.EB_KEEP_FILES
+    null = vars(process).get("_devnull")
+    if p2cwrite != -1 or p2cread == null:
+        flags |= lib.EB_OWN_STDIN
+    if c2pread != -1 or c2pwrite == null:
+        flags |= lib.EB_OWN_STDOUT | (lib.EB_OWN_STDERR if errwrite == c2pwrite else 0)
+    if errread != -1 or errwrite == null:
+        flags |= lib.EB_OWN_STDERR
+    outcome = _direct.spawn(process, options, *standard, others, flags, driver.patience_us)
+    if outcome is None:
+        if standard != (-1, -1, -1):
+            close_ends(process, given)
+        return None
+    steps = _directly(process, given, original, source, driver, outcome)
+    return _finish(process, given, names, steps)
+
+
+def close_ends(process: Any, given: tuple[Any, ...]) -> None:
+    """Close the child's ends of the pipes, unless that has been done."""
+    if process._closed_child_pipe_fds:
+        return
+    p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = given[10:16]
+    null: int | None = getattr(process, "_devnull", None)
+    # Not os.close: gevent's closes later, which may be too late for an end-of-file.
+    for ours, theirs in (p2cwrite, p2cread), (c2pread, c2pwrite), (errread, errwrite):
+        if ours != -1 and theirs not in (-1, null):
+            posix.close(theirs)
+    if null is not None:
+        posix.close(null)
+    process._closed_child_pipe_fds = True
+
+
+def _finish(process: Any, given: tuple[Any, ...], names: tuple[Any, Any], steps: Outcome) -> Steps:
+    """Raise what subprocess does if the outcome of `steps` is a failure."""
+    executable, cwd = names
+    try:
+        failed = yield from steps
+    except OSError as error:
+        if error.errno == errno.E2BIG and error.filename is None:
+            raise OSError(error.errno, error.strerror, executable) from None
+        raise
+    if failed is not None:
+        raise _wire.spawn_error(failed, executable, cwd)
+    close_ends(process, given)
+
+
+def _directly(
+    process: Any,
+    given: tuple[Any, ...],
+    original: Callable[..., None],
+    source: Any,
+    driver: Driver,
+    outcome: Any,
+) -> Outcome:
+    """Await the outcome of a start in this process; `outcome` is what `_direct.spawn` returned."""
+    if not isinstance(outcome, tuple):
+        start, pauses = outcome, _direct.pauses()
+        look = _LOOK if driver.blocking else 0
+        try:
+            while (outcome := _direct.await_spawn(process, start, look)) is start:
+                if not driver.blocking:
+                    yield next(pauses)
+        finally:
+            _direct.leave_spawn(start)
+        if outcome is None:
+            return None
+    failed = Failed(0, *outcome)
+    if not _wire.is_refused(failed):
+        return failed
+    _direct.give_up()
+    source.way(False)  # raises where the direct way is forced
+    original(process, *given)
+    return None
+
+
+_warned: set[tuple[str, int]] = set()
+
+
+def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
+    modules = ("subprocess", "gevent.subprocess", "eventlet.green.subprocess")
+    files = [sys.modules[name].__file__ or "" for name in modules if name in sys.modules]
+    inside = (os.path.dirname(__file__) + os.sep, *files)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame = frame.f_back
+        level += 1
+    # Not left to the warnings module: os.get_exec_path resets its memory with each command.
+    place = (frame.f_code.co_filename, frame.f_lineno)
+    if place in _warned:
+        return
+    _warned.add(place)
+    name = getattr(preexec_fn, "__qualname__", repr(preexec_fn))
+    warnings.warn(
+        f"preexec_fn={name} makes Popen fork this process. Use user=, group=, extra_groups=, "
+        "umask=, cwd=, start_new_session= or process_group= instead, or start a small program that "
+        "does it and then executes the command",
+        RuntimeWarning,
+        stacklevel=level,
+    )
