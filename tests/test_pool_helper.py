@@ -1236,7 +1236,9 @@ def test_start_that_cannot_be_watched_holds_up_nobody(pool: Pool, public_dir: Pa
             assert ended(client) == 0
 
 
-def test_failed_start_whose_process_does_not_go_holds_up_nobody(pool: Pool, witness: Client) -> None:
+def test_failed_start_whose_process_does_not_go_holds_up_nobody(
+    pool: Pool, witness: Client
+) -> None:
     """A traced process is its tracer's first; only then the helper can wait for it."""
     ptrace_seize = 0x4206
     libc = ctypes.CDLL(None, use_errno=True)
