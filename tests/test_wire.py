@@ -142,6 +142,15 @@ def test_python_has_the_size_of_the_header() -> None:
     assert _wire.OPENING[0] == 0
 
 
+def test_environment_that_changes_while_a_request_is_built(tmp_path: Path) -> None:
+    names = "caller/caller common/state common/wire spawn/request"
+    sources = [CSRC / f"{name}.c" for name in names.split()]
+    program = tmp_path / "changing"
+    compile_c(program, "-fno-builtin-strlen", HERE / "c" / "changing_environment.c", *sources)
+    done = subprocess.run([program], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "good\n")
+
+
 # Requests
 
 

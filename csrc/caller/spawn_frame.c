@@ -15,6 +15,7 @@ enum {
     KEEP = 64 << 10,        /* bytes of a frame whose memory is kept for the next one */
     MOST_OF_STATE = 2048,   /* bytes of the options that put_state writes */
     OPTION_HEADER = 5,
+    MOST_BUILDS = 100, /* of one frame, while the environment grows */
 };
 
 static void put_option(struct eb_writer *w, enum eb_tag tag, size_t size)
@@ -54,12 +55,40 @@ static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags)
     }
 }
 
-static void put_environment(struct eb_writer *w, size_t size, uint32_t count)
+/* For an option whose size is known when it has been written: returns where that goes. */
+static uint8_t *open_option(struct eb_writer *w, enum eb_tag tag)
 {
-    put_option(w, EB_TAG_ENV, size);
-    eb_put_u32(w, count);
-    for (uint32_t i = 0; i < count; i++)
-        eb_put_bytes(w, environ[i], strlen(environ[i]) + 1);
+    put_option(w, tag, 0);
+    return w->bad ? NULL : w->at - 4;
+}
+
+static void put_number(uint8_t *at, size_t number)
+{
+    struct eb_writer w = eb_writer(at, 4);
+    eb_put_u32(&w, (uint32_t)number);
+}
+
+static void put_environment(struct eb_writer *w)
+{
+    uint8_t *size_at = open_option(w, EB_TAG_ENV);
+    uint32_t count = 0;
+    eb_put_u32(w, 0);
+    for (char **e = environ; e != NULL && *e != NULL; e++, count++) {
+        eb_put_bytes(w, *e, strlen(*e));
+        eb_put_u8(w, 0);
+    }
+    if (w->bad)
+        return;
+    put_number(size_at, (size_t)(w->at - size_at) - 4);
+    put_number(size_at + 4, count);
+}
+
+static size_t size_of_environment(void)
+{
+    size_t size = 4;
+    for (char **e = environ; e != NULL && *e != NULL; e++)
+        size += strlen(*e) + 1;
+    return size;
 }
 
 /* Fills o->fds; returns 0 or ENOMEM. */
@@ -74,8 +103,7 @@ static int collect_fds(struct eb_spawn_frame *o, int found, const struct eb_want
         o->fd_capacity = most;
     }
     uint32_t next = 0, count = 0;
-    uint8_t *size_at = w->at + 1;
-    put_option(w, EB_TAG_FDS, 0);
+    uint8_t *size_at = open_option(w, EB_TAG_FDS);
     for (int number = 0; number < 3; number++) {
         bool kept = next < wanted->other_count && wanted->others[next] == number;
         next += kept;
@@ -91,8 +119,8 @@ static int collect_fds(struct eb_spawn_frame *o, int found, const struct eb_want
         o->fds[count++] = wanted->others[next];
         eb_put_u32(w, (uint32_t)wanted->others[next]);
     }
-    struct eb_writer size = eb_writer(size_at, 4);
-    eb_put_u32(&size, count * 4);
+    if (size_at != NULL)
+        put_number(size_at, count * 4);
     o->fd_count = count;
     return 0;
 }
@@ -110,15 +138,11 @@ static int reserve(struct eb_spawn_frame *o, size_t size)
     return 0;
 }
 
-int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options,
+static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options,
                       size_t options_size, const struct eb_wanted_fds *wanted)
 {
-    size_t environment = 4;
-    uint32_t count = 0;
+    size_t environment = flags & EB_WITH_ENVIRONMENT ? size_of_environment() : 0;
     o->size = o->sent = o->fd_count = 0;
-    if (flags & EB_WITH_ENVIRONMENT)
-        for (char **e = environ; e != NULL && *e != NULL; e++, count++)
-            environment += strlen(*e) + 1;
     size_t most = EB_HEADER_SIZE + options_size + MOST_OF_STATE + OPTION_HEADER + environment +
                   OPTION_HEADER + ((size_t)wanted->other_count + 3) * 4;
     if (most > EB_HEADER_SIZE + (size_t)EB_MAX_FRAME)
@@ -137,13 +161,14 @@ int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const u
     if (!(flags & EB_WITHOUT_STATE))
         put_state(&w, &o->caller, flags);
     if (flags & EB_WITH_ENVIRONMENT)
-        put_environment(&w, environment, count);
+        put_environment(&w);
     error = collect_fds(o, flags & EB_WITHOUT_STANDARD ? 0 : found, wanted, &w);
     if (error != 0)
         return error;
+    if (w.bad) /* the environment has grown since: without the GIL, another thread may change it */
+        return EAGAIN;
     o->size = eb_written(&w);
-    w = eb_writer(o->frame, 4);
-    eb_put_u32(&w, (uint32_t)(o->size - EB_HEADER_SIZE));
+    put_number(o->frame, o->size - EB_HEADER_SIZE);
     if (flags & EB_WITH_CWD) {
         int cwd = O_DIRECTORY | O_CLOEXEC;
 #ifdef O_PATH
@@ -155,6 +180,15 @@ int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const u
         o->fds[o->fd_count++] = o->cwd_fd;
     }
     return 0;
+}
+
+int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options, size_t options_size,
+                         const struct eb_wanted_fds *wanted)
+{
+    int error = EAGAIN;
+    for (int i = 0; i < MOST_BUILDS && error == EAGAIN; i++)
+        error = build(o, found, flags, options, options_size, wanted);
+    return error;
 }
 
 void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd)

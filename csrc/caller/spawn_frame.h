@@ -45,8 +45,9 @@ void eb_spawn_frame_clear(struct eb_spawn_frame *o);
 
 /*
  * Builds the frame, after eb_caller_read has filled `caller` and returned `found`.  `options` are those that
- * the caller has encoded itself.  Returns 0, E2BIG, ENOMEM, or why the working directory cannot be opened.
- * With EB_WITH_ENVIRONMENT it must be called under the GIL, under which os.putenv moves the environment.
+ * the caller has encoded itself.  Returns 0, E2BIG, ENOMEM, why the working directory cannot be opened, or EAGAIN if
+ * other threads do not stop to add to the environment.  With EB_WITH_ENVIRONMENT it must be called under the GIL, under
+ * which os.putenv moves the environment; where there is none, it may change at any time.
  */
 int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options,
                       size_t options_size, const struct eb_wanted_fds *wanted);
