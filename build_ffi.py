@@ -1,7 +1,6 @@
 """The cffi extension ``errand_boy._native``: the protocol's numbers, and the caller's side in C."""
 
 import re
-import sys
 from pathlib import Path
 
 from cffi import FFI
@@ -84,7 +83,7 @@ ffibuilder.set_source(
     define_macros=[("_GNU_SOURCE", None)],
     # A new process that shares the caller's memory must not run the dynamic linker.
     extra_compile_args=["-std=c11", "-fvisibility=hidden"],
-    extra_link_args=["-Wl,-z,relro,-z,now"] if sys.platform == "linux" else [],
+    extra_link_args=["-Wl,-z,relro,-z,now"],
 )
 
 if __name__ == "__main__":

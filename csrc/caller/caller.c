@@ -7,12 +7,10 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#ifdef __linux__
 #include <linux/capability.h>
 #include <linux/kcmp.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
-#endif
 
 static uint64_t hash(uint64_t h, uint64_t value)
 {
@@ -29,8 +27,6 @@ static bool same_file(int fd, uint64_t device, uint64_t inode)
     struct stat info;
     return fd >= 0 && fstat(fd, &info) == 0 && info.st_dev == device && info.st_ino == inode;
 }
-
-#ifdef __linux__
 
 enum { STATUS_SIZE = 16 << 10 };
 
@@ -191,28 +187,6 @@ static bool fs_differs(int helper)
     return syscall(SYS_kcmp, syscall(SYS_gettid), helper, KCMP_FS, 0, 0) > 0;
 }
 
-#else
-
-static int read_identity(struct eb_caller *c)
-{
-    struct eb_identity *id = &c->identity;
-    eb_state_read_signals(&c->state);
-    id->uids[0] = getuid();
-    id->uids[1] = geteuid();
-    id->gids[0] = getgid();
-    id->gids[1] = getegid();
-    id->complete = 1;
-    return 0;
-}
-
-static bool fs_differs(int helper)
-{
-    (void)helper;
-    return false;
-}
-
-#endif
-
 static void read_root(struct eb_caller *c)
 {
     struct stat info;
@@ -238,8 +212,8 @@ static bool fits(struct eb_caller *c, const struct eb_caller *start, int helper)
     for (int i = 0; i < EB_MAX_RLIMITS; i++)
         if (c->state.rlimits[i].rlim_max > start->state.rlimits[i].rlim_max)
             return false;
-    return c->state.nice >= start->state.nice &&
-           memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 && fits_fs(c, start, helper);
+    return c->state.nice >= start->state.nice && memcmp(&c->identity, &start->identity, sizeof c->identity) == 0 &&
+           fits_fs(c, start, helper);
 }
 
 int eb_standard_fds(void)
@@ -253,8 +227,8 @@ int eb_standard_fds(void)
     return found;
 }
 
-int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd,
-                   uint64_t device, uint64_t inode)
+int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd, uint64_t device,
+                   uint64_t inode)
 {
     memset(&c->identity, 0, sizeof c->identity);
     memset(&c->state, 0, sizeof c->state);

@@ -13,8 +13,8 @@ struct eb_identity {
     uint32_t gids[4];
     int32_t no_new_privs, securebits, seccomp, seccomp_filters;
     int32_t pid, sid;
-    int32_t complete;         /* 0: /proc could not be read, some of the above is not known */
-    int32_t unused;           /* keeps the size a multiple of 8 */
+    int32_t complete; /* 0: /proc could not be read, some of the above is not known */
+    int32_t unused;   /* keeps the size a multiple of 8 */
 };
 
 struct eb_caller {
@@ -22,14 +22,14 @@ struct eb_caller {
     struct eb_state state;
     uint32_t umask;
     uint64_t root_device, root_inode; /* 0: not read */
-    int status_fd; /* see caller.c */
+    int status_fd;                    /* see caller.c */
     pid_t status_thread;
     uint64_t status_device, status_inode;
 };
 
 enum {
-    EB_WITH_UMASK = 1,   /* read the umask, which costs a moment of race where /proc does not tell it */
-    EB_WITH_ROOT = 256,  /* read which directory is the root, for a later comparison */
+    EB_WITH_UMASK = 1,  /* read the umask, which costs a moment of race where /proc does not tell it */
+    EB_WITH_ROOT = 256, /* read which directory is the root, for a later comparison */
 };
 
 /* What eb_caller_read found out. */
@@ -60,7 +60,7 @@ int eb_standard_fds(void);
  * 0: then the root must be the same as at the start.  `fd` is the connection to be used, with the device and inode that it had when it was made, or -1.
  * Returns what was found out, or -errno.
  */
-int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd,
-                   uint64_t device, uint64_t inode);
+int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd, uint64_t device,
+                   uint64_t inode);
 
 #endif

@@ -10,7 +10,7 @@
 
 struct eb_direct {
     struct eb_spawn_frame frame; /* what the child reads, */
-    struct eb_request q;      /* parsed */
+    struct eb_request q;         /* parsed */
     int flags;
     struct eb_job *job;
     struct eb_direct *next;

@@ -6,7 +6,7 @@
 
 #include "common/rawsys.h"
 
-#if defined(__linux__) && EB_HAVE_RAW
+#if EB_HAVE_RAW
 
 #include <errno.h>
 #include <fcntl.h>

@@ -9,12 +9,10 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#ifdef __linux__
 #include <sched.h>
 #include <signal.h>
-#endif
 
-#if defined(__linux__) && EB_HAVE_RAW
+#if EB_HAVE_RAW
 
 enum { START_STACK = 64 << 10, PROGRAM_FD = 5 };
 

@@ -12,8 +12,8 @@
 extern char **environ;
 
 enum {
-    KEEP = 64 << 10,        /* bytes of a frame whose memory is kept for the next one */
-    MOST_OF_STATE = 2048,   /* bytes of the options that put_state writes */
+    KEEP = 64 << 10,      /* bytes of a frame whose memory is kept for the next one */
+    MOST_OF_STATE = 2048, /* bytes of the options that put_state writes */
     OPTION_HEADER = 5,
     MOST_BUILDS = 100, /* of one frame, while the environment grows */
 };
@@ -138,13 +138,13 @@ static int reserve(struct eb_spawn_frame *o, size_t size)
     return 0;
 }
 
-static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options,
-                      size_t options_size, const struct eb_wanted_fds *wanted)
+static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options, size_t options_size,
+                 const struct eb_wanted_fds *wanted)
 {
     size_t environment = flags & EB_WITH_ENVIRONMENT ? size_of_environment() : 0;
     o->size = o->sent = o->fd_count = 0;
-    size_t most = EB_HEADER_SIZE + options_size + MOST_OF_STATE + OPTION_HEADER + environment +
-                  OPTION_HEADER + ((size_t)wanted->other_count + 3) * 4;
+    size_t most = EB_HEADER_SIZE + options_size + MOST_OF_STATE + OPTION_HEADER + environment + OPTION_HEADER +
+                  ((size_t)wanted->other_count + 3) * 4;
     if (most > EB_HEADER_SIZE + (size_t)EB_MAX_FRAME)
         return E2BIG;
     int error = reserve(o, most);
@@ -170,11 +170,7 @@ static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *
     o->size = eb_written(&w);
     put_number(o->frame, o->size - EB_HEADER_SIZE);
     if (flags & EB_WITH_CWD) {
-        int cwd = O_DIRECTORY | O_CLOEXEC;
-#ifdef O_PATH
-        cwd |= O_PATH;
-#endif
-        o->cwd_fd = open(".", cwd);
+        o->cwd_fd = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
         if (o->cwd_fd < 0)
             return errno;
         o->fds[o->fd_count++] = o->cwd_fd;
@@ -203,8 +199,8 @@ void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd)
     if (o->fd_count > EB_MAX_FDS_PER_SEND)
         return;
     if (rights > 0) {
-        control.header = (struct cmsghdr){
-            .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(rights)};
+        control.header =
+            (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(rights)};
         memcpy(CMSG_DATA(&control.header), o->fds, rights);
         message.msg_control = &control;
         message.msg_controllen = CMSG_SPACE(rights);

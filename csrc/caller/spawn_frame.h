@@ -17,14 +17,14 @@ struct eb_spawn_frame {
 };
 
 enum {
-    EB_RESTORE_SIGNALS = 2,  /* SIGPIPE and SIGXFSZ are not ignored in the child */
-    EB_WITH_PGROUP = 4,      /* the child joins the caller's process group */
-    EB_WITH_ENVIRONMENT = 8, /* the child has the C library's environment */
-    EB_WITH_CWD = 16,        /* the caller's working directory goes as a descriptor */
-    EB_UMASK_GIVEN = 32,     /* the options hold one: EB_WITH_UMASK adds none */
+    EB_RESTORE_SIGNALS = 2,    /* SIGPIPE and SIGXFSZ are not ignored in the child */
+    EB_WITH_PGROUP = 4,        /* the child joins the caller's process group */
+    EB_WITH_ENVIRONMENT = 8,   /* the child has the C library's environment */
+    EB_WITH_CWD = 16,          /* the caller's working directory goes as a descriptor */
+    EB_UMASK_GIVEN = 32,       /* the options hold one: EB_WITH_UMASK adds none */
     EB_WITHOUT_STATE = 256,    /* the child is this process's own, and has the caller's state by itself */
     EB_WITHOUT_STANDARD = 128, /* of 0 to 2, the child has only what `standard` gives it */
-    EB_SENT = 64,            /* beside what eb_caller_read found: the frame has been sent whole, and released */
+    EB_SENT = 64,              /* beside what eb_caller_read found: the frame has been sent whole, and released */
 };
 
 /* What the child's descriptors are.  `standard`: ours for 0 to 2, or -1 to inherit that one if it is open
@@ -49,8 +49,8 @@ void eb_spawn_frame_clear(struct eb_spawn_frame *o);
  * other threads do not stop to add to the environment.  With EB_WITH_ENVIRONMENT it must be called under the GIL, under
  * which os.putenv moves the environment; where there is none, it may change at any time.
  */
-int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options,
-                      size_t options_size, const struct eb_wanted_fds *wanted);
+int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options, size_t options_size,
+                         const struct eb_wanted_fds *wanted);
 
 /* Sends the frame as far as the socket takes it without waiting; 0 to 253 descriptors. */
 void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd);

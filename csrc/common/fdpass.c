@@ -45,13 +45,9 @@ ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds, stru
     struct iovec bytes = {.iov_base = data, .iov_len = size};
     struct msghdr message = {
         .msg_iov = &bytes, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
-    int flags = MSG_DONTWAIT;
-#ifdef MSG_CMSG_CLOEXEC
-    flags |= MSG_CMSG_CLOEXEC;
-#endif
     ssize_t n;
     do
-        n = recvmsg(socket, &message, flags);
+        n = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     while (n < 0 && errno == EINTR);
     if (n < 0)
         return n;

@@ -2,26 +2,19 @@
 
 #include <errno.h>
 #include <signal.h>
-#include <unistd.h>
-#ifdef __linux__
 #include <sys/syscall.h>
-#endif
+#include <unistd.h>
 
 static uint64_t ignored_signals(void)
 {
     uint64_t set = 0;
     for (int n = 1; n <= EB_SIGNALS; n++) {
-#ifdef __linux__
         /* glibc hides two signals; the kernel's own struct starts with the handler. */
         struct {
             uintptr_t handler, flags, restorer, mask[16];
         } action;
-        bool ignored = syscall(SYS_rt_sigaction, n, NULL, &action, sizeof(uint64_t)) == 0 &&
-                       action.handler == (uintptr_t)SIG_IGN;
-#else
-        struct sigaction action;
-        bool ignored = sigaction(n, NULL, &action) == 0 && action.sa_handler == SIG_IGN;
-#endif
+        bool ignored =
+            syscall(SYS_rt_sigaction, n, NULL, &action, sizeof(uint64_t)) == 0 && action.handler == (uintptr_t)SIG_IGN;
         set |= (uint64_t)ignored << (n - 1);
     }
     return set;
@@ -29,20 +22,9 @@ static uint64_t ignored_signals(void)
 
 static uint64_t blocked_signals(uint64_t known)
 {
-#ifdef __linux__
     /* sigset_t functions refuse the two signals that glibc keeps for itself; the kernel does not. */
     uint64_t set = 0;
     return syscall(SYS_rt_sigprocmask, SIG_BLOCK, NULL, &set, sizeof set) == 0 ? set : known;
-#else
-    sigset_t mask;
-    if (pthread_sigmask(SIG_BLOCK, NULL, &mask) != 0)
-        return known;
-    uint64_t set = 0;
-    for (int n = 1; n <= EB_SIGNALS; n++)
-        if (sigismember(&mask, n) == 1)
-            set |= (uint64_t)1 << (n - 1);
-    return set;
-#endif
 }
 
 void eb_state_read_signals(struct eb_state *s)
@@ -73,8 +55,6 @@ void eb_state_read(struct eb_state *s)
         if (read_limit(i, &limit) == 0)
             s->rlimits[i] = limit;
     }
-#ifdef __linux__
     long size = syscall(SYS_sched_getaffinity, 0, sizeof s->affinity, s->affinity);
     s->affinity_size = size > 0 ? (uint32_t)size : 0;
-#endif
 }

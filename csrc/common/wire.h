@@ -29,24 +29,24 @@ enum {
     EB_MAX_FDS = 1 << 16,      /* descriptors of one request */
     EB_MAX_FDS_PER_SEND = 253, /* SCM_MAX_FD of the kernel */
     EB_MAX_RLIMITS = 16,
-    EB_MAX_GROUPS = 1 << 16,   /* NGROUPS_MAX */
-    EB_MAX_AFFINITY = 1024,    /* bytes of a CPU mask: 8,192 CPUs, the kernel's limit */
-    EB_MAX_REASON = 200,       /* bytes of a reason text */
-    EB_WINDOW = 64 << 10,      /* bytes of STDIN on their way */
+    EB_MAX_GROUPS = 1 << 16, /* NGROUPS_MAX */
+    EB_MAX_AFFINITY = 1024,  /* bytes of a CPU mask: 8,192 CPUs, the kernel's limit */
+    EB_MAX_REASON = 200,     /* bytes of a reason text */
+    EB_WINDOW = 64 << 10,    /* bytes of STDIN on their way */
 };
 
 enum eb_kind {
     /* either side's first frame, but see EB_STATUS */
-    EB_HELLO = 1,    /* u32 version */
+    EB_HELLO = 1, /* u32 version */
 
     /* client to helper */
-    EB_SPAWN = 3,    /* options, see eb_tag */
-    EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
+    EB_SPAWN = 3,  /* options, see eb_tag */
+    EB_SIGNAL = 4, /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
                         negative of it: its process group, as for kill(2); or 0: the child, whichever it is */
-    EB_STDIN = 10,   /* bytes for a streamed standard input; empty: its end */
+    EB_STDIN = 10, /* bytes for a streamed standard input; empty: its end */
 
     /* client to daemon, its first frame in place of HELLO */
-    EB_STATUS = 5,   /* u32 version; answered by STATUS_REPLY, then the daemon closes the connection */
+    EB_STATUS = 5, /* u32 version; answered by STATUS_REPLY, then the daemon closes the connection */
 
     /* helper to client */
     EB_SPAWNED = 16, /* i32 pid | u8 eb_owner */
@@ -57,32 +57,32 @@ enum eb_kind {
     EB_REFUSED = 19, /* UTF-8 reason; the sender closes the connection after it */
     EB_STDOUT = 20,  /* bytes of a streamed standard output; empty: its end */
     EB_STDERR = 21,
-    EB_CREDIT = 22,  /* u32: so many more bytes of STDIN may be sent, beyond the first EB_WINDOW */
-    EB_UNREAD = 30,  /* empty; a private helper is about to end: it closes the connection after this, and has
+    EB_CREDIT = 22, /* u32: so many more bytes of STDIN may be sent, beyond the first EB_WINDOW */
+    EB_UNREAD = 30, /* empty; a private helper is about to end: it closes the connection after this, and has
                         read nothing that was sent since the connection's last command was over */
 
     /* daemon to client */
     EB_STATUS_REPLY = 23, /* JSON */
 
     /* server to helper, on its control socket */
-    EB_ADOPT = 2,    /* u32 connection id | u8 eb_adopt; empty: 0 and 0.  One descriptor: a connection to serve */
-    EB_DRAIN = 6,    /* empty: close connections that are at rest, and others after the end of their command */
-    EB_END = 7,      /* u8 signal number, sent to the process groups of all live commands */
-    EB_QUERY = 8,    /* empty; answered by REPORT */
-    EB_GRANT = 9,    /* u32 connection id, in answer to WANT */
+    EB_ADOPT = 2, /* u32 connection id | u8 eb_adopt; empty: 0 and 0.  One descriptor: a connection to serve */
+    EB_DRAIN = 6, /* empty: close connections that are at rest, and others after the end of their command */
+    EB_END = 7,   /* u8 signal number, sent to the process groups of all live commands */
+    EB_QUERY = 8, /* empty; answered by REPORT */
+    EB_GRANT = 9, /* u32 connection id, in answer to WANT */
 
     /* helper to server, on its control socket */
-    EB_WANT = 24,    /* u32 connection id: it asks to start a command, and waits for GRANT */
-    EB_DONE = 25,    /* u32 connection id: the command that was granted has ended or failed to start, or the
+    EB_WANT = 24,   /* u32 connection id: it asks to start a command, and waits for GRANT */
+    EB_DONE = 25,   /* u32 connection id: the command that was granted has ended or failed to start, or the
                         wish for it is withdrawn */
-    EB_CLOSED = 26,  /* u32 connection id: it has gone */
-    EB_FULL = 27,    /* empty: --max-tasks have been started; sent once */
-    EB_REPORT = 28,  /* see docs/protocol.md */
+    EB_CLOSED = 26, /* u32 connection id: it has gone */
+    EB_FULL = 27,   /* empty: --max-tasks have been started; sent once */
+    EB_REPORT = 28, /* see docs/protocol.md */
 
     /* private helper to its caller, on its control socket */
-    EB_IDS = 29,     /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
+    EB_IDS = 29,   /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
                         u32 * n: its supplementary groups.  Its first frame */
-    EB_STAYS = 31,   /* empty: it takes no more requests, and ends with the commands that it owns; it shares
+    EB_STAYS = 31, /* empty: it takes no more requests, and ends with the commands that it owns; it shares
                         the caller's working directory, root and umask no more.  It closes the socket after
                         this; without this, its end of the socket goes with the process */
 };

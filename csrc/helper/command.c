@@ -316,7 +316,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     else if (c->fds.count < eb_request_fds(q))
         eb_refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(q),
                   (unsigned)c->fds.count);
-    else if (!helper.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_COALESCE))) /* it could not tell of the end */
+    else if (!helper.owns_children &&
+             (q->streams != 0 || eb_has(q, EB_TAG_COALESCE))) /* it could not tell of the end */
         eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
                   q->streams != 0 ? "STREAMS" : "COALESCE");
 }
@@ -324,15 +325,12 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
 /* Where the request has no limit of this resource. */
 static void default_limit(struct eb_request *q, int resource, rlim_t soft)
 {
-    for (uint32_t i = 0; i < q->rlimit_count; i++)
-        if (q->rlimits[i].resource == resource)
-            return;
-    if (q->rlimit_count == EB_MAX_RLIMITS)
+    if (eb_limits(q, resource))
         return;
-    struct eb_rlimit *own = &q->rlimits[q->rlimit_count++];
-    own->resource = resource;
-    own->limit = helper.self.rlimits[resource];
-    own->limit.rlim_cur = soft < own->limit.rlim_max ? soft : own->limit.rlim_max;
+    struct rlimit *limit = &q->rlimits[resource];
+    *limit = helper.self.rlimits[resource];
+    limit->rlim_cur = soft < limit->rlim_max ? soft : limit->rlim_max;
+    q->limited |= (uint16_t)(1 << resource);
 }
 
 /* Completes what a request leaves open, where this process's own state is none to inherit: its signals, its
@@ -346,13 +344,11 @@ static void complete(struct eb_request *q)
     if (!helper.pool)
         return;
     bool unchanged = q->peer == NULL || q->peer->uid == 0;
-    for (uint32_t i = 0; i < q->rlimit_count; i++) {
-        struct rlimit *limit = &q->rlimits[i].limit;
-        rlim_t most = helper.self.rlimits[q->rlimits[i].resource].rlim_max;
-        if (!(helper.raises_limits && unchanged) && limit->rlim_max > most)
-            limit->rlim_max = most;
-        if (!(helper.raises_limits && unchanged) && limit->rlim_cur > limit->rlim_max)
-            limit->rlim_cur = limit->rlim_max;
+    for (int i = 0; i < EB_MAX_RLIMITS && !(helper.raises_limits && unchanged); i++) {
+        struct rlimit *limit = &q->rlimits[i];
+        rlim_t most = helper.self.rlimits[i].rlim_max;
+        limit->rlim_max = limit->rlim_max < most ? limit->rlim_max : most;
+        limit->rlim_cur = limit->rlim_cur < limit->rlim_max ? limit->rlim_cur : limit->rlim_max;
     }
     if (!(helper.raises_priority && unchanged) && q->nice < helper.self.nice)
         q->nice = helper.self.nice;

@@ -80,7 +80,7 @@ static bool identify(struct eb_connection *c, bool as_peer)
 
 struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool control)
 {
-    struct eb_connection *c = calloc(1, sizeof *c);
+    struct eb_connection *c = malloc(sizeof *c);
     if (c == NULL) {
         close(fd);
         return NULL;
@@ -102,11 +102,8 @@ struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool
     if (control)
         return helper.control = c;
     helper.count++;
-    uint8_t payload[4];
-    struct eb_writer hello = eb_writer(payload, sizeof payload);
-    eb_put_u32(&hello, EB_VERSION);
     if (!helper.pool || identify(c, (flags & EB_AS_PEER) != 0))
-        eb_reply(c, EB_HELLO, payload, eb_written(&hello));
+        eb_reply_u32(c, EB_HELLO, EB_VERSION);
     else
         eb_mark_closing(c);
     return c;
@@ -244,6 +241,11 @@ static bool send_frame(struct eb_connection *c, enum eb_kind kind, const void *p
     return sent == size || keep(c, (const uint8_t *)payload + sent, size - sent);
 }
 
+bool eb_is_at_rest(const struct eb_connection *c)
+{
+    return c->command == NULL && c->streams == NULL;
+}
+
 bool eb_is_blocked(const struct eb_connection *c)
 {
     return c->out_size > 0 && !c->corked;
@@ -267,6 +269,14 @@ void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, s
         eb_uncork(c);
     if (eb_is_blocked(c))
         eb_mark(c);
+}
+
+void eb_reply_u32(struct eb_connection *c, enum eb_kind kind, uint32_t number)
+{
+    uint8_t payload[4];
+    struct eb_writer w = eb_writer(payload, sizeof payload);
+    eb_put_u32(&w, number);
+    eb_reply(c, kind, payload, sizeof payload);
 }
 
 void eb_refuse(struct eb_connection *c, const char *format, ...)

@@ -76,6 +76,7 @@ void eb_connection_consume(struct eb_connection *c, size_t size);
 uint8_t *eb_connection_take(struct eb_connection *c, struct eb_frame *frame);
 /* Sends a frame, or holds it back for a moment if the command's are to go together. */
 void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
+void eb_reply_u32(struct eb_connection *c, enum eb_kind kind, uint32_t number);
 /* The same with the reason, and has the loop close the connection.  The reason is sent if the socket takes it at once;
  * who sends what he may not is owed no more. */
 __attribute__((format(printf, 2, 3))) void eb_refuse(struct eb_connection *c, const char *format, ...);
@@ -83,6 +84,8 @@ __attribute__((format(printf, 2, 3))) void eb_refuse(struct eb_connection *c, co
 void eb_uncork(struct eb_connection *c);
 /* Sends what the socket did not take before. */
 void eb_connection_flush(struct eb_connection *c);
+/* Whether no command is under way, nor its output. */
+bool eb_is_at_rest(const struct eb_connection *c);
 /* Whether frames wait for room in the socket. */
 bool eb_is_blocked(const struct eb_connection *c);
 /* Closes the socket and all descriptors, frees all buffers. */

@@ -20,11 +20,8 @@ static void send_control(enum eb_kind kind, const void *payload, size_t size)
 
 void eb_tell(enum eb_kind kind, uint32_t id)
 {
-    uint8_t payload[4];
-    struct eb_writer w = eb_writer(payload, sizeof payload);
-    eb_put_u32(&w, id);
-    if (helper.pool)
-        send_control(kind, payload, sizeof payload);
+    if (helper.pool && helper.control != NULL)
+        eb_reply_u32(helper.control, kind, id);
 }
 
 void eb_tell_empty(enum eb_kind kind)
@@ -34,28 +31,18 @@ void eb_tell_empty(enum eb_kind kind)
 
 bool eb_tell_ids(void)
 {
-    uid_t uids[3];
-    gid_t gids[3];
     int count = getgroups(0, NULL);
-    if (count < 0 || getresuid(&uids[0], &uids[1], &uids[2]) != 0 || getresgid(&gids[0], &gids[1], &gids[2]) != 0)
-        return false;
-    gid_t *groups = calloc((size_t)count + 1, sizeof *groups);
-    size_t size = (6 + (size_t)count) * 4;
-    uint8_t *payload = malloc(size);
-    bool told = groups != NULL && payload != NULL && getgroups(count, groups) == count;
-    if (told) {
-        struct eb_writer w = eb_writer(payload, size);
-        for (int i = 0; i < 3; i++)
-            eb_put_u32(&w, uids[i]);
-        for (int i = 0; i < 3; i++)
-            eb_put_u32(&w, gids[i]);
-        for (int i = 0; i < count; i++)
-            eb_put_u32(&w, groups[i]);
-        send_control(EB_IDS, payload, size);
+    uint32_t *ids = count < 0 ? NULL : malloc((6 + (size_t)count) * sizeof *ids);
+    bool known = ids != NULL && getresuid(&ids[0], &ids[1], &ids[2]) == 0 &&
+                 getresgid(&ids[3], &ids[4], &ids[5]) == 0 && getgroups(count, &ids[6]) == count;
+    if (known) {
+        struct eb_writer w = eb_writer(ids, (6 + (size_t)count) * sizeof *ids); /* in their own place */
+        for (int i = 0; i < 6 + count; i++)
+            eb_put_u32(&w, ids[i]);
+        send_control(EB_IDS, ids, eb_written(&w));
     }
-    free(groups);
-    free(payload);
-    return told;
+    free(ids);
+    return known;
 }
 
 static void put_live(struct eb_writer *w, const struct eb_command *k)

@@ -2,6 +2,7 @@
 
 #include "helper/command.h"
 #include "helper/control.h"
+#include "helper/frames.h"
 #include "helper/streams.h"
 
 #include <errno.h>
@@ -35,7 +36,7 @@ static struct eb_command *dead_commands;
 void eb_fatal(const char *what)
 {
     fprintf(stderr, "errand-boy-helper: %s: %s\n", what, strerror(errno));
-    exit(1);
+    _exit(1);
 }
 
 /* -- the epoll set -- */
@@ -227,11 +228,6 @@ static void reap(void)
 
 /* -- connections -- */
 
-static bool is_at_rest(const struct eb_connection *c)
-{
-    return c->command == NULL && c->streams == NULL;
-}
-
 /* Whether it is time for more of its frames. */
 static bool takes_frames(const struct eb_connection *c)
 {
@@ -281,114 +277,12 @@ static void sweep(void)
     }
 }
 
-/* -- frames -- */
-
-static void on_hello(struct eb_connection *c, const struct eb_frame *frame)
-{
-    struct eb_reader r = eb_reader(frame->payload, frame->size);
-    uint32_t version = eb_get_u32(&r);
-    if (version != EB_VERSION) {
-        eb_refuse(c,
-                  "this helper speaks version %d of the protocol, not %u: one of the two sides is of an older "
-                  "release; restart it",
-                  EB_VERSION, (unsigned)version);
-        return;
-    }
-    c->greeted = true;
-    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
-}
-
-/* The states of a connection, as far as frames go: before HELLO; then without a command; while one runs, or its output
- * is still to come.  The control socket has one only.  Others take none: see takes_frames. */
-enum { NEW = 1, REST = 2, BUSY = 4, CONTROL = 8 };
-
-static unsigned state_of(const struct eb_connection *c)
-{
-    return !c->greeted ? NEW : c->control ? CONTROL : is_at_rest(c) ? REST : BUSY;
-}
-
-static const struct rule {
-    char name[8];
-    uint8_t states; /* in which it may come */
-    uint32_t least, most;
-    void (*act)(struct eb_connection *c, const struct eb_frame *frame);
-} rules[] = {
-    [EB_HELLO] = {"HELLO", NEW, 4, 4, on_hello},
-    [EB_ADOPT] = {"ADOPT", CONTROL, 0, 5, eb_on_adopt},
-    [EB_SPAWN] = {"SPAWN", REST, 0, EB_MAX_FRAME, eb_on_spawn},
-    [EB_SIGNAL] = {"SIGNAL", REST | BUSY, 8, 8, eb_on_signal},
-    [EB_DRAIN] = {"DRAIN", CONTROL, 0, 0, eb_on_drain},
-    [EB_END] = {"END", CONTROL, 1, 1, eb_on_end},
-    [EB_QUERY] = {"QUERY", CONTROL, 0, 0, eb_on_query},
-    [EB_GRANT] = {"GRANT", CONTROL, 4, 4, eb_on_grant},
-    [EB_STDIN] = {"STDIN", REST | BUSY, 0, EB_WINDOW, eb_on_stdin},
-};
-
-/*
- * The caller may have fewer rights than this helper by now, and another process may have got hold of its
- * connections: neither may have anything started here.  The kernel's word for the sender has its real ids, so
- * one that can take back the rights which it had may still ask.  Input and signals, on the other hand, concern
- * the connection's live command alone, which closing it would end as well.
- */
-static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
-{
-    return !c->foreign || frame->kind == EB_STDIN || frame->kind == EB_SIGNAL || frame->kind == EB_HELLO;
-}
-
-/* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */
-static bool is_admitted(struct eb_connection *c, const struct eb_frame *frame)
-{
-    const struct rule *rule = frame->kind < sizeof rules / sizeof *rules ? &rules[frame->kind] : &rules[0];
-    const unsigned state = state_of(c);
-    const bool fits = frame->size >= rule->least && frame->size <= rule->most;
-    if (state == NEW && (rule->states != NEW || !fits)) {
-        eb_refuse(c, "the first frame must be HELLO with a version");
-    } else if (state != NEW && (rule->states & ~NEW) == 0) {
-        eb_refuse(c, "unknown frame kind %u", (unsigned)frame->kind);
-    } else if ((rule->states == CONTROL) != (state == CONTROL) && state != NEW) {
-        eb_refuse(c, "%s is not for this connection", rule->name);
-    } else if (!fits) {
-        eb_refuse(c, "%s with a payload of %u bytes", rule->name, (unsigned)frame->size);
-    } else if (!may_ask(c, frame)) {
-        eb_refuse(c, "%s from another sender than process %d with user id %u and group id %u, which started this helper",
-                  rule->name, (int)helper.caller.pid, (unsigned)helper.caller.uid, (unsigned)helper.caller.gid);
-        eb_drain();
-    } else if (rule->states & state) {
-        return true;
-    } else if (c->command != NULL) {
-        eb_refuse(c, "%s while this connection's command %d is running", rule->name, (int)c->command->child);
-    } else {
-        eb_refuse(c, "%s before the end of the last command's output", rule->name);
-    }
-    return false;
-}
-
-/* Acts on the first frame, or on the NUL byte before all; false: it has not come whole, or was refused. */
-static bool take_frame(struct eb_connection *c)
-{
-    struct eb_frame frame = {0};
-    if (!c->opened && c->in_size > 0) {
-        c->opened = c->in[c->in_at] == 0;
-        if (c->opened)
-            eb_connection_consume(c, 1);
-        else
-            eb_refuse(c, "a framed connection starts with a NUL byte");
-        return c->opened;
-    }
-    int whole = eb_connection_frame(c, &frame);
-    if (whole < 0)
-        eb_refuse(c, "a frame of more than %d bytes", EB_MAX_FRAME);
-    if (whole < 0 || c->in_size < EB_HEADER_SIZE || !is_admitted(c, &frame) || whole == 0)
-        return false;
-    c->frame_deadline = 0; /* the next one has its own */
-    rules[frame.kind].act(c, &frame);
-    return true;
-}
+/* -- its turn -- */
 
 /* What is left of a frame must come in time. */
 static void set_frame_deadline(struct eb_connection *c)
 {
-    if (c->in_size == 0 || !is_at_rest(c) || eb_is_blocked(c) || !helper.pool || c->control) {
+    if (c->in_size == 0 || !eb_is_at_rest(c) || eb_is_blocked(c) || !helper.pool || c->control) {
         c->frame_deadline = 0;
     } else if (c->frame_deadline == 0) {
         c->frame_deadline = eb_now_ms() + helper.frame_timeout_ms;
@@ -399,7 +293,7 @@ static void set_frame_deadline(struct eb_connection *c)
 /* Has a connection closed over which nothing is under way, now that no command is taken any more. */
 static void close_if_at_rest(struct eb_connection *c)
 {
-    if (c->control || !is_at_rest(c) || c->in_size > 0 || c->out_size > 0)
+    if (c->control || !eb_is_at_rest(c) || c->in_size > 0 || c->out_size > 0)
         return;
     /* A request may come between our last look and the close.  That the kernel tells its sender of unread bytes
      * is not enough where input followed the request: it may be the input alone that was not read. */
@@ -411,7 +305,7 @@ static void close_if_at_rest(struct eb_connection *c)
 /* While a command runs, what is left of a frame is none that descriptors go with. */
 static void check_fds(struct eb_connection *c)
 {
-    if (c->fds.count > 0 && (c->in_size == 0 || state_of(c) == BUSY))
+    if (c->fds.count > 0 && (c->in_size == 0 || (!c->control && !eb_is_at_rest(c))))
         eb_refuse(c, "%u descriptors that no frame names", (unsigned)c->fds.count);
     else if (helper.pool && !c->control && c->fds.count > MOST_FDS)
         eb_refuse(c, "more than %d descriptors", MOST_FDS);
@@ -426,11 +320,11 @@ static void step(struct eb_connection *c)
         attend(c->command);
     if (!c->closing && c->streams != NULL)
         sync_streams(c);
-    if (!c->closing && is_at_rest(c)) {
+    if (!c->closing && eb_is_at_rest(c)) {
         eb_uncork(c);
         c->coalesces = false;
     }
-    if (takes_frames(c) && take_frame(c)) {
+    if (takes_frames(c) && eb_take_frame(c)) {
         eb_mark(c);
         return;
     }
@@ -530,7 +424,7 @@ static void tell_of_the_end(void)
             if (k->state < EB_RUNNING)
                 return; /* soon over, or soon more than that */
         for (const struct eb_connection *c = helper.connections; c != NULL; c = c->next)
-            if (!c->control && is_at_rest(c))
+            if (!c->control && eb_is_at_rest(c))
                 return;
         (void)syscall(SYS_unshare, CLONE_FS); /* needs no right, and fails only for lack of memory */
         eb_tell_empty(EB_STAYS);

@@ -80,46 +80,52 @@ static void read_self(bool posix)
     eb_state_read(&helper.self);
 }
 
+enum { PRIVATE, OWN_CHILDREN, POSIX_SPAWN, COUNTERS, FLAGS };
+static bool given[FLAGS];
+
+static bool take_option(const char *option)
+{
+    static const char flags[FLAGS][16] = {"--private", "--own-children", "--posix-spawn", "--counters"};
+    static const char names[][18] = {"--open-files=", "--max-tasks=", "--frame-timeout="};
+    uint64_t *const values[] = {&helper.open_files, &helper.max_tasks, &helper.frame_timeout_ms};
+    for (int i = 0; i < FLAGS; i++)
+        if (strcmp(option, flags[i]) == 0)
+            return given[i] = true;
+    for (int i = 0; i < 3; i++) {
+        size_t length = strlen(names[i]);
+        if (strncmp(option, names[i], length) == 0) {
+            *values[i] = strtoull(option + length, NULL, 10);
+            return true;
+        }
+    }
+    return false;
+}
+
 int main(int argc, char **argv)
 {
-    bool private = false, own = false, posix = false, shared = false;
     helper.frame_timeout_ms = 30000;
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--private") == 0)
-            private = true;
-        else if (strcmp(argv[i], "--own-children") == 0)
-            own = true;
-        else if (strcmp(argv[i], "--posix-spawn") == 0)
-            posix = true;
-        else if (strcmp(argv[i], "--counters") == 0)
-            shared = true;
-        else if (strncmp(argv[i], "--open-files=", 13) == 0)
-            helper.open_files = strtoull(argv[i] + 13, NULL, 10);
-        else if (strncmp(argv[i], "--max-tasks=", 12) == 0)
-            helper.max_tasks = strtoull(argv[i] + 12, NULL, 10);
-        else if (strncmp(argv[i], "--frame-timeout=", 16) == 0)
-            helper.frame_timeout_ms = strtoull(argv[i] + 16, NULL, 10);
-        else {
+    for (int i = 1; i < argc; i++)
+        if (!take_option(argv[i])) {
             fprintf(stderr, "errand-boy-helper: for errand_boy only\n");
             return 2;
         }
-    }
-    int last = private || shared ? CONTROL_FD + 1 : CONTROL_FD;
+    const bool private = given[PRIVATE], posix = given[POSIX_SPAWN], counters = given[COUNTERS];
+    int last = private || counters ? CONTROL_FD + 1 : CONTROL_FD;
     for (int fd = 0; fd <= last; fd++)
         if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)
             eb_fatal("descriptors 0 to 4");
     /* What else the server was given is not for the commands. */
     (void)syscall(SYS_close_range, last + 1, ~0u, 0);
-    if (!private && !eb_counters_keep(shared ? COUNTERS_FD : -1))
+    if (!private && !eb_counters_keep(counters ? COUNTERS_FD : -1))
         eb_fatal("counters");
-    if (!private && shared)
+    if (!private && counters)
         close(COUNTERS_FD);
     int signals = block_signals(private);
     read_self(posix);
     helper.pool = !private;
-    helper.owns_children = !private || own || posix;
+    helper.owns_children = !private || given[OWN_CHILDREN] || posix;
     helper.null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
-    helper.spawner = posix ? NULL : eb_spawner_clone(&helper.self, private && !own);
+    helper.spawner = posix ? NULL : eb_spawner_clone(&helper.self, !helper.owns_children);
     if (helper.spawner == NULL)
         helper.spawner = eb_spawner_posix(&helper.self);
     if (eb_connection_new(CONTROL_FD, 0, 0, true) == NULL)

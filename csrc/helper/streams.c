@@ -41,7 +41,7 @@ void eb_streams_free(struct eb_connection *c)
 
 bool eb_streams_make(struct eb_connection *c, const struct eb_request *q, int ends[3])
 {
-    struct eb_streams *s = calloc(1, sizeof *s);
+    struct eb_streams *s = malloc(sizeof *s);
     if (s == NULL)
         return false;
     *s = (struct eb_streams){.fds = {-1, -1, -1}, .window = EB_WINDOW};
@@ -83,15 +83,12 @@ bool eb_streams_want(const struct eb_connection *c, int number)
 static void give_credit(struct eb_connection *c, uint32_t size)
 {
     struct eb_streams *s = c->streams;
-    uint8_t payload[4];
     s->credit += size;
     if (s->credit < LEAST_CREDIT)
         return;
-    struct eb_writer w = eb_writer(payload, sizeof payload);
-    eb_put_u32(&w, s->credit);
+    eb_reply_u32(c, EB_CREDIT, s->credit);
     s->window += s->credit;
     s->credit = 0;
-    eb_reply(c, EB_CREDIT, payload, sizeof payload);
     eb_uncork(c); /* it is waited for */
 }
 

@@ -15,14 +15,14 @@ struct eb_clone_args {
  */
 #if defined(__x86_64__)
 
-#define EB_ENTER_CHILD                                                                                  \
-    "syscall\n\t"                                                                                       \
-    "test %%rax, %%rax\n\t"                                                                             \
-    "jnz 1f\n\t"                                                                                        \
-    "xor %%ebp, %%ebp\n\t"                                                                              \
-    "mov %%r13, %%rdi\n\t"                                                                              \
-    "call *%%r12\n\t"                                                                                   \
-    "ud2\n"                                                                                             \
+#define EB_ENTER_CHILD      \
+    "syscall\n\t"           \
+    "test %%rax, %%rax\n\t" \
+    "jnz 1f\n\t"            \
+    "xor %%ebp, %%ebp\n\t"  \
+    "mov %%r13, %%rdi\n\t"  \
+    "call *%%r12\n\t"       \
+    "ud2\n"                 \
     "1:"
 
 EB_BARE static long eb_raw_clone3(struct eb_clone_args *args, int (*child)(void *), void *arg)
@@ -53,13 +53,13 @@ EB_BARE static long eb_raw_clone(unsigned long flags, void *stack, volatile pid_
 
 #elif defined(__aarch64__)
 
-#define EB_ENTER_CHILD                                                                                  \
-    "svc 0\n\t"                                                                                         \
-    "cbnz x0, 1f\n\t"                                                                                   \
-    "mov x29, xzr\n\t"                                                                                  \
-    "mov x0, x21\n\t"                                                                                   \
-    "blr x20\n\t"                                                                                       \
-    "brk 0\n"                                                                                           \
+#define EB_ENTER_CHILD \
+    "svc 0\n\t"        \
+    "cbnz x0, 1f\n\t"  \
+    "mov x29, xzr\n\t" \
+    "mov x0, x21\n\t"  \
+    "blr x20\n\t"      \
+    "brk 0\n"          \
     "1:"
 
 EB_BARE static long eb_raw_clone3(struct eb_clone_args *args, int (*child)(void *), void *arg)

@@ -14,19 +14,37 @@ struct value {
     size_t size;
 };
 
-static const char tag_names[EB_TAG_END][12] = {
-    [EB_TAG_EXECUTABLES] = "EXECUTABLES", [EB_TAG_ARGV] = "ARGV",         [EB_TAG_ENV] = "ENV",
-    [EB_TAG_FDS] = "FDS",                 [EB_TAG_CWD_FD] = "CWD_FD",     [EB_TAG_CWD] = "CWD",
-    [EB_TAG_UMASK] = "UMASK",             [EB_TAG_SIGMASK] = "SIGMASK",   [EB_TAG_SIGIGN] = "SIGIGN",
-    [EB_TAG_SETSID] = "SETSID",           [EB_TAG_PGROUP] = "PGROUP",     [EB_TAG_RLIMITS] = "RLIMITS",
-    [EB_TAG_NICE] = "NICE",               [EB_TAG_AFFINITY] = "AFFINITY", [EB_TAG_GROUPS] = "GROUPS",
-    [EB_TAG_GID] = "GID",                 [EB_TAG_UID] = "UID",                 [EB_TAG_STREAMS] = "STREAMS", [EB_TAG_ON_CLOSE] = "ON_CLOSE",
-    [EB_TAG_NULL] = "NULL",               [EB_TAG_COALESCE] = "COALESCE",       [EB_TAG_SIGDEFAULT] = "SIGDEFAULT",
+static const struct {
+    char name[12];
+    int8_t size; /* exact; -1: checked by the reader of the value */
+} options[EB_TAG_END] = {
+    [EB_TAG_EXECUTABLES] = {"EXECUTABLES", -1},
+    [EB_TAG_ARGV] = {"ARGV", -1},
+    [EB_TAG_ENV] = {"ENV", -1},
+    [EB_TAG_FDS] = {"FDS", -1},
+    [EB_TAG_CWD_FD] = {"CWD_FD", 0},
+    [EB_TAG_CWD] = {"CWD", -1},
+    [EB_TAG_UMASK] = {"UMASK", 4},
+    [EB_TAG_SIGMASK] = {"SIGMASK", 8},
+    [EB_TAG_SIGIGN] = {"SIGIGN", 8},
+    [EB_TAG_SETSID] = {"SETSID", 0},
+    [EB_TAG_PGROUP] = {"PGROUP", 4},
+    [EB_TAG_RLIMITS] = {"RLIMITS", -1},
+    [EB_TAG_NICE] = {"NICE", 4},
+    [EB_TAG_AFFINITY] = {"AFFINITY", -1},
+    [EB_TAG_GROUPS] = {"GROUPS", -1},
+    [EB_TAG_GID] = {"GID", 4},
+    [EB_TAG_UID] = {"UID", 4},
+    [EB_TAG_STREAMS] = {"STREAMS", 1},
+    [EB_TAG_ON_CLOSE] = {"ON_CLOSE", 4},
+    [EB_TAG_NULL] = {"NULL", 1},
+    [EB_TAG_COALESCE] = {"COALESCE", 0},
+    [EB_TAG_SIGDEFAULT] = {"SIGDEFAULT", 8},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
 {
-    snprintf(reason, EB_MAX_REASON, "option %s: %s", tag_names[tag], what);
+    snprintf(reason, EB_MAX_REASON, "option %s: %s", options[tag].name, what);
     return -1;
 }
 
@@ -107,8 +125,7 @@ static int get_targets(struct eb_request *q, struct value v, char *reason)
         q->targets[q->target_count++] = (int)target;
     }
     for (; made < 3; made++)
-        if (eb_is_made(q, made) &&
-            (q->target_count == 0 || made > q->targets[q->target_count - 1]))
+        if (eb_is_made(q, made) && (q->target_count == 0 || made > q->targets[q->target_count - 1]))
             q->targets[q->target_count++] = made;
     return 0;
 }
@@ -131,29 +148,21 @@ static int get_rlimits(struct eb_request *q, struct value v, char *reason)
 {
     if (v.size % 17 != 0 || v.size / 17 > EB_MAX_RLIMITS)
         return malformed(reason, EB_TAG_RLIMITS, "bad length");
-    q->rlimit_count = (uint32_t)(v.size / 17);
     struct eb_reader r = eb_reader(v.at, v.size);
-    for (uint32_t i = 0; i < q->rlimit_count; i++) {
-        q->rlimits[i].resource = eb_get_u8(&r);
-        q->rlimits[i].limit.rlim_cur = eb_get_u64(&r);
-        q->rlimits[i].limit.rlim_max = eb_get_u64(&r);
-        if (q->rlimits[i].resource >= EB_MAX_RLIMITS)
+    while (eb_remaining(&r) > 0) {
+        uint8_t resource = eb_get_u8(&r);
+        if (resource >= EB_MAX_RLIMITS)
             return malformed(reason, EB_TAG_RLIMITS, "no such resource");
+        q->limited |= (uint16_t)(1 << resource);
+        q->rlimits[resource].rlim_cur = eb_get_u64(&r);
+        q->rlimits[resource].rlim_max = eb_get_u64(&r);
     }
     return 0;
 }
 
 static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char *reason)
 {
-    static const int8_t sizes[EB_TAG_END] = {
-        /* exact sizes; -1: checked by the reader of the value */
-        [EB_TAG_EXECUTABLES] = -1, [EB_TAG_ARGV] = -1,     [EB_TAG_ENV] = -1,    [EB_TAG_FDS] = -1,
-        [EB_TAG_CWD] = -1,         [EB_TAG_UMASK] = 4,     [EB_TAG_SIGMASK] = 8, [EB_TAG_SIGIGN] = 8,
-        [EB_TAG_PGROUP] = 4,       [EB_TAG_RLIMITS] = -1,  [EB_TAG_NICE] = 4,    [EB_TAG_AFFINITY] = -1,
-        [EB_TAG_GROUPS] = -1,      [EB_TAG_GID] = 4,       [EB_TAG_UID] = 4,     [EB_TAG_STREAMS] = 1,
-        [EB_TAG_ON_CLOSE] = 4,     [EB_TAG_NULL] = 1,     [EB_TAG_SIGDEFAULT] = 8,
-    };
-    if (sizes[tag] >= 0 && v.size != (size_t)sizes[tag])
+    if (options[tag].size >= 0 && v.size != (size_t)options[tag].size)
         return malformed(reason, tag, "bad length");
     struct eb_reader r = eb_reader(v.at, v.size);
     switch (tag) {

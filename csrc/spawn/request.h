@@ -7,11 +7,6 @@
 
 #include "common/wire.h"
 
-struct eb_rlimit {
-    int resource;
-    struct rlimit limit;
-};
-
 /* Whom a command runs as: the process at the other end of its connection, as the kernel tells. */
 struct eb_peer {
     uid_t uid;
@@ -32,8 +27,8 @@ struct eb_request {
     mode_t umask;
     uint64_t sigmask, sigign, sigdefault;
     pid_t pgroup;
-    struct eb_rlimit rlimits[EB_MAX_RLIMITS];
-    uint32_t rlimit_count;
+    struct rlimit rlimits[EB_MAX_RLIMITS]; /* by resource, */
+    uint16_t limited;                      /* whose bit says that there is one */
     int nice;
     const uint8_t *affinity;
     uint32_t affinity_size;
@@ -51,7 +46,18 @@ static inline bool eb_has(const struct eb_request *q, enum eb_tag tag)
     return (q->present >> tag & 1) != 0;
 }
 
+static inline bool eb_limits(const struct eb_request *q, int resource)
+{
+    return (q->limited >> resource & 1) != 0;
+}
+
+static inline bool eb_same_limit(const struct rlimit *a, const struct rlimit *b)
+{
+    return a->rlim_cur == b->rlim_cur && a->rlim_max == b->rlim_max;
+}
+
 _Static_assert(EB_TAG_END <= 32, "`present` has a bit for each tag");
+_Static_assert(EB_MAX_RLIMITS <= 16, "`limited` has a bit for each resource");
 
 /* The number of `sources`: one for each target, then the working directory. */
 static inline uint32_t eb_request_sources(const struct eb_request *q)

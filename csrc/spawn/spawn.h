@@ -9,14 +9,14 @@
 
 /* One start under way, then its outcome. */
 struct eb_start {
-    pid_t pid;    /* 0 if no process was made */
+    pid_t pid; /* 0 if no process was made */
     enum eb_owner owner;
-    int done_fd;  /* polls as hung up when the outcome is known; -1: it is known at once, unless `polled` */
-    bool polled;  /* only `is_decided` tells */
-    int error;    /* 0: the command runs */
+    int done_fd;      /* polls as hung up when the outcome is known; -1: it is known at once, unless `polled` */
+    bool polled;      /* only `is_decided` tells */
+    int error;        /* 0: the command runs */
     uint64_t exec_ns; /* of CLOCK_MONOTONIC: when a polled one called execve */
     enum eb_stage stage;
-    void *job;    /* the implementation's own */
+    void *job; /* the implementation's own */
 };
 
 struct eb_spawner {

@@ -7,7 +7,7 @@
 
 #include "common/rawsys.h"
 
-#if defined(__linux__) && EB_HAVE_RAW
+#if EB_HAVE_RAW
 
 #include <errno.h>
 #include <fcntl.h>
@@ -126,12 +126,12 @@ static EB_BARE long set_signals(const struct eb_state *self, const struct eb_req
 static EB_BARE long set_rlimits(const struct eb_job *job)
 {
     const struct eb_request *q = job->q;
-    for (uint32_t i = 0; i < q->rlimit_count; i++) {
-        int resource = q->rlimits[i].resource;
-        const struct rlimit *limit = &q->rlimits[i].limit;
-        const struct rlimit *own = resource == RLIMIT_NPROC ? &job->nproc : &job->self->rlimits[resource];
-        if (job->self == NULL || limit->rlim_cur != own->rlim_cur || limit->rlim_max != own->rlim_max) {
-            long r = eb_raw(SYS_prlimit64, 0, resource, (long)limit, 0);
+    for (int i = 0; i < EB_MAX_RLIMITS; i++) {
+        if (!eb_limits(q, i))
+            continue;
+        const struct rlimit *own = i == RLIMIT_NPROC ? &job->nproc : &job->self->rlimits[i];
+        if (job->self == NULL || !eb_same_limit(&q->rlimits[i], own)) {
+            long r = eb_raw(SYS_prlimit64, 0, i, (long)&q->rlimits[i], 0);
             if (r < 0)
                 return r;
         }
@@ -178,11 +178,11 @@ EB_BARE int eb_child(void *arg)
     const struct eb_request *q = job->q;
     const struct eb_state *self = job->self;
     long r;
-#define STEP(name, call)                                                                                \
-    do {                                                                                                \
-        job->stage = EB_STAGE_##name;                                                                   \
-        if ((r = (call)) < 0)                                                                           \
-            goto failed;                                                                                \
+#define STEP(name, call)              \
+    do {                              \
+        job->stage = EB_STAGE_##name; \
+        if ((r = (call)) < 0)         \
+            goto failed;              \
     } while (0)
 
     if (job->first != NULL)

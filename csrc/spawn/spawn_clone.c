@@ -14,7 +14,7 @@
 
 #include "common/rawsys.h"
 
-#if defined(__linux__) && EB_HAVE_RAW
+#if EB_HAVE_RAW
 
 #include <errno.h>
 #include <fcntl.h>
@@ -34,10 +34,10 @@ enum {
 static const struct eb_state *self;
 static struct rlimit nproc;
 static bool use_parent;
-static int low[LOW]; /* copies of a descriptor that nobody needs; ascending, -1 in the first: there are none */
-static struct eb_job *spare;      /* memory that nobody uses */
+static int low[LOW];         /* copies of a descriptor that nobody needs; ascending, -1 in the first: there are none */
+static struct eb_job *spare; /* memory that nobody uses */
 static unsigned spare_count;
-static struct eb_job *lingering;  /* hung up, but not yet let go: not seen on Linux, kept for its imitations */
+static struct eb_job *lingering; /* hung up, but not yet let go: not seen on Linux, kept for its imitations */
 
 static struct eb_job *new_job(void)
 {
@@ -88,14 +88,11 @@ static void trim(void)
 /* RLIMIT_NPROC counts when a process is made: then it must be ours that is the caller's. */
 static void adopt_nproc(const struct eb_request *q)
 {
-    for (uint32_t i = 0; i < q->rlimit_count; i++)
-        if (q->rlimits[i].resource == RLIMIT_NPROC && q->rlimits[i].limit.rlim_cur != nproc.rlim_cur) {
-            struct rlimit limit = {.rlim_cur = q->rlimits[i].limit.rlim_cur, .rlim_max = nproc.rlim_max};
-            if (limit.rlim_cur > limit.rlim_max)
-                limit.rlim_cur = limit.rlim_max;
-            if (setrlimit(RLIMIT_NPROC, &limit) == 0)
-                nproc = limit;
-        }
+    struct rlimit limit = {.rlim_cur = q->rlimits[RLIMIT_NPROC].rlim_cur, .rlim_max = nproc.rlim_max};
+    if (limit.rlim_cur > limit.rlim_max)
+        limit.rlim_cur = limit.rlim_max;
+    if (eb_limits(q, RLIMIT_NPROC) && limit.rlim_cur != nproc.rlim_cur && setrlimit(RLIMIT_NPROC, &limit) == 0)
+        nproc = limit;
 }
 
 static bool reserve(void)

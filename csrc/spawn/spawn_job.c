@@ -2,7 +2,7 @@
 
 #include "common/rawsys.h"
 
-#if defined(__linux__) && EB_HAVE_RAW
+#if EB_HAVE_RAW
 
 #include "spawn/rawclone.h"
 
@@ -26,8 +26,8 @@ static int has_no_clone3; /* as under seccomp filters that cannot look at its fl
 /* A job lies above the stack that its process runs on, in one mapping with a guard below. */
 struct eb_job *eb_job_map(void)
 {
-    char *memory = mmap(NULL, GUARD_SIZE + STACK_SIZE, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+    char *memory =
+        mmap(NULL, GUARD_SIZE + STACK_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
     if (memory == MAP_FAILED)
         return NULL;
     if (mprotect(memory, GUARD_SIZE, PROT_NONE) != 0) {

@@ -94,11 +94,9 @@ static int add_attributes(const struct eb_request *q, posix_spawnattr_t *attribu
 
 static bool same_rlimits(const struct eb_request *q)
 {
-    for (uint32_t i = 0; i < q->rlimit_count; i++) {
-        const struct rlimit *own = &self->rlimits[q->rlimits[i].resource];
-        if (q->rlimits[i].limit.rlim_cur != own->rlim_cur || q->rlimits[i].limit.rlim_max != own->rlim_max)
+    for (int i = 0; i < EB_MAX_RLIMITS; i++)
+        if (eb_limits(q, i) && !eb_same_limit(&q->rlimits[i], &self->rlimits[i]))
             return false;
-    }
     return true;
 }
 
@@ -147,8 +145,7 @@ static int spawn_first(const struct eb_request *q, pid_t *pid, const posix_spawn
 static enum eb_stage guess_stage(const struct eb_request *q)
 {
     struct stat info;
-    if (eb_has(q, EB_TAG_CWD) &&
-        (stat(q->cwd, &info) != 0 || !S_ISDIR(info.st_mode) || access(q->cwd, X_OK) != 0))
+    if (eb_has(q, EB_TAG_CWD) && (stat(q->cwd, &info) != 0 || !S_ISDIR(info.st_mode) || access(q->cwd, X_OK) != 0))
         return EB_STAGE_CWD;
     return EB_STAGE_EXEC;
 }

@@ -66,9 +66,10 @@ static void print_request(const struct eb_request *q)
         printf("PGROUP %d\n", (int)q->pgroup);
     if (eb_has(q, EB_TAG_RLIMITS)) {
         printf("RLIMITS");
-        for (uint32_t i = 0; i < q->rlimit_count; i++)
-            printf(" %d:%llu:%llu", q->rlimits[i].resource, (unsigned long long)q->rlimits[i].limit.rlim_cur,
-                   (unsigned long long)q->rlimits[i].limit.rlim_max);
+        for (int i = 0; i < EB_MAX_RLIMITS; i++)
+            if (eb_limits(q, i))
+                printf(" %d:%llu:%llu", i, (unsigned long long)q->rlimits[i].rlim_cur,
+                       (unsigned long long)q->rlimits[i].rlim_max);
         putchar('\n');
     }
     if (eb_has(q, EB_TAG_NICE))

@@ -42,11 +42,10 @@ static void check_accepted(const struct eb_request *q, const uint8_t *data, size
         bytes += strlen(q->cwd) + 1;
     CHECK(bytes <= size);
     CHECK(q->target_count <= EB_MAX_FDS + 3 && q->group_count <= EB_MAX_GROUPS);
-    CHECK(q->rlimit_count <= EB_MAX_RLIMITS && q->affinity_size <= EB_MAX_AFFINITY);
+    CHECK(q->affinity_size <= EB_MAX_AFFINITY);
     for (uint32_t i = 0; i < q->target_count; i++)
         CHECK(q->targets[i] >= 0 && (i == 0 || q->targets[i] > q->targets[i - 1]));
-    for (uint32_t i = 0; i < q->rlimit_count; i++)
-        CHECK(q->rlimits[i].resource >= 0 && q->rlimits[i].resource < EB_MAX_RLIMITS);
+    CHECK(q->limited == 0 || eb_has(q, EB_TAG_RLIMITS));
     CHECK(eb_request_fds(q) <= eb_request_sources(q));
     for (uint32_t i = 0; i < eb_request_sources(q); i++)
         q->sources[i] = -1; /* is there room? */
