@@ -89,13 +89,13 @@ static bool has_many_starters(void)
  * Keeps the GIL, for a thread that is busy in Python gives it back after 5 ms only.  But where several threads start
  * commands, the new processes wait for a CPU, and the other threads had better go on meanwhile.
  */
-static bool await_outcome(struct eb_direct *d, uint32_t patience)
+static bool await_outcome(struct eb_direct *d, uint32_t microseconds)
 {
     bool decided;
     if (!has_many_starters())
-        return eb_direct_wait(d, patience);
+        return eb_direct_wait(d, microseconds);
     Py_BEGIN_ALLOW_THREADS
-    decided = eb_direct_wait(d, patience);
+    decided = eb_direct_wait(d, microseconds);
     Py_END_ALLOW_THREADS
     return decided;
 }
@@ -138,7 +138,7 @@ static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count
     for (int i = 0; i < 3; i++)
         wanted.standard[i] = (int)PyLong_AsLong(args[2 + i]);
     int flags = (int)PyLong_AsLong(args[6]);
-    long patience = PyLong_AsLong(args[7]);
+    long microseconds = PyLong_AsLong(args[7]);
     if (PyErr_Occurred())
         return NULL;
     if (PyList_Size(args[5]) != 0) {
@@ -155,7 +155,7 @@ static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count
     bool decided = eb_direct_begin(d, flags, (const uint8_t *)options, (size_t)size, &wanted) != 0;
     free(others);
     if (!decided)
-        decided = await_outcome(d, (uint32_t)patience);
+        decided = await_outcome(d, (uint32_t)microseconds);
     bool failed = decided && d->error != 0;
     if (failed)
         reap_if_failed(d);
@@ -179,12 +179,12 @@ static PyObject *await_spawn(PyObject *module, PyObject *const *args, Py_ssize_t
     struct eb_direct *d = PyCapsule_GetPointer(args[1], START);
     if (d == NULL)
         return NULL;
-    long patience = PyLong_AsLong(args[2]);
+    long microseconds = PyLong_AsLong(args[2]);
     if (PyErr_Occurred())
         return NULL;
     pid_t pid = d->pid;
     Py_BEGIN_ALLOW_THREADS
-    decided = eb_direct_wait(d, (uint32_t)patience);
+    decided = eb_direct_wait(d, (uint32_t)microseconds);
     Py_END_ALLOW_THREADS
     if (decided && d->error != 0) {
         reap_if_failed(d);

@@ -146,7 +146,7 @@ void eb_command_wake(struct eb_command *k, uint64_t now)
     }
 }
 
-/* -- what becomes of it -- */
+/* -- from start to end -- */
 
 /* Nothing reads it any more; what the report wants of it takes its place. */
 static void release_request(struct eb_command *k)

@@ -83,7 +83,7 @@ void eb_command_orphan(struct eb_command *k);
 bool eb_command_lives(const struct eb_command *k);
 /* Signals its process group, or it alone if it leads none. */
 void eb_command_kill(const struct eb_command *k, int number);
-/* What a dying one needs: looks again when it is due, and kills it when its time has come. */
+/* Kills a dying one when its time has come. */
 void eb_command_wake(struct eb_command *k, uint64_t now);
 
 #endif

@@ -1,4 +1,17 @@
-/* One framed connection: what has arrived of the next frame, what is still to be sent. */
+/*
+ * One framed connection: what has arrived of the next frame, what is still to be sent.
+ *
+ *   state                                       frames that it takes
+ *   NEW      until HELLO                        HELLO
+ *   REST     no command                         SPAWN; SIGNAL and STDIN that are late
+ *   BUSY     a command runs, or its output is   SIGNAL, STDIN
+ *            still to come
+ *   CONTROL  the control socket, after HELLO    what the server says
+ *
+ * It takes none while its command waits for GRANT, or for the outcome of its start (see command.h), and while it is
+ * blocked: then neither frames nor output are read until the socket has taken what is kept for it.  Corked, it keeps
+ * frames that are to go together, and reads on.  Closing, it only waits for the loop to close it.
+ */
 #ifndef EB_CONNECTION_H
 #define EB_CONNECTION_H
 

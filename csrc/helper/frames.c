@@ -19,8 +19,7 @@ static void on_hello(struct eb_connection *c, const struct eb_frame *frame)
     eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
 }
 
-/* The states of a connection, as far as frames go: before HELLO; then without a command; while one runs, or its output
- * is still to come.  The control socket has one only.  Others take none: see takes_frames. */
+/* The states in which a connection takes frames: see connection.h. */
 enum { NEW = 1, REST = 2, BUSY = 4, CONTROL = 8 };
 
 static unsigned state_of(const struct eb_connection *c)

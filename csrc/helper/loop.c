@@ -1,3 +1,13 @@
+/*
+ * One round of the loop:
+ *
+ *   1. Each event goes to its owner: bytes are read or sent, output is passed on, a start is finished.  After each of
+ *      them the connections that were marked have their turn, until no mark is left.
+ *   2. The processes that have ended are waited for, all of them, and then reported.  This comes after the events,
+ *      since it may finish a start whose own event is in this round, and begin the next with the same memory.
+ *   3. Starts that no descriptor reports are looked at, and what is due is done.
+ *   4. What has been closed is freed.  Events of this round may point to it until here.
+ */
 #include "helper/loop.h"
 
 #include "helper/command.h"
@@ -22,8 +32,8 @@
 enum {
     READS_PER_TURN = 16, /* of one connection, before the others have theirs */
     MOST_FDS = 1024,     /* that a daemon's client may have sent for its next request */
-    TRIM_MS = 100,
-    START_TICK_MS = 40, /* poll interval for starts that no descriptor reports */
+    TRIM_MS = 100,       /* without an event, after which memory is given back */
+    START_TICK_MS = 40,  /* poll interval for starts that no descriptor reports */
 };
 
 static int epoll_fd, signals_fd, caller_fd;
@@ -73,7 +83,7 @@ static void unwatch(struct eb_connection *c)
     c->watched = false;
 }
 
-/* -- streams -- */
+/* -- a command's streams -- */
 
 /* Whether the outcome of its command's start is awaited, before which nothing else matters. */
 static bool is_starting(const struct eb_connection *c)
@@ -152,6 +162,7 @@ static void release(struct eb_command *k)
 static void begin(struct eb_command *k)
 {
     eb_command_begin(k);
+    /* Memory or the user's number of watches may be exhausted. */
     if (k->start.polled || (k->start.done_fd >= 0 && !watch_fd(k->start.done_fd, 0, &k->source))) {
         k->next_polled = polled;
         polled = k;
@@ -180,7 +191,7 @@ static void attend(struct eb_command *k)
         release(k);
 }
 
-/* Something has become of it. */
+/* Its state has changed: its connection has its turn, or it alone if that has ended. */
 static void touch(struct eb_command *k)
 {
     if (k->connection != NULL)
@@ -189,6 +200,7 @@ static void touch(struct eb_command *k)
         attend(k);
 }
 
+/* Finishes the polled starts whose outcome is known. */
 static void look_at_polled(void)
 {
     for (struct eb_command **at = &polled, *k; (k = *at) != NULL;) {
@@ -277,9 +289,9 @@ static void sweep(void)
     }
 }
 
-/* -- its turn -- */
+/* -- a connection's turn -- */
 
-/* What is left of a frame must come in time. */
+/* The rest of a frame must come in time. */
 static void set_frame_deadline(struct eb_connection *c)
 {
     if (c->in_size == 0 || !eb_is_at_rest(c) || eb_is_blocked(c) || !helper.pool || c->control) {
@@ -310,8 +322,6 @@ static void check_fds(struct eb_connection *c)
     else if (helper.pool && !c->control && c->fds.count > MOST_FDS)
         eb_refuse(c, "more than %d descriptors", MOST_FDS);
 }
-
-/* -- the marks -- */
 
 /* Acts on one frame at most, so that what it asks of others is done before the next: a DRAIN before a QUERY. */
 static void step(struct eb_connection *c)
@@ -550,7 +560,6 @@ void eb_serve(int signals, int caller)
             dispatch(events[i].data.ptr, events[i].events, &signalled);
             act_on_marks();
         }
-        /* Last, since it may finish a start whose own event is in this round, and begin another. */
         if (signalled)
             take_signals();
         look_at_polled();
