@@ -243,7 +243,8 @@ def test_kill_needs_no_end_of_output() -> None:
     assert send(stream) == b"".join(
         frame(lib.EB_SIGNAL, struct.pack("<ii", pid, 9)) for pid in (-77, 77)
     )
-    assert told(stream.receive(frame(lib.EB_STDOUT, b"x") + exited(9))) == [
+    data = frame(lib.EB_STDOUT, b"x") + exited(9) + frame(lib.EB_STDOUT, b"another's") + OUT_END
+    assert told(stream.receive(data)) == [
         ("output", 0, b"x"),
         ("ended", -9, USAGE, None),
     ]
@@ -345,8 +346,12 @@ def test_refusals() -> None:
         _wire.HELLO + FAILED * 2,
         _wire.HELLO + credit(1),  # more than was ever sent
         _wire.HELLO + frame(lib.EB_EXITED, b"short"),
-        _wire.HELLO + exited(0x137F),  # stopped
-        _wire.HELLO + exited(-1),
+        _wire.HELLO + OUT_END,  # before SPAWNED
+        _wire.HELLO + exited(),
+        _wire.HELLO + spawned() + exited(0x137F),  # stopped
+        _wire.HELLO + spawned() + exited(-1),
+        _wire.HELLO + spawned() + BRIEF_END,
+        _wire.HELLO + spawned() + exited(0, b"more"),
         _wire.HELLO + frame(lib.EB_STATUS_REPLY, b"{}"),
         struct.pack("<IB", lib.EB_MAX_FRAME + 1, lib.EB_STDOUT),
         struct.pack("<IB", 6, lib.EB_SPAWNED),
@@ -359,8 +364,9 @@ def test_protocol_errors(data: bytes) -> None:
     assert (type(found.error), found.may_resend) == (ProtocolError, False)
 
 
-def test_brief_command_tells_of_no_start() -> None:
-    assert type(lost(begun(brief=True), _wire.HELLO + spawned()).error) is ProtocolError
+def test_brief_command_tells_of_no_start_and_of_its_time() -> None:
+    for data in spawned(), exited():
+        assert type(lost(begun(brief=True), _wire.HELLO + data).error) is ProtocolError
 
 
 def test_garbage_is_a_protocol_error_or_awaits_more() -> None:
