@@ -232,6 +232,14 @@ def test_unsent_input_keeps_the_connection_from_others() -> None:
     assert not stream.is_free
 
 
+def test_half_a_frame_behind_the_end_keeps_it_too() -> None:
+    for at in range(1, len(UNREAD)):
+        stream = begun(brief=True)
+        send(stream)
+        list(stream.receive(_wire.HELLO + OUT_END + ERR_END + BRIEF_END + UNREAD[:at]))
+        assert not stream.is_free
+
+
 # -- the end by a kill --
 
 
@@ -323,6 +331,7 @@ def test_refusals() -> None:
     found = lost(begun(), _wire.HELLO + refused)
     assert (type(found.error), found.may_resend) == (ProtocolError, False)
     assert "the helper refused: no, für dich nicht" in str(found.error)
+    assert len(list(begun().receive(refused + _wire.HELLO + spawned()))) == 1  # nothing after it
 
 
 # -- what is not the protocol --
@@ -349,7 +358,7 @@ def test_refusals() -> None:
         _wire.HELLO + OUT_END,  # before SPAWNED
         _wire.HELLO + exited(),
         _wire.HELLO + spawned() + exited(0x137F),  # stopped
-        _wire.HELLO + spawned() + exited(-1),
+        _wire.HELLO + spawned() + exited(0x10000),
         _wire.HELLO + spawned() + BRIEF_END,
         _wire.HELLO + spawned() + exited(0, b"more"),
         _wire.HELLO + frame(lib.EB_STATUS_REPLY, b"{}"),
@@ -365,8 +374,8 @@ def test_protocol_errors(data: bytes) -> None:
 
 
 def test_brief_command_tells_of_no_start_and_of_its_time() -> None:
-    for data in spawned(), exited():
-        assert type(lost(begun(brief=True), _wire.HELLO + data).error) is ProtocolError
+    for data in _wire.HELLO + spawned(), _wire.HELLO + exited(), OUT_END, BRIEF_END:
+        assert type(lost(begun(brief=True), data).error) is ProtocolError
 
 
 def test_garbage_is_a_protocol_error_or_awaits_more() -> None:
