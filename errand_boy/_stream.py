@@ -142,6 +142,7 @@ class Stream:
         self.greeted = greeted
         self._splitter = Splitter(_SIZES)
         self._awaited = 0
+        self._request_left = 0
         self.unsent = b""
 
     def begin(

@@ -312,6 +312,14 @@ def test_reset_after_a_signal_is_no_proof() -> None:
     assert not stream.end(reset=True).may_resend
 
 
+def test_signal_before_anything_has_begun() -> None:
+    stream = Stream()
+    stream.signal(0, 9)
+    assert send(stream) == frame(lib.EB_SIGNAL, struct.pack("<ii", 0, 9))
+    assert stream.is_free
+    assert not stream.end().may_resend
+
+
 def test_unread() -> None:
     stream = begun(brief=True, greeted=True)
     send(stream)
