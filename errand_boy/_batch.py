@@ -288,7 +288,7 @@ class Batch:
                 options = self._options if job.options is None else job.options
                 why = _wire.spawn_error(event, job.argv[0], options["cwd"])
                 self._over(channel, self._failed(job, why))
-        if stream.unsent:
+        if stream.unsent and channel.job is not None:
             self._send(channel)
 
     def stop(self) -> None:

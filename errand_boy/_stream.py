@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
+_END_SIZES = _wire.EXITED.size, _wire.EXITED.size + _MORE.size
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
 _LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
@@ -38,7 +39,7 @@ _SIZES = {
     lib.EB_HELLO: (4, 64),
     lib.EB_SPAWNED: (5, 5),
     lib.EB_FAILED: (9, 9),
-    lib.EB_EXITED: (_wire.EXITED.size, _wire.EXITED.size + _MORE.size),
+    lib.EB_EXITED: _END_SIZES,
     lib.EB_REFUSED: (0, _MOST_REASON),
     lib.EB_STDOUT: (0, lib.EB_MAX_FRAME),
     lib.EB_STDERR: (0, lib.EB_MAX_FRAME),
@@ -90,7 +91,7 @@ class Ended:
     @property
     def brief(self) -> tuple[int, int] | None:
         """The microseconds that a brief command took, and its pid; None for another."""
-        if len(self._payload) == _wire.EXITED.size:
+        if len(self._payload) == _END_SIZES[0]:
             return None
         return _MORE.unpack_from(self._payload, _wire.EXITED.size)
 
@@ -141,6 +142,7 @@ class Stream:
         self.greeted = greeted
         self._splitter = Splitter(_SIZES)
         self._awaited = 0
+        self._request_left = 0
         self.unsent = b""
 
     def begin(
@@ -205,7 +207,8 @@ class Stream:
                         if isinstance(event, Lost):
                             return
                     continue
-                if not self._awaited & bit or not self.greeted:
+                may_tell = self.greeted and (self._started or self._brief)
+                if not (self._awaited & bit and may_tell):
                     raise _unexpected(kind)
                 self._started = True
                 if bit != _EXIT and payload:
@@ -213,10 +216,14 @@ class Stream:
                     continue
                 self._awaited -= bit
                 if bit == _EXIT:
+                    if len(payload) != _END_SIZES[self._brief]:
+                        raise _unexpected(kind)
                     self.ended = Ended(payload)
                 ended = self.ended
                 if ended is not None and (not self._awaited or self._is_killed):
                     yield ended
+                    if self._awaited:
+                        return  # what else comes is of those who hold its output
         except ProtocolError as error:
             yield Lost(error)
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+_LONGEST = 3600.0  # seconds
+
 
 class Timer:
     """One of these, until it is cancelled or its time comes."""
@@ -43,11 +45,14 @@ class Timers:
         return self.at(time.monotonic() + seconds, action)
 
     def rest(self) -> float | None:
-        """Return the seconds until `ring` should be called, at least 0; None: there is no timer."""
+        """Return in how many seconds `ring` is to be called; None: there is no timer.
+
+        They are from 0 to an hour: poll(2) takes no more than 24 days.
+        """
         heap = self._heap
         while heap and heap[0][2].action is None:
             heappop(heap)
-        return max(0.0, heap[0][0] - time.monotonic()) if heap else None
+        return min(max(0.0, heap[0][0] - time.monotonic()), _LONGEST) if heap else None
 
     def ring(self) -> None:
         """Do what is due. Raises what an action raises; those behind it are left."""

@@ -182,6 +182,10 @@ def test_time_in_the_queue_does_not_count(tmp_path: Path) -> None:
         client.close()
 
 
+def test_timeout_that_poll_cannot_wait_for(client: Client) -> None:
+    assert client.run(["echo", "x"], capture_output=True, timeout=1e9).stdout == b"x\n"
+
+
 def test_interrupt_kills(daemon: Daemon, tmp_path: Path) -> None:
     source = """
 client = subprocess.connect(sys.argv[2])

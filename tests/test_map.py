@@ -409,6 +409,10 @@ def test_timeouts_of_one(run_map: Map) -> None:
     assert [r.returncode for r in results] == [-9, -9, 0]
 
 
+def test_timeout_that_poll_cannot_wait_for(run_map: Map) -> None:
+    assert [r.error for r in run_map([["true"]], timeout=1e10)] == [None]
+
+
 def test_connections_are_reused_after_timeouts(run_map: Map) -> None:
     commands = [SLEEP, ["echo", "x"]] * 5
     results = list(run_map(commands, max_workers=1, timeout=0.2))

@@ -232,6 +232,14 @@ def test_unsent_input_keeps_the_connection_from_others() -> None:
     assert not stream.is_free
 
 
+def test_half_a_frame_behind_the_end_keeps_it_too() -> None:
+    for at in range(1, len(UNREAD)):
+        stream = begun(brief=True)
+        send(stream)
+        list(stream.receive(_wire.HELLO + OUT_END + ERR_END + BRIEF_END + UNREAD[:at]))
+        assert not stream.is_free
+
+
 # -- the end by a kill --
 
 
@@ -243,7 +251,8 @@ def test_kill_needs_no_end_of_output() -> None:
     assert send(stream) == b"".join(
         frame(lib.EB_SIGNAL, struct.pack("<ii", pid, 9)) for pid in (-77, 77)
     )
-    assert told(stream.receive(frame(lib.EB_STDOUT, b"x") + exited(9))) == [
+    data = frame(lib.EB_STDOUT, b"x") + exited(9) + frame(lib.EB_STDOUT, b"another's") + OUT_END
+    assert told(stream.receive(data)) == [
         ("output", 0, b"x"),
         ("ended", -9, USAGE, None),
     ]
@@ -303,6 +312,14 @@ def test_reset_after_a_signal_is_no_proof() -> None:
     assert not stream.end(reset=True).may_resend
 
 
+def test_signal_before_anything_has_begun() -> None:
+    stream = Stream()
+    stream.signal(0, 9)
+    assert send(stream) == frame(lib.EB_SIGNAL, struct.pack("<ii", 0, 9))
+    assert stream.is_free
+    assert not stream.end().may_resend
+
+
 def test_unread() -> None:
     stream = begun(brief=True, greeted=True)
     send(stream)
@@ -322,6 +339,7 @@ def test_refusals() -> None:
     found = lost(begun(), _wire.HELLO + refused)
     assert (type(found.error), found.may_resend) == (ProtocolError, False)
     assert "the helper refused: no, für dich nicht" in str(found.error)
+    assert len(list(begun().receive(refused + _wire.HELLO + spawned()))) == 1  # nothing after it
 
 
 # -- what is not the protocol --
@@ -345,8 +363,12 @@ def test_refusals() -> None:
         _wire.HELLO + FAILED * 2,
         _wire.HELLO + credit(1),  # more than was ever sent
         _wire.HELLO + frame(lib.EB_EXITED, b"short"),
-        _wire.HELLO + exited(0x137F),  # stopped
-        _wire.HELLO + exited(-1),
+        _wire.HELLO + OUT_END,  # before SPAWNED
+        _wire.HELLO + exited(),
+        _wire.HELLO + spawned() + exited(0x137F),  # stopped
+        _wire.HELLO + spawned() + exited(0x10000),
+        _wire.HELLO + spawned() + BRIEF_END,
+        _wire.HELLO + spawned() + exited(0, b"more"),
         _wire.HELLO + frame(lib.EB_STATUS_REPLY, b"{}"),
         struct.pack("<IB", lib.EB_MAX_FRAME + 1, lib.EB_STDOUT),
         struct.pack("<IB", 6, lib.EB_SPAWNED),
@@ -359,8 +381,9 @@ def test_protocol_errors(data: bytes) -> None:
     assert (type(found.error), found.may_resend) == (ProtocolError, False)
 
 
-def test_brief_command_tells_of_no_start() -> None:
-    assert type(lost(begun(brief=True), _wire.HELLO + spawned()).error) is ProtocolError
+def test_brief_command_tells_of_no_start_and_of_its_time() -> None:
+    for data in _wire.HELLO + spawned(), _wire.HELLO + exited(), OUT_END, BRIEF_END:
+        assert type(lost(begun(brief=True), data).error) is ProtocolError
 
 
 def test_garbage_is_a_protocol_error_or_awaits_more() -> None:

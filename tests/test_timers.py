@@ -1,0 +1,54 @@
+"""What is to be done at a time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from errand_boy._timers import Timers
+
+
+def test_they_ring_in_the_order_of_their_times() -> None:
+    timers, rung = Timers(), []
+    now = time.monotonic()
+    for name, when in ("c", now - 1), ("a", now - 3), ("b", now - 2), ("d", now - 1):
+        timers.at(when, lambda name=name: rung.append(name))  # type: ignore[misc]
+    timers.after(3600, lambda: rung.append("not yet"))
+    assert timers.rest() == 0
+    timers.ring()
+    assert rung == ["a", "b", "c", "d"]
+    assert 3500 < (timers.rest() or 0) <= 3600
+
+
+def test_cancelled_ones_are_not_waited_for() -> None:
+    timers, rung = Timers(), []
+    timer = timers.after(0, lambda: rung.append("cancelled"))
+    timer.cancel()
+    timer.cancel()
+    assert timers.rest() is None
+    timers.ring()
+    assert not rung
+
+
+def test_what_an_action_raises_leaves_the_others() -> None:
+    timers, rung = Timers(), []
+    timers.at(0, lambda: 1 / 0)
+    timers.at(1, lambda: rung.append("second"))
+    with pytest.raises(ZeroDivisionError):
+        timers.ring()
+    timers.ring()
+    assert rung == ["second"]
+
+
+def test_one_that_is_set_by_another() -> None:
+    timers, rung = Timers(), []
+    timers.at(0, lambda: timers.at(0, lambda: rung.append("both")))
+    timers.ring()
+    assert rung == ["both"]
+
+
+def test_no_wait_is_longer_than_poll_can() -> None:
+    timers = Timers()
+    timers.after(float("inf"), lambda: None)
+    assert timers.rest() == 3600
