@@ -17,6 +17,7 @@ HELPER_SOURCES = [
     for name in (
         "helper/main",
         "helper/loop",
+        "helper/become",
         "helper/control",
         "helper/command",
         "helper/counters",

@@ -127,3 +127,18 @@ def ended(connection: Connection) -> int:
 
 def send_signal(connection: Connection, pid: int, number: int) -> None:
     connection.send(_wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))
+
+
+@contextmanager
+def acting_as(uid: int, gid: int, groups: Sequence[int]) -> Iterator[None]:
+    """Have the rights of this user, in what connects to a daemon."""
+    before = os.getgroups()
+    os.setgroups(groups)
+    os.setegid(gid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)

@@ -24,7 +24,6 @@ from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.services import Holdings, Services
-from errand_boy._daemon.turns import Turns
 from errand_boy._native import lib
 
 ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ended
@@ -52,12 +51,7 @@ class Server:
         self.refused = 0
         self.texts: set[object] = set()
         self._holdings = Holdings()
-        turns = None
-        if options.max_processes or options.max_processes_per_client:
-            turns = Turns(options.max_processes, options.max_processes_per_client)
-        self.pool = Pool(
-            self.loop, options.pool_size, options.max_child_tasks, turns, options.as_peer
-        )
+        self.pool = Pool(self.loop, options)
         self._newcomers = Newcomers(self.loop, self._serve, self._on_late)
         self._replies = 0
         self._paused = False
@@ -138,7 +132,7 @@ class Server:
             self._paused = False
 
     def _admit(self, sock: socket.socket) -> None:
-        peer = Peer(sock, self.options.as_peer or bool(self.options.allow_gid))
+        peer = Peer(sock)
         self._newcomers.add(Newcomer(sock, peer, self._refusal(peer), self.options.patience))
 
     def _on_late(self, newcomer: Newcomer) -> None:
@@ -148,7 +142,8 @@ class Server:
         options = self.options
         if peer.uid == os.geteuid() or peer.uid in options.allow_uid:
             return ""
-        if options.allow_gid and not options.allow_gid.isdisjoint([peer.gid, *peer.groups]):
+        _, gid, groups = peer.credentials
+        if options.allow_gid and not options.allow_gid.isdisjoint([gid, *groups]):
             return ""
         return (
             f"user {peer.uid} may not use this daemon of user {os.geteuid()}: "
