@@ -15,7 +15,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from daemon import PATIENCE, Daemon, acting_as, ended, send_signal, spawn, started_daemon
+from daemon import (
+    PATIENCE,
+    Daemon,
+    acting_as,
+    ended,
+    send_signal,
+    spawn,
+    started_daemon,
+    taken_from,
+)
 from errand_boy._native import lib
 
 from errand_boy import _wire
@@ -298,19 +307,6 @@ def test_helper_speaks_for_its_own_connections_only(public_dir: Path) -> None:
         end(running, pid)
         waiting.close()
         connection.close()
-
-
-@contextlib.contextmanager
-def taken_from(pid: int, number: int) -> Iterator[socket.socket]:
-    """Have a copy of a process's socket, as who may trace it may."""
-    pidfd = os.pidfd_open(pid)
-    libc_syscall = __import__("ctypes").CDLL(None, use_errno=True).syscall
-    fd = libc_syscall(438, pidfd, number, 0)  # pidfd_getfd
-    os.close(pidfd)
-    assert fd >= 0
-    with socket.socket(fileno=fd) as sock:
-        sock.setblocking(True)
-        yield sock
 
 
 def test_user_may_trace_its_helper_and_nobody_elses(public_dir: Path) -> None:

@@ -18,12 +18,14 @@ from errand_boy import _wire
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.peer import Credentials
 from errand_boy._daemon.report import FILE_SIZE, Report
+from errand_boy._daemon.strangers import DescriptorsError, receive
 from errand_boy._native import lib
 
 _PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "errand-boy-helper")
 _OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # before the server raises it
 _CONTROL_FD, _FIGURES_FD = 3, 4
 _LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
+_MOST_LAST_READS = 64
 _LONGEST = 4 << 10  # bytes of a frame that was not asked for
 
 ID = struct.Struct("<I")
@@ -141,7 +143,7 @@ class Helper:
                 self._loop.log.warning("cannot reach a helper", pid=self.pid, error=error.strerror)
             self._outbox.popleft()
             if passed is not None:
-                passed.close()
+                self._loop.closer.close(passed)
         self._watch(selectors.EVENT_READ)
 
     def _watch(self, events: int) -> None:
@@ -158,9 +160,12 @@ class Helper:
     def _read(self) -> bool:
         """Act on what has come; return False at the end."""
         try:
-            data = self._sock.recv(1 << 16)
+            data = receive(self._sock, 1 << 16)
         except BlockingIOError:
             return True
+        except DescriptorsError:
+            self._kill("descriptors")
+            return False
         except OSError:
             return False
         self._inbox += data
@@ -211,12 +216,13 @@ class Helper:
     def _on_exit(self, events: int) -> None:
         self._selector.unregister(self._pidfd)
         os.close(self._pidfd)
-        # Its last words: with the process gone, this comes to an end.
+        # Its last words. Another process may have a copy of the socket, and go on for ever.
         if self._sock in self._selector.get_map():
             self._selector.unregister(self._sock)
-            while self._read():
-                pass
-        self._sock.close()
+            for _ in range(_MOST_LAST_READS):
+                if not self._read():
+                    break
+        self._loop.closer.close(self._sock)
         self.report = Report.read(self._figures)
         os.close(self._figures)
         _, status = os.waitpid(self.pid, 0)

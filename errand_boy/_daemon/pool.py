@@ -189,16 +189,16 @@ class Pool:
             try:
                 self.hand_over(sock, peer)
             except OSError as error:
-                _refuse(sock, error.strerror or str(error))
+                self._refuse(sock, error.strerror or str(error))
         self._grant()
+
+    def _refuse(self, sock: socket.socket, reason: str) -> None:
+        with suppress(OSError):
+            sock.send(_wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]]))
+        self._loop.closer.close(sock, read=True)
 
     def _forget_users_without_helpers(self) -> None:
         self._leaving = [user for user in self._leaving if user.helpers]
         for user in list(self._users.values()):
             if user.credentials is not None and user.is_over:
                 del self._users[user.credentials]
-
-
-def _refuse(sock: socket.socket, reason: str) -> None:
-    with sock, suppress(OSError):
-        sock.send(_wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]]))

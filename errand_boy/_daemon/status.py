@@ -88,7 +88,7 @@ class Reply:
     def _close(self) -> None:
         self._timer.cancel()
         self._loop.selector.unregister(self._sock)
-        self._sock.close()
+        self._loop.closer.close(self._sock)
         self._on_done()
 
 
