@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from daemon import PATIENCE, acting_as, spawn, started_daemon, taken_from
+from daemon import acting_as, spawn, started_daemon, taken_from
 from errand_boy._native import lib
 
 from errand_boy import _wire

@@ -8,6 +8,7 @@ SO_LINGER, say. So the server never takes descriptors off, nor closes such a soc
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import socket
 import time
@@ -53,7 +54,7 @@ class Closer:
 
     def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
         self._call_later = call_later
-        self._queue: SimpleQueue[tuple[socket.socket, bool]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[int, bool]] = SimpleQueue()
         self._since: dict[int, float] = {}  # by thread: when the close began that it is at
         self._threads = 0
         self._is_looking = False
@@ -66,8 +67,10 @@ class Closer:
 
     def close(self, sock: socket.socket, *, read: bool = False) -> None:
         """Close `sock`, a little later; `read` what has come before, lest the peer is told."""
-        self._queue.put((sock, read))
-        self._look_later()
+        fd = sock.detach()
+        if fd >= 0:
+            self._queue.put((fd, read))
+            self._look_later()
 
     def _start_thread(self) -> None:
         _thread.start_new_thread(self._run, ())
@@ -76,13 +79,13 @@ class Closer:
     def _run(self) -> None:
         me = _thread.get_ident()
         while True:
-            sock, read = self._queue.get()
+            fd, read = self._queue.get()
             self._since[me] = time.monotonic()
             with suppress(OSError):
                 if read:
-                    sock.recv(_READ)
+                    os.read(fd, _READ)
             with suppress(OSError):
-                sock.close()
+                os.close(fd)
             del self._since[me]
 
     def _look_later(self) -> None:
