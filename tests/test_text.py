@@ -498,7 +498,7 @@ def test_nothing_leaks(daemon: Daemon) -> None:
 @pytest.mark.root
 def test_environment_is_not_another_users(public_dir: Path) -> None:
     with started_daemon(
-        public_dir, "--as-peer", "--allow-uid=12345", env={"HOME": "/root", "MARK": "ours"}
+        public_dir, "--allow-uid=12345", env={"HOME": "/root", "MARK": "ours"}
     ) as daemon:
         with acting_as(12345, 12346, []):
             sock = sent(daemon, b"echo ${HOME-none} ${MARK-none}")
