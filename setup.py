@@ -20,6 +20,7 @@ HELPER_SOURCES = [
         "helper/become",
         "helper/control",
         "helper/command",
+        "helper/record",
         "helper/counters",
         "helper/connection",
         "common/fdpass",
