@@ -185,6 +185,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         help="json: an object a line (default: text)",
     )
     parser.add_argument(
+        "--log-commands",
+        nargs="?",
+        choices=("text", "json"),
+        const="text",
+        help="a line for each command: who, what, where, how it ended, what it used; to systemd's "
+        "journal, or on standard error in this form (default of it: text)",
+    )
+    parser.add_argument(
         "--pid-file", metavar="PATH", help="written when it listens, removed when it ends"
     )
     parser.add_argument(

@@ -26,6 +26,7 @@ class Options:
         patience: float = 30.0,
         log_level: str = "info",
         log_format: str = "text",
+        log_commands: str | None = None,
         pid_file: str | None = None,
         version: str = "",
     ) -> None:
@@ -44,5 +45,6 @@ class Options:
         self.patience = patience
         self.log_level = log_level
         self.log_format = log_format
+        self.log_commands = log_commands
         self.pid_file = pid_file
         self.version = version

@@ -7,6 +7,7 @@ import socket
 from contextlib import suppress
 
 from errand_boy import _wire
+from errand_boy._daemon.audit import Audit, Ended
 from errand_boy._daemon.helper import ID, Helper, Unserved
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
@@ -35,6 +36,10 @@ class Pool:
         self.peers: dict[int, tuple[Helper, Peer]] = {}  # by connection id
         self._loop = loop
         self._limits = options
+        self._audit = Audit(options.log_commands) if options.log_commands else None
+        self._flags = (lib.EB_ASK if self.turns is not None else 0) | (
+            lib.EB_TELL_ENDS if self._audit is not None else 0
+        )
         self._options = []
         if options.max_child_tasks:
             self._options.append(f"--max-tasks={options.max_child_tasks}")
@@ -64,7 +69,7 @@ class Pool:
         while self._last_id in self.peers:
             self._last_id = self._last_id % 0xFFFFFFFF + 1
         self.peers[self._last_id] = (helper, peer)
-        helper.adopt(self._last_id, lib.EB_ASK if self.turns is not None else 0, sock)
+        helper.adopt(self._last_id, self._flags, sock)
 
     def connect(self, peer: Peer) -> socket.socket:
         """Return a new connection to a helper of the user `peer`. Raises OSError."""
@@ -146,6 +151,10 @@ class Pool:
         elif kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
             self._loop.log.error("a helper refused", pid=helper.pid, reason=reason)
+        elif kind == lib.EB_ENDED and self._audit is not None:
+            ended = Ended(payload)
+            if ended.connection in helper.connections:
+                self._audit.write(self.peers[ended.connection][1], ended)
         elif kind in (lib.EB_WANT, lib.EB_DONE, lib.EB_CLOSED):
             (connection,) = ID.unpack(payload)
             if connection in helper.connections:
