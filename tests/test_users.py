@@ -237,6 +237,21 @@ def test_daemon_that_cannot_change_ids_says_so(public_dir: Path, capability: str
         end(connection, spawn(connection, "/bin/sleep", "100"))
 
 
+def test_daemon_needs_few_capabilities(public_dir: Path) -> None:
+    """Those that docs/deployment.md leaves to it."""
+    under = ["setpriv", "--no-new-privs", "--bounding-set=-all,+setuid,+setgid,+kill"]
+    with open_daemon(public_dir, under=under) as daemon:
+        assert b"\r\n0:12345\n\r\n1:" in told(daemon, FIRST, b"id -u")
+        connection = connect_as(daemon, SECOND)
+        pid = spawn(connection, "/bin/sleep", "100")
+        assert status_of(pid)["CapBnd"] == f"{1 << 5 | 1 << 6 | 1 << 7:016x}"
+        assert status_of(pid)["CapPrm"] == "0" * 16
+        end(connection, pid)
+        connection = daemon.connect()
+        end(connection, spawn(connection, "/bin/sleep", "100"))
+        assert daemon.stop() == 0
+
+
 def test_signals_are_sent_with_the_users_rights(public_dir: Path) -> None:
     """A set-user-ID program that has become root altogether is not the user's to end."""
     program = public_dir / "setpriv"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from typing import NamedTuple
 
+from errand_boy._address import credentials
 from errand_boy._native import ffi, lib
 
 _SO_PEERGROUPS = 59
 _MOST_GROUPS = 1 << 16  # NGROUPS_MAX
-
-_CREDENTIALS = struct.Struct("iII")
 
 
 class Credentials(NamedTuple):
@@ -34,9 +32,7 @@ class Peer:
     __slots__ = ("credentials", "pid", "uid")
 
     def __init__(self, sock: socket.socket) -> None:
-        size = _CREDENTIALS.size
-        noted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        self.pid, self.uid, gid = _CREDENTIALS.unpack(noted)
+        self.pid, self.uid, gid = credentials(sock)
         self.credentials = Credentials(self.uid, gid, _groups(sock))
 
 
