@@ -67,12 +67,13 @@ def table(status: dict[str, Any]) -> str:
     ]
     if latency["p50"] is not None:
         lines.append(f"starts took {latency['p50']:.0f} µs (p50), {latency['p99']:.0f} µs (p99)")
-    lines += ["", f"{'HELPER':>8} {'KIB':>6} {'LIVE':>6} {'SERVED':>9} {'CLIENTS':>8}"]
+    lines += ["", f"{'HELPER':>8} {'UID':>6} {'KIB':>6} {'LIVE':>6} {'SERVED':>9} {'CLIENTS':>8}"]
     for helper in status["helpers"]:
         memory = "-" if helper["memory_kib"] is None else helper["memory_kib"]
         lines.append(
-            f"{helper['pid']:>8} {memory:>6} {helper['live']:>6} {helper['served']:>9} "
-            f"{helper['connections']:>8}" + (" ending" if helper["draining"] else "")
+            f"{helper['pid']:>8} {helper['uid']:>6} {memory:>6} {helper['live']:>6} "
+            f"{helper['served']:>9} {helper['connections']:>8}"
+            + (" ending" if helper["draining"] else "")
         )
     if status["commands"]:
         lines += ["", f"{'COMMAND':>8} {'AGE':>9} {'CLIENT':>8} {'UID':>6} ARGV"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -127,3 +128,30 @@ def ended(connection: Connection) -> int:
 
 def send_signal(connection: Connection, pid: int, number: int) -> None:
     connection.send(_wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))
+
+
+@contextmanager
+def acting_as(uid: int, gid: int, groups: Sequence[int]) -> Iterator[None]:
+    """Have the rights of this user, in what connects to a daemon."""
+    before = os.getgroups()
+    os.setgroups(groups)
+    os.setegid(gid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)
+
+
+@contextmanager
+def taken_from(pid: int, number: int) -> Iterator[socket.socket]:
+    """Have a copy of a process's socket, as who may trace it may."""
+    pidfd = os.pidfd_open(pid)
+    fd = ctypes.CDLL(None).syscall(438, pidfd, number, 0)  # pidfd_getfd
+    os.close(pidfd)
+    assert fd >= 0
+    with socket.socket(fileno=fd) as sock:
+        sock.setblocking(True)
+        yield sock

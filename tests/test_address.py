@@ -175,7 +175,7 @@ def test_commands_ask_nothing_of_another_user(public_dir: Path, command: list[st
 
 @pytest.mark.root
 def test_user_and_root_may_listen_at_a_default_path(public_dir: Path) -> None:
-    with started_daemon(public_dir, "--as-peer", "--allow-uid=65534") as daemon:
+    with started_daemon(public_dir, "--allow-uid=65534") as daemon:
         os.rename(daemon.path, public_dir / "errand-boy.sock")
         os.chown(public_dir, 65534, -1)
         environment = json.dumps({"XDG_RUNTIME_DIR": str(public_dir)})

@@ -43,8 +43,9 @@ from test_helper_protocol import (
 )
 
 from errand_boy import _wire
+from errand_boy._daemon.audit import Ended
 
-AS_PEER, ASK = lib.EB_AS_PEER, lib.EB_ASK
+AS_PEER, ASK, TELL_ENDS = lib.EB_AS_PEER, lib.EB_ASK, lib.EB_TELL_ENDS
 PEER = (12343, 12344, [12345, 12346])
 MIB = 1 << 20
 
@@ -1552,6 +1553,78 @@ def test_limit_of_processes_is_no_other_clients(pool: Pool) -> None:
     lowered = option(lib.EB_TAG_RLIMITS, limit(resource.RLIMIT_NPROC, 4321, 54321))
     assert output(client, *tell, options=[lowered]).split()[2:4] == ["4321", "54321"]
     assert output(other, *tell) == before
+
+
+# Ends
+
+
+def told_end(pool: Pool) -> Ended:
+    kind, payload = pool.control.frame()
+    assert kind == lib.EB_ENDED
+    return Ended(payload)
+
+
+def test_end_of_each_command_is_told(pool: Pool, tmp_path: Path) -> None:
+    pool.flags = TELL_ENDS
+    client = pool.connect()
+    directory = os.open(tmp_path, os.O_RDONLY)
+    before = time.time()
+    within = [option(lib.EB_TAG_CWD_FD)]
+    pid = started(client, request("/bin/sh", "-c", "exit 3", options=within), [directory])
+    assert ended(client) == 3 << 8
+    end = told_end(pool)
+    assert (end.connection, end.pid, end.argv) == (client.id, pid, ["/bin/sh", "-c", "exit 3"])
+    assert (end.cwd, end.outcome()) == (str(tmp_path), {"status": 3})
+    assert before - 1 < end.since < time.time()
+    assert 0 < end.duration < 60
+    assert end.max_rss > 100
+    for cwd, where in ("/", "/"), ("..", f"{tmp_path}/.."):
+        within[1:] = [option(lib.EB_TAG_CWD, cwd.encode() + b"\0")]
+        pid = started(client, request("/bin/sleep", "100", options=within), [directory])
+        os.kill(pid, signal.SIGTERM)
+        ended(client)
+        end = told_end(pool)
+        assert (end.pid, end.cwd, end.outcome()) == (pid, where, {"signal": "SIGTERM"})
+    client.send(request("/none"))
+    assert isinstance(client.reply(), Failed)
+    end = told_end(pool)
+    assert end.outcome() == {"error": "ENOENT", "stage": "exec"}
+    assert (end.argv, end.cwd) == (["/none"], os.getcwd())
+    os.close(directory)
+    client.sock.close()
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_end_is_told_of_a_command_whose_client_has_gone(pool: Pool) -> None:
+    pool.flags = TELL_ENDS | ASK
+    client = pool.connect()
+    client.send(streamed("/bin/sleep", "100", streams=0b11, options=[COALESCE]))
+    pool.told((lib.EB_WANT, client.id))
+    pool.tell(lib.EB_GRANT, u32(client.id))
+    assert until(lambda: bool(pool.children()))
+    client.sock.close()
+    assert told_end(pool).outcome() == {"signal": "SIGTERM"}
+    pool.told((lib.EB_DONE, client.id), (lib.EB_CLOSED, client.id))
+
+
+def test_end_is_not_told_of_a_request_that_is_dropped(pool: Pool) -> None:
+    pool.flags = TELL_ENDS | ASK
+    client = pool.connect()
+    client.send(request("/bin/true"))
+    pool.told((lib.EB_WANT, client.id))
+    client.sock.close()
+    pool.told((lib.EB_DONE, client.id), (lib.EB_CLOSED, client.id))
+
+
+def test_what_is_told_of_a_command_is_bounded(pool: Pool) -> None:
+    pool.flags = TELL_ENDS
+    client = pool.connect()
+    within = [option(lib.EB_TAG_CWD, b"/" * 3000 + b"\0")]
+    started(client, request("/bin/true", *["x" * 1000] * 100, options=within))
+    assert ended(client) == 0
+    end = told_end(pool)
+    assert (end.cwd, len("\0".join(end.argv))) == ("/" * 1024, 2048)
+    assert end.argv[:2] == ["/bin/true", "x" * 1000]
 
 
 # Silence and garbage

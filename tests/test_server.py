@@ -355,16 +355,9 @@ def test_complaints_left_out_are_told_when_the_time_is_over() -> None:
 
 
 @pytest.mark.root
-def test_root_serves_others_only_as_themselves(tmp_path: Path) -> None:
-    done = serve("--socket", tmp_path / "socket", "--allow-uid", NOBODY)
-    assert done.returncode == 2
-    assert "add --as-peer" in done.stderr
-
-
-@pytest.mark.root
 @pytest.mark.parametrize("allow", ["--allow-uid", "--allow-gid"])
 def test_commands_have_the_ids_of_who_asked(public_dir: Path, allow: str) -> None:
-    with started_daemon(public_dir, "--as-peer", allow, NOBODY) as daemon:
+    with started_daemon(public_dir, allow, NOBODY) as daemon:
         connection = daemon.connect()
         spawn(connection, "/bin/sh", "-c", 'exit "$(id -u)"')
         assert ended(connection) == 0
@@ -680,10 +673,10 @@ def test_excess_waits_and_leaves_with_its_client(tmp_path: Path) -> None:
 def test_clients_take_turns() -> None:
     turns = Turns(2, 0)
     for connection in range(1, 6):
-        turns.want(connection, client=100)
+        turns.want(connection, 1000, client=100)
     assert list(turns.next()) == [1, 2]
-    turns.want(11, client=200)
-    turns.want(12, client=200)
+    turns.want(11, 1000, client=200)
+    turns.want(12, 1000, client=200)
     assert list(turns.next()) == []
     order: list[int] = []
     for connection in (1, 2, 3, 11):
@@ -693,14 +686,14 @@ def test_clients_take_turns() -> None:
     assert len(turns) == 1
 
 
-def test_a_clients_own_limit_holds_up_nobody_else() -> None:
+def test_a_users_own_limit_holds_up_nobody_else() -> None:
     turns = Turns(0, 1)
-    turns.want(1, client=100)
-    turns.want(2, client=100)
-    turns.want(3, client=200)
+    turns.want(1, 1000, client=100)
+    turns.want(2, 1000, client=100)
+    turns.want(3, 2000, client=200)
     assert list(turns.next()) == [1, 3]
     turns.done(2)  # withdrawn
-    turns.want(4, client=100)
+    turns.want(4, 1000, client=100)
     turns.done(1)
     assert list(turns.next()) == [4]
     for connection in (3, 4, 4):

@@ -22,6 +22,7 @@ from errand_boy import _wire
 from errand_boy._daemon.helper import Helper
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.report import Command, Report
@@ -141,6 +142,7 @@ def test_report_of_a_helper() -> None:
 class FakeHelper:
     def __init__(self, report: Report) -> None:
         self.report = report
+        self.credentials = None
         self.pid = os.getpid()
         self.connections: set[int] = set()
         self.draining = False
@@ -149,15 +151,15 @@ class FakeHelper:
 def test_answer_is_bounded() -> None:
     """However many commands run, and whatever their arguments are."""
     loop = Loop(Log("error", "text"))
-    pool = Pool(loop, 1, 0, None, False)
+    pool = Pool(loop, Options(socket="none"))
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        peer = Peer(ours, False)
+        peer = Peer(ours)
         report = Report()
         argv = ["\x01" * 99, "\udcff" * 99]
         report.commands = [Command(n, n, 0.0, argv) for n in range(40_000)]
         helper = cast(Helper, FakeHelper(report))
-        pool.helpers.append(helper)
+        pool._users[None].helpers.append(helper)
         pool.peers.update((n, (helper, peer)) for n in range(40_000))
         value = of_pool(pool, {helper: report}, peer)
     frame = _wire.frame(lib.EB_STATUS_REPLY, [json.dumps(value).encode()])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from daemon import PATIENCE, Daemon, started_daemon
+from daemon import PATIENCE, Daemon, acting_as, started_daemon
 
 END = b"\r\n\r\n"
 MIB = 1 << 20
@@ -495,24 +495,10 @@ def test_nothing_leaks(daemon: Daemon) -> None:
     assert server.num_fds() <= before + 1
 
 
-@contextlib.contextmanager
-def acting_as(uid: int, gid: int, groups: list[int]) -> Iterator[None]:
-    before = os.getgroups()
-    os.setgroups(groups)
-    os.setegid(gid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(before)
-
-
 @pytest.mark.root
 def test_environment_is_not_another_users(public_dir: Path) -> None:
     with started_daemon(
-        public_dir, "--as-peer", "--allow-uid=12345", env={"HOME": "/root", "MARK": "ours"}
+        public_dir, "--allow-uid=12345", env={"HOME": "/root", "MARK": "ours"}
     ) as daemon:
         with acting_as(12345, 12346, []):
             sock = sent(daemon, b"echo ${HOME-none} ${MARK-none}")
@@ -521,7 +507,7 @@ def test_environment_is_not_another_users(public_dir: Path) -> None:
 
 @pytest.mark.root
 def test_command_runs_as_its_client(public_dir: Path) -> None:
-    with started_daemon(public_dir, "--as-peer", "--allow-uid=12345") as daemon:
+    with started_daemon(public_dir, "--allow-uid=12345") as daemon:
         with acting_as(12345, 12346, [12347, 12348]):
             sock = sent(daemon, b"id -u; id -g; id -G; cat >&2", b"in")
         assert split(rest(sock)) == (b"12345\n12346\n12346 12347 12348\n", b"in", 0)

@@ -78,6 +78,7 @@ enum eb_kind {
     EB_CLOSED = 26, /* u32 connection id: it has gone */
     EB_FULL = 27,   /* empty: --max-tasks have been started; sent once */
     EB_REPORT = 28, /* see docs/protocol.md */
+    EB_ENDED = 32,  /* see there; of a command whose connection was adopted with EB_TELL_ENDS */
 
     /* private helper to its caller, on its control socket */
     EB_IDS = 29,   /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
@@ -91,6 +92,7 @@ enum eb_kind {
 enum eb_adopt {
     EB_AS_PEER = 1, /* its commands run with the ids and groups of the process that connected */
     EB_ASK = 2,     /* each start waits for GRANT */
+    EB_TELL_ENDS = 4, /* ENDED is told of each command, also of one that does not start */
 };
 
 /* Whose child the new process is, that is, who must wait for it. */

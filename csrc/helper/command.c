@@ -320,6 +320,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
              (q->streams != 0 || eb_has(q, EB_TAG_COALESCE))) /* it could not tell of the end */
         eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
                   q->streams != 0 ? "STREAMS" : "COALESCE");
+    else if (c->tells_ends && (k->record = eb_record_new(q, &c->fds)) == NULL)
+        fail(k, ENOMEM, EB_STAGE_START); /* nothing runs of which nobody is told */
 }
 
 /* Where the request has no limit of this resource. */

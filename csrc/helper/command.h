@@ -16,6 +16,7 @@
 #define EB_COMMAND_H
 
 #include "helper/connection.h"
+#include "helper/record.h"
 
 #include <sys/resource.h>
 
@@ -53,6 +54,7 @@ struct eb_command {
     uint64_t usage[EB_USAGE_FIELDS];
     uint64_t begun_ns; /* of CLOCK_MONOTONIC */
     uint64_t since_ms; /* since 1970 */
+    struct eb_record *record; /* the server is to be told of the end; allocated, the loop's to free; NULL: it is not */
     uint8_t cmdline_size;
     union {
         struct eb_request request;        /* up to the outcome of the start; its strings are in `bytes` */

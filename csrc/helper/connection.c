@@ -92,6 +92,7 @@ struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool
         .client.id = id,
         .control = control,
         .asks = (flags & EB_ASK) != 0,
+        .tells_ends = helper.pool && (flags & EB_TELL_ENDS) != 0,
         .only = helper.pool ? NULL : &helper.caller,
         .next = helper.connections,
     };

@@ -32,6 +32,7 @@ struct eb_connection {
     struct eb_client client;
     bool control;
     bool asks;            /* each start needs a GRANT */
+    bool tells_ends;      /* the server gets an ENDED for each command */
     bool opened, greeted; /* the NUL byte has come; and the peer's HELLO */
     bool ended;           /* the peer has ended its side, and we go on all the same */
     /* Marks for the loop. */

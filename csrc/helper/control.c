@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 /* -- what is told -- */
@@ -22,6 +23,30 @@ void eb_tell(enum eb_kind kind, uint32_t id)
 {
     if (helper.pool && helper.control != NULL)
         eb_reply_u32(helper.control, kind, id);
+}
+
+void eb_tell_end(const struct eb_command *k)
+{
+    const struct eb_record *record = k->record;
+    uint8_t payload[4 * 4 + 1 + 5 * 8 + 2 * 4 + EB_MOST_CWD + EB_MOST_ARGV];
+    struct eb_writer w = eb_writer(payload, sizeof payload);
+    struct timespec now = {0};
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+    eb_put_u32(&w, k->client.id);
+    eb_put_u32(&w, (uint32_t)k->start.pid);
+    eb_put_u32(&w, (uint32_t)k->status);
+    eb_put_u32(&w, (uint32_t)k->start.error);
+    eb_put_u8(&w, k->start.error != 0 ? k->start.stage : 0);
+    eb_put_u64(&w, k->since_ms);
+    eb_put_u64(&w, k->begun_ns != 0 ? (now_ns - k->begun_ns) / 1000 : 0);
+    for (int i = 0; i < 3; i++) /* user and system time, peak resident set */
+        eb_put_u64(&w, k->usage[i]);
+    eb_put_u32(&w, record->cwd_size);
+    eb_put_bytes(&w, record->text, record->cwd_size);
+    eb_put_u32(&w, record->argv_size);
+    eb_put_bytes(&w, record->text + record->cwd_size, record->argv_size);
+    send_control(EB_ENDED, payload, eb_written(&w));
 }
 
 void eb_tell_empty(enum eb_kind kind)

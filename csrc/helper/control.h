@@ -2,7 +2,7 @@
 #ifndef EB_CONTROL_H
 #define EB_CONTROL_H
 
-#include "helper/connection.h"
+#include "helper/command.h"
 
 void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame);
 void eb_on_drain(struct eb_connection *control, const struct eb_frame *frame);
@@ -17,6 +17,8 @@ void eb_server_gone(void);
 
 /* Tells the server something of a connection; WANT, DONE or CLOSED. */
 void eb_tell(enum eb_kind kind, uint32_t id);
+/* Tells it of the end of a command that has a record. */
+void eb_tell_end(const struct eb_command *k);
 /* Tells it something without a payload, and so does a private helper its caller; FULL or STAYS. */
 void eb_tell_empty(enum eb_kind kind);
 /* Tells the caller whose rights this process has; false if memory is short. */

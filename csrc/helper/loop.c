@@ -184,6 +184,11 @@ static void attend(struct eb_command *k)
         finish_start(k);
     if (k->state != EB_OVER)
         return;
+    /* A request that was dropped is no command that has ended. */
+    if (k->record != NULL && (k->start.pid != 0 || k->start.error != 0))
+        eb_tell_end(k);
+    free(k->record);
+    k->record = NULL;
     if (k->asked)
         eb_tell(EB_DONE, k->client.id);
     k->asked = false;

@@ -10,12 +10,14 @@
  *   --frame-timeout=N milliseconds for the rest of a frame that has begun
  *   --counters        descriptor 4 is a file in memory, for the counters
  *   --open-files=N    the soft limit of open files for commands whose request has none
+ *   --uid=N and others: whose process it becomes, see become.h
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
  * socket is at its end and the last connection has gone; a private one also on SIGTERM, when what it does
  * then is done.
  */
 #include "common/rawsys.h"
+#include "helper/become.h"
 #include "helper/control.h"
 #include "helper/counters.h"
 #include "helper/loop.h"
@@ -105,7 +107,7 @@ int main(int argc, char **argv)
 {
     helper.frame_timeout_ms = 30000;
     for (int i = 1; i < argc; i++)
-        if (!take_option(argv[i])) {
+        if (!take_option(argv[i]) && !eb_become_option(argv[i])) {
             fprintf(stderr, "errand-boy-helper: for errand_boy only\n");
             return 2;
         }
@@ -116,6 +118,7 @@ int main(int argc, char **argv)
             eb_fatal("descriptors 0 to 4");
     /* What else the server was given is not for the commands. */
     (void)syscall(SYS_close_range, last + 1, ~0u, 0);
+    eb_become();
     if (!private && !eb_counters_keep(counters ? COUNTERS_FD : -1))
         eb_fatal("counters");
     if (!private && counters)
@@ -130,7 +133,7 @@ int main(int argc, char **argv)
         helper.spawner = eb_spawner_posix(&helper.self);
     if (eb_connection_new(CONTROL_FD, 0, 0, true) == NULL)
         eb_fatal("control socket");
-    if (private && !eb_tell_ids())
+    if ((private || eb_has_become()) && !eb_tell_ids())
         eb_fatal("ids");
     eb_serve(signals, private ? CALLER_FD : -1);
     return 0;

@@ -98,7 +98,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         type=_number(int, 1),
         metavar="N",
         default=len(os.sched_getaffinity(0)),
-        help="helpers (default: the number of CPUs that it may use)",
+        help="helpers of each user (default: the number of CPUs that it may use)",
     )
     parser.add_argument(
         "--max-accepts",
@@ -131,9 +131,24 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         help="a group whose members may use it; repeatable",
     )
     parser.add_argument(
-        "--as-peer",
-        action="store_true",
-        help="commands run with the ids and groups of who asked for them; needs root",
+        "--max-users",
+        type=_number(int, 1),
+        metavar="N",
+        default=256,
+        help="as root: others who may be served at the same time (default: 256)",
+    )
+    parser.add_argument(
+        "--idle",
+        type=_number(float, 0),
+        metavar="SECONDS",
+        default=60.0,
+        help="as root: what another user's helper waits for the next connection (default: 60)",
+    )
+    parser.add_argument(
+        "--chdir",
+        metavar="DIRECTORY",
+        help="the working directory of commands whose client names none (default: / for other "
+        "users of a daemon of root, else where the daemon was started)",
     )
     parser.add_argument(
         "--max-processes",
@@ -143,11 +158,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         help="commands at a time; the others wait (default: 0, no limit)",
     )
     parser.add_argument(
-        "--max-processes-per-client",
+        "--max-processes-per-user",
         type=count,
         metavar="N",
         default=0,
-        help="the same for each client process (default: 0, no limit)",
+        help="the same for each user (default: 0, no limit)",
     )
     parser.add_argument(
         "--grace",
@@ -168,6 +183,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         choices=("text", "json"),
         default="text",
         help="json: an object a line (default: text)",
+    )
+    parser.add_argument(
+        "--log-commands",
+        nargs="?",
+        choices=("text", "json"),
+        const="text",
+        help="a line for each command: who, what, where, how it ended, what it used; to systemd's "
+        "journal, or on standard error in this form (default of it: text)",
     )
     parser.add_argument(
         "--pid-file", metavar="PATH", help="written when it listens, removed when it ends"
@@ -288,17 +311,12 @@ def run_server(
     parser: argparse.ArgumentParser, options: argparse.Namespace, *, classic: bool = False
 ) -> int:
     """Become the daemon that `options` describe; does not return but for an error."""
-    root = os.geteuid() == 0
-    if options.as_peer and not root:
-        parser.error("--as-peer needs root: only root can give commands the ids of others")
-    if root and not options.as_peer and (options.allow_uid or options.allow_gid):
-        parser.error(
-            "a daemon of root with --allow-uid or --allow-gid would run the commands of others "
-            "as root: add --as-peer to run them with their own ids"
-        )
     values = vars(options)
     kept = {name: value for name, value in values.items() if name not in ("command", "transport")}
     kept["socket"] = os.path.abspath(options.socket or _address.default_path(classic=classic))
+    for name in ("chdir", "pid_file"):
+        if kept[name] is not None:
+            kept[name] = os.path.abspath(kept[name])
     kept["version"] = errand_boy.__version__
     program = os.path.join(os.path.dirname(errand_boy.__file__), "_daemon", "serve.py")
     argument = json.dumps({"path": [path for path in sys.path if path], "options": kept})

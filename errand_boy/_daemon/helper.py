@@ -11,17 +11,22 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 
 from errand_boy import _wire
 from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.peer import Credentials
 from errand_boy._daemon.report import FILE_SIZE, Report
+from errand_boy._daemon.strangers import DescriptorsError, receive
 from errand_boy._native import lib
 
 _PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "errand-boy-helper")
 _OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # before the server raises it
 _CONTROL_FD, _FIGURES_FD = 3, 4
+_LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
+_MOST_LAST_READS = 64
+_LONGEST = 4 << 10  # bytes of a frame that was not asked for
 
 ID = struct.Struct("<I")
 _ADOPT = struct.Struct("<IB")
@@ -32,16 +37,27 @@ OnExit = Callable[["Helper", int, Unserved], None]
 
 
 class Helper:
-    """A helper process.
+    """A helper process, of this process's user, or of that of `credentials`.
+
+    It becomes that user by itself, and is not handed anything before it has told that it is.
+    From then on it is that user's, who may do with it what he likes: nothing that comes from it is
+    taken for true, and one that breaks the rules is killed.
 
     `on_frame` is called with each frame from it, `on_exit` once, with its exit status and with the
     connections that it was to be handed: their ids and sockets. Raises OSError if it cannot start.
     """
 
     def __init__(
-        self, loop: Loop, arguments: Sequence[str], on_frame: OnFrame, on_exit: OnExit
+        self,
+        loop: Loop,
+        options: Sequence[str],
+        credentials: Credentials | None,
+        on_frame: OnFrame,
+        on_exit: OnExit,
     ) -> None:
+        self.credentials = credentials
         self.connections: set[int] = set()
+        self.is_ready = credentials is None
         self.draining = False
         self.gone = False  # seen before its pidfd told of it
         self.started = time.monotonic()
@@ -61,7 +77,7 @@ class Helper:
                 self._figures = os.memfd_create("errand-boy-figures")
                 undo.callback(os.close, self._figures)
                 os.ftruncate(self._figures, FILE_SIZE)
-                self.pid = _start(arguments, theirs.fileno(), self._figures)
+                self.pid = _start(options, credentials, theirs.fileno(), self._figures)
             undo.callback(os.waitpid, self.pid, 0)  # the end of the socket, closed after, ends it
             undo.callback(self._sock.shutdown, socket.SHUT_RDWR)
             self._pidfd = os.pidfd_open(self.pid)
@@ -85,7 +101,7 @@ class Helper:
     def send(self, kind: int, payload: bytes = b"", passed: socket.socket | None = None) -> None:
         """Send a frame, and with it `passed`, which is taken; never waits."""
         self._outbox.append((_wire.HEADER.pack(len(payload), kind) + payload, passed))
-        if len(self._outbox) == 1:
+        if self.is_ready and len(self._outbox) == 1:
             self._flush()
 
     def drain(self) -> None:
@@ -127,7 +143,7 @@ class Helper:
                 self._loop.log.warning("cannot reach a helper", pid=self.pid, error=error.strerror)
             self._outbox.popleft()
             if passed is not None:
-                passed.close()
+                self._loop.closer.close(passed)
         self._watch(selectors.EVENT_READ)
 
     def _watch(self, events: int) -> None:
@@ -144,9 +160,12 @@ class Helper:
     def _read(self) -> bool:
         """Act on what has come; return False at the end."""
         try:
-            data = self._sock.recv(1 << 16)
+            data = receive(self._sock, 1 << 16)
         except BlockingIOError:
             return True
+        except DescriptorsError:
+            self._kill("descriptors")
+            return False
         except OSError:
             return False
         self._inbox += data
@@ -154,6 +173,9 @@ class Helper:
         at = 0
         while len(self._inbox) - at >= header:
             length, kind = _wire.HEADER.unpack_from(self._inbox, at)
+            if length > (lib.EB_MAX_FRAME if self._questions or not self.is_ready else _LONGEST):
+                self._kill("a long frame")
+                return False
             if len(self._inbox) - at < header + length:
                 break
             payload = bytes(self._inbox[at + header : at + header + length])
@@ -161,27 +183,46 @@ class Helper:
             try:
                 self._act(kind, payload)
             except struct.error:
-                self._loop.log.error("a helper sent nonsense", pid=self.pid, kind=kind)
+                self._kill(f"a malformed frame of kind {kind}")
+                return False
         del self._inbox[:at]
         return bool(data)
 
     def _act(self, kind: int, payload: bytes) -> None:
-        if kind == lib.EB_REPORT:
+        if not self.is_ready:
+            self._on_ids(kind, payload)
+        elif kind == lib.EB_REPORT:
             self.report = Report.decode(payload)
             if self._questions:
                 self._questions.popleft()(self.report)
         else:
             self._on_frame(self, kind, payload)
 
+    def _on_ids(self, kind: int, payload: bytes) -> None:
+        """Begin to use it, if it has become who it should be."""
+        ids = [number for (number,) in ID.iter_unpack(payload)] if kind == lib.EB_IDS else []
+        uid, gid, groups = self.credentials or Credentials.own()
+        if ids[:6] != [uid] * 3 + [gid] * 3 or tuple(sorted(ids[6:])) != groups:
+            self._kill(f"not the ids of user {uid}")
+            return
+        self.is_ready = True
+        self._flush()
+
+    def _kill(self, reason: str) -> None:
+        self._loop.log.error("a helper is killed", pid=self.pid, reason=f"it sent {reason}")
+        self.gone = True
+        os.kill(self.pid, signal.SIGKILL)  # not waited for yet, so the pid is its own
+
     def _on_exit(self, events: int) -> None:
         self._selector.unregister(self._pidfd)
         os.close(self._pidfd)
-        # Its last words: with the process gone, this comes to an end.
+        # Its last words. Another process may have a copy of the socket, and go on for ever.
         if self._sock in self._selector.get_map():
             self._selector.unregister(self._sock)
-            while self._read():
-                pass
-        self._sock.close()
+            for _ in range(_MOST_LAST_READS):
+                if not self._read():
+                    break
+        self._loop.closer.close(self._sock)
         self.report = Report.read(self._figures)
         os.close(self._figures)
         _, status = os.waitpid(self.pid, 0)
@@ -195,13 +236,19 @@ class Helper:
             answer(None)
 
 
-def _start(arguments: Sequence[str], control: int, figures: int) -> int:
+def _start(
+    options: Sequence[str], credentials: Credentials | None, control: int, figures: int
+) -> int:
     arguments = [
         f"errand-boy: helper of {os.getpid()}",
         f"--open-files={_OPEN_FILES}",
         "--counters",
-        *arguments,
+        *options,
     ]
+    if credentials is not None:
+        uid, gid, groups = credentials
+        arguments += [f"--uid={uid}", f"--gid={gid}"]
+        arguments += [f"--groups={word}" for word in _words(groups)]
     with ExitStack() as copies:
         actions = []
         for fd, number in (control, _CONTROL_FD), (figures, _FIGURES_FD):
@@ -213,8 +260,16 @@ def _start(arguments: Sequence[str], control: int, figures: int) -> int:
         return os.posix_spawn(
             _PROGRAM,
             arguments,
-            os.environ,
+            # This process's own is nobody else's business.
+            os.environ if credentials is None or credentials.uid == os.geteuid() else {},
             file_actions=actions,
             setsid=True,
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP],
         )
+
+
+def _words(groups: Sequence[int]) -> Iterator[str]:
+    """Yield all of them, comma between, in words that a command line takes."""
+    most = _LONGEST_WORD // len("4294967295,")
+    for i in range(0, len(groups), most):
+        yield ",".join(map(str, groups[i : i + most]))

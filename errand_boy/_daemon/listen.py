@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 
 from errand_boy import _address
@@ -36,10 +37,11 @@ class Listener:
             info = os.stat(path)
             self._bound = (info.st_dev, info.st_ino)
 
-    def close(self) -> None:
+    def close(self, close: Callable[[socket.socket], object] = socket.socket.close) -> None:
         """Stop listening; the path is free for another daemon after it.
 
-        A socket that systemd handed over stays open there, and what waits in its backlog with it.
+        `close` closes the socket, and with it the connections that wait to be accepted. One that
+        systemd handed over stays open there, and what waits in its backlog with it.
         """
         if self._lock is not None:
             try:
@@ -48,7 +50,7 @@ class Listener:
                     os.unlink(self.path)
             except OSError:
                 pass
-        self.sock.close()
+        close(self.sock)
         if self._lock is not None:
             os.close(self._lock)  # last: the path belongs to who has the lock
             self._lock = None

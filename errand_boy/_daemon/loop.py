@@ -1,14 +1,17 @@
-"""The server's loop: events of descriptors, and timers."""
+"""The server's loop: events of descriptors, timers, and what is closed beside it."""
 
 from __future__ import annotations
 
 import heapq
 import os
+import select
 import selectors
+import socket
 import time
 from collections.abc import Callable
 
 from errand_boy._daemon.log import Log
+from errand_boy._daemon.strangers import Closer
 
 
 class Timer:
@@ -38,12 +41,34 @@ class Loop:
         self.log = log
         self.selector = selectors.DefaultSelector()
         self._timers: list[Timer] = []
+        self.closer = Closer(self.call_later)
+        # A selector has no event for a hang-up alone, and its EVENT_READ is true all the time when
+        # the peer has ended its side. Made here, where there are descriptors to be had.
+        self._hangups = select.epoll()
+        self._on_hangup: dict[int, Callable[[], None]] = {}
+        self.selector.register(self._hangups, selectors.EVENT_READ, self._on_hangups)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call `callback` after so many seconds, unless the timer that is returned is cancelled."""
         timer = Timer(time.monotonic() + seconds, callback)
         heapq.heappush(self._timers, timer)
         return timer
+
+    def await_hangup(self, sock: socket.socket, callback: Callable[[], None]) -> None:
+        """Call `callback` when the peer has closed its socket altogether."""
+        self._hangups.register(sock, 0)
+        self._on_hangup[sock.fileno()] = callback
+
+    def forget_hangup(self, sock: socket.socket) -> None:
+        """Await it no longer."""
+        self._hangups.unregister(sock)
+        del self._on_hangup[sock.fileno()]
+
+    def _on_hangups(self, events: int) -> None:
+        for fd, _ in self._hangups.poll(0):
+            callback = self._on_hangup.get(fd)
+            if callback is not None:
+                self.call(callback)
 
     def run(self, is_finished: Callable[[], bool]) -> None:
         """Run until `is_finished`."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from errand_boy import _wire
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.peer import Peer
+from errand_boy._daemon.strangers import peek
 
 FIRST = 1 + _wire.HEADER.size + 4  # bytes that tell what a connection is
 _STRANGERS = 64  # who may not use the daemon, and whose first bytes are waited for
@@ -20,19 +21,20 @@ _STRANGERS = 64  # who may not use the daemon, and whose first bytes are waited 
 class Newcomer:
     """A connection that has just come. `refusal`: why it will not be served, or ""."""
 
-    __slots__ = ("deadline", "fd", "peer", "refusal", "sock")
+    __slots__ = ("deadline", "fd", "has_descriptors", "peer", "refusal", "sock")
 
     def __init__(self, sock: socket.socket, peer: Peer, refusal: str, patience: float) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
         self.refusal = refusal
+        self.has_descriptors = False  # with its first bytes
         self.deadline = time.monotonic() + patience
 
     def first(self) -> bytes | None:
         """Return the bytes that tell what it is, unread; b"" if it has gone, None if they lack."""
         try:
-            first = self.sock.recv(FIRST, socket.MSG_PEEK)
+            first, self.has_descriptors = peek(self.sock, FIRST)
         except BlockingIOError:
             return None
         except OSError:

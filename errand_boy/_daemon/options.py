@@ -17,13 +17,16 @@ class Options:
         max_child_tasks: int = 0,
         allow_uid: Sequence[int] = (),
         allow_gid: Sequence[int] = (),
-        as_peer: bool = False,
+        max_users: int = 256,
+        idle: float = 60.0,
+        chdir: str | None = None,
         max_processes: int = 0,
-        max_processes_per_client: int = 0,
+        max_processes_per_user: int = 0,
         grace: float = 30.0,
         patience: float = 30.0,
         log_level: str = "info",
         log_format: str = "text",
+        log_commands: str | None = None,
         pid_file: str | None = None,
         version: str = "",
     ) -> None:
@@ -33,12 +36,15 @@ class Options:
         self.max_child_tasks = max_child_tasks
         self.allow_uid = frozenset(allow_uid)
         self.allow_gid = frozenset(allow_gid)
-        self.as_peer = as_peer
+        self.max_users = max_users
+        self.idle = idle
+        self.chdir = chdir
         self.max_processes = max_processes
-        self.max_processes_per_client = max_processes_per_client
+        self.max_processes_per_user = max_processes_per_user
         self.grace = grace
         self.patience = patience
         self.log_level = log_level
         self.log_format = log_format
+        self.log_commands = log_commands
         self.pid_file = pid_file
         self.version = version

@@ -1,86 +1,70 @@
-"""The pool of helpers: starts and replaces them, hands connections over, lets commands start."""
+"""The helpers of all users: who serves a connection, and who may start a command."""
 
 from __future__ import annotations
 
 import os
 import socket
-import time
 from contextlib import suppress
 
+from errand_boy import _wire
+from errand_boy._daemon.audit import Audit, Ended
 from errand_boy._daemon.helper import ID, Helper, Unserved
 from errand_boy._daemon.loop import Loop
-from errand_boy._daemon.peer import Peer
+from errand_boy._daemon.options import Options
+from errand_boy._daemon.peer import Credentials, Peer
 from errand_boy._daemon.report import Report
 from errand_boy._daemon.turns import Turns
+from errand_boy._daemon.user import User
 from errand_boy._native import lib
 
-_CROWD = 256  # connections: a start copies the helper's table of descriptors, which they fill
-_TOO_SOON = 1.0  # seconds
-_MOST_TOO_SOON = 10  # helpers that die so young, one after another, are replaced at once
+_MOST_SETS = 8  # of credentials of one user: newgrp(1) makes another one
 
 
 class Pool:
     """The helpers of a server.
 
-    `size` of them serve; those that are replaced stay until their last command has ended.
+    As root it has some for each set of credentials that uses it, else it has its own only.
     """
 
-    def __init__(
-        self, loop: Loop, size: int, max_tasks: int, turns: Turns | None, as_peer: bool
-    ) -> None:
-        self.helpers: list[Helper] = []  # that serve, and those that are draining
-        self.retired = Report()  # the counts of those that have ended
+    def __init__(self, loop: Loop, options: Options) -> None:
+        self.retired = Report()  # the counts of helpers that have ended
         self.lost = 0  # helpers that ended without being told to
         self.lost_commands = 0  # that they had live: their ends are not known
-        self.turns = turns
+        self.turns: Turns | None = None
+        if options.max_processes or options.max_processes_per_user:
+            self.turns = Turns(options.max_processes, options.max_processes_per_user)
         self.peers: dict[int, tuple[Helper, Peer]] = {}  # by connection id
         self._loop = loop
-        self._size = size
-        self._arguments = [f"--max-tasks={max_tasks}"] if max_tasks else []
-        self._as_peer = as_peer
-        self._flags = (lib.EB_AS_PEER if as_peer else 0) | (lib.EB_ASK if turns is not None else 0)
+        self._limits = options
+        self._audit = Audit(options.log_commands) if options.log_commands else None
+        self._flags = (lib.EB_ASK if self.turns is not None else 0) | (
+            lib.EB_TELL_ENDS if self._audit is not None else 0
+        )
+        self._options = []
+        if options.max_child_tasks:
+            self._options.append(f"--max-tasks={options.max_child_tasks}")
+        self._is_root = os.geteuid() == 0
+        self._own = Credentials.own()
+        self._users: dict[Credentials | None, User] = {None: self._new_user(None)}
+        self._leaving: list[User] = []  # that have made room for others
         self._last_id = 0
-        self._too_soon = 0
-        self._closing = False
+
+    @property
+    def helpers(self) -> list[Helper]:
+        """Those that serve, and those that are draining."""
+        users = [*self._users.values(), *self._leaving]
+        return [helper for user in users for helper in user.helpers]
 
     def start(self) -> None:
-        """Start the helpers. Raises OSError."""
-        while self._serving() < self._size:
-            self._start_one()
-
-    def _serving(self) -> int:
-        return sum(not helper.draining for helper in self.helpers)
-
-    def _start_one(self) -> Helper:
-        helper = Helper(self._loop, self._arguments, self._on_frame, self._on_exit)
-        self.helpers.append(helper)
-        self._loop.log.debug("helper started", pid=helper.pid)
-        return helper
-
-    def _refill(self) -> None:
-        """Start what is missing, now or, where that fails, a little later."""
-        if self._closing:
-            return
-        try:
-            self.start()
-        except OSError as error:
-            self._loop.log.error("cannot start a helper", error=error.strerror)
-            self._loop.call_later(_TOO_SOON, self._refill)
+        """Start the helpers of our own user. Raises OSError."""
+        self._users[None].start()
 
     def hand_over(self, sock: socket.socket, peer: Peer) -> None:
-        """Have `sock`, which is taken, served by the least busy helper.
+        """Have `sock`, which is taken, served by a helper of the user `peer`.
 
         Raises OSError if there is none and none can be started; then `sock` stays the caller's.
         """
-        helpers = [helper for helper in self.helpers if not (helper.draining or helper.gone)]
-        if not helpers:
-            if self._closing:
-                raise OSError("the daemon is about to end")
-            helpers = [self._start_one()]
-        helper = min(helpers, key=lambda helper: len(helper.connections))
-        if len(helper.connections) >= _CROWD and not self._closing:
-            with suppress(OSError):  # crowded is better than not at all
-                helper = self._start_one()
+        helper = self._user(peer).choose()
         self._last_id = self._last_id % 0xFFFFFFFF + 1
         while self._last_id in self.peers:
             self._last_id = self._last_id % 0xFFFFFFFF + 1
@@ -88,8 +72,8 @@ class Pool:
         helper.adopt(self._last_id, self._flags, sock)
 
     def connect(self, peer: Peer) -> socket.socket:
-        """Return a new connection to the least busy helper, on behalf of `peer`. Raises OSError."""
-        ours, theirs = self._pair_as(peer) if self._as_peer else socket.socketpair()
+        """Return a new connection to a helper of the user `peer`. Raises OSError."""
+        ours, theirs = socket.socketpair()
         try:
             self.hand_over(theirs, peer)
         except OSError:
@@ -98,36 +82,79 @@ class Pool:
             raise
         return ours
 
-    def _pair_as(self, peer: Peer) -> tuple[socket.socket, socket.socket]:
-        # The helper takes the ids from the kernel, which notes the effective ones of who made it.
-        groups, gid, uid = os.getgroups(), os.getegid(), os.geteuid()
-        os.setgroups(peer.groups)
-        os.setegid(peer.gid)
-        os.seteuid(peer.uid)
-        try:
-            return socket.socketpair()
-        finally:
-            os.seteuid(uid)
-            os.setegid(gid)
-            os.setgroups(groups)
-
     def drain(self) -> None:
         """Let all helpers end when their commands have."""
-        self._closing = True
-        for helper in self.helpers:
-            helper.drain()
+        for user in self._users.values():
+            user.drain()
 
     def end(self, number: int) -> None:
         """Send signal `number` to the process groups of all live commands."""
         for helper in self.helpers:
             helper.send(lib.EB_END, bytes([number]))
 
+    # -- users --
+
+    def _new_user(self, credentials: Credentials | None) -> User:
+        limits = self._limits
+        # Where this process was started is its own user's business.
+        directory = limits.chdir or (None if credentials is None else "/")
+        return User(
+            self._loop,
+            credentials,
+            limits.pool_size,
+            limits.idle,
+            [*self._options, *([] if directory is None else [f"--chdir={directory}"])],
+            self._on_frame,
+            self._on_exit,
+        )
+
+    def _user(self, peer: Peer) -> User:
+        credentials = peer.credentials if self._is_root and peer.credentials != self._own else None
+        user = self._users.get(credentials)
+        if user is None:
+            assert credentials is not None
+            self._make_room(credentials.uid)
+            user = self._users[credentials] = self._new_user(credentials)
+        return user
+
+    def _make_room(self, uid: int) -> None:
+        """Raise OSError if one more set of credentials, of user `uid`, would be too many."""
+        others = [user for user in self._users.values() if user.credentials is not None]
+        same = [user for user in others if user.credentials and user.credentials.uid == uid]
+        if len(same) >= _MOST_SETS:
+            self._send_away(same, f"user {uid} is here with {_MOST_SETS} other sets of groups")
+        elif len(others) >= self._limits.max_users:
+            most = self._limits.max_users
+            self._send_away(others, f"{most} users are served, and --max-users allows no more")
+
+    def _send_away(self, users: list[User], refusal: str) -> None:
+        """Let the helpers end of the user who has not used them for the longest time."""
+        idle = [user for user in users if user.is_idle]
+        if not idle:
+            raise OSError(refusal)
+        user = min(idle, key=lambda user: user.last_used)
+        del self._users[user.credentials]
+        self._leaving.append(user)
+        user.drain()
+
+    def _user_of(self, helper: Helper) -> User:
+        user = self._users.get(helper.credentials)
+        if user is not None and helper in user.helpers:
+            return user
+        return next(user for user in self._leaving if helper in user.helpers)
+
+    # -- what helpers tell --
+
     def _on_frame(self, helper: Helper, kind: int, payload: bytes) -> None:
         if kind == lib.EB_FULL:
-            self._replace(helper)
+            self._user_of(helper).replace(helper)
         elif kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
             self._loop.log.error("a helper refused", pid=helper.pid, reason=reason)
+        elif kind == lib.EB_ENDED and self._audit is not None:
+            ended = Ended(payload)
+            if ended.connection in helper.connections:
+                self._audit.write(self.peers[ended.connection][1], ended)
         elif kind in (lib.EB_WANT, lib.EB_DONE, lib.EB_CLOSED):
             (connection,) = ID.unpack(payload)
             if connection in helper.connections:
@@ -136,60 +163,51 @@ class Pool:
     def _on_connection(self, helper: Helper, kind: int, connection: int) -> None:
         if self.turns is not None:
             if kind == lib.EB_WANT:
-                self.turns.want(connection, self.peers[connection][1].pid)
+                _, peer = self.peers[connection]
+                self.turns.want(connection, peer.uid, peer.pid)
             else:
                 self.turns.done(connection)
             self._grant()
         if kind == lib.EB_CLOSED:
             del self.peers[connection]
-            helper.forget(connection)
-            if not helper.connections and not helper.draining and self._serving() > self._size:
-                helper.drain()  # it was for a crowd
+            self._user_of(helper).forget(helper, connection)
 
     def _grant(self) -> None:
         if self.turns is not None:
             for connection in self.turns.next():
                 self.peers[connection][0].send(lib.EB_GRANT, ID.pack(connection))
 
-    def _replace(self, helper: Helper) -> None:
-        """Put a new helper in the place of one that has started its share of commands."""
-        if self._closing or helper.draining or helper not in self.helpers:
-            return
-        try:
-            self._start_one()
-        except OSError as error:
-            self._loop.log.error("cannot start a helper", error=error.strerror)
-            self._loop.call_later(_TOO_SOON, lambda: self._replace(helper))
-            return
-        self._loop.log.debug("helper replaced", pid=helper.pid)
-        helper.drain()
-
     def _on_exit(self, helper: Helper, status: int, unserved: Unserved) -> None:
-        self.helpers.remove(helper)
+        self._forget_users_without_helpers()
         waiting = [(sock, self.peers[connection][1]) for connection, sock in unserved]
         for connection in helper.connections:
             del self.peers[connection]
             if self.turns is not None:
                 self.turns.done(connection)
         if not helper.draining or status != 0:
-            self._mourn(helper, status)
+            self.lost += 1
+            self.lost_commands += max(0, helper.report.started - helper.report.ended)
+            self._loop.log.warning(
+                "a helper has died",
+                pid=helper.pid,
+                status=status,
+                clients=len(helper.connections),
+            )
         self.retired.add(helper.report)
         for sock, peer in waiting:
             try:
                 self.hand_over(sock, peer)
-            except OSError:
-                sock.close()
+            except OSError as error:
+                self._refuse(sock, error.strerror or str(error))
         self._grant()
 
-    def _mourn(self, helper: Helper, status: int) -> None:
-        """Take note of the death of a helper that was not told to end, and replace it."""
-        clients = len(helper.connections)
-        self.lost += 1
-        self.lost_commands += helper.report.started - helper.report.ended
-        self._loop.log.warning("a helper has died", pid=helper.pid, status=status, clients=clients)
-        young = time.monotonic() - helper.started < _TOO_SOON
-        self._too_soon = self._too_soon + 1 if young else 0
-        if self._too_soon > _MOST_TOO_SOON:
-            self._loop.call_later(_TOO_SOON, self._refill)
-        else:
-            self._refill()
+    def _refuse(self, sock: socket.socket, reason: str) -> None:
+        with suppress(OSError):
+            sock.send(_wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]]))
+        self._loop.closer.close(sock, read=True)
+
+    def _forget_users_without_helpers(self) -> None:
+        self._leaving = [user for user in self._leaving if user.helpers]
+        for user in list(self._users.values()):
+            if user.credentials is not None and user.is_over:
+                del self._users[user.credentials]

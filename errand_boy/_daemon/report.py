@@ -74,14 +74,20 @@ class Report:
 
     @classmethod
     def read(cls, fd: int) -> Report:
-        """Return what a helper that has ended had kept in its file of figures."""
+        """Return what a helper that has ended had kept in its file of figures.
+
+        The file is open to the helper's user: what cannot be is not read.
+        """
         report = cls()
         data = os.pread(fd, FILE_SIZE, 0)
-        report.started, report.ended, kinds, *latency = _FIGURES.unpack_from(data)
-        report.latency = list(latency)
-        for i in range(kinds):
-            stage, error, times = _KIND.unpack_from(data, _FIGURES.size + i * _KIND.size)
-            report.failures[stage, error] = times
+        try:
+            report.started, report.ended, kinds, *latency = _FIGURES.unpack_from(data)
+            report.latency = list(latency)
+            for i in range(kinds):
+                stage, error, times = _KIND.unpack_from(data, _FIGURES.size + i * _KIND.size)
+                report.failures[stage, error] = times
+        except struct.error:
+            pass
         return report
 
     def add(self, other: Report) -> None:

@@ -13,9 +13,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from errand_boy import _wire
-from errand_boy._daemon import status, text
+from errand_boy._daemon import status, strangers, text
 from errand_boy._daemon.listen import Listener
 from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.loop import Loop, Timer
@@ -24,7 +25,6 @@ from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.services import Holdings, Services
-from errand_boy._daemon.turns import Turns
 from errand_boy._native import lib
 
 ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ended
@@ -32,6 +32,7 @@ ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ende
 _SETTLE = 5.0  # seconds for clients that have connected to ask for a command
 _TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
 _PAUSE = 0.1  # seconds without accepting, when descriptors are short
+_LONG_SHORTAGE = 1.0  # seconds: after that, those who wait are told one by one
 _ACCEPTS = 64  # of one turn
 
 
@@ -52,14 +53,12 @@ class Server:
         self.refused = 0
         self.texts: set[object] = set()
         self._holdings = Holdings()
-        turns = None
-        if options.max_processes or options.max_processes_per_client:
-            turns = Turns(options.max_processes, options.max_processes_per_client)
-        self.pool = Pool(
-            self.loop, options.pool_size, options.max_child_tasks, turns, options.as_peer
-        )
+        self.pool = Pool(self.loop, options)
         self._newcomers = Newcomers(self.loop, self._serve, self._on_late)
+        self._admitted = 0
         self._replies = 0
+        self._short_since = 0.0  # of time.monotonic(): nothing can be accepted; 0.0: it can
+        self._spare = os.open(os.devnull, os.O_RDONLY)
         self._paused = False
         self._closing = False  # no more connections are accepted
         self._given_up = False
@@ -88,7 +87,7 @@ class Server:
             ours, selectors.EVENT_READ, lambda events: self._on_signals(ours)
         )
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, strangers.INTERRUPT):
             signal.signal(number, lambda number, frame: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -107,30 +106,50 @@ class Server:
         for _ in range(_ACCEPTS):
             if self._closing:
                 return
+            if self.loop.closer.is_behind:
+                self._pause("too many connections wait to be closed")
+                return
             try:
                 sock, _ = self.listener.sock.accept()
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    self._pause(error)
+                    self._pause(error.strerror or str(error))
                     return
                 continue  # it has gone before we came
+            self._short_since = 0.0
             self.accepted += 1
-            sock.setblocking(False)
             self.loop.call(self._admit, sock)
-            if self.accepted == self.options.max_accepts:
+            if self._admitted == self.options.max_accepts > 0:
                 self.log.info("stopping", accepted=self.accepted)
                 self._stop_accepting()
                 self._schedule(_SETTLE, self._settle)
 
-    def _pause(self, error: OSError) -> None:
+    def _pause(self, reason: str) -> None:
         """Accept nothing for a while: what is out there waits, and the loop does not spin."""
-        if not self._paused:
-            self.log.warning("cannot accept", error=error.strerror)
+        now = time.monotonic()
+        if not self._short_since:
+            self.log.warning("cannot accept", error=reason)
+            self._short_since = now
+        elif now - self._short_since > _LONG_SHORTAGE:
+            self._turn_one_away(reason)
         self._paused = True
         self.loop.selector.unregister(self.listener.sock)
         self.loop.call_later(_PAUSE, self._resume)
+
+    def _turn_one_away(self, reason: str) -> None:
+        """Give up the spare descriptor, so that who has waited longest is told."""
+        with suppress(OSError):
+            if self._spare < 0:  # the last one has not been closed until now
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+            os.close(self._spare)
+            self._spare = -1
+            sock, _ = self.listener.sock.accept()
+            self.accepted += 1
+            sock.setblocking(False)
+            newcomer = Newcomer(sock, Peer(sock), "", self.options.patience)
+            self._refuse(newcomer, newcomer.first() or b"", f"the daemon is full: {reason}")
 
     def _resume(self) -> None:
         if not self._closing:
@@ -138,8 +157,16 @@ class Server:
             self._paused = False
 
     def _admit(self, sock: socket.socket) -> None:
-        peer = Peer(sock, self.options.as_peer or bool(self.options.allow_gid))
-        self._newcomers.add(Newcomer(sock, peer, self._refusal(peer), self.options.patience))
+        try:
+            sock.setblocking(False)
+            peer = Peer(sock)
+        except OSError:
+            self.loop.closer.close(sock)
+            return
+        newcomer = Newcomer(sock, peer, self._refusal(peer), self.options.patience)
+        if not newcomer.refusal:
+            self._admitted += 1  # a stranger does not bring the daemon's end nearer
+        self._newcomers.add(newcomer)
 
     def _on_late(self, newcomer: Newcomer) -> None:
         self._refuse(newcomer, b"", newcomer.refusal or "no request came in time")
@@ -148,7 +175,8 @@ class Server:
         options = self.options
         if peer.uid == os.geteuid() or peer.uid in options.allow_uid:
             return ""
-        if options.allow_gid and not options.allow_gid.isdisjoint([peer.gid, *peer.groups]):
+        _, gid, groups = peer.credentials
+        if options.allow_gid and not options.allow_gid.isdisjoint([gid, *groups]):
             return ""
         return (
             f"user {peer.uid} may not use this daemon of user {os.geteuid()}: "
@@ -160,9 +188,11 @@ class Server:
         sock, peer = newcomer.sock, newcomer.peer
         if not first:
             self.log.debug("gone", pid=peer.pid, uid=peer.uid)
-            sock.close()
+            self.loop.closer.close(sock)
         elif newcomer.refusal:
             self._refuse(newcomer, first, newcomer.refusal)
+        elif newcomer.has_descriptors and _kind(first) != lib.EB_HELLO:
+            self._refuse(newcomer, first, "descriptors are for requests in frames")
         elif first[0] != 0:
             self.log.debug("accepted", kind="text", pid=peer.pid, uid=peer.uid)
             services = Services(
@@ -207,12 +237,9 @@ class Server:
         else:
             # The text protocol's answer, as text.py gives it.
             answer = f"\r\n0:\r\n1:errand-boy: {reason}\r\n\r\n127\r\n\r\n".encode()
-        with sock:
-            try:
-                sock.send(answer, socket.MSG_NOSIGNAL)
-                sock.recv(1 << 16)  # what is closed unread is ECONNRESET to the peer
-            except OSError:
-                pass
+        with suppress(OSError):
+            sock.send(answer, socket.MSG_NOSIGNAL)
+        self.loop.closer.close(sock, read=True)  # what is closed unread is ECONNRESET to the peer
 
     # -- status --
 
@@ -253,7 +280,7 @@ class Server:
         self._closing = True
         if not self._paused:
             self.loop.selector.unregister(self.listener.sock)
-        self.listener.close()
+        self.listener.close(self.loop.closer.close)
         self._on_stopping()
 
     def stop(self) -> None:
@@ -283,7 +310,7 @@ class Server:
 
     def _drain(self) -> None:
         for newcomer in self._newcomers.clear():
-            newcomer.sock.close()
+            self.loop.closer.close(newcomer.sock)
         self.pool.drain()
         self._schedule(self.options.grace, self._terminate)
 
@@ -316,3 +343,8 @@ class Server:
         ):
             self._advance()  # nobody is left who could ask for a command
         return not (self.pool.helpers or self.texts or self._replies)
+
+
+def _kind(first: bytes) -> int | None:
+    """Return the kind of a first frame; None: it is none."""
+    return int(_wire.HEADER.unpack_from(first, 1)[1]) if first[0] == 0 else None

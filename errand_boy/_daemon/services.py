@@ -51,7 +51,8 @@ class Services:
     """What a text connection of `peer` may use.
 
     `selector` calls the data of a registered object with its events, `limits` are the server's
-    options, `forget` is called with a connection that has been closed.
+    options, `close` closes a socket to somebody else, `forget` is called with a connection that has
+    been closed.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class Services:
     ) -> None:
         self.selector = loop.selector
         self.call_later = loop.call_later
+        self.await_hangup = loop.await_hangup
+        self.forget_hangup = loop.forget_hangup
+        self.close = loop.closer.close
         self.log = complaints
         self.pool = _ClientPool(pool, peer)
         self.limits = limits

@@ -88,14 +88,14 @@ class Reply:
     def _close(self) -> None:
         self._timer.cancel()
         self._loop.selector.unregister(self._sock)
-        self._sock.close()
+        self._loop.closer.close(self._sock)
         self._on_done()
 
 
 def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
     """Return what `pool` does and has done, as `reports` and older ones tell.
 
-    `peer` is told of the commands of others if it is root or this process's user.
+    `peer` is told of the helpers and commands of others if it is root or this process's user.
     """
     totals = Report()
     totals.add(pool.retired)
@@ -106,9 +106,13 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
     for helper in pool.helpers:
         report = reports.get(helper, helper.report)
         totals.add(report)
+        uid = os.geteuid() if helper.credentials is None else helper.credentials.uid
+        if peer.uid not in (0, os.geteuid(), uid):
+            continue
         helpers.append(
             {
                 "pid": helper.pid,
+                "uid": uid,
                 "memory_kib": _private_kib(helper.pid),
                 "connections": len(helper.connections),
                 "live": report.started - report.ended,
@@ -118,11 +122,8 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
             }
         )
         for command in report.commands:
-            known = pool.peers.get(command.connection)
-            if known is None:
-                continue
-            client = known[1]
-            if peer.uid not in (0, os.geteuid(), client.uid):
+            owner, client = pool.peers.get(command.connection, (None, None))
+            if owner is not helper or client is None:
                 continue
             entry = {
                 "pid": command.pid,

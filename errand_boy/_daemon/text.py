@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from errand_boy import _wire
+from errand_boy._daemon.strangers import receive
 from errand_boy._native import lib
 from errand_boy._spool import Spool, nameless_file
 from errand_boy._stream import Ended, Event, Lost, Output, Stream
@@ -161,7 +162,7 @@ class _Command:
 
     def _disconnect(self) -> None:
         _watch(self._server, self._sock, 0, self._on_events)
-        self._sock.close()
+        self._server.close(self._sock)
 
     def _watch(self) -> None:
         events = 0 if self._paused else selectors.EVENT_READ
@@ -192,7 +193,7 @@ class _Command:
 
     def _receive(self) -> None:
         try:
-            data = self._sock.recv(_CHUNK)
+            data = receive(self._sock, _CHUNK)
         except BlockingIOError:
             return
         except OSError as error:
@@ -300,7 +301,7 @@ class TextConnection:
         self._command: _Command | None = None
         self._begun = False
         self._closed = False
-        self._half_closed: select.epoll | None = None
+        self._half_closed = False
         self._out = bytearray()
         self._trailer: bytes | None = None  # what follows the errors; None: not known yet
         self._errors_sent = 0
@@ -338,10 +339,10 @@ class TextConnection:
 
     def _receive(self) -> None:
         try:
-            data = self._sock.recv(_CHUNK)
+            data = receive(self._sock, _CHUNK)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError:  # it sends descriptors, say
             self._close()
             return
         if data:
@@ -366,12 +367,8 @@ class TextConnection:
         return bool(poll.poll(0))
 
     def _await_hangup(self) -> None:
-        # A selector has no event for that alone, and its EVENT_READ would be true all the time.
-        self._half_closed = select.epoll()
-        self._half_closed.register(self._sock, 0)
-        self._server.selector.register(
-            self._half_closed, selectors.EVENT_READ, lambda events: self._close()
-        )
+        self._half_closed = True
+        self._server.await_hangup(self._sock, self._close)
         self._watch()
 
     def _begin(self) -> None:
@@ -448,11 +445,10 @@ class TextConnection:
             return
         self._closed = True
         self._timer.cancel()
-        if self._half_closed is not None:
-            self._server.selector.unregister(self._half_closed)
-            self._half_closed.close()
+        if self._half_closed:
+            self._server.forget_hangup(self._sock)
         _watch(self._server, self._sock, 0, self._on_events)
-        self._sock.close()
+        self._server.close(self._sock)
         self._request.close()
         if self._command is not None:
             self._command.close()

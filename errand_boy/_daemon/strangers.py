@@ -1,0 +1,106 @@
+"""Sockets at whose other end is somebody else: reading and closing them without ever sleeping.
+
+Descriptors that were sent over a Unix socket wait in its queue, and whoever takes the last copy of
+one off it closes it. That may take as long as its sender likes, if it is a TCP socket with
+SO_LINGER, say. So the server never takes descriptors off, nor closes such a socket itself.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import socket
+import time
+from _queue import SimpleQueue
+from collections.abc import Callable
+from contextlib import suppress
+
+INTERRUPT = signal.SIGUSR1  # must have a handler
+_LOOK = 0.02  # seconds that a close may sleep
+_READ = 1 << 16  # bytes
+_MOST_THREADS = 8
+_MOST_WAITING = 256
+
+
+class DescriptorsError(OSError):
+    """Somebody has sent descriptors where none are wanted; they are still in the queue."""
+
+
+def peek(sock: socket.socket, size: int) -> tuple[bytes, bool]:
+    """Return up to `size` bytes, which stay unread, and whether descriptors are with them.
+
+    Raises OSError, BlockingIOError if there is nothing.
+    """
+    # Of descriptors that are only looked at, the queue keeps a copy.
+    data, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_PEEK)
+    return data, bool(flags & socket.MSG_CTRUNC)
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    """Return up to `size` bytes, b"" at the end. Raises DescriptorsError, and OSError."""
+    data, has_descriptors = peek(sock, size)
+    if has_descriptors:
+        raise DescriptorsError("it came with descriptors")
+    # Not more: behind these bytes there may be descriptors by now.
+    return sock.recv(len(data)) if data else b""
+
+
+class Closer:
+    """Closes such sockets in threads of its own, and interrupts a close that sleeps.
+
+    `call_later` is the loop's.
+    """
+
+    def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
+        self._call_later = call_later
+        self._queue: SimpleQueue[tuple[int, bool]] = SimpleQueue()
+        self._since: dict[int, float] = {}  # by thread: when the close began that it is at
+        self._threads = 0
+        self._is_looking = False
+        self._start_thread()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so many wait that no more should be accepted."""
+        return self._queue.qsize() > _MOST_WAITING
+
+    def close(self, sock: socket.socket, *, read: bool = False) -> None:
+        """Close `sock`, a little later; `read` what has come before, lest the peer is told."""
+        fd = sock.detach()
+        if fd >= 0:
+            self._queue.put((fd, read))
+            self._look_later()
+
+    def _start_thread(self) -> None:
+        _thread.start_new_thread(self._run, ())
+        self._threads += 1
+
+    def _run(self) -> None:
+        me = _thread.get_ident()
+        while True:
+            fd, read = self._queue.get()
+            self._since[me] = time.monotonic()
+            with suppress(OSError):
+                if read:
+                    os.read(fd, _READ)
+            with suppress(OSError):
+                os.close(fd)
+            del self._since[me]
+
+    def _look_later(self) -> None:
+        if not self._is_looking:
+            self._is_looking = True
+            self._call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        self._is_looking = False
+        late = time.monotonic() - _LOOK
+        sleepers = [thread for thread, since in list(self._since.items()) if since < late]
+        for thread in sleepers:
+            signal.pthread_kill(thread, INTERRUPT)
+        if len(sleepers) == self._threads < _MOST_THREADS:
+            with suppress(RuntimeError):  # out of memory
+                self._start_thread()
+        if self._since or self._queue.qsize():
+            self._look_later()

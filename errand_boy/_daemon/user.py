@@ -1,0 +1,160 @@
+"""The helpers of one user."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from errand_boy._daemon.helper import Helper, OnExit, OnFrame, Unserved
+from errand_boy._daemon.loop import Loop, Timer
+from errand_boy._daemon.peer import Credentials
+
+_CROWD = 256  # connections: a start copies the helper's table of descriptors, which they fill
+_MOST_HELPERS = 64
+_TOO_SOON = 1.0  # seconds
+_MOST_TOO_SOON = 10  # helpers that die so young, one after another, are replaced at once
+
+
+class User:
+    """The helpers for one set of credentials; None: those of this process.
+
+    `size` of them serve at most, but for a crowd; those that are replaced stay until their last
+    command has ended. Our own are there from `start` on. Another user's are started when there is
+    work for them, and end when they have had no connection for `idle` seconds.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        credentials: Credentials | None,
+        size: int,
+        idle: float,
+        options: Sequence[str],
+        on_frame: OnFrame,
+        on_exit: OnExit,
+    ) -> None:
+        self.credentials = credentials
+        self.helpers: list[Helper] = []  # that serve, and those that are draining
+        self.last_used = time.monotonic()
+        self.failed_until = 0.0  # of time.monotonic(): a helper could not become its user
+        self._loop = loop
+        self._size = size
+        self._idle = idle
+        self._options = options
+        self._on_frame = on_frame
+        self._exited = on_exit
+        self._timers: dict[Helper, Timer] = {}  # of those without a connection
+        self._too_soon = 0
+        self._closing = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no connection."""
+        return not any(helper.connections for helper in self.helpers)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it need be remembered."""
+        return not self.helpers and time.monotonic() >= self.failed_until
+
+    def start(self) -> None:
+        """Start all that may serve. Raises OSError."""
+        while len(self._serving()) < self._size:
+            self._start_one()
+
+    def choose(self) -> Helper:
+        """Return the helper for one more connection: the least busy, or a new one.
+
+        Raises OSError if there is none and none can be started.
+        """
+        if self._closing:
+            raise OSError("the daemon is about to end")
+        if time.monotonic() < self.failed_until:
+            raise OSError("its helper could not become this user: the daemon's log says why")
+        serving = self._serving()
+        helper = min(serving, key=lambda helper: len(helper.connections), default=None)
+        if helper is None or self._needs_more(len(serving), len(helper.connections)):
+            try:
+                helper = self._start_one()
+            except OSError:
+                if helper is None:  # else a busy one is better than none
+                    raise
+        self._use(helper)
+        return helper
+
+    def forget(self, helper: Helper, connection: int) -> None:
+        """Take note that a connection of `helper` has gone."""
+        helper.forget(connection)
+        if helper.connections or helper.draining:
+            return
+        if self.credentials is not None:
+            self.last_used = time.monotonic()
+            self._timers[helper] = self._loop.call_later(self._idle, helper.drain)
+        elif len(self._serving()) > self._size:
+            helper.drain()  # it was for a crowd
+
+    def replace(self, helper: Helper) -> None:
+        """Put a new helper in the place of one that has started its share of commands."""
+        if self._closing or helper.draining or helper not in self.helpers:
+            return
+        try:
+            self._start_one()
+        except OSError as error:
+            self._loop.log.error("cannot start a helper", error=error.strerror or str(error))
+            self._loop.call_later(_TOO_SOON, lambda: self.replace(helper))
+            return
+        self._loop.log.debug("helper replaced", pid=helper.pid)
+        helper.drain()
+
+    def drain(self) -> None:
+        """Let all helpers end when their commands have, and start no more."""
+        self._closing = True
+        for helper in self.helpers:
+            helper.drain()
+
+    def _serving(self) -> list[Helper]:
+        return [helper for helper in self.helpers if not (helper.draining or helper.gone)]
+
+    def _needs_more(self, count: int, least: int) -> bool:
+        """Whether another is wanted beside `count` with at least `least` connections each."""
+        return least >= _CROWD or (count < self._size and least > 0)
+
+    def _start_one(self) -> Helper:
+        if len(self.helpers) >= _MOST_HELPERS:
+            raise OSError(f"this user has {_MOST_HELPERS} helpers, with live commands")
+        helper = Helper(self._loop, self._options, self.credentials, self._on_frame, self._on_exit)
+        self.helpers.append(helper)
+        self._loop.log.debug("helper started", pid=helper.pid, user=self._name())
+        return helper
+
+    def _name(self) -> object:
+        return "own" if self.credentials is None else self.credentials.uid
+
+    def _use(self, helper: Helper) -> None:
+        timer = self._timers.pop(helper, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _on_exit(self, helper: Helper, status: int, unserved: Unserved) -> None:
+        self.helpers.remove(helper)
+        self._use(helper)
+        if not helper.is_ready:
+            self.failed_until = time.monotonic() + _TOO_SOON
+        elif self.credentials is None and (not helper.draining or status != 0):
+            young = time.monotonic() - helper.started < _TOO_SOON
+            self._too_soon = self._too_soon + 1 if young else 0
+            if self._too_soon > _MOST_TOO_SOON:
+                self._loop.call_later(_TOO_SOON, self._refill)
+            else:
+                self._refill()
+        self._exited(helper, status, unserved)
+
+    def _refill(self) -> None:
+        """Start what is missing, now or, where that fails, a little later."""
+        if self._closing:
+            return
+        try:
+            self.start()
+        except OSError as error:
+            self._loop.log.error("cannot start a helper", error=error.strerror)
+            self._loop.call_later(_TOO_SOON, self._refill)

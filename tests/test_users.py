@@ -1,0 +1,355 @@
+"""The daemon of root serves each user by helpers with that user's rights, and no more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from daemon import (
+    PATIENCE,
+    Daemon,
+    acting_as,
+    ended,
+    send_signal,
+    spawn,
+    started_daemon,
+    taken_from,
+)
+from errand_boy._native import lib
+
+from errand_boy import _wire
+from errand_boy._connection import Connection
+
+pytestmark = pytest.mark.root
+
+FIRST, SECOND, THIRD = 12345, 12346, 12347
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        select.select([], [], [], 0.01)
+    pytest.fail("it does not come true")
+
+
+def connect_as(daemon: Daemon, uid: int, groups: Sequence[int] = ()) -> Connection:
+    """Return a connection of user `uid`, whose group has the same number."""
+    with acting_as(uid, uid, groups):
+        return daemon.connect()
+
+
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def refusal(connection: Connection) -> str:
+    with pytest.raises(PermissionError) as caught:
+        connection.receive(PATIENCE)
+    return str(caught.value)
+
+
+def end(connection: Connection, pid: int) -> None:
+    send_signal(connection, pid, signal.SIGKILL)
+    assert ended(connection) == -signal.SIGKILL
+    connection.close()
+
+
+@contextlib.contextmanager
+def open_daemon(directory: Path, *options: object, **popen: object) -> Iterator[Daemon]:
+    """Run a daemon that serves FIRST, SECOND and THIRD."""
+    allowed = [f"--allow-uid={uid}" for uid in (FIRST, SECOND, THIRD)]
+    with started_daemon(directory, *allowed, *options, **popen) as daemon:  # type: ignore[arg-type]
+        yield daemon
+
+
+def test_no_process_has_more_rights_than_its_user(public_dir: Path) -> None:
+    groups = {FIRST: [FIRST, 23456, 23457], SECOND: [], THIRD: [23456]}
+    with open_daemon(public_dir, "--pool-size=1") as daemon:
+        live: dict[int, tuple[Connection, int, socket.socket]] = {}
+        for uid, more in groups.items():
+            connection = connect_as(daemon, uid, more)
+            pid = spawn(connection, "/bin/sh", "-c", "sleep 100; exit 1")
+            with acting_as(uid, uid, more):
+                text = daemon.socket()
+            text.sendall(b"sleep 101\r\n\r\n\r\n\r\n")
+            live[uid] = (connection, pid, text)
+        server = psutil.Process(daemon.process.pid)
+        until(lambda: sum(p.name() == "sleep" for p in server.children(recursive=True)) == 6)
+        sessions = set()
+        for uid, (_, pid, _) in live.items():
+            helper = psutil.Process(pid).parent()
+            assert helper is not None
+            sessions.add(os.getsid(helper.pid))
+            processes = [helper, *helper.children(recursive=True)]
+            assert len(processes) >= 4
+            for process in processes:
+                status = status_of(process.pid)
+                assert status["Uid"].split() == [str(uid)] * 4
+                assert status["Gid"].split() == [str(uid)] * 4
+                assert sorted(map(int, status["Groups"].split())) == sorted(groups[uid])
+                for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+                    assert int(status[name], 16) == 0
+                assert Path(f"/proc/{process.pid}/loginuid").read_text() == str(uid)
+                assert process.cwd() == "/"
+                assert process.environ() == {} or process is not helper
+            assert {os.readlink(f"/proc/{helper.pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+        assert len(sessions) == 3
+        assert os.getsid(daemon.process.pid) not in sessions
+        # Nothing else has come of the server than helpers of ours and of these three.
+        for child in server.children():
+            assert child.uids().real in (0, *groups)
+        for connection, pid, text in live.values():
+            send_signal(connection, -pid, signal.SIGKILL)
+            assert ended(connection) == -signal.SIGKILL
+            connection.close()
+            text.close()
+
+
+def test_another_users_group_and_roots_own_are_told_apart(public_dir: Path) -> None:
+    with open_daemon(public_dir, "--pool-size=1") as daemon:
+        connections = [
+            daemon.connect(),
+            connect_as(daemon, FIRST, [FIRST]),
+            connect_as(daemon, FIRST, [FIRST, 23456]),
+            connect_as(daemon, FIRST, [FIRST]),
+        ]
+        parents = []
+        for connection in connections:
+            pid = spawn(connection, "/bin/sleep", "100")
+            parents.append(psutil.Process(pid).ppid())
+            end(connection, pid)
+        assert parents[1] == parents[3]
+        assert len(set(parents)) == 3
+
+
+WITH_A_KEY = """
+import ctypes, os, sys
+syscall = ctypes.CDLL(None).syscall
+assert syscall(250, 1, None) > 0  # keyctl(KEYCTL_JOIN_SESSION_KEYRING)
+assert syscall(248, b"user", b"of-the-daemon", b"secret", 6, -3) > 0  # add_key
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def told(daemon: Daemon, uid: int, line: bytes) -> bytes:
+    """Return the whole answer to a text client that is user `uid`."""
+    with acting_as(uid, uid, [uid]):
+        sock = daemon.socket()
+    with sock:
+        sock.sendall(line + b"\r\n\r\n\r\n\r\n")
+        data = b""
+        while part := sock.recv(1 << 16):
+            data += part
+    return data
+
+
+def test_session_keyring_is_the_users_own(public_dir: Path) -> None:
+    line = b"grep -c of-the-daemon /proc/keys"
+    under = [sys.executable, "-I", "-c", WITH_A_KEY]
+    with open_daemon(public_dir, under=under) as daemon:
+        assert b"0:1\n" in told(daemon, 0, line)
+        for uid in (FIRST, SECOND):
+            assert b"0:0\n" in told(daemon, uid, line)
+
+
+def test_more_groups_than_getsockopt_of_python_takes(public_dir: Path) -> None:
+    for count in (100, 20_000):
+        groups = list(range(30_000, 30_000 + count))
+        with open_daemon(public_dir) as daemon:
+            connection = connect_as(daemon, FIRST, groups)
+            pid = spawn(connection, "/bin/sleep", "100")
+            assert list(map(int, status_of(pid)["Groups"].split())) == groups
+            end(connection, pid)
+
+
+def test_group_far_down_the_list_is_one_to_be_allowed(public_dir: Path) -> None:
+    with started_daemon(public_dir, "--allow-gid=30099") as daemon:
+        connection = connect_as(daemon, FIRST, list(range(30_000, 30_100)))
+        end(connection, spawn(connection, "/bin/sleep", "100"))
+
+
+def test_helpers_come_with_work_and_go_without(public_dir: Path) -> None:
+    with open_daemon(public_dir, "--pool-size=2", "--idle=0.1") as daemon:
+        own = set(daemon.helpers())
+        first = connect_as(daemon, FIRST)
+        pids = [spawn(first, "/bin/sleep", "100")]
+        assert len(set(daemon.helpers()) - own) == 1
+        others = [connect_as(daemon, FIRST) for _ in range(3)]
+        pids += [spawn(connection, "/bin/sleep", "100") for connection in others]
+        assert len(set(daemon.helpers()) - own) == 2
+        assert len({psutil.Process(pid).ppid() for pid in pids}) == 2
+        for connection, pid in zip([first, *others], pids, strict=True):
+            end(connection, pid)
+        until(lambda: set(daemon.helpers()) == own)
+        assert daemon.status()["totals"]["helpers_lost"] == 0
+        again = connect_as(daemon, FIRST)
+        end(again, spawn(again, "/bin/sleep", "100"))
+
+
+def test_more_users_than_allowed_are_told(public_dir: Path) -> None:
+    with open_daemon(public_dir, "--max-users=2") as daemon:
+        first, second = connect_as(daemon, FIRST), connect_as(daemon, SECOND)
+        assert "2 users are served, and --max-users allows no more" in refusal(
+            connect_as(daemon, THIRD)
+        )
+        end(first, spawn(first, "/bin/sleep", "100"))
+        # Who has no connection makes room.
+        until(lambda: all(h["uid"] != FIRST or not h["connections"] for h in helpers(daemon)))
+        third = connect_as(daemon, THIRD)
+        end(third, spawn(third, "/bin/sleep", "100"))
+        end(second, spawn(second, "/bin/sleep", "100"))
+
+
+def helpers(daemon: Daemon) -> list[dict[str, int]]:
+    found: list[dict[str, int]] = daemon.status()["helpers"]
+    return found
+
+
+def test_one_user_does_not_take_the_place_of_all(public_dir: Path) -> None:
+    with open_daemon(public_dir, "--max-users=20") as daemon:
+        connections = [connect_as(daemon, FIRST, [FIRST, 30_000 + i]) for i in range(8)]
+        assert "8 other sets of groups" in refusal(connect_as(daemon, FIRST, [FIRST]))
+        connections.append(connect_as(daemon, SECOND))
+        for connection in connections:
+            end(connection, spawn(connection, "/bin/sleep", "100"))
+
+
+@pytest.mark.parametrize("capability", ["setuid", "setgid"])
+def test_daemon_that_cannot_change_ids_says_so(public_dir: Path, capability: str) -> None:
+    under = ["setpriv", f"--bounding-set=-{capability}"]
+    with open_daemon(public_dir, under=under) as daemon:
+        assert "could not become this user" in refusal(connect_as(daemon, FIRST))
+        assert b"could not become this user" in told(daemon, FIRST, b"id")
+        assert "cannot become user 12345" in daemon.log()
+        connection = daemon.connect()
+        end(connection, spawn(connection, "/bin/sleep", "100"))
+
+
+def test_daemon_needs_few_capabilities(public_dir: Path) -> None:
+    """Those that docs/deployment.md leaves to it."""
+    under = ["setpriv", "--no-new-privs", "--bounding-set=-all,+setuid,+setgid,+kill"]
+    with open_daemon(public_dir, under=under) as daemon:
+        assert b"\r\n0:12345\n\r\n1:" in told(daemon, FIRST, b"id -u")
+        connection = connect_as(daemon, SECOND)
+        pid = spawn(connection, "/bin/sleep", "100")
+        assert status_of(pid)["CapBnd"] == f"{1 << 5 | 1 << 6 | 1 << 7:016x}"
+        assert status_of(pid)["CapPrm"] == "0" * 16
+        end(connection, pid)
+        connection = daemon.connect()
+        end(connection, spawn(connection, "/bin/sleep", "100"))
+        assert daemon.stop() == 0
+
+
+def test_signals_are_sent_with_the_users_rights(public_dir: Path) -> None:
+    """A set-user-ID program that has become root altogether is not the user's to end."""
+    program = public_dir / "setpriv"
+    shutil.copy("/usr/bin/setpriv", program)
+    program.chmod(0o4755)
+    with open_daemon(public_dir) as daemon:
+        connection = connect_as(daemon, FIRST)
+        pid = spawn(connection, str(program), "--reuid=0", "--clear-groups", "/bin/sleep", "100")
+        until(lambda: psutil.Process(pid).name() == "sleep")
+        assert status_of(pid)["Uid"].split() == ["0"] * 4
+        send_signal(connection, pid, signal.SIGKILL)
+        send_signal(connection, pid, signal.SIGTERM)
+        daemon.status()  # the helper has answered, after it has read those
+        assert psutil.Process(pid).name() == "sleep"
+        os.kill(pid, signal.SIGKILL)
+        assert ended(connection) == -signal.SIGKILL
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        _wire.HEADER.pack(1 << 30, lib.EB_REPORT),
+        _wire.HEADER.pack(3, lib.EB_WANT) + b"abc",
+        _wire.HEADER.pack(4, lib.EB_REPORT) + b"abcd",
+        _wire.HEADER.pack(8 << 20, lib.EB_REPORT) + bytes(8 << 20),
+    ],
+)
+def test_helper_taken_over_by_its_user_harms_that_user_only(
+    public_dir: Path, nonsense: bytes
+) -> None:
+    """It may be traced by its user, and so say what that user likes."""
+    with open_daemon(public_dir, "--pool-size=1") as daemon:
+        mine, theirs = connect_as(daemon, FIRST), connect_as(daemon, SECOND)
+        pid = spawn(theirs, "/bin/sleep", "100")
+        helper = psutil.Process(spawn(mine, "/bin/sleep", "100")).ppid()
+        with taken_from(helper, 3) as control:
+            with contextlib.suppress(OSError):
+                control.sendall(nonsense)
+            until(lambda: helper not in daemon.helpers())
+        assert "a helper is killed" in daemon.log()
+        assert psutil.pid_exists(pid)
+        end(theirs, pid)
+        again = connect_as(daemon, FIRST)
+        end(again, spawn(again, "/bin/sleep", "100"))
+        mine.close()
+        for orphan in psutil.process_iter(["uids", "name"]):
+            if orphan.info["uids"].real == FIRST and orphan.info["name"] == "sleep":
+                orphan.kill()
+
+
+def test_helper_speaks_for_its_own_connections_only(public_dir: Path) -> None:
+    """It may say of another's command that it has ended, say, where commands are limited."""
+    with open_daemon(public_dir, "--pool-size=1", "--max-processes=1") as daemon:
+        running = connect_as(daemon, SECOND)
+        pid = spawn(running, "/bin/sleep", "100")
+        waiting = connect_as(daemon, FIRST)
+        connection = connect_as(daemon, FIRST)  # the helper is there
+        until(lambda: any(h["uid"] == FIRST for h in helpers(daemon)))
+        (helper,) = [h["pid"] for h in helpers(daemon) if h["uid"] == FIRST]
+        with taken_from(helper, 3) as control:
+            for number in range(10):
+                for kind in (lib.EB_DONE, lib.EB_CLOSED):
+                    control.sendall(_wire.HEADER.pack(4, kind) + struct.pack("<I", number))
+            daemon.status()
+        assert any(h["uid"] == SECOND and h["connections"] == 1 for h in helpers(daemon))
+        assert helpers(daemon)
+        end(running, pid)
+        waiting.close()
+        connection.close()
+
+
+def test_user_may_trace_its_helper_and_nobody_elses(public_dir: Path) -> None:
+    with open_daemon(public_dir) as daemon:
+        connections = [connect_as(daemon, uid) for uid in (FIRST, SECOND)]
+        pids = [spawn(connection, "/bin/sleep", "100") for connection in connections]
+        first, second = (psutil.Process(pid).ppid() for pid in pids)
+        with acting_as(FIRST, FIRST, []):
+            assert os.stat(f"/proc/{first}/mem").st_uid == FIRST
+            assert os.stat(f"/proc/{second}/mem").st_uid == SECOND
+            with pytest.raises(PermissionError):
+                open(f"/proc/{second}/mem", "rb")
+        for connection, pid in zip(connections, pids, strict=True):
+            end(connection, pid)
+
+
+def test_limit_of_commands_counts_users(public_dir: Path) -> None:
+    with open_daemon(public_dir, "--max-processes-per-user=1") as daemon:
+        connections = [connect_as(daemon, FIRST), connect_as(daemon, SECOND)]
+        pids = [spawn(connection, "/bin/sleep", "100") for connection in connections]
+        # Another process of a user whose limit is reached is no other user.
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                waiting = connect_as(daemon, FIRST)
+                spawn(waiting, "/bin/true")
+            os._exit(0)
+        until(lambda: daemon.status()["queue"] == 1)
+        for connection, live in zip(connections, pids, strict=True):
+            end(connection, live)
+        os.waitpid(pid, 0)
