@@ -11,6 +11,7 @@ from errand_boy._cli import args
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve, or run the command line that is given; return its exit status."""
+    args.open_standard_streams()
     parser = argparse.ArgumentParser(
         prog="python -m errand_boy.run",
         description="Be the daemon, or, with a command line, run that through it.",

@@ -230,3 +230,19 @@ class Terminal:
             os.kill(self.pid, signal.SIGKILL)
             self.status()
         os.close(self.master)
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_streams(closed: str) -> None:
+    script = f'exec "$@" </dev/null {closed}'
+    for arguments in (["map", "true"], ["run", "true"], ["status", "--socket", "/none"]):
+        command = [sys.executable, "-m", "errand_boy", *arguments]
+        done = subprocess.run(
+            ["/bin/sh", "-c", script, "sh", *command],
+            env=script_environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == (1 if arguments[0] == "status" else 0)
+        assert "Traceback" not in done.stderr

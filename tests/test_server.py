@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -450,6 +451,88 @@ def test_shortage_of_descriptors_passes(tmp_path: Path) -> None:
             sock.close()
         assert daemon.helpers()
         assert daemon.log().count("cannot accept") == 1
+
+
+@contextlib.contextmanager
+def all_descriptors_taken(daemon: Daemon) -> Iterator[None]:
+    """Connect until the daemon has no descriptor left, of SHORT."""
+    socks = [daemon.socket() for _ in range(30)]
+    try:
+        until(lambda: "cannot accept" in daemon.log())
+        yield
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+SHORT = ["/bin/sh", "-c", 'ulimit -n 40; exec "$@"', "sh"]
+
+
+def test_text_request_needs_no_descriptor_to_end(tmp_path: Path) -> None:
+    """Nothing is imported, and nothing opened, when a client ends its side."""
+    with started_daemon(tmp_path, under=SHORT) as daemon, daemon.socket() as running:
+        running.sendall(b"read x; cat; echo $x" + b"\r\n\r\n" + b"first\nsecond\n\r\n\r\n")
+        before = daemon.status()["totals"]["started"]
+        assert before <= 1
+        with daemon.socket() as other:
+            other.sendall(b"sleep 100\r\n\r\n\r\n\r\n")
+            until(lambda: daemon.status()["totals"]["started"] >= 1)
+            with all_descriptors_taken(daemon):
+                other.shutdown(socket.SHUT_WR)
+                running.shutdown(socket.SHUT_WR)
+                assert b"second\nfirst\n" in read_all(running)
+                cpu = psutil.Process(daemon.process.pid).cpu_times
+                used = sum(cpu())
+                select.select([], [], [], 1.5)  # in which it could spin
+                assert sum(cpu()) - used < 1
+        assert daemon.helpers()
+        assert "internal error" not in daemon.log()
+
+
+def test_who_waits_for_a_descriptor_is_told(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, under=SHORT) as daemon, all_descriptors_taken(daemon):
+        with daemon.socket() as late:
+            late.sendall(HELLO)
+            # Those before it wait for their turn, too.
+            answer = refusal(late)
+        assert answer == "the daemon is full: Too many open files"
+
+
+@pytest.mark.root
+def test_strangers_do_not_bring_the_end_nearer(public_dir: Path) -> None:
+    with started_daemon(public_dir, "--max-accepts", 2) as daemon:
+        os.chmod(daemon.path, 0o666)
+        for _ in range(3):
+            assert b"may not use this daemon" in as_nobody(daemon.path, HELLO)
+        assert daemon.process.poll() is None
+        daemon.status()
+        daemon.status()
+        assert daemon.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_streams(tmp_path: Path, closed: str) -> None:
+    under = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh"]
+    with started_daemon(tmp_path, under=under) as daemon:
+        for fd in range(3):
+            target = os.readlink(f"/proc/{daemon.process.pid}/fd/{fd}")
+            assert "socket" not in target and "event" not in target
+        connection = daemon.connect()
+        for _ in range(3):
+            spawn(connection, "/bin/true")
+            assert ended(connection) == 0
+        connection.close()
+        assert daemon.status()["totals"]["helpers_lost"] == 0
+        assert daemon.stop() == 0
+
+
+def test_directory_where_it_was_started_is_not_searched_for_modules(tmp_path: Path) -> None:
+    package = tmp_path / "setproctitle"  # which the server alone imports
+    package.mkdir()
+    (package / "_setproctitle.py").write_text("open('searched', 'w').close()")
+    with started_daemon(tmp_path, cwd=tmp_path) as daemon:
+        assert daemon.helpers()
+    assert not (tmp_path / "searched").exists()
 
 
 def test_full_disk_for_the_log(tmp_path: Path) -> None:

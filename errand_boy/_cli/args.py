@@ -17,6 +17,7 @@ _GIVEN = ("-h", "--help", "--version")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status. To serve, this process becomes the daemon."""
+    open_standard_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] not in (*_COMMANDS, *_GIVEN):
         arguments = ["serve", *arguments]
@@ -78,6 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from errand_boy._cli.run import run as run_command  # noqa: PLC0415
 
     return run_command(argv, options.socket)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in the place of each standard stream that is closed.
+
+    Else the next file or socket would get its number, and with it what is written there.
+    """
+    for fd, name, mode in (0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(fd, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))
 
 
 def _add_socket(parser: argparse.ArgumentParser) -> None:
@@ -319,11 +335,17 @@ def run_server(
             kept[name] = os.path.abspath(kept[name])
     kept["version"] = errand_boy.__version__
     program = os.path.join(os.path.dirname(errand_boy.__file__), "_daemon", "serve.py")
-    argument = json.dumps({"path": [path for path in sys.path if path], "options": kept})
+    argument = json.dumps({"path": _safe_path(), "options": kept})
     sys.stdout.flush()
     sys.stderr.flush()
     # The same process, so that its supervisor finds it, but without what this command line took.
     os.execv(sys.executable, [sys.executable, "-I", "-S", program, argument])
+
+
+def _safe_path() -> list[str]:
+    """Return sys.path without the directory of the script, or, with -m, the current one."""
+    is_safe = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+    return [path for path in sys.path[0 if is_safe else 1 :] if path]
 
 
 def _status(options: argparse.Namespace) -> int:

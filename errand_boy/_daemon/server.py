@@ -110,15 +110,17 @@ class Server:
                 self._pause("too many connections wait to be closed")
                 return
             try:
+                if self._spare < 0:
+                    self._spare = os.open(os.devnull, os.O_RDONLY)
                 sock, _ = self.listener.sock.accept()
             except BlockingIOError:
+                self._short_since = 0.0
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     self._pause(error.strerror or str(error))
                     return
                 continue  # it has gone before we came
-            self._short_since = 0.0
             self.accepted += 1
             self.loop.call(self._admit, sock)
             if self._admitted == self.options.max_accepts > 0:
@@ -132,7 +134,7 @@ class Server:
         if not self._short_since:
             self.log.warning("cannot accept", error=reason)
             self._short_since = now
-        elif now - self._short_since > _LONG_SHORTAGE:
+        elif now - self._short_since > _LONG_SHORTAGE and self._spare >= 0:
             self._turn_one_away(reason)
         self._paused = True
         self.loop.selector.unregister(self.listener.sock)
@@ -141,8 +143,6 @@ class Server:
     def _turn_one_away(self, reason: str) -> None:
         """Give up the spare descriptor, so that who has waited longest is told."""
         with suppress(OSError):
-            if self._spare < 0:  # the last one has not been closed until now
-                self._spare = os.open(os.devnull, os.O_RDONLY)
             os.close(self._spare)
             self._spare = -1
             sock, _ = self.listener.sock.accept()
