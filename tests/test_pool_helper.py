@@ -15,17 +15,17 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import PATIENCE, until
 from errand_boy._native import lib
 from guard import Guard
-from test_helper_protocol import (
-    GREETING,
-    PATIENCE,
+from wire import (
+    OWN_GROUP,
     TRUE,
     Client,
     Exited,
@@ -35,9 +35,11 @@ from test_helper_protocol import (
     decode,
     frame,
     option,
+    request,
     room_for,
     signal_frame,
     slow,
+    sound,
     strings,
     u32,
 )
@@ -73,7 +75,7 @@ class Pool(Helper):
 
     def connect(self) -> PoolClient:
         client = self.unopened()
-        client.send(GREETING)
+        client.send(_wire.OPENING)
         assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
         return client
 
@@ -98,9 +100,14 @@ class Pool(Helper):
         os.close(fds[1])
         client.id = self.adopted
         self.clients.append(client)
-        client.send(GREETING)
+        client.send(_wire.OPENING)
         assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
         return client
+
+    def part(self, client: Client) -> None:
+        super().part(client)
+        assert isinstance(client, PoolClient)
+        self.told((lib.EB_CLOSED, client.id))
 
     def tell(self, kind: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         self.control.send(frame(kind, payload), fds)
@@ -175,27 +182,8 @@ class Report(NamedTuple):
 
 @contextmanager
 def running(*arguments: str, under: Sequence[str] = ()) -> Iterator[Pool]:
-    """A helper that must have lost nothing, and must come to its normal end, after the test."""
-    it = Pool(*arguments, under=under)
-    try:
-        first = it.connect()  # it has all that it works with when it says HELLO
-        before = it.descriptors() - 1
-        first.sock.close()
-        it.told((lib.EB_CLOSED, first.id))
+    with sound(Pool(*arguments, under=under)) as it:
         yield it
-        if it.control.sock.fileno() != -1:
-            for client in it.clients:
-                client.sock.close()
-            assert it.comes_to(before)
-    finally:
-        it.close()
-        ended = it.ended()
-        if not ended:
-            os.kill(it.pid, signal.SIGKILL)
-        _, status = os.waitpid(it.pid, 0)
-        os.close(it.pidfd)
-    assert ended
-    assert status == 0
 
 
 @pytest.fixture
@@ -220,18 +208,6 @@ def witness(pool: Pool) -> Iterator[Client]:
 
 def with_arguments(*arguments: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("pool", [arguments], indirect=True, ids=[" ".join(arguments)])
-
-
-def request(*argv: str, options: Sequence[bytes] = (), targets: Sequence[int] = ()) -> bytes:
-    """A request that says nothing of signals and limits."""
-    parts = [
-        strings(lib.EB_TAG_EXECUTABLES, argv[0]),
-        strings(lib.EB_TAG_ARGV, *argv),
-        *options,
-    ]
-    if targets:
-        parts.append(_wire.numbers(lib.EB_TAG_FDS, targets))
-    return frame(lib.EB_SPAWN, *parts)
 
 
 def started(client: Client, data: bytes = b"", fds: Sequence[int] = ()) -> int:
@@ -280,20 +256,8 @@ def gone(pid: int) -> bool:
     return ended
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        os.sched_yield()
-    return True
-
-
 def on_close(milliseconds: int) -> bytes:
     return option(lib.EB_TAG_ON_CLOSE, u32(milliseconds))
-
-
-OWN_GROUP = option(lib.EB_TAG_PGROUP, u32(0))
 
 
 # Connections
@@ -337,7 +301,7 @@ def test_empty_payload_is_number_0_without_flags(pool: Pool) -> None:
     with theirs:
         pool.tell(lib.EB_ADOPT, fds=[theirs.fileno()])
     client = Client(ours)
-    client.send(GREETING)
+    client.send(_wire.OPENING)
     assert client.frame()[0] == lib.EB_HELLO
     assert client.status("/bin/true") == 0
     ours.close()
@@ -544,7 +508,7 @@ def test_connection_that_crosses_drain_is_closed_unread(pool: Pool) -> None:
     pool.tell(lib.EB_DRAIN)
     client = pool.unopened()
     with suppress(OSError):
-        client.send(GREETING + request("/bin/true"))
+        client.send(_wire.OPENING + request("/bin/true"))
     assert client.closed()
     pool.told((lib.EB_CLOSED, client.id))
 
@@ -1614,9 +1578,9 @@ def test_half_a_frame_and_silence(case: str, pool: Pool, witness: Client) -> Non
 
 @with_arguments("--frame-timeout=100")
 def test_half_a_greeting_and_silence(pool: Pool, witness: Client) -> None:
-    for size in range(1, len(GREETING)):
+    for size in range(1, len(_wire.OPENING)):
         client = pool.unopened()
-        client.send(GREETING[:size])
+        client.send(_wire.OPENING[:size])
         assert client.frame()[0] == lib.EB_HELLO
         if size == 1:  # the NUL byte is none of a frame's
             continue
