@@ -133,6 +133,22 @@ def client(daemon: Any) -> Iterator[Any]:
     it.close()
 
 
+@pytest.fixture
+def pool(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A daemon's helper, with the arguments that are the test's parameter."""
+    with importlib.import_module("wire").running(*getattr(request, "param", ())) as it:
+        yield it
+
+
+@pytest.fixture
+def witness(pool: Any) -> Iterator[Any]:
+    """A connection made before the offence, which still must work after it."""
+    client = pool.connect()
+    assert client.status("/bin/true") == 0
+    yield client
+    assert client.status("/bin/sh", "-c", "exit 3") == 3 << 8
+
+
 @pytest.fixture(autouse=True)
 def deadline() -> Iterator[None]:
     def expire(signum: int, frame: FrameType | None) -> None:

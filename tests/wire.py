@@ -14,10 +14,11 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import pytest
 from conftest import PATIENCE, until
 from errand_boy._native import lib
 
@@ -79,6 +80,7 @@ def signal_frame(pid: int, number: int) -> bytes:
 
 TRUE = strings(lib.EB_TAG_EXECUTABLES, "/bin/true") + strings(lib.EB_TAG_ARGV, "true")
 OWN_GROUP = option(lib.EB_TAG_PGROUP, u32(0))
+COALESCE = option(lib.EB_TAG_COALESCE)
 
 
 # What a helper answers
@@ -318,3 +320,263 @@ def room_for(descriptors: int, helper: Helper) -> Iterator[None]:
         yield
     finally:
         resource.prlimit(helper.pid, resource.RLIMIT_NOFILE, limits)
+
+
+# A daemon's helper
+
+
+class PoolClient(Client):
+    id = 0
+
+
+class Pool(Helper):
+    """A helper without --private. `flags` are those of the next connections."""
+
+    def __init__(self, *arguments: str, under: Sequence[str] = ()) -> None:
+        super().__init__(*arguments, under=under)
+        self.flags = 0
+        self.adopted = 0
+
+    def adopt(self, fd: int) -> None:
+        self.adopted += 1
+        self.tell(lib.EB_ADOPT, struct.pack("<IB", self.adopted, self.flags), fds=[fd])
+
+    def unopened(self) -> PoolClient:
+        client = PoolClient(super().unopened().sock)
+        client.id = self.adopted
+        self.clients[-1] = client
+        return client
+
+    def connect(self) -> PoolClient:
+        client = self.unopened()
+        client.send(_wire.OPENING)
+        assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
+        return client
+
+    def connect_as(self, uid: int, gid: int, groups: Sequence[int]) -> PoolClient:
+        """A connection that a process of these ids has made."""
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            with suppress(BaseException):
+                os.setgroups(groups)
+                os.setresgid(gid, gid, gid)
+                os.setresuid(uid, uid, uid)
+                pair = socket.socketpair()
+                socket.send_fds(theirs, [b"."], [end.fileno() for end in pair])
+            os._exit(0)
+        os.waitpid(pid, 0)
+        theirs.close()
+        with ours:
+            _, fds, *_ = socket.recv_fds(ours, 1, 2)
+        client = PoolClient(socket.socket(fileno=fds[0]))
+        self.adopt(fds[1])
+        os.close(fds[1])
+        client.id = self.adopted
+        self.clients.append(client)
+        client.send(_wire.OPENING)
+        assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
+        return client
+
+    def part(self, client: Client) -> None:
+        super().part(client)
+        assert isinstance(client, PoolClient)
+        self.told((lib.EB_CLOSED, client.id))
+
+    def tell(self, kind: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        self.control.send(frame(kind, payload), fds)
+
+    def told(self, *expected: tuple[int, int]) -> None:
+        """Expect these messages of (kind, connection id), in this order."""
+        for kind, number in expected:
+            assert self.control.frame() == (kind, u32(number))
+
+    def silent(self) -> bool:
+        """Whether it says nothing but what it is asked: a round trip through its loop."""
+        self.tell(lib.EB_QUERY)
+        return bool(self.control.frame()[0] == lib.EB_REPORT)
+
+    def report(self) -> Report:
+        self.tell(lib.EB_QUERY)
+        kind, payload = self.control.frame()
+        assert kind == lib.EB_REPORT
+        return Report.decode(payload)
+
+    def private_bytes(self) -> int:
+        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        fields = dict(line.split(":") for line in rollup.splitlines()[1:])
+        return sum(
+            int(fields[name].split()[0]) << 10 for name in ("Private_Clean", "Private_Dirty")
+        )
+
+
+class Live(NamedTuple):
+    pid: int
+    connection: int
+    client: int
+    uid: int
+    since_ms: int
+    title: bytes
+
+
+class Report(NamedTuple):
+    started: int
+    ended: int
+    connections: int
+    failures: dict[tuple[int, int], int]
+    buckets: list[int]
+    live: dict[int, Live]
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Report:
+        at = 0
+
+        def get(layout: str) -> tuple[int, ...]:
+            nonlocal at
+            values = struct.unpack_from("<" + layout, payload, at)
+            at += struct.calcsize("<" + layout)
+            return values
+
+        started, ended, connections, kinds = get("QQII")
+        failures = {}
+        for _ in range(kinds):
+            stage, error, count = get("BiQ")
+            failures[stage, error] = count
+        (size,) = get("I")
+        buckets = list(get(f"{size}Q"))
+        live = {}
+        (size,) = get("I")
+        for _ in range(size):
+            pid, connection, client, uid, since, length = get("iIiIQH")
+            live[connection] = Live(pid, connection, client, uid, since, payload[at : at + length])
+            at += length
+        assert at == len(payload)
+        return cls(started, ended, connections, failures, buckets, live)
+
+
+@contextmanager
+def running(*arguments: str, under: Sequence[str] = ()) -> Iterator[Pool]:
+    with sound(Pool(*arguments, under=under)) as it:
+        yield it
+
+
+def with_arguments(*arguments: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("pool", [arguments], indirect=True, ids=[" ".join(arguments)])
+
+
+def started(client: Client, data: bytes = b"", fds: Sequence[int] = ()) -> int:
+    """Send a request; return the pid of its command."""
+    if data:
+        client.send(data, fds)
+    answer = client.reply()
+    assert isinstance(answer, Spawned), answer
+    assert answer.by_helper
+    return answer.pid
+
+
+def ended(client: Client) -> int:
+    answer = client.reply()
+    assert isinstance(answer, Exited), answer
+    return answer.status
+
+
+def output(
+    client: Client, *argv: str, options: Sequence[bytes] = (), fds: Sequence[int] = ()
+) -> str:
+    """What a command writes; more descriptors, such as a directory's, come after its output's."""
+    read, write = os.pipe()
+    with open(read) as stream:
+        try:
+            started(client, request(*argv, options=options, targets=[1]), [write, *fds])
+        finally:
+            os.close(write)
+        text = stream.read()
+    assert ended(client) == 0
+    return text
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ends. An orphan, which has become ours, is waited for."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        ended = bool(select.select([pidfd], [], [], PATIENCE)[0])
+    finally:
+        os.close(pidfd)
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return ended
+
+
+def on_close(milliseconds: int) -> bytes:
+    return option(lib.EB_TAG_ON_CLOSE, u32(milliseconds))
+
+
+def unread(client: Client) -> int:
+    """How many bytes that the client sent lie in its socket's queue."""
+    siocoutq = 0x5411
+    return int(struct.unpack("i", fcntl.ioctl(client.sock, siocoutq, bytes(4)))[0])
+
+
+def drained(pool: Pool) -> None:
+    """Tell it to drain, and wait until it has read that."""
+    pool.tell(lib.EB_DRAIN)
+    pool.tell(lib.EB_QUERY)
+
+
+class Result(NamedTuple):
+    output: bytes
+    error: bytes
+    status: int
+
+
+def streamed(
+    *argv: str, streams: int, options: Sequence[bytes] = (), targets: Sequence[int] = ()
+) -> bytes:
+    bits = option(lib.EB_TAG_STREAMS, bytes([streams]))
+    return request(*argv, options=[bits, *options], targets=targets)
+
+
+EXITED_SIZE = 4 + 9 * 8
+
+
+def converse(
+    client: Client, data: bytes | None = None, streams: int = 0b11, brief: bool = False
+) -> Result:
+    """Send input, within the window, and read all until the connection is free."""
+    texts = {lib.EB_STDOUT: b"", lib.EB_STDERR: b""}
+    chunks: dict[int, list[bytes]] = {lib.EB_STDOUT: [], lib.EB_STDERR: []}
+    open_streams = {kind for bit, kind in ((2, lib.EB_STDOUT), (4, lib.EB_STDERR)) if streams & bit}
+    window, status, at = lib.EB_WINDOW, None, 0
+    while open_streams or status is None:
+        # Who waits to send, and does not read meanwhile, may wait for ever.
+        sending = [client.sock] if data is not None and (window or at == len(data)) else []
+        readable, _, _ = select.select([client.sock], sending, [], PATIENCE)
+        if sending and not readable:
+            assert data is not None
+            part = data[at : at + window]
+            client.send(frame(lib.EB_STDIN, part))
+            at += len(part)
+            window -= len(part)
+            if not part:
+                data = None
+            continue
+        kind, payload = client.frame()
+        if kind == lib.EB_CREDIT:
+            window += struct.unpack("<I", payload)[0]
+            assert window <= lib.EB_WINDOW
+        elif kind in chunks:
+            assert kind in open_streams
+            chunks[kind].append(payload)
+            if not payload:
+                open_streams.remove(kind)
+        else:
+            answer = decode(kind, payload[:EXITED_SIZE])
+            assert isinstance(answer, Exited)
+            assert len(payload) == EXITED_SIZE + (12 if brief else 0)
+            status = answer.status
+    for kind, parts in chunks.items():
+        texts[kind] = b"".join(parts)
+    return Result(texts[lib.EB_STDOUT], texts[lib.EB_STDERR], status)
