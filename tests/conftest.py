@@ -12,22 +12,27 @@ import importlib
 import importlib.util
 import json
 import os
+import select
 import signal
 import subprocess as stdlib
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
 
 LONGEST_TEST = 80
 LONGEST_SCRIPT = 50
+PATIENCE = 30.0  # seconds; nothing takes so long
+
+T = TypeVar("T")
 
 PRELUDE = """
 import ctypes, fcntl, gc, importlib, json, os, resource, select, signal, socket, stat
@@ -113,6 +118,37 @@ def by_helper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
 
 
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A daemon for all tests of a file."""
+    started_daemon = importlib.import_module("daemon").started_daemon
+    with started_daemon(tmp_path_factory.mktemp("daemon")) as it:
+        yield it
+
+
+@pytest.fixture
+def client(daemon: Any) -> Iterator[Any]:
+    it = importlib.import_module("errand_boy").connect(daemon.path)
+    yield it
+    it.close()
+
+
+@pytest.fixture
+def pool(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A daemon's helper, with the arguments that are the test's parameter."""
+    with importlib.import_module("wire").running(*getattr(request, "param", ())) as it:
+        yield it
+
+
+@pytest.fixture
+def witness(pool: Any) -> Iterator[Any]:
+    """A connection made before the offence, which still must work after it."""
+    client = pool.connect()
+    assert client.status("/bin/true") == 0
+    yield client
+    assert client.status("/bin/sh", "-c", "exit 3") == 3 << 8
+
+
 @pytest.fixture(autouse=True)
 def deadline() -> Iterator[None]:
     def expire(signum: int, frame: FrameType | None) -> None:
@@ -148,6 +184,16 @@ def public_dir() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="errand-boy-") as name:
         os.chmod(name, 0o755)
         yield Path(name).resolve()
+
+
+def until(condition: Callable[[], T], what: str = "what the test waits for") -> T:
+    """Wait for what no descriptor tells of, and return what the condition found."""
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        if time.monotonic() > end:
+            pytest.fail(f"{what} takes more than {PATIENCE:.0f} seconds")
+        select.select([], [], [], 0.002)
+    return found
 
 
 def script_environment() -> dict[str, str]:

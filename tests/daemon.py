@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,15 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conftest import script_environment
-from errand_boy._native import lib
+import wire
+from conftest import PATIENCE, script_environment
+from wire import OWN_GROUP
 
-from errand_boy import _status, _wire
+from errand_boy import _status
 from errand_boy._address import Address
 from errand_boy._connection import Connection
 from errand_boy._wire import Exited, Spawned
-
-PATIENCE = 30.0  # seconds; nothing takes so long
 
 
 class Daemon:
@@ -108,15 +106,8 @@ def spawn(connection: Connection, *argv: str, options: bytes = b"", fds: Sequenc
 def request(
     connection: Connection, *argv: str, options: bytes = b"", fds: Sequence[int] = ()
 ) -> None:
-    words = [os.fsencode(word) for word in argv]
-    parts = [
-        _wire.strings(lib.EB_TAG_EXECUTABLES, [words[0]]),
-        _wire.strings(lib.EB_TAG_ARGV, words),
-        _wire.numbers(lib.EB_TAG_FDS, range(len(fds))),
-        _wire.number(lib.EB_TAG_PGROUP, 0),
-        options,
-    ]
-    connection.send(_wire.frame(lib.EB_SPAWN, parts), fds)
+    targets = range(len(fds))
+    connection.send(wire.request(*argv, options=[OWN_GROUP, options], targets=targets), fds)
 
 
 def ended(connection: Connection) -> int:
@@ -127,7 +118,7 @@ def ended(connection: Connection) -> int:
 
 
 def send_signal(connection: Connection, pid: int, number: int) -> None:
-    connection.send(_wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))
+    connection.send(wire.signal_frame(pid, number))
 
 
 @contextmanager

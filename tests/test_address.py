@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import run_script, script_environment, started_script
-from daemon import PATIENCE, started_daemon
+from conftest import PATIENCE, run_script, script_environment, started_script
+from daemon import started_daemon
 
 import errand_boy
 from errand_boy import _address

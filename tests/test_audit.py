@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import run_script
-from daemon import PATIENCE, Daemon, started_daemon
+from conftest import PATIENCE, run_script
+from daemon import Daemon, started_daemon
 
 import errand_boy
 from errand_boy import _wire

@@ -10,11 +10,9 @@ import os
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import psutil
 import pytest
 from conftest import run_script, started_script
 from daemon import Daemon, started_daemon
-from errand_boy._native import lib
+from wire import spawned
 
 import errand_boy
 from errand_boy import _wire
@@ -33,19 +31,6 @@ from errand_boy.transports.unixsocket import UNIXSocketTransport
 
 PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
 BOTH = "echo out; echo err >&2; exit 3"
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with started_daemon(tmp_path_factory.mktemp("daemon")) as it:
-        yield it
-
-
-@pytest.fixture
-def client(daemon: Daemon) -> Iterator[Client]:
-    it = errand_boy.connect(daemon.path)
-    yield it
-    it.close()
 
 
 def outcome(library: Any, *args: Any, **options: Any) -> dict[str, Any]:
@@ -283,8 +268,7 @@ def test_helper_that_ends_before_it_reads_of_a_timeout(started: bool) -> None:
     thread.start()
     assert theirs.recv(1 << 16, 0 if started else socket.MSG_PEEK)
     if started:
-        spawned = struct.pack("<iB", 77, lib.EB_OWNER_HELPER)
-        theirs.sendall(_wire.HELLO + _wire.frame(lib.EB_SPAWNED, [spawned]))
+        theirs.sendall(_wire.HELLO + spawned())
         assert theirs.recv(1, socket.MSG_PEEK)  # it is to be killed
     theirs.close()
     thread.join()

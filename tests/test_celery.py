@@ -11,14 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import script_environment
+from conftest import PATIENCE, script_environment, until
 
 pytest.importorskip("celery", reason="Celery is not installed")
 
@@ -31,19 +30,8 @@ from errand_boy.celery import map as cluster_map
 from errand_boy.celery import run_command
 
 POOLS = ("prefork", "threads", "gevent", "eventlet")
-PATIENCE = 30.0  # seconds
 COMMANDS = 1000
 LEADS_TWO = 'sleep 1000 & echo "$$ $!" > "$0.new"; mv "$0.new" "$0"; wait'
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        select.select([], [], [], 0.02)
-    pytest.fail(f"{what} takes more than {PATIENCE} seconds")
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import PATIENCE, script_environment
 from daemon import Daemon, started_daemon
 
 RUN = [sys.executable, "-m", "errand_boy", "run"]
-PATIENCE = 20.0
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import pytest
 from conftest import run_script, started_script
 from daemon import Daemon, started_daemon
 from errand_boy._native import lib
+from wire import NOT_FOUND, USAGE, exited, spawned
 
 import errand_boy
 from errand_boy import _wire
@@ -30,24 +30,11 @@ from errand_boy._wire import Exited, Failed, Spawned
 from errand_boy.errors import HelperDiedError, NoDaemonError, ProtocolError
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with started_daemon(tmp_path_factory.mktemp("daemon")) as it:
-        yield it
-
-
 @pytest.fixture
 def own_daemon(tmp_path: Path) -> Iterator[Daemon]:
     """One that a test may break."""
     with started_daemon(tmp_path) as it:
         yield it
-
-
-@pytest.fixture
-def client(daemon: Daemon) -> Iterator[Client]:
-    it = errand_boy.connect(daemon.path)
-    yield it
-    it.close()
 
 
 def script(source: str, daemon: Daemon, **options: Any) -> Any:
@@ -682,12 +669,7 @@ print(json.dumps([codes, [len(job.value.stdout) for job in jobs]]))
 
 # -- what comes over a connection --
 
-REPLIES = (
-    _wire.HELLO
-    + _wire.frame(lib.EB_SPAWNED, [struct.pack("<iB", 77, lib.EB_OWNER_HELPER)])
-    + _wire.frame(lib.EB_EXITED, [_wire.EXITED.pack(9, *range(9))])
-    + _wire.frame(lib.EB_FAILED, [struct.pack("<iiB", 0, errno.ENOENT, lib.EB_STAGE_EXEC)])
-)
+REPLIES = _wire.HELLO + spawned() + exited(9) + NOT_FOUND
 
 
 @pytest.fixture
@@ -705,7 +687,7 @@ def expect_replies(connection: Connection) -> None:
     assert isinstance(spawned, Spawned)
     assert (spawned.pid, spawned.by_helper) == (77, True)
     assert isinstance(exited, Exited)
-    assert (exited.status, exited.usage) == (9, tuple(range(9)))
+    assert (exited.status, exited.usage) == (9, USAGE)
     assert isinstance(failed, Failed)
     assert (failed.pid, failed.errno, failed.stage) == (0, errno.ENOENT, lib.EB_STAGE_EXEC)
     assert not connection.has_received()

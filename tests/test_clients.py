@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon import PATIENCE, Daemon, started_daemon
+from conftest import PATIENCE
+from daemon import Daemon, started_daemon
 
 CLIENTS = Path(__file__).parent.parent / "examples" / "clients"
 TEXT = {"text.js": ["node"], "text.pl": ["perl"], "text.sh": ["sh"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import resource
@@ -14,24 +13,35 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import pytest
-from conftest import started_script
+from conftest import PATIENCE, started_script
 from errand_boy._native import lib
+from wire import (
+    HELPER,
+    TRUE,
+    Client,
+    Exited,
+    Failed,
+    Helper,
+    Spawned,
+    decode,
+    frame,
+    option,
+    room_for,
+    signal_frame,
+    slow,
+    sound,
+    spawn,
+    strings,
+    u32,
+)
 
 import errand_boy
 from errand_boy import _wire
 from errand_boy._connection import Connection
 
-HELPER = os.environ.get("ERRAND_BOY_HELPER") or str(
-    Path(errand_boy.__file__).with_name("errand-boy-helper")
-)
-PATIENCE = 20.0
 MODES = {
     "private": ["--private"],
     "own": ["--private", "--own-children"],
@@ -43,204 +53,10 @@ owning_modes = pytest.mark.parametrize("helper", ["own", "posix", "unrelated"], 
 clone_modes = pytest.mark.parametrize("helper", ["private", "own"], indirect=True)
 
 
-class Spawned(NamedTuple):
-    pid: int
-    owner: int
-
-    @property
-    def by_helper(self) -> bool:
-        return bool(self.owner == lib.EB_OWNER_HELPER)
-
-
-class Failed(NamedTuple):
-    pid: int
-    errno: int
-    stage: int
-
-
-class Exited(NamedTuple):
-    status: int
-    usage: tuple[int, ...]
-
-
-Reply = Spawned | Failed | Exited
-
-
-def decode(kind: int, payload: bytes) -> Reply:
-    if kind == lib.EB_SPAWNED:
-        return Spawned(*struct.unpack("<iB", payload))
-    if kind == lib.EB_FAILED:
-        return Failed(*struct.unpack("<iiB", payload))
-    assert kind == lib.EB_EXITED, (kind, payload)
-    status, *usage = struct.unpack("<i9Q", payload)
-    return Exited(status, tuple(usage))
-
-
-def pair() -> tuple[socket.socket, socket.socket]:
-    """Our end of a connection, and the helper's: a private one wants to know who sends."""
-    ours, theirs = socket.socketpair()
-    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    return ours, theirs
-
-
-class Client:
-    """One end of a connection; every wait is bounded."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.sock.settimeout(PATIENCE)
-
-    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
-        sent = self.sock.sendmsg([data], rights if fds else [])
-        if sent < len(data):
-            self.sock.sendall(data[sent:])
-
-    def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            try:
-                more = self.sock.recv(size - len(data))
-            except ConnectionResetError:  # it was closed with bytes that nobody had read
-                more = b""
-            if not more:
-                break
-            data += more
-        return data
-
-    def frame(self) -> tuple[int, bytes]:
-        header = self._read(_wire.HEADER.size)
-        assert len(header) == _wire.HEADER.size, f"closed after {header!r}"
-        size, kind = _wire.HEADER.unpack(header)
-        payload = self._read(size)
-        assert len(payload) == size
-        return kind, payload
-
-    def reply(self) -> Reply:
-        return decode(*self.frame())
-
-    def refusal(self) -> str:
-        """The reason, after which the connection is closed."""
-        kind, payload = self.frame()
-        assert kind == lib.EB_REFUSED, (kind, payload)
-        assert self.closed()
-        return payload.decode()
-
-    def closed(self) -> bool:
-        return self._read(1) == b""
-
-    def run(self, *argv: str, fds: Sequence[int] = (), targets: Sequence[int] = ()) -> Reply:
-        self.send(spawn(*argv, targets=targets), fds)
-        return self.reply()
-
-    def status(self, *argv: str) -> int:
-        """Run a command, whoever owns it; return its wait status."""
-        started = self.run(*argv)
-        assert isinstance(started, Spawned), started
-        if not started.by_helper:
-            return os.waitpid(started.pid, 0)[1]
-        ended = self.reply()
-        assert isinstance(ended, Exited)
-        return ended.status
-
-
-class Helper:
-    def __init__(self, *arguments: str, under: Sequence[str] = ()) -> None:
-        """`under` is a command that becomes the helper, such as a shell's `exec "$@"`."""
-        ours, theirs = pair()
-        caller = os.pidfd_open(os.getpid())
-        # Out of the way of the numbers that they are to get.
-        control = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 10)
-        moved = fcntl.fcntl(caller, fcntl.F_DUPFD_CLOEXEC, 10)
-        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
-            *((os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)),
-            (os.POSIX_SPAWN_DUP2, control, 3),
-            (os.POSIX_SPAWN_DUP2, moved, 4),
-        ]
-        command = [*under, HELPER, *arguments]
-        self.pid = os.posix_spawn(command[0], command, {}, file_actions=actions)
-        theirs.close()
-        for fd in (caller, control, moved):
-            os.close(fd)
-        self.pidfd = os.pidfd_open(self.pid)
-        self.clients: list[Client] = []
-        self.control = Client(ours)
-        self.control.send(_wire.OPENING)
-        self.private = "--private" in arguments
-        if self.private:
-            kind, payload = self.control.frame()
-            assert (kind, struct.unpack("<6I", payload[:24])) == (lib.EB_IDS, ids())
-
-    def adopt(self, fd: int) -> None:
-        self.control.send(frame(lib.EB_ADOPT), [fd])
-
-    def unopened(self) -> Client:
-        """A connection over which we have sent nothing."""
-        ours, theirs = pair()
-        with theirs:
-            self.adopt(theirs.fileno())
-        client = Client(ours)
-        self.clients.append(client)
-        return client
-
-    def connect(self) -> Client:
-        client = self.unopened()
-        client.send(_wire.OPENING)
-        assert client.frame() == (lib.EB_HELLO, struct.pack("<I", lib.EB_VERSION))
-        return client
-
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def comes_to(self, descriptors: int) -> bool:
-        """Whether its descriptors become so many; what it is told of is not done at once."""
-        deadline = time.monotonic() + PATIENCE
-        while self.descriptors() != descriptors:
-            if time.monotonic() > deadline:
-                return False
-            os.sched_yield()
-        return True
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def children(self) -> list[int]:
-        return list(
-            map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
-        )
-
-    def ended(self, seconds: float = PATIENCE) -> bool:
-        return bool(select.select([self.pidfd], [], [], seconds)[0])
-
-    def close(self) -> None:
-        for client in (*self.clients, self.control):
-            client.sock.close()
-
-
 @pytest.fixture
 def helper(request: pytest.FixtureRequest) -> Iterator[Helper]:
-    """A helper that must have lost nothing, and must come to its normal end, after the test."""
-    it = Helper(*MODES[getattr(request, "param", "private")])
-    try:
-        first = it.connect()  # it has all that it works with when it says HELLO
-        before = it.descriptors() - 1
-        first.sock.close()
-        assert it.comes_to(before)
+    with sound(Helper(*MODES[getattr(request, "param", "private")])) as it:
         yield it
-        if it.control.sock.fileno() != -1:
-            for client in it.clients:
-                client.sock.close()
-            assert it.comes_to(before)
-    finally:
-        it.close()
-        ended = it.ended()
-        if not ended:
-            os.kill(it.pid, signal.SIGKILL)
-        _, status = os.waitpid(it.pid, 0)
-        os.close(it.pidfd)
-    assert ended
-    assert status == 0
 
 
 @pytest.fixture
@@ -252,48 +68,6 @@ def witness(helper: Helper) -> Iterator[Client]:
     assert client.status("/bin/sh", "-c", "exit 3") == 3 << 8
 
 
-def ids() -> tuple[int, ...]:
-    """What becomes of our ids, real, effective and saved, when a program is executed."""
-    (uid, euid, _), (gid, egid, _) = os.getresuid(), os.getresgid()
-    return uid, euid, euid, gid, egid, egid
-
-
-def frame(kind: int, *parts: bytes) -> bytes:
-    return _wire.frame(kind, parts)
-
-
-def strings(tag: int, *values: str) -> bytes:
-    return _wire.strings(tag, [os.fsencode(value) for value in values])
-
-
-def spawn(*argv: str, targets: Sequence[int] = ()) -> bytes:
-    """A request as clients send it: the helper's own signals are all blocked."""
-    options = [
-        strings(lib.EB_TAG_EXECUTABLES, argv[0]),
-        strings(lib.EB_TAG_ARGV, *argv),
-        option(lib.EB_TAG_SIGMASK, bytes(8)),
-    ]
-    if targets:
-        options.append(_wire.numbers(lib.EB_TAG_FDS, targets))
-    return frame(lib.EB_SPAWN, *options)
-
-
-def signal_frame(pid: int, number: int) -> bytes:
-    return frame(lib.EB_SIGNAL, struct.pack("<ii", pid, number))
-
-
-TRUE = strings(lib.EB_TAG_EXECUTABLES, "/bin/true") + strings(lib.EB_TAG_ARGV, "true")
-GREETING = _wire.OPENING
-
-
-def option(tag: int, value: bytes = b"") -> bytes:
-    return _wire.option(tag, value)
-
-
-def u32(*values: int) -> bytes:
-    return struct.pack(f"<{len(values)}I", *values)
-
-
 # Greetings
 
 
@@ -303,7 +77,7 @@ def test_helper_says_its_version_before_it_is_asked(helper: Helper) -> None:
 
 def test_request_may_come_with_the_greeting(helper: Helper) -> None:
     client = helper.unopened()
-    client.send(GREETING + spawn("/bin/true"))
+    client.send(_wire.OPENING + spawn("/bin/true"))
     assert client.frame()[0] == lib.EB_HELLO
     started = client.reply()
     assert isinstance(started, Spawned)
@@ -312,7 +86,7 @@ def test_request_may_come_with_the_greeting(helper: Helper) -> None:
 
 def test_bytes_may_come_one_by_one(helper: Helper) -> None:
     client = helper.unopened()
-    for byte in GREETING + spawn("/bin/true"):
+    for byte in _wire.OPENING + spawn("/bin/true"):
         client.send(bytes([byte]))
     assert client.frame()[0] == lib.EB_HELLO
     started = client.reply()
@@ -770,21 +544,6 @@ def test_first_command_of_a_connection_may_pass_many_descriptors() -> None:
             os.close(fd)
 
 
-@contextmanager
-def room_for(descriptors: int, helper: Helper) -> Iterator[None]:
-    used = {int(fd) for fd in os.listdir(f"/proc/{helper.pid}/fd")}
-    lowered = 0
-    while descriptors or lowered in used:
-        descriptors -= lowered not in used
-        lowered += 1
-    limits = resource.prlimit(helper.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(helper.pid, resource.RLIMIT_NOFILE, (lowered, limits[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(helper.pid, resource.RLIMIT_NOFILE, limits)
-
-
 @pytest.mark.parametrize("room", range(5))
 @every_mode
 def test_no_room_for_what_is_sent(room: int, helper: Helper, witness: Client) -> None:
@@ -926,13 +685,6 @@ def is_owner(helper: Helper) -> bool:
         os.waitpid(started.pid, 0)
     client.sock.close()
     return started.by_helper
-
-
-def slow(program: str, tries: int = 200_000, options: Sequence[bytes] = ()) -> bytes:
-    """A request whose exec takes tenths of a second: many names are tried in vain."""
-    names = [*["/-"] * tries, program]
-    argv = strings(lib.EB_TAG_ARGV, "slow")
-    return frame(lib.EB_SPAWN, strings(lib.EB_TAG_EXECUTABLES, *names), argv, *options)
 
 
 # The helper's own children

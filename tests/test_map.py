@@ -26,14 +26,12 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PRELUDE, run_script, script_environment, started_script
+from conftest import PATIENCE, PRELUDE, run_script, script_environment, started_script, until
 from daemon import started_daemon
 
 import errand_boy
 import errand_boy.asyncio
 from errand_boy import Result, _batch, _helper
-
-PATIENCE = 20.0
 
 Map = Callable[..., Any]
 
@@ -55,14 +53,6 @@ def daemon_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def run_map(request: pytest.FixtureRequest, daemon_path: str) -> Map:
     """errand_boy.map, or that of a daemon's client."""
     return errand_boy.map if request.param == "helper" else errand_boy.connect(daemon_path).map
-
-
-def until(true: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (value := true()):
-        assert time.monotonic() < deadline
-        os.sched_yield()
-    return value
 
 
 def pids_in(path: Path, count: int) -> list[int]:

@@ -7,15 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from conftest import PATIENCE, until
 
 MAP = [sys.executable, "-m", "errand_boy", "map"]
-PATIENCE = 20.0
 
 
 def run(*arguments: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -24,14 +22,6 @@ def run(*arguments: str, input: bytes = b"") -> subprocess.CompletedProcess[byte
 
 def lines(*values: object) -> bytes:
     return b"".join(b"%d\n" % v if isinstance(v, int) else f"{v}\n".encode() for v in values)
-
-
-def until(true: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (value := true()):
-        assert time.monotonic() < deadline
-        os.sched_yield()
-    return value
 
 
 def log_rows(path: Path) -> list[list[str]]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import script_environment
-from daemon import PATIENCE, Daemon, ended, request, send_signal, spawn, started_daemon
+from conftest import PATIENCE, script_environment, until
+from daemon import Daemon, ended, request, send_signal, spawn, started_daemon
 from errand_boy._native import lib
 
 from errand_boy import _status, _wire
@@ -42,15 +42,6 @@ def serve(*options: object) -> subprocess.CompletedProcess[str]:
         timeout=PATIENCE,
         env=script_environment(),
     )
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what nothing tells us of."""
-    for _ in range(3000):
-        if condition():
-            return
-        select.select([], [], [], 0.01)
-    pytest.fail("it does not come true")
 
 
 def read_all(sock: socket.socket) -> bytes:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from conftest import script_environment
-from daemon import PATIENCE, ended, request, send_signal, spawn, started_daemon
+from conftest import PATIENCE, script_environment
+from daemon import ended, request, send_signal, spawn, started_daemon
 from errand_boy._native import lib
 
 import errand_boy

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from errand_boy._native import lib
+from wire import NOT_FOUND, USAGE, exited, frame, signal_frame, spawned, u32
 
 from errand_boy import _wire
 from errand_boy._stream import Ended, Lost, Output, Started, Stream
@@ -20,23 +21,10 @@ from errand_boy.errors import HelperDiedError, ProtocolError, RefusedError
 BOTH = 0b110
 ALL = 0b111
 REQUEST = _wire.frame(lib.EB_SPAWN, [b"whatever"])
-USAGE = tuple(range(1, 10))
-
-
-def frame(kind: int, payload: bytes = b"") -> bytes:
-    return _wire.frame(kind, [payload])
-
-
-def spawned(pid: int = 77, owner: int = lib.EB_OWNER_HELPER) -> bytes:
-    return frame(lib.EB_SPAWNED, struct.pack("<iB", pid, owner))
-
-
-def exited(status: int = 0, more: bytes = b"") -> bytes:
-    return frame(lib.EB_EXITED, _wire.EXITED.pack(status, *USAGE) + more)
 
 
 def credit(size: int) -> bytes:
-    return frame(lib.EB_CREDIT, struct.pack("<I", size))
+    return frame(lib.EB_CREDIT, u32(size))
 
 
 def stdin(data: bytes = b"") -> bytes:
@@ -44,7 +32,6 @@ def stdin(data: bytes = b"") -> bytes:
 
 
 OUT_END, ERR_END = frame(lib.EB_STDOUT), frame(lib.EB_STDERR)
-FAILED = frame(lib.EB_FAILED, struct.pack("<iiB", 0, errno.ENOENT, lib.EB_STAGE_EXEC))
 UNREAD = frame(lib.EB_UNREAD)
 BRIEF_END = exited(0, struct.pack("<Qi", 1234, 77))
 
@@ -175,7 +162,7 @@ def test_brief_command() -> None:
 def test_failed_start_frees_the_connection() -> None:
     stream = begun()
     send(stream)
-    assert told(stream.receive(_wire.HELLO + FAILED)) == [
+    assert told(stream.receive(_wire.HELLO + NOT_FOUND)) == [
         ("failed", 0, errno.ENOENT, lib.EB_STAGE_EXEC)
     ]
     assert stream.is_free
@@ -248,9 +235,7 @@ def test_kill_needs_no_end_of_output() -> None:
     send(stream)
     list(stream.receive(_wire.HELLO + spawned()))
     assert stream.kill(-77, 77) is None
-    assert send(stream) == b"".join(
-        frame(lib.EB_SIGNAL, struct.pack("<ii", pid, 9)) for pid in (-77, 77)
-    )
+    assert send(stream) == b"".join(signal_frame(pid, 9) for pid in (-77, 77))
     data = frame(lib.EB_STDOUT, b"x") + exited(9) + frame(lib.EB_STDOUT, b"another's") + OUT_END
     assert told(stream.receive(data)) == [
         ("output", 0, b"x"),
@@ -356,11 +341,11 @@ def test_refusals() -> None:
         _wire.HELLO * 2,
         _wire.HELLO + spawned() * 2,
         _wire.HELLO + spawned(owner=lib.EB_OWNER_CALLER),
-        _wire.HELLO + spawned() + FAILED,
+        _wire.HELLO + spawned() + NOT_FOUND,
         _wire.HELLO + spawned() + OUT_END * 2,
         _wire.HELLO + spawned() + exited() * 2,
         _wire.HELLO + spawned() + exited() + OUT_END + ERR_END + OUT_END,  # at rest
-        _wire.HELLO + FAILED * 2,
+        _wire.HELLO + NOT_FOUND * 2,
         _wire.HELLO + credit(1),  # more than was ever sent
         _wire.HELLO + frame(lib.EB_EXITED, b"short"),
         _wire.HELLO + OUT_END,  # before SPAWNED
@@ -388,7 +373,7 @@ def test_brief_command_tells_of_no_start_and_of_its_time() -> None:
 
 def test_garbage_is_a_protocol_error_or_awaits_more() -> None:
     random = Random(11)
-    pieces = [*CONVERSATION, UNREAD, FAILED, BRIEF_END, OUT_END, credit(100), REQUEST]
+    pieces = [*CONVERSATION, UNREAD, NOT_FOUND, BRIEF_END, OUT_END, credit(100), REQUEST]
     for turn in range(20_000):
         stream = begun(random.choice([0, BOTH, ALL]), brief=turn % 2 == 0, input=b"abc")
         if turn % 3:

@@ -11,21 +11,15 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from daemon import PATIENCE, Daemon, acting_as, started_daemon
+from conftest import PATIENCE
+from daemon import Daemon, acting_as, started_daemon
 
 END = b"\r\n\r\n"
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with started_daemon(tmp_path_factory.mktemp("daemon")) as it:
-        yield it
 
 
 def connected(daemon: Daemon) -> socket.socket:

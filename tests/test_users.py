@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import PATIENCE
 from daemon import (
-    PATIENCE,
     Daemon,
     acting_as,
     ended,
