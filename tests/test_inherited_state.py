@@ -451,3 +451,18 @@ def test_child_changes_nothing_of_its_caller() -> None:
         report([os.getcwd() == before, os.umask(0o22)])
     """
     assert compare_scripts(source, umask=0o26) == [True, 0o26]
+
+
+def test_slices_of_the_cpu_are_usual() -> None:
+    """A helper's own are short."""
+    source = """
+look = '''
+import ctypes, platform, struct
+buffer = ctypes.create_string_buffer(48)
+number = {"x86_64": 315, "aarch64": 275}[platform.machine()]  # sched_getattr
+assert ctypes.CDLL(None).syscall(number, 0, buffer, 48, 0) == 0
+print(struct.unpack("=IIQiIQQQ", buffer.raw))
+'''
+report(subprocess.check_output([sys.executable, "-c", look], text=True))
+"""
+    assert compare_scripts(source)
