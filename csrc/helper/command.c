@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -18,13 +17,6 @@ enum {
 };
 
 static struct eb_command *children[CHILD_BUCKETS];
-
-static uint64_t nanoseconds(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
 
 /* -- the table of children -- */
 
@@ -203,7 +195,7 @@ static void report_end(const struct eb_command *k)
     for (int i = 0; i < EB_USAGE_FIELDS; i++)
         eb_put_u64(&w, k->usage[i]);
     if (k->connection->coalesces) {
-        eb_put_u64(&w, (nanoseconds(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
+        eb_put_u64(&w, (eb_clock_ns(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
         eb_put_u32(&w, (uint32_t)k->start.pid);
     }
     eb_reply(k->connection, EB_EXITED, payload, eb_written(&w));
@@ -240,7 +232,7 @@ void eb_command_started(struct eb_command *k)
     }
     uint64_t started = eb_count_start();
     helper.full = helper.full || (started != 0 && started == helper.max_tasks);
-    eb_count_time(((polled ? k->start.exec_ns : nanoseconds(CLOCK_MONOTONIC)) - k->begun_ns) / 1000);
+    eb_count_time(((polled ? k->start.exec_ns : eb_clock_ns(CLOCK_MONOTONIC)) - k->begun_ns) / 1000);
     k->state = k->start.owner == EB_OWNER_HELPER ? EB_RUNNING : EB_OVER;
     report_start(k);
     if (k->connection == NULL && k->child != 0 && k->on_close)
@@ -402,7 +394,7 @@ void eb_command_begin(struct eb_command *k)
     bool given = eb_has(q, EB_TAG_ON_CLOSE);
     k->on_close = given ? q->on_close_ms != EB_LIVES_ON : q->streams != 0;
     k->on_close_ms = given ? q->on_close_ms : STREAMED_GRACE_MS;
-    k->begun_ns = nanoseconds(CLOCK_MONOTONIC);
+    k->begun_ns = eb_clock_ns(CLOCK_MONOTONIC);
     k->state = EB_STARTING;
     helper.spawner->begin(&k->start, q);
     if (++helper.starting > 1)
@@ -413,6 +405,6 @@ void eb_command_begin(struct eb_command *k)
     if (k->start.pid > 0 && k->start.owner == EB_OWNER_HELPER) {
         add_child(k, k->start.pid);
         if (helper.pool)
-            k->since_ms = nanoseconds(CLOCK_REALTIME) / 1000000;
+            k->since_ms = eb_clock_ns(CLOCK_REALTIME) / 1000000;
     }
 }

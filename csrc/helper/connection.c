@@ -5,7 +5,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -18,11 +17,16 @@ enum {
 
 struct eb_helper helper;
 
-uint64_t eb_now_ms(void)
+uint64_t eb_clock_ns(clockid_t clock)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+uint64_t eb_now_ms(void)
+{
+    return eb_clock_ns(CLOCK_MONOTONIC) / 1000000;
 }
 
 void eb_wake_by(uint64_t when)

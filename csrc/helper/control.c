@@ -116,38 +116,32 @@ void eb_on_query(struct eb_connection *control, const struct eb_frame *frame)
 void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
 {
     struct eb_reader r = eb_reader(frame->payload, frame->size);
-    uint32_t id = 0;
-    uint8_t flags = 0;
-    if (frame->size > 0) {
-        id = eb_get_u32(&r);
-        flags = eb_get_u8(&r);
-    }
+    struct eb_fds *fds = &control->fds;
+    struct eb_connection *c = NULL;
+    const uint32_t id = eb_get_u32(&r); /* 0, if the frame is empty */
+    const uint8_t flags = eb_get_u8(&r);
+    const bool lost = fds->count == 0 && fds->lost;
     eb_connection_consume(control, EB_HEADER_SIZE + frame->size);
-    if (r.bad || eb_remaining(&r) > 0) {
-        eb_refuse(control, "ADOPT with a payload of %u bytes", (unsigned)frame->size);
+    if (frame->size != 0 && frame->size != 5) {
+        eb_refuse(control, "%s with a payload of %u bytes", "ADOPT", (unsigned)frame->size);
         return;
     }
-    if (control->fds.count == 0) {
-        /* Out of descriptors: the other end of what was dropped reads end-of-file before any HELLO. */
-        bool lost = control->fds.lost;
-        eb_fds_clear(&control->fds);
-        if (!lost) {
-            eb_refuse(control, "ADOPT came without a descriptor");
-            return;
-        }
-        eb_tell(EB_CLOSED, id);
+    if (lost) {
+        eb_fds_clear(fds); /* the other end of what was dropped reads end-of-file before any HELLO */
+    } else if (fds->count == 0) {
+        eb_refuse(control, "ADOPT came without a descriptor");
         return;
+    } else {
+        int fd = fds->at[0];
+        fds->count--;
+        memmove(fds->at, fds->at + 1, fds->count * sizeof *fds->at);
+        /* It may have been on its way when we were told to stop; its client has not been served, and may go
+         * elsewhere. */
+        if (helper.draining)
+            close(fd);
+        else
+            c = eb_connection_new(fd, id, flags, false);
     }
-    int fd = control->fds.at[0];
-    control->fds.count--;
-    memmove(control->fds.at, control->fds.at + 1, control->fds.count * sizeof *control->fds.at);
-    if (helper.draining) {
-        /* It was on its way when we were told to stop; its client has not been served, and may go elsewhere. */
-        close(fd);
-        eb_tell(EB_CLOSED, id);
-        return;
-    }
-    struct eb_connection *c = eb_connection_new(fd, id, flags, false);
     if (c == NULL)
         eb_tell(EB_CLOSED, id);
     else if (!eb_command_reserve(c))
