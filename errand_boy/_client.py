@@ -13,7 +13,7 @@ from functools import partial
 
 from errand_boy import _address, _capture, _popen, _request, _wire
 from errand_boy._connection import Connection
-from errand_boy._frame import SpawnFrame
+from errand_boy._frame import SpawnFrame, check
 from errand_boy._functions import rebind
 from errand_boy._native import lib
 from errand_boy._request import Request
@@ -223,12 +223,11 @@ class Client:
         """
         while True:
             connection = spawn_frame.connection = self._pop() or self._connect()
-            try:
-                found = spawn_frame.prepare(request, None, 0, _WITH_FS, connection)
-            except OSError:  # nothing has been sent
+            found = spawn_frame.prepare(request, None, 0, _WITH_FS, connection)
+            if found < 0:  # nothing has been sent
                 spawn_frame.connection = None
                 connection.give_back()
-                raise
+                check(found)
             if found & lib.EB_CONNECTION:
                 return connection
             # Its descriptor was closed under us, or it is from before a fork.

@@ -30,7 +30,7 @@ class Caller:
         if c == ffi.NULL:
             raise MemoryError
         self.c: Any = ffi.gc(c, lib.eb_caller_free)
-        _check(lib.eb_caller_read(c, ffi.NULL, 0, lib.EB_WITH_ROOT, -1, 0, 0))
+        check(lib.eb_caller_read(c, ffi.NULL, 0, lib.EB_WITH_ROOT, -1, 0, 0))
         lib.eb_caller_close(c)
 
 
@@ -50,7 +50,7 @@ class SpawnFrame:
     def read(self, start: Caller, helper: int) -> int:
         """Read the calling thread's state; return what was found, as csrc/caller has it."""
         caller = ffi.addressof(self._c, "caller")
-        return _check(lib.eb_caller_read(caller, start.c, helper, 0, -1, 0, 0))
+        return check(lib.eb_caller_read(caller, start.c, helper, 0, -1, 0, 0))
 
     def prepare(
         self,
@@ -62,7 +62,9 @@ class SpawnFrame:
     ) -> int:
         """Read the calling thread's state, and build the frame; send it where that does not wait.
 
-        Returns what was found, as csrc/caller has it: without EB_FITS there is no frame.
+        Returns what was found, as csrc/caller has it: without EB_FITS there is no frame. A negative
+        number is for `check`: then nothing has been sent. (An exception comes from outside, and
+        tells nothing of that.)
         """
         self.is_sent = False
         if connection is None:
@@ -84,7 +86,7 @@ class SpawnFrame:
             others,
             len(request.others),
         )
-        self.is_sent = _check(found) & lib.EB_SENT != 0
+        self.is_sent = found >= 0 and found & lib.EB_SENT != 0
         return found
 
     @property
@@ -139,7 +141,8 @@ def forget() -> None:
     _spare.clear()
 
 
-def _check(found: int) -> int:
+def check(found: int) -> int:
+    """Return what was found; raise OSError for a negative number, as csrc/caller has it."""
     if found < 0:
         raise OSError(-found, os.strerror(-found))
     return found

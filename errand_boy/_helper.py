@@ -17,7 +17,7 @@ from collections.abc import Generator
 from errand_boy import _wire
 from errand_boy._child import ready
 from errand_boy._connection import Connection, close_all
-from errand_boy._frame import MOST_ATTEMPTS, Caller, SpawnFrame, acquire, forget
+from errand_boy._frame import MOST_ATTEMPTS, Caller, SpawnFrame, acquire, check, forget
 from errand_boy._native import ffi, lib
 from errand_boy._request import Request
 from errand_boy.errors import HelperError
@@ -330,13 +330,12 @@ class HelperManager:
             except IndexError:
                 connection = None
             pid, flags = (helper.pid, 0) if helper.shares_fs else (0, _WITH_FS)
-            try:
-                found = spawn_frame.prepare(request, helper.caller, pid, flags, connection)
-            except OSError:  # the request is too long: nothing has been sent
+            found = spawn_frame.prepare(request, helper.caller, pid, flags, connection)
+            if found < 0:  # the request is too long: nothing has been sent
                 spawn_frame.connection = None
                 if connection is not None:
                     connection.give_back()
-                raise
+                check(found)
             if not _fits(found, helper is fresh):
                 fresh = self._replace(helper)
             elif connection is None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from errand_boy import _helper, _request, _wire
-from errand_boy._frame import Caller, acquire
+from errand_boy._frame import Caller, acquire, check
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -187,7 +187,7 @@ class Templates:
         request.flags |= with_fs
         spawn_frame = acquire()
         try:
-            spawn_frame.prepare(request, start, helper, 0, None)
+            check(spawn_frame.prepare(request, start, helper, 0, None))
             tail, fds = bytes(spawn_frame.rest[_wire.HEADER.size :]), spawn_frame.fds
             if request.flags & lib.EB_WITH_CWD:
                 if self._cwd_fd < 0:

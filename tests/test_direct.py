@@ -452,11 +452,15 @@ def test_storm_of_signals_with_handlers() -> None:
     assert (wrong, handled, foreign) == (0, True, [])
 
 
-def test_handler_that_raises_loses_no_child() -> None:
+@pytest.mark.parametrize("error", ["Exception", "TimeoutError"])
+@pytest.mark.parametrize("way", ["direct", "helper"])
+def test_handler_that_raises_loses_no_child(way: str, error: str) -> None:
     left = run_script(
-        """
+        f"""
         import gc
-        class Interrupt(Exception):
+        if {way!r} == "helper":
+            start()
+        class Interrupt({error}):
             pass
         def handle(number, frame):
             raise Interrupt
@@ -479,7 +483,7 @@ def test_handler_that_raises_loses_no_child() -> None:
         process = None
         gc.collect()
         # What an interrupted constructor has started is in the library's list of such children.
-        known = {process.pid for process in stdlib._active}
+        known = {{process.pid for process in stdlib._active}}
         deadline = time.monotonic() + 5
         while stdlib._active and time.monotonic() < deadline:
             stdlib._cleanup()
