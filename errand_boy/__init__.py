@@ -73,20 +73,36 @@ def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None 
 
 
 def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
-    """Run commands, many at once, and yield a CompletedProcess for each.
+    """Run commands, many at once, and yield a Result for each, which is a CompletedProcess.
 
-    `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and options
-    for that command. They are taken as results are: an endless iterator will do.
-    `max_workers`: how many run at once, by default four for each CPU.
+    `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and, for
+    that command, `input`, `timeout`, `shell`, `cwd`, `env`, `umask`, `start_new_session`,
+    `process_group`, `restore_signals`. They are taken as results are: an endless iterator will do.
+    What it raises is raised when the results of the commands before that have been taken.
+
+    `max_workers`: how many run at once; by default four for each CPU.
     `ordered` (true): results come in the order of the commands, else as the commands end.
-    `check`, `progress`, `max_output`, `spool`, and what run() has: `input`, `timeout`, `text`,
-    `shell`, `cwd`, `env` and more.
+    `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as
+    subprocess.run has them, but that output is captured unless `stdout` or `stderr` is given or
+    `capture_output` is false, and that standard input is /dev/null without `input`.
+    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`: as
+    Popen has them, for the commands whose mappings say nothing else.
+    `max_output`: bytes of each output that are kept; with `spool`, all of a longer one is in a
+    temporary file.
+    `check`: raise at the first Result that is no success. Else a command that can't be started is a
+    Result too. `progress`: show a bar on a terminal, if tqdm is installed.
 
-    Output is captured. A result also has `index`, `error`, `started`, `duration`, `rusage` and
-    more: see Result. A command that can't be started is a result too.
+    Each command leads a process group of its own, unless `process_group` or `start_new_session`
+    says otherwise; after its `timeout` that group is killed. Closing the iterator ends what runs:
+    its process group gets SIGTERM, and SIGKILL a second later; and so does the end of this process.
 
-    Closing the iterator ends what runs. The commands are started by a private helper, or if
-    ``ERRAND_BOY_SOCKET`` was set at import by the daemon.
+    The commands are started by a private helper, or if ``ERRAND_BOY_SOCKET`` was set at import by
+    the daemon. The environment, the limits and so on are those of the first command's start, the
+    working directory and umask too if it is a daemon that runs them. A change of this process's ids
+    goes for the next command, one of its capabilities for those that are started 5 ms later. In a
+    process forked from this one, the iterator raises ChildProcessError.
+
+    Raises HelperError if there is no helper; by a daemon, NoDaemonError and RefusedError.
     """
     from errand_boy import _map  # noqa: PLC0415
 

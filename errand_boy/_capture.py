@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from subprocess import CompletedProcess
 
 from errand_boy import _request, _wire
 from errand_boy._native import lib
@@ -27,21 +28,6 @@ _TEXT = {"text", "universal_newlines", "encoding", "errors"}
 _OPTIONS = {"stdin", "stdout", "stderr", "shell", "executable", *_SETTINGS, *_TEXT}
 
 
-class Captured:
-    """A command that has ended, with its output: None for what is no PIPE."""
-
-    __slots__ = ("args", "output", "pid", "returncode", "usage")
-
-    def __init__(
-        self, args: Any, pid: int, returncode: int, usage: tuple[int, ...], output: list[Any]
-    ) -> None:
-        self.args = args
-        self.pid = pid
-        self.returncode = returncode
-        self.usage = usage  # as in Exited
-        self.output = output
-
-
 def can_capture(options: Mapping[str, Any]) -> bool:
     """Return whether `capture` can take Popen's `options`; it need not take the rarer ones."""
     outputs = options.get("stdout"), options.get("stderr")
@@ -57,11 +43,12 @@ def can_capture(options: Mapping[str, Any]) -> bool:
 
 def capture(
     client: Any, args: Any, options: Mapping[str, Any], time_limit: float | None
-) -> Captured:
+) -> tuple[CompletedProcess[Any], int, tuple[int, ...]]:
     """Run a command of `client`'s daemon to its end, and that of its output.
 
-    Raises what Popen and `communicate` do. After `time_limit` seconds the command is killed, and
-    TimeoutExpired has what it wrote until then.
+    Return what run() does, the pid, and what was used, in the order of wire.h. Raises what Popen
+    and `communicate` do. After `time_limit` seconds the command is killed, and TimeoutExpired has
+    what it wrote until then.
     """
     get = options.get
     executable, env, cwd = get("executable"), get("env"), get("cwd")
@@ -107,9 +94,9 @@ def capture(
     if is_late:
         stdout, stderr = output(lambda spool: bytes(spool.data) or None)
         raise subprocess.TimeoutExpired(args, time_limit or 0, stdout, stderr)
-    found = output(lambda spool: to_text(spool.data, *text) if text else bytes(spool.data))
+    stdout, stderr = output(lambda spool: to_text(spool.data, *text) if text else bytes(spool.data))
     pid = end.brief[1] if end.brief else command.pid
-    return Captured(args, pid, end.returncode, end.usage, found)
+    return CompletedProcess(args, end.returncode, stdout, stderr), pid, end.usage
 
 
 def runner(client: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,17 +110,16 @@ def runner(client: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
         timeout: float | None = None,
         check: bool = False,
         **options: Any,
-    ) -> subprocess.CompletedProcess[Any]:
+    ) -> CompletedProcess[Any]:
         wanted = options
         if capture_output and options.get("stdout") is options.get("stderr") is None:
             wanted = {**options, "stdout": _PIPE, "stderr": _PIPE}
             capture_output = False
         if input is not None or capture_output or len(args) != 1 or not can_capture(wanted):
             given = {"input": input, "capture_output": capture_output, "timeout": timeout}
-            done: subprocess.CompletedProcess[Any] = plain(*args, **given, check=check, **wanted)
+            done: CompletedProcess[Any] = plain(*args, **given, check=check, **wanted)
             return done
-        ended = capture(client, args[0], wanted, timeout)
-        done = subprocess.CompletedProcess(ended.args, ended.returncode, *ended.output)
+        done, _, _ = capture(client, args[0], wanted, timeout)
         if check:
             done.check_returncode()
         return done

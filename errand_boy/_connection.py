@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from errand_boy import _wire
 from errand_boy._native import lib
 from errand_boy._wire import Exited, Failed, Reply, Spawned
-from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError, RefusedError
+from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError
 
 TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
@@ -216,27 +216,14 @@ class Connection:
         Raises NotServedError, RefusedError and ProtocolError.
         """
         if kind == lib.EB_HELLO:
-            self.greet(payload)
+            _wire.check_version(payload)
+            self.greeted = True
         elif kind == lib.EB_UNREAD:
             raise NotServedError
         elif kind == lib.EB_REFUSED:
-            reason = payload.decode("utf-8", "replace")
-            if not self.greeted:  # so it is the daemon who speaks
-                raise RefusedError(errno.EACCES, f"the daemon refused: {reason}")
-            raise ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
+            raise _wire.refusal(payload.decode("utf-8", "replace"), self.greeted)
         else:
             raise ProtocolError(errno.EPROTO, f"reply {kind} of {len(payload)} bytes")
-
-    def greet(self, payload: bytes) -> None:
-        """Take the other side's HELLO. Raises ProtocolError if it speaks another version."""
-        version = int.from_bytes(payload[:4], "little")
-        if version != lib.EB_VERSION:
-            raise ProtocolError(
-                errno.EPROTO,
-                f"the helper speaks version {version} of the protocol, this client version "
-                f"{lib.EB_VERSION}: restart the older one",
-            )
-        self.greeted = True
 
     def _receive_some(self, deadline: float | None) -> None:
         if deadline is not None:

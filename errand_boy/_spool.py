@@ -19,7 +19,7 @@ class Spool:
     `file`, which `open_file` has opened; without that, the others are lost: it is `truncated`.
     """
 
-    __slots__ = ("_open_file", "_room", "data", "file", "size", "truncated")
+    __slots__ = ("_at", "_open_file", "_room", "data", "file", "size", "truncated")
 
     def __init__(
         self, most: int | None = None, open_file: Callable[[], IO[bytes]] | None = None
@@ -28,6 +28,7 @@ class Spool:
         self.size = 0
         self.truncated = False
         self.file: IO[bytes] | None = None
+        self._at = 0  # of what is read next
         self._room = sys.maxsize if most is None else most
         self._open_file = open_file
 
@@ -53,18 +54,21 @@ class Spool:
         else:
             self.data = bytearray(self.data + data)
 
-    def read(self, at: int, size: int) -> bytes:
-        """Return `size` bytes from position `at` on, or what there is; a file needs no buffer.
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes that have not been read, or what there is.
 
-        Raises OSError.
+        A file must have no buffer. Raises OSError.
         """
         if self.file is None:
-            return bytes(self.data[at : at + size])
-        return os.pread(self.file.fileno(), size, at)
+            data = bytes(self.data[self._at : self._at + size])
+        else:
+            data = os.pread(self.file.fileno(), size, self._at)
+        self._at += len(data)
+        return data
 
-    def reader(self) -> Reader:
-        """Return what reads it from its beginning, with the method of a file."""
-        return Reader(self)
+    def rewind(self) -> None:
+        """Have it read from its beginning again."""
+        self._at = 0
 
     def close(self) -> None:
         """Close the file; `data` stays."""
@@ -74,22 +78,6 @@ class Spool:
     def text(self, encoding: str, errors: str) -> str:
         """Return `data` as text, as subprocess has it, but for a character that was cut."""
         return to_text(self.data, encoding, errors, self.file is None and not self.truncated)
-
-
-class Reader:
-    """Reads a Spool."""
-
-    __slots__ = ("_at", "_spool")
-
-    def __init__(self, spool: Spool) -> None:
-        self._spool = spool
-        self._at = 0
-
-    def read(self, size: int) -> bytes:
-        """Return the next `size` bytes; fewer at the end. Raises OSError."""
-        data = self._spool.read(self._at, size)
-        self._at += len(data)
-        return data
 
 
 def _write(file: IO[bytes], data: bytes | bytearray) -> None:

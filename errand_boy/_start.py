@@ -6,7 +6,6 @@ What was sent to a helper when a start is interrupted is concluded, so that no c
 
 from __future__ import annotations
 
-import errno
 import os
 import posix
 import sys
@@ -176,8 +175,7 @@ def _finish(process: Any, given: tuple[Any, ...], names: tuple[Any, Any], steps:
     try:
         failed = yield from steps
     except OSError as error:
-        if error.errno == errno.E2BIG and error.filename is None:
-            raise OSError(error.errno, error.strerror, executable) from None
+        _request.name_program(error, executable)
         raise
     if failed is not None:
         raise _wire.spawn_error(failed, executable, cwd)

@@ -14,7 +14,7 @@ import struct
 from errand_boy import _wire
 from errand_boy._native import lib
 from errand_boy._wire import Failed, Spawned, Splitter
-from errand_boy.errors import HelperDiedError, ProtocolError, RefusedError
+from errand_boy.errors import HelperDiedError, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -240,11 +240,7 @@ class Stream:
     def _take(self, kind: int, payload: bytes) -> Event | None:
         if kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
-            if self.greeted:
-                text = f"the helper refused: {reason}"
-                return Lost(ProtocolError(errno.EPROTO, text), reason)
-            text = f"the daemon refused: {reason}"  # it speaks in the helper's place
-            return Lost(RefusedError(errno.EACCES, text), reason)
+            return Lost(_wire.refusal(reason, self.greeted), reason)
         if self.greeted == (kind == lib.EB_HELLO):
             raise _unexpected(kind)
         if kind == lib.EB_HELLO:

@@ -56,8 +56,8 @@ class Timers:
 
     def ring(self) -> None:
         """Do what is due. Raises what an action raises; those behind it are left."""
-        heap = self._heap
-        while heap and heap[0][0] <= time.monotonic():
+        heap, now = self._heap, time.monotonic()
+        while heap and heap[0][0] <= now:
             action = heappop(heap)[2].action
             if action is not None:
                 action()

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 
 from errand_boy._native import lib
-from errand_boy.errors import ProtocolError
+from errand_boy.errors import ProtocolError, RefusedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -201,3 +201,10 @@ def check_version(payload: bytes) -> None:
             f"the helper speaks version {version} of the protocol, this client version "
             f"{lib.EB_VERSION}: restart the older one",
         )
+
+
+def refusal(reason: str, greeted: bool) -> ProtocolError:
+    """Return the error for a REFUSED, before or after the other side's HELLO."""
+    if greeted:
+        return ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
+    return RefusedError(errno.EACCES, f"the daemon refused: {reason}")  # it has taken no helper

@@ -12,9 +12,8 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -28,6 +27,7 @@ from celery.worker.request import Request as _TaskRequest
 from celery.worker.state import revoked
 
 from errand_boy import _helper, _request, _wire
+from errand_boy._map import with_bar
 from errand_boy._request import Request
 from errand_boy._spool import Spool
 from errand_boy._stream import Ended
@@ -331,17 +331,12 @@ def map(
         kwargs = {**options, **given}
         tasks.append(app.signature(run_command.name, (args,), kwargs, dict(send or {})))
     outcomes = _outcomes(app, tasks, ordered, within, interval)
-    if progress and sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm  # noqa: PLC0415
-
-            return iter(tqdm(outcomes, total=len(tasks), unit="command"))
-    return outcomes
+    return with_bar(outcomes, len(tasks)) if progress else outcomes
 
 
 def _outcomes(
     app: Any, tasks: list[Any], ordered: bool, within: float | None, interval: float
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     if not tasks:
         return
     sent = group(tasks, app=app).apply_async()

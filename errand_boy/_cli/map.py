@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from subprocess import TimeoutExpired
 
 from errand_boy import _map
@@ -287,22 +287,15 @@ def _run(work: Batch, lines: _Lines, log: JobLog | None, policy: Halt, progress:
     for number in (signal.SIGINT, signal.SIGPIPE):
         if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
             signal.signal(number, signal.SIG_DFL)
-    bar: Any = contextlib.nullcontext()
-    if progress and sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm  # noqa: PLC0415
-
-            bar = tqdm(unit="command")
-    with bar as shown, contextlib.closing(work):
-        for result in _drive(work, lines, policy):
+    results = _drive(work, lines, policy)
+    with contextlib.closing(work):
+        for result in _map.with_bar(results, None) if progress else results:
             _write(result)
-            if shown is not None:
-                shown.update()
     sys.stdout.flush()
     return policy.status if policy.due else min(failed, _MOST_FAILED)
 
 
-def _drive(work: Batch, lines: _Lines, policy: Halt) -> Iterator[Result]:
+def _drive(work: Batch, lines: _Lines, policy: Halt) -> Generator[Result, None, None]:
     """As _map.drive, but wait for lines too, and for the reason to halt."""
     wait = _map.waiter(work)
     reads = False

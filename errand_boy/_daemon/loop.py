@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 import select
 import selectors
 import socket
-import time
 from collections.abc import Callable
 
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.strangers import Closer
-
-
-class Timer:
-    """Something to be done at a time, unless cancelled."""
-
-    __slots__ = ("callback", "time")
-
-    def __init__(self, at: float, callback: Callable[[], None]) -> None:
-        self.time = at
-        self.callback: Callable[[], None] | None = callback
-
-    def __lt__(self, other: Timer) -> bool:
-        return self.time < other.time
-
-    def cancel(self) -> None:
-        """Forget it."""
-        self.callback = None
+from errand_boy._timers import Timer, Timers
 
 
 class Loop:
@@ -40,7 +22,7 @@ class Loop:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.selector = selectors.DefaultSelector()
-        self._timers: list[Timer] = []
+        self._timers = Timers()
         self.closer = Closer(self.call_later)
         # A selector has no event for a hang-up alone, and its EVENT_READ is true all the time when
         # the peer has ended its side. Made here, where there are descriptors to be had.
@@ -50,9 +32,7 @@ class Loop:
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call `callback` after so many seconds, unless the timer that is returned is cancelled."""
-        timer = Timer(time.monotonic() + seconds, callback)
-        heapq.heappush(self._timers, timer)
-        return timer
+        return self._timers.after(seconds, lambda: self.call(callback))
 
     def await_hangup(self, sock: socket.socket, callback: Callable[[], None]) -> None:
         """Call `callback` when the peer has closed its socket altogether."""
@@ -73,11 +53,11 @@ class Loop:
     def run(self, is_finished: Callable[[], bool]) -> None:
         """Run until `is_finished`."""
         while not is_finished():
-            for key, events in self.selector.select(self._timeout()):
+            for key, events in self.selector.select(self._timers.rest()):
                 current = self.selector.get_map().get(key.fd)
                 if current is not None and current.fileobj is key.fileobj:
                     self.call(key.data, events)
-            self._expire()
+            self._timers.ring()
 
     def call(self, callback: Callable[..., None], *arguments: object) -> None:
         """Call `callback` for one connection; if that fails, the others go on."""
@@ -85,18 +65,6 @@ class Loop:
             callback(*arguments)
         except Exception as error:
             self.log.error("internal error", error=repr(error), trace=_trace(error))
-
-    def _timeout(self) -> float | None:
-        while self._timers and self._timers[0].callback is None:
-            heapq.heappop(self._timers)
-        return max(0.0, self._timers[0].time - time.monotonic()) if self._timers else None
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        while self._timers and self._timers[0].time <= now:
-            callback = heapq.heappop(self._timers).callback
-            if callback is not None:
-                self.call(callback)
 
 
 def _trace(error: BaseException) -> str:

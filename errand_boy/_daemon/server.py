@@ -19,13 +19,14 @@ from errand_boy import _wire
 from errand_boy._daemon import status, strangers, text
 from errand_boy._daemon.listen import Listener
 from errand_boy._daemon.log import Complaints, Log
-from errand_boy._daemon.loop import Loop, Timer
+from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.newcomers import FIRST, Newcomer, Newcomers
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.services import Holdings, Services
 from errand_boy._native import lib
+from errand_boy._timers import Timer
 
 ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ended
 

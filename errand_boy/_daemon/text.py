@@ -144,8 +144,9 @@ class _Command:
         self._sock = self._server.pool.connect()
         self._sock.setblocking(False)
         self._stream = Stream()
+        self._request.input.rewind()
         request = _wire.OPENING + _spawn(bytes(self._request.line))
-        self._stream.begin(_STREAMS, False, request, self._request.input.reader())
+        self._stream.begin(_STREAMS, False, request, self._request.input)
         self._send()
 
     def pause(self, paused: bool) -> None:
@@ -304,7 +305,6 @@ class TextConnection:
         self._half_closed = False
         self._out = bytearray()
         self._trailer: bytes | None = None  # what follows the errors; None: not known yet
-        self._errors_sent = 0
         self._heard = time.monotonic()
         self._latest = self._heard + _MOST_SILENCES * server.limits.patience
         self._timer = server.call_later(server.limits.patience, self._on_time)
@@ -433,8 +433,7 @@ class TextConnection:
         if self._trailer is None:
             return b""
         if self._command is not None:
-            errors = self._command.errors.read(self._errors_sent, _CHUNK)
-            self._errors_sent += len(errors)
+            errors = self._command.errors.read(_CHUNK)
             if errors:
                 return errors
         trailer, self._trailer = self._trailer, b""

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 
 from errand_boy._daemon.helper import Helper, OnExit, OnFrame, Unserved
-from errand_boy._daemon.loop import Loop, Timer
+from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.peer import Credentials
+from errand_boy._timers import Timer
 
 _CROWD = 256  # connections: a start copies the helper's table of descriptors, which they fill
 _MOST_HELPERS = 64

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from resource import struct_rusage
     from typing import Any
 
-    from errand_boy._capture import Captured
     from errand_boy._client import Client
 
 _TEXT = ("text", "universal_newlines", "encoding", "errors")
@@ -42,8 +41,8 @@ class UNIXSocketTransport:
             options.setdefault("stdin", subprocess.DEVNULL)
         self._complete(command_string, options)
         if input is None and _capture.can_capture(options):
-            ended = _capture.capture(self._client, command_string, options, timeout)
-            return Ended(ended), *ended.output
+            done, pid, usage = _capture.capture(self._client, command_string, options, timeout)
+            return Ended(done, pid, usage), done.stdout, done.stderr
         with self._client.Popen(command_string, **options) as process:
             try:
                 stdout, stderr = process.communicate(input, timeout)
@@ -76,13 +75,15 @@ class UNIXSocketTransport:
 class Ended(subprocess.Popen[bytes]):
     """The process of a command that has ended. As of any such Popen, its methods do nothing."""
 
-    def __init__(self, ended: Captured) -> None:
-        self.args = ended.args
-        self.pid = ended.pid
-        self.returncode = ended.returncode
+    def __init__(
+        self, done: subprocess.CompletedProcess[Any], pid: int, usage: tuple[int, ...]
+    ) -> None:
+        self.args = done.args
+        self.returncode = done.returncode
+        self.pid = pid
         self.stdin = self.stdout = self.stderr = None
         self._communication_started = False
-        self._usage = ended.usage
+        self._usage = usage
 
     @property
     def rusage(self) -> struct_rusage:
