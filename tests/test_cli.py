@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import script_environment
 from daemon import Daemon, started_daemon
 
 RUN = [sys.executable, "-m", "errand_boy", "run"]

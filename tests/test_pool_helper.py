@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from errand_boy._native import lib
 from guard import Guard
 from test_helper_protocol import (
     GREETING,
+    HELPER,
     PATIENCE,
     TRUE,
     Client,
@@ -45,8 +47,9 @@ from test_helper_protocol import (
 from errand_boy import _wire
 from errand_boy._daemon.audit import Ended
 
-AS_PEER, ASK, TELL_ENDS = lib.EB_AS_PEER, lib.EB_ASK, lib.EB_TELL_ENDS
+ASK, TELL_ENDS = lib.EB_ASK, lib.EB_TELL_ENDS
 PEER = (12343, 12344, [12345, 12346])
+AS_PEER = ("--uid=12343", "--gid=12344", "--groups=12345", "--groups=12346")
 MIB = 1 << 20
 
 
@@ -59,6 +62,8 @@ class Pool(Helper):
 
     def __init__(self, *arguments: str, under: Sequence[str] = ()) -> None:
         super().__init__(*arguments, under=under)
+        if any(argument.startswith("--uid=") for argument in arguments):
+            assert self.control.frame()[0] == lib.EB_IDS
         self.flags = 0
         self.adopted = 0
 
@@ -74,31 +79,6 @@ class Pool(Helper):
 
     def connect(self) -> PoolClient:
         client = self.unopened()
-        client.send(GREETING)
-        assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
-        return client
-
-    def connect_as(self, uid: int, gid: int, groups: Sequence[int]) -> PoolClient:
-        """A connection that a process of these ids has made."""
-        ours, theirs = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            with suppress(BaseException):
-                os.setgroups(groups)
-                os.setresgid(gid, gid, gid)
-                os.setresuid(uid, uid, uid)
-                pair = socket.socketpair()
-                socket.send_fds(theirs, [b"."], [end.fileno() for end in pair])
-            os._exit(0)
-        os.waitpid(pid, 0)
-        theirs.close()
-        with ours:
-            _, fds, *_ = socket.recv_fds(ours, 1, 2)
-        client = PoolClient(socket.socket(fileno=fds[0]))
-        self.adopt(fds[1])
-        os.close(fds[1])
-        client.id = self.adopted
-        self.clients.append(client)
         client.send(GREETING)
         assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
         return client
@@ -133,8 +113,6 @@ class Pool(Helper):
 class Live(NamedTuple):
     pid: int
     connection: int
-    client: int
-    uid: int
     since_ms: int
     title: bytes
 
@@ -167,8 +145,8 @@ class Report(NamedTuple):
         live = {}
         (size,) = get("I")
         for _ in range(size):
-            pid, connection, client, uid, since, length = get("iIiIQH")
-            live[connection] = Live(pid, connection, client, uid, since, payload[at : at + length])
+            pid, connection, since, length = get("iIQH")
+            live[connection] = Live(pid, connection, since, payload[at : at + length])
             at += length
         assert at == len(payload)
         return cls(started, ended, connections, failures, buckets, live)
@@ -637,7 +615,7 @@ def test_report_adds_up(pool: Pool) -> None:
     }
     assert list(report.live) == [client.id]
     live = report.live[client.id]
-    assert live[:4] == (pid, client.id, os.getpid(), os.getuid())
+    assert live[:2] == (pid, client.id)
     assert before - 1 <= live.since_ms <= time.time() * 1000
     whole = "\0".join(arguments).encode() + b"\0"
     assert live.title == whole[: len(live.title)]
@@ -1390,9 +1368,9 @@ def test_silence_before_the_end_of_a_brief_command(pool: Pool) -> None:
 
 
 @pytest.fixture
-def peer(pool: Pool) -> PoolClient:
-    pool.flags = AS_PEER
-    return pool.connect_as(*PEER)
+def peer() -> Iterator[PoolClient]:
+    with running(*AS_PEER) as pool:
+        yield pool.connect()
 
 
 def fails(client: Client, data: bytes, fds: Sequence[int] = ()) -> tuple[int, int]:
@@ -1415,21 +1393,20 @@ def test_ids_are_the_peers(peer: PoolClient) -> None:
 
 
 @pytest.mark.root
-def test_ids_of_peers_without_groups_and_of_root(pool: Pool) -> None:
-    pool.flags = AS_PEER
-    groupless, root = pool.connect_as(12343, 12344, []), pool.connect()
-    assert output(groupless, "/usr/bin/id", "-G") == "12344\n"
-    assert output(root, "/usr/bin/id", "-u") == "0\n"
-    pool.flags = 0
-    assert output(pool.connect_as(*PEER), "/usr/bin/id", "-u") == "0\n"
+def test_ids_of_peers_without_groups() -> None:
+    with running("--uid=12343", "--gid=12344") as pool:
+        assert output(pool.connect(), "/usr/bin/id", "-G") == "12344\n"
 
 
 @pytest.mark.root
-def test_report_names_the_peer(pool: Pool, peer: PoolClient) -> None:
-    pid = started(peer, request("/bin/sleep", "100"))
-    assert pool.report().live[peer.id].uid == PEER[0]
-    peer.send(signal_frame(pid, signal.SIGTERM))
-    assert ended(peer) == signal.SIGTERM
+@pytest.mark.parametrize(
+    "argument", ["--uid=", "--uid=-1", "--uid=4294967295", "--uid=1x", "--gid=1,2", "--groups=1,,2"]
+)
+def test_ids_that_are_none(argument: str) -> None:
+    arguments = ["--uid=1", "--gid=1", argument]
+    done = subprocess.run([HELPER, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("errand-boy-helper: cannot become user")
 
 
 @pytest.mark.root
@@ -1449,7 +1426,7 @@ def test_directories_and_programs_are_opened_with_the_peers_rights(
     os.close(directory)
     (public_dir / "file").write_text("x")
     os.chmod(public_dir / "file", 0o640)
-    os.chown(public_dir / "file", 0, PEER[2][1])
+    os.chown(public_dir / "file", 0, 12346)
     assert output(peer, "/bin/cat", str(public_dir / "file")) == "x"
 
 
@@ -1491,11 +1468,12 @@ TELL_LIMITS = ("/bin/sh", "-c", "echo $(ulimit -n; ulimit -Hn; ulimit -Hc; nice)
 
 @pytest.mark.root
 def test_peer_raises_neither_limits_nor_priority() -> None:
-    with running(under=after(LIMITS)) as pool:
-        pool.flags = AS_PEER
-        peer, root = pool.connect_as(*PEER), pool.connect()
+    with running(*AS_PEER, under=after(LIMITS)) as pool:
+        peer = pool.connect()
         assert output(peer, *TELL_LIMITS, options=RAISED) == "100 100 1 3\n"
         assert output(peer, *TELL_LIMITS) == "50 100 1 3\n"
+    with running(under=after(LIMITS)) as pool:
+        root = pool.connect()
         assert output(root, *TELL_LIMITS, options=RAISED).split()[3] == "-5"
 
 
@@ -1509,16 +1487,6 @@ def test_limits_above_the_helpers_own_are_fitted() -> None:
             assert output(client, *TELL_LIMITS, options=RAISED) == "100 100 1 3\n"
             lower = option(lib.EB_TAG_RLIMITS, limit(resource.RLIMIT_NOFILE, 20, 30))
             assert output(client, *TELL_LIMITS, options=[lower]) == "20 30 1 3\n"
-
-
-@pytest.mark.root
-def test_peer_has_nothing_of_the_servers_environment() -> None:
-    with running(under=["/usr/bin/env", "SECRET=1"]) as pool:
-        assert output(pool.connect(), "/usr/bin/env") == "SECRET=1\n"
-        pool.flags = AS_PEER
-        client = pool.connect_as(*PEER)
-        assert output(client, "/usr/bin/env") == ""
-        assert output(client, "/usr/bin/env", options=[strings(lib.EB_TAG_ENV, "A=b")]) == "A=b\n"
 
 
 @pytest.mark.root

@@ -90,9 +90,8 @@ enum eb_kind {
 
 /* How a connection is to be served. */
 enum eb_adopt {
-    EB_AS_PEER = 1, /* its commands run with the ids and groups of the process that connected */
-    EB_ASK = 2,     /* each start waits for GRANT */
-    EB_TELL_ENDS = 4, /* ENDED is told of each command, also of one that does not start */
+    EB_ASK = 1,       /* each start waits for GRANT */
+    EB_TELL_ENDS = 2, /* ENDED is told of each command, also of one that does not start */
 };
 
 /* Whose child the new process is, that is, who must wait for it. */
