@@ -456,3 +456,24 @@ def test_helpers_of_a_user_are_bounded(public_dir: Path) -> None:
         assert sum(h["uid"] == FIRST for h in helpers(daemon)) == 64
         for connection, pid in zip(connections, pids, strict=True):
             end(connection, pid)
+
+
+def test_end_of_a_helper_whose_socket_somebody_keeps(public_dir: Path) -> None:
+    """Its last words are read, and those of others behind them not for ever."""
+    with open_daemon(public_dir, "--pool-size=1") as daemon:
+        connection = connect_as(daemon, FIRST)
+        pid = spawn(connection, "/bin/sleep", "100")
+        helper = psutil.Process(pid).ppid()
+        with taken_from(helper, 3) as control:
+            writer = os.fork()
+            if writer == 0:
+                with contextlib.suppress(BaseException):
+                    while True:
+                        control.sendall(_wire.HEADER.pack(0, lib.EB_FULL) * 1000)
+                os._exit(0)
+            os.kill(helper, signal.SIGKILL)
+            until(lambda: helper not in daemon.helpers())
+            os.kill(writer, signal.SIGKILL)
+            os.waitpid(writer, 0)
+        connection.close()
+        os.kill(pid, signal.SIGKILL)

@@ -80,7 +80,7 @@ enum eb_kind {
     EB_REPORT = 28, /* see docs/protocol.md */
     EB_ENDED = 32,  /* see there; of a command whose connection was adopted with EB_TELL_ENDS */
 
-    /* private helper to its caller, on its control socket */
+    /* private helper to its caller, IDS also a daemon's helper that becomes a user, on its control socket */
     EB_IDS = 29,   /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
                         u32 * n: its supplementary groups.  Its first frame */
     EB_STAYS = 31, /* empty: it takes no more requests, and ends with the commands that it owns; it shares

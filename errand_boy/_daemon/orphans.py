@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from errand_boy._daemon.loop import Loop
@@ -34,7 +35,7 @@ def end(loop: Loop, commands: Iterable[tuple[int, int]], uid: int) -> None:
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     _signal(set().union(*groups.values()), uid, signal.SIGTERM, signal.SIGCONT)
     for grace, some in groups.items():
-        loop.call_later(grace / 1000, lambda some=some: _kill(some, uid, now))  # type: ignore[misc]
+        loop.call_later(grace / 1000, partial(_kill, some, uid, now))
 
 
 def _kill(groups: set[int], uid: int, since: float) -> None:
