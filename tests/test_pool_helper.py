@@ -11,8 +11,9 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from errand_boy._native import lib
 from guard import Guard
 from wire import (
     COALESCE,
+    HELPER,
     OWN_GROUP,
     TRUE,
     Client,
@@ -52,8 +54,9 @@ from wire import (
 from errand_boy import _wire
 from errand_boy._daemon.audit import Ended
 
-AS_PEER, ASK, TELL_ENDS = lib.EB_AS_PEER, lib.EB_ASK, lib.EB_TELL_ENDS
+ASK, TELL_ENDS = lib.EB_ASK, lib.EB_TELL_ENDS
 PEER = (12343, 12344, [12345, 12346])
+AS_PEER = ("--uid=12343", "--gid=12344", "--groups=12345", "--groups=12346")
 MIB = 1 << 20
 
 
@@ -390,7 +393,7 @@ def test_report_adds_up(pool: Pool) -> None:
     }
     assert list(report.live) == [client.id]
     live = report.live[client.id]
-    assert live[:4] == (pid, client.id, os.getpid(), os.getuid())
+    assert live[:2] == (pid, client.id)
     assert before - 1 <= live.since_ms <= time.time() * 1000
     whole = "\0".join(arguments).encode() + b"\0"
     assert live.title == whole[: len(live.title)]
@@ -654,9 +657,9 @@ def test_next_command_of_a_connection_has_a_choice_of_its_own(pool: Pool) -> Non
 
 
 @pytest.fixture
-def peer(pool: Pool) -> PoolClient:
-    pool.flags = AS_PEER
-    return pool.connect_as(*PEER)
+def peer() -> Iterator[PoolClient]:
+    with running(*AS_PEER) as pool:
+        yield pool.connect()
 
 
 def fails(client: Client, data: bytes, fds: Sequence[int] = ()) -> tuple[int, int]:
@@ -679,21 +682,20 @@ def test_ids_are_the_peers(peer: PoolClient) -> None:
 
 
 @pytest.mark.root
-def test_ids_of_peers_without_groups_and_of_root(pool: Pool) -> None:
-    pool.flags = AS_PEER
-    groupless, root = pool.connect_as(12343, 12344, []), pool.connect()
-    assert output(groupless, "/usr/bin/id", "-G") == "12344\n"
-    assert output(root, "/usr/bin/id", "-u") == "0\n"
-    pool.flags = 0
-    assert output(pool.connect_as(*PEER), "/usr/bin/id", "-u") == "0\n"
+def test_ids_of_peers_without_groups() -> None:
+    with running("--uid=12343", "--gid=12344") as pool:
+        assert output(pool.connect(), "/usr/bin/id", "-G") == "12344\n"
 
 
 @pytest.mark.root
-def test_report_names_the_peer(pool: Pool, peer: PoolClient) -> None:
-    pid = started(peer, request("/bin/sleep", "100"))
-    assert pool.report().live[peer.id].uid == PEER[0]
-    peer.send(signal_frame(pid, signal.SIGTERM))
-    assert ended(peer) == signal.SIGTERM
+@pytest.mark.parametrize(
+    "argument", ["--uid=", "--uid=-1", "--uid=4294967295", "--uid=1x", "--gid=1,2", "--groups=1,,2"]
+)
+def test_ids_that_are_none(argument: str) -> None:
+    arguments = ["--uid=1", "--gid=1", argument]
+    done = subprocess.run([HELPER, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("errand-boy-helper: cannot become user")
 
 
 @pytest.mark.root
@@ -713,7 +715,7 @@ def test_directories_and_programs_are_opened_with_the_peers_rights(
     os.close(directory)
     (public_dir / "file").write_text("x")
     os.chmod(public_dir / "file", 0o640)
-    os.chown(public_dir / "file", 0, PEER[2][1])
+    os.chown(public_dir / "file", 0, 12346)
     assert output(peer, "/bin/cat", str(public_dir / "file")) == "x"
 
 
@@ -755,11 +757,12 @@ TELL_LIMITS = ("/bin/sh", "-c", "echo $(ulimit -n; ulimit -Hn; ulimit -Hc; nice)
 
 @pytest.mark.root
 def test_peer_raises_neither_limits_nor_priority() -> None:
-    with running(under=after(LIMITS)) as pool:
-        pool.flags = AS_PEER
-        peer, root = pool.connect_as(*PEER), pool.connect()
+    with running(*AS_PEER, under=after(LIMITS)) as pool:
+        peer = pool.connect()
         assert output(peer, *TELL_LIMITS, options=RAISED) == "100 100 1 3\n"
         assert output(peer, *TELL_LIMITS) == "50 100 1 3\n"
+    with running(under=after(LIMITS)) as pool:
+        root = pool.connect()
         assert output(root, *TELL_LIMITS, options=RAISED).split()[3] == "-5"
 
 
@@ -773,16 +776,6 @@ def test_limits_above_the_helpers_own_are_fitted() -> None:
             assert output(client, *TELL_LIMITS, options=RAISED) == "100 100 1 3\n"
             lower = option(lib.EB_TAG_RLIMITS, limit(resource.RLIMIT_NOFILE, 20, 30))
             assert output(client, *TELL_LIMITS, options=[lower]) == "20 30 1 3\n"
-
-
-@pytest.mark.root
-def test_peer_has_nothing_of_the_servers_environment() -> None:
-    with running(under=["/usr/bin/env", "SECRET=1"]) as pool:
-        assert output(pool.connect(), "/usr/bin/env") == "SECRET=1\n"
-        pool.flags = AS_PEER
-        client = pool.connect_as(*PEER)
-        assert output(client, "/usr/bin/env") == ""
-        assert output(client, "/usr/bin/env", options=[strings(lib.EB_TAG_ENV, "A=b")]) == "A=b\n"
 
 
 @pytest.mark.root

@@ -122,9 +122,7 @@ def test_report_of_a_helper() -> None:
     payload = struct.pack("<QQI", 5, 3, 2)
     payload += struct.pack("<I", 1) + struct.pack("<BiQ", 14, 2, 9)
     payload += struct.pack("<I", 3) + struct.pack("<3Q", 0, 4, 1)
-    payload += (
-        struct.pack("<I", 1) + struct.pack("<iIiIQH", 77, 8, 66, 1000, 2500, 7) + b"ls\0-al\0"
-    )
+    payload += struct.pack("<I", 1) + struct.pack("<iIQH", 77, 8, 2500, 7) + b"ls\0-al\0"
     report = Report.decode(payload)
     assert (report.started, report.ended, report.latency) == (5, 3, [0, 4, 1])
     assert report.failures == {(14, 2): 9}

@@ -353,3 +353,127 @@ def test_limit_of_commands_counts_users(public_dir: Path) -> None:
         for connection, live in zip(connections, pids, strict=True):
             end(connection, live)
         os.waitpid(pid, 0)
+
+
+def test_environment_of_the_daemon_is_nobody_elses(public_dir: Path) -> None:
+    with open_daemon(public_dir, env={"SECRET": "1"}) as daemon:
+        own, other = daemon.connect(), connect_as(daemon, FIRST)
+        pids = [spawn(connection, "/bin/sleep", "100") for connection in (own, other)]
+        seen = [Path(f"/proc/{pid}/environ").read_bytes() for pid in pids]
+        assert b"SECRET=1" in seen[0]
+        assert (
+            seen[1] == Path(f"/proc/{psutil.Process(pids[1]).ppid()}/environ").read_bytes() == b""
+        )
+        end(own, pids[0])
+        end(other, pids[1])
+
+
+def test_stopped_helper_is_replaced_and_its_clients_are_told(public_dir: Path) -> None:
+    with open_daemon(public_dir, "--pool-size=1", "--helper-patience=0.6") as daemon:
+        for uid in (0, FIRST):
+            connection = connect_as(daemon, uid)
+            pid = spawn(connection, "/bin/sleep", "100")
+            helper = psutil.Process(pid).ppid()
+            os.kill(helper, signal.SIGSTOP)
+            with pytest.raises(OSError, match="ended"):
+                connection.receive(PATIENCE)
+            connection.close()
+            os.kill(pid, signal.SIGKILL)
+            again = connect_as(daemon, uid)
+            end(again, spawn(again, "/bin/sleep", "100"))
+        assert "it has not answered for 0.6 seconds" in daemon.log()
+        assert daemon.status()["totals"]["commands_lost"] == 2
+
+
+STAYS = "trap '' TERM; echo ready >&2; while :; do sleep 1; done"
+
+
+@pytest.mark.parametrize("uid", [0, FIRST])
+def test_commands_of_a_killed_helper_end_if_they_were_to(public_dir: Path, uid: int) -> None:
+    tied = _wire.number(lib.EB_TAG_ON_CLOSE, 50)
+    reader, writer = os.pipe()
+    with open_daemon(public_dir, "--pool-size=1") as daemon, open(os.devnull) as null:
+        connections = [connect_as(daemon, uid) for _ in range(4)]
+        free = spawn(connections[0], "/bin/sleep", "100")
+        fds = [null.fileno(), null.fileno(), writer]
+        pids = [
+            spawn(connections[1], "/bin/sh", "-c", "sleep 100; exit", options=tied),
+            spawn(connections[2], "/bin/sh", "-c", STAYS, options=tied, fds=fds),
+            spawn(connections[3], "/bin/sleep", "100", options=tied),
+        ]
+        os.close(writer)
+        assert os.read(reader, 100) == b"ready\n"
+        os.close(reader)
+        end(connections.pop(), pids.pop())
+        helper = psutil.Process(free).ppid()
+        groups = [p for p in psutil.process_iter() if os.getpgid(p.pid) in pids]
+        assert len(groups) >= 3
+        os.kill(helper, signal.SIGKILL)
+        until(lambda: not any(p.is_running() for p in groups))
+        assert psutil.Process(free).ppid() == daemon.process.pid
+        os.kill(free, signal.SIGKILL)
+        until(lambda: not psutil.pid_exists(free))  # the daemon has waited for it
+        for connection in connections:
+            connection.close()
+
+
+def test_helper_of_one_user_has_no_say_over_commands_of_another(public_dir: Path) -> None:
+    """Its user may write to its file of counters what he likes."""
+    with open_daemon(public_dir, "--pool-size=1") as daemon:
+        mine, theirs = connect_as(daemon, FIRST), connect_as(daemon, SECOND)
+        pids = [spawn(connection, "/bin/sleep", "100") for connection in (mine, theirs)]
+        helpers = [psutil.Process(pid).ppid() for pid in pids]
+        os.kill(helpers[1], signal.SIGKILL)
+        until(lambda: psutil.Process(pids[1]).ppid() == daemon.process.pid)
+        (line,) = (
+            line
+            for line in Path(f"/proc/{helpers[0]}/maps").read_text().splitlines()
+            if "memfd" in line
+        )
+        with open(f"/proc/{helpers[0]}/mem", "r+b", buffering=0) as memory:
+            memory.seek(int(line.partition("-")[0], 16) + 1816)
+            for pid in (pids[1], daemon.process.pid, 1, helpers[0], -1, 1 << 30):
+                memory.write(struct.pack("<iI", pid, 0))
+        os.kill(helpers[0], signal.SIGKILL)
+        until(lambda: psutil.Process(pids[0]).ppid() == daemon.process.pid)
+        assert daemon.helpers()
+        select.select([], [], [], 0.2)
+        assert daemon.helpers()
+        for pid, connection in zip(pids, (mine, theirs), strict=True):
+            assert psutil.Process(pid).name() == "sleep"
+            os.kill(pid, signal.SIGKILL)
+            connection.close()
+
+
+def test_helpers_of_a_user_are_bounded(public_dir: Path) -> None:
+    with open_daemon(public_dir, "--pool-size=1", "--max-child-tasks=1") as daemon:
+        connections = [connect_as(daemon, FIRST) for _ in range(1)]
+        pids = [spawn(connections[0], "/bin/sleep", "100")]
+        for _ in range(79):
+            connections.append(connect_as(daemon, FIRST))
+            pids.append(spawn(connections[-1], "/bin/sleep", "100"))
+            daemon.status()  # a new helper is there
+        assert sum(h["uid"] == FIRST for h in helpers(daemon)) == 64
+        for connection, pid in zip(connections, pids, strict=True):
+            end(connection, pid)
+
+
+def test_end_of_a_helper_whose_socket_somebody_keeps(public_dir: Path) -> None:
+    """Its last words are read, and those of others behind them not for ever."""
+    with open_daemon(public_dir, "--pool-size=1") as daemon:
+        connection = connect_as(daemon, FIRST)
+        pid = spawn(connection, "/bin/sleep", "100")
+        helper = psutil.Process(pid).ppid()
+        with taken_from(helper, 3) as control:
+            writer = os.fork()
+            if writer == 0:
+                with contextlib.suppress(BaseException):
+                    while True:
+                        control.sendall(_wire.HEADER.pack(0, lib.EB_FULL) * 1000)
+                os._exit(0)
+            os.kill(helper, signal.SIGKILL)
+            until(lambda: helper not in daemon.helpers())
+            os.kill(writer, signal.SIGKILL)
+            os.waitpid(writer, 0)
+        connection.close()
+        os.kill(pid, signal.SIGKILL)

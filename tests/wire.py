@@ -334,6 +334,8 @@ class Pool(Helper):
 
     def __init__(self, *arguments: str, under: Sequence[str] = ()) -> None:
         super().__init__(*arguments, under=under)
+        if any(argument.startswith("--uid=") for argument in arguments):
+            assert self.control.frame()[0] == lib.EB_IDS
         self.flags = 0
         self.adopted = 0
 
@@ -349,31 +351,6 @@ class Pool(Helper):
 
     def connect(self) -> PoolClient:
         client = self.unopened()
-        client.send(_wire.OPENING)
-        assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
-        return client
-
-    def connect_as(self, uid: int, gid: int, groups: Sequence[int]) -> PoolClient:
-        """A connection that a process of these ids has made."""
-        ours, theirs = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            with suppress(BaseException):
-                os.setgroups(groups)
-                os.setresgid(gid, gid, gid)
-                os.setresuid(uid, uid, uid)
-                pair = socket.socketpair()
-                socket.send_fds(theirs, [b"."], [end.fileno() for end in pair])
-            os._exit(0)
-        os.waitpid(pid, 0)
-        theirs.close()
-        with ours:
-            _, fds, *_ = socket.recv_fds(ours, 1, 2)
-        client = PoolClient(socket.socket(fileno=fds[0]))
-        self.adopt(fds[1])
-        os.close(fds[1])
-        client.id = self.adopted
-        self.clients.append(client)
         client.send(_wire.OPENING)
         assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
         return client
@@ -413,8 +390,6 @@ class Pool(Helper):
 class Live(NamedTuple):
     pid: int
     connection: int
-    client: int
-    uid: int
     since_ms: int
     title: bytes
 
@@ -447,8 +422,8 @@ class Report(NamedTuple):
         live = {}
         (size,) = get("I")
         for _ in range(size):
-            pid, connection, client, uid, since, length = get("iIiIQH")
-            live[connection] = Live(pid, connection, client, uid, since, payload[at : at + length])
+            pid, connection, since, length = get("iIQH")
+            live[connection] = Live(pid, connection, since, payload[at : at + length])
             at += length
         assert at == len(payload)
         return cls(started, ended, connections, failures, buckets, live)

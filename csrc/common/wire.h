@@ -80,7 +80,7 @@ enum eb_kind {
     EB_REPORT = 28, /* see docs/protocol.md */
     EB_ENDED = 32,  /* see there; of a command whose connection was adopted with EB_TELL_ENDS */
 
-    /* private helper to its caller, on its control socket */
+    /* private helper to its caller, IDS also a daemon's helper that becomes a user, on its control socket */
     EB_IDS = 29,   /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
                         u32 * n: its supplementary groups.  Its first frame */
     EB_STAYS = 31, /* empty: it takes no more requests, and ends with the commands that it owns; it shares
@@ -90,9 +90,8 @@ enum eb_kind {
 
 /* How a connection is to be served. */
 enum eb_adopt {
-    EB_AS_PEER = 1, /* its commands run with the ids and groups of the process that connected */
-    EB_ASK = 2,     /* each start waits for GRANT */
-    EB_TELL_ENDS = 4, /* ENDED is told of each command, also of one that does not start */
+    EB_ASK = 1,       /* each start waits for GRANT */
+    EB_TELL_ENDS = 2, /* ENDED is told of each command, also of one that does not start */
 };
 
 /* Whose child the new process is, that is, who must wait for it. */

@@ -58,6 +58,8 @@ struct eb_command *eb_command_reap(pid_t pid, int status, const struct rusage *u
             k->next_child = NULL;
             k->child = 0;
             k->status = status;
+            eb_tied_forget(k->tied_slot);
+            k->tied_slot = 0;
             keep_usage(k, usage);
             return k;
         }
@@ -152,9 +154,7 @@ static void release_request(struct eb_command *k)
     k->cmdline_size = (uint8_t)eb_written(&w);
     eb_request_free(&q);
     free(k->bytes);
-    free(k->peer);
     k->bytes = NULL;
-    k->peer = NULL;
 }
 
 void eb_command_orphan(struct eb_command *k)
@@ -165,9 +165,6 @@ void eb_command_orphan(struct eb_command *k)
     if (k->state < EB_STARTING) {
         release_request(k);
         k->state = EB_OVER;
-    } else if (k->state == EB_STARTING) {
-        k->peer = c->peer;
-        c->peer = NULL;
     } else if (k->state == EB_RUNNING && k->on_close) {
         end_command(k);
     }
@@ -253,7 +250,7 @@ static struct eb_command *use_spare(struct eb_connection *c)
     *k = (struct eb_command){
         .source = EB_SOURCE_START,
         .connection = c,
-        .client = c->client,
+        .connection_id = c->id,
         .group_fd = -1,
         .start.done_fd = -1,
         .next = helper.commands,
@@ -328,28 +325,23 @@ static void default_limit(struct eb_request *q, int resource, rlim_t soft)
 }
 
 /* Completes what a request leaves open, where this process's own state is none to inherit: its signals, its
- * limit of files, that of processes, which is as the last request had it (see adopt_nproc), and, for another
- * user, the environment.  And what it may not exceed, its commands get as far as it may; else no start would
+ * limit of files, and that of processes, which is as the last request had it (see adopt_nproc).  And what it may not exceed, its commands get as far as it may; else no start would
  * succeed where a daemon's limits are lower than its client's. */
 static void complete(struct eb_request *q)
 {
-    static char *empty[] = {NULL};
     q->present |= 1u << EB_TAG_SIGMASK | 1u << EB_TAG_SIGIGN;
     if (!helper.pool)
         return;
-    bool unchanged = q->peer == NULL || q->peer->uid == 0;
-    for (int i = 0; i < EB_MAX_RLIMITS && !(helper.raises_limits && unchanged); i++) {
+    for (int i = 0; i < EB_MAX_RLIMITS && !helper.raises_limits; i++) {
         struct rlimit *limit = &q->rlimits[i];
         rlim_t most = helper.self.rlimits[i].rlim_max;
         limit->rlim_max = limit->rlim_max < most ? limit->rlim_max : most;
         limit->rlim_cur = limit->rlim_cur < limit->rlim_max ? limit->rlim_cur : limit->rlim_max;
     }
-    if (!(helper.raises_priority && unchanged) && q->nice < helper.self.nice)
+    if (!helper.raises_priority && q->nice < helper.self.nice)
         q->nice = helper.self.nice;
     default_limit(q, RLIMIT_NOFILE, helper.open_files);
     default_limit(q, RLIMIT_NPROC, helper.self.rlimits[RLIMIT_NPROC].rlim_cur);
-    if (q->peer != NULL && q->env == NULL)
-        q->env = empty;
 }
 
 static int made_source(const struct eb_request *q, int target, const int ends[3])
@@ -387,7 +379,6 @@ void eb_command_begin(struct eb_command *k)
         close_ends(ends);
         return;
     }
-    q->peer = c->peer;
     place_sources(q, &c->fds, ends);
     complete(q);
     c->coalesces = eb_has(q, EB_TAG_COALESCE);
@@ -406,5 +397,7 @@ void eb_command_begin(struct eb_command *k)
         add_child(k, k->start.pid);
         if (helper.pool)
             k->since_ms = eb_clock_ns(CLOCK_REALTIME) / 1000000;
+        if (k->on_close)
+            k->tied_slot = eb_tied_keep(k->start.pid, k->on_close_ms);
     }
 }

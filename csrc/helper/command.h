@@ -38,17 +38,17 @@ struct eb_command {
     enum eb_source source; /* EB_SOURCE_START */
     enum eb_command_state state;
     struct eb_connection *connection; /* NULL: it has ended */
-    struct eb_client client;          /* whose it is or was */
+    uint32_t connection_id;
     bool asked;                       /* the server has been told WANT, and is owed DONE */
     bool on_close;                    /* it is ended with the connection: SIGTERM, and SIGKILL after so long */
     bool dying;                       /* that has begun */
     uint32_t on_close_ms;
+    uint32_t tied_slot; /* where the server finds it, see counters.h */
     uint64_t kill_at; /* of eb_now_ms: SIGKILL; 0: it has been sent */
     int group_fd;     /* the pidfd by which the group of a dying command is told when its leader has gone */
     struct eb_start start;
     /* What the start reads, up to its outcome: */
     uint8_t *bytes;       /* the memory of the frame */
-    struct eb_peer *peer; /* the connection's, when that has ended */
     pid_t child;          /* ours, and not yet waited for; 0: none */
     int status;           /* of its process, when that has ended */
     uint64_t usage[EB_USAGE_FIELDS];

@@ -56,32 +56,6 @@ void eb_mark_closing(struct eb_connection *c)
 
 /* -- the beginning and the end -- */
 
-/* The kernel's word for who connected; false if it has none. */
-static bool identify(struct eb_connection *c, bool as_peer)
-{
-    struct ucred ucred;
-    socklen_t size = sizeof ucred, groups = 0;
-    if (getsockopt(c->fd, SOL_SOCKET, SO_PEERCRED, &ucred, &size) != 0)
-        return false;
-    c->client.pid = ucred.pid;
-    c->client.uid = ucred.uid;
-    if (!as_peer)
-        return true;
-    if (getsockopt(c->fd, SOL_SOCKET, SO_PEERGROUPS, NULL, &groups) != 0 && errno != ERANGE)
-        return false;
-    if (groups > EB_MAX_GROUPS * sizeof(gid_t))
-        return false;
-    c->peer = malloc(sizeof *c->peer + groups);
-    if (c->peer == NULL)
-        return false;
-    if (groups > 0 && getsockopt(c->fd, SOL_SOCKET, SO_PEERGROUPS, c->peer->groups, &groups) != 0)
-        return false;
-    c->peer->uid = ucred.uid;
-    c->peer->gid = ucred.gid;
-    c->peer->group_count = (uint32_t)(groups / sizeof(gid_t));
-    return true;
-}
-
 struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool control)
 {
     struct eb_connection *c = malloc(sizeof *c);
@@ -93,7 +67,7 @@ struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool
         .source = EB_SOURCE_CONNECTION,
         .stream_sources = {EB_SOURCE_STDIN, EB_SOURCE_STDOUT, EB_SOURCE_STDERR},
         .fd = fd,
-        .client.id = id,
+        .id = id,
         .control = control,
         .asks = (flags & EB_ASK) != 0,
         .tells_ends = helper.pool && (flags & EB_TELL_ENDS) != 0,
@@ -107,10 +81,7 @@ struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool
     if (control)
         return helper.control = c;
     helper.count++;
-    if (!helper.pool || identify(c, (flags & EB_AS_PEER) != 0))
-        eb_reply_u32(c, EB_HELLO, EB_VERSION);
-    else
-        eb_mark_closing(c);
+    eb_reply_u32(c, EB_HELLO, EB_VERSION);
     return c;
 }
 
@@ -119,12 +90,10 @@ void eb_connection_close(struct eb_connection *c)
     close(c->fd);
     c->fd = -1;
     eb_fds_clear(&c->fds);
-    free(c->peer);
     free(c->spare);
     free(c->in);
     free(c->out);
     c->in = c->out = NULL;
-    c->peer = NULL;
     c->spare = NULL;
     c->in_at = c->in_size = c->in_capacity = c->out_size = 0;
 }

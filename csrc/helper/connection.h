@@ -18,18 +18,11 @@
 #include "common/fdpass.h"
 #include "helper/helper.h"
 
-/* Who is at the other end of a connection. */
-struct eb_client {
-    uint32_t id; /* the server's number for the connection */
-    pid_t pid;
-    uid_t uid;
-};
-
 struct eb_connection {
     enum eb_source source;            /* EB_SOURCE_CONNECTION */
     enum eb_source stream_sources[3]; /* EB_SOURCE_STDIN and its neighbours */
     int fd;                           /* -1: closed */
-    struct eb_client client;
+    uint32_t id;                      /* the server's number for it */
     bool control;
     bool asks;            /* each start needs a GRANT */
     bool tells_ends;      /* the server gets an ENDED for each command */
@@ -53,7 +46,6 @@ struct eb_connection {
     bool large_output;          /* the last command wrote much */
     uint64_t corked_until;      /* of eb_now_ms */
 
-    struct eb_peer *peer;     /* whose ids its commands get; NULL: this process's */
     const struct ucred *only; /* who alone may ask for anything; NULL: whoever sends */
     bool foreign;             /* something of what is not consumed came from another */
     struct eb_fds fds;

@@ -33,7 +33,7 @@ void eb_tell_end(const struct eb_command *k)
     struct timespec now = {0};
     clock_gettime(CLOCK_MONOTONIC, &now);
     uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-    eb_put_u32(&w, k->client.id);
+    eb_put_u32(&w, k->connection_id);
     eb_put_u32(&w, (uint32_t)k->start.pid);
     eb_put_u32(&w, (uint32_t)k->status);
     eb_put_u32(&w, (uint32_t)k->start.error);
@@ -73,9 +73,7 @@ bool eb_tell_ids(void)
 static void put_live(struct eb_writer *w, const struct eb_command *k)
 {
     eb_put_u32(w, (uint32_t)k->child);
-    eb_put_u32(w, k->client.id);
-    eb_put_u32(w, (uint32_t)k->client.pid);
-    eb_put_u32(w, k->client.uid);
+    eb_put_u32(w, k->connection_id);
     eb_put_u64(w, k->since_ms);
     eb_put_u8(w, k->cmdline_size);
     eb_put_u8(w, 0);
@@ -94,7 +92,7 @@ void eb_on_query(struct eb_connection *control, const struct eb_frame *frame)
     for (const struct eb_command *k = helper.commands; k != NULL; k = k->next)
         if (eb_command_lives(k)) {
             live++;
-            size += 26 + k->cmdline_size;
+            size += 18 + k->cmdline_size;
         }
     uint8_t *payload = malloc(size);
     if (payload == NULL) {
@@ -188,7 +186,7 @@ void eb_on_grant(struct eb_connection *control, const struct eb_frame *frame)
     uint32_t id = eb_get_u32(&r);
     eb_connection_consume(control, EB_HEADER_SIZE + frame->size);
     for (struct eb_command *k = helper.commands; k != NULL; k = k->next)
-        if (k->state == EB_WAITING && k->client.id == id) {
+        if (k->state == EB_WAITING && k->connection_id == id) {
             grant(k);
             return;
         }

@@ -5,6 +5,7 @@
 enum {
     MOST_FAILURES = 64, /* kinds of failure that are told apart */
     BUCKETS = 96,       /* of start times: up to 2^24 microseconds */
+    MOST_TIED = 7900,   /* 64 KiB in all */
 };
 
 /* The server reads it by the same layout, see docs/protocol.md. */
@@ -17,6 +18,10 @@ static struct counters {
         int32_t error;
         uint64_t count;
     } failures[MOST_FAILURES];
+    struct {
+        int32_t pid; /* 0 or less: none; the negative of the next that is free, counted from 1 */
+        uint32_t grace_ms;
+    } tied[MOST_TIED];
 } *counters; /* NULL: none are kept */
 
 bool eb_counters_keep(int fd)
@@ -27,6 +32,31 @@ bool eb_counters_keep(int fd)
         return false;
     counters = kept;
     return true;
+}
+
+/* The lowest are taken first, so that few pages of the file are in use. */
+static uint32_t tied_count, first_free;
+
+uint32_t eb_tied_keep(pid_t pid, uint32_t grace_ms)
+{
+    uint32_t slot = first_free;
+    if (counters == NULL || (slot == 0 && tied_count == MOST_TIED))
+        return 0;
+    if (slot != 0)
+        first_free = (uint32_t)-counters->tied[slot - 1].pid;
+    else
+        slot = ++tied_count;
+    counters->tied[slot - 1].grace_ms = grace_ms;
+    counters->tied[slot - 1].pid = pid;
+    return slot;
+}
+
+void eb_tied_forget(uint32_t slot)
+{
+    if (slot == 0)
+        return;
+    counters->tied[slot - 1].pid = -(int32_t)first_free;
+    first_free = slot;
 }
 
 bool eb_counters_are_kept(void)

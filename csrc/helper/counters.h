@@ -6,6 +6,8 @@
 
 #include "common/wire.h"
 
+#include <sys/types.h>
+
 /* They are kept in a file of the server's, who has them there if this process is killed; with -1, in memory of this
  * process.  False: see errno. */
 bool eb_counters_keep(int fd);
@@ -16,6 +18,11 @@ uint64_t eb_count_start(void);
 void eb_count_time(uint64_t microseconds);
 void eb_count_failure(enum eb_stage stage, int error);
 void eb_count_end(void);
+
+/* A command that ends with its connection: if this process is killed, the server ends it.  Returns its place, to be
+ * forgotten; 0: there is none. */
+uint32_t eb_tied_keep(pid_t pid, uint32_t grace_ms);
+void eb_tied_forget(uint32_t slot);
 
 /* The REPORT up to the live commands, and its size. */
 size_t eb_counters_size(void);

@@ -154,7 +154,7 @@ static void release(struct eb_command *k)
         return;
     }
     helper.count--;
-    eb_tell(EB_CLOSED, k->client.id);
+    eb_tell(EB_CLOSED, k->connection_id);
     k->next = dead_commands;
     dead_commands = k;
 }
@@ -176,7 +176,7 @@ static void attend(struct eb_command *k)
     if (k->state == EB_REQUESTED && k->connection->asks && !k->asked && helper.control != NULL) {
         k->asked = true;
         k->state = EB_WAITING;
-        eb_tell(EB_WANT, k->client.id);
+        eb_tell(EB_WANT, k->connection_id);
     }
     if (k->state == EB_REQUESTED)
         begin(k);
@@ -190,7 +190,7 @@ static void attend(struct eb_command *k)
     free(k->record);
     k->record = NULL;
     if (k->asked)
-        eb_tell(EB_DONE, k->client.id);
+        eb_tell(EB_DONE, k->connection_id);
     k->asked = false;
     if (!k->dying)
         release(k);
@@ -276,7 +276,7 @@ static void close_connection(struct eb_connection *c)
         attend(k);
     } else {
         helper.count--;
-        eb_tell(EB_CLOSED, c->client.id);
+        eb_tell(EB_CLOSED, c->id);
     }
 }
 

@@ -59,9 +59,6 @@ bool eb_streams_make(struct eb_connection *c, const struct eb_request *q, int en
             goto failed;
         s->fds[i] = i == 0 ? pipe[1] : pipe[0];
         ends[i] = i == 0 ? pipe[0] : pipe[1];
-        /* The command may open it anew, as /dev/stdout. */
-        if (c->peer != NULL && fchown(ends[i], c->peer->uid, c->peer->gid) != 0)
-            goto failed;
         /* Each end has flags of its own: the command's stays blocking. */
         if (fcntl(s->fds[i], F_SETFL, O_NONBLOCK) != 0)
             goto failed;

@@ -7,14 +7,6 @@
 
 #include "common/wire.h"
 
-/* Whom a command runs as: the process at the other end of its connection, as the kernel tells. */
-struct eb_peer {
-    uid_t uid;
-    gid_t gid;
-    uint32_t group_count;
-    gid_t groups[];
-};
-
 struct eb_request {
     uint32_t present; /* bit per eb_tag, see eb_has */
     /* The three lists are NULL-terminated; the strings stay in the payload, which must outlive this. */
@@ -38,7 +30,6 @@ struct eb_request {
     uid_t uid;
     uint8_t streams, nulls; /* bit per descriptor of 0 to 2; they are among the targets */
     uint32_t on_close_ms;
-    const struct eb_peer *peer; /* not parsed: the spawner's to take on before all steps but FDS */
 };
 
 static inline bool eb_has(const struct eb_request *q, enum eb_tag tag)

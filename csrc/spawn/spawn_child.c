@@ -190,12 +190,6 @@ EB_BARE int eb_child(void *arg)
     STEP(FDS, place_fds(job));
     if (!job->keeps_files)
         close_rest(job);
-    if (q->peer != NULL) {
-        /* First of all: what follows is done with the peer's rights, not with ours. */
-        STEP(GROUPS, eb_raw(SYS_setgroups, q->peer->group_count, (long)q->peer->groups, 0, 0));
-        STEP(GID, eb_raw(SYS_setresgid, q->peer->gid, q->peer->gid, q->peer->gid, 0));
-        STEP(UID, eb_raw(SYS_setresuid, q->peer->uid, q->peer->uid, q->peer->uid, 0));
-    }
     if (eb_has(q, EB_TAG_CWD_FD))
         STEP(CWD, eb_raw(SYS_fchdir, q->sources[q->target_count], 0, 0, 0));
     if (eb_has(q, EB_TAG_CWD))

@@ -114,7 +114,7 @@ static enum eb_stage unsupported(const struct eb_request *q)
         return EB_STAGE_GROUPS;
     if (eb_has(q, EB_TAG_GID))
         return EB_STAGE_GID;
-    if (eb_has(q, EB_TAG_UID) || q->peer != NULL)
+    if (eb_has(q, EB_TAG_UID))
         return EB_STAGE_UID;
     return 0;
 }

@@ -189,6 +189,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--patience", type=_number(float, 0), default=30.0, help=argparse.SUPPRESS)
     parser.add_argument(
+        "--helper-patience", type=_number(float, 0), default=30.0, help=argparse.SUPPRESS
+    )
+    parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",

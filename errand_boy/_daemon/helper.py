@@ -41,7 +41,8 @@ class Helper:
 
     It becomes that user by itself, and is not handed anything before it has told that it is.
     From then on it is that user's, who may do with it what he likes: nothing that comes from it is
-    taken for true, and one that breaks the rules is killed.
+    taken for true, and one that breaks the rules is killed, as is one that serves connections and
+    has not answered for `patience` seconds.
 
     `on_frame` is called with each frame from it, `on_exit` once, with its exit status and with the
     connections that it was to be handed: their ids and sockets. Raises OSError if it cannot start.
@@ -54,18 +55,22 @@ class Helper:
         credentials: Credentials | None,
         on_frame: OnFrame,
         on_exit: OnExit,
+        patience: float,
     ) -> None:
         self.credentials = credentials
         self.connections: set[int] = set()
         self.is_ready = credentials is None
         self.draining = False
-        self.gone = False  # seen before its pidfd told of it
+        self.gone = False  # seen before its end was told
         self.started = time.monotonic()
         self.report = Report()  # its last one
         self._loop = loop
         self._selector = loop.selector
         self._on_frame = on_frame
         self._exited = on_exit
+        self._patience = patience
+        self._asked_at = 0.0  # of time.monotonic(): when the first question was put; 0.0: none is
+        self._watchdog = loop.call_later(patience / 3, self._watch_over)
         self._questions: deque[Callable[[Report | None], None]] = deque()
         self._inbox = bytearray()
         self._outbox: deque[tuple[bytes, socket.socket | None]] = deque()
@@ -78,12 +83,8 @@ class Helper:
                 undo.callback(os.close, self._figures)
                 os.ftruncate(self._figures, FILE_SIZE)
                 self.pid = _start(options, credentials, theirs.fileno(), self._figures)
-            undo.callback(os.waitpid, self.pid, 0)  # the end of the socket, closed after, ends it
-            undo.callback(self._sock.shutdown, socket.SHUT_RDWR)
-            self._pidfd = os.pidfd_open(self.pid)
             self._sock.setblocking(False)
             undo.pop_all()
-        self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
         self._selector.register(self._sock, selectors.EVENT_READ, self._on_control)
         with suppress(OSError):  # it has ended already
             self._sock.send(_wire.OPENING, socket.MSG_NOSIGNAL)
@@ -96,6 +97,7 @@ class Helper:
     def ask(self, callback: Callable[[Report | None], None]) -> None:
         """Ask for its report; `callback` is called with it, or with None if the helper ends."""
         self._questions.append(callback)
+        self._asked_at = self._asked_at or time.monotonic()
         self.send(lib.EB_QUERY)
 
     def send(self, kind: int, payload: bytes = b"", passed: socket.socket | None = None) -> None:
@@ -136,7 +138,7 @@ class Helper:
                 self._watch(selectors.EVENT_READ | selectors.EVENT_WRITE)
                 return
             except (BrokenPipeError, ConnectionResetError):
-                self.gone = True  # its pidfd will tell; what was not sent goes to another one
+                self.gone = True  # its end will be told; what was not sent goes to another one
                 return
             except OSError as error:
                 # Too many descriptors on their way, say. A client is told by the close.
@@ -164,7 +166,7 @@ class Helper:
         except BlockingIOError:
             return True
         except DescriptorsError:
-            self._kill("descriptors")
+            self._kill("it sent descriptors")
             return False
         except OSError:
             return False
@@ -174,7 +176,7 @@ class Helper:
         while len(self._inbox) - at >= header:
             length, kind = _wire.HEADER.unpack_from(self._inbox, at)
             if length > (lib.EB_MAX_FRAME if self._questions or not self.is_ready else _LONGEST):
-                self._kill("a long frame")
+                self._kill("it sent a long frame")
                 return False
             if len(self._inbox) - at < header + length:
                 break
@@ -183,7 +185,7 @@ class Helper:
             try:
                 self._act(kind, payload)
             except struct.error:
-                self._kill(f"a malformed frame of kind {kind}")
+                self._kill(f"it sent a malformed frame of kind {kind}")
                 return False
         del self._inbox[:at]
         return bool(data)
@@ -194,7 +196,9 @@ class Helper:
         elif kind == lib.EB_REPORT:
             self.report = Report.decode(payload)
             if self._questions:
-                self._questions.popleft()(self.report)
+                answer = self._questions.popleft()
+                self._asked_at = time.monotonic() if self._questions else 0.0
+                answer(self.report)
         else:
             self._on_frame(self, kind, payload)
 
@@ -203,19 +207,28 @@ class Helper:
         ids = [number for (number,) in ID.iter_unpack(payload)] if kind == lib.EB_IDS else []
         uid, gid, groups = self.credentials or Credentials.own()
         if ids[:6] != [uid] * 3 + [gid] * 3 or tuple(sorted(ids[6:])) != groups:
-            self._kill(f"not the ids of user {uid}")
+            self._kill(f"it has not the ids of user {uid}")
             return
         self.is_ready = True
         self._flush()
 
-    def _kill(self, reason: str) -> None:
-        self._loop.log.error("a helper is killed", pid=self.pid, reason=f"it sent {reason}")
-        self.gone = True
-        os.kill(self.pid, signal.SIGKILL)  # not waited for yet, so the pid is its own
+    def _watch_over(self) -> None:
+        """Ask whether it lives: a close may sleep there, say, or somebody may have stopped it."""
+        self._watchdog = self._loop.call_later(self._patience / 3, self._watch_over)
+        if self._asked_at and time.monotonic() - self._asked_at > self._patience:
+            if not self.gone:
+                self._kill(f"it has not answered for {self._patience:g} seconds")
+        elif self.connections and not self._questions:
+            self.ask(lambda report: None)
 
-    def _on_exit(self, events: int) -> None:
-        self._selector.unregister(self._pidfd)
-        os.close(self._pidfd)
+    def _kill(self, reason: str) -> None:
+        self._loop.log.error("a helper is killed", pid=self.pid, reason=reason)
+        self.gone = True
+        os.kill(self.pid, signal.SIGKILL)  # not waited for yet, or it would not be called
+
+    def on_exit(self, status: int) -> None:
+        """Take note that it has ended, with `status` as os.waitpid gives it."""
+        self._watchdog.cancel()
         # Its last words. Another process may have a copy of the socket, and go on for ever.
         if self._sock in self._selector.get_map():
             self._selector.unregister(self._sock)
@@ -225,7 +238,6 @@ class Helper:
         self._loop.closer.close(self._sock)
         self.report = Report.read(self._figures)
         os.close(self._figures)
-        _, status = os.waitpid(self.pid, 0)
         unserved = [
             (_ADOPT.unpack_from(frame, _wire.HEADER.size)[0], passed)
             for frame, passed in self._outbox

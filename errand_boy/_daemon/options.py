@@ -24,6 +24,7 @@ class Options:
         max_processes_per_user: int = 0,
         grace: float = 30.0,
         patience: float = 30.0,
+        helper_patience: float = 30.0,
         log_level: str = "info",
         log_format: str = "text",
         log_commands: str | None = None,
@@ -43,6 +44,7 @@ class Options:
         self.max_processes_per_user = max_processes_per_user
         self.grace = grace
         self.patience = patience
+        self.helper_patience = helper_patience
         self.log_level = log_level
         self.log_format = log_format
         self.log_commands = log_commands

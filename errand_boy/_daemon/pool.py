@@ -7,6 +7,7 @@ import socket
 from contextlib import suppress
 
 from errand_boy import _wire
+from errand_boy._daemon import orphans
 from errand_boy._daemon.audit import Audit, Ended
 from errand_boy._daemon.helper import ID, Helper, Unserved
 from errand_boy._daemon.loop import Loop
@@ -71,6 +72,19 @@ class Pool:
         self.peers[self._last_id] = (helper, peer)
         helper.adopt(self._last_id, self._flags, sock)
 
+    def reap(self) -> None:
+        """Wait for all processes that have ended: helpers, and orphans of theirs."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for helper in self.helpers:
+                if helper.pid == pid:
+                    self._loop.call(helper.on_exit, status)
+
     def connect(self, peer: Peer) -> socket.socket:
         """Return a new connection to a helper of the user `peer`. Raises OSError."""
         ours, theirs = socket.socketpair()
@@ -106,6 +120,7 @@ class Pool:
             [*self._options, *([] if directory is None else [f"--chdir={directory}"])],
             self._on_frame,
             self._on_exit,
+            limits.helper_patience,
         )
 
     def _user(self, peer: Peer) -> User:
@@ -194,6 +209,8 @@ class Pool:
                 clients=len(helper.connections),
             )
         self.retired.add(helper.report)
+        uid = self._own.uid if helper.credentials is None else helper.credentials.uid
+        orphans.end(self._loop, helper.report.tied, uid)
         for sock, peer in waiting:
             try:
                 self.hand_over(sock, peer)

@@ -12,10 +12,13 @@ from errand_boy._daemon.listen import ListenError, Supervisor, listen
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.server import Server
+from errand_boy._native import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def serve(values: dict[str, Any]) -> int:
@@ -31,6 +34,8 @@ def serve(values: dict[str, Any]) -> int:
         listener = listen(options.socket, mode)
         _close_on_exec()
         _raise_file_limit()
+        # Of what a killed helper leaves, this process becomes the parent.
+        lib.prctl(_PR_SET_CHILD_SUBREAPER, ffi.cast("unsigned long", 1))
         server = Server(options, listener, log, lambda: supervisor.notify("STOPPING=1"))
         _set_title(f"errand-boy: server on {listener.path}")
     except (ListenError, OSError) as error:

@@ -8,11 +8,14 @@ import struct
 _COUNT = struct.Struct("<I")
 _HEAD = struct.Struct("<QQI")
 _FAILURE = struct.Struct("<BiQ")
-_LIVE = struct.Struct("<iIiIQH")
+_LIVE = struct.Struct("<iIQH")
 _FIGURES = struct.Struct("<QQQ96Q")
 _KIND = struct.Struct("<IiQ")
 
-FILE_SIZE = 4096  # bytes: of the file in which a helper keeps its figures
+_TIED = struct.Struct("<7900Q")  # pid and milliseconds
+_TIED_AT = _FIGURES.size + 64 * _KIND.size
+
+FILE_SIZE = 64 << 10  # bytes: of the file in which a helper keeps its figures
 
 
 class Command:
@@ -31,10 +34,11 @@ class Report:
     """What a helper has done; the counts of several can be added up.
 
     `failures` are by stage and errno; `latency[i]` are the starts that took less than 2**(i/4)
-    microseconds and not less than the entry before.
+    microseconds and not less than the entry before; `tied` are pids of commands that were to end
+    with their connections, and milliseconds from SIGTERM to SIGKILL: a killed helper leaves some.
     """
 
-    __slots__ = ("commands", "ended", "failures", "latency", "started")
+    __slots__ = ("commands", "ended", "failures", "latency", "started", "tied")
 
     def __init__(self) -> None:
         self.started = 0
@@ -42,6 +46,7 @@ class Report:
         self.failures: dict[tuple[int, int], int] = {}
         self.latency: list[int] = []
         self.commands: list[Command] = []
+        self.tied: list[tuple[int, int]] = []
 
     @classmethod
     def decode(cls, payload: bytes) -> Report:
@@ -64,7 +69,7 @@ class Report:
         report.latency = list(struct.unpack_from(f"<{n}Q", payload, at))
         at += 8 * n
         for _ in range(count()):
-            pid, connection, _, _, milliseconds, size = _LIVE.unpack_from(payload, at)
+            pid, connection, milliseconds, size = _LIVE.unpack_from(payload, at)
             at += _LIVE.size
             text = payload[at : at + size]
             at += size
@@ -83,6 +88,12 @@ class Report:
         try:
             report.started, report.ended, kinds, *latency = _FIGURES.unpack_from(data)
             report.latency = list(latency)
+            tied = _TIED.unpack_from(data, _TIED_AT)
+            report.tied = [
+                (entry & 0xFFFFFFFF, entry >> 32)
+                for entry in tied
+                if 0 < entry & 0xFFFFFFFF < 1 << 31
+            ]
             for i in range(kinds):
                 stage, error, times = _KIND.unpack_from(data, _FIGURES.size + i * _KIND.size)
                 report.failures[stage, error] = times

@@ -88,7 +88,7 @@ class Server:
             ours, selectors.EVENT_READ, lambda events: self._on_signals(ours)
         )
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, strangers.INTERRUPT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, strangers.INTERRUPT):
             signal.signal(number, lambda number, frame: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -97,6 +97,7 @@ class Server:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self.log.info("stopping", signal=signal.Signals(number).name)
                 self.stop()
+        self.pool.reap()  # whatever woke us: the byte of SIGCHLD may not have had room
 
     # -- connections --
 

@@ -33,6 +33,7 @@ class User:
         options: Sequence[str],
         on_frame: OnFrame,
         on_exit: OnExit,
+        patience: float,
     ) -> None:
         self.credentials = credentials
         self.helpers: list[Helper] = []  # that serve, and those that are draining
@@ -44,6 +45,7 @@ class User:
         self._options = options
         self._on_frame = on_frame
         self._exited = on_exit
+        self._patience = patience
         self._timers: dict[Helper, Timer] = {}  # of those without a connection
         self._too_soon = 0
         self._closing = False
@@ -123,7 +125,14 @@ class User:
     def _start_one(self) -> Helper:
         if len(self.helpers) >= _MOST_HELPERS:
             raise OSError(f"this user has {_MOST_HELPERS} helpers, with live commands")
-        helper = Helper(self._loop, self._options, self.credentials, self._on_frame, self._on_exit)
+        helper = Helper(
+            self._loop,
+            self._options,
+            self.credentials,
+            self._on_frame,
+            self._on_exit,
+            self._patience,
+        )
         self.helpers.append(helper)
         self._loop.log.debug("helper started", pid=helper.pid, user=self._name())
         return helper
