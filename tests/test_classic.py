@@ -7,11 +7,10 @@ import io
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemon import Daemon, started_daemon
+from daemon import Daemon
 
 import errand_boy
 from errand_boy.transports.unixsocket import UNIXSocketTransport
@@ -61,12 +60,6 @@ print(returncode)
 print(process_stdout.decode())
 print(process_stderr.decode())
 """  # noqa: E501
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with started_daemon(tmp_path_factory.mktemp("daemon")) as it:
-        yield it
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,12 +19,6 @@ from conftest import PATIENCE, script_environment
 from daemon import Daemon, started_daemon
 
 RUN = [sys.executable, "-m", "errand_boy", "run"]
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with started_daemon(tmp_path_factory.mktemp("daemon")) as it:
-        yield it
 
 
 @pytest.fixture(autouse=True, params=["helper", "daemon"])

@@ -7,23 +7,16 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import PATIENCE
-from daemon import Daemon, started_daemon
+from daemon import Daemon
 
 CLIENTS = Path(__file__).parent.parent / "examples" / "clients"
 TEXT = {"text.js": ["node"], "text.pl": ["perl"], "text.sh": ["sh"]}
 DIALLERS = ["socat", "nc", "perl"]  # that text.sh has a use for
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with started_daemon(tmp_path_factory.mktemp("daemon")) as it:
-        yield it
 
 
 def needs(program: str) -> None:
