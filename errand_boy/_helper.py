@@ -6,6 +6,7 @@ import _socket
 import atexit
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from errand_boy.errors import HelperError
 _MOST_IDLE = 32  # connections kept for later
 
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
+_FIRST_FREE = 3  # behind the standard streams
 _GRACE = 1.0  # seconds
 _START = 30.0  # seconds, for a program of which the kernel has said that it runs
 
@@ -46,6 +48,9 @@ def _open_program() -> tuple[int, int, int]:
         fd = os.open(_EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return -1, 0, 0  # the attempt to start it will say why
+    if fd < _FIRST_FREE:  # a standard stream that is closed stays so
+        low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
+        os.close(low)
     info = os.fstat(fd)
     return fd, info.st_dev, info.st_ino
 
