@@ -75,6 +75,15 @@ def table(status: dict[str, Any]) -> str:
             f"{helper['served']:>9} {helper['connections']:>8}"
             + (" ending" if helper["draining"] else "")
         )
+    limited = [user for user in status["users"] if user["running"] is not None]
+    if limited:
+        lines += ["", f"{'UID':>8} {'CLIENTS':>8} {'RUNNING':>8} {'WAITING':>8} LIMITS"]
+    for user in limited:
+        limits = " ".join(f"{name}={value:g}" for name, value in user["limits"].items() if value)
+        lines.append(
+            f"{user['uid']:>8} {user['connections']:>8} {user['running']:>8} "
+            f"{user['waiting']:>8} {limits}"
+        )
     if status["commands"]:
         lines += ["", f"{'COMMAND':>8} {'AGE':>9} {'CLIENT':>8} {'UID':>6} ARGV"]
     for command in status["commands"]:

@@ -24,9 +24,10 @@ from errand_boy._native import lib
 from errand_boy import _status, _wire
 from errand_boy._address import Address
 from errand_boy._daemon import listen
+from errand_boy._daemon.limits import Limits, LimitsError, Table
 from errand_boy._daemon.log import Complaints
 from errand_boy._daemon.turns import Turns
-from errand_boy._wire import Failed
+from errand_boy._wire import Failed, Spawned
 
 SERVE = [sys.executable, "-m", "errand_boy", "serve"]
 HELLO = _wire.OPENING
@@ -745,32 +746,141 @@ def test_excess_waits_and_leaves_with_its_client(tmp_path: Path) -> None:
 
 
 def test_clients_take_turns() -> None:
-    turns = Turns(2, 0)
+    turns = Turns(2, lambda uid: Limits())
     for connection in range(1, 6):
         turns.want(connection, 1000, client=100)
-    assert list(turns.next()) == [1, 2]
+    assert list(turns.next(0.0)) == [1, 2]
     turns.want(11, 1000, client=200)
     turns.want(12, 1000, client=200)
-    assert list(turns.next()) == []
+    assert list(turns.next(0.0)) == []
     order: list[int] = []
     for connection in (1, 2, 3, 11):
         turns.done(connection)
-        order += turns.next()
+        order += turns.next(0.0)
     assert order == [3, 11, 4, 12]
     assert len(turns) == 1
 
 
 def test_a_users_own_limit_holds_up_nobody_else() -> None:
-    turns = Turns(0, 1)
+    turns = Turns(0, lambda uid: Limits(commands=1))
     turns.want(1, 1000, client=100)
     turns.want(2, 1000, client=100)
     turns.want(3, 2000, client=200)
-    assert list(turns.next()) == [1, 3]
+    assert list(turns.next(0.0)) == [1, 3]
     turns.done(2)  # withdrawn
     turns.want(4, 1000, client=100)
     turns.done(1)
-    assert list(turns.next()) == [4]
+    assert list(turns.next(0.0)) == [4]
     for connection in (3, 4, 4):
         turns.done(connection)
     assert len(turns) == 0
-    assert list(turns.next()) == []
+    assert list(turns.next(0.0)) == []
+
+
+def test_starts_a_second() -> None:
+    limits = {1000: Limits(starts_per_second=4, burst=2), 2000: Limits()}
+    turns = Turns(0, lambda uid: limits[uid])
+    for connection in range(1, 8):
+        turns.want(connection, 1000, client=1)
+    turns.want(11, 2000, client=2)
+    assert list(turns.next(100.0)) == [1, 11, 2]
+    assert turns.next_at == 100.25
+    assert list(turns.next(100.125)) == []
+    assert turns.next_at == 100.25
+    assert list(turns.next(100.25)) == [3]
+    for connection in (1, 2, 3, 11):
+        turns.done(connection)
+    # What was not used adds up, but not beyond the burst, nor by leaving.
+    assert list(turns.next(102.0)) == [4, 5]
+    for connection in (4, 5, 6, 7):
+        turns.done(connection)
+    turns.want(8, 1000, client=1)
+    assert list(turns.next(102.0)) == []
+    limits[1000] = Limits()
+    turns.refresh()
+    assert list(turns.next(102.0)) == [8]
+    assert turns.next_at is None
+
+
+def test_file_of_limits(tmp_path: Path) -> None:
+    file = tmp_path / "limits"
+    table = Table(str(file), Limits(commands=3))
+    file.write_text('{"default": {"connections": 9}, "root": {"commands": 1}, "12": {"burst": 0}}')
+    table.read()
+    assert table.of(0) == Limits(commands=1, connections=9)
+    assert table.of(12) == table.of(13) == Limits(commands=3, connections=9)
+    for text, reason in (
+        ("{", "Expecting"),
+        ("[]", "not an object"),
+        ('{"nobody-has": {}}', "there is no user nobody-has"),
+        ('{"default": {"command": 1}}', "there is no limit 'command'"),
+        ('{"default": {"commands": -1}}', "commands cannot be -1"),
+        ('{"default": {"commands": 1.5}}', "commands cannot be 1.5"),
+        ('{"default": {"starts_per_second": true}}', "cannot be True"),
+        ('{"0": 5}', "not an object: 5"),
+    ):
+        file.write_text(text)
+        with pytest.raises(LimitsError, match=reason):
+            table.read()
+        assert table.of(0).commands == 1
+    file.unlink()
+    with pytest.raises(LimitsError, match="No such file"):
+        table.read()
+
+
+def test_file_of_limits_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "limits"
+    uid = os.geteuid()
+    file.write_text(json.dumps({str(uid): {"commands": 1, "connections": 4}}))
+    with started_daemon(tmp_path, "--limits", file) as daemon:
+        connections = [daemon.connect() for _ in range(3)]
+        pids = [spawn(connections[0], "/bin/sleep", "100")]
+        for number in (1, 2):
+            request(connections[number], "/bin/sleep", "100")
+            until(lambda number=number: daemon.status()["queue"] == number)  # type: ignore[misc]
+        with daemon.socket(), daemon.socket() as sock:
+            sock.sendall(HELLO)
+            assert refusal(sock) == f"user {uid} has 4 connections, and may have no more"
+        file.write_text("nonsense")
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: "the limits stay as they were" in daemon.log())
+        file.write_text(json.dumps({"default": {"commands": 2, "connections": 4}}))
+        daemon.process.send_signal(signal.SIGHUP)
+        started = connections[1].receive(PATIENCE)
+        assert isinstance(started, Spawned)
+        pids.append(started.pid)
+        (user,) = daemon.status()["users"]
+        assert (user["uid"], user["running"], user["waiting"]) == (uid, 2, 1)
+        assert user["connections"] == 3
+        assert user["limits"]["commands"] == 2
+        send_signal(connections[0], pids[0], signal.SIGTERM)
+        ended(connections[0])
+        last = connections[2].receive(PATIENCE)
+        assert isinstance(last, Spawned)
+        for connection, pid in zip(connections[1:], (pids[1], last.pid), strict=True):
+            send_signal(connection, pid, signal.SIGTERM)
+            ended(connection)
+        for connection in connections:
+            connection.close()
+        until(lambda: daemon.status()["users"] == [])
+
+
+def test_wrong_file_of_limits_is_one_line(tmp_path: Path) -> None:
+    done = serve("--socket", tmp_path / "socket", "--limits", tmp_path / "none")
+    assert done.returncode == 1
+    assert done.stderr == f"errand-boy: {tmp_path}/none: No such file or directory\n"
+    assert not (tmp_path / "socket").exists()
+
+
+def test_starts_beyond_the_rate_wait(tmp_path: Path) -> None:
+    file = tmp_path / "limits"
+    file.write_text('{"default": {"starts_per_second": 20, "burst": 3}}')
+    with started_daemon(tmp_path, "--limits", file) as daemon:
+        connection = daemon.connect()
+        for _ in range(13):
+            spawn(connection, "/bin/true")
+            assert ended(connection) == 0
+        (user,) = daemon.status()["users"]
+        assert user["limits"]["starts_per_second"] == 20
+        assert "starts_per_second=20 burst=3\n" in _status.table(daemon.status())
+        connection.close()

@@ -181,6 +181,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         help="the same for each user (default: 0, no limit)",
     )
     parser.add_argument(
+        "--limits",
+        metavar="FILE",
+        help="limits of each user, read again on SIGHUP",
+    )
+    parser.add_argument(
         "--grace",
         type=_number(float, 0),
         metavar="SECONDS",
@@ -333,7 +338,7 @@ def run_server(
     values = vars(options)
     kept = {name: value for name, value in values.items() if name not in ("command", "transport")}
     kept["socket"] = os.path.abspath(options.socket or _address.default_path(classic=classic))
-    for name in ("chdir", "pid_file"):
+    for name in ("chdir", "limits", "pid_file"):
         if kept[name] is not None:
             kept[name] = os.path.abspath(kept[name])
     kept["version"] = errand_boy.__version__

@@ -222,7 +222,7 @@ class Helper:
             self.ask(lambda report: None)
 
     def _kill(self, reason: str) -> None:
-        self._loop.log.error("a helper is killed", pid=self.pid, reason=reason)
+        self._loop.complaints.warning("a helper is killed", pid=self.pid, reason=reason)
         self.gone = True
         os.kill(self.pid, signal.SIGKILL)  # not waited for yet, or it would not be called
 

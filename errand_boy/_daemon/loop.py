@@ -8,7 +8,7 @@ import selectors
 import socket
 from collections.abc import Callable
 
-from errand_boy._daemon.log import Log
+from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.strangers import Closer
 from errand_boy._timers import Timer, Timers
 
@@ -23,6 +23,7 @@ class Loop:
         self.log = log
         self.selector = selectors.DefaultSelector()
         self._timers = Timers()
+        self.complaints = Complaints(log, self.call_later)
         self.closer = Closer(self.call_later)
         # A selector has no event for a hang-up alone, and its EVENT_READ is true all the time when
         # the peer has ended its side. Made here, where there are descriptors to be had.

@@ -22,6 +22,7 @@ class Options:
         chdir: str | None = None,
         max_processes: int = 0,
         max_processes_per_user: int = 0,
+        limits: str | None = None,
         grace: float = 30.0,
         patience: float = 30.0,
         helper_patience: float = 30.0,
@@ -42,6 +43,7 @@ class Options:
         self.chdir = chdir
         self.max_processes = max_processes
         self.max_processes_per_user = max_processes_per_user
+        self.limits = limits
         self.grace = grace
         self.patience = patience
         self.helper_patience = helper_patience

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from contextlib import suppress
 
 from errand_boy import _wire
 from errand_boy._daemon import orphans
 from errand_boy._daemon.audit import Audit, Ended
 from errand_boy._daemon.helper import ID, Helper, Unserved
+from errand_boy._daemon.limits import Limits, LimitsError, Table
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Credentials, Peer
@@ -17,6 +19,7 @@ from errand_boy._daemon.report import Report
 from errand_boy._daemon.turns import Turns
 from errand_boy._daemon.user import User
 from errand_boy._native import lib
+from errand_boy._timers import Timer
 
 _MOST_SETS = 8  # of credentials of one user: newgrp(1) makes another one
 
@@ -31,12 +34,17 @@ class Pool:
         self.retired = Report()  # the counts of helpers that have ended
         self.lost = 0  # helpers that ended without being told to
         self.lost_commands = 0  # that they had live: their ends are not known
+        self.limits = Table(options.limits, Limits(commands=options.max_processes_per_user))
+        self.limits.read()
         self.turns: Turns | None = None
-        if options.max_processes or options.max_processes_per_user:
-            self.turns = Turns(options.max_processes, options.max_processes_per_user)
+        if options.max_processes or self.limits.is_used:
+            self.turns = Turns(options.max_processes, self.limits.of)
         self.peers: dict[int, tuple[Helper, Peer]] = {}  # by connection id
+        self.connections: dict[int, int] = {}  # of clients at helpers, by user
+        self._clients: set[int] = set()  # their ids; the others are the server's own
+        self._turn_timer: Timer | None = None
         self._loop = loop
-        self._limits = options
+        self._settings = options
         self._audit = Audit(options.log_commands) if options.log_commands else None
         self._flags = (lib.EB_ASK if self.turns is not None else 0) | (
             lib.EB_TELL_ENDS if self._audit is not None else 0
@@ -60,16 +68,34 @@ class Pool:
         """Start the helpers of our own user. Raises OSError."""
         self._users[None].start()
 
-    def hand_over(self, sock: socket.socket, peer: Peer) -> None:
+    def read_limits(self) -> None:
+        """Read the file of limits again, if there is one."""
+        if self._settings.limits is None:
+            return
+        try:
+            self.limits.read()
+        except LimitsError as error:
+            self._loop.log.error("the limits stay as they were", error=error)
+            return
+        self._loop.log.info("limits have been read")
+        if self.turns is not None:
+            self.turns.refresh()
+            self._grant()
+
+    def hand_over(self, sock: socket.socket, peer: Peer, *, is_client: bool = False) -> None:
         """Have `sock`, which is taken, served by a helper of the user `peer`.
 
-        Raises OSError if there is none and none can be started; then `sock` stays the caller's.
+        It counts as a connection of that user if it `is_client`. Raises OSError if there is no
+        helper and none can be started; then `sock` stays the caller's.
         """
         helper = self._user(peer).choose()
         self._last_id = self._last_id % 0xFFFFFFFF + 1
         while self._last_id in self.peers:
             self._last_id = self._last_id % 0xFFFFFFFF + 1
         self.peers[self._last_id] = (helper, peer)
+        if is_client:
+            self._clients.add(self._last_id)
+            self.connections[peer.uid] = self.connections.get(peer.uid, 0) + 1
         helper.adopt(self._last_id, self._flags, sock)
 
     def reap(self) -> None:
@@ -109,7 +135,7 @@ class Pool:
     # -- users --
 
     def _new_user(self, credentials: Credentials | None) -> User:
-        limits = self._limits
+        limits = self._settings
         # Where this process was started is its own user's business.
         directory = limits.chdir or (None if credentials is None else "/")
         return User(
@@ -138,8 +164,8 @@ class Pool:
         same = [user for user in others if user.credentials and user.credentials.uid == uid]
         if len(same) >= _MOST_SETS:
             self._send_away(same, f"user {uid} is here with {_MOST_SETS} other sets of groups")
-        elif len(others) >= self._limits.max_users:
-            most = self._limits.max_users
+        elif len(others) >= self._settings.max_users:
+            most = self._settings.max_users
             self._send_away(others, f"{most} users are served, and --max-users allows no more")
 
     def _send_away(self, users: list[User], refusal: str) -> None:
@@ -161,11 +187,11 @@ class Pool:
     # -- what helpers tell --
 
     def _on_frame(self, helper: Helper, kind: int, payload: bytes) -> None:
-        if kind == lib.EB_FULL:
+        if kind == lib.EB_FULL and self._settings.max_child_tasks:
             self._user_of(helper).replace(helper)
         elif kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
-            self._loop.log.error("a helper refused", pid=helper.pid, reason=reason)
+            self._loop.complaints.warning("a helper refused", pid=helper.pid, reason=reason)
         elif kind == lib.EB_ENDED and self._audit is not None:
             ended = Ended(payload)
             if ended.connection in helper.connections:
@@ -184,25 +210,34 @@ class Pool:
                 self.turns.done(connection)
             self._grant()
         if kind == lib.EB_CLOSED:
-            del self.peers[connection]
+            self._forget(connection)
             self._user_of(helper).forget(helper, connection)
 
     def _grant(self) -> None:
-        if self.turns is not None:
-            for connection in self.turns.next():
-                self.peers[connection][0].send(lib.EB_GRANT, ID.pack(connection))
+        if self.turns is None:
+            return
+        if self._turn_timer is not None:
+            self._turn_timer.cancel()
+        now = time.monotonic()
+        for connection in self.turns.next(now):
+            self.peers[connection][0].send(lib.EB_GRANT, ID.pack(connection))
+        at = self.turns.next_at
+        self._turn_timer = None if at is None else self._loop.call_later(at - now, self._grant)
 
     def _on_exit(self, helper: Helper, status: int, unserved: Unserved) -> None:
         self._forget_users_without_helpers()
-        waiting = [(sock, self.peers[connection][1]) for connection, sock in unserved]
+        waiting = [
+            (sock, self.peers[connection][1], connection in self._clients)
+            for connection, sock in unserved
+        ]
         for connection in helper.connections:
-            del self.peers[connection]
+            self._forget(connection)
             if self.turns is not None:
                 self.turns.done(connection)
         if not helper.draining or status != 0:
             self.lost += 1
             self.lost_commands += max(0, helper.report.started - helper.report.ended)
-            self._loop.log.warning(
+            self._loop.complaints.warning(
                 "a helper has died",
                 pid=helper.pid,
                 status=status,
@@ -211,12 +246,20 @@ class Pool:
         self.retired.add(helper.report)
         uid = self._own.uid if helper.credentials is None else helper.credentials.uid
         orphans.end(self._loop, helper.report.tied, uid)
-        for sock, peer in waiting:
+        for sock, peer, is_client in waiting:
             try:
-                self.hand_over(sock, peer)
+                self.hand_over(sock, peer, is_client=is_client)
             except OSError as error:
                 self._refuse(sock, error.strerror or str(error))
         self._grant()
+
+    def _forget(self, connection: int) -> None:
+        _, peer = self.peers.pop(connection)
+        if connection in self._clients:
+            self._clients.remove(connection)
+            self.connections[peer.uid] -= 1
+            if not self.connections[peer.uid]:
+                del self.connections[peer.uid]
 
     def _refuse(self, sock: socket.socket, reason: str) -> None:
         with suppress(OSError):

@@ -8,6 +8,7 @@ import resource
 import sys
 from types import ModuleType
 
+from errand_boy._daemon.limits import LimitsError
 from errand_boy._daemon.listen import ListenError, Supervisor, listen
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.options import Options
@@ -32,21 +33,21 @@ def serve(values: dict[str, Any]) -> int:
     try:
         mode = 0o666 if options.allow_uid or options.allow_gid else 0o600
         listener = listen(options.socket, mode)
+    except (ListenError, OSError) as error:
+        print(f"errand-boy: {error}", file=sys.stderr)
+        return 1
+    try:
         _close_on_exec()
         _raise_file_limit()
         # Of what a killed helper leaves, this process becomes the parent.
         lib.prctl(_PR_SET_CHILD_SUBREAPER, ffi.cast("unsigned long", 1))
         server = Server(options, listener, log, lambda: supervisor.notify("STOPPING=1"))
         _set_title(f"errand-boy: server on {listener.path}")
-    except (ListenError, OSError) as error:
-        print(f"errand-boy: {error}", file=sys.stderr)
-        return 1
-    try:
         server.start()
         if options.pid_file is not None:
             with open(options.pid_file, "w") as file:
                 file.write(f"{os.getpid()}\n")
-    except OSError as error:
+    except (LimitsError, OSError) as error:
         listener.close()
         print(f"errand-boy: {error}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -18,7 +19,7 @@ from contextlib import suppress
 from errand_boy import _wire
 from errand_boy._daemon import status, strangers, text
 from errand_boy._daemon.listen import Listener
-from errand_boy._daemon.log import Complaints, Log
+from errand_boy._daemon.log import Log
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.newcomers import FIRST, Newcomer, Newcomers
 from errand_boy._daemon.options import Options
@@ -34,6 +35,7 @@ _SETTLE = 5.0  # seconds for clients that have connected to ask for a command
 _TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
 _PAUSE = 0.1  # seconds without accepting, when descriptors are short
 _LONG_SHORTAGE = 1.0  # seconds: after that, those who wait are told one by one
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _ACCEPTS = 64  # of one turn
 
 
@@ -48,7 +50,6 @@ class Server:
         self.listener = listener
         self._on_stopping = on_stopping  # called once, when no more connections are accepted
         self.loop = Loop(log)
-        self._complaints = Complaints(log, self.loop.call_later)
         self.started = time.monotonic()
         self.accepted = 0
         self.refused = 0
@@ -56,6 +57,9 @@ class Server:
         self._holdings = Holdings()
         self.pool = Pool(self.loop, options)
         self._newcomers = Newcomers(self.loop, self._serve, self._on_late)
+        self._held: dict[int, int] = {}  # connections of a user whose sockets are open here
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_held = max(files // 4, 8) if options.allow_uid or options.allow_gid else 0
         self._admitted = 0
         self._replies = 0
         self._short_since = 0.0  # of time.monotonic(): nothing can be accepted; 0.0: it can
@@ -76,7 +80,7 @@ class Server:
     def run(self) -> int:
         """Serve until told to stop; return the exit status."""
         self.loop.run(self._is_finished)
-        self._complaints.conclude()
+        self.loop.complaints.conclude()
         return self._status
 
     def _catch_signals(self) -> None:
@@ -88,15 +92,22 @@ class Server:
             ours, selectors.EVENT_READ, lambda events: self._on_signals(ours)
         )
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, strangers.INTERRUPT):
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+            signal.SIGHUP,
+            signal.SIGCHLD,
+            strangers.INTERRUPT,
+        ):
             signal.signal(number, lambda number, frame: None)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def _on_signals(self, sock: socket.socket) -> None:
         for number in sock.recv(100):
             if number in (signal.SIGTERM, signal.SIGINT):
                 self.log.info("stopping", signal=signal.Signals(number).name)
                 self.stop()
+            elif number == signal.SIGHUP:
+                self.pool.read_limits()
         self.pool.reap()  # whatever woke us: the byte of SIGCHLD may not have had room
 
     # -- connections --
@@ -150,7 +161,9 @@ class Server:
             sock, _ = self.listener.sock.accept()
             self.accepted += 1
             sock.setblocking(False)
-            newcomer = Newcomer(sock, Peer(sock), "", self.options.patience)
+            peer = Peer(sock)
+            self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
+            newcomer = Newcomer(sock, peer, "", self.options.patience)
             self._refuse(newcomer, newcomer.first() or b"", f"the daemon is full: {reason}")
 
     def _resume(self) -> None:
@@ -165,10 +178,28 @@ class Server:
         except OSError:
             self.loop.closer.close(sock)
             return
-        newcomer = Newcomer(sock, peer, self._refusal(peer), self.options.patience)
-        if not newcomer.refusal:
+        refusal = self._refusal(peer)
+        if not refusal:
             self._admitted += 1  # a stranger does not bring the daemon's end nearer
-        self._newcomers.add(newcomer)
+            refusal = self._excess(peer)
+        self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
+        self._newcomers.add(Newcomer(sock, peer, refusal, self.options.patience))
+
+    def _excess(self, peer: Peer) -> str:
+        """Return why `peer` may have no more connections, or ""."""
+        held = self._held.get(peer.uid, 0)
+        if self._most_held and held >= self._most_held:
+            return f"user {peer.uid} has {held} connections that no helper serves yet"
+        most = self.pool.limits.of(peer.uid).connections
+        if most and held + self.pool.connections.get(peer.uid, 0) >= most:
+            return f"user {peer.uid} has {most} connections, and may have no more"
+        return ""
+
+    def _let_go(self, peer: Peer) -> None:
+        """Count one less of those whose sockets are open here."""
+        held = self._held.pop(peer.uid, 0) - 1
+        if held > 0:
+            self._held[peer.uid] = held
 
     def _on_late(self, newcomer: Newcomer) -> None:
         self._refuse(newcomer, b"", newcomer.refusal or "no request came in time")
@@ -190,6 +221,7 @@ class Server:
         sock, peer = newcomer.sock, newcomer.peer
         if not first:
             self.log.debug("gone", pid=peer.pid, uid=peer.uid)
+            self._let_go(peer)
             self.loop.closer.close(sock)
         elif newcomer.refusal:
             self._refuse(newcomer, first, newcomer.refusal)
@@ -202,9 +234,8 @@ class Server:
                 self.pool,
                 peer,
                 self.options,
-                self._complaints,
                 self._holdings,
-                self.texts.discard,
+                lambda connection: self._on_text_closed(connection, peer),
             )
             self.texts.add(text.TextConnection(sock, peer, services))
         else:
@@ -225,7 +256,8 @@ class Server:
             else:
                 self.log.debug("accepted", kind="framed", pid=peer.pid, uid=peer.uid)
                 try:
-                    self.pool.hand_over(sock, peer)
+                    self.pool.hand_over(sock, peer, is_client=True)
+                    self._let_go(peer)
                 except OSError as error:
                     self._refuse(newcomer, first, str(error))
 
@@ -233,7 +265,8 @@ class Server:
         """Tell why in the peer's own protocol, if the socket takes it at once, and close."""
         self.refused += 1
         sock, peer = newcomer.sock, newcomer.peer
-        self._complaints.warning("refused", reason=reason, pid=peer.pid, uid=peer.uid)
+        self._let_go(peer)
+        self.loop.complaints.warning("refused", reason=reason, pid=peer.pid, uid=peer.uid)
         if first[:1] in (b"", b"\0"):
             answer = _wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]])
         else:
@@ -251,10 +284,10 @@ class Server:
         status.Reply(
             self.loop,
             sock,
-            list(self.pool.helpers),
+            [helper for helper in self.pool.helpers if status.may_see(peer, helper)],
             lambda reports: self._describe(reports, peer),
             self.options.patience,
-            self._on_replied,
+            lambda: self._on_replied(peer),
         )
 
     def _describe(self, reports: status.Reports, peer: Peer) -> dict[str, object]:
@@ -273,8 +306,13 @@ class Server:
             **value,
         }
 
-    def _on_replied(self) -> None:
+    def _on_replied(self, peer: Peer) -> None:
         self._replies -= 1
+        self._let_go(peer)
+
+    def _on_text_closed(self, connection: object, peer: Peer) -> None:
+        self.texts.discard(connection)
+        self._let_go(peer)
 
     # -- the end --
 
@@ -312,6 +350,7 @@ class Server:
 
     def _drain(self) -> None:
         for newcomer in self._newcomers.clear():
+            self._let_go(newcomer.peer)
             self.loop.closer.close(newcomer.sock)
         self.pool.drain()
         self._schedule(self.options.grace, self._terminate)

@@ -6,7 +6,6 @@ import errno
 import socket
 from collections.abc import Callable
 
-from errand_boy._daemon.log import Complaints
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
@@ -61,7 +60,6 @@ class Services:
         pool: Pool,
         peer: Peer,
         limits: Options,
-        complaints: Complaints,
         holdings: Holdings,
         forget: Callable[[object], None],
     ) -> None:
@@ -70,7 +68,7 @@ class Services:
         self.await_hangup = loop.await_hangup
         self.forget_hangup = loop.forget_hangup
         self.close = loop.closer.close
-        self.log = complaints
+        self.log = loop.complaints
         self.pool = _ClientPool(pool, peer)
         self.limits = limits
         self._holdings = holdings

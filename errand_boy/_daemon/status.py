@@ -92,6 +92,12 @@ class Reply:
         self._on_done()
 
 
+def may_see(peer: Peer, helper: Helper) -> bool:
+    """Return whether `peer` is told of this helper and its commands."""
+    mine = helper.credentials is not None and helper.credentials.uid == peer.uid
+    return mine or peer.uid in (0, os.geteuid())
+
+
 def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
     """Return what `pool` does and has done, as `reports` and older ones tell.
 
@@ -107,7 +113,7 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
         report = reports.get(helper, helper.report)
         totals.add(report)
         uid = os.geteuid() if helper.credentials is None else helper.credentials.uid
-        if peer.uid not in (0, os.geteuid(), uid):
+        if not may_see(peer, helper):
             continue
         helpers.append(
             {
@@ -140,6 +146,7 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
     failures = _failures(totals)
     return {
         "helpers": helpers,
+        "users": _users(pool, peer),
         "commands": commands,
         "commands_left_out": left_out,
         "totals": {
@@ -157,6 +164,25 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
         },
         "queue": len(pool.turns) if pool.turns is not None else 0,
     }
+
+
+def _users(pool: Pool, peer: Peer) -> list[dict[str, Any]]:
+    """Return those who have connections or commands, and their limits, as far as `peer` may see."""
+    uids = set(pool.connections)
+    if pool.turns is not None:
+        uids |= pool.turns.users()
+    if peer.uid not in (0, os.geteuid()):
+        uids &= {peer.uid}
+    return [
+        {
+            "uid": uid,
+            "connections": pool.connections.get(uid, 0),
+            "running": None if pool.turns is None else pool.turns.running(uid),
+            "waiting": None if pool.turns is None else pool.turns.waiting(uid),
+            "limits": pool.limits.of(uid)._asdict(),
+        }
+        for uid in sorted(uids)
+    ]
 
 
 def _failures(report: Report) -> dict[str, int]:

@@ -3,7 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from errand_boy._daemon.limits import Limits
+
+_MOST_BUCKETS = 1000  # kept of users who start nothing
+
+
+class _Bucket:
+    """Of tokens, one for each start: `burst` at most, and so many more a second."""
+
+    __slots__ = ("time", "tokens")
+
+    def __init__(self, limits: Limits, now: float) -> None:
+        self.tokens = float(limits.burst)
+        self.time = now
+
+    def fill(self, limits: Limits, now: float) -> None:
+        gained = (now - self.time) * limits.starts_per_second
+        self.tokens = min(float(limits.burst), self.tokens + gained)
+        self.time = now
 
 
 class _User:
@@ -25,21 +44,37 @@ class _User:
 class Turns:
     """Who may start a command next: users take turns, and each user's clients among themselves.
 
-    At most `most` commands run at a time, and `most_per_user` of each user; 0 is no limit.
+    At most `most` commands run at a time, 0 is no limit, and of each user as many as `limits` says
+    of its uid.
     """
 
-    def __init__(self, most: int, most_per_user: int) -> None:
+    def __init__(self, most: int, limits: Callable[[int], Limits]) -> None:
+        self.next_at: float | None = None  # when a user who has started too many may go on
         self._most = most
-        self._most_per_user = most_per_user
+        self._limits = limits
         self._running = 0
         self._granted: dict[int, int] = {}  # connections, and their users
         self._waiting: dict[int, tuple[int, int]] = {}  # connections, their users and clients
         self._users: dict[int, _User] = {}
-        self._ready: OrderedDict[int, _User] = OrderedDict()  # that wait, and may start one more
+        self._ready: OrderedDict[int, _User] = OrderedDict()  # that wait, and may run one more
+        self._buckets: dict[int, _Bucket] = {}
 
     def __len__(self) -> int:
         """Return how many wait."""
         return len(self._waiting)
+
+    def users(self) -> set[int]:
+        """Return those who run a command, or wait."""
+        return set(self._users)
+
+    def waiting(self, user: int) -> int:
+        """Return how many commands of `user` wait."""
+        clients = self._users[user].clients if user in self._users else {}
+        return sum(map(len, clients.values()))
+
+    def running(self, user: int) -> int:
+        """Return how many commands of `user` run."""
+        return self._users[user].running if user in self._users else 0
 
     def want(self, connection: int, user: int, client: int) -> None:
         """Take note that `connection`, which is one of `client` of `user`, waits for its turn."""
@@ -65,23 +100,60 @@ class Turns:
             return
         self._update(user)
 
-    def next(self) -> Iterator[int]:
-        """Yield the connections whose turn it is; they count as running from then on."""
+    def next(self, now: float) -> Iterator[int]:
+        """Yield the connections whose turn it is; they count as running from then on.
+
+        `now` is of one clock for all calls, as is `next_at` then.
+        """
+        early = []
+        self.next_at = None
         while self._ready and (not self._most or self._running < self._most):
             user, state = self._ready.popitem(last=False)
+            at = self._take_token(user, now)
+            if at > now:
+                early.append((user, state))
+                self.next_at = at if self.next_at is None else min(at, self.next_at)
+                continue
             connection = state.pop()
             self._granted[connection], _ = self._waiting.pop(connection)
             self._running += 1
             state.running += 1
             self._update(user)  # behind the others, if it waits for more
             yield connection
+        self._ready.update(early)
+
+    def refresh(self) -> None:
+        """Take note that the limits have changed."""
+        for user in list(self._users):
+            self._update(user)
 
     def _update(self, user: int) -> None:
         state = self._users[user]
         if not state.clients and not state.running:
             del self._users[user]
-        below = not self._most_per_user or state.running < self._most_per_user
-        if not state.clients or not below:
+        most = self._limits(user).commands
+        if not state.clients or (most and state.running >= most):
             self._ready.pop(user, None)
         elif user not in self._ready:
             self._ready[user] = state
+
+    def _take_token(self, user: int, now: float) -> float:
+        """Return when it may start a command: `now`, and one token is gone, or later."""
+        limits = self._limits(user)
+        if not limits.starts_per_second:
+            return now
+        if user not in self._buckets and len(self._buckets) >= _MOST_BUCKETS:
+            self._drop_full_buckets(now)
+        bucket = self._buckets.setdefault(user, _Bucket(limits, now))
+        bucket.fill(limits, now)
+        if bucket.tokens < 1:
+            return now + (1 - bucket.tokens) / limits.starts_per_second
+        bucket.tokens -= 1
+        return now
+
+    def _drop_full_buckets(self, now: float) -> None:
+        for user, bucket in list(self._buckets.items()):
+            limits = self._limits(user)
+            bucket.fill(limits, now)
+            if bucket.tokens >= limits.burst:
+                del self._buckets[user]

@@ -1,0 +1,82 @@
+"""What each user may have at once, as the administrator's file says."""
+
+from __future__ import annotations
+
+import json
+import pwd
+from typing import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class Limits(NamedTuple):
+    """Those of one user; 0 is no limit."""
+
+    commands: int = 0  # at a time; the next ones wait
+    connections: int = 0  # open; one more is refused
+    starts_per_second: float = 0.0  # in the long run; the next ones wait
+    burst: int = 1  # starts at once, after a time without
+
+
+class LimitsError(Exception):
+    """The file cannot be used; the text says why, in one line."""
+
+
+class Table:
+    """The limits of all users: of the file at `path`, if there is one, over those of `base`."""
+
+    def __init__(self, path: str | None, base: Limits) -> None:
+        self._path = path
+        self._base = self._default = base
+        self._users: dict[int, Limits] = {}
+
+    @property
+    def is_used(self) -> bool:
+        """Whether starts may have to wait, now or after the file has changed."""
+        return self._path is not None or self._base != Limits()
+
+    def of(self, uid: int) -> Limits:
+        """Return those of user `uid`."""
+        return self._users.get(uid, self._default)
+
+    def read(self) -> None:
+        """Read the file, again. Raises LimitsError; then all stays as it was."""
+        if self._path is None:
+            return
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                text = json.load(file)
+            if not isinstance(text, dict):
+                raise ValueError("not an object")
+            default = _with(self._base, text.pop("default", {}))
+            users = {_uid(name): _with(default, value) for name, value in text.items()}
+        except OSError as error:
+            raise LimitsError(f"{self._path}: {error.strerror}") from None
+        except ValueError as error:
+            raise LimitsError(f"{self._path}: {error}") from None
+        self._default, self._users = default, users
+
+
+def _uid(name: str) -> int:
+    if name.isdecimal():
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ValueError(f"there is no user {name}") from None
+
+
+def _with(base: Limits, value: Any) -> Limits:
+    if not isinstance(value, dict):
+        raise ValueError(f"not an object: {value!r}")
+    for name, number in value.items():
+        if name not in Limits._fields:
+            raise ValueError(f"there is no limit {name!r}")
+        is_whole = name != "starts_per_second"
+        kinds = int if is_whole else (int, float)
+        if isinstance(number, bool) or not isinstance(number, kinds) or not 0 <= number < 1e9:
+            raise ValueError(f"{name} cannot be {number!r}")
+    limits = base._replace(**value)
+    return limits._replace(burst=max(1, limits.burst))
