@@ -16,6 +16,7 @@ from io import BytesIO
 
 from errand_boy import _helper, _request, _wire
 from errand_boy._frame import MOST_ATTEMPTS
+from errand_boy._native import lib
 from errand_boy._result import Result
 from errand_boy._spool import Spool, coding
 from errand_boy._stream import Ended, Lost, Output, Started, Stream
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 NOT_NOW = object()  # from an iterator of commands: none yet, though more may come
 
-_CHUNK = 1 << 17  # bytes, above those of any single frame of output
+_CHUNK = 2 * lib.EB_MAX_OUTPUT  # bytes
 _LEAST_AHEAD = 64  # commands
 _PER_CPU = 4  # workers
 

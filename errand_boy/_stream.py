@@ -41,8 +41,8 @@ _SIZES = {
     lib.EB_FAILED: (9, 9),
     lib.EB_EXITED: _END_SIZES,
     lib.EB_REFUSED: (0, _MOST_REASON),
-    lib.EB_STDOUT: (0, lib.EB_MAX_FRAME),
-    lib.EB_STDERR: (0, lib.EB_MAX_FRAME),
+    lib.EB_STDOUT: (0, lib.EB_MAX_OUTPUT),
+    lib.EB_STDERR: (0, lib.EB_MAX_OUTPUT),
     lib.EB_CREDIT: (4, 4),
     lib.EB_UNREAD: (0, 0),
 }

@@ -355,7 +355,7 @@ def test_refusals() -> None:
         _wire.HELLO + spawned() + BRIEF_END,
         _wire.HELLO + spawned() + exited(0, b"more"),
         _wire.HELLO + frame(lib.EB_STATUS_REPLY, b"{}"),
-        struct.pack("<IB", lib.EB_MAX_FRAME + 1, lib.EB_STDOUT),
+        _wire.HELLO + spawned() + struct.pack("<IB", lib.EB_MAX_OUTPUT + 1, lib.EB_STDOUT),
         struct.pack("<IB", 6, lib.EB_SPAWNED),
         b"GET / HTTP/1.1",
     ],

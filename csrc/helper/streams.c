@@ -7,14 +7,13 @@
 #include <unistd.h>
 
 enum {
-    CHUNK = 64 << 10,
     LEAST_CREDIT = 16 << 10,
     LAZY_MS = 10,
     LARGE_OUTPUT = 32 << 10, /* bytes, half of what a pipe takes */
     MOST_READS = 3,          /* a full pipe's bytes, its end, and one to spare */
 };
 
-static uint8_t chunk[CHUNK];
+static uint8_t chunk[EB_MAX_OUTPUT];
 
 static bool is_open(const struct eb_streams *s, int number)
 {
