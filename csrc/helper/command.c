@@ -305,8 +305,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     else if (c->fds.count < eb_request_fds(q))
         eb_refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(q),
                   (unsigned)c->fds.count);
-    else if (!helper.owns_children &&
-             (q->streams != 0 || eb_has(q, EB_TAG_COALESCE))) /* it could not tell of the end */
+    else if (!helper.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_COALESCE)))
+        /* It could not tell of the end. */
         eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
                   q->streams != 0 ? "STREAMS" : "COALESCE");
     else if (c->tells_ends && (k->record = eb_record_new(q, &c->fds)) == NULL)

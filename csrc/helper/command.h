@@ -39,21 +39,21 @@ struct eb_command {
     enum eb_command_state state;
     struct eb_connection *connection; /* NULL: it has ended */
     uint32_t connection_id;
-    bool asked;                       /* the server has been told WANT, and is owed DONE */
-    bool on_close;                    /* it is ended with the connection: SIGTERM, and SIGKILL after so long */
-    bool dying;                       /* that has begun */
+    bool asked;    /* the server has been told WANT, and is owed DONE */
+    bool on_close; /* it is ended with the connection: SIGTERM, and SIGKILL after so long */
+    bool dying;    /* that has begun */
     uint32_t on_close_ms;
     uint32_t tied_slot; /* where the server finds it, see counters.h */
-    uint64_t kill_at; /* of eb_now_ms: SIGKILL; 0: it has been sent */
-    int group_fd;     /* the pidfd by which the group of a dying command is told when its leader has gone */
+    uint64_t kill_at;   /* of eb_now_ms: SIGKILL; 0: it has been sent */
+    int group_fd;       /* the pidfd by which the group of a dying command is told when its leader has gone */
     struct eb_start start;
     /* What the start reads, up to its outcome: */
-    uint8_t *bytes;       /* the memory of the frame */
-    pid_t child;          /* ours, and not yet waited for; 0: none */
-    int status;           /* of its process, when that has ended */
+    uint8_t *bytes; /* the memory of the frame */
+    pid_t child;    /* ours, and not yet waited for; 0: none */
+    int status;     /* of its process, when that has ended */
     uint64_t usage[EB_USAGE_FIELDS];
-    uint64_t begun_ns; /* of CLOCK_MONOTONIC */
-    uint64_t since_ms; /* since 1970 */
+    uint64_t begun_ns;        /* of CLOCK_MONOTONIC */
+    uint64_t since_ms;        /* since 1970 */
     struct eb_record *record; /* the server is to be told of the end; allocated, the loop's to free; NULL: it is not */
     uint8_t cmdline_size;
     union {
