@@ -459,17 +459,18 @@ def test_handler_that_raises_loses_no_child(way: str, error: str) -> None:
         f"""
         import gc
         if {way!r} == "helper":
-            start()
+            subprocess.start()
         class Interrupt({error}):
             pass
         def handle(number, frame):
             raise Interrupt
         signal.signal(signal.SIGALRM, handle)
-        known = []
-        real = subprocess.Popen.__init__
+        subprocess.run(["true"])  # now: all is imported
         interrupted = 0
         for turn in range(400):
             process = None  # now: an interrupt of its end is lost, and so is the child then
+            while stdlib._active:  # now: to its clean-up an OSError says that there is no child
+                stdlib._cleanup()
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.00002 * (turn % 20 + 1))
                 process = subprocess.Popen(["true"])
@@ -497,6 +498,35 @@ def test_handler_that_raises_loses_no_child(way: str, error: str) -> None:
         """
     )
     assert left == [[], True]
+
+
+@pytest.mark.parametrize("error", ["Exception", "TimeoutError"])
+def test_exception_as_soon_as_a_request_is_sent(error: str) -> None:
+    """The answer that comes is no other command's, and the child is known."""
+    seen = run_script(
+        f"""
+        subprocess.start()
+        subprocess.run(["true"])
+        class Interrupt({error}):
+            pass
+        def interrupt(frame, event, arg):
+            if event == "return" and frame.f_code.co_name == "prepare":
+                sys.setprofile(None)
+                raise Interrupt
+        sys.setprofile(interrupt)
+        interrupted = False
+        try:
+            subprocess.Popen(["true"])
+        except Interrupt:
+            interrupted = True
+        seen = [interrupted, subprocess.run(["sh", "-c", "exit 7"]).returncode]
+        while stdlib._active:
+            stdlib._cleanup()
+        report([*seen, open(f"/proc/self/task/{{os.getpid()}}/children").read().split()
+            == [str(subprocess.helper_pid())]])
+        """
+    )
+    assert seen == [True, 7, True]
 
 
 def test_threads_that_start_and_end() -> None:
