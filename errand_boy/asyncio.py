@@ -192,8 +192,8 @@ def _check(options: dict[str, Any], shell: bool) -> None:
 class Client(_Functions):
     """The same functions, for commands that a daemon starts; see errand_boy.connect.
 
-    Their options are those of errand_boy.remote.Popen. When the helper that owns a command has
-    gone, its `wait` and `communicate` raise HelperDiedError.
+    Their options are those of that client's Popen. When the helper that owns a command has gone,
+    its `wait` and `communicate` raise HelperDiedError.
     """
 
     def __init__(self, client: _client.Client) -> None:
