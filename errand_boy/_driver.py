@@ -7,11 +7,9 @@ closed, as for any exception in the driver, the start is interrupted.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 
 from errand_boy import _direct
-from errand_boy._native import lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,8 +26,8 @@ class Driver:
     """How a start waits.
 
     `run(steps)` runs steps to their end; `conclude(process, steps)` runs those of a start that was
-    interrupted, now or later. With `blocking`, nothing else goes on in this thread meanwhile. With
-    `ends_interrupted`, the command is ended after that.
+    interrupted, now or later. With `blocking`, nothing else goes on in this thread meanwhile: steps
+    wait themselves, and yield nothing. With `ends_interrupted`, the command is ended after that.
     """
 
     def __init__(
@@ -60,7 +58,11 @@ def run(steps: Steps, pause: Callable[[float], Any], wait: Callable[[int, bool],
 
 
 def _block(steps: Steps) -> None:
-    run(steps, time.sleep, lambda fd, writing: lib.eb_await_readable(fd))
+    next(steps, None)  # they wait themselves
 
 
-BLOCKING = Driver(_block, lambda process, steps: _block(steps), blocking=True)
+def _conclude_now(process: Any, steps: Steps) -> None:
+    _block(steps)
+
+
+BLOCKING = Driver(_block, _conclude_now, blocking=True)

@@ -12,6 +12,7 @@ from errand_boy._child import HelperChild, helper_child
 from errand_boy._connection import Connection
 from errand_boy._driver import Driver
 from errand_boy._frame import MOST_ATTEMPTS, acquire
+from errand_boy._native import lib
 from errand_boy._request import Request
 from errand_boy._wire import Failed, Reply, Spawned
 from errand_boy.errors import ErrandBoyError, HelperError, NotServedError
@@ -40,7 +41,7 @@ def by_helper(process: Any, request: Request, source: Any, driver: Driver) -> Ou
                     connection.send(spawn_frame.rest, spawn_frame.fds)
             finally:
                 connection = spawn_frame.connection
-                is_sent = connection is not None and not spawn_frame.rest
+                is_sent = spawn_frame.is_sent or not spawn_frame.rest
                 spawn_frame.done()
             reply = yield from _answer(connection, driver)
             _take(process, connection, reply)
@@ -62,13 +63,13 @@ def by_helper(process: Any, request: Request, source: Any, driver: Driver) -> Ou
 
 
 def _answer(connection: Connection, driver: Driver) -> Generator[Wait, None, Spawned | Failed]:
+    if driver.blocking:
+        lib.eb_await_readable(connection.sock.fileno())
+        return connection.answer()
     while True:
         yield connection.sock.fileno(), False
-        try:
-            return connection.answer(None if driver.blocking else 0.0)
-        except TimeoutError:  # only a part of it has come
-            if driver.blocking:  # it is a signal handler's
-                raise
+        with contextlib.suppress(TimeoutError):  # only a part of it has come
+            return connection.answer(0.0)
 
 
 def _take(process: Any, connection: Connection, reply: Reply) -> None:
