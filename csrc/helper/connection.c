@@ -102,6 +102,8 @@ void eb_connection_close(struct eb_connection *c)
 
 int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame)
 {
+    if (c->in_size == 0)
+        return 0;
     struct eb_reader r = eb_reader(c->in + c->in_at, c->in_size);
     uint32_t size = eb_get_u32(&r);
     uint8_t kind = eb_get_u8(&r);

@@ -1,15 +1,9 @@
 /*
  * Fuzzes eb_request_parse: no input may crash it, and what it accepts must be what it was given.
  *
- *     clang -g -O1 -D_GNU_SOURCE -Icsrc -fsanitize=fuzzer,address,undefined \
- *         -fno-sanitize-recover=all tests/fuzz/fuzz_request.c csrc/spawn/request.c csrc/common/wire.c -o fuzz_request
- *     ./fuzz_request -max_total_time=20 -max_len=4096
+ *     tests/fuzz/run 600      # ten minutes, with libFuzzer, of which it gets the half
  *
- * Without libFuzzer, and with a compiler of your choice, the same for a number of seeds and inputs each:
- *
- *     cc -DSTANDALONE -g -O1 -D_GNU_SOURCE -Icsrc -fsanitize=address,undefined \
- *         -fno-sanitize-recover=all tests/fuzz/fuzz_request.c csrc/spawn/request.c csrc/common/wire.c -o fuzz_request
- *     ./fuzz_request 1 1000000
+ * Built with -DSTANDALONE, it takes a seed and a number of inputs, which are made near to good requests.
  */
 #include <stdio.h>
 #include <stdlib.h>
