@@ -12,12 +12,13 @@ import os
 import signal
 import socket
 import time
-from _queue import SimpleQueue
+from _queue import Empty, SimpleQueue
 from collections.abc import Callable
 from contextlib import suppress
 
 INTERRUPT = signal.SIGUSR1  # must have a handler
 _LOOK = 0.02  # seconds that a close may sleep
+_REST = 5.0  # seconds without work, after which all threads but one end
 _READ = 1 << 16  # bytes
 _MOST_THREADS = 8
 _MOST_WAITING = 256
@@ -56,9 +57,9 @@ class Closer:
         self._call_later = call_later
         self._queue: SimpleQueue[tuple[int, bool]] = SimpleQueue()
         self._since: dict[int, float] = {}  # by thread: when the close began that it is at
-        self._threads = 0
+        self._threads: set[int] = set()
         self._is_looking = False
-        self._start_thread()
+        self._start_thread(None)
 
     @property
     def is_behind(self) -> bool:
@@ -72,14 +73,18 @@ class Closer:
             self._queue.put((fd, read))
             self._look_later()
 
-    def _start_thread(self) -> None:
-        _thread.start_new_thread(self._run, ())
-        self._threads += 1
+    def _start_thread(self, rest: float | None) -> None:
+        """Start one that ends after `rest` seconds without work; None: it never does."""
+        self._threads.add(_thread.start_new_thread(self._run, (rest,)))
 
-    def _run(self) -> None:
+    def _run(self, rest: float | None) -> None:
         me = _thread.get_ident()
         while True:
-            fd, read = self._queue.get()
+            try:
+                fd, read = self._queue.get(timeout=rest)
+            except Empty:
+                self._threads.discard(me)
+                return
             self._since[me] = time.monotonic()
             with suppress(OSError):
                 if read:
@@ -99,8 +104,8 @@ class Closer:
         sleepers = [thread for thread, since in list(self._since.items()) if since < late]
         for thread in sleepers:
             signal.pthread_kill(thread, INTERRUPT)
-        if len(sleepers) == self._threads < _MOST_THREADS:
+        if len(sleepers) == len(self._threads) < _MOST_THREADS:
             with suppress(RuntimeError):  # out of memory
-                self._start_thread()
+                self._start_thread(_REST)
         if self._since or self._queue.qsize():
             self._look_later()
