@@ -81,6 +81,10 @@ REASONS = {
     (CHILD, "rt_sigaction"): "SIGPIPE and SIGXFSZ, which Python ignores, back to their default",
     (CHILD, "rt_sigprocmask"): "the signal mask of the calling thread: all are blocked up to here",
     (CHILD, "setpgid"): "`map`'s commands lead process groups, so that they can be ended whole",
+    (
+        CHILD,
+        "clock_gettime",
+    ): "when its exec begins, for the daemon's latencies, where nobody waits for the exec",
     (CHILD, "execve"): "the command",
     (CHILD, "fchdir"): "the caller's working directory, where the helper does not share it",
     (CHILD, "umask"): "the caller's umask, where the helper does not share it",
