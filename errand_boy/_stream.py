@@ -13,7 +13,7 @@ import struct
 
 from errand_boy import _wire
 from errand_boy._native import lib
-from errand_boy._wire import Failed, Spawned, Splitter
+from errand_boy._wire import Failed, Spawned
 from errand_boy.errors import HelperDiedError, ProtocolError
 
 TYPE_CHECKING = False
@@ -28,28 +28,29 @@ if TYPE_CHECKING:
             """Return the next `size` bytes; fewer at the end only."""
 
 
+_HEADER_SIZE, _unpack_header = _wire.HEADER.size, _wire.HEADER.unpack_from
 _MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
 _END_SIZES = _wire.EXITED.size, _wire.EXITED.size + _MORE.size
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
 _LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
 
-# All that may come, and the least and the most bytes of it.
-_SIZES = {
-    lib.EB_HELLO: (4, 64),
-    lib.EB_SPAWNED: (5, 5),
-    lib.EB_FAILED: (9, 9),
-    lib.EB_EXITED: _END_SIZES,
-    lib.EB_REFUSED: (0, _MOST_REASON),
-    lib.EB_STDOUT: (0, lib.EB_MAX_OUTPUT),
-    lib.EB_STDERR: (0, lib.EB_MAX_OUTPUT),
-    lib.EB_CREDIT: (4, 4),
-    lib.EB_UNREAD: (0, 0),
-}
-
 # Bits of what is awaited of a command: STREAMS, less that for standard input, and the exit.
 _OUTPUTS, _EXIT = 3, 4
-_BITS = {lib.EB_STDOUT: 1, lib.EB_STDERR: 2, lib.EB_EXITED: _EXIT}
+
+# All that may come: the least and the most bytes of it, and which bit it is.
+_KINDS = {
+    lib.EB_HELLO: (4, 64, 0),
+    lib.EB_SPAWNED: (5, 5, 0),
+    lib.EB_FAILED: (9, 9, 0),
+    lib.EB_EXITED: (*_END_SIZES, _EXIT),
+    lib.EB_REFUSED: (0, _MOST_REASON, 0),
+    lib.EB_STDOUT: (0, lib.EB_MAX_OUTPUT, 1),
+    lib.EB_STDERR: (0, lib.EB_MAX_OUTPUT, 2),
+    lib.EB_CREDIT: (4, 4, 0),
+    lib.EB_UNREAD: (0, 0, 0),
+}
+_NONE = (1, 0, 0)
 
 
 class Started:
@@ -128,8 +129,8 @@ class Stream:
         "_input",
         "_is_killed",
         "_request_left",
+        "_rest",
         "_sends_more",
-        "_splitter",
         "_started",
         "_window",
         "ended",
@@ -140,7 +141,7 @@ class Stream:
 
     def __init__(self, greeted: bool = False) -> None:
         self.greeted = greeted
-        self._splitter = Splitter(_SIZES)
+        self._rest = b""  # of a frame that has not come whole
         self._awaited = 0
         self._request_left = 0
         self.unsent = b""
@@ -170,7 +171,7 @@ class Stream:
     @property
     def is_free(self) -> bool:
         """Whether the connection may carry another command."""
-        return not (self._awaited or self.unsent or self._splitter.rest)
+        return not (self._awaited or self.unsent or self._rest)
 
     def count_sent(self, size: int) -> None:
         """Take note that the first `size` bytes of `unsent` have been sent."""
@@ -195,13 +196,21 @@ class Stream:
 
     def receive(self, data: bytes | memoryview) -> Iterator[Event]:
         """Take what has come, and yield what it tells. After Lost, nothing more may be done."""
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        at, end = 0, len(data)
         try:
-            for kind, payload in self._splitter.split(data):
-                if payload is None:
+            while end - at >= _HEADER_SIZE:
+                length, kind = _unpack_header(data, at)
+                least, most, bit = _KINDS.get(kind, _NONE)
+                if not least <= length <= most:
                     raise _unexpected(kind)
-                bit = _BITS.get(kind)
-                if bit is None:
-                    event = self._take(kind, payload)
+                begin, following = at + _HEADER_SIZE, at + _HEADER_SIZE + length
+                if following > end:
+                    break
+                at = following
+                if not bit:
+                    event = self._take(kind, bytes(data[begin:at]))
                     if event is not None:
                         yield event
                         if isinstance(event, Lost):
@@ -211,14 +220,14 @@ class Stream:
                 if not (self._awaited & bit and may_tell):
                     raise _unexpected(kind)
                 self._started = True
-                if bit != _EXIT and payload:
-                    yield Output(bit - 1, payload)
+                if bit == _EXIT:
+                    if length != _END_SIZES[self._brief]:
+                        raise _unexpected(kind)
+                    self.ended = Ended(bytes(data[begin:at]))
+                elif length:
+                    yield Output(bit - 1, bytes(data[begin:at]))
                     continue
                 self._awaited -= bit
-                if bit == _EXIT:
-                    if len(payload) != _END_SIZES[self._brief]:
-                        raise _unexpected(kind)
-                    self.ended = Ended(payload)
                 ended = self.ended
                 if ended is not None and (not self._awaited or self._is_killed):
                     yield ended
@@ -226,6 +235,8 @@ class Stream:
                         return  # what else comes is of those who hold its output
         except ProtocolError as error:
             yield Lost(error)
+        if at < end:
+            self._rest = bytes(data[at:])
 
     def end(self, reset: bool = False) -> Lost:
         """Take note that the connection has ended; `reset`: with ECONNRESET."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from errand_boy._native import lib
 from errand_boy.errors import ProtocolError, RefusedError
@@ -24,9 +24,6 @@ _LIST = struct.Struct("<BII")
 _SPAWNED = struct.Struct("<iB")
 _FAILED = struct.Struct("<iiB")
 EXITED = struct.Struct("<i9Q")
-
-_unpack_header = HEADER.unpack_from
-_NONE = (1, 0)
 
 
 class Spawned:
@@ -150,46 +147,6 @@ def reply(kind: int, payload: bytes) -> Reply | None:
     if kind == lib.EB_EXITED:
         return Exited(*EXITED.unpack(payload))
     return None
-
-
-class Splitter:
-    """Takes frames apart, as their bytes come.
-
-    `sizes`: for each kind that may come, the least and the most bytes of its payload. `rest`: what
-    has come of a frame that is not whole.
-    """
-
-    __slots__ = ("_sizes", "rest")
-
-    def __init__(self, sizes: Mapping[int, tuple[int, int]]) -> None:
-        self._sizes = sizes
-        self.rest = b""
-
-    def split(self, data: bytes | memoryview) -> list[tuple[int, bytes | None]]:
-        """Return the kind and the payload of each frame that `data` completes.
-
-        A frame that may not come has None in place of its payload, as soon as its header is there,
-        and ends all.
-        """
-        if self.rest:
-            data, self.rest = self.rest + data, b""
-        frames: list[tuple[int, bytes | None]] = []
-        at, end = 0, len(data)
-        while end - at >= HEADER.size:
-            length, kind = _unpack_header(data, at)
-            least, most = self._sizes.get(kind, _NONE)
-            if not least <= length <= most:
-                frames.append((kind, None))
-                break
-            begin = at + HEADER.size
-            following = begin + length
-            if following > end:
-                break
-            frames.append((kind, bytes(data[begin:following])))
-            at = following
-        if at < end:
-            self.rest = bytes(data[at:])
-        return frames
 
 
 def check_version(payload: bytes) -> None:
