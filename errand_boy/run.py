@@ -14,7 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.open_standard_streams()
     parser = argparse.ArgumentParser(
         prog="python -m errand_boy.run",
-        description="Be the daemon, or, with a command line, run that through it.",
+        description="Be the daemon, or, with a command line, run that through it. Where users "
+        "have no $XDG_RUNTIME_DIR, all but root listen in errand-boy-UID in $TMPDIR or /tmp.",
     )
     parser.add_argument("command_line", nargs="?", metavar="COMMAND")
     args.add_serve_options(parser)
