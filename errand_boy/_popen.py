@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 from errand_boy import _child, _driver, _start
 from errand_boy._child import HelperChild
@@ -53,6 +54,12 @@ class Popen(_Base[AnyStr]):
             if no_new_privs:
                 self._more = {**self._more, "no_new_privs": True}
             super().__init__(*args, **kwargs)
+
+        if sys.flags.warn_default_encoding:
+            # EncodingWarning names the first caller that is not in subprocess's own file.
+            __init__.__code__ = __init__.__code__.replace(
+                co_filename=_Stdlib.__init__.__code__.co_filename
+            )
 
     def _execute_child(self, *given: Any) -> None:
         _start.execute(
