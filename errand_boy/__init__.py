@@ -77,16 +77,17 @@ def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, 
 
     `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and, for
     that command, `input`, `timeout`, `shell`, `cwd`, `env`, `umask`, `start_new_session`,
-    `process_group`, `restore_signals`. They are taken as results are: an endless iterator will do.
-    What it raises is raised when the results of the commands before that have been taken.
+    `process_group`, `restore_signals`, `no_new_privs`. They are taken as results are: an endless
+    iterator will do. What it raises is raised when the results of the commands before that have
+    been taken.
 
     `max_workers`: how many run at once; by default four for each CPU.
     `ordered` (true): results come in the order of the commands, else as the commands end.
     `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as
     subprocess.run has them, but that output is captured unless `stdout` or `stderr` is given or
     `capture_output` is false, and that standard input is /dev/null without `input`.
-    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`: as
-    Popen has them, for the commands whose mappings say nothing else.
+    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`,
+    `no_new_privs`: as Popen has them, for the commands whose mappings say nothing else.
     `max_output`: bytes of each output that are kept; with `spool`, all of a longer one is in a
     temporary file.
     `check`: raise at the first Result that is no success. Else a command that can't be started is a

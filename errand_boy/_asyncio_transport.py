@@ -49,9 +49,9 @@ class Deferred(_popen.Popen[bytes]):
     _conclusion: Any = None  # what is left of one that was interrupted
 
     def _execute_child(self, *given: Any) -> None:
-        original, more = _popen._Stdlib._execute_child, self._more_options
+        original = _popen._Stdlib._execute_child
         self._given = given
-        self._steps = _start.begin(self, given, original, self._source, _DRIVER, more)
+        self._steps = _start.begin(self, given, original, self._source, _DRIVER, self._more)
 
     async def begin(self) -> _Watch:
         """Start the command. Raises what the constructor of subprocess.Popen does."""

@@ -139,6 +139,7 @@ class Batch:
         start_new_session: bool = False,
         process_group: int | None = None,
         restore_signals: bool = True,
+        no_new_privs: bool = False,
     ) -> None:
         if max_workers is None:
             max_workers = _PER_CPU * len(os.sched_getaffinity(0))
@@ -174,6 +175,7 @@ class Batch:
             "start_new_session": start_new_session,
             "process_group": process_group,
             "restore_signals": restore_signals,
+            "no_new_privs": no_new_privs,
         }
         self._templates = Templates(source, self._options, stdout, stderr)
         self._ahead = max(_LEAST_AHEAD, 4 * max_workers)

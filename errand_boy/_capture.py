@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PIPE = subprocess.PIPE
 _INPUTS = (None, subprocess.DEVNULL)
 _OUTPUTS = (None, subprocess.DEVNULL, _PIPE)
-_SETTINGS = {"cwd", "env", "umask", "restore_signals", "start_new_session"}
+_SETTINGS = {"cwd", "env", "umask", "restore_signals", "start_new_session", "no_new_privs"}
 if sys.version_info >= (3, 11):
     _SETTINGS.add("process_group")
 _TEXT = {"text", "universal_newlines", "encoding", "errors"}

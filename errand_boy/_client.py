@@ -22,7 +22,7 @@ from errand_boy.errors import NoDaemonError, RefusedError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import resource
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Mapping
     from typing import Any, AnyStr
 
     from errand_boy._address import Address
@@ -93,8 +93,7 @@ class Popen(_popen.Popen[AnyStr]):
         **kwargs: Any,
     ) -> None:
         if kill_on_client_exit:
-            milliseconds = _request.milliseconds(kill_grace, "kill_grace")
-            self._more_options = _wire.number(lib.EB_TAG_ON_CLOSE, milliseconds)
+            self._more = {"on_close": _request.milliseconds(kill_grace, "kill_grace")}
         super().__init__(*args, **kwargs)
 
     @property
@@ -195,7 +194,7 @@ class Client:
         """Return "helper"."""
         return "helper"
 
-    def check_function(self, preexec_fn: Callable[[], Any]) -> None:
+    def check_function(self, preexec_fn: Callable[[], Any], more: Mapping[str, Any]) -> None:
         """Raise ValueError."""
         raise ValueError(
             "the daemon accepts no preexec_fn but os.setsid and os.setpgrp: use user=, group=, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 from errand_boy import _child, _driver, _start
 from errand_boy._child import HelperChild
@@ -32,6 +33,11 @@ class Popen(_Base[AnyStr]):
     `preexec_fn` may be None, os.setsid or os.setpgrp; any other function runs the standard
     library's way, by a fork of this process, with a warning.
 
+    With `no_new_privs`, neither the command nor what it starts gains privileges by an execution:
+    set-user-ID bits and file capabilities have no effect (prctl(2), PR_SET_NO_NEW_PRIVS). It can't
+    be given with a `preexec_fn` that forks (ValueError), and where the system lacks what is needed,
+    or with ``ERRAND_BOY_SPAWN=posix``, the constructor raises OSError (ENOTSUP).
+
     Where a helper is needed, the constructor also raises HelperError if there is none, and
     HelperDiedError if it ends in the middle of a start. ``ERRAND_BOY_SPAWN=direct`` makes it raise
     OSError (ENOTSUP, ENOSYS) for what can't be started in this process; a value that is unknown
@@ -40,11 +46,24 @@ class Popen(_Base[AnyStr]):
 
     _source: Any = _start.LOCAL
     _helper_child: HelperChild | None = None
-    _more_options = b""
+    _more = _start.NOTHING  # settings that the standard library does not have
+
+    if not TYPE_CHECKING:  # a type checker knows the parameters of the standard library's
+
+        def __init__(self, *args: Any, no_new_privs: bool = False, **kwargs: Any) -> None:
+            if no_new_privs:
+                self._more = {**self._more, "no_new_privs": True}
+            super().__init__(*args, **kwargs)
+
+        if sys.flags.warn_default_encoding:
+            # EncodingWarning names the first caller that is not in subprocess's own file.
+            __init__.__code__ = __init__.__code__.replace(
+                co_filename=_Stdlib.__init__.__code__.co_filename
+            )
 
     def _execute_child(self, *given: Any) -> None:
         _start.execute(
-            self, given, _Stdlib._execute_child, self._source, _driver.BLOCKING, self._more_options
+            self, given, _Stdlib._execute_child, self._source, _driver.BLOCKING, self._more
         )
 
     def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:

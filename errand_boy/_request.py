@@ -98,12 +98,15 @@ def settings(
     gids: list[int] | None = None,
     gid: int | None = None,
     uid: int | None = None,
+    on_close: int | None = None,
+    no_new_privs: bool = False,
 ) -> tuple[bytes, int]:
     """Return the options for what a command gets, and the flags of the request.
 
     The names are those of Popen's parameters, or of those that it derives from them; without a
-    `process_group`, the group is `default_group`, or if that is negative the caller's. Raises
-    ValueError, TypeError and OverflowError as subprocess.Popen does.
+    `process_group`, the group is `default_group`, or if that is negative the caller's; `on_close`
+    is the option of that name. Raises ValueError, TypeError and OverflowError as subprocess.Popen
+    does.
     """
     flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
     options = b""
@@ -129,6 +132,10 @@ def settings(
         options += _wire.number(lib.EB_TAG_GID, _id(gid, "gid"))
     if uid is not None and uid >= 0:
         options += _wire.number(lib.EB_TAG_UID, _id(uid, "uid"))
+    if on_close is not None:
+        options += _wire.number(lib.EB_TAG_ON_CLOSE, on_close)
+    if no_new_privs:
+        options += _wire.option(lib.EB_TAG_NO_NEW_PRIVS)
     return options, flags
 
 
@@ -209,7 +216,6 @@ def streamed(
     stdout: Any,
     stderr: Any,
     *,
-    on_close: int,
     brief: bool,
     process_group: int | None = None,
     **given: Any,
@@ -217,13 +223,13 @@ def streamed(
     """Return what is streamed, as STREAMS has it, and the request.
 
     `command` are its options; `stdin`, `stdout` and `stderr` are as for Popen, but that the pipes
-    are the helper's; `on_close` and `brief` are the options of these names; the rest goes to
-    `settings`. The command leads a group of its own, unless told otherwise.
+    are the helper's; with `brief` it has COALESCE; the rest goes to `settings`. The command leads a
+    group of its own, unless told otherwise.
     """
     streams, made, fds = _made_by_helper(stdin, stdout, stderr)
     group = -1 if process_group is None else process_group
     what, flags = settings(process_group=group, default_group=0, **given)
-    options = command + what + made + _wire.number(lib.EB_TAG_ON_CLOSE, on_close)
+    options = command + what + made
     if brief:
         options += _wire.option(lib.EB_TAG_COALESCE)
     return streams, Request(options, fds, (), flags | lib.EB_WITHOUT_STANDARD)

@@ -6,11 +6,12 @@ What was sent to a helper when a start is interrupted is concluded, so that no c
 
 from __future__ import annotations
 
+import errno
 import os
 import posix
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from errand_boy import _direct, _request, _ways, _wire
 from errand_boy._driver import BLOCKING, Driver
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from errand_boy._driver import Outcome, Steps
     from errand_boy._frame import SpawnFrame
 
+NOTHING: Mapping[str, Any] = {}
 _LOOK = 100_000  # microseconds, after which a start that is pending is looked at whatever happens
 
 
@@ -46,8 +48,10 @@ class Local:
 
         return _helper.launcher.until_reachable()
 
-    def check_function(self, preexec_fn: Callable[[], Any]) -> None:
-        """Warn that a `preexec_fn` can't be sent."""
+    def check_function(self, preexec_fn: Callable[[], Any], more: Mapping[str, Any]) -> None:
+        """Warn that a `preexec_fn` can't be sent; raise ValueError if `more` can't be without."""
+        if more:
+            raise ValueError(f"{_names(more)} can't be given with a preexec_fn that needs a fork")
         _warn_of_fork(preexec_fn)
 
 
@@ -60,7 +64,7 @@ def execute(
     original: Callable[..., None],
     source: Any = LOCAL,
     driver: Driver = BLOCKING,
-    more: bytes = b"",
+    more: Mapping[str, Any] = NOTHING,
 ) -> None:
     """Start a command; the arguments are those of `begin`."""
     steps = begin(process, given, original, source, driver, more)
@@ -74,14 +78,14 @@ def begin(
     original: Callable[..., None],
     source: Any,
     driver: Driver,
-    more: bytes,
+    more: Mapping[str, Any],
 ) -> Steps | None:
     """Start a command as far as that goes without waiting; return the rest, or None.
 
     `process` is of any class; its `pid` and `_child_created` are set as soon as there is a child,
     and `_helper_child` where a helper owns that. `given` are the arguments of subprocess.Popen's
     _execute_child, `original` is the method that is called with both where this is not our way.
-    `source` is Local or a daemon; `more` are options for the request.
+    `source` is Local or a daemon; `more` are settings that the standard library does not have.
     """
     # Follows CPython's _execute_child of 3.13, which gives the reasons.
     args: Any
@@ -96,13 +100,13 @@ def begin(
     elif preexec_fn is os.setpgrp:
         process_group = 0
     elif preexec_fn is not None:
-        source.check_function(preexec_fn)
+        source.check_function(preexec_fn, more)
         original(process, *given)
         return None
     has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
     way = source.way(has_ids)
     if way == "subprocess":
-        original(process, *given)
+        _by_the_standard_library(process, given, original, more)
         return None
 
     args = _request.arguments(args, shell, executable)
@@ -121,8 +125,9 @@ def begin(
         gids=gids,
         gid=gid,
         uid=uid,
+        **more,
     )
-    options = _request.command(args, executable, env) + more + settings
+    options = _request.command(args, executable, env) + settings
     standard = _request.standard(p2cread, c2pwrite, errwrite)
     others = _request.others(pass_fds) if pass_fds else []
 
@@ -150,7 +155,7 @@ def begin(
         if standard != (-1, -1, -1):
             close_ends(process, given)
         return None
-    steps = _directly(process, given, original, source, driver, outcome)
+    steps = _directly(process, given, original, source, driver, outcome, more)
     return _finish(process, given, names, steps)
 
 
@@ -189,6 +194,7 @@ def _directly(
     source: Any,
     driver: Driver,
     outcome: Any,
+    more: Mapping[str, Any],
 ) -> Outcome:
     """Await the outcome of a start in this process; `outcome` is what `_direct.spawn` returned."""
     if not isinstance(outcome, tuple):
@@ -207,8 +213,20 @@ def _directly(
         return failed
     _direct.give_up()
     source.way(False)  # raises where the direct way is forced
-    original(process, *given)
+    _by_the_standard_library(process, given, original, more)
     return None
+
+
+def _by_the_standard_library(
+    process: Any, given: tuple[Any, ...], original: Callable[..., None], more: Mapping[str, Any]
+) -> None:
+    if more:
+        raise OSError(errno.ENOTSUP, f"{_names(more)} can't be given on this system")
+    original(process, *given)
+
+
+def _names(more: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}=" for name in more)
 
 
 _warned: set[tuple[str, int]] = set()

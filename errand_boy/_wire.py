@@ -96,6 +96,8 @@ def spawn_error(failed: Failed, executable: Any, cwd: Any) -> OSError:
         return OSError(failed.errno, text, cwd)
     if failed.stage == lib.EB_STAGE_EXEC:
         return OSError(failed.errno, text, executable)
+    if failed.stage == lib.EB_STAGE_NO_NEW_PRIVS:
+        text = f"{text}: no_new_privs"
     return OSError(failed.errno, text)
 
 

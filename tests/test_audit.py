@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 from conftest import PATIENCE, run_script
 from daemon import Daemon, started_daemon
+from errand_boy._native import lib
 
 import errand_boy
 from errand_boy import _wire
@@ -113,7 +114,9 @@ PEER = cast(Peer, Client())
 
 def ended(*argv: str, status: int = 0, error: int = 0, since: int = 1_000) -> Ended:
     words = b"".join(os.fsencode(word) + b"\0" for word in argv)
-    head = struct.pack("<IiiiBQQQQQ", 1, 77, status, error, 14, since, 2_000_000, 1, 2, 3)
+    head = struct.pack(
+        "<IiiiBQQQQQ", 1, 77, status, error, lib.EB_STAGE_EXEC, since, 2_000_000, 1, 2, 3
+    )
     return Ended(head + b"".join(struct.pack("<I", len(t)) + t for t in (b"/tmp", words)))
 
 
@@ -177,4 +180,4 @@ def test_nonsense_of_a_helper(bad: dict[str, int]) -> None:
         ended("true", **bad)
     with pytest.raises(struct.error):
         Ended(bytes(60))
-    assert _wire.stage_name(14) == "exec"
+    assert _wire.stage_name(lib.EB_STAGE_EXEC) == "exec"

@@ -104,6 +104,7 @@ OPTIONS = {
     "STREAMS": (_wire.option(lib.EB_TAG_STREAMS, b"\2"), "2"),
     "NULL": (_wire.option(lib.EB_TAG_NULL, b"\0"), "0"),
     "COALESCE": (_wire.option(lib.EB_TAG_COALESCE), ""),
+    "NO_NEW_PRIVS": (_wire.option(lib.EB_TAG_NO_NEW_PRIVS), ""),
     "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())

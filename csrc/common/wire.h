@@ -136,7 +136,8 @@ enum eb_tag {
                                there are many or 50 ms have passed; EXITED has two more fields, u64 microseconds
                                from the start to the end and i32 pid */
     EB_TAG_SIGDEFAULT = 22, /* u64: signals that get the default action, whatever else is said of them */
-    EB_TAG_END              /* one past the last */
+    EB_TAG_NO_NEW_PRIVS = 23,
+    EB_TAG_END /* one past the last */
 };
 
 #define EB_JOINED 8             /* a bit of STREAMS */
@@ -157,7 +158,8 @@ enum eb_stage {
     EB_STAGE_GROUPS = 11,
     EB_STAGE_GID = 12,
     EB_STAGE_UID = 13,
-    EB_STAGE_EXEC = 14,
+    EB_STAGE_NO_NEW_PRIVS = 14,
+    EB_STAGE_EXEC = 15,
 };
 
 /* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */

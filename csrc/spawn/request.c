@@ -15,7 +15,7 @@ struct value {
 };
 
 static const struct {
-    char name[12];
+    char name[16];
     int8_t size; /* exact; -1: checked by the reader of the value */
 } options[EB_TAG_END] = {
     [EB_TAG_EXECUTABLES] = {"EXECUTABLES", -1},
@@ -40,6 +40,7 @@ static const struct {
     [EB_TAG_NULL] = {"NULL", 1},
     [EB_TAG_COALESCE] = {"COALESCE", 0},
     [EB_TAG_SIGDEFAULT] = {"SIGDEFAULT", 8},
+    [EB_TAG_NO_NEW_PRIVS] = {"NO_NEW_PRIVS", 0},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)

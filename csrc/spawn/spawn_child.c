@@ -14,6 +14,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -212,6 +213,8 @@ EB_BARE int eb_child(void *arg)
         STEP(GID, eb_raw(SYS_setresgid, q->gid, q->gid, q->gid, 0));
     if (eb_has(q, EB_TAG_UID))
         STEP(UID, eb_raw(SYS_setresuid, q->uid, q->uid, q->uid, 0));
+    if (eb_has(q, EB_TAG_NO_NEW_PRIVS))
+        STEP(NO_NEW_PRIVS, eb_raw5(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     if (eb_has(q, EB_TAG_SIGMASK))
         STEP(SIGNALS, eb_raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&q->sigmask, 0, sizeof q->sigmask));
     if (job->timed)

@@ -116,6 +116,8 @@ static enum eb_stage unsupported(const struct eb_request *q)
         return EB_STAGE_GID;
     if (eb_has(q, EB_TAG_UID))
         return EB_STAGE_UID;
+    if (eb_has(q, EB_TAG_NO_NEW_PRIVS))
+        return EB_STAGE_NO_NEW_PRIVS;
     return 0;
 }
 

@@ -95,6 +95,8 @@ static void print_request(const struct eb_request *q)
         printf("NULL %u\n", (unsigned)q->nulls);
     if (eb_has(q, EB_TAG_COALESCE))
         printf("COALESCE\n");
+    if (eb_has(q, EB_TAG_NO_NEW_PRIVS))
+        printf("NO_NEW_PRIVS\n");
     if (eb_has(q, EB_TAG_ON_CLOSE))
         printf("ON_CLOSE %u\n", (unsigned)q->on_close_ms);
 }
