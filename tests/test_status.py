@@ -149,10 +149,10 @@ class FakeHelper:
 def test_answer_is_bounded() -> None:
     """However many commands run, and whatever their arguments are."""
     loop = Loop(Log("error", "text"))
-    pool = Pool(loop, Options(socket="none"))
+    pool = Pool(loop, Options(socket="none"), 1024)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        peer = Peer(ours)
+        peer = Peer.of(ours)
         report = Report()
         argv = ["\x01" * 99, "\udcff" * 99]
         report.commands = [Command(n, n, 0.0, argv) for n in range(40_000)]

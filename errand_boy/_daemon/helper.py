@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -13,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from typing import NamedTuple
 
 from errand_boy import _wire
 from errand_boy._daemon.loop import Loop
@@ -21,8 +21,11 @@ from errand_boy._daemon.report import FILE_SIZE, Report
 from errand_boy._daemon.strangers import DescriptorsError, receive
 from errand_boy._native import lib
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "errand-boy-helper")
-_OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # before the server raises it
 _CONTROL_FD, _FIGURES_FD = 3, 4
 _LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
 _MOST_LAST_READS = 64
@@ -33,7 +36,33 @@ _ADOPT = struct.Struct("<IB")
 
 OnFrame = Callable[["Helper", int, bytes], None]
 Unserved = list[tuple[int, socket.socket]]
+Keep = Callable[[int], int]  # has a descriptor stay open in the server's successor, and returns it
 OnExit = Callable[["Helper", int, Unserved], None]
+
+
+class Process(NamedTuple):
+    """A helper's process. `figures`: the file in which it keeps what it does."""
+
+    pid: int
+    sock: socket.socket  # our end of its control socket
+    figures: int
+
+
+def start(options: Sequence[str], credentials: Credentials | None) -> Process:
+    """Start a helper's process, which is to become the user of `credentials`. Raises OSError."""
+    with ExitStack() as undo:
+        ours, theirs = socket.socketpair()
+        undo.callback(ours.close)
+        with theirs:
+            # Its figures, to be read here in case that it is killed.
+            figures = os.memfd_create("errand-boy-figures")
+            undo.callback(os.close, figures)
+            os.ftruncate(figures, FILE_SIZE)
+            pid = _spawn(options, credentials, theirs.fileno(), figures)
+        undo.pop_all()
+    with suppress(OSError):  # it has ended already
+        ours.send(_wire.OPENING, socket.MSG_NOSIGNAL)
+    return Process(pid, ours, figures)
 
 
 class Helper:
@@ -45,21 +74,23 @@ class Helper:
     has not answered for `patience` seconds.
 
     `on_frame` is called with each frame from it, `on_exit` once, with its exit status and with the
-    connections that it was to be handed: their ids and sockets. Raises OSError if it cannot start.
+    connections that it was to be handed: their ids and sockets.
     """
 
     def __init__(
         self,
         loop: Loop,
-        options: Sequence[str],
+        process: Process,
         credentials: Credentials | None,
         on_frame: OnFrame,
         on_exit: OnExit,
         patience: float,
     ) -> None:
+        self.pid, self._sock, self._figures = process
         self.credentials = credentials
         self.connections: set[int] = set()
         self.is_ready = credentials is None
+        self.is_full = False  # to be replaced
         self.draining = False
         self.gone = False  # seen before its end was told
         self.started = time.monotonic()
@@ -74,20 +105,8 @@ class Helper:
         self._questions: deque[Callable[[Report | None], None]] = deque()
         self._inbox = bytearray()
         self._outbox: deque[tuple[bytes, socket.socket | None]] = deque()
-        with ExitStack() as undo:
-            self._sock, theirs = socket.socketpair()
-            undo.callback(self._sock.close)
-            with theirs:
-                # Its figures, to be read here in case that it is killed.
-                self._figures = os.memfd_create("errand-boy-figures")
-                undo.callback(os.close, self._figures)
-                os.ftruncate(self._figures, FILE_SIZE)
-                self.pid = _start(options, credentials, theirs.fileno(), self._figures)
-            self._sock.setblocking(False)
-            undo.pop_all()
+        self._sock.setblocking(False)
         self._selector.register(self._sock, selectors.EVENT_READ, self._on_control)
-        with suppress(OSError):  # it has ended already
-            self._sock.send(_wire.OPENING, socket.MSG_NOSIGNAL)
 
     def adopt(self, connection: int, flags: int, sock: socket.socket) -> None:
         """Let it serve `sock`, which is taken."""
@@ -236,27 +255,67 @@ class Helper:
                 if not self._read():
                     break
         self._loop.closer.close(self._sock)
-        self.report = Report.read(self._figures)
+        self.report = self.counted()
         os.close(self._figures)
-        unserved = [
+        self._exited(self, os.waitstatus_to_exitcode(status), self.unserved())
+        for answer in self._questions:
+            answer(None)
+
+    def counted(self) -> Report:
+        """Return the counts that it keeps itself, whether it lives or not."""
+        return Report.read(self._figures)
+
+    def unserved(self) -> Unserved:
+        """Return the connections that have not been sent to it."""
+        return [
             (_ADOPT.unpack_from(frame, _wire.HEADER.size)[0], passed)
             for frame, passed in self._outbox
             if passed is not None
         ]
-        self._exited(self, os.waitstatus_to_exitcode(status), unserved)
-        for answer in self._questions:
-            answer(None)
+
+    def state(self, keep: Keep) -> dict[str, Any]:
+        """Return what the server's successor has to know of it, for `restored`."""
+        return {
+            "process": [self.pid, keep(self._sock.fileno()), keep(self._figures)],
+            "connections": list(self.connections),
+            "is_ready": self.is_ready,
+            "is_full": self.is_full,
+            "draining": self.draining,
+            "gone": self.gone,
+            "started": self.started,
+            "asked_at": self._asked_at,
+            "questions": len(self._questions),
+            "inbox": self._inbox.hex(),
+            "outbox": [
+                (frame.hex(), None if passed is None else keep(passed.fileno()))
+                for frame, passed in self._outbox
+            ],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the place of the one whose `state` this is."""
+        self.connections.update(state["connections"])
+        self.is_ready = state["is_ready"]
+        self.is_full = state["is_full"]
+        self.draining = state["draining"]
+        self.gone = state["gone"]
+        self.started = state["started"]
+        self.report = self.counted()
+        self._asked_at = state["asked_at"]
+        # Those who asked have gone; the answers come all the same.
+        self._questions.extend([lambda report: None] * state["questions"])
+        self._inbox += bytes.fromhex(state["inbox"])
+        for frame, fd in state["outbox"]:
+            passed = None if fd is None else socket.socket(fileno=fd)
+            self._outbox.append((bytes.fromhex(frame), passed))
+        if self.is_ready and not self.gone:
+            self._flush()
 
 
-def _start(
+def _spawn(
     options: Sequence[str], credentials: Credentials | None, control: int, figures: int
 ) -> int:
-    arguments = [
-        f"errand-boy: helper of {os.getpid()}",
-        f"--open-files={_OPEN_FILES}",
-        "--counters",
-        *options,
-    ]
+    arguments = [f"errand-boy: helper of {os.getpid()}", "--counters", *options]
     if credentials is not None:
         uid, gid, groups = credentials
         arguments += [f"--uid={uid}", f"--gid={gid}"]

@@ -41,6 +41,16 @@ class Table:
         """Return those of user `uid`."""
         return self._users.get(uid, self._default)
 
+    def state(self) -> list[Any]:
+        """Return what was read last, for `restore`."""
+        return [self._default, list(self._users.items())]
+
+    def restore(self, state: list[Any]) -> None:
+        """Have it be as it was."""
+        default, users = state
+        self._default = Limits(*default)
+        self._users = {uid: Limits(*limits) for uid, limits in users}
+
     def read(self) -> None:
         """Read the file, again. Raises LimitsError; then all stays as it was."""
         if self._path is None:

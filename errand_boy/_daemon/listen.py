@@ -12,6 +12,10 @@ from contextlib import suppress
 
 from errand_boy import _address
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _FIRST_PASSED = 3  # SD_LISTEN_FDS_START
 _BACKLOG = 4096  # the kernel's net.core.somaxconn bounds it
 _LONGEST = 107  # bytes of a path in struct sockaddr_un, without its NUL
@@ -24,18 +28,34 @@ class ListenError(Exception):
 class Listener:
     """A listening socket, and the lock that keeps other daemons from its path.
 
-    `path` is where it listens. The socket is non-blocking.
+    `path` is where it listens, `bound` the device and number of the socket there, if it is ours.
+    The socket is non-blocking.
     """
 
-    def __init__(self, sock: socket.socket, path: str, lock: int | None) -> None:
+    def __init__(
+        self, sock: socket.socket, path: str, lock: int | None, bound: tuple[int, int] | None
+    ) -> None:
         sock.setblocking(False)
         sock.set_inheritable(False)
         self.sock = sock
         self.path = path
         self._lock = lock
-        if lock is not None:
-            info = os.stat(path)
-            self._bound = (info.st_dev, info.st_ino)
+        self._bound = bound
+
+    def state(self, keep: Callable[[int], int]) -> dict[str, Any]:
+        """Return what the server's successor has to know of it, for `of_state`."""
+        return {
+            "sock": keep(self.sock.fileno()),
+            "path": self.path,
+            "lock": None if self._lock is None else keep(self._lock),
+            "bound": self._bound,
+        }
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Listener:
+        """Return the one whose `state` this is."""
+        bound = None if state["bound"] is None else tuple(state["bound"])
+        return cls(socket.socket(fileno=state["sock"]), state["path"], state["lock"], bound)
 
     def close(self, close: Callable[[socket.socket], object] = socket.socket.close) -> None:
         """Stop listening; the path is free for another daemon after it.
@@ -110,7 +130,8 @@ def _bind(path: str, mode: int) -> Listener:
         finally:
             os.umask(before)
         sock.listen(_BACKLOG)
-        return Listener(sock, path, lock)
+        info = os.stat(path)
+        return Listener(sock, path, lock, (info.st_dev, info.st_ino))
     except BaseException:
         sock.close()
         os.close(lock)
@@ -153,20 +174,20 @@ def _passed() -> Listener | None:
         raise ListenError(f"the descriptor from systemd: {error.strerror}") from None
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
         raise ListenError("the socket from systemd is no listening Unix stream socket")
-    return Listener(sock, os.fsdecode(path), None)
+    return Listener(sock, os.fsdecode(path), None, None)
 
 
 class Supervisor:
-    """systemd, or what else reads NOTIFY_SOCKET; commands do not inherit that."""
+    """systemd, or what else listens at `address`; "": nobody."""
 
-    def __init__(self) -> None:
-        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+    def __init__(self, address: str) -> None:
+        self.address = address
 
     def notify(self, state: str) -> None:
         """Send `state`, such as "READY=1"; does nothing if nobody reads it."""
-        if not self._address:
+        if not self.address:
             return
-        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
+        address = "\0" + self.address[1:] if self.address[0] == "@" else self.address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)

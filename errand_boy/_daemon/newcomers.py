@@ -7,7 +7,7 @@ import selectors
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from errand_boy import _wire
 from errand_boy._daemon.loop import Loop
@@ -23,13 +23,13 @@ class Newcomer:
 
     __slots__ = ("deadline", "fd", "has_descriptors", "peer", "refusal", "sock")
 
-    def __init__(self, sock: socket.socket, peer: Peer, refusal: str, patience: float) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, refusal: str, deadline: float) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
         self.refusal = refusal
         self.has_descriptors = False  # with its first bytes
-        self.deadline = time.monotonic() + patience
+        self.deadline = deadline  # of time.monotonic()
 
     def first(self) -> bytes | None:
         """Return the bytes that tell what it is, unread; b"" if it has gone, None if they lack."""
@@ -65,6 +65,10 @@ class Newcomers:
         # again and again.
         self._edges = select.epoll()
         loop.selector.register(self._edges, selectors.EVENT_READ, self._on_edges)
+
+    def __iter__(self) -> Iterator[Newcomer]:
+        """Iterate over those that are waited for."""
+        return iter(self._waiting.values())
 
     def __len__(self) -> int:
         """Return how many are waited for."""

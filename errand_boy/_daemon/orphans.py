@@ -17,35 +17,68 @@ from typing import NamedTuple
 
 from errand_boy._daemon.loop import Loop
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def end(loop: Loop, commands: Iterable[tuple[int, int]], uid: int) -> None:
-    """End the process groups of `commands`: pids, and milliseconds from SIGTERM to SIGKILL.
+class Orphans:
+    """Those that have been sent SIGTERM, and will be sent SIGKILL."""
 
-    This is done with the rights of the user `uid`.
-    """
-    groups: dict[int, set[int]] = {}
-    for pid, grace in commands:
-        process = _look_at(pid)
-        if process is not None and process.parent == os.getpid():
-            groups.setdefault(grace, set()).add(pid)
-    if not groups:
-        return
-    now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    _signal(set().union(*groups.values()), uid, signal.SIGTERM, signal.SIGCONT)
-    for grace, some in groups.items():
-        loop.call_later(grace / 1000, partial(_kill, some, uid, now))
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._doomed: list[_Doomed] = []
+
+    def end(self, commands: Iterable[tuple[int, int]], uid: int) -> None:
+        """End the process groups of `commands`: pids, and milliseconds from SIGTERM to SIGKILL.
+
+        This is done with the rights of the user `uid`.
+        """
+        groups: dict[int, set[int]] = {}
+        for pid, grace in commands:
+            process = _look_at(pid)
+            if process is not None and process.parent == os.getpid():
+                groups.setdefault(grace, set()).add(pid)
+        if not groups:
+            return
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        _signal(set().union(*groups.values()), uid, signal.SIGTERM, signal.SIGCONT)
+        for grace, some in groups.items():
+            self._doom(_Doomed(sorted(some), uid, now, time.monotonic() + grace / 1000))
+
+    def state(self) -> list[Any]:
+        """Return what the server's successor has to know of them, for `restore`."""
+        return list(self._doomed)
+
+    def restore(self, state: list[Any]) -> None:
+        """Take the place of those whose `state` this is."""
+        for doomed in state:
+            self._doom(_Doomed(*doomed))
+
+    def _doom(self, doomed: _Doomed) -> None:
+        self._doomed.append(doomed)
+        rest = max(0.0, doomed.at - time.monotonic())
+        self._loop.call_later(rest, partial(self._kill, doomed))
+
+    def _kill(self, doomed: _Doomed) -> None:
+        self._doomed.remove(doomed)
+        leaders = {pid: _look_at(pid) for pid in doomed.groups}
+        _signal(
+            {pid for pid, leader in leaders.items() if not leader or leader.start <= doomed.since},
+            doomed.uid,
+            signal.SIGKILL,
+        )
 
 
-def _kill(groups: set[int], uid: int, since: float) -> None:
-    """Send SIGKILL, but not to a group whose leader has got its number since then."""
-    leaders = {pid: _look_at(pid) for pid in groups}
-    _signal(
-        {pid for pid, leader in leaders.items() if not leader or leader.start <= since},
-        uid,
-        signal.SIGKILL,
-    )
+class _Doomed(NamedTuple):
+    """Groups for SIGKILL, but for one whose leader has got its number since they were orphaned."""
+
+    groups: list[int]
+    uid: int
+    since: float  # of CLOCK_BOOTTIME
+    at: float  # of time.monotonic()
 
 
 class _Process(NamedTuple):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from errand_boy._address import credentials
 from errand_boy._native import ffi, lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _SO_PEERGROUPS = 59
 _MOST_GROUPS = 1 << 16  # NGROUPS_MAX
@@ -21,19 +26,32 @@ class Credentials(NamedTuple):
     groups: tuple[int, ...]
 
     @classmethod
+    def of_state(cls, state: Sequence[Any]) -> Credentials:
+        """Return those that became `state` in JSON."""
+        uid, gid, groups = state
+        return cls(uid, gid, tuple(groups))
+
+    @classmethod
     def own(cls) -> Credentials:
         """Return those of this process."""
         return cls(os.geteuid(), os.getegid(), tuple(sorted(os.getgroups())))
 
 
 class Peer:
-    """Who has connected, as the kernel noted it then. Raises OSError if it cannot tell."""
+    """Who has connected, as the kernel noted it then."""
 
     __slots__ = ("credentials", "pid", "uid")
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.pid, self.uid, gid = credentials(sock)
-        self.credentials = Credentials(self.uid, gid, _groups(sock))
+    def __init__(self, pid: int, credentials: Credentials) -> None:
+        self.pid = pid
+        self.uid = credentials.uid
+        self.credentials = credentials
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Peer:
+        """Return who is at the other end of `sock`. Raises OSError if the kernel cannot tell."""
+        pid, uid, gid = credentials(sock)
+        return cls(pid, Credentials(uid, gid, _groups(sock)))
 
 
 def _groups(sock: socket.socket) -> tuple[int, ...]:

@@ -8,18 +8,23 @@ import time
 from contextlib import suppress
 
 from errand_boy import _wire
-from errand_boy._daemon import orphans
 from errand_boy._daemon.audit import Audit, Ended
-from errand_boy._daemon.helper import ID, Helper, Unserved
+from errand_boy._daemon.helper import ID, Helper, Keep, Unserved
 from errand_boy._daemon.limits import Limits, LimitsError, Table
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
+from errand_boy._daemon.orphans import Orphans
 from errand_boy._daemon.peer import Credentials, Peer
 from errand_boy._daemon.report import Report
 from errand_boy._daemon.turns import Turns
 from errand_boy._daemon.user import User
 from errand_boy._native import lib
 from errand_boy._timers import Timer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 _MOST_SETS = 8  # of credentials of one user: newgrp(1) makes another one
 
@@ -28,28 +33,31 @@ class Pool:
     """The helpers of a server.
 
     As root it has some for each set of credentials that uses it, else it has its own only.
+    `open_files` is the soft limit of open files for commands whose request has none.
     """
 
-    def __init__(self, loop: Loop, options: Options) -> None:
+    def __init__(self, loop: Loop, options: Options, open_files: int) -> None:
         self.retired = Report()  # the counts of helpers that have ended
         self.lost = 0  # helpers that ended without being told to
         self.lost_commands = 0  # that they had live: their ends are not known
         self.limits = Table(options.limits, Limits(commands=options.max_processes_per_user))
-        self.limits.read()
         self.turns: Turns | None = None
         if options.max_processes or self.limits.is_used:
             self.turns = Turns(options.max_processes, self.limits.of)
         self.peers: dict[int, tuple[Helper, Peer]] = {}  # by connection id
         self.connections: dict[int, int] = {}  # of clients at helpers, by user
         self._clients: set[int] = set()  # their ids; the others are the server's own
+        self.processes: dict[int, Callable[[int], None]] = {}  # others that are waited for
+        self._leftover: set[int] = set()  # helpers that speak another version of the protocol
         self._turn_timer: Timer | None = None
         self._loop = loop
+        self._orphans = Orphans(loop)
         self._settings = options
         self._audit = Audit(options.log_commands) if options.log_commands else None
         self._flags = (lib.EB_ASK if self.turns is not None else 0) | (
             lib.EB_TELL_ENDS if self._audit is not None else 0
         )
-        self._options = []
+        self._options = [f"--open-files={open_files}"]
         if options.max_child_tasks:
             self._options.append(f"--max-tasks={options.max_child_tasks}")
         self._is_root = os.geteuid() == 0
@@ -64,8 +72,14 @@ class Pool:
         users = [*self._users.values(), *self._leaving]
         return [helper for user in users for helper in user.helpers]
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all helpers have ended."""
+        return not (self.helpers or self._leftover)
+
     def start(self) -> None:
-        """Start the helpers of our own user. Raises OSError."""
+        """Start the helpers of our own user. Raises LimitsError and OSError."""
+        self.limits.read()
         self._users[None].start()
 
     def read_limits(self) -> None:
@@ -92,11 +106,14 @@ class Pool:
         self._last_id = self._last_id % 0xFFFFFFFF + 1
         while self._last_id in self.peers:
             self._last_id = self._last_id % 0xFFFFFFFF + 1
-        self.peers[self._last_id] = (helper, peer)
-        if is_client:
-            self._clients.add(self._last_id)
-            self.connections[peer.uid] = self.connections.get(peer.uid, 0) + 1
+        self._remember(self._last_id, helper, peer, is_client=is_client)
         helper.adopt(self._last_id, self._flags, sock)
+
+    def _remember(self, connection: int, helper: Helper, peer: Peer, *, is_client: bool) -> None:
+        self.peers[connection] = (helper, peer)
+        if is_client:
+            self._clients.add(connection)
+            self.connections[peer.uid] = self.connections.get(peer.uid, 0) + 1
 
     def reap(self) -> None:
         """Wait for all processes that have ended: helpers, and orphans of theirs."""
@@ -107,6 +124,9 @@ class Pool:
                 return
             if pid == 0:
                 return
+            self._leftover.discard(pid)
+            if pid in self.processes:
+                self._loop.call(self.processes.pop(pid), status)
             for helper in self.helpers:
                 if helper.pid == pid:
                     self._loop.call(helper.on_exit, status)
@@ -131,6 +151,100 @@ class Pool:
         """Send signal `number` to the process groups of all live commands."""
         for helper in self.helpers:
             helper.send(lib.EB_END, bytes([number]))
+
+    # -- the successor --
+
+    def state(self, keep: Keep) -> dict[str, Any]:
+        """Return what the server's successor has to know, for `restore`."""
+        everybody: dict[Credentials, int] = {}  # and their places in a list
+        peers = [
+            (
+                connection,
+                helper.pid,
+                peer.pid,
+                everybody.setdefault(peer.credentials, len(everybody)),
+                connection in self._clients,
+            )
+            for connection, (helper, peer) in self.peers.items()
+        ]
+        return {
+            **self._counts_and_all(self.retired),
+            "users": [user.state(keep) for user in self._users.values()],
+            "leaving": [user.state(keep) for user in self._leaving],
+            "peers": peers,
+            "credentials": list(everybody),
+            "turns": None if self.turns is None else self.turns.state(),
+            "leftover": list(self._leftover),
+        }
+
+    def state_without_helpers(self) -> dict[str, Any]:
+        """Return the same for a successor that cannot talk to the helpers we have.
+
+        They see the end of their control sockets then, and end with their last commands.
+        """
+        retired = Report()
+        retired.add(self.retired)
+        for helper in self.helpers:
+            retired.add(helper.counted())
+        return {
+            **self._counts_and_all(retired),
+            "users": [],
+            "leaving": [],
+            "peers": [],
+            "credentials": [],
+            "turns": None,
+            "leftover": [*self._leftover, *(helper.pid for helper in self.helpers)],
+        }
+
+    def _counts_and_all(self, retired: Report) -> dict[str, Any]:
+        return {
+            "retired": retired.state(),
+            "lost": self.lost,
+            "lost_commands": self.lost_commands,
+            "limits": self.limits.state(),
+            "last_id": self._last_id,
+            "orphans": self._orphans.state(),
+        }
+
+    def unserved(self) -> list[socket.socket]:
+        """Return the connections that no helper has been handed yet."""
+        return [sock for helper in self.helpers for _, sock in helper.unserved()]
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the place of the one whose `state` this is; in that of `start`."""
+        self.retired = Report.of_state(state["retired"])
+        self.lost = state["lost"]
+        self.lost_commands = state["lost_commands"]
+        self.limits.restore(state["limits"])
+        self._last_id = state["last_id"]
+        self._orphans.restore(state["orphans"])
+        self._leftover.update(state["leftover"])
+        # Nothing is told of connections before all of them are known.
+        for known in state["users"]:
+            user = self._restored(known)
+            self._users[user.credentials] = user
+        for known in state["leaving"]:
+            user = self._restored(known)
+            self._leaving.append(user)
+            user.drain()
+        everybody = [Credentials.of_state(known) for known in state["credentials"]]
+        helpers = {helper.pid: helper for helper in self.helpers}
+        for connection, helper, client, place, is_client in state["peers"]:
+            self._remember(
+                connection, helpers[helper], Peer(client, everybody[place]), is_client=is_client
+            )
+        if self.turns is not None and state["turns"] is not None:
+            self.turns.restore(state["turns"])
+        self._users[None].refill()
+        self.read_limits()
+        self._grant()
+        self.reap()
+
+    def _restored(self, state: dict[str, Any]) -> User:
+        known = state["credentials"]
+        user = self._new_user(None if known is None else Credentials.of_state(known))
+        user.restore(state)
+        return user
 
     # -- users --
 
@@ -245,7 +359,7 @@ class Pool:
             )
         self.retired.add(helper.report)
         uid = self._own.uid if helper.credentials is None else helper.credentials.uid
-        orphans.end(self._loop, helper.report.tied, uid)
+        self._orphans.end(helper.report.tied, uid)
         for sock, peer, is_client in waiting:
             try:
                 self.hand_over(sock, peer, is_client=is_client)

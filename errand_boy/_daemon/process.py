@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import sys
+import time
 from types import ModuleType
 
 from errand_boy._daemon.limits import LimitsError
-from errand_boy._daemon.listen import ListenError, Supervisor, listen
+from errand_boy._daemon.listen import Listener, ListenError, Supervisor, listen
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.options import Options
-from errand_boy._daemon.server import Server
+from errand_boy._daemon.server import SIGNALS, Server
+from errand_boy._daemon.upgrade import Handover, introduce, read
 from errand_boy._native import ffi, lib
 
 TYPE_CHECKING = False
@@ -22,13 +25,23 @@ if TYPE_CHECKING:
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def serve(values: dict[str, Any]) -> int:
+def check(values: dict[str, Any]) -> int:
+    """Say what this program is, to a server that may be upgraded to it; return the exit status."""
+    Options(**values)
+    print(introduce())
+    return 0
+
+
+def serve(values: dict[str, Any], state: int | None) -> int:
     """Serve with `values` as options until told to stop; return the exit status.
 
-    See docs/deployment.md for what it means.
+    `state` is the descriptor in which a predecessor has left what it knows. See docs/deployment.md
+    for what the status means.
     """
     options = Options(**values)
-    supervisor = Supervisor()
+    if state is not None:
+        return _go_on(options, read(state))
+    supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))  # commands do not inherit it
     log = Log(options.log_level, options.log_format)
     try:
         mode = 0o666 if options.allow_uid or options.allow_gid else 0o600
@@ -38,10 +51,10 @@ def serve(values: dict[str, Any]) -> int:
         return 1
     try:
         _close_on_exec()
-        _raise_file_limit()
+        files = _raise_file_limit()
         # Of what a killed helper leaves, this process becomes the parent.
         lib.prctl(_PR_SET_CHILD_SUBREAPER, ffi.cast("unsigned long", 1))
-        server = Server(options, listener, log, lambda: supervisor.notify("STOPPING=1"))
+        server = Server(options, listener, log, files, lambda: supervisor.notify("STOPPING=1"))
         _set_title(f"errand-boy: server on {listener.path}")
         server.start()
         if options.pid_file is not None:
@@ -53,12 +66,62 @@ def serve(values: dict[str, Any]) -> int:
         return 1
     log.info("listening", path=listener.path, pid=os.getpid(), helpers=options.pool_size)
     supervisor.notify("READY=1")
-    status = server.run()
+    return _run(server, supervisor, files)
+
+
+def _go_on(options: Options, state: dict[str, Any]) -> int:
+    """Serve in the place of the one that has left `state`."""
+    supervisor = Supervisor(state["supervisor"])
+    log = Log(options.log_level, options.log_format)
+    _close_on_exec()
+    listener = Listener.of_state(state["listener"])
+    files = state["open_files"]
+    server = Server(options, listener, log, files, lambda: supervisor.notify("STOPPING=1"))
+    _set_title(f"errand-boy: server on {listener.path}")
+    server.restore(state["server"])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    log.info("upgraded", version=options.version, pid=os.getpid())
+    supervisor.notify("READY=1")
+    return _run(server, supervisor, files)
+
+
+def _run(server: Server, supervisor: Supervisor, open_files: int) -> int:
+    options, log = server.options, server.log
+    while (status := server.run()) is None:
+        _replace(server, supervisor, open_files)
     if options.pid_file is not None:
         with contextlib.suppress(OSError):
             os.unlink(options.pid_file)
     log.info("stopped", status=status)
     return status
+
+
+def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
+    """Execute the server's successor in its place; returns if that cannot be done now."""
+    # Those that come from here on wait for the successor, whose handlers are not there yet.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    handover = Handover()
+    try:
+        server.take_signals()
+        if not server.may_be_replaced():
+            return
+        assert server.successor is not None
+        state = {
+            "server": server.state(handover.keep),
+            "listener": server.listener.state(handover.keep),
+            "supervisor": supervisor.address,
+            "open_files": open_files,
+        }
+        now = time.monotonic_ns() // 1000
+        supervisor.notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
+        handover.execute(server.successor.version, state)
+    except Exception as error:
+        handover.undo()
+        server.log.error("no upgrade", reason=repr(error))
+        server.keep_place()
+        supervisor.notify("READY=1")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _close_on_exec() -> None:
@@ -69,9 +132,11 @@ def _close_on_exec() -> None:
                 os.set_inheritable(int(name), False)
 
 
-def _raise_file_limit() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+def _raise_file_limit() -> int:
+    """Raise the soft limit to the hard one, and return what it was."""
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return files
 
 
 def _set_title(title: str) -> None:

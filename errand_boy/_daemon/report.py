@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import struct
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _COUNT = struct.Struct("<I")
 _HEAD = struct.Struct("<QQI")
 _FAILURE = struct.Struct("<BiQ")
@@ -99,6 +103,24 @@ class Report:
                 report.failures[stage, error] = times
         except struct.error:
             pass
+        return report
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts, for `of_state`."""
+        return {
+            "started": self.started,
+            "ended": self.ended,
+            "failures": [(*key, times) for key, times in self.failures.items()],
+            "latency": self.latency,
+        }
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Report:
+        """Return the counts that `state` had."""
+        report = cls()
+        report.started, report.ended = state["started"], state["ended"]
+        report.failures = {(stage, error): times for stage, error, times in state["failures"]}
+        report.latency = state["latency"]
         return report
 
     def add(self, other: Report) -> None:

@@ -2,6 +2,8 @@
 
 ``python -I -S serve.py`` with a JSON object: "path", the sys.path to use, and "options", those of
 options.Options. The package's ``__init__`` is for clients and costs 3 MB, so it stands back here.
+"state" is the descriptor that a predecessor has left. ``--check`` before the object: it only says
+what it is.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ def main() -> int:
     """Read the argument and serve."""
     import json  # noqa: PLC0415
 
-    argument = json.loads(sys.argv[1])
+    argument = json.loads(sys.argv[-1])
     sys.path[:] = argument["path"]
     package = ModuleType("errand_boy")
     package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     sys.modules["errand_boy"] = package
-    from errand_boy._daemon.process import serve  # noqa: PLC0415
+    from errand_boy._daemon import process  # noqa: PLC0415
 
-    return serve(argument["options"])
+    if sys.argv[1] == "--check":
+        return process.check(argument["options"])
+    return process.serve(argument["options"], argument.get("state"))
 
 
 if __name__ == "__main__":

@@ -26,16 +26,24 @@ from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.services import Holdings, Services
+from errand_boy._daemon.upgrade import Successor, check
 from errand_boy._native import lib
 from errand_boy._timers import Timer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._daemon.helper import Keep
 
 ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ended
 
 _SETTLE = 5.0  # seconds for clients that have connected to ask for a command
 _TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
+_LAST_WAIT = 1.0  # seconds without accepting, until a successor may take over
 _PAUSE = 0.1  # seconds without accepting, when descriptors are short
 _LONG_SHORTAGE = 1.0  # seconds: after that, those who wait are told one by one
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 _ACCEPTS = 64  # of one turn
 
 
@@ -43,7 +51,12 @@ class Server:
     """The daemon, but for its helpers."""
 
     def __init__(
-        self, options: Options, listener: Listener, log: Log, on_stopping: Callable[[], None]
+        self,
+        options: Options,
+        listener: Listener,
+        log: Log,
+        open_files: int,
+        on_stopping: Callable[[], None],
     ) -> None:
         self.options = options
         self.log = log
@@ -55,7 +68,7 @@ class Server:
         self.refused = 0
         self.texts: set[object] = set()
         self._holdings = Holdings()
-        self.pool = Pool(self.loop, options)
+        self.pool = Pool(self.loop, options, open_files)
         self._newcomers = Newcomers(self.loop, self._serve, self._on_late)
         self._held: dict[int, int] = {}  # connections of a user whose sockets are open here
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -64,56 +77,64 @@ class Server:
         self._replies = 0
         self._short_since = 0.0  # of time.monotonic(): nothing can be accepted; 0.0: it can
         self._spare = os.open(os.devnull, os.O_RDONLY)
-        self._paused = False
         self._closing = False  # no more connections are accepted
+        self.successor: Successor | None = None  # that waits until it can take over
+        self._is_checking = False
+        self._put_off: list[tuple[Newcomer, bytes]] = []  # for the successor, and their first bytes
+        self._successor_timer: Timer | None = None
         self._given_up = False
         self._status = ENDED
         self._next_step: Callable[[], None] = self._drain
         self._step_timer: Timer | None = None
 
     def start(self) -> None:
-        """Start the helpers. Raises OSError."""
+        """Start the helpers. Raises LimitsError and OSError."""
         self._catch_signals()
         self.pool.start()
         self._listen()
 
-    def run(self) -> int:
-        """Serve until told to stop; return the exit status."""
-        self.loop.run(self._is_finished)
+    def run(self) -> int | None:
+        """Serve until told to stop; return the exit status, None if a successor may take over."""
+        self.loop.run(lambda: self._is_finished() or self.may_be_replaced())
         self.loop.complaints.conclude()
-        return self._status
+        return self._status if self._closing else None
 
     def _catch_signals(self) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        self._wakeup = theirs  # kept open
+        self._signals, self._wakeup = socket.socketpair()
+        self._signals.setblocking(False)
+        self._wakeup.setblocking(False)
         self.loop.selector.register(
-            ours, selectors.EVENT_READ, lambda events: self._on_signals(ours)
+            self._signals, selectors.EVENT_READ, lambda events: self.take_signals()
         )
-        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        for number in (
-            signal.SIGTERM,
-            signal.SIGINT,
-            signal.SIGHUP,
-            signal.SIGCHLD,
-            strangers.INTERRUPT,
-        ):
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (*SIGNALS, strangers.INTERRUPT):
             signal.signal(number, lambda number, frame: None)
 
-    def _on_signals(self, sock: socket.socket) -> None:
-        for number in sock.recv(100):
-            if number in (signal.SIGTERM, signal.SIGINT):
-                self.log.info("stopping", signal=signal.Signals(number).name)
-                self.stop()
-            elif number == signal.SIGHUP:
-                self.pool.read_limits()
+    def take_signals(self) -> None:
+        """Act on the signals that have come."""
+        with suppress(BlockingIOError):
+            for number in self._signals.recv(100):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self.log.info("stopping", signal=signal.Signals(number).name)
+                    self.stop()
+                elif number == signal.SIGHUP:
+                    self.pool.read_limits()
+                elif number == signal.SIGUSR2:
+                    self._upgrade()
         self.pool.reap()  # whatever woke us: the byte of SIGCHLD may not have had room
 
     # -- connections --
 
     def _listen(self) -> None:
-        self.loop.selector.register(self.listener.sock, selectors.EVENT_READ, self._on_listener)
+        if not (self._closing or self._is_listening()):
+            self.loop.selector.register(self.listener.sock, selectors.EVENT_READ, self._on_listener)
+
+    def _is_listening(self) -> bool:
+        return self.listener.sock in self.loop.selector.get_map()
+
+    def _pause_listening(self) -> None:
+        if self._is_listening():
+            self.loop.selector.unregister(self.listener.sock)
 
     def _on_listener(self, events: int) -> None:
         for _ in range(_ACCEPTS):
@@ -149,9 +170,8 @@ class Server:
             self._short_since = now
         elif now - self._short_since > _LONG_SHORTAGE and self._spare >= 0:
             self._turn_one_away(reason)
-        self._paused = True
-        self.loop.selector.unregister(self.listener.sock)
-        self.loop.call_later(_PAUSE, self._resume)
+        self._pause_listening()
+        self.loop.call_later(_PAUSE, self._listen)
 
     def _turn_one_away(self, reason: str) -> None:
         """Give up the spare descriptor, so that who has waited longest is told."""
@@ -161,20 +181,15 @@ class Server:
             sock, _ = self.listener.sock.accept()
             self.accepted += 1
             sock.setblocking(False)
-            peer = Peer(sock)
+            peer = Peer.of(sock)
             self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
-            newcomer = Newcomer(sock, peer, "", self.options.patience)
+            newcomer = Newcomer(sock, peer, "", time.monotonic())
             self._refuse(newcomer, newcomer.first() or b"", f"the daemon is full: {reason}")
-
-    def _resume(self) -> None:
-        if not self._closing:
-            self._listen()
-            self._paused = False
 
     def _admit(self, sock: socket.socket) -> None:
         try:
             sock.setblocking(False)
-            peer = Peer(sock)
+            peer = Peer.of(sock)
         except OSError:
             self.loop.closer.close(sock)
             return
@@ -182,8 +197,11 @@ class Server:
         if not refusal:
             self._admitted += 1  # a stranger does not bring the daemon's end nearer
             refusal = self._excess(peer)
+        self._await_first(sock, peer, refusal, time.monotonic() + self.options.patience)
+
+    def _await_first(self, sock: socket.socket, peer: Peer, refusal: str, deadline: float) -> None:
         self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
-        self._newcomers.add(Newcomer(sock, peer, refusal, self.options.patience))
+        self._newcomers.add(Newcomer(sock, peer, refusal, deadline))
 
     def _excess(self, peer: Peer) -> str:
         """Return why `peer` may have no more connections, or ""."""
@@ -227,6 +245,8 @@ class Server:
             self._refuse(newcomer, first, newcomer.refusal)
         elif newcomer.has_descriptors and _kind(first) != lib.EB_HELLO:
             self._refuse(newcomer, first, "descriptors are for requests in frames")
+        elif self.successor is not None and not (first[0] == 0 and _kind(first) == lib.EB_HELLO):
+            self._put_off.append((newcomer, first))  # that we had to serve ourselves
         elif first[0] != 0:
             self.log.debug("accepted", kind="text", pid=peer.pid, uid=peer.uid)
             services = Services(
@@ -314,12 +334,99 @@ class Server:
         self.texts.discard(connection)
         self._let_go(peer)
 
+    # -- the successor --
+
+    def _upgrade(self) -> None:
+        """Have what is installed now take the place of this process's program, if it can."""
+        if self._closing or self._is_checking or self.successor is not None:
+            self.log.warning("no upgrade", reason="the daemon is about to end or to be upgraded")
+            return
+        self._is_checking = True
+        check(self.loop, self.pool.processes, self._on_checked)
+
+    def _on_checked(self, found: Successor | str) -> None:
+        self._is_checking = False
+        if isinstance(found, str):
+            self.log.error("no upgrade", reason=found)
+        elif not self._closing:
+            self.successor = found
+            if self.texts:
+                self.log.info("an upgrade waits for text requests", requests=len(self.texts))
+            self._wait_at_most(self.options.grace + _SETTLE)
+
+    def _wait_at_most(self, seconds: float) -> None:
+        if self._successor_timer is not None:
+            self._successor_timer.cancel()
+        self._successor_timer = self.loop.call_later(seconds, self._on_long_wait)
+
+    def _on_long_wait(self) -> None:
+        if self.texts:
+            reason = f"{len(self.texts)} text requests go on"
+        else:
+            reason = "an answer or a close takes too long"
+        self.log.error("no upgrade", reason=reason)
+        self.keep_place()
+
+    def may_be_replaced(self) -> bool:
+        """Return whether a successor is there, and nothing under way that it cannot go on with."""
+        if self._closing or self.successor is None or self.texts or self._replies:
+            return False
+        if self._is_listening() and not self.loop.closer.is_idle:
+            self._pause_listening()
+            self._wait_at_most(_LAST_WAIT)
+        return self.loop.closer.is_idle
+
+    def keep_place(self) -> None:
+        """Go on without a successor."""
+        if self._successor_timer is not None:
+            self._successor_timer.cancel()
+        self.successor = None
+        put_off, self._put_off = self._put_off, []
+        for newcomer, first in put_off:
+            self.loop.call(self._serve, newcomer, first)
+        self._listen()
+
+    def state(self, keep: Keep) -> dict[str, Any]:
+        """Return what the successor has to know, for `restore`."""
+        assert self.successor is not None
+        newcomers = [*self._newcomers, *(newcomer for newcomer, _ in self._put_off)]
+        known = [(keep(one.sock.fileno()), one.refusal, one.deadline) for one in newcomers]
+        if self.successor.protocol == lib.EB_VERSION:
+            pool = self.pool.state(keep)
+        else:
+            pool = self.pool.state_without_helpers()
+            late = time.monotonic() + self.options.patience
+            known += [(keep(sock.fileno()), "", late) for sock in self.pool.unserved()]
+        return {
+            "started": self.started,
+            "accepted": self.accepted,
+            "refused": self.refused,
+            "admitted": self._admitted,
+            "newcomers": known,
+            "pool": pool,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the place of the one whose `state` this is; in that of `start`."""
+        self._catch_signals()
+        self.started = state["started"]
+        self.accepted = state["accepted"]
+        self.refused = state["refused"]
+        self._admitted = state["admitted"]
+        self.pool.restore(state["pool"])
+        for fd, refusal, deadline in state["newcomers"]:
+            self.loop.call(self._readmit, socket.socket(fileno=fd), refusal, deadline)
+        self._listen()
+
+    def _readmit(self, sock: socket.socket, refusal: str, deadline: float) -> None:
+        self._await_first(sock, Peer.of(sock), refusal, deadline)
+
     # -- the end --
 
     def _stop_accepting(self) -> None:
+        self.keep_place()
         self._closing = True
-        if not self._paused:
-            self.loop.selector.unregister(self.listener.sock)
+        self._pause_listening()
         self.listener.close(self.loop.closer.close)
         self._on_stopping()
 
@@ -356,7 +463,7 @@ class Server:
         self._schedule(self.options.grace, self._terminate)
 
     def _terminate(self) -> None:
-        if not self.pool.helpers:
+        if self.pool.is_over:
             self._given_up = True  # only clients are left who do not read, or not send
             return
         self.log.warning("terminating what still runs")
@@ -383,7 +490,7 @@ class Server:
             self._newcomers or self.texts or self.pool.peers
         ):
             self._advance()  # nobody is left who could ask for a command
-        return not (self.pool.helpers or self.texts or self._replies)
+        return self.pool.is_over and not (self.texts or self._replies)
 
 
 def _kind(first: bytes) -> int | None:

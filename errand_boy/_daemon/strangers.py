@@ -15,6 +15,7 @@ import time
 from _queue import Empty, SimpleQueue
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 
 INTERRUPT = signal.SIGUSR1  # must have a handler
 _LOOK = 0.02  # seconds that a close may sleep
@@ -55,11 +56,18 @@ class Closer:
 
     def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
         self._call_later = call_later
-        self._queue: SimpleQueue[tuple[int, bool]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[int, int, bool]] = SimpleQueue()
+        self._number = count()
+        self._unclosed: set[int] = set()  # their numbers; descriptors' are soon somebody else's
         self._since: dict[int, float] = {}  # by thread: when the close began that it is at
         self._threads: set[int] = set()
         self._is_looking = False
         self._start_thread(None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being closed, or waits for that."""
+        return not self._unclosed
 
     @property
     def is_behind(self) -> bool:
@@ -70,7 +78,9 @@ class Closer:
         """Close `sock`, a little later; `read` what has come before, lest the peer is told."""
         fd = sock.detach()
         if fd >= 0:
-            self._queue.put((fd, read))
+            number = next(self._number)
+            self._unclosed.add(number)
+            self._queue.put((number, fd, read))
             self._look_later()
 
     def _start_thread(self, rest: float | None) -> None:
@@ -78,10 +88,12 @@ class Closer:
         self._threads.add(_thread.start_new_thread(self._run, (rest,)))
 
     def _run(self, rest: float | None) -> None:
+        # The others are the main thread's, which may have them wait for the server's successor.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {INTERRUPT})
         me = _thread.get_ident()
         while True:
             try:
-                fd, read = self._queue.get(timeout=rest)
+                number, fd, read = self._queue.get(timeout=rest)
             except Empty:
                 self._threads.discard(me)
                 return
@@ -92,6 +104,7 @@ class Closer:
             with suppress(OSError):
                 os.close(fd)
             del self._since[me]
+            self._unclosed.remove(number)
 
     def _look_later(self) -> None:
         if not self._is_looking:

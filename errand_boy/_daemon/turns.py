@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 
 from errand_boy._daemon.limits import Limits
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _MOST_BUCKETS = 1000  # kept of users who start nothing
 
 
@@ -121,6 +125,28 @@ class Turns:
             self._update(user)  # behind the others, if it waits for more
             yield connection
         self._ready.update(early)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the server's successor has to know, for `restore`."""
+        return {
+            "granted": list(self._granted.items()),
+            "waiting": [(connection, *who) for connection, who in self._waiting.items()],
+            "buckets": [
+                (user, bucket.time, bucket.tokens) for user, bucket in self._buckets.items()
+            ],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the place of those whose `state` this is."""
+        for user, at, tokens in state["buckets"]:
+            bucket = self._buckets[user] = _Bucket(self._limits(user), at)
+            bucket.tokens = tokens
+        for connection, user in state["granted"]:
+            self._granted[connection] = user
+            self._running += 1
+            self._users.setdefault(user, _User()).running += 1
+        for connection, user, client in state["waiting"]:
+            self.want(connection, user, client)
 
     def refresh(self) -> None:
         """Take note that the limits have changed."""

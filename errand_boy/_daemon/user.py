@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 
-from errand_boy._daemon.helper import Helper, OnExit, OnFrame, Unserved
+from errand_boy._daemon.helper import Helper, Keep, OnExit, OnFrame, Process, Unserved, start
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.peer import Credentials
 from errand_boy._timers import Timer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _CROWD = 256  # connections: a start copies the helper's table of descriptors, which they fill
 _MOST_HELPERS = 64
@@ -100,6 +105,7 @@ class User:
         """Put a new helper in the place of one that has started its share of commands."""
         if self._closing or helper.draining or helper not in self.helpers:
             return
+        helper.is_full = True
         try:
             self._start_one()
         except OSError as error:
@@ -115,6 +121,31 @@ class User:
         for helper in self.helpers:
             helper.drain()
 
+    def state(self, keep: Keep) -> dict[str, Any]:
+        """Return what the server's successor has to know of it, for `restore`."""
+        return {
+            "credentials": self.credentials,
+            "last_used": self.last_used,
+            "failed_until": self.failed_until,
+            "too_soon": self._too_soon,
+            "helpers": [helper.state(keep) for helper in self.helpers],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the place of the one whose `state` this is."""
+        self.last_used = state["last_used"]
+        self.failed_until = state["failed_until"]
+        self._too_soon = state["too_soon"]
+        for known in state["helpers"]:
+            pid, sock, figures = known["process"]
+            helper = self._add(Process(pid, socket.socket(fileno=sock), figures))
+            helper.restore(known)
+            if self.credentials is not None and not (helper.connections or helper.draining):
+                idle = self.last_used + self._idle - time.monotonic()
+                self._timers[helper] = self._loop.call_later(max(0.0, idle), helper.drain)
+            elif helper.is_full:
+                self.replace(helper)
+
     def _serving(self) -> list[Helper]:
         return [helper for helper in self.helpers if not (helper.draining or helper.gone)]
 
@@ -125,16 +156,15 @@ class User:
     def _start_one(self) -> Helper:
         if len(self.helpers) >= _MOST_HELPERS:
             raise OSError(f"this user has {_MOST_HELPERS} helpers, with live commands")
+        helper = self._add(start(self._options, self.credentials))
+        self._loop.log.debug("helper started", pid=helper.pid, user=self._name())
+        return helper
+
+    def _add(self, process: Process) -> Helper:
         helper = Helper(
-            self._loop,
-            self._options,
-            self.credentials,
-            self._on_frame,
-            self._on_exit,
-            self._patience,
+            self._loop, process, self.credentials, self._on_frame, self._on_exit, self._patience
         )
         self.helpers.append(helper)
-        self._loop.log.debug("helper started", pid=helper.pid, user=self._name())
         return helper
 
     def _name(self) -> object:
@@ -154,12 +184,12 @@ class User:
             young = time.monotonic() - helper.started < _TOO_SOON
             self._too_soon = self._too_soon + 1 if young else 0
             if self._too_soon > _MOST_TOO_SOON:
-                self._loop.call_later(_TOO_SOON, self._refill)
+                self._loop.call_later(_TOO_SOON, self.refill)
             else:
-                self._refill()
+                self.refill()
         self._exited(helper, status, unserved)
 
-    def _refill(self) -> None:
+    def refill(self) -> None:
         """Start what is missing, now or, where that fails, a little later."""
         if self._closing:
             return
@@ -167,4 +197,4 @@ class User:
             self.start()
         except OSError as error:
             self._loop.log.error("cannot start a helper", error=error.strerror)
-            self._loop.call_later(_TOO_SOON, self._refill)
+            self._loop.call_later(_TOO_SOON, self.refill)

@@ -1,0 +1,141 @@
+"""A server gives its place to what is installed now: the same process executes it.
+
+A child process finds out first whether that starts at all, while the server goes on. Then the
+server waits until it has nothing under way that it does itself, and writes down what it knows, as
+JSON in a file in memory. The new program finds that, the listening socket, the helpers' sockets and
+those of connections that nobody serves yet, open under their numbers.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from errand_boy._daemon.loop import Loop
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+STATE_VERSION = 1  # of what is written down
+
+_PATIENCE = 30.0  # seconds
+_MOST_SAID = 4 << 10  # bytes
+_SPARE = 64  # descriptors that a program needs to start
+
+
+class Successor(NamedTuple):
+    """What can take over. `version`: errand-boy's; `protocol`: that which it speaks."""
+
+    version: str
+    protocol: int
+    state: int  # STATE_VERSION
+
+
+def introduce() -> str:
+    """Return what this program has to say to `check`. Imports the package anew, and whole."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[0]))))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "errand_boy"]:
+        del sys.modules[name]
+    import errand_boy  # noqa: PLC0415
+
+    return json.dumps(Successor(errand_boy.__version__, lib.EB_VERSION, STATE_VERSION))
+
+
+def check(
+    loop: Loop,
+    processes: dict[int, Callable[[int], None]],
+    done: Callable[[Successor | str], None],
+) -> None:
+    """Find out whether what is installed now can take over.
+
+    `done` is called with it, or with the reason why it cannot; `processes` are called with the wait
+    status of their ends, by pid.
+    """
+    said = os.memfd_create("errand-boy-check")
+    try:
+        pid = os.posix_spawn(
+            sys.executable,
+            _command("--check", sys.argv[-1]),
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, said, 1), (os.POSIX_SPAWN_DUP2, said, 2)],
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+        )
+    except OSError as error:
+        os.close(said)
+        done(f"{sys.executable}: {error.strerror}")
+        return
+    late = loop.call_later(_PATIENCE, lambda: os.kill(pid, signal.SIGKILL))
+
+    def on_exit(status: int) -> None:
+        late.cancel()
+        size = os.fstat(said).st_size
+        text = os.pread(said, _MOST_SAID, max(0, size - _MOST_SAID)).decode("utf-8", "replace")
+        os.close(said)
+        done(_judge(status, text))
+
+    processes[pid] = on_exit
+
+
+def _judge(status: int, said: str) -> Successor | str:
+    line = (said.splitlines() or ["it says nothing"])[-1]
+    if status != 0:
+        return f"what is installed does not start: {line}"
+    try:
+        found = Successor(*json.loads(line))
+    except (ValueError, TypeError):
+        return f"what is installed is not understood: {line}"
+    if found.state != STATE_VERSION:
+        return f"version {found.version} cannot go on from here: it has to be restarted"
+    return found
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-I", "-S", sys.argv[0], *arguments]
+
+
+class Handover:
+    """What the successor gets."""
+
+    def __init__(self) -> None:
+        self._kept: list[int] = []
+
+    def keep(self, fd: int) -> int:
+        """Have a descriptor stay open, and return it."""
+        os.set_inheritable(fd, True)
+        self._kept.append(fd)
+        return fd
+
+    def execute(self, version: str, state: dict[str, Any]) -> None:
+        """Execute the successor, of `version`, with `state`. Returns only by raising OSError."""
+        if len(os.listdir("/proc/self/fd")) + _SPARE > os.sysconf("SC_OPEN_MAX"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        fd = os.memfd_create("errand-boy-state", 0)
+        try:
+            with open(fd, "w", encoding="ascii", closefd=False) as file:
+                json.dump(state, file)
+            os.lseek(fd, 0, os.SEEK_SET)
+            argument = json.loads(sys.argv[-1])
+            argument["options"]["version"] = version
+            argument["state"] = fd
+            os.execv(sys.executable, _command(json.dumps(argument)))
+        finally:
+            os.close(fd)
+
+    def undo(self) -> None:
+        """Have the descriptors not stay open in what is executed."""
+        for fd in self._kept:
+            os.set_inheritable(fd, False)
+
+
+def read(fd: int) -> dict[str, Any]:
+    """Return the state that a predecessor has left in descriptor `fd`, which is closed."""
+    with open(fd, encoding="ascii") as file:
+        state: dict[str, Any] = json.load(file)
+    return state

@@ -1,0 +1,536 @@
+"""The daemon executes what is installed now in its own place, and its clients do not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import PATIENCE, until
+from daemon import (
+    Daemon,
+    acting_as,
+    ended,
+    request,
+    send_signal,
+    spawn,
+    started_daemon,
+)
+from errand_boy._native import lib
+
+import errand_boy
+from errand_boy import _wire
+from errand_boy._client import Client
+from errand_boy._connection import Connection
+from errand_boy._daemon.limits import Limits
+from errand_boy._daemon.turns import Turns
+from errand_boy._wire import Spawned
+
+COMMANDS, UPGRADES = 1000, 20
+USER = 12345
+
+
+def ask_for_upgrade(daemon: Daemon) -> None:
+    daemon.process.send_signal(signal.SIGUSR2)
+
+
+def await_upgrade(daemon: Daemon) -> None:
+    assert daemon.notify.recv(100).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+    assert daemon.notify.recv(100) == b"READY=1"
+
+
+def upgrade(daemon: Daemon) -> None:
+    ask_for_upgrade(daemon)
+    await_upgrade(daemon)
+
+
+def refused_upgrade(daemon: Daemon) -> str:
+    """Have the daemon fail to be upgraded, and return what it logs of that."""
+    before = daemon.log().count("no upgrade")
+    ask_for_upgrade(daemon)
+    until(lambda: daemon.log().count("no upgrade") > before)
+    return daemon.log().splitlines()[-1]
+
+
+def open_files(pid: int) -> list[str]:
+    """Return what a process has open: the kinds, since sockets have numbers."""
+    kinds = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        target = os.readlink(f"/proc/{pid}/fd/{fd}")
+        kinds.append("socket" if target.startswith("socket:") else target)
+    return sorted(kinds)
+
+
+def sockets(files: list[str]) -> int:
+    return files.count("socket")
+
+
+def files_at_rest(daemon: Daemon, helpers: int) -> list[str]:
+    """Return the same of a daemon without clients: their sockets are closed a little later."""
+    files: list[str] = []
+
+    def at_rest() -> bool:
+        files[:] = open_files(daemon.process.pid)
+        return sockets(files) == 3 + helpers  # it listens, and signals wake it
+
+    until(at_rest, "the close of the last connection")
+    return files
+
+
+def answer(sock: socket.socket) -> bytes:
+    data = b""
+    while part := sock.recv(1 << 16):
+        data += part
+    return data
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package, for a daemon that runs it: PYTHONPATH, in which it can be changed."""
+    assert errand_boy.__file__ is not None
+    path = tmp_path / "packages"
+    shutil.copytree(
+        Path(errand_boy.__file__).parent,
+        path / "errand_boy",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    return path
+
+
+@contextmanager
+def daemon_of(package: Path, directory: Path, *options: object) -> Iterator[Daemon]:
+    env = {"PYTHONPATH": str(package)}
+    with started_daemon(directory, *options, env=env, cwd=directory) as daemon:  # not a checkout
+        yield daemon
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    # Of another size, so that no older byte code is taken for it.
+    path.write_text(text.replace(old, new) + "# changed\n")
+
+
+# -- nothing is lost --
+
+
+class Work:
+    """Commands that several clients run at the same time, until there were enough and it is over.
+
+    Each writes its number to a file, and returns what it should by that number.
+    """
+
+    def __init__(self, daemon: Daemon, file: Path) -> None:
+        self.wrong: list[object] = []
+        self._file = file
+        self._path = daemon.path
+        self._is_over = threading.Event()
+        self._count = 0
+        self._lock = threading.Lock()
+        kinds = (self._popen, self._run, self._map, self._framed)
+        self._threads = [threading.Thread(target=self._work, args=[kind]) for kind in kinds]
+
+    def __enter__(self) -> Work:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return self._count
+
+    def _work(self, kind: Callable[[Client, list[int]], None]) -> None:
+        try:
+            with closing(errand_boy.connect(self._path)) as client:
+                while not (self._is_over.is_set() and self._count >= COMMANDS):
+                    with self._lock:
+                        numbers = list(range(self._count, self._count + 10))
+                        self._count += 10
+                    kind(client, numbers)
+        except BaseException as error:
+            self.wrong.append(error)
+
+    def _command(self, number: int) -> list[str]:
+        return ["/bin/sh", "-c", f"echo {number} >>{self._file}; exit {number % 7}"]
+
+    def _check(self, number: int, status: int | None) -> None:
+        if status != number % 7:
+            self.wrong.append((number, status))
+
+    def _popen(self, client: Client, numbers: list[int]) -> None:
+        processes = [client.Popen(self._command(number)) for number in numbers]
+        for number, process in zip(numbers, processes, strict=True):
+            self._check(number, process.wait(PATIENCE))
+
+    def _run(self, client: Client, numbers: list[int]) -> None:
+        for number in numbers:
+            done = client.run(self._command(number), capture_output=True)
+            self._check(number, done.returncode)
+
+    def _map(self, client: Client, numbers: list[int]) -> None:
+        results = client.map(map(self._command, numbers), max_workers=4)
+        for number, result in zip(numbers, results, strict=True):
+            self._check(number, result.returncode)
+
+    def _framed(self, client: Client, numbers: list[int]) -> None:
+        """Each over a connection of its own, which may wait to be accepted."""
+        for number in numbers:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(PATIENCE)
+                sock.connect(self._path)
+                connection = Connection(sock)
+                connection.open()
+                spawn(connection, *self._command(number))
+                self._check(number, ended(connection))
+
+
+@pytest.mark.parametrize("options", [[], ["--max-processes=3"], ["--max-child-tasks=50"]])
+def test_no_command_is_lost_and_none_runs_twice(tmp_path: Path, options: list[str]) -> None:
+    file = tmp_path / "numbers"
+    with started_daemon(tmp_path, "--pool-size=2", *options) as daemon:
+        before = files_at_rest(daemon, 2)
+        helpers = daemon.helpers()
+        with Work(daemon, file) as work:
+            for _ in range(UPGRADES):
+                upgrade(daemon)
+        assert work.wrong == []
+        assert Counter(map(int, file.read_text().split())) == Counter(range(work.count))
+        status = until(
+            lambda: (it := daemon.status())["totals"]["ended"] == work.count and it, "the ends"
+        )
+        assert status["totals"]["started"] == work.count
+        assert status["totals"]["helpers_lost"] == status["totals"]["failed"] == 0
+        assert status["pid"] == daemon.process.pid
+        if "--max-child-tasks=50" not in options:
+            assert daemon.helpers() == helpers
+        assert files_at_rest(daemon, 2) == before
+        assert daemon.log().count("upgraded") == UPGRADES
+        assert "error" not in daemon.log()
+        assert daemon.stop() == 0
+
+
+def test_what_runs_and_what_waits_goes_on(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--max-processes=1") as daemon:
+        first, second, rest = (daemon.connect() for _ in range(3))
+        pid = spawn(first, "/bin/sleep", "100")
+        request(second, "/bin/sh", "-c", "exit 5")
+        until(lambda: daemon.status()["queue"] == 1)
+        before = daemon.status()
+        upgrade(daemon)
+        after = daemon.status()
+        assert [command["pid"] for command in after["commands"]] == [pid]
+        assert after["queue"] == 1
+        assert after["users"] == before["users"]
+        assert after["totals"]["started"] == 1
+        assert after["totals"]["accepted"] == before["totals"]["accepted"] + 1
+        assert after["uptime"] >= before["uptime"]
+        send_signal(first, pid, signal.SIGKILL)
+        assert ended(first) == -signal.SIGKILL
+        assert isinstance(second.receive(PATIENCE), Spawned)
+        assert ended(second) == 5
+        spawn(rest, "/bin/true")
+        assert ended(rest) == 0
+        for connection in (first, second, rest):
+            connection.close()
+        until(lambda: not daemon.status()["users"])
+
+
+def test_first_bytes_that_are_awaited(tmp_path: Path) -> None:
+    with (
+        started_daemon(tmp_path, "--pool-size=1") as daemon,
+        daemon.socket() as half,
+        daemon.socket() as none,
+    ):
+        half.sendall(_wire.OPENING[:3])
+        until(lambda: sockets(open_files(daemon.process.pid)) == 6)
+        upgrade(daemon)
+        half.sendall(_wire.OPENING[3:])
+        assert half.recv(100) == _wire.HELLO
+        none.sendall(_wire.OPENING)
+        assert none.recv(100) == _wire.HELLO
+
+
+def test_helper_that_dies_meanwhile_is_replaced(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size=1") as daemon:
+        (helper,) = daemon.helpers()
+        ask_for_upgrade(daemon)
+        os.kill(helper, signal.SIGKILL)
+        await_upgrade(daemon)
+        until(lambda: daemon.helpers() not in ([], [helper]))
+        assert not psutil.pid_exists(helper)
+
+
+def test_orphans_are_killed_after_it_as_before(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size=1") as daemon, daemon.socket() as sock:
+        marker = tmp_path / "marker"
+        # It takes no notice of SIGTERM; SIGKILL comes 1 second later.
+        on_close = _wire.option(lib.EB_TAG_ON_CLOSE, (1000).to_bytes(4, "little"))
+        connection = Connection(sock)
+        connection.open()
+        script = f"trap 'echo >{marker}' TERM; while :; do sleep 0.05; done"
+        pid = spawn(connection, "/bin/sh", "-c", script, options=on_close)
+        process = psutil.Process(pid)
+        os.kill(daemon.helpers()[0], signal.SIGKILL)
+        until(marker.exists)
+        upgrade(daemon)
+        until(lambda: not process.is_running())
+
+
+@pytest.mark.root
+def test_helpers_of_users(public_dir: Path) -> None:
+    options = [f"--allow-uid={USER}", "--pool-size=1", "--idle=0.2"]
+    with started_daemon(public_dir, *options) as daemon:
+        with acting_as(USER, USER, [USER, 23456]):
+            connection = daemon.connect()
+        pid = spawn(connection, "/bin/sleep", "100")
+        helper = psutil.Process(pid).ppid()
+        upgrade(daemon)
+        with acting_as(USER, USER, [USER, 23456]):
+            other = daemon.connect()
+        second = spawn(other, "/bin/sleep", "100")
+        assert psutil.Process(second).ppid() == helper
+        for one, it in (connection, pid), (other, second):
+            send_signal(one, -it, signal.SIGKILL)
+            assert ended(one) == -signal.SIGKILL
+            one.close()
+        upgrade(daemon)
+        until(lambda: len(daemon.helpers()) == 1, "the end of an idle helper")
+
+
+def test_soft_limit_of_commands_stays(tmp_path: Path) -> None:
+    with started_daemon(tmp_path, "--pool-size=1", "--max-child-tasks=1") as daemon:
+        limits = []
+        for _ in range(3):
+            with daemon.socket() as sock:
+                sock.sendall(b"ulimit -n\r\n\r\n\r\n\r\n")
+                limits.append(answer(sock))
+            upgrade(daemon)
+        assert len(set(limits)) == 1
+
+
+# -- text requests --
+
+
+def test_text_requests_are_waited_for_and_others_served(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with started_daemon(tmp_path) as daemon, daemon.socket() as sock, daemon.socket() as later:
+        sock.sendall(f"echo begun; cat {gate}; exit 3\r\n\r\n\r\n\r\n".encode())
+        assert sock.recv(4) == b"\r\n0:"
+        ask_for_upgrade(daemon)
+        until(lambda: "an upgrade waits for text requests" in daemon.log())
+        later.sendall(b"echo later\r\n\r\n\r\n\r\n")
+        connection = daemon.connect()
+        spawn(connection, "/bin/sh", "-c", "exit 4")
+        assert ended(connection) == 4
+        connection.close()
+        assert not select.select([daemon.notify, later], [], [], 0)[0]
+        gate.write_text("passed\n")
+        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n3\r\n\r\n"
+        await_upgrade(daemon)
+        assert answer(later) == b"\r\n0:later\n\r\n1:\r\n\r\n0\r\n\r\n"
+
+
+def test_text_request_that_lasts_outlasts_the_upgrade(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with started_daemon(tmp_path, "--grace=0") as daemon, daemon.socket() as sock:
+        sock.sendall(f"echo begun; cat {gate}\r\n\r\n\r\n\r\n".encode())
+        assert sock.recv(4) == b"\r\n0:"
+        with daemon.socket() as later:
+            ask_for_upgrade(daemon)
+            until(lambda: "an upgrade waits for text requests" in daemon.log())
+            later.sendall(b"echo later\r\n\r\n\r\n\r\n")
+            assert answer(later) == b"\r\n0:later\n\r\n1:\r\n\r\n0\r\n\r\n"
+        assert "1 text requests go on" in daemon.log()
+        gate.write_text("passed\n")
+        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n0\r\n\r\n"
+        upgrade(daemon)
+
+
+def test_stop_while_an_upgrade_waits(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with started_daemon(tmp_path) as daemon, daemon.socket() as sock, daemon.socket() as later:
+        sock.sendall(f"echo begun; cat {gate}\r\n\r\n\r\n\r\n".encode())
+        assert sock.recv(4) == b"\r\n0:"
+        ask_for_upgrade(daemon)
+        until(lambda: "an upgrade waits for text requests" in daemon.log())
+        later.sendall(b"echo later\r\n\r\n\r\n\r\n")
+        assert not select.select([later], [], [], 0)[0]
+        daemon.process.send_signal(signal.SIGTERM)
+        gate.write_text("passed\n")
+        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n0\r\n\r\n"
+        assert daemon.process.wait(PATIENCE) == 0
+
+
+# -- another version --
+
+
+def test_new_version_takes_over(tmp_path: Path, package: Path) -> None:
+    with daemon_of(package, tmp_path) as daemon:
+        replace(package / "errand_boy/__init__.py", "__version__ = ", '__version__ = "9.9" or ')
+        upgrade(daemon)
+        assert daemon.status()["version"] == "9.9"
+        assert "upgraded version=9.9" in daemon.log()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "reason"),
+    [
+        ("_daemon/server.py", "class Server", "class Server(:", "SyntaxError"),
+        ("_daemon/serve.py", "import sys", "import nonsense", "nonsense"),
+        ("_daemon/options.py", "socket: str,", "plug: str,", "socket"),
+        ("__init__.py", "__version__ = ", "__version__ = nonsense or ", "nonsense"),
+        ("_daemon/upgrade.py", "STATE_VERSION = 1", "STATE_VERSION = 0", "has to be restarted"),
+        ("_daemon/process.py", "    print(introduce())", "    print(17)", "is not understood: 17"),
+    ],
+)
+def test_broken_version_does_not(
+    tmp_path: Path, package: Path, name: str, old: str, new: str, reason: str
+) -> None:
+    with daemon_of(package, tmp_path, "--pool-size=1") as daemon:
+        before = files_at_rest(daemon, 1)
+        file = package / "errand_boy" / name
+        text = file.read_text()
+        replace(file, old, new)
+        assert reason in refused_upgrade(daemon)
+        connection = daemon.connect()
+        spawn(connection, "/bin/sh", "-c", "exit 4")
+        assert ended(connection) == 4
+        connection.close()
+        assert files_at_rest(daemon, 1) == before
+        file.write_text(text)
+        upgrade(daemon)
+        assert files_at_rest(daemon, 1) == before
+
+
+def test_without_python_it_goes_on(tmp_path: Path, package: Path) -> None:
+    """The check passes, and the exec fails all the same."""
+    replace(
+        package / "errand_boy/_daemon/upgrade.py",
+        "os.execv(sys.executable, ",
+        'os.execv("/nonexistent", ',
+    )
+    with daemon_of(package, tmp_path, "--pool-size=1") as daemon, daemon.socket() as half:
+        half.sendall(_wire.OPENING[:3])
+        connection = daemon.connect()
+        pid = spawn(connection, "/bin/sleep", "100")
+        assert "FileNotFoundError" in refused_upgrade(daemon)
+        await_upgrade(daemon)  # it is as it was
+        send_signal(connection, pid, signal.SIGKILL)
+        assert ended(connection) == -signal.SIGKILL
+        connection.close()
+        half.sendall(_wire.OPENING[3:])
+        assert half.recv(100) == _wire.HELLO
+        # What it has kept for the successor is nobody else's.
+        connection = daemon.connect()
+        spawn(connection, "/bin/sh", "-c", "exit $(ls /proc/$PPID/fd | wc -l)")
+        few = ended(connection)
+        connection.close()
+        assert few < 20
+
+
+def test_version_of_another_protocol_has_its_own_helpers(tmp_path: Path, package: Path) -> None:
+    with daemon_of(package, tmp_path, "--pool-size=1", "--max-processes=1") as daemon:
+        first, second = daemon.connect(), daemon.connect()
+        (helper,) = daemon.helpers()
+        pid = spawn(first, "/bin/sleep", "100")
+        request(second, "/bin/sh", "-c", "exit 5")
+        until(lambda: daemon.status()["queue"] == 1)
+        replace(
+            package / "errand_boy/_daemon/upgrade.py",
+            "errand_boy.__version__, lib.EB_VERSION,",
+            "errand_boy.__version__, lib.EB_VERSION + 1,",
+        )
+        upgrade(daemon)
+        # Nobody is left who could have it wait.
+        assert isinstance(second.receive(PATIENCE), Spawned)
+        assert ended(second) == 5
+        (other,) = daemon.helpers()
+        assert other != helper
+        assert daemon.status()["totals"]["started"] == 1
+        third = daemon.connect()
+        spawn(third, "/bin/sh", "-c", "exit 6")
+        assert ended(third) == 6
+        daemon.process.send_signal(signal.SIGTERM)
+        until(lambda: "stopping" in daemon.log())
+        assert psutil.pid_exists(pid)
+        send_signal(first, pid, signal.SIGKILL)
+        assert ended(first) == -signal.SIGKILL
+        assert daemon.process.wait(PATIENCE) == 0
+        for connection in (first, second, third):
+            connection.close()
+
+
+# -- besides --
+
+
+def test_limits_are_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "limits"
+    file.write_text('{"default": {"commands": 2}}')
+
+    def most() -> int:
+        (user,) = daemon.status()["users"]
+        return int(user["limits"]["commands"])
+
+    with started_daemon(tmp_path, "--limits", file) as daemon:
+        connection = daemon.connect()
+        assert most() == 2
+        file.write_text('{"default": {"commands": 3}}')
+        upgrade(daemon)
+        assert most() == 3
+        file.write_text("nonsense")
+        upgrade(daemon)
+        assert most() == 3
+        assert "the limits stay as they were" in daemon.log()
+        connection.close()
+
+
+def test_signals_that_come_meanwhile_are_not_lost(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        for _ in range(5):
+            ask_for_upgrade(daemon)
+            assert daemon.notify.recv(100).startswith(b"RELOADING=1")
+            ask_for_upgrade(daemon)  # to the one who has no handlers yet, or the one who has
+            assert daemon.notify.recv(100) == b"READY=1"
+            await_upgrade(daemon)
+        daemon.process.send_signal(signal.SIGUSR2)
+        assert daemon.notify.recv(100).startswith(b"RELOADING=1")
+        assert daemon.stop() == 0
+
+
+def test_turns_survive_json() -> None:
+    def limits(user: int) -> Limits:
+        return Limits(commands=1, starts_per_second=1, burst=2)
+
+    turns = Turns(2, limits)
+    for connection, user in (1, 10), (2, 10), (3, 20), (4, 20):
+        turns.want(connection, user, user)
+    assert sorted(turns.next(0.0)) == [1, 3]
+    state: Any = json.loads(json.dumps(turns.state()))
+    other = Turns(2, limits)
+    other.restore(state)
+    assert other.state() == turns.state()
+    assert list(other.next(0.0)) == []
+    other.done(1)
+    assert list(other.next(0.0)) == [2]
+    assert other.running(10) == other.running(20) == 1
+    assert other.waiting(20) == 1
