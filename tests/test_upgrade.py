@@ -11,7 +11,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,9 @@ def open_files(pid: int) -> list[str]:
     """Return what a process has open: the kinds, since sockets have numbers."""
     kinds = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
-        target = os.readlink(f"/proc/{pid}/fd/{fd}")
-        kinds.append("socket" if target.startswith("socket:") else target)
+        with suppress(FileNotFoundError):  # closed meanwhile
+            target = os.readlink(f"/proc/{pid}/fd/{fd}")
+            kinds.append("socket" if target.startswith("socket:") else target)
     return sorted(kinds)
 
 
