@@ -51,14 +51,15 @@ class Machine(BASE):
 
     def teardown(self) -> None:
         try:
-            for sock in self.halves:
-                sock.close()
+            for closing in (*self.halves, *self.waiting):
+                closing.close()
+            self.waiting.clear()
+            self.tells_what_is_known()  # so that none of them is given its turn by what follows
             for connection, pid in self.live.items():
                 send_signal(connection, pid, signal.SIGKILL)
-            for connection in (*self.idle, *self.waiting, *self.live):
+            for connection in (*self.idle, *self.live):
                 connection.close()
             self.live.clear()
-            self.waiting.clear()
             self.status(connections=0)
             assert self.daemon.stop() == 0
             assert " ERROR " not in self.daemon.log()
