@@ -139,7 +139,7 @@ class Work:
         self._is_over = threading.Event()
         self._count = 0
         self._lock = threading.Lock()
-        kinds = (self._popen, self._run, self._map, self._framed)
+        kinds = (self._popen, self._run, self._map, self._connect)
         self._threads = [threading.Thread(target=self._work, args=[kind]) for kind in kinds]
 
     def __enter__(self) -> Work:
@@ -190,16 +190,11 @@ class Work:
         for number, result in zip(numbers, results, strict=True):
             self._check(number, result.returncode)
 
-    def _framed(self, client: Client, numbers: list[int]) -> None:
+    def _connect(self, client: Client, numbers: list[int]) -> None:
         """Each over a connection of its own, which may wait to be accepted."""
         for number in numbers:
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(PATIENCE)
-                sock.connect(self._path)
-                connection = Connection(sock)
-                connection.open()
-                spawn(connection, *self._command(number))
-                self._check(number, ended(connection))
+            with closing(errand_boy.connect(client.path)) as other:
+                self._check(number, other.Popen(self._command(number)).wait(PATIENCE))
 
 
 @pytest.mark.parametrize("options", [[], ["--max-processes=3"], ["--max-child-tasks=50"]])
@@ -288,6 +283,7 @@ def test_orphans_are_killed_after_it_as_before(tmp_path: Path) -> None:
         script = f"trap 'echo >{marker}' TERM; while :; do sleep 0.05; done"
         pid = spawn(connection, "/bin/sh", "-c", script, options=on_close)
         process = psutil.Process(pid)
+        upgrade(daemon)
         os.kill(daemon.helpers()[0], signal.SIGKILL)
         until(marker.exists)
         upgrade(daemon)
