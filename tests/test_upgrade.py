@@ -389,6 +389,32 @@ def test_new_version_takes_over(tmp_path: Path, package: Path) -> None:
         assert "upgraded version=9.9" in daemon.log()
 
 
+def test_new_program_of_the_helper(tmp_path: Path, package: Path) -> None:
+    with daemon_of(package, tmp_path, "--pool-size=1") as daemon:
+        (helper,) = daemon.helpers()
+        running = daemon.connect()
+        pid = spawn(running, "/bin/sleep", "100")
+        program = package / "errand_boy/errand-boy-helper"
+        shutil.copy2(program, tmp_path / "new")
+        os.replace(tmp_path / "new", program)
+        upgrade(daemon)
+        later = daemon.connect()
+        other = psutil.Process(spawn(later, "/bin/sleep", "100")).parent()
+        assert other is not None and other.pid != helper
+        assert other.exe() == str(program)
+        send_signal(later, 0, signal.SIGKILL)
+        assert ended(later) == -signal.SIGKILL
+        later.close()
+        assert psutil.Process(pid).ppid() == helper
+        send_signal(running, pid, signal.SIGKILL)
+        assert ended(running) == -signal.SIGKILL
+        running.close()
+        until(lambda: daemon.helpers() == [other.pid])
+        upgrade(daemon)
+        assert daemon.helpers() == [other.pid]
+        assert daemon.status()["totals"]["started"] == 2
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "reason"),
     [
