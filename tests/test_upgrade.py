@@ -8,6 +8,8 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, script_environment, until
 from daemon import (
     Daemon,
     acting_as,
@@ -504,6 +506,55 @@ def test_version_of_another_protocol_has_its_own_helpers(tmp_path: Path, package
 
 
 # -- besides --
+
+
+def test_path_stays_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    with started_daemon(tmp_path, "--pid-file", file) as daemon:
+        upgrade(daemon)
+        command = [sys.executable, "-m", "errand_boy", "serve", "--socket", daemon.path]
+        other = subprocess.run(
+            command, env=script_environment(), capture_output=True, timeout=PATIENCE
+        )
+        assert other.returncode == 1
+        assert b"another errand-boy listens" in other.stderr
+        assert file.read_text() == f"{daemon.process.pid}\n"
+        assert daemon.stop() == 0
+        assert daemon.notify.recv(100) == b"STOPPING=1"
+        assert not file.exists()
+        assert not os.path.exists(daemon.path)
+
+
+def test_socket_of_systemd(tmp_path: Path) -> None:
+    path = str(tmp_path / "activated")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        script = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+        fd = listener.fileno()
+        under = [sys.executable, "-I", "-c", script, str(fd)]
+        with started_daemon(tmp_path, under=under, pass_fds=[fd]) as daemon:
+            daemon.path = path
+            upgrade(daemon)
+            assert daemon.status()["socket"] == path
+            assert daemon.stop() == 0
+        assert os.path.exists(path)
+
+
+def test_without_descriptors_it_goes_on(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        process = psutil.Process(daemon.process.pid)
+        before = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (60, before[1]))
+        assert "Too many open files" in refused_upgrade(daemon)
+        process.rlimit(psutil.RLIMIT_NOFILE, before)
+        await_upgrade(daemon)  # it is as it was
+        upgrade(daemon)
 
 
 def test_limits_are_read_again(tmp_path: Path) -> None:
