@@ -8,6 +8,8 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, script_environment, until
 from daemon import (
     Daemon,
     acting_as,
@@ -139,7 +141,7 @@ class Work:
         self._is_over = threading.Event()
         self._count = 0
         self._lock = threading.Lock()
-        kinds = (self._popen, self._run, self._map, self._framed)
+        kinds = (self._popen, self._run, self._map, self._connect)
         self._threads = [threading.Thread(target=self._work, args=[kind]) for kind in kinds]
 
     def __enter__(self) -> Work:
@@ -190,16 +192,11 @@ class Work:
         for number, result in zip(numbers, results, strict=True):
             self._check(number, result.returncode)
 
-    def _framed(self, client: Client, numbers: list[int]) -> None:
+    def _connect(self, client: Client, numbers: list[int]) -> None:
         """Each over a connection of its own, which may wait to be accepted."""
         for number in numbers:
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(PATIENCE)
-                sock.connect(self._path)
-                connection = Connection(sock)
-                connection.open()
-                spawn(connection, *self._command(number))
-                self._check(number, ended(connection))
+            with closing(errand_boy.connect(client.path)) as other:
+                self._check(number, other.Popen(self._command(number)).wait(PATIENCE))
 
 
 @pytest.mark.parametrize("options", [[], ["--max-processes=3"], ["--max-child-tasks=50"]])
@@ -288,6 +285,7 @@ def test_orphans_are_killed_after_it_as_before(tmp_path: Path) -> None:
         script = f"trap 'echo >{marker}' TERM; while :; do sleep 0.05; done"
         pid = spawn(connection, "/bin/sh", "-c", script, options=on_close)
         process = psutil.Process(pid)
+        upgrade(daemon)
         os.kill(daemon.helpers()[0], signal.SIGKILL)
         until(marker.exists)
         upgrade(daemon)
@@ -393,6 +391,32 @@ def test_new_version_takes_over(tmp_path: Path, package: Path) -> None:
         assert "upgraded version=9.9" in daemon.log()
 
 
+def test_new_program_of_the_helper(tmp_path: Path, package: Path) -> None:
+    with daemon_of(package, tmp_path, "--pool-size=1") as daemon:
+        (helper,) = daemon.helpers()
+        running = daemon.connect()
+        pid = spawn(running, "/bin/sleep", "100")
+        program = package / "errand_boy/errand-boy-helper"
+        shutil.copy2(program, tmp_path / "new")
+        os.replace(tmp_path / "new", program)
+        upgrade(daemon)
+        later = daemon.connect()
+        other = psutil.Process(spawn(later, "/bin/sleep", "100")).parent()
+        assert other is not None and other.pid != helper
+        assert other.exe() == str(program)
+        send_signal(later, 0, signal.SIGKILL)
+        assert ended(later) == -signal.SIGKILL
+        later.close()
+        assert psutil.Process(pid).ppid() == helper
+        send_signal(running, pid, signal.SIGKILL)
+        assert ended(running) == -signal.SIGKILL
+        running.close()
+        until(lambda: daemon.helpers() == [other.pid])
+        upgrade(daemon)
+        assert daemon.helpers() == [other.pid]
+        assert daemon.status()["totals"]["started"] == 2
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "reason"),
     [
@@ -482,6 +506,55 @@ def test_version_of_another_protocol_has_its_own_helpers(tmp_path: Path, package
 
 
 # -- besides --
+
+
+def test_path_stays_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    with started_daemon(tmp_path, "--pid-file", file) as daemon:
+        upgrade(daemon)
+        command = [sys.executable, "-m", "errand_boy", "serve", "--socket", daemon.path]
+        other = subprocess.run(
+            command, env=script_environment(), capture_output=True, timeout=PATIENCE
+        )
+        assert other.returncode == 1
+        assert b"another errand-boy listens" in other.stderr
+        assert file.read_text() == f"{daemon.process.pid}\n"
+        assert daemon.stop() == 0
+        assert daemon.notify.recv(100) == b"STOPPING=1"
+        assert not file.exists()
+        assert not os.path.exists(daemon.path)
+
+
+def test_socket_of_systemd(tmp_path: Path) -> None:
+    path = str(tmp_path / "activated")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        script = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+        fd = listener.fileno()
+        under = [sys.executable, "-I", "-c", script, str(fd)]
+        with started_daemon(tmp_path, under=under, pass_fds=[fd]) as daemon:
+            daemon.path = path
+            upgrade(daemon)
+            assert daemon.status()["socket"] == path
+            assert daemon.stop() == 0
+        assert os.path.exists(path)
+
+
+def test_without_descriptors_it_goes_on(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        process = psutil.Process(daemon.process.pid)
+        before = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (60, before[1]))
+        assert "Too many open files" in refused_upgrade(daemon)
+        process.rlimit(psutil.RLIMIT_NOFILE, before)
+        await_upgrade(daemon)  # it is as it was
+        upgrade(daemon)
 
 
 def test_limits_are_read_again(tmp_path: Path) -> None:

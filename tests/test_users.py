@@ -201,15 +201,17 @@ def test_helpers_come_with_work_and_go_without(public_dir: Path) -> None:
 def test_more_users_than_allowed_are_told(public_dir: Path) -> None:
     with open_daemon(public_dir, "--max-users=2") as daemon:
         first, second = connect_as(daemon, FIRST), connect_as(daemon, SECOND)
+        # Both are served, not only connected: the next one's first bytes may come before theirs.
+        one, other = spawn(first, "/bin/sleep", "100"), spawn(second, "/bin/sleep", "100")
         assert "2 users are served, and --max-users allows no more" in refusal(
             connect_as(daemon, THIRD)
         )
-        end(first, spawn(first, "/bin/sleep", "100"))
+        end(first, one)
         # Who has no connection makes room.
         until(lambda: all(h["uid"] != FIRST or not h["connections"] for h in helpers(daemon)))
         third = connect_as(daemon, THIRD)
         end(third, spawn(third, "/bin/sleep", "100"))
-        end(second, spawn(second, "/bin/sleep", "100"))
+        end(second, other)
 
 
 def helpers(daemon: Daemon) -> list[dict[str, int]]:
@@ -220,10 +222,12 @@ def helpers(daemon: Daemon) -> list[dict[str, int]]:
 def test_one_user_does_not_take_the_place_of_all(public_dir: Path) -> None:
     with open_daemon(public_dir, "--max-users=20") as daemon:
         connections = [connect_as(daemon, FIRST, [FIRST, 30_000 + i]) for i in range(8)]
+        pids = [spawn(connection, "/bin/sleep", "100") for connection in connections]
         assert "8 other sets of groups" in refusal(connect_as(daemon, FIRST, [FIRST]))
         connections.append(connect_as(daemon, SECOND))
-        for connection in connections:
-            end(connection, spawn(connection, "/bin/sleep", "100"))
+        pids.append(spawn(connections[-1], "/bin/sleep", "100"))
+        for connection, pid in zip(connections, pids, strict=True):
+            end(connection, pid)
 
 
 @pytest.mark.parametrize("capability", ["setuid", "setgid"])

@@ -46,10 +46,18 @@ class Process(NamedTuple):
     pid: int
     sock: socket.socket  # our end of its control socket
     figures: int
+    program: tuple[int, ...]  # which file it has executed
+
+
+def installed_program() -> tuple[int, ...]:
+    """Return which file a helper executes that is started now. Raises OSError."""
+    info = os.stat(_PROGRAM)
+    return info.st_dev, info.st_ino, info.st_mtime_ns
 
 
 def start(options: Sequence[str], credentials: Credentials | None) -> Process:
     """Start a helper's process, which is to become the user of `credentials`. Raises OSError."""
+    program = installed_program()
     with ExitStack() as undo:
         ours, theirs = socket.socketpair()
         undo.callback(ours.close)
@@ -62,7 +70,7 @@ def start(options: Sequence[str], credentials: Credentials | None) -> Process:
         undo.pop_all()
     with suppress(OSError):  # it has ended already
         ours.send(_wire.OPENING, socket.MSG_NOSIGNAL)
-    return Process(pid, ours, figures)
+    return Process(pid, ours, figures, program)
 
 
 class Helper:
@@ -86,7 +94,7 @@ class Helper:
         on_exit: OnExit,
         patience: float,
     ) -> None:
-        self.pid, self._sock, self._figures = process
+        self.pid, self._sock, self._figures, self._program = process
         self.credentials = credentials
         self.connections: set[int] = set()
         self.is_ready = credentials is None
@@ -276,7 +284,12 @@ class Helper:
     def state(self, keep: Keep) -> dict[str, Any]:
         """Return what the server's successor has to know of it, for `restored`."""
         return {
-            "process": [self.pid, keep(self._sock.fileno()), keep(self._figures)],
+            "process": [
+                self.pid,
+                keep(self._sock.fileno()),
+                keep(self._figures),
+                self._program,
+            ],
             "connections": list(self.connections),
             "is_ready": self.is_ready,
             "is_full": self.is_full,
@@ -310,6 +323,14 @@ class Helper:
             self._outbox.append((bytes.fromhex(frame), passed))
         if self.is_ready and not self.gone:
             self._flush()
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether another program is installed now than it has executed."""
+        try:
+            return self._program != installed_program()
+        except OSError:  # at least this one runs
+            return False
 
 
 def _spawn(

@@ -168,7 +168,7 @@ class Pool:
             for connection, (helper, peer) in self.peers.items()
         ]
         return {
-            **self._counts_and_all(self.retired),
+            **self._common_state(self.retired),
             "users": [user.state(keep) for user in self._users.values()],
             "leaving": [user.state(keep) for user in self._leaving],
             "peers": peers,
@@ -187,7 +187,7 @@ class Pool:
         for helper in self.helpers:
             retired.add(helper.counted())
         return {
-            **self._counts_and_all(retired),
+            **self._common_state(retired),
             "users": [],
             "leaving": [],
             "peers": [],
@@ -196,7 +196,7 @@ class Pool:
             "leftover": [*self._leftover, *(helper.pid for helper in self.helpers)],
         }
 
-    def _counts_and_all(self, retired: Report) -> dict[str, Any]:
+    def _common_state(self, retired: Report) -> dict[str, Any]:
         return {
             "retired": retired.state(),
             "lost": self.lost,

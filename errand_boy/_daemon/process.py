@@ -56,6 +56,7 @@ def serve(values: dict[str, Any], state: int | None) -> int:
         lib.prctl(_PR_SET_CHILD_SUBREAPER, ffi.cast("unsigned long", 1))
         server = Server(options, listener, log, files, lambda: supervisor.notify("STOPPING=1"))
         _set_title(f"errand-boy: server on {listener.path}")
+        server.catch_signals()
         server.start()
         if options.pid_file is not None:
             with open(options.pid_file, "w") as file:
@@ -78,8 +79,9 @@ def _go_on(options: Options, state: dict[str, Any]) -> int:
     files = state["open_files"]
     server = Server(options, listener, log, files, lambda: supervisor.notify("STOPPING=1"))
     _set_title(f"errand-boy: server on {listener.path}")
+    server.catch_signals()
+    signal.pthread_sigmask(signal.SIG_SETMASK, state["signal_mask"])
     server.restore(state["server"])
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     log.info("upgraded", version=options.version, pid=os.getpid())
     supervisor.notify("READY=1")
     return _run(server, supervisor, files)
@@ -99,7 +101,7 @@ def _run(server: Server, supervisor: Supervisor, open_files: int) -> int:
 def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
     """Execute the server's successor in its place; returns if that cannot be done now."""
     # Those that come from here on wait for the successor, whose handlers are not there yet.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handover = Handover()
     try:
         server.take_signals()
@@ -111,6 +113,7 @@ def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
             "listener": server.listener.state(handover.keep),
             "supervisor": supervisor.address,
             "open_files": open_files,
+            "signal_mask": list(mask),
         }
         now = time.monotonic_ns() // 1000
         supervisor.notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
@@ -121,7 +124,7 @@ def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
         server.keep_place()
         supervisor.notify("READY=1")
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _close_on_exec() -> None:

@@ -80,6 +80,7 @@ class Server:
         self._closing = False  # no more connections are accepted
         self.successor: Successor | None = None  # that waits until it can take over
         self._is_checking = False
+        self._is_leaving = False  # it can take over as soon as the last closes are over
         self._put_off: list[tuple[Newcomer, bytes]] = []  # for the successor, and their first bytes
         self._successor_timer: Timer | None = None
         self._given_up = False
@@ -88,8 +89,7 @@ class Server:
         self._step_timer: Timer | None = None
 
     def start(self) -> None:
-        """Start the helpers. Raises LimitsError and OSError."""
-        self._catch_signals()
+        """Start the helpers, and listen. Raises LimitsError and OSError."""
         self.pool.start()
         self._listen()
 
@@ -99,7 +99,8 @@ class Server:
         self.loop.complaints.conclude()
         return self._status if self._closing else None
 
-    def _catch_signals(self) -> None:
+    def catch_signals(self) -> None:
+        """Have signals wake the loop from here on. To be called first."""
         self._signals, self._wakeup = socket.socketpair()
         self._signals.setblocking(False)
         self._wakeup.setblocking(False)
@@ -126,7 +127,7 @@ class Server:
     # -- connections --
 
     def _listen(self) -> None:
-        if not (self._closing or self._is_listening()):
+        if not (self._closing or self._is_leaving or self._is_listening()):
             self.loop.selector.register(self.listener.sock, selectors.EVENT_READ, self._on_listener)
 
     def _is_listening(self) -> bool:
@@ -371,7 +372,8 @@ class Server:
         """Return whether a successor is there, and nothing under way that it cannot go on with."""
         if self._closing or self.successor is None or self.texts or self._replies:
             return False
-        if self._is_listening() and not self.loop.closer.is_idle:
+        if not (self._is_leaving or self.loop.closer.is_idle):
+            self._is_leaving = True
             self._pause_listening()
             self._wait_at_most(_LAST_WAIT)
         return self.loop.closer.is_idle
@@ -381,6 +383,7 @@ class Server:
         if self._successor_timer is not None:
             self._successor_timer.cancel()
         self.successor = None
+        self._is_leaving = False
         put_off, self._put_off = self._put_off, []
         for newcomer, first in put_off:
             self.loop.call(self._serve, newcomer, first)
@@ -408,7 +411,6 @@ class Server:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take the place of the one whose `state` this is; in that of `start`."""
-        self._catch_signals()
         self.started = state["started"]
         self.accepted = state["accepted"]
         self.refused = state["refused"]

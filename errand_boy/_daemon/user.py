@@ -137,14 +137,15 @@ class User:
         self.failed_until = state["failed_until"]
         self._too_soon = state["too_soon"]
         for known in state["helpers"]:
-            pid, sock, figures = known["process"]
-            helper = self._add(Process(pid, socket.socket(fileno=sock), figures))
+            pid, sock, figures, program = known["process"]
+            process = Process(pid, socket.socket(fileno=sock), figures, tuple(program))
+            helper = self._add(process)
             helper.restore(known)
-            if self.credentials is not None and not (helper.connections or helper.draining):
+            if helper.is_full or helper.is_outdated:
+                self.replace(helper)
+            elif self.credentials is not None and not (helper.connections or helper.draining):
                 idle = self.last_used + self._idle - time.monotonic()
                 self._timers[helper] = self._loop.call_later(max(0.0, idle), helper.drain)
-            elif helper.is_full:
-                self.replace(helper)
 
     def _serving(self) -> list[Helper]:
         return [helper for helper in self.helpers if not (helper.draining or helper.gone)]
