@@ -100,7 +100,7 @@ def test_all_options_at_once(helper: Helper) -> None:
     client = helper.connect()
     cpus = max(os.sched_getaffinity(0)) // 8 + 1
     mask = sum(1 << cpu for cpu in os.sched_getaffinity(0)).to_bytes(cpus, "little")
-    script = "ulimit -n; umask; pwd; echo $A; exec /usr/bin/id"
+    script = "ulimit -n; umask; pwd; echo $A; grep NoNewPrivs /proc/self/status; exec /usr/bin/id"
     read, write = os.pipe()
     directory = os.open("/usr", os.O_PATH)
     values = {
@@ -122,6 +122,7 @@ def test_all_options_at_once(helper: Helper) -> None:
         "GID": option(lib.EB_TAG_GID, u32(12344)),
         "UID": option(lib.EB_TAG_UID, u32(12343)),
         "ON_CLOSE": option(lib.EB_TAG_ON_CLOSE, u32(1000)),
+        "NO_NEW_PRIVS": option(lib.EB_TAG_NO_NEW_PRIVS),
     }
     # A session's leader may not change its group; only a daemon's helper has streams.
     assert set(values) == set(TAGS) - {"PGROUP", "STREAMS", "NULL", "COALESCE"}
@@ -138,6 +139,7 @@ def test_all_options_at_once(helper: Helper) -> None:
             "0027",
             "/usr",
             "b",
+            "NoNewPrivs:\t1",
             "uid=12343 gid=12344 groups=12344,12345,12346",
         ]
 
