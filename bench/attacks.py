@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from errand_boy import _wire
 from errand_boy._native import lib
+
+from errand_boy import _wire
 
 MOST_SOCKETS = 200  # of one round
 ROUND = 1.0  # seconds, of those rounds that hold something

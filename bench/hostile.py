@@ -294,7 +294,6 @@ def print_states(*states: tuple[str, dict[str, int]]) -> None:
 
 def run(options: argparse.Namespace, directory: Path) -> bool:
     names = [name for name in ATTACKS if not options.only or name in options.only]
-    counts = mmap.mmap(-1, HOSTILE * len(names) * ROUNDS.size)
     size = len(names) * ROUNDS.size
     seconds = options.minutes * 60
     daemon = Daemon(directory)
