@@ -262,8 +262,8 @@ class Helper:
         self.report = self.counted()
         os.close(self._figures)
         self._exited(self, os.waitstatus_to_exitcode(status), self.unserved())
-        for answer in self._questions:
-            answer(None)
+        while self._questions:  # whoever has put one may be kept by it, and keep us
+            self._questions.popleft()(None)
 
     def counted(self) -> Report:
         """Return the counts that it keeps itself, whether it lives or not."""

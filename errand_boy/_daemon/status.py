@@ -75,6 +75,7 @@ class Reply:
         self._timer = self._loop.call_later(self._patience, self._close)
         # ASCII: what is no UTF-8 in argv came as lone surrogates, which JSON can only escape.
         text = json.dumps(self._describe(self._reports)).encode("ascii")
+        self._reports.clear()
         self._rest = memoryview(_wire.frame(lib.EB_STATUS_REPLY, [text]))
         self._loop.watch(self._sock, selectors.EVENT_WRITE, self._on_writable, self._owner)
 
