@@ -26,6 +26,7 @@ from errand_boy import _wire
 
 MOST_SOCKETS = 200  # of one round
 ROUND = 1.0  # seconds, of those rounds that hold something
+PAUSE = 0.01  # seconds, after one that did not get far
 BIG = 16 << 20
 END = b"\r\n\r\n"
 HELLO = _wire.OPENING
@@ -82,8 +83,11 @@ class Attacker:
 
     def round(self, attack: Callable[[Attacker], None]) -> None:
         """Attack once."""
-        with ExitStack() as self.stack, suppress(OSError):  # it is refused, and told so
-            attack(self)
+        with ExitStack() as self.stack:
+            try:
+                attack(self)
+            except OSError:  # he is refused, or has too many connections
+                self.hold(PAUSE)
 
     def breach(self, text: str) -> None:
         """Take note of what should have been impossible."""
@@ -93,7 +97,8 @@ class Attacker:
     def connect(self, first: bytes = b"") -> socket.socket:
         """Return a connection over which `first` has been sent. Raises OSError."""
         sock = self.stack.enter_context(socket.socket(socket.AF_UNIX))
-        sock.settimeout(ROUND)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # connect() waits for room, too
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(ROUND), 0))
         sock.connect(self.path)
         sock.sendall(first, socket.MSG_NOSIGNAL)
         return sock
