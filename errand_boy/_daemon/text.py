@@ -449,7 +449,8 @@ class TextConnection:
         self._server.watch(self._sock, 0)
         self._server.close(self._sock)
         self._request.close()
-        if self._command is not None:
-            self._command.close()
-            self._command.errors.close()
+        command, self._command = self._command, None  # each keeps the other, and big buffers
+        if command is not None:
+            command.close()
+            command.errors.close()
         self._server.forget(self)
