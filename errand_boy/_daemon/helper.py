@@ -30,7 +30,8 @@ _CONTROL_FD, _FIGURES_FD = 3, 4
 _LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
 _READ = 1 << 10  # bytes; a millisecond's work, if they are small frames
 _MOST_READ = 1 << 16  # of one frame
-_LAST_READS = 0.01  # seconds
+_MOST_LAST_READS = 256
+_LONGEST_READING = 0.01  # seconds: of what a helper has left unread
 _LONGEST = 4 << 10  # bytes of a frame that was not asked for
 
 ID = struct.Struct("<I")
@@ -255,9 +256,10 @@ class Helper:
         # Its last words. Another process may have a copy of the socket, and go on for ever.
         if self._loop.is_watched(self._sock):
             self._watch(0)
-            end = time.monotonic() + _LAST_READS
-            while self._read(_READ) and time.monotonic() < end:
-                pass
+            end = time.monotonic() + _LONGEST_READING
+            for _ in range(_MOST_LAST_READS):
+                if not self._read(_READ) or time.monotonic() > end:
+                    break
         self._loop.closer.close(self._sock)
         self.report = self.counted()
         os.close(self._figures)
