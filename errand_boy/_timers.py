@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 
 TYPE_CHECKING = False
@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LONGEST = 3600.0  # seconds
+_FEW = 64
 
 
 class Timer:
     """One of these, until it is cancelled or its time comes."""
 
-    __slots__ = ("action",)
+    __slots__ = ("_timers", "action")
 
-    def __init__(self, action: Callable[[], Any]) -> None:
+    def __init__(self, timers: Timers, action: Callable[[], Any]) -> None:
         self.action: Callable[[], Any] | None = action
+        self._timers = timers
 
     def cancel(self) -> None:
         """Have it not be done."""
-        self.action = None
+        if self.action is not None:
+            self.action = None
+            self._timers.count_cancelled()
 
 
 class Timers:
@@ -33,10 +37,11 @@ class Timers:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []
         self._number = count()  # those of the same time come in the order in which they were set
+        self._cancelled = 0  # that are in the heap
 
     def at(self, when: float, action: Callable[[], Any]) -> Timer:
         """Have `action` called by `ring` at `when`, or as soon as that is called after it."""
-        timer = Timer(action)
+        timer = Timer(self, action)
         heappush(self._heap, (when, next(self._number), timer))
         return timer
 
@@ -51,13 +56,28 @@ class Timers:
         """
         heap = self._heap
         while heap and heap[0][2].action is None:
-            heappop(heap)
+            self._pop()
         return min(max(0.0, heap[0][0] - time.monotonic()), _LONGEST) if heap else None
 
     def ring(self) -> None:
         """Do what is due. Raises what an action raises; those behind it are left."""
         heap, now = self._heap, time.monotonic()
         while heap and heap[0][0] <= now:
-            action = heappop(heap)[2].action
+            action = self._pop()
             if action is not None:
                 action()
+
+    def _pop(self) -> Callable[[], Any] | None:
+        """Remove the first, and return what is to be done; None: it was cancelled."""
+        _, _, timer = heappop(self._heap)
+        action, timer.action = timer.action, None
+        self._cancelled -= action is None
+        return action
+
+    def count_cancelled(self) -> None:
+        """Remove those that are cancelled when they are most: they may be for long from now."""
+        self._cancelled += 1
+        if self._cancelled > _FEW and self._cancelled * 2 > len(self._heap):
+            self._heap[:] = [entry for entry in self._heap if entry[2].action is not None]
+            heapify(self._heap)
+            self._cancelled = 0

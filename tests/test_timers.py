@@ -31,6 +31,18 @@ def test_cancelled_ones_are_not_waited_for() -> None:
     assert not rung
 
 
+def test_cancelled_ones_are_not_kept() -> None:
+    """Whoever makes one for each connection, and cancels it, may have many of a minute from now."""
+    timers, rung = Timers(), []
+    for _ in range(10):
+        timers.after(0, lambda: rung.append("kept"))
+        for _ in range(1000):
+            timers.after(3600, lambda: None).cancel()
+    assert len(timers._heap) < 200
+    timers.ring()
+    assert rung == ["kept"] * 10
+
+
 def test_what_an_action_raises_leaves_the_others() -> None:
     timers, rung = Timers(), []
     timers.at(0, lambda: 1 / 0)

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 _PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "errand-boy-helper")
 _CONTROL_FD, _FIGURES_FD = 3, 4
 _LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
-_MOST_LAST_READS = 64
+_READ = 1 << 10  # bytes; a millisecond's work, if they are small frames
+_MOST_READ = 1 << 16  # of one frame
+_MOST_LAST_READS = 256
+_LONGEST_READING = 0.01  # seconds: of what a helper has left unread
 _LONGEST = 4 << 10  # bytes of a frame that was not asked for
 
 ID = struct.Struct("<I")
@@ -104,7 +107,6 @@ class Helper:
         self.started = time.monotonic()
         self.report = Report()  # its last one
         self._loop = loop
-        self._selector = loop.selector
         self._on_frame = on_frame
         self._exited = on_exit
         self._patience = patience
@@ -112,9 +114,11 @@ class Helper:
         self._watchdog = loop.call_later(patience / 3, self._watch_over)
         self._questions: deque[Callable[[Report | None], None]] = deque()
         self._inbox = bytearray()
+        self._wanted = _READ
         self._outbox: deque[tuple[bytes, socket.socket | None]] = deque()
         self._sock.setblocking(False)
-        self._selector.register(self._sock, selectors.EVENT_READ, self._on_control)
+        self._owner = os.geteuid() if credentials is None else credentials.uid
+        loop.watch(self._sock, selectors.EVENT_READ, self._on_control, self._owner)
 
     def adopt(self, connection: int, flags: int, sock: socket.socket) -> None:
         """Let it serve `sock`, which is taken."""
@@ -176,20 +180,19 @@ class Helper:
         self._watch(selectors.EVENT_READ)
 
     def _watch(self, events: int) -> None:
-        key = self._selector.get_map().get(self._sock)
-        if key is not None and key.events != events:
-            self._selector.modify(self._sock, events, self._on_control)
+        if self._loop.is_watched(self._sock):  # not so at its end
+            self._loop.watch(self._sock, events, self._on_control, self._owner)
 
     def _on_control(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
             self._flush()
-        if events & selectors.EVENT_READ and not self._read():
-            self._selector.unregister(self._sock)
+        if events & selectors.EVENT_READ and not self._read(self._wanted):
+            self._watch(0)
 
-    def _read(self) -> bool:
-        """Act on what has come; return False at the end."""
+    def _read(self, size: int) -> bool:
+        """Act on what has come, up to `size` bytes; return False at the end."""
         try:
-            data = receive(self._sock, 1 << 16)
+            data = receive(self._sock, size)
         except BlockingIOError:
             return True
         except DescriptorsError:
@@ -198,6 +201,7 @@ class Helper:
         except OSError:
             return False
         self._inbox += data
+        self._wanted = _READ
         header = _wire.HEADER.size
         at = 0
         while len(self._inbox) - at >= header:
@@ -206,6 +210,7 @@ class Helper:
                 self._kill("it sent a long frame")
                 return False
             if len(self._inbox) - at < header + length:
+                self._wanted = min(header + length - len(self._inbox) + at, _MOST_READ)
                 break
             payload = bytes(self._inbox[at + header : at + header + length])
             at += header + length
@@ -257,17 +262,18 @@ class Helper:
         """Take note that it has ended, with `status` as os.waitpid gives it."""
         self._watchdog.cancel()
         # Its last words. Another process may have a copy of the socket, and go on for ever.
-        if self._sock in self._selector.get_map():
-            self._selector.unregister(self._sock)
+        if self._loop.is_watched(self._sock):
+            self._watch(0)
+            end = time.monotonic() + _LONGEST_READING
             for _ in range(_MOST_LAST_READS):
-                if not self._read():
+                if not self._read(_READ) or time.monotonic() > end:
                     break
         self._loop.closer.close(self._sock)
         self.report = self.counted()
         os.close(self._figures)
         self._exited(self, os.waitstatus_to_exitcode(status), self.unserved())
-        for answer in self._questions:
-            answer(None)
+        while self._questions:  # whoever has put one may be kept by it, and keep us
+            self._questions.popleft()(None)
 
     def counted(self) -> Report:
         """Return the counts that it keeps itself, whether it lives or not."""

@@ -6,22 +6,35 @@ import os
 import select
 import selectors
 import socket
+import time
+from collections import defaultdict
 from collections.abc import Callable
 
 from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.strangers import Closer
 from errand_boy._timers import Timer, Timers
 
+_SLICE = 0.001  # seconds until those are looked for who have become ready meanwhile
+_HALF_LIFE = 0.25  # seconds: of what the loop has done for somebody
+
+NEWCOMERS = -1  # owner of what is done for connections before it is known what they want
+
 
 class Loop:
-    """Calls the data of what is registered with `selector`, with its events, and what is due.
+    """Calls the callbacks of sockets that are ready, with their events, and what is due.
+
+    Each socket has an owner, a user by number, for whom the time counts that it takes. Of those
+    that are ready, the ones go first whose owners have taken the least of late: so one who keeps
+    the loop busy holds up himself. That needs callbacks which take a millisecond at most.
 
     An exception of a callback is logged, and the loop goes on.
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.selector = selectors.DefaultSelector()
+        self._selector = selectors.DefaultSelector()
+        self._taken: defaultdict[int, float] = defaultdict(float)  # seconds, by owner
+        self._halved_at = 0.0  # of time.monotonic()
         self._timers = Timers()
         self.complaints = Complaints(log, self.call_later)
         self.closer = Closer(self.call_later)
@@ -29,7 +42,33 @@ class Loop:
         # the peer has ended its side. Made here, where there are descriptors to be had.
         self._hangups = select.epoll()
         self._on_hangup: dict[int, Callable[[], None]] = {}
-        self.selector.register(self._hangups, selectors.EVENT_READ, self._on_hangups)
+        self.watch(self._hangups, selectors.EVENT_READ, self._on_hangups, NEWCOMERS)
+
+    def watch(
+        self,
+        file: socket.socket | select.epoll,
+        events: int,
+        callback: Callable[[int], None] | None = None,
+        owner: int = 0,
+    ) -> None:
+        """Call `callback` with those of `events` that come, for `owner`; 0: no longer.
+
+        Whoever closes `file` has to end it before, since others may hold a copy.
+        """
+        if file.fileno() < 0:
+            return
+        key = self._selector.get_map().get(file)
+        if key is None:
+            if events:
+                self._selector.register(file, events, (callback, owner))
+        elif not events:
+            self._selector.unregister(file)
+        elif key.events != events:
+            self._selector.modify(file, events, (callback, owner))
+
+    def is_watched(self, file: socket.socket) -> bool:
+        """Return whether there is a callback for it."""
+        return file.fileno() >= 0 and file in self._selector.get_map()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call `callback` after so many seconds, unless the timer that is returned is cancelled."""
@@ -54,11 +93,31 @@ class Loop:
     def run(self, is_finished: Callable[[], bool]) -> None:
         """Run until `is_finished`."""
         while not is_finished():
-            for key, events in self.selector.select(self._timers.rest()):
-                current = self.selector.get_map().get(key.fd)
-                if current is not None and current.fileobj is key.fileobj:
-                    self.call(key.data, events)
+            ready = self._selector.select(self._timers.rest())
+            begun = before = time.monotonic()
+            self._forget_the_past(begun)
+            if len(ready) > 1:
+                ready.sort(key=lambda entry: self._taken[entry[0].data[1]])
+            for key, events in ready:
+                current = self._selector.get_map().get(key.fd)
+                if current is None or current.fileobj is not key.fileobj:
+                    continue
+                callback, owner = current.data
+                self.call(callback, events)
+                now = time.monotonic()
+                self._taken[owner] += now - before
+                before = now
+                if now - begun > _SLICE:
+                    break  # what has not had its turn is ready still
             self._timers.ring()
+
+    def _forget_the_past(self, now: float) -> None:
+        if now - self._halved_at > _HALF_LIFE:
+            self._halved_at = now
+            for owner, taken in list(self._taken.items()):
+                self._taken[owner] = taken / 2
+                if taken < _SLICE / 100:
+                    del self._taken[owner]
 
     def call(self, callback: Callable[..., None], *arguments: object) -> None:
         """Call `callback` for one connection; if that fails, the others go on."""

@@ -10,11 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from errand_boy import _wire
-from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.loop import NEWCOMERS, Loop
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.strangers import peek
 
 FIRST = 1 + _wire.HEADER.size + 4  # bytes that tell what a connection is
+_EDGES = 8  # of one turn
 _STRANGERS = 64  # who may not use the daemon, and whose first bytes are waited for
 
 
@@ -64,7 +65,7 @@ class Newcomers:
         # Its edges tell of each further byte, where a level would tell of the same half a frame
         # again and again.
         self._edges = select.epoll()
-        loop.selector.register(self._edges, selectors.EVENT_READ, self._on_edges)
+        loop.watch(self._edges, selectors.EVENT_READ, self._on_edges, NEWCOMERS)
 
     def __iter__(self) -> Iterator[Newcomer]:
         """Iterate over those that are waited for."""
@@ -101,7 +102,7 @@ class Newcomers:
         self._strangers -= bool(newcomer.refusal)
 
     def _on_edges(self, events: int) -> None:
-        for fd, flags in self._edges.poll(0):
+        for fd, flags in self._edges.poll(0, _EDGES):
             newcomer = self._waiting.get(fd)
             if newcomer is None:
                 continue

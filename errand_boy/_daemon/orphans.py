@@ -3,6 +3,9 @@
 The server is the subreaper of all that its helpers start, so it becomes their parent. Which they
 are, the helper has left in a file that is open to its user, who may have written anything there.
 So nothing is signalled that this user could not signal himself.
+
+That takes a look at every process of the machine. It is done a little at a time, and one look
+serves all who have ended meanwhile: who kills his helpers must not keep the server busy.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -22,40 +25,73 @@ if TYPE_CHECKING:
     from typing import Any
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_SLICE = 0.0005  # seconds, between which others are served
+_NOT_REAPED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 class Orphans:
-    """Those that have been sent SIGTERM, and will be sent SIGKILL."""
+    """Those that are sent SIGTERM and later SIGKILL."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
+        self._left: list[tuple[Iterable[tuple[int, int]], int]] = []  # by helpers, and whose
+        self._jobs: list[_Job] = []
         self._doomed: list[_Doomed] = []
+        self._work: Iterator[None] | None = None  # under way
 
     def end(self, commands: Iterable[tuple[int, int]], uid: int) -> None:
         """End the process groups of `commands`: pids, and milliseconds from SIGTERM to SIGKILL.
 
-        This is done with the rights of the user `uid`.
+        This is done with the rights of the user `uid`, soon.
         """
-        groups: dict[int, set[int]] = {}
-        for pid, grace in commands:
-            process = _look_at(pid)
-            if process is not None and process.parent == os.getpid():
-                groups.setdefault(grace, set()).add(pid)
-        if not groups:
-            return
-        now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        _signal(set().union(*groups.values()), uid, signal.SIGTERM, signal.SIGCONT)
-        for grace, some in groups.items():
-            self._doom(_Doomed(sorted(some), uid, now, time.monotonic() + grace / 1000))
+        self._left.append((commands, uid))
+        self._begin()
 
     def state(self) -> list[Any]:
         """Return what the server's successor has to know of them, for `restore`."""
+        for _ in self._work or ():
+            pass
         return list(self._doomed)
 
     def restore(self, state: list[Any]) -> None:
         """Take the place of those whose `state` this is."""
         for doomed in state:
             self._doom(_Doomed(*doomed))
+
+    def _begin(self) -> None:
+        if self._work is None:
+            self._work = self._steps()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        end = time.monotonic() + _SLICE
+        for _ in self._work or ():
+            if time.monotonic() > end:
+                self._loop.call_later(0, self._go_on)
+                return
+        self._work = None
+
+    def _steps(self) -> Iterator[None]:
+        while self._left or self._jobs:
+            while self._left:
+                yield from self._look_for(*self._left.pop())
+            jobs, self._jobs = self._jobs, []
+            if jobs:
+                yield from _signal(jobs)
+
+    def _look_for(self, commands: Iterable[tuple[int, int]], uid: int) -> Iterator[None]:
+        groups: dict[int, set[int]] = {}
+        for pid, grace in commands:
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, _NOT_REAPED)
+                groups.setdefault(grace, set()).add(pid)
+            yield
+        if groups:
+            now = time.clock_gettime(time.CLOCK_BOOTTIME)
+            every = set().union(*groups.values())
+            self._jobs.append(_Job(every, uid, (signal.SIGTERM, signal.SIGCONT)))
+            for grace, some in groups.items():
+                self._doom(_Doomed(sorted(some), uid, now, time.monotonic() + grace / 1000))
 
     def _doom(self, doomed: _Doomed) -> None:
         self._doomed.append(doomed)
@@ -64,12 +100,18 @@ class Orphans:
 
     def _kill(self, doomed: _Doomed) -> None:
         self._doomed.remove(doomed)
-        leaders = {pid: _look_at(pid) for pid in doomed.groups}
-        _signal(
-            {pid for pid, leader in leaders.items() if not leader or leader.start <= doomed.since},
-            doomed.uid,
-            signal.SIGKILL,
-        )
+        starts = {pid: _start_of(pid) for pid in doomed.groups}
+        groups = {pid for pid, start in starts.items() if start is None or start <= doomed.since}
+        self._jobs.append(_Job(groups, doomed.uid, (signal.SIGKILL,)))
+        self._begin()
+
+
+class _Job(NamedTuple):
+    """Signals for the processes of `groups` that the user `uid` may signal."""
+
+    groups: set[int]
+    uid: int
+    numbers: tuple[int, ...]
 
 
 class _Doomed(NamedTuple):
@@ -81,37 +123,39 @@ class _Doomed(NamedTuple):
     at: float  # of time.monotonic()
 
 
-class _Process(NamedTuple):
-    parent: int
-    group: int
-    start: float  # of CLOCK_BOOTTIME
-    users: frozenset[int]  # who may signal it, but for root: its real and saved user
-
-
-def _look_at(pid: int) -> _Process | None:
+def _start_of(pid: int) -> float | None:
+    """Return when a process was started, of CLOCK_BOOTTIME; None: it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        with open(f"/proc/{pid}/status", "rb") as file:
-            uids = file.read().partition(b"\nUid:")[2].split(None, 4)
-    except OSError:  # it has ended
+            return int(file.read().rpartition(b")")[2].split()[19]) / _TICKS
+    except OSError:
         return None
-    users = frozenset(map(int, (uids[0], uids[2])))
-    return _Process(int(fields[1]), int(fields[2]), int(fields[19]) / _TICKS, users)
 
 
-def _signal(groups: set[int], uid: int, *numbers: int) -> None:
-    """Signal the processes of `groups` that the user `uid` may signal."""
+def _users(pid: int) -> set[int]:
+    """Return who may signal it, but for root: its real and its saved user. Raises OSError."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        uids = file.read().partition(b"\nUid:")[2].split(None, 4)
+    return {int(uids[0]), int(uids[2])}
+
+
+def _signal(jobs: list[_Job]) -> Iterator[None]:
+    groups = set().union(*(job.groups for job in jobs))
     for name in os.listdir("/proc"):
         if not name.isdecimal():
             continue
+        pid = int(name)
+        yield
         with suppress(OSError):  # it has just ended
-            pidfd = os.pidfd_open(int(name))
+            if os.getpgid(pid) not in groups:
+                continue
+            pidfd = os.pidfd_open(pid)
             try:
-                # Looked at while the number cannot become another's unseen.
-                process = _look_at(int(name))
-                if process and process.group in groups and (uid == 0 or uid in process.users):
-                    for number in numbers:
-                        signal.pidfd_send_signal(pidfd, number)
+                # Looked at again while the number cannot become another's unseen.
+                group, users = os.getpgid(pid), _users(pid)
+                for job in jobs:
+                    if group in job.groups and (job.uid == 0 or job.uid in users):
+                        for number in job.numbers:
+                            signal.pidfd_send_signal(pidfd, number)
             finally:
                 os.close(pidfd)

@@ -20,7 +20,7 @@ from errand_boy import _wire
 from errand_boy._daemon import status, strangers, text
 from errand_boy._daemon.listen import Listener
 from errand_boy._daemon.log import Log
-from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.loop import NEWCOMERS, Loop
 from errand_boy._daemon.newcomers import FIRST, Newcomer, Newcomers
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
@@ -44,7 +44,7 @@ _LAST_WAIT = 1.0  # seconds without accepting, until a successor may take over
 _PAUSE = 0.1  # seconds without accepting, when descriptors are short
 _LONG_SHORTAGE = 1.0  # seconds: after that, those who wait are told one by one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
-_ACCEPTS = 64  # of one turn
+_ACCEPTS = 8  # of one turn
 
 
 class Server:
@@ -104,9 +104,7 @@ class Server:
         self._signals, self._wakeup = socket.socketpair()
         self._signals.setblocking(False)
         self._wakeup.setblocking(False)
-        self.loop.selector.register(
-            self._signals, selectors.EVENT_READ, lambda events: self.take_signals()
-        )
+        self.loop.watch(self._signals, selectors.EVENT_READ, lambda events: self.take_signals())
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (*SIGNALS, strangers.INTERRUPT):
             signal.signal(number, lambda number, frame: None)
@@ -127,15 +125,11 @@ class Server:
     # -- connections --
 
     def _listen(self) -> None:
-        if not (self._closing or self._is_leaving or self._is_listening()):
-            self.loop.selector.register(self.listener.sock, selectors.EVENT_READ, self._on_listener)
-
-    def _is_listening(self) -> bool:
-        return self.listener.sock in self.loop.selector.get_map()
+        if not (self._closing or self._is_leaving):
+            self.loop.watch(self.listener.sock, selectors.EVENT_READ, self._on_listener, NEWCOMERS)
 
     def _pause_listening(self) -> None:
-        if self._is_listening():
-            self.loop.selector.unregister(self.listener.sock)
+        self.loop.watch(self.listener.sock, 0)
 
     def _on_listener(self, events: int) -> None:
         for _ in range(_ACCEPTS):
@@ -305,6 +299,7 @@ class Server:
         status.Reply(
             self.loop,
             sock,
+            peer.uid,
             [helper for helper in self.pool.helpers if status.may_see(peer, helper)],
             lambda reports: self._describe(reports, peer),
             self.options.patience,

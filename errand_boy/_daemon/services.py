@@ -49,9 +49,8 @@ class Holdings:
 class Services:
     """What a text connection of `peer` may use.
 
-    `selector` calls the data of a registered object with its events, `limits` are the server's
-    options, `close` closes a socket to somebody else, `forget` is called with a connection that has
-    been closed.
+    `limits` are the server's options, `close` closes a socket to somebody else, `forget` is called
+    with a connection that has been closed.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Services:
         holdings: Holdings,
         forget: Callable[[object], None],
     ) -> None:
-        self.selector = loop.selector
+        self._loop = loop
         self.call_later = loop.call_later
         self.await_hangup = loop.await_hangup
         self.forget_hangup = loop.forget_hangup
@@ -75,6 +74,12 @@ class Services:
         self._uid = peer.uid
         self._held = 0
         self._forget = forget
+
+    def watch(
+        self, sock: socket.socket, events: int, callback: Callable[[int], None] | None = None
+    ) -> None:
+        """Call `callback` with those of `events` that come; 0: no longer."""
+        self._loop.watch(sock, events, callback, self._uid)
 
     def take(self, size: int) -> None:
         """Count bytes that the connection holds until its end. Raises OSError if too many are."""

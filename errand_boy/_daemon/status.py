@@ -31,13 +31,15 @@ Reports = dict[Helper, Report]
 class Reply:
     """A STATUS_REPLY: waits for the reports of `helpers`, and is sent at the pace of its reader.
 
-    `describe` makes the answer of those that came in time; `on_done` is called at the end.
+    `owner` is the user who has asked for it. `describe` makes the answer of those that came in
+    time; `on_done` is called at the end.
     """
 
     def __init__(
         self,
         loop: Loop,
         sock: socket.socket,
+        owner: int,
         helpers: list[Helper],
         describe: Callable[[Reports], dict[str, Any]],
         patience: float,
@@ -45,6 +47,7 @@ class Reply:
     ) -> None:
         self._loop = loop
         self._sock = sock
+        self._owner = owner
         self._describe = describe
         self._patience = patience
         self._on_done = on_done
@@ -72,8 +75,9 @@ class Reply:
         self._timer = self._loop.call_later(self._patience, self._close)
         # ASCII: what is no UTF-8 in argv came as lone surrogates, which JSON can only escape.
         text = json.dumps(self._describe(self._reports)).encode("ascii")
+        self._reports.clear()
         self._rest = memoryview(_wire.frame(lib.EB_STATUS_REPLY, [text]))
-        self._loop.selector.register(self._sock, selectors.EVENT_WRITE, self._on_writable)
+        self._loop.watch(self._sock, selectors.EVENT_WRITE, self._on_writable, self._owner)
 
     def _on_writable(self, events: int) -> None:
         try:
@@ -87,7 +91,7 @@ class Reply:
 
     def _close(self) -> None:
         self._timer.cancel()
-        self._loop.selector.unregister(self._sock)
+        self._loop.watch(self._sock, 0)
         self._loop.closer.close(self._sock)
         self._on_done()
 

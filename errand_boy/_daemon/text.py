@@ -162,14 +162,14 @@ class _Command:
             self._disconnect()
 
     def _disconnect(self) -> None:
-        _watch(self._server, self._sock, 0, self._on_events)
+        self._server.watch(self._sock, 0)
         self._server.close(self._sock)
 
     def _watch(self) -> None:
         events = 0 if self._paused else selectors.EVENT_READ
         if self._stream.unsent:
             events |= selectors.EVENT_WRITE
-        _watch(self._server, self._sock, events, self._on_events)
+        self._server.watch(self._sock, events, self._on_events)
 
     def _on_events(self, events: int) -> None:
         try:
@@ -314,7 +314,7 @@ class TextConnection:
         events = 0 if self._half_closed else selectors.EVENT_READ
         if self._out:
             events |= selectors.EVENT_WRITE
-        _watch(self._server, self._sock, events, self._on_events)
+        self._server.watch(self._sock, events, self._on_events)
 
     def _on_events(self, events: int) -> None:
         if events & selectors.EVENT_WRITE and self._out:
@@ -446,25 +446,11 @@ class TextConnection:
         self._timer.cancel()
         if self._half_closed:
             self._server.forget_hangup(self._sock)
-        _watch(self._server, self._sock, 0, self._on_events)
+        self._server.watch(self._sock, 0)
         self._server.close(self._sock)
         self._request.close()
-        if self._command is not None:
-            self._command.close()
-            self._command.errors.close()
+        command, self._command = self._command, None  # each keeps the other, and big buffers
+        if command is not None:
+            command.close()
+            command.errors.close()
         self._server.forget(self)
-
-
-def _watch(
-    server: Services, sock: socket.socket, events: int, callback: Callable[[int], None]
-) -> None:
-    if sock.fileno() < 0:
-        return
-    key = server.selector.get_map().get(sock)
-    if key is None:
-        if events:
-            server.selector.register(sock, events, callback)
-    elif not events:
-        server.selector.unregister(sock)
-    elif key.events != events:
-        server.selector.modify(sock, events, callback)

@@ -1,0 +1,158 @@
+"""The server's loop: who goes first, and what is kept of who has gone."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from conftest import run_script
+
+from errand_boy._daemon.log import Log
+from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.orphans import Orphans
+
+BUSY, CALM = 12345, 12346
+
+
+@pytest.fixture
+def readable() -> Iterator[list[socket.socket]]:
+    """Sockets that are readable all the time."""
+    pairs = [socket.socketpair() for _ in range(50)]
+    for _, theirs in pairs:
+        theirs.send(b"x")
+    yield [ours for ours, _ in pairs]
+    for pair in pairs:
+        for sock in pair:
+            sock.close()
+
+
+def test_who_keeps_the_loop_busy_holds_up_himself(readable: list[socket.socket]) -> None:
+    """Others go before all of his that are ready, whenever they come."""
+    loop = Loop(Log("info", "text"))
+    ours, theirs = socket.socketpair()
+    order: list[int] = []
+
+    def on_busy(events: int) -> None:
+        order.append(BUSY)
+        if len(order) % 10 == 5:
+            theirs.send(b"x")
+        end = time.monotonic() + 0.002
+        while time.monotonic() < end:
+            pass
+
+    def on_calm(events: int) -> None:
+        ours.recv(1)
+        order.append(CALM)
+
+    for sock in readable:
+        loop.watch(sock, selectors.EVENT_READ, on_busy, BUSY)
+    loop.watch(ours, selectors.EVENT_READ, on_calm, CALM)
+    loop.run(lambda: len(order) >= 100)
+    after = [order[i + 1] for i in range(len(order) - 1) if i % 10 == 4]
+    assert after == [CALM] * 10
+    ours.close()
+    theirs.close()
+
+
+def test_all_who_are_busy_have_their_share(readable: list[socket.socket]) -> None:
+    loop = Loop(Log("info", "text"))
+    counts = [0] * 5
+
+    def watch(sock: socket.socket, owner: int) -> None:
+        def on_ready(events: int) -> None:
+            counts[owner] += 1
+            end = time.monotonic() + 0.0005
+            while time.monotonic() < end:
+                pass
+
+        loop.watch(sock, selectors.EVENT_READ, on_ready, owner)
+
+    # One has ten times as many sockets as each of the others.
+    for i, sock in enumerate(readable):
+        watch(sock, i if i < 5 else 0)
+    loop.run(lambda: sum(counts) >= 500)
+    assert min(counts) > 0
+
+
+def test_what_is_no_child_of_ours_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed helper's user may have named thousands."""
+    opened: list[object] = []
+    real = open
+
+    def count(name: object, *arguments: object) -> object:
+        opened.append(name)
+        return real(name, *arguments)  # type: ignore[call-overload]
+
+    loop = Loop(Log("info", "text"))
+    monkeypatch.setattr("builtins.open", count)
+    done: list[int] = []
+    orphans = Orphans(loop)
+    orphans.end([(pid, 0) for pid in range(1, 5000) if pid != os.getpid()], 0)
+    loop.call_later(0.1, lambda: done.append(1))
+    loop.run(lambda: bool(done))
+    monkeypatch.undo()
+    assert not opened
+
+
+KEPT = """
+import weakref
+from errand_boy._daemon.log import Log
+from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.options import Options
+from errand_boy._daemon.peer import Peer
+from errand_boy._daemon.pool import Pool
+from errand_boy._daemon.services import Holdings, Services
+from errand_boy._daemon.text import TextConnection
+
+gc.disable()
+options = Options(socket="")
+loop = Loop(Log("info", "text"))
+pool = Pool(loop, options, 1000)
+pool.start()
+
+def until(condition):
+    def look():
+        pool.reap()
+        loop.call_later(0.01, look)
+    look()
+    loop.run(condition)
+"""
+
+
+def test_text_connection_that_is_closed_is_gone() -> None:
+    """And its buffers with it, when its memory is not yet looked through for cycles."""
+    source = f"""{KEPT}
+ours, theirs = socket.socketpair()
+theirs.setblocking(False)
+gone = []
+peer = Peer.of(theirs)
+services = Services(loop, pool, peer, options, Holdings(), lambda connection: gone.append(1))
+kept = weakref.ref(TextConnection(theirs, peer, services))
+ours.sendall(b"echo told; exit 3\\r\\n\\r\\n\\r\\n\\r\\n")
+until(lambda: gone)
+report([ours.recv(1000).decode(), kept() is None])
+pool.drain()
+until(lambda: not pool.helpers)
+"""
+    assert run_script(source) == ["\r\n0:told\n\r\n1:\r\n\r\n3\r\n\r\n", True]
+
+
+def test_helper_that_has_ended_is_gone() -> None:
+    """It was asked something, and has not answered; who asked is told, and it is not kept."""
+    source = f"""{KEPT}
+helper = pool.helpers[0]
+os.kill(helper.pid, signal.SIGSTOP)
+answers = []
+helper.ask(lambda answer, helper=helper: answers.append(answer))
+pool.drain()
+kept = weakref.ref(helper)
+os.kill(helper.pid, signal.SIGKILL)
+del helper
+until(lambda: not pool.helpers)
+report([answers, kept() is None])
+"""
+    assert run_script(source) == [[None], True]
