@@ -48,7 +48,9 @@ class Request:
 
 def arguments(args: Any, shell: bool, executable: Any = None) -> list[Any]:
     """Return the argument list that `args` stands for. Raises TypeError."""
-    if isinstance(args, (str, bytes)):
+    if isinstance(args, (list, tuple)):  # first, since to tell the others takes longer
+        args = list(args)
+    elif isinstance(args, (str, bytes)):
         args = [args]
     elif isinstance(args, os.PathLike):
         if shell:
