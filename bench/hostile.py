@@ -262,6 +262,7 @@ class Daemon:
             if like is not None:
                 same = ("descriptors", "children", "zombies")
                 there = there and all(state[name] <= like[name] for name in same)
+                there = there and state["PSS (KiB)"] <= like["PSS (KiB)"] + MOST_GROWTH
             if there or time.monotonic() > deadline:
                 return state
             time.sleep(0.1)

@@ -33,6 +33,7 @@ from errand_boy._connection import Connection
 pytestmark = pytest.mark.root
 
 FIRST, SECOND, THIRD = 12345, 12346, 12347
+STATUS = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -217,6 +218,35 @@ def test_more_users_than_allowed_are_told(public_dir: Path) -> None:
 def helpers(daemon: Daemon) -> list[dict[str, int]]:
     found: list[dict[str, int]] = daemon.status()["helpers"]
     return found
+
+
+def test_connections_for_which_a_stopped_helper_has_no_room_are_counted(public_dir: Path) -> None:
+    """They stay open in the server; of its descriptors a user has a quarter."""
+    under = ["prlimit", "--nofile=200"]
+    with open_daemon(public_dir, "--pool-size=1", under=under) as daemon:
+        connections = [connect_as(daemon, FIRST)]
+        end(connections[0], spawn(connections[0], "/bin/sleep", "100"))
+        until(lambda: any(h["uid"] == FIRST for h in helpers(daemon)))
+        (helper,) = [h["pid"] for h in helpers(daemon) if h["uid"] == FIRST]
+        os.kill(helper, signal.SIGSTOP)
+        # Each leaves a question, when the answer has come without it, that fills the queue.
+        for _ in range(2):
+            with acting_as(FIRST, FIRST, []):
+                asking = [daemon.socket() for _ in range(45)]
+            for sock in asking:
+                sock.sendall(STATUS)
+            for sock in asking:
+                while sock.recv(1 << 16):
+                    pass
+                sock.close()
+        connections = [connect_as(daemon, FIRST) for _ in range(250)]
+        assert "connections that no helper serves yet" in refusal(connections[-1])
+        assert psutil.Process(daemon.process.pid).num_fds() < 100
+        other = connect_as(daemon, SECOND)
+        end(other, spawn(other, "/bin/sleep", "100"))
+        for connection in connections:
+            connection.close()
+        os.kill(helper, signal.SIGKILL)
 
 
 def test_one_user_does_not_take_the_place_of_all(public_dir: Path) -> None:

@@ -104,6 +104,7 @@ class Helper:
         self.is_full = False  # to be replaced
         self.draining = False
         self.gone = False  # seen before its end was told
+        self.unsent = 0  # connections that it is to be handed
         self.started = time.monotonic()
         self.report = Report()  # its last one
         self._loop = loop
@@ -134,6 +135,7 @@ class Helper:
     def send(self, kind: int, payload: bytes = b"", passed: socket.socket | None = None) -> None:
         """Send a frame, and with it `passed`, which is taken; never waits."""
         self._outbox.append((_wire.HEADER.pack(len(payload), kind) + payload, passed))
+        self.unsent += passed is not None
         if self.is_ready and len(self._outbox) == 1:
             self._flush()
 
@@ -176,6 +178,7 @@ class Helper:
                 self._loop.log.warning("cannot reach a helper", pid=self.pid, error=error.strerror)
             self._outbox.popleft()
             if passed is not None:
+                self.unsent -= 1
                 self._loop.closer.close(passed)
         self._watch(selectors.EVENT_READ)
 
@@ -327,6 +330,7 @@ class Helper:
         for frame, fd in state["outbox"]:
             passed = None if fd is None else socket.socket(fileno=fd)
             self._outbox.append((bytes.fromhex(frame), passed))
+            self.unsent += passed is not None
         if self.is_ready and not self.gone:
             self._flush()
 

@@ -23,9 +23,10 @@ from errand_boy._timers import Timer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
+_TRIM = 5.0  # seconds after the end of a helper: what its clients took of our memory goes back
 _MOST_SETS = 8  # of credentials of one user: newgrp(1) makes another one
 
 
@@ -50,6 +51,7 @@ class Pool:
         self.processes: dict[int, Callable[[int], None]] = {}  # others that are waited for
         self._leftover: set[int] = set()  # helpers that speak another version of the protocol
         self._turn_timer: Timer | None = None
+        self._trim_timer: Timer | None = None
         self._loop = loop
         self._orphans = Orphans(loop)
         self._settings = options
@@ -206,6 +208,16 @@ class Pool:
             "orphans": self._orphans.state(),
         }
 
+    def unsent(self, uid: int) -> int:
+        """Return how many sockets are open here for which the helpers of `uid` have no room yet."""
+        helpers = (helper for user in self._of(uid) for helper in user.helpers)
+        return sum(helper.unsent for helper in helpers)
+
+    def _of(self, uid: int) -> Iterator[User]:
+        for user in [*self._users.values(), *self._leaving]:
+            if (user.credentials or self._own).uid == uid:
+                yield user
+
     def unserved(self) -> list[socket.socket]:
         """Return the connections that no helper has been handed yet."""
         return [sock for helper in self.helpers for _, sock in helper.unserved()]
@@ -358,6 +370,7 @@ class Pool:
                 clients=len(helper.connections),
             )
         self.retired.add(helper.report)
+        self._trim_timer = self._trim_timer or self._loop.call_later(_TRIM, self._trim)
         uid = self._own.uid if helper.credentials is None else helper.credentials.uid
         self._orphans.end(helper.report.tied, uid)
         for sock, peer, is_client in waiting:
@@ -366,6 +379,10 @@ class Pool:
             except OSError as error:
                 self._refuse(sock, error.strerror or str(error))
         self._grant()
+
+    def _trim(self) -> None:
+        self._trim_timer = None
+        lib.malloc_trim(0)
 
     def _forget(self, connection: int) -> None:
         _, peer = self.peers.pop(connection)

@@ -201,10 +201,13 @@ class Server:
     def _excess(self, peer: Peer) -> str:
         """Return why `peer` may have no more connections, or ""."""
         held = self._held.get(peer.uid, 0)
-        if self._most_held and held >= self._most_held:
-            return f"user {peer.uid} has {held} connections that no helper serves yet"
+        served = self.pool.connections.get(peer.uid, 0)
+        if held + served >= self._most_held > 0:  # they may all be open here, or few
+            held_in_all = held + self.pool.unsent(peer.uid)
+            if held_in_all >= self._most_held:
+                return f"user {peer.uid} has {held_in_all} connections that no helper serves yet"
         most = self.pool.limits.of(peer.uid).connections
-        if most and held + self.pool.connections.get(peer.uid, 0) >= most:
+        if most and held + served >= most:
             return f"user {peer.uid} has {most} connections, and may have no more"
         return ""
 
