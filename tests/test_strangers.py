@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import struct
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import until
 from daemon import acting_as, spawn, started_daemon, taken_from
 from errand_boy._native import lib
 
@@ -22,14 +22,6 @@ HELLO = _wire.OPENING
 STATUS = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
 STRANGER = 12345
 END = b"\r\n\r\n"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        select.select([], [], [], 0.01)
-    pytest.fail("it does not come true")
 
 
 @pytest.fixture

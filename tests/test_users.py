@@ -10,12 +10,12 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, until
 from daemon import (
     Daemon,
     acting_as,
@@ -34,14 +34,6 @@ pytestmark = pytest.mark.root
 
 FIRST, SECOND, THIRD = 12345, 12346, 12347
 STATUS = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        select.select([], [], [], 0.01)
-    pytest.fail("it does not come true")
 
 
 def connect_as(daemon: Daemon, uid: int, groups: Sequence[int] = ()) -> Connection:
