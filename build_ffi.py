@@ -80,7 +80,8 @@ ffibuilder.set_source(
     "errand_boy._native",
     "#define PyInit__native eb_init_by_cffi\n"  # csrc/caller/module.c has the one that Python calls
     '#include "caller/direct.h"\n#include "caller/launch.h"\n#include "caller/module.h"\n'
-    '#include "common/rawsys.h"\n#include <malloc.h>\n#include <sys/prctl.h>\n#include <sys/socket.h>\n',
+    '#include "common/rawsys.h"\n'
+    "#include <malloc.h>\n#include <sys/prctl.h>\n#include <sys/socket.h>\n",
     sources=SOURCES,
     include_dirs=["csrc"],
     define_macros=[("_GNU_SOURCE", None)],
