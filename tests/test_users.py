@@ -329,6 +329,22 @@ def test_helper_taken_over_by_its_user_harms_that_user_only(
                 orphan.kill()
 
 
+def test_report_is_not_longer_than_connections_explain(public_dir: Path) -> None:
+    """Of a million commands, say, to read which would hold up everybody."""
+    with open_daemon(public_dir, "--pool-size=1") as daemon:
+        connection = connect_as(daemon, FIRST)
+        pid = spawn(connection, "/bin/sleep", "100")
+        helper = psutil.Process(pid).ppid()
+        with taken_from(helper, 3) as control:
+            os.kill(helper, signal.SIGSTOP)
+            daemon.status()  # and a question stays
+            control.sendall(_wire.HEADER.pack(5000, lib.EB_REPORT))
+            until(lambda: helper not in daemon.helpers())
+        assert "it sent a long frame" in daemon.log()
+        connection.close()
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_helper_speaks_for_its_own_connections_only(public_dir: Path) -> None:
     """It may say of another's command that it has ended, say, where commands are limited."""
     with open_daemon(public_dir, "--pool-size=1", "--max-processes=1") as daemon:

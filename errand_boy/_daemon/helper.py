@@ -32,7 +32,8 @@ _READ = 1 << 10  # bytes; a millisecond's work, if they are small frames
 _MOST_READ = 1 << 16  # of one frame
 _MOST_LAST_READS = 256
 _LONGEST_READING = 0.01  # seconds: of what a helper has left unread
-_LONGEST = 4 << 10  # bytes of a frame that was not asked for
+_LONGEST = 4 << 10  # bytes of a frame, but for what a report has of live commands:
+_LONGEST_LIVE = 18 + 255  # of each
 
 ID = struct.Struct("<I")
 _ADOPT = struct.Struct("<IB")
@@ -209,7 +210,7 @@ class Helper:
         at = 0
         while len(self._inbox) - at >= header:
             length, kind = _wire.HEADER.unpack_from(self._inbox, at)
-            if length > (lib.EB_MAX_FRAME if self._questions or not self.is_ready else _LONGEST):
+            if length > self._longest():
                 self._kill("it sent a long frame")
                 return False
             if len(self._inbox) - at < header + length:
@@ -224,6 +225,13 @@ class Helper:
                 return False
         del self._inbox[:at]
         return bool(data)
+
+    def _longest(self) -> int:
+        """Return how many bytes the payload of its next frame may have."""
+        if not self.is_ready:
+            return int(lib.EB_MAX_FRAME)
+        # In a report, each live command has its connection, of whose end it would have told.
+        return _LONGEST + (len(self.connections) * _LONGEST_LIVE if self._questions else 0)
 
     def _act(self, kind: int, payload: bytes) -> None:
         if not self.is_ready:
