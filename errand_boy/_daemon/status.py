@@ -92,6 +92,7 @@ class Reply:
     def _close(self) -> None:
         self._timer.cancel()
         self._loop.watch(self._sock, 0)
+        self._rest = memoryview(b"")  # a helper that has not answered keeps this object
         self._loop.closer.close(self._sock)
         self._on_done()
 
