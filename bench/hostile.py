@@ -223,6 +223,7 @@ class Daemon:
                 self.status()
                 return
             if time.monotonic() > deadline or self.process.poll() is not None:
+                self.process.kill()
                 raise RuntimeError(self._log.read_text())
 
     def status(self) -> dict[str, Any]:
@@ -293,11 +294,10 @@ def print_states(*states: tuple[str, dict[str, int]]) -> None:
         print(f"{name:24}" + "".join(f"{state[name]:16}" for _, state in states))
 
 
-def run(options: argparse.Namespace, directory: Path) -> bool:
+def run(options: argparse.Namespace, daemon: Daemon) -> bool:
     names = [name for name in ATTACKS if not options.only or name in options.only]
     size = len(names) * ROUNDS.size
     seconds = options.minutes * 60
-    daemon = Daemon(directory)
     attackers = []
     try:
         # What is loaded late is loaded now, since the users may not be able to read it.
@@ -327,8 +327,7 @@ def run(options: argparse.Namespace, directory: Path) -> bool:
         for pid in attackers:
             os.kill(pid, signal.SIGKILL)
         kill_all(UIDS)
-        for pid in attackers:
-            os.waitpid(pid, 0)
+        ends = [os.waitpid(pid, 0)[1] for pid in attackers]
     after = daemon.settled(before)
     totals = daemon.status()["totals"]
     daemon.process.terminate()
@@ -346,7 +345,8 @@ def run(options: argparse.Namespace, directory: Path) -> bool:
         rounds = sum(rounds for rounds, _ in each)
         breaches += sum(found for _, found in each)
         print(f"{name:36}{rounds:8} rounds")
-    print(f"breaches: {breaches}")
+    gave_up = sum(status != signal.SIGKILL for status in ends)
+    print(f"breaches: {breaches}; hostile users that did not go on to the end: {gave_up}")
     print(f"totals: {json.dumps(totals)}")
     for message, times in daemon.messages().most_common():
         print(f"{times:8} {message}")
@@ -355,7 +355,7 @@ def run(options: argparse.Namespace, directory: Path) -> bool:
     print(f"the daemon's exit status: {code}; processes left: {left}")
     grown = after["PSS (KiB)"] - before["PSS (KiB)"]
     same = all(after[name] <= before[name] for name in ("descriptors", "children", "zombies"))
-    good = not lost and not breaches and not left and not errors and code == 0 and same
+    good = not (lost or breaches or gave_up or left or errors or code) and same
     if beside["begun"] < options.commands:
         print(f"{options.commands - beside['begun']} commands did not fit")
     if grown > MOST_GROWTH:
@@ -376,10 +376,17 @@ def main() -> int:
         parser.error("it needs the rights of root")
     if any(uid_of(pid) in UIDS for pid in pids()):
         parser.error(f"there are processes of users {UIDS[0]} to {UIDS[-1]}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     resource.setrlimit(resource.RLIMIT_NPROC, (MOST_PROCESSES, MOST_PROCESSES))
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
-        return 0 if run(options, Path(name)) else 1
+        daemon = Daemon(Path(name))
+        try:
+            return 0 if run(options, daemon) else 1
+        finally:
+            if daemon.process.poll() is None:
+                daemon.process.kill()
+                daemon.process.wait()
 
 
 if __name__ == "__main__":
