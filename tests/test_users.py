@@ -430,6 +430,16 @@ def test_stopped_helper_is_replaced_and_its_clients_are_told(public_dir: Path) -
 STAYS = "trap '' TERM; echo ready >&2; while :; do sleep 1; done"
 
 
+def members_of(groups: Sequence[int], at_least: int) -> list[psutil.Process]:
+    """Return the members of these process groups, none if there are fewer than `at_least`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) in groups:
+                found.append(process)
+    return found if len(found) >= at_least else []
+
+
 @pytest.mark.parametrize("uid", [0, FIRST])
 def test_commands_of_a_killed_helper_end_if_they_were_to(public_dir: Path, uid: int) -> None:
     tied = _wire.number(lib.EB_TAG_ON_CLOSE, 50)
@@ -448,8 +458,7 @@ def test_commands_of_a_killed_helper_end_if_they_were_to(public_dir: Path, uid: 
         os.close(reader)
         end(connections.pop(), pids.pop())
         helper = psutil.Process(free).ppid()
-        groups = [p for p in psutil.process_iter() if os.getpgid(p.pid) in pids]
-        assert len(groups) >= 3
+        groups = until(lambda: members_of(pids, at_least=3))
         os.kill(helper, signal.SIGKILL)
         until(lambda: not any(p.is_running() for p in groups))
         assert psutil.Process(free).ppid() == daemon.process.pid
