@@ -81,6 +81,7 @@ def test_all_who_are_busy_have_their_share(readable: list[socket.socket]) -> Non
 
 def test_what_is_no_child_of_ours_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed helper's user may have named thousands."""
+    ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     opened: list[object] = []
     real = open
 
@@ -92,7 +93,6 @@ def test_what_is_no_child_of_ours_is_not_looked_at(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("builtins.open", count)
     done: list[int] = []
     orphans = Orphans(loop)
-    ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     orphans.end([(pid, 0) for pid in range(1, 5000) if pid not in ours], 0)
     loop.call_later(0.1, lambda: done.append(1))
     loop.run(lambda: bool(done))
