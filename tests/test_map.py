@@ -359,7 +359,10 @@ def test_timeout_ends_the_whole_group(run_map: Map, tmp_path: Path) -> None:
         [result] = run_map([command], timeout=0.5, **options)
         assert isinstance(result.error, subprocess.TimeoutExpired)
         assert (result.returncode, result.stdout) == (-9, b"out\n")
-    found = [psutil.Process(pid) for pid in pids_in(pids, 2) if psutil.pid_exists(pid)]
+    found = []
+    for pid in pids_in(pids, 2):
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
     assert not psutil.wait_procs(found, timeout=PATIENCE)[1]
 
 
