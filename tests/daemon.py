@@ -94,6 +94,29 @@ def started_daemon(
                 process.kill()
 
 
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@contextmanager
+def activated_daemon(directory: Path) -> Iterator[Daemon]:
+    """Run a daemon that gets its socket as systemd hands it over."""
+    path = str(directory / "activated")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        fd = listener.fileno()
+        under = [sys.executable, "-I", "-c", ACTIVATE, str(fd)]
+        with started_daemon(directory, under=under, pass_fds=[fd]) as daemon:
+            assert not os.path.exists(daemon.path)
+            daemon.path = path
+            yield daemon
+
+
 def spawn(connection: Connection, *argv: str, options: bytes = b"", fds: Sequence[int] = ()) -> int:
     """Start a command and return its pid."""
     request(connection, *argv, options=options, fds=fds)

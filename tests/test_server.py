@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PATIENCE, script_environment, until
-from daemon import Daemon, ended, request, send_signal, spawn, started_daemon
+from daemon import Daemon, activated_daemon, ended, request, send_signal, spawn, started_daemon
 from errand_boy._native import lib
 
 from errand_boy import _status, _wire
@@ -251,26 +251,13 @@ def test_classic_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_socket_from_systemd(tmp_path: Path) -> None:
-    path = str(tmp_path / "activated")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        script = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-        under = [sys.executable, "-I", "-c", script, str(listener.fileno())]
-        with started_daemon(tmp_path, under=under, pass_fds=[listener.fileno()]) as daemon:
-            assert not os.path.exists(daemon.path)
-            daemon.path = path
-            connection = daemon.connect()
-            spawn(connection, "/bin/sh", "-c", 'exit "${LISTEN_FDS:-0}${NOTIFY_SOCKET:+1}"')
-            assert ended(connection) == 0
-            connection.close()
-            assert daemon.stop() == 0
-        assert os.path.exists(path)
+    with activated_daemon(tmp_path) as daemon:
+        connection = daemon.connect()
+        spawn(connection, "/bin/sh", "-c", 'exit "${LISTEN_FDS:-0}${NOTIFY_SOCKET:+1}"')
+        assert ended(connection) == 0
+        connection.close()
+        assert daemon.stop() == 0
+    assert os.path.exists(daemon.path)
 
 
 # -- who may use it --

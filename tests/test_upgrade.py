@@ -23,6 +23,7 @@ from conftest import PATIENCE, script_environment, until
 from daemon import (
     Daemon,
     acting_as,
+    activated_daemon,
     ended,
     request,
     send_signal,
@@ -526,24 +527,11 @@ def test_path_stays_its_own(tmp_path: Path) -> None:
 
 
 def test_socket_of_systemd(tmp_path: Path) -> None:
-    path = str(tmp_path / "activated")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        script = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-        fd = listener.fileno()
-        under = [sys.executable, "-I", "-c", script, str(fd)]
-        with started_daemon(tmp_path, under=under, pass_fds=[fd]) as daemon:
-            daemon.path = path
-            upgrade(daemon)
-            assert daemon.status()["socket"] == path
-            assert daemon.stop() == 0
-        assert os.path.exists(path)
+    with activated_daemon(tmp_path) as daemon:
+        upgrade(daemon)
+        assert daemon.status()["socket"] == daemon.path
+        assert daemon.stop() == 0
+    assert os.path.exists(daemon.path)
 
 
 def test_without_descriptors_it_goes_on(tmp_path: Path) -> None:

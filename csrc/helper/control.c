@@ -30,16 +30,13 @@ void eb_tell_end(const struct eb_command *k)
     const struct eb_record *record = k->record;
     uint8_t payload[4 * 4 + 1 + 5 * 8 + 2 * 4 + EB_MOST_CWD + EB_MOST_ARGV];
     struct eb_writer w = eb_writer(payload, sizeof payload);
-    struct timespec now = {0};
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    uint64_t now_ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
     eb_put_u32(&w, k->connection_id);
     eb_put_u32(&w, (uint32_t)k->start.pid);
     eb_put_u32(&w, (uint32_t)k->status);
     eb_put_u32(&w, (uint32_t)k->start.error);
     eb_put_u8(&w, k->start.error != 0 ? k->start.stage : 0);
     eb_put_u64(&w, k->since_ms);
-    eb_put_u64(&w, k->begun_ns != 0 ? (now_ns - k->begun_ns) / 1000 : 0);
+    eb_put_u64(&w, k->begun_ns != 0 ? (eb_clock_ns(CLOCK_MONOTONIC) - k->begun_ns) / 1000 : 0);
     for (int i = 0; i < 3; i++) /* user and system time, peak resident set */
         eb_put_u64(&w, k->usage[i]);
     eb_put_u32(&w, record->cwd_size);
