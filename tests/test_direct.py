@@ -411,6 +411,12 @@ def test_threads_that_open_and_close_descriptors_all_the_while() -> None:
 def test_numbers_that_c_cannot_hold(option: str, subprocess: Any) -> None:
     if option == "process_group" and sys.version_info < (3, 11):
         pytest.skip("it came with Python 3.11")
+    if (
+        option == "process_group"
+        and subprocess.__name__ == "subprocess"
+        and sys.version_info[:2] == (3, 12)
+    ):
+        pytest.skip("Python 3.12's own cuts off the number's upper half")
     with pytest.raises(OverflowError):
         subprocess.Popen(["true"], **{option: 1 << 32})
 
