@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from typing import Any
 
-    from errand_boy._batch import Command
     from errand_boy._client import Client
+    from errand_boy._job import Command
     from errand_boy._result import Result
 
 

@@ -14,26 +14,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 
-from errand_boy import _helper, _request, _wire
+from errand_boy import _helper, _wire
 from errand_boy._frame import MOST_ATTEMPTS
+from errand_boy._job import Jobs
 from errand_boy._native import lib
-from errand_boy._result import Result
-from errand_boy._spool import Spool, coding
 from errand_boy._stream import Ended, Lost, Output, Started, Stream
 from errand_boy._templates import Templates
-from errand_boy._timers import Timer, Timers
+from errand_boy._timers import Timers
 from errand_boy._wire import Failed
 from errand_boy.errors import ErrandBoyError, HelperDiedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import IO, Any, TypeAlias
+    from typing import Any
 
     from errand_boy._connection import Connection
+    from errand_boy._job import Command, Job
+    from errand_boy._result import Result
     from errand_boy._templates import Source
-
-    Command: TypeAlias = "Sequence[Any] | str | bytes | os.PathLike[Any] | Mapping[str, Any]"
 
 NOT_NOW = object()  # from an iterator of commands: none yet, though more may come
 
@@ -43,42 +42,6 @@ _PER_CPU = 4  # workers
 
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _DONTWAIT = socket.MSG_DONTWAIT
-_PLAIN = (list, tuple)
-
-
-class _Job:
-    __slots__ = (
-        "args",
-        "argv",
-        "attempts",
-        "begun",
-        "index",
-        "input",
-        "options",
-        "outputs",
-        "shell",
-        "timed_out",
-        "timeout",
-        "timer",
-    )
-
-    def __init__(self, index: int, args: Any) -> None:
-        self.index = index
-        self.args = args
-        self.argv: Sequence[Any] = ()
-        self.options: Mapping[str, Any] | None = None  # its own
-        self.input: bytes | None = None
-        self.shell = False
-        self.timeout: float | None = None
-        self.timer: Timer | None = None
-        self.attempts = 0
-
-    def begin(self) -> None:
-        """Be as before anything was sent or received."""
-        self.attempts += 1
-        self.outputs: list[Spool | None] = [None, None]
-        self.timed_out = False
-        self.begun = time.monotonic()
 
 
 class _Channel:
@@ -93,13 +56,7 @@ class _Channel:
         self.fd = connection.sock.fileno()
         self.stream = Stream(connection.greeted)
         self.awaits_room = False  # in the socket
-        self.job: _Job | None = None
-
-
-def _temporary_file() -> IO[bytes]:
-    from tempfile import TemporaryFile  # noqa: PLC0415
-
-    return TemporaryFile()
+        self.job: Job | None = None
 
 
 def _unwatched(*_: Any) -> None:
@@ -145,8 +102,6 @@ class Batch:
             max_workers = _PER_CPU * len(os.sched_getaffinity(0))
         if max_workers < 1:
             raise ValueError("max_workers must be at least 1")
-        if max_output is not None and max_output < 0:
-            raise ValueError("max_output must not be negative")
         if stdout is not None or stderr is not None:
             capture_output = False
         elif capture_output:
@@ -159,15 +114,6 @@ class Batch:
         self._commands = iter(commands)
         self._most = max_workers
         self._ordered = ordered
-        self._text = bool(text or encoding or errors)
-        self._nothing: Any = "" if self._text else b""
-        self._encoding, self._errors = coding(encoding, errors) if self._text else ("", "")
-        self._input = input
-        self._timeout = timeout
-        self._max_output = max_output
-        self._open_file = _temporary_file if spool else None
-        self._shell = shell
-        self._captured = (stdout == subprocess.PIPE, stderr == subprocess.PIPE)
         self._options: dict[str, Any] = {
             "cwd": cwd,
             "env": env,
@@ -177,6 +123,18 @@ class Batch:
             "restore_signals": restore_signals,
             "no_new_privs": no_new_privs,
         }
+        self._jobs = Jobs(
+            self._options,
+            captured=(stdout == subprocess.PIPE, stderr == subprocess.PIPE),
+            text=text,
+            encoding=encoding,
+            errors=errors,
+            input=input,
+            timeout=timeout,
+            shell=shell,
+            max_output=max_output,
+            spool=spool,
+        )
         self._templates = Templates(source, self._options, stdout, stderr)
         self._ahead = max(_LEAST_AHEAD, 4 * max_workers)
         self._given = 0  # commands taken from the iterator
@@ -187,7 +145,7 @@ class Batch:
         self._idle: list[_Channel] = []
         self._generation = 0  # of channels
         self._live = 0
-        self._waiting: deque[_Job] = deque()  # to be started again, elsewhere
+        self._waiting: deque[Job] = deque()  # to be started again, elsewhere
         self.timers = Timers()
         self._results: dict[int, Result] = {}
         self._done: deque[Result] = deque()
@@ -276,21 +234,17 @@ class Batch:
             job = channel.job
             assert job is not None
             if type(event) is Ended:
-                self._over(channel, self._ended(job, event))
+                self._over(channel, self._jobs.ended(job, event))
                 if not stream.is_free:  # the rest is of those who hold its output
                     return
             elif type(event) is Output:
-                output = job.outputs[event.number]
-                if output is None:
-                    output = Spool(self._max_output, self._open_file)
-                    job.outputs[event.number] = output
-                output.write(event.data)
+                self._jobs.write(job, event.number, event.data)
             elif type(event) is Started:
                 self._on_started(channel, job)
             elif type(event) is Failed:
                 options = self._options if job.options is None else job.options
                 why = _wire.spawn_error(event, job.argv[0], options["cwd"])
-                self._over(channel, self._failed(job, why))
+                self._over(channel, self._jobs.failed(job, why))
         if stream.unsent and channel.job is not None:
             self._send(channel)
 
@@ -315,14 +269,14 @@ class Batch:
 
     # -- starting --
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> Job | None:
         """Return the next command, unless there is none, or enough of them are ahead."""
         while not self._exhausted and self._given - self._taken < self._ahead:
             try:
                 command: Any = next(self._commands)
                 if command is NOT_NOW:
                     return None
-                job = self._job(command)
+                job = self._jobs.make(self._given, command)
             except StopIteration:
                 self._exhausted = True
                 return None
@@ -334,37 +288,7 @@ class Batch:
             return job
         return None
 
-    def _job(self, command: Command) -> _Job:
-        given: dict[str, Any] = {}
-        plain = type(command) in _PLAIN  # else the checks take a microsecond
-        if not plain and isinstance(command, Mapping):
-            given = dict(command)
-            try:
-                args = given.pop("args")
-            except KeyError:
-                raise TypeError("a command's mapping needs args") from None
-        else:
-            args = command
-        job = _Job(self._given, args)
-        job.shell = given.pop("shell", self._shell) if given else self._shell
-        job.timeout = given.pop("timeout", self._timeout) if given else self._timeout
-        input = given.pop("input", self._input) if given else self._input
-        if input is not None:
-            if self._text:
-                input = input.encode(self._encoding, self._errors)
-            job.input = input if type(input) is bytes else bytes(memoryview(input))
-        if given:
-            unknown = given.keys() - self._options.keys()
-            if unknown:
-                raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
-            job.options = {**self._options, **given}
-        if plain and not job.shell:
-            job.argv = args
-        else:
-            job.argv = _request.arguments(args, job.shell)
-        return job
-
-    def _start(self, job: _Job) -> None:
+    def _start(self, job: Job) -> None:
         while job.attempts < MOST_ATTEMPTS:
             if self._source.changed():
                 self._renew()
@@ -382,7 +306,7 @@ class Batch:
                 if template is None and job.options is None and isinstance(error, ValueError):
                     raise  # it is wrong for all of them
                 if not self._put_off(job, error):
-                    self._finish(job, self._failed(job, error))
+                    self._finish(job, self._jobs.failed(job, error))
                 return
             if channel is None:
                 continue
@@ -403,7 +327,7 @@ class Batch:
         self.watch(channel.fd, False)
         return channel
 
-    def _put_off(self, job: _Job, error: Exception) -> bool:
+    def _put_off(self, job: Job, error: Exception) -> bool:
         """Go on with fewer at once, if it is descriptors that are short."""
         if not self._live or getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
             return False
@@ -439,63 +363,19 @@ class Batch:
 
     # -- the course of one --
 
-    def _on_started(self, channel: _Channel, job: _Job) -> None:
+    def _on_started(self, channel: _Channel, job: Job) -> None:
         job.begun = time.monotonic()
         if job.timeout is not None:
             job.timer = self.timers.at(job.begun + job.timeout, partial(self._expire, channel, job))
 
-    def _expire(self, channel: _Channel, job: _Job) -> None:
+    def _expire(self, channel: _Channel, job: Job) -> None:
         job.timed_out = True
         pid = channel.stream.pid
         ended = channel.stream.kill(-pid, pid)  # it may lead no group
         if ended is None:
             self._send(channel)
         else:  # it has left others that hold its output
-            self._over(channel, self._ended(job, ended))
-
-    def _ended(self, job: _Job, ended: Ended) -> Result:
-        result = Result(job.args, ended.returncode)
-        result._end = ended
-        self._put_output(result, job)
-        if job.timed_out:
-            result.error = subprocess.TimeoutExpired(
-                job.args, job.timeout or 0, result.stdout, result.stderr
-            )
-        return result
-
-    def _failed(self, job: _Job, error: Exception) -> Result:
-        """Return the result of a command that was not started."""
-        if isinstance(error, IndexError):
-            error = ValueError("a command needs at least one argument")
-        else:
-            _request.name_program(error, job.argv[0])
-        result = Result(job.args, 127 if isinstance(error, FileNotFoundError) else 126)
-        self._put_output(result, job)
-        result.error = error
-        return result
-
-    def _put_output(self, result: Result, job: _Job) -> None:
-        for number, output in enumerate(job.outputs):
-            if not self._captured[number]:
-                continue
-            data = self._nothing
-            if output is not None:
-                data = output.data
-                if output.file is not None:
-                    output.file.seek(0)
-                    setattr(result, "stderr_file" if number else "stdout_file", output.file)
-                result.truncated = result.truncated or output.truncated
-                if self._text:
-                    try:
-                        data = output.text(self._encoding, self._errors)
-                    except UnicodeError as error:
-                        result.error = error
-                if isinstance(data, bytearray):
-                    data = bytes(data)
-            if number:
-                result.stderr = data
-            else:
-                result.stdout = data
+            self._over(channel, self._jobs.ended(job, ended))
 
     def _over(self, channel: _Channel, result: Result) -> None:
         job = channel.job
@@ -508,7 +388,7 @@ class Batch:
             self._drop(channel)
         self._finish(job, result)
 
-    def _finish(self, job: _Job, result: Result) -> None:
+    def _finish(self, job: Job, result: Result) -> None:
         result.index = job.index
         if job.timer is not None:
             job.timer.cancel()
@@ -541,7 +421,4 @@ class Batch:
         if not isinstance(lost.error, HelperDiedError):
             raise lost.error
         if job is not None:
-            result = Result(job.args, -signal.SIGKILL)
-            self._put_output(result, job)
-            result.error = lost.error
-            self._finish(job, result)
+            self._finish(job, self._jobs.without_end(job, -signal.SIGKILL, lost.error))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any, AnyStr
 
     from errand_boy._address import Address
-    from errand_boy._batch import Command
+    from errand_boy._job import Command
     from errand_boy._result import Result
 else:
     AnyStr = str

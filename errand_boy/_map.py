@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
-    from errand_boy._batch import Command
+    from errand_boy._job import Command
     from errand_boy._result import Result
 
     T = TypeVar("T")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
     from errand_boy import _client
-    from errand_boy._batch import Batch, Command
+    from errand_boy._batch import Batch
+    from errand_boy._job import Command
     from errand_boy._result import Result
 
 __all__ = [

@@ -1,0 +1,185 @@
+"""The commands of one `map`: what each is, and the result that is made of it."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+from errand_boy import _request
+from errand_boy._result import Result
+from errand_boy._spool import Spool, coding
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+    from typing import IO, Any, TypeAlias
+
+    from errand_boy._stream import Ended
+    from errand_boy._timers import Timer
+
+    Command: TypeAlias = "Sequence[Any] | str | bytes | os.PathLike[Any] | Mapping[str, Any]"
+
+_PLAIN = (list, tuple)
+
+
+class Job:
+    """A command, and what is known of it while it runs."""
+
+    __slots__ = (
+        "args",
+        "argv",
+        "attempts",
+        "begun",
+        "index",
+        "input",
+        "options",
+        "outputs",
+        "shell",
+        "timed_out",
+        "timeout",
+        "timer",
+    )
+
+    def __init__(self, index: int, args: Any) -> None:
+        self.index = index
+        self.args = args
+        self.argv: Sequence[Any] = ()
+        self.options: Mapping[str, Any] | None = None  # its own
+        self.input: bytes | None = None
+        self.shell = False
+        self.timeout: float | None = None
+        self.timer: Timer | None = None
+        self.attempts = 0
+
+    def begin(self) -> None:
+        """Be as before anything was sent or received."""
+        self.attempts += 1
+        self.outputs: list[Spool | None] = [None, None]
+        self.timed_out = False
+        self.begun = time.monotonic()
+
+
+class Jobs:
+    """Makes a Job of each command; `options` are settings' of those that have none of their own."""
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        *,
+        captured: tuple[bool, bool],
+        text: bool | None,
+        encoding: str | None,
+        errors: str | None,
+        input: Any,
+        timeout: float | None,
+        shell: bool,
+        max_output: int | None,
+        spool: bool,
+    ) -> None:
+        if max_output is not None and max_output < 0:
+            raise ValueError("max_output must not be negative")
+        self.options = options
+        self._captured = captured
+        self._text = bool(text or encoding or errors)
+        self._nothing: Any = "" if self._text else b""
+        self._encoding, self._errors = coding(encoding, errors) if self._text else ("", "")
+        self._input = input
+        self._timeout = timeout
+        self._shell = shell
+        self._max_output = max_output
+        self._open_file: Callable[[], IO[bytes]] | None = _temporary_file if spool else None
+
+    def make(self, index: int, command: Command) -> Job:
+        """Return the Job for a command. Raises TypeError and ValueError."""
+        given: dict[str, Any] = {}
+        plain = type(command) in _PLAIN  # else the checks take a microsecond
+        if not plain and isinstance(command, Mapping):
+            given = dict(command)
+            try:
+                args = given.pop("args")
+            except KeyError:
+                raise TypeError("a command's mapping needs args") from None
+        else:
+            args = command
+        job = Job(index, args)
+        job.shell = given.pop("shell", self._shell) if given else self._shell
+        job.timeout = given.pop("timeout", self._timeout) if given else self._timeout
+        input = given.pop("input", self._input) if given else self._input
+        if input is not None:
+            if self._text:
+                input = input.encode(self._encoding, self._errors)
+            job.input = input if type(input) is bytes else bytes(memoryview(input))
+        if given:
+            unknown = given.keys() - self.options.keys()
+            if unknown:
+                raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
+            job.options = {**self.options, **given}
+        if plain and not job.shell:
+            job.argv = args
+        else:
+            job.argv = _request.arguments(args, job.shell)
+        return job
+
+    def write(self, job: Job, number: int, data: bytes) -> None:
+        """Keep what a command has written. Raises OSError."""
+        output = job.outputs[number]
+        if output is None:
+            output = job.outputs[number] = Spool(self._max_output, self._open_file)
+        output.write(data)
+
+    def ended(self, job: Job, ended: Ended) -> Result:
+        """Return the result of a command that has ended."""
+        result = Result(job.args, ended.returncode)
+        result._end = ended
+        self._put_output(result, job)
+        if job.timed_out:
+            result.error = subprocess.TimeoutExpired(
+                job.args, job.timeout or 0, result.stdout, result.stderr
+            )
+        return result
+
+    def failed(self, job: Job, error: Exception) -> Result:
+        """Return the result of a command that was not started."""
+        if isinstance(error, IndexError):
+            error = ValueError("a command needs at least one argument")
+        else:
+            _request.name_program(error, job.argv[0])
+        return self.without_end(job, 127 if isinstance(error, FileNotFoundError) else 126, error)
+
+    def without_end(self, job: Job, returncode: int, error: Exception) -> Result:
+        """Return the result of a command whose end is not known."""
+        result = Result(job.args, returncode)
+        self._put_output(result, job)
+        result.error = error
+        return result
+
+    def _put_output(self, result: Result, job: Job) -> None:
+        for number, output in enumerate(job.outputs):
+            if not self._captured[number]:
+                continue
+            data = self._nothing
+            if output is not None:
+                data = output.data
+                if output.file is not None:
+                    output.file.seek(0)
+                    setattr(result, "stderr_file" if number else "stdout_file", output.file)
+                result.truncated = result.truncated or output.truncated
+                if self._text:
+                    try:
+                        data = output.text(self._encoding, self._errors)
+                    except UnicodeError as error:
+                        result.error = error
+                if isinstance(data, bytearray):
+                    data = bytes(data)
+            if number:
+                result.stderr = data
+            else:
+                result.stdout = data
+
+
+def _temporary_file() -> IO[bytes]:
+    from tempfile import TemporaryFile  # noqa: PLC0415
+
+    return TemporaryFile()
