@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, LinkError
 
 HELPER = "errand-boy-helper"
 HELPER_SOURCES = [
@@ -37,12 +37,14 @@ HELPER_SOURCES = [
 ]
 COMPILE = ["-std=c11", "-fPIE", "-Wall", "-Wextra", "-fstack-protector"]
 # Fewer pages of its own: no tables for unwinding, no indirection that LINK resolves at once.
-COMPILE += ["-fno-asynchronous-unwind-tables", "-fno-plt", "-fvisibility=hidden"]
+COMPILE += ["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"]
+COMPILE += ["-fno-plt", "-fvisibility=hidden"]
 # The first that the compiler knows. With two of its optimizations gcc's code is 450 bytes larger.
 SMALL = (["-Oz", "-fno-tree-sra", "-fno-move-loop-invariants"], ["-Oz"], ["-Os"])
 # Dynamic: the C library's text is shared with all other processes; a static one would be its own.
 # Resolved at once: a new process that shares the helper's memory must not run the dynamic linker.
-LINK = ["-pie", "-Wl,-z,relro,-z,now,-z,noseparate-code,--no-eh-frame-hdr,--build-id=none"]
+LINK = ["-pie", "-Wl,-z,relro,-z,now,--no-eh-frame-hdr,--build-id=none"]
+DENSE = (["-Wl,-z,noseparate-code"], [])  # zig's linker has no such option: it does so anyway
 
 
 class BuildExt(build_ext):
@@ -61,17 +63,32 @@ class BuildExt(build_ext):
             depends=[str(path) for path in Path("csrc").rglob("*.h")],
         )
         self.compiler.link_executable(
-            objects, HELPER, output_dir=str(package), extra_postargs=[*LINK, *flags]
+            objects,
+            HELPER,
+            output_dir=str(package),
+            extra_postargs=[*LINK, *next(filter(self.links, DENSE)), *flags],
         )
 
     def accepts(self, options: list[str]) -> bool:
         """Tell whether the compiler knows *options*."""
+        return self.builds(options, [])
+
+    def links(self, options: list[str]) -> bool:
+        """Tell whether the linker knows *options*."""
+        return self.builds([], options)
+
+    def builds(self, compile_options: list[str], link_options: list[str]) -> bool:
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "empty.c")
-            source.touch()
+            source = Path(folder, "program.c")
+            source.write_text("int main(void) { return 0; }\n")
             try:
-                self.compiler.compile([str(source)], output_dir=folder, extra_preargs=options)
-            except CompileError:
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_preargs=compile_options
+                )
+                self.compiler.link_executable(
+                    objects, "program", output_dir=folder, extra_postargs=link_options
+                )
+            except (CompileError, LinkError):
                 return False
         return True
 
