@@ -48,16 +48,32 @@ static void close_copies(const struct eb_request *q, const int *originals)
             close(q->sources[i]);
 }
 
+#ifdef __GLIBC__
+/* glibc has both from 2.29 on; a program that is built for an older one too finds none there. */
+#pragma weak posix_spawn_file_actions_addfchdir_np
+#pragma weak posix_spawn_file_actions_addchdir_np
+#endif
+
+static int add_directories(const struct eb_request *q, posix_spawn_file_actions_t *actions)
+{
+    int error = 0;
+#ifdef __GLIBC__
+    if (posix_spawn_file_actions_addfchdir_np == NULL || posix_spawn_file_actions_addchdir_np == NULL)
+        return eb_has(q, EB_TAG_CWD_FD) || eb_has(q, EB_TAG_CWD) ? ENOTSUP : 0;
+#endif
+    if (eb_has(q, EB_TAG_CWD_FD))
+        error = posix_spawn_file_actions_addfchdir_np(actions, q->sources[q->target_count]);
+    if (error == 0 && eb_has(q, EB_TAG_CWD))
+        error = posix_spawn_file_actions_addchdir_np(actions, q->cwd);
+    return error;
+}
+
 static int add_actions(const struct eb_request *q, posix_spawn_file_actions_t *actions)
 {
     int error = 0;
     for (uint32_t i = 0; i < q->target_count && error == 0; i++)
         error = posix_spawn_file_actions_adddup2(actions, q->sources[i], q->targets[i]);
-    if (error == 0 && eb_has(q, EB_TAG_CWD_FD))
-        error = posix_spawn_file_actions_addfchdir_np(actions, q->sources[q->target_count]);
-    if (error == 0 && eb_has(q, EB_TAG_CWD))
-        error = posix_spawn_file_actions_addchdir_np(actions, q->cwd);
-    return error;
+    return error != 0 ? error : add_directories(q, actions);
 }
 
 static void to_sigset(uint64_t bits, sigset_t *set)
