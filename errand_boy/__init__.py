@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from errand_boy._client import Client
     from errand_boy._job import Command
+    from errand_boy._policy import Retries
     from errand_boy._result import Result
 
 
@@ -72,20 +73,28 @@ def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None 
     return _client.connect(path, peer_uid=peer_uid)
 
 
-def map(commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
+def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result, None, None]:
     """Run commands, many at once, and yield a Result for each, which is a CompletedProcess.
 
     `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and, for
-    that command, `input`, `timeout`, `shell`, `cwd`, `env`, `umask`, `start_new_session`,
-    `process_group`, `restore_signals`, `no_new_privs`. They are taken as results are: an endless
-    iterator will do. What it raises is raised when the results of the commands before that have
-    been taken.
+    that command, `input`, `timeout`, `retries`, `shell`, `cwd`, `env`, `umask`,
+    `start_new_session`, `process_group`, `restore_signals`, `no_new_privs`. They are taken as
+    results are: an endless iterator will do. What it raises is raised when the results of the
+    commands before that have been taken. None from it means that there is no command now, but that
+    results may lead to some: the iterator is asked again when a command has ended and when a result
+    has been taken, and None is the end once nothing runs and all results are taken.
 
     `max_workers`: how many run at once; by default four for each CPU.
     `ordered` (true): results come in the order of the commands, else as the commands end.
     `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as
     subprocess.run has them, but that output is captured unless `stdout` or `stderr` is given or
     `capture_output` is false, and that standard input is /dev/null without `input`.
+    `timeout` may also be a share of the median of what the others took, ``"200%"``.
+    `retries`: how often a command that fails is run again, as a number or a Retries.
+    `halt`: when to end early: ``"never"``; ``"soon,fail=N"`` starts no more commands when N have
+    failed, ``"now,fail=N"`` ends what runs too, which has no results; ``success=N`` and ``done=N``
+    count the others and all, and ``N%`` is a share of all commands if `commands` has a length, else
+    of those that have ended, of which there must be three.
     `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`,
     `no_new_privs`: as Popen has them, for the commands whose mappings say nothing else.
     `max_output`: bytes of each output that are kept; with `spool`, all of a longer one is in a
@@ -134,15 +143,20 @@ def unpatch() -> None:
     _patching.unpatch()
 
 
+_LATER = {
+    "Result": "errand_boy._result",
+    "Retries": "errand_boy._policy",
+}
+
 _default = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None  # the daemon's client
 
 if not TYPE_CHECKING:  # to a type checker they are what the imports say
 
     def __getattr__(name: str) -> Any:
-        if name == "Result":
-            from errand_boy._result import Result  # noqa: PLC0415  only those who need it pay
+        if name in _LATER:  # only those who need it pay
+            from importlib import import_module  # noqa: PLC0415
 
-            return Result
+            return getattr(import_module(_LATER[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     if _default is not None:
@@ -167,6 +181,7 @@ __all__ = [
     "ProtocolError",
     "RefusedError",
     "Result",
+    "Retries",
     "SessionClosedError",
     "SubprocessError",
     "TimeoutExpired",

@@ -6,19 +6,23 @@ import errno
 import os
 import signal
 import socket
-import struct
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
+from heapq import heappop, heappush
 from io import BytesIO
 
 from errand_boy import _helper, _wire
+from errand_boy._channel import Channel
+from errand_boy._expiry import Expiry
 from errand_boy._frame import MOST_ATTEMPTS
 from errand_boy._job import Jobs
 from errand_boy._native import lib
-from errand_boy._stream import Ended, Lost, Output, Started, Stream
+from errand_boy._policy import Halt, Timeout
+from errand_boy._result import Results
+from errand_boy._stream import Ended, Lost, Output, Started
 from errand_boy._templates import Templates
 from errand_boy._timers import Timers
 from errand_boy._wire import Failed
@@ -27,36 +31,31 @@ from errand_boy.errors import ErrandBoyError, HelperDiedError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
-    from errand_boy._connection import Connection
     from errand_boy._job import Command, Job
+    from errand_boy._policy import Retries
     from errand_boy._result import Result
     from errand_boy._templates import Source
+    from errand_boy._timers import Timer
 
-NOT_NOW = object()  # from an iterator of commands: none yet, though more may come
+    class Gate(Protocol):
+        """What says when commands may be started."""
+
+        def closed_for(self, live: int) -> float:
+            """Return in how many seconds to ask again; 0: one may be started now."""
+
+        def count_start(self) -> None:
+            """Take note that one has been started."""
+
+
+NOT_NOW = object()  # from an iterator of commands: none yet, but the driver knows when to ask
 
 _CHUNK = 2 * lib.EB_MAX_OUTPUT  # bytes
 _LEAST_AHEAD = 64  # commands
 _PER_CPU = 4  # workers
 
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _DONTWAIT = socket.MSG_DONTWAIT
-
-
-class _Channel:
-    """A connection, and the command that runs over it."""
-
-    __slots__ = ("awaits_room", "connection", "fd", "generation", "job", "sock", "stream")
-
-    def __init__(self, connection: Connection, generation: int) -> None:
-        self.connection = connection
-        self.generation = generation
-        self.sock = connection.sock
-        self.fd = connection.sock.fileno()
-        self.stream = Stream(connection.greeted)
-        self.awaits_room = False  # in the socket
-        self.job: Job | None = None
 
 
 def _unwatched(*_: Any) -> None:
@@ -75,7 +74,7 @@ class Batch:
     def __init__(
         self,
         source: Source,
-        commands: Iterable[Command],
+        commands: Iterable[Command | None],
         *,
         max_workers: int | None = None,
         capture_output: bool = True,
@@ -85,7 +84,9 @@ class Batch:
         encoding: str | None = None,
         errors: str | None = None,
         input: Any = None,
-        timeout: float | None = None,
+        timeout: float | str | None = None,
+        retries: int | Retries | None = None,
+        halt: str | Halt = "never",
         ordered: bool = True,
         max_output: int | None = None,
         spool: bool = False,
@@ -97,6 +98,8 @@ class Batch:
         process_group: int | None = None,
         restore_signals: bool = True,
         no_new_privs: bool = False,
+        gate: Gate | None = None,
+        with_pids: bool = False,
     ) -> None:
         if max_workers is None:
             max_workers = _PER_CPU * len(os.sched_getaffinity(0))
@@ -113,7 +116,6 @@ class Batch:
         self._source = source
         self._commands = iter(commands)
         self._most = max_workers
-        self._ordered = ordered
         self._options: dict[str, Any] = {
             "cwd": cwd,
             "env": env,
@@ -123,6 +125,12 @@ class Batch:
             "restore_signals": restore_signals,
             "no_new_privs": no_new_privs,
         }
+        self.halt = Halt(halt) if not isinstance(halt, Halt) else halt
+        if isinstance(commands, Sized):
+            self.halt.total = len(commands)
+        elif self.halt.needs_total and self.halt.total is None:
+            raise ValueError("done=N% of how many? commands must have a length")
+        share = Timeout(timeout) if isinstance(timeout, str) else None
         self._jobs = Jobs(
             self._options,
             captured=(stdout == subprocess.PIPE, stderr == subprocess.PIPE),
@@ -130,7 +138,8 @@ class Batch:
             encoding=encoding,
             errors=errors,
             input=input,
-            timeout=timeout,
+            timeout=None if isinstance(timeout, str) else timeout,
+            retries=retries,
             shell=shell,
             max_output=max_output,
             spool=spool,
@@ -138,17 +147,24 @@ class Batch:
         self._templates = Templates(source, self._options, stdout, stderr)
         self._ahead = max(_LEAST_AHEAD, 4 * max_workers)
         self._given = 0  # commands taken from the iterator
-        self._taken = 0  # results that the caller has
         self._failure: Exception | None = None  # of the iterator's, for when its turn comes
         self._exhausted = False
-        self._channels: dict[int, _Channel] = {}
-        self._idle: list[_Channel] = []
+        self._stopped = False
+        self._is_dry = False  # there are no commands, unless results lead to some
+        self._gate = gate
+        self._gate_timer: Timer | None = None
+        self._without_pids = share is None and not with_pids
+        self._channels: dict[int, Channel] = {}
+        self._idle: list[Channel] = []
         self._generation = 0  # of channels
         self._live = 0
-        self._waiting: deque[Job] = deque()  # to be started again, elsewhere
+        self._waiting: deque[Job] = deque()  # to be started again
+        self._delayed: dict[Job, Timer] = {}  # the same, but not yet
+        self._slots: list[int] = []  # that are free, of those that have been used
+        self._most_slots = 0
         self.timers = Timers()
-        self._results: dict[int, Result] = {}
-        self._done: deque[Result] = deque()
+        self._expiry = Expiry(self.timers, self._expire, share)
+        self._results = Results(ordered)
         # recv() would allocate as much each time, which may be a system call or three.
         self._buffer = memoryview(bytearray(_CHUNK))
 
@@ -159,10 +175,13 @@ class Batch:
         if self._owner != os.getpid():
             text = "another process started the commands, before a fork"
             raise ChildProcessError(errno.ECHILD, text)
-        while self._live < self._most:
+        self._is_dry = False
+        while self._live < self._most and (self._gate is None or self._may_start(self._gate)):
             job = self._waiting.popleft() if self._waiting else self._next()
             if job is None:
                 return
+            if not job.slot:
+                job.slot = self._slot()
             self._start(job)
 
     def ready(self, check: bool) -> Iterator[Result]:
@@ -182,32 +201,17 @@ class Batch:
 
         Raises what the iterator of commands raised, once the results of those before it are taken.
         """
-        if self._live:
+        if self._live or self._waiting or self._delayed:
             return True
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        return not self._exhausted
+        return not (self._exhausted or self._is_dry)
 
     def take(self) -> Result | None:
         """Return a result if one is ready."""
-        if not self._ordered:
-            if not self._done:
-                return None
-            result = self._done.popleft()
-        elif self._taken in self._results:
-            result = self._results.pop(self._taken)
-        else:
-            return None
-        self._taken += 1
-        return result
-
-    def finished(self) -> Iterator[Result]:
-        """Take all results that are there, out of their turn."""
-        while self._done:
-            yield self._done.popleft()
-        for index in sorted(self._results):
-            yield self._results.pop(index)
+        # When it was stopped there may be some before it that never come.
+        return self._results.take(self._stopped and not self._live)
 
     def on_ready(self, fd: int) -> None:
         """Move data over a channel."""
@@ -248,10 +252,43 @@ class Batch:
         if stream.unsent and channel.job is not None:
             self._send(channel)
 
-    def stop(self) -> None:
-        """Take no more commands; what runs may end."""
-        self._exhausted = True
+    def stop(self, *, now: bool = False) -> None:
+        """Start no more commands; what runs may end, or `now` is ended, and has no result."""
+        self._exhausted = self._stopped = True
+        for timer in self._delayed.values():
+            timer.cancel()
+        left = [*self._waiting, *self._delayed]
         self._waiting.clear()
+        self._delayed.clear()
+        for job in left:
+            if job.last is not None:
+                self._put(job.last)
+        if now:
+            for channel in list(self._channels.values()):
+                self._abandon(channel)
+
+    def cancel(self, index: int) -> None:
+        """Have a command not be started, or end it; it has no result."""
+        for job in [*self._waiting, *self._delayed]:
+            if job.index == index:
+                with suppress(ValueError):
+                    self._waiting.remove(job)
+                timer = self._delayed.pop(job, None)
+                if timer is not None:
+                    timer.cancel()
+        for channel in list(self._channels.values()):
+            if channel.job is not None and channel.job.index == index:
+                self._abandon(channel)
+
+    def running(self) -> list[tuple[Job, Channel]]:
+        """Return the jobs that run, by the time of their start, and their channels."""
+        live = [(c.job, c) for c in self._channels.values() if c.job is not None and c.stream.pid]
+        return sorted(live, key=lambda pair: pair[0].begun)
+
+    def signal_group(self, channel: Channel, number: int) -> None:
+        """Send a signal to the process group of the command of a channel; needs `with_pids`."""
+        channel.stream.signal(-channel.stream.pid, number)
+        self._send(channel)
 
     def close(self) -> None:
         """End what still runs: its process group gets SIGTERM, and SIGKILL a second later."""
@@ -271,10 +308,13 @@ class Batch:
 
     def _next(self) -> Job | None:
         """Return the next command, unless there is none, or enough of them are ahead."""
-        while not self._exhausted and self._given - self._taken < self._ahead:
+        while not self._exhausted and self._given - self._results.taken < self._ahead:
             try:
                 command: Any = next(self._commands)
                 if command is NOT_NOW:
+                    return None
+                if command is None:
+                    self._is_dry = True
                     return None
                 job = self._jobs.make(self._given, command)
             except StopIteration:
@@ -288,13 +328,31 @@ class Batch:
             return job
         return None
 
+    def _may_start(self, gate: Gate) -> bool:
+        """Return whether a command may be started now; else come back when to ask again."""
+        seconds = gate.closed_for(self._live)
+        if not seconds:
+            return True
+        if self._gate_timer is None:
+            self._gate_timer = self.timers.after(seconds, self._ask_again)
+        return False
+
+    def _ask_again(self) -> None:
+        self._gate_timer = None  # the driver does
+
+    def _slot(self) -> int:
+        if self._slots:
+            return heappop(self._slots)
+        self._most_slots += 1
+        return self._most_slots
+
     def _start(self, job: Job) -> None:
         while job.attempts < MOST_ATTEMPTS:
             if self._source.changed():
                 self._renew()
             job.begin()
             # The time of one that waits for its turn in a daemon begins with the news of its start.
-            brief = job.timeout is None
+            brief = job.timeout is None and self._without_pids
             template = None
             try:
                 template = self._templates.get(job.options, job.input is not None, brief)
@@ -312,17 +370,19 @@ class Batch:
                 continue
             channel.job = job
             self._live += 1
+            if self._gate is not None:
+                self._gate.count_start()
             input = None if job.input is None else BytesIO(job.input)
             channel.stream.begin(template.streams, brief, request, input)
             self._send(channel, template.fds)
             return
         raise _helper.ends_at_once()
 
-    def _connect(self) -> _Channel | None:
+    def _connect(self) -> Channel | None:
         connection = self._source.connect()
         if connection is None:
             return None
-        channel = _Channel(connection, self._generation)
+        channel = Channel(connection, self._generation)
         self._channels[channel.fd] = channel
         self.watch(channel.fd, False)
         return channel
@@ -342,33 +402,17 @@ class Batch:
             self._drop(self._idle.pop())
         self._templates.forget()
 
-    def _send(self, channel: _Channel, fds: Sequence[int] = ()) -> None:
-        """Send what the socket takes, and all of `fds`."""
-        stream = channel.stream
-        try:
-            if fds:
-                # Never kept for later: nothing else is on its way when a job begins.
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
-                stream.count_sent(channel.sock.sendmsg([stream.unsent], rights, _FLAGS))
-            else:
-                stream.count_sent(channel.sock.send(stream.unsent, _FLAGS))
-        except BlockingIOError:
-            pass
-        except (BrokenPipeError, ConnectionResetError):
-            stream.unsent = b""  # the reader will see why
-        awaits_room = bool(stream.unsent)
-        if awaits_room != channel.awaits_room:
-            channel.awaits_room = awaits_room
-            self.watch(channel.fd, awaits_room)
+    def _send(self, channel: Channel, fds: Sequence[int] = ()) -> None:
+        if channel.send(fds):
+            self.watch(channel.fd, channel.awaits_room)
 
     # -- the course of one --
 
-    def _on_started(self, channel: _Channel, job: Job) -> None:
+    def _on_started(self, channel: Channel, job: Job) -> None:
         job.begun = time.monotonic()
-        if job.timeout is not None:
-            job.timer = self.timers.at(job.begun + job.timeout, partial(self._expire, channel, job))
+        self._expiry.begin(channel, job)
 
-    def _expire(self, channel: _Channel, job: Job) -> None:
+    def _expire(self, channel: Channel, job: Job) -> None:
         job.timed_out = True
         pid = channel.stream.pid
         ended = channel.stream.kill(-pid, pid)  # it may lead no group
@@ -377,7 +421,7 @@ class Batch:
         else:  # it has left others that hold its output
             self._over(channel, self._jobs.ended(job, ended))
 
-    def _over(self, channel: _Channel, result: Result) -> None:
+    def _over(self, channel: Channel, result: Result) -> None:
         job = channel.job
         assert job is not None
         channel.job = None
@@ -389,32 +433,67 @@ class Batch:
         self._finish(job, result)
 
     def _finish(self, job: Job, result: Result) -> None:
-        result.index = job.index
-        if job.timer is not None:
-            job.timer.cancel()
         now = time.monotonic()
         brief = None if result._end is None else result._end.brief
         result.duration = now - job.begun if brief is None else brief[0] / 1e6
         result._begun = now - result.duration
-        if self._ordered:
-            self._results[job.index] = result
-        else:
-            self._done.append(result)
+        result.index = job.index
+        result.slot = job.slot
+        heappush(self._slots, job.slot)
+        job.slot = 0
+        job.runs += 1
+        result.runs = job.runs
+        self._expiry.end(job, result)
+        if job.retries is not None and result.failed and not self._stopped:
+            delay = job.retries.delay(job.runs, result)
+            if delay is not None:
+                self._put_back(job, result, delay)
+                return
+        self._put(result)
+
+    def _put_back(self, job: Job, result: Result, delay: float) -> None:
+        """Have a command run again, after so many seconds."""
+        if job.last is not None:
+            job.last.close()
+        job.last = result
+        job.attempts = 0
+
+        def again() -> None:
+            del self._delayed[job]
+            self._waiting.append(job)
+
+        self._delayed[job] = self.timers.after(delay, again)
+
+    def _put(self, result: Result) -> None:
+        self._results.put(result)
         if self.on_result is not None:
             self.on_result(result)
+        self.halt.count(result)
+        if self.halt.due and not self._stopped:
+            self.stop(now=self.halt.due == "now")
 
-    def _drop(self, channel: _Channel) -> None:
+    def _abandon(self, channel: Channel) -> None:
+        """End the command of a channel, if it has one, without a result."""
+        job, channel.job = channel.job, None
+        if job is not None:
+            self._live -= 1
+            self._expiry.end(job)
+            heappush(self._slots, job.slot)
+            self._drop(channel)
+
+    def _drop(self, channel: Channel) -> None:
         if self._channels.pop(channel.fd, None) is not None:
             self.unwatch(channel.fd)
         channel.connection.close()
 
-    def _on_lost(self, channel: _Channel, lost: Lost) -> None:
+    def _on_lost(self, channel: Channel, lost: Lost) -> None:
         job, channel.job = channel.job, None
         if job is None and channel in self._idle:
             self._idle.remove(channel)
         self._drop(channel)
         if job is not None:
             self._live -= 1
+            self._expiry.end(job)
             if lost.may_resend:
                 self._waiting.append(job)
                 return

@@ -179,7 +179,9 @@ class Client:
         except _status.NoAnswerError as error:
             raise NoDaemonError(errno.ENOTCONN, str(error)) from error
 
-    def map(self, commands: Iterable[Command], **options: Any) -> Generator[Result, None, None]:
+    def map(
+        self, commands: Iterable[Command | None], **options: Any
+    ) -> Generator[Result, None, None]:
         """Run commands by the daemon, many at once, and yield a Result for each."""
         from errand_boy import _map  # noqa: PLC0415
 

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
-from errand_boy import _request
+from errand_boy import _policy, _request
 from errand_boy._result import Result
 from errand_boy._spool import Spool, coding
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import IO, Any, TypeAlias
 
+    from errand_boy._policy import Retries
     from errand_boy._stream import Ended
     from errand_boy._timers import Timer
 
@@ -34,9 +35,13 @@ class Job:
         "begun",
         "index",
         "input",
+        "last",
         "options",
         "outputs",
+        "retries",
+        "runs",
         "shell",
+        "slot",
         "timed_out",
         "timeout",
         "timer",
@@ -51,7 +56,11 @@ class Job:
         self.shell = False
         self.timeout: float | None = None
         self.timer: Timer | None = None
-        self.attempts = 0
+        self.attempts = 0  # to have it started
+        self.retries: Retries | None = None
+        self.runs = 0  # that are over
+        self.slot = 0
+        self.last: Result | None = None  # of a run that failed, while there is to be another
 
     def begin(self) -> None:
         """Be as before anything was sent or received."""
@@ -74,6 +83,7 @@ class Jobs:
         errors: str | None,
         input: Any,
         timeout: float | None,
+        retries: int | Retries | None,
         shell: bool,
         max_output: int | None,
         spool: bool,
@@ -87,6 +97,7 @@ class Jobs:
         self._encoding, self._errors = coding(encoding, errors) if self._text else ("", "")
         self._input = input
         self._timeout = timeout
+        self._retries = _policy.retries(retries)
         self._shell = shell
         self._max_output = max_output
         self._open_file: Callable[[], IO[bytes]] | None = _temporary_file if spool else None
@@ -106,6 +117,7 @@ class Jobs:
         job = Job(index, args)
         job.shell = given.pop("shell", self._shell) if given else self._shell
         job.timeout = given.pop("timeout", self._timeout) if given else self._timeout
+        job.retries = _policy.retries(given.pop("retries")) if "retries" in given else self._retries
         input = given.pop("input", self._input) if given else self._input
         if input is not None:
             if self._text:

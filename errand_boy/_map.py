@@ -57,13 +57,13 @@ def drive(batch: Batch, check: bool = False) -> Generator[Result, None, None]:
         batch.close()
 
 
-def make(commands: Iterable[Command], client: Any = None, **options: Any) -> Batch:
+def make(commands: Iterable[Command | None], client: Any = None, **options: Any) -> Batch:
     """Return the batch for `map`'s arguments."""
     return Batch(LocalSource() if client is None else DaemonSource(client), commands, **options)
 
 
 def map(
-    commands: Iterable[Command],
+    commands: Iterable[Command | None],
     *,
     check: bool = False,
     progress: bool = False,

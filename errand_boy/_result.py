@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections import deque
 
 from errand_boy import _wire
 
@@ -20,7 +21,9 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
 
     `args`, `returncode`, `stdout` and `stderr` are those of subprocess.CompletedProcess, and
 
-    `index`: which command it was, from 0.
+    `index`: which command it was, from 0. `slot`: which of those that run at the same time, from 1.
+    `runs`: how often it has been run, which is more than once only with `retries`; the rest is of
+    the last run.
     `error`: None, or why there is no ordinary end: the OSError or ValueError for which the command
     could not be started (`returncode` is then 127 if it was not found, else 126),
     subprocess.TimeoutExpired, UnicodeError (the output is then bytes), or HelperDiedError
@@ -32,6 +35,8 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     """
 
     index = 0
+    slot = 0
+    runs = 1
     error: Exception | None = None
     duration = 0.0
     truncated = False
@@ -39,6 +44,11 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     stderr_file: Any = None
     _begun = 0.0  # of the monotonic clock
     _end: Ended | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is no success: check_returncode() raises."""
+        return self.returncode != 0 or self.error is not None
 
     @property
     def started(self) -> float:
@@ -50,8 +60,47 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
         """What the command, and the children it waited for, have used."""
         return None if self._end is None else _wire.rusage(self._end.usage)
 
+    def close(self) -> None:
+        """Close the temporary files, if there are any."""
+        for file in (self.stdout_file, self.stderr_file):
+            if file is not None:
+                file.close()
+
     def check_returncode(self) -> None:
         """Raise `error`, or CalledProcessError if the return code is not 0."""
         if self.error is not None:
             raise self.error
         super().check_returncode()
+
+
+class Results:
+    """Those that nobody has taken yet, in the order of the commands or of their ends."""
+
+    def __init__(self, ordered: bool) -> None:
+        self.taken = 0
+        self._following = 0  # index of what comes next
+        self._by_index: dict[int, Result] | None = {} if ordered else None
+        self._done: deque[Result] = deque()
+
+    def put(self, result: Result) -> None:
+        """Add one."""
+        if self._by_index is None:
+            self._done.append(result)
+        else:
+            self._by_index[result.index] = result
+
+    def take(self, with_gaps: bool) -> Result | None:
+        """Remove and return the next, if it is there; `with_gaps`: some never come."""
+        if self._by_index is None:
+            if not self._done:
+                return None
+            result = self._done.popleft()
+        elif self._following in self._by_index:
+            result = self._by_index.pop(self._following)
+        elif with_gaps and self._by_index:
+            result = self._by_index.pop(min(self._by_index))
+        else:
+            return None
+        self._following = result.index + 1
+        self.taken += 1
+        return result

@@ -169,7 +169,7 @@ class _Functions:
         return done
 
     def map(
-        self, commands: Iterable[Command], *, check: bool = False, **options: Any
+        self, commands: Iterable[Command | None], *, check: bool = False, **options: Any
     ) -> AsyncGenerator[Result, None]:
         """Run commands, many at once, and yield a Result for each, as errand_boy.map.
 

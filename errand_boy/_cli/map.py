@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import signal
 import sys
@@ -14,6 +13,7 @@ from subprocess import TimeoutExpired
 
 from errand_boy import _map
 from errand_boy._batch import NOT_NOW, Batch
+from errand_boy._policy import Halt
 from errand_boy._result import Result
 from errand_boy.errors import ErrandBoyError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 16  # bytes
 _KEPT = 1 << 20  # bytes of output in memory for each command; a longer one is in a file
 _MOST_FAILED = 101  # the exit status for so many, or more
-_LEAST_ENDED = 3  # commands before a percentage counts
 _TITLE = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command MaxRSS\n"
 _PLACE = b"{}"
 _VARIABLE = b"errand_boy_line"
@@ -32,43 +31,6 @@ _VARIABLE = b"errand_boy_line"
 
 class UsageError(ValueError):
     """What was asked for makes no sense."""
-
-
-class Halt:
-    """When to take no more lines, or to end at once: ``never``, ``soon,fail=1``, ``now,fail=10%``.
-
-    Raises UsageError for what is none of these.
-    """
-
-    def __init__(self, policy: str) -> None:
-        match = re.fullmatch(r"(?:never|(soon|now),(fail|success)=([1-9][0-9]*)(%?))", policy)
-        if match is None or (match[4] and int(match[3]) > 100):
-            raise UsageError(f"{policy} is not never, soon,fail=N, now,fail=N or one with N%")
-        self._when, self._what, count, self._percent = match.groups()
-        self._count = int(count or 0)
-        self._ended = self._counted = 0
-        self.due: str | None = None  # or "soon" or "now"
-        self.status = 0  # of the command that made it due
-
-    def count(self, result: Result) -> None:
-        """Take note of a command's end."""
-        failed = _has_failed(result)
-        self._ended += 1
-        self._counted += failed == (self._what == "fail")
-        if self._when is None or self.due or failed != (self._what == "fail"):
-            return
-        if self._percent:
-            due = self._ended >= _LEAST_ENDED and self._counted * 100 >= self._count * self._ended
-        else:
-            due = self._counted >= self._count
-        if due:
-            self.due = self._when
-            code = result.returncode
-            self.status = code if code >= 0 else 128 - code
-
-
-def _has_failed(result: Result) -> bool:
-    return result.returncode != 0 or result.error is not None
 
 
 class _Lines:
@@ -245,7 +207,12 @@ def run(
     return code of the command that was the reason; 125 for what errand-boy itself could not do.
     Raises UsageError.
     """
-    policy = Halt(halt)
+    try:
+        policy = Halt(halt)
+    except ValueError as error:
+        raise UsageError(error) from None
+    if policy.needs_total:
+        raise UsageError("--halt done=N%: of how many is not known")
     if resume and joblog is None:
         raise UsageError("--resume needs a --joblog")
     try:
@@ -261,8 +228,9 @@ def run(
             timeout=timeout,
             max_output=_KEPT,
             spool=True,
+            halt=policy,
         )
-        return _run(work, lines, log, policy, progress)
+        return _run(work, lines, log, progress)
     except ErrandBoyError as error:
         print(f"errand-boy: {getattr(error, 'strerror', error)}", file=sys.stderr)
     except OSError as error:
@@ -270,47 +238,44 @@ def run(
     return 125
 
 
-def _run(work: Batch, lines: _Lines, log: JobLog | None, policy: Halt, progress: bool) -> int:
+def _run(work: Batch, lines: _Lines, log: JobLog | None, progress: bool) -> int:
     failed = 0
 
     def on_result(result: Result) -> None:
         nonlocal failed
-        failed += _has_failed(result)
+        failed += result.failed
         if log is not None:
             log.add(lines.seqs[result.index], result)
-        policy.count(result)
-        if policy.due:
-            work.stop()
 
     work.on_result = on_result
     # To die of these is enough: the helper ends what runs when it sees our end.
     for number in (signal.SIGINT, signal.SIGPIPE):
         if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
             signal.signal(number, signal.SIG_DFL)
-    results = _drive(work, lines, policy)
+    results = _drive(work, lines)
     with contextlib.closing(work):
         for result in _map.with_bar(results, None) if progress else results:
             _write(result)
     sys.stdout.flush()
-    return policy.status if policy.due else min(failed, _MOST_FAILED)
+    if work.halt.result is not None:
+        code = work.halt.result.returncode
+        return code if code >= 0 else 128 - code
+    return min(failed, _MOST_FAILED)
 
 
-def _drive(work: Batch, lines: _Lines, policy: Halt) -> Generator[Result, None, None]:
-    """As _map.drive, but wait for lines too, and for the reason to halt."""
+def _drive(work: Batch, lines: _Lines) -> Generator[Result, None, None]:
+    """As _map.drive, but wait for lines too."""
     wait = _map.waiter(work)
     reads = False
     while True:
         work.fill()
-        if policy.due == "now":
-            yield from work.finished()
-            return
         while (result := work.take()) is not None:
             yield result
             work.fill()
         sys.stdout.flush()
         if not work.pending():
             return
-        wanted = lines.wanted() and policy.due is None
+        wanted = lines.wanted() and work.halt.due is None
         if wanted != reads:
             reads = wanted
             if reads:

@@ -1,0 +1,159 @@
+"""What `map` does about failures: run again, end early, end what takes too long. No I/O."""
+
+from __future__ import annotations
+
+import random
+import re
+from bisect import bisect_left, insort
+from collections import deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from errand_boy._result import Result
+
+_LEAST_ENDED = 3  # commands before a share of them, or their median, says anything
+_MOST_DURATIONS = 999  # of which a median is taken
+
+
+class Retries:
+    """How often `map` runs a command again that has failed, and when.
+
+    `most`: runs after the first. `delay`: seconds from a failure to the next run; after each
+    further failure it is `factor` times as long, `longest` at most. `jitter`: the share of a delay
+    that is random, from 0 to 1. `only_if`: called with the Result, says whether to run it again.
+    """
+
+    __slots__ = ("_only_if", "_times", "most")
+
+    def __init__(
+        self,
+        most: float,
+        *,
+        delay: float = 0.0,
+        factor: float = 2.0,
+        longest: float = 60.0,
+        jitter: float = 0.0,
+        only_if: Callable[[Result], bool] | None = None,
+    ) -> None:
+        if not most >= 0:
+            raise ValueError("most must not be negative")
+        if not (delay >= 0 and longest >= 0 and factor > 0 and 0 <= jitter <= 1):
+            raise ValueError("delay and longest are seconds, factor is positive, jitter 0 to 1")
+        self.most = most
+        self._times = delay, factor, longest, jitter
+        self._only_if = only_if
+
+    def delay(self, runs: int, result: Result) -> float | None:
+        """Return how long to wait for the next run after so many; None: there is to be none."""
+        if runs > self.most or not (self._only_if is None or self._only_if(result)):
+            return None
+        seconds, factor, longest, jitter = self._times
+        try:
+            seconds *= factor ** (runs - 1)
+        except OverflowError:
+            seconds = longest
+        seconds = min(seconds, longest)
+        return seconds - seconds * jitter * random.random()
+
+
+def retries(given: int | Retries | None) -> Retries | None:
+    """Return what `map`'s argument of this name stands for. Raises TypeError and ValueError."""
+    if given is None or isinstance(given, Retries):
+        return given
+    if not isinstance(given, (int, float)):
+        raise TypeError(f"retries must be a number or a Retries, not {given!r}")
+    return Retries(given)
+
+
+class Halt:
+    """When to start no more commands (soon), or to end at once those that run (now).
+
+    `policy`: ``never``, or ``soon`` or ``now``, a comma, and ``fail=N``, ``success=N`` or
+    ``done=N``, for so many that have failed, have not, or have ended. ``N%`` is a share of all
+    commands if their number is known, else of those that have ended, of which there must be three.
+    Raises ValueError for what is none of these.
+    """
+
+    def __init__(self, policy: str) -> None:
+        pattern = r"never|(soon|now),(fail|success|done)=([1-9][0-9]*)(%?)"
+        match = re.fullmatch(pattern, policy) if isinstance(policy, str) else None
+        if match is None or (match[4] and int(match[3]) > 100):
+            raise ValueError(
+                f"halt={policy} is not never, soon,fail=N or now,fail=N; nor with success, done, N%"
+            )
+        self._when, self._what, count, self._percent = match.groups()
+        self._count = int(count or 0)
+        self._ended = self._counted = 0
+        self.total: int | None = None  # commands
+        self.due: str | None = None  # or "soon" or "now"
+        self.result: Result | None = None  # that made it due
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether it says nothing without `total`."""
+        return bool(self._percent) and self._what == "done"
+
+    def count(self, result: Result) -> None:
+        """Take note of a command's end."""
+        self._ended += 1
+        if self._when is None or self.due:
+            return
+        if self._what != "done" and result.failed != (self._what == "fail"):
+            return
+        self._counted += 1
+        if not self._percent:
+            due = self._counted >= self._count
+        elif self.total is not None:
+            due = self._counted * 100 >= self._count * self.total
+        else:
+            due = self._ended >= _LEAST_ENDED and self._what != "done"
+            due = due and self._counted * 100 >= self._count * self._ended
+        if due:
+            self.due = self._when
+            self.result = result
+
+
+class Median:
+    """The median of the last durations (seconds)."""
+
+    def __init__(self) -> None:
+        self._sorted: list[float] = []
+        self._in_turn: deque[float] = deque()
+
+    def add(self, duration: float) -> None:
+        """Take note of one more."""
+        if len(self._in_turn) == _MOST_DURATIONS:
+            del self._sorted[bisect_left(self._sorted, self._in_turn.popleft())]
+        self._in_turn.append(duration)
+        insort(self._sorted, duration)
+
+    def get(self) -> float | None:
+        """Return it, or None while there are too few."""
+        size = len(self._sorted)
+        return self._sorted[size // 2] if size >= _LEAST_ENDED else None
+
+
+class Timeout:
+    """``timeout="200%"``: so much of the median of the others' durations.
+
+    Raises ValueError for what is no percentage.
+    """
+
+    def __init__(self, percent: str) -> None:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", percent)
+        if match is None:
+            raise ValueError(f"timeout={percent!r} is neither seconds nor a percentage")
+        self._share = float(match[1]) / 100
+        self._median = Median()
+
+    def count(self, duration: float) -> None:
+        """Take note of a command that has ended by itself."""
+        self._median.add(duration)
+
+    @property
+    def seconds(self) -> float | None:
+        """What it is now; None while too few have ended."""
+        median = self._median.get()
+        return None if median is None else self._share * median
