@@ -21,6 +21,7 @@ import pytest
 from conftest import until
 from errand_boy._native import lib
 from guard import Guard
+from stuck import stuck_file
 from wire import (
     COALESCE,
     HELPER,
@@ -30,6 +31,7 @@ from wire import (
     Failed,
     Pool,
     PoolClient,
+    Spawned,
     converse,
     drained,
     ended,
@@ -43,6 +45,7 @@ from wire import (
     running,
     signal_frame,
     slow,
+    spawn,
     started,
     streamed,
     strings,
@@ -111,6 +114,28 @@ def test_empty_payload_is_number_0_without_flags(pool: Pool) -> None:
     assert client.status("/bin/true") == 0
     ours.close()
     pool.told((lib.EB_CLOSED, 0))
+
+
+# Descriptors of others
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("count", [1, 40])
+def test_file_whose_close_hangs_holds_up_no_start_of_others(
+    tmp_path: Path, pool: Pool, count: int
+) -> None:
+    with stuck_file(tmp_path / "stuck") as stuck:
+        parker = pool.connect()
+        parker.send(spawn("/bin/true")[:-1], [stuck])
+        assert pool.silent()  # and so it has been received
+        client = pool.connect()
+        targets = range(3, 3 + count)
+        with open(os.devnull) as null:
+            status = client.run("/bin/true", fds=[null.fileno()] * count, targets=targets)
+        assert isinstance(status, Spawned), status
+        assert ended(client) == 0
+    parker.sock.close()
+    pool.told((lib.EB_CLOSED, parker.id))
 
 
 # Grants

@@ -5,6 +5,8 @@
 #include <string.h>
 #include <unistd.h>
 
+static uint32_t held;
+
 static bool reserve(struct eb_fds *fds, uint32_t more)
 {
     if (more > EB_MAX_FDS - fds->count)
@@ -25,6 +27,7 @@ static void take(struct eb_fds *fds, const uint8_t *data, size_t size)
 {
     uint32_t count = (uint32_t)(size / sizeof(int));
     bool kept = !fds->lost && reserve(fds, count);
+    held += kept ? count : 0;
     for (uint32_t i = 0; i < count; i++) {
         int fd;
         memcpy(&fd, data + i * sizeof fd, sizeof fd);
@@ -75,13 +78,26 @@ ssize_t eb_send(int socket, const void *first, size_t first_size, const void *se
     return n;
 }
 
+static void forget(struct eb_fds *fds, uint32_t count)
+{
+    held -= count;
+    fds->count -= count;
+    if (count > 0 && fds->count > 0)
+        memmove(fds->at, fds->at + count, fds->count * sizeof *fds->at);
+}
+
+int eb_fds_take(struct eb_fds *fds)
+{
+    int fd = fds->at[0];
+    forget(fds, 1);
+    return fd;
+}
+
 void eb_fds_drop(struct eb_fds *fds, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++)
         close(fds->at[i]);
-    fds->count -= count;
-    if (count > 0 && fds->count > 0)
-        memmove(fds->at, fds->at + count, fds->count * sizeof *fds->at);
+    forget(fds, count);
 }
 
 void eb_fds_clear(struct eb_fds *fds)
@@ -89,4 +105,9 @@ void eb_fds_clear(struct eb_fds *fds)
     eb_fds_drop(fds, fds->count);
     free(fds->at);
     *fds = (struct eb_fds){0};
+}
+
+uint32_t eb_fds_held(void)
+{
+    return held;
 }

@@ -22,9 +22,13 @@ ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds, stru
 /* Sends two parts as send(2) does one, never raising SIGPIPE. */
 ssize_t eb_send(int socket, const void *first, size_t first_size, const void *second, size_t second_size);
 
+/* Takes out the oldest, which is the caller's to close from now on.  There is one. */
+int eb_fds_take(struct eb_fds *fds);
 /* Closes the oldest `count`. */
 void eb_fds_drop(struct eb_fds *fds, uint32_t count);
 /* Closes all, and forgets what was lost. */
 void eb_fds_clear(struct eb_fds *fds);
+/* How many all of them hold. */
+uint32_t eb_fds_held(void);
 
 #endif

@@ -387,7 +387,8 @@ void eb_command_begin(struct eb_command *k)
     k->on_close_ms = given ? q->on_close_ms : STREAMED_GRACE_MS;
     k->begun_ns = eb_clock_ns(CLOCK_MONOTONIC);
     k->state = EB_STARTING;
-    helper.spawner->begin(&k->start, q);
+    /* A daemon's clients send what they like, and may never complete the request that it is for. */
+    helper.spawner->begin(&k->start, q, helper.pool && eb_fds_held() > eb_request_fds(q));
     if (++helper.starting > 1)
         helper.needs_trim = true;
     /* The new process has its own by now. */

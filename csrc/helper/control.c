@@ -127,9 +127,7 @@ void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
         eb_refuse(control, "ADOPT came without a descriptor");
         return;
     } else {
-        int fd = fds->at[0];
-        fds->count--;
-        memmove(fds->at, fds->at + 1, fds->count * sizeof *fds->at);
+        int fd = eb_fds_take(fds);
         /* It may have been on its way when we were told to stop; its client has not been served, and may go
          * elsewhere. */
         if (helper.draining)

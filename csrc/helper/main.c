@@ -154,7 +154,7 @@ int main(int argc, char **argv)
     helper.pool = !private;
     helper.owns_children = !private || given[OWN_CHILDREN] || posix;
     helper.null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
-    helper.spawner = posix ? NULL : eb_spawner_clone(&helper.self, !helper.owns_children);
+    helper.spawner = posix ? NULL : eb_spawner_clone(&helper.self, !helper.owns_children, helper.pool);
     if (helper.spawner == NULL)
         helper.spawner = eb_spawner_posix(&helper.self);
     if (eb_connection_new(CONTROL_FD, 0, 0, true) == NULL)

@@ -21,8 +21,9 @@ struct eb_start {
 
 struct eb_spawner {
     /* Fills `start`.  Until `end`, `q` and what it points to must stay as they are.  The descriptors in
-     * its `sources` are close-on-exec, none of them is 0, 1 or 2, and the new process has its own. */
-    void (*begin)(struct eb_start *start, const struct eb_request *q);
+     * its `sources` are close-on-exec, none of them is 0, 1 or 2, and the new process has its own.
+     * `apart`: it must not have copies of others even for a moment, since to close one may take for ever. */
+    void (*begin)(struct eb_start *start, const struct eb_request *q, bool apart);
     /* Whether the outcome of a start that was not known at once is known now. */
     bool (*is_decided)(const struct eb_start *start);
     /* Once the outcome is known: gives it, and releases what the start held. */
@@ -32,9 +33,10 @@ struct eb_spawner {
 };
 
 /* Linux: clone(2) without CLONE_VFORK, so that a slow exec holds up nobody.  With `parent`, new processes
- * are children of this process's parent (CLONE_PARENT) where the kernel allows that.  NULL if this
- * machine's architecture has none.  `self` is this process's state, and must stay valid. */
-const struct eb_spawner *eb_spawner_clone(const struct eb_state *self, bool parent);
+ * are children of this process's parent (CLONE_PARENT) where the kernel allows that.  With `apart`, some of
+ * them may have to be that, see `begin`: the low numbers are taken for it, so call this before clients send
+ * descriptors.  NULL if this machine's architecture has none.  `self` is this process's state, and must stay valid. */
+const struct eb_spawner *eb_spawner_clone(const struct eb_state *self, bool parent, bool apart);
 /* Any POSIX system: posix_spawn(3).  What it cannot express fails with ENOTSUP. */
 const struct eb_spawner *eb_spawner_posix(const struct eb_state *self);
 

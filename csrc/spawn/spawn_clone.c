@@ -27,14 +27,16 @@
 enum {
     SPARE_STACKS = 1, /* two pages of each stay resident */
     SPARE_STACKS_BUSY = 32,
-    LOW = 8,    /* reserved descriptors */
+    BLOCK = 64, /* so many descriptors the kernel copies at least */
+    FEW = 8,
     HIGH = 512, /* from this number on, a table is too large to be copied: 0.1 µs for each */
 };
 
 static const struct eb_state *self;
 static struct rlimit nproc;
 static bool use_parent;
-static int low[LOW];         /* copies of a descriptor that nobody needs; ascending, -1 in the first: there are none */
+static uint8_t low[BLOCK]; /* reserved numbers, ascending: copies of a descriptor that nobody needs */
+static uint32_t low_count;
 static struct eb_job *spare; /* memory that nobody uses */
 static unsigned spare_count;
 static struct eb_job *lingering; /* hung up, but not yet let go: not seen on Linux, kept for its imitations */
@@ -95,12 +97,14 @@ static void adopt_nproc(const struct eb_request *q)
         nproc = limit;
 }
 
-static bool reserve(void)
+static bool reserve(bool whole_block)
 {
-    for (int i = 0; i < LOW; i++)
-        if ((low[i] = fcntl(0, F_DUPFD_CLOEXEC, 3)) < 0)
-            return false;
-    return syscall(SYS_close_range, ~0U, ~0U, 0) == 0; /* of no descriptor: whether it is there */
+    int fd;
+    while ((fd = fcntl(0, F_DUPFD_CLOEXEC, 3)) >= 0 && fd < BLOCK && (whole_block || low_count < FEW))
+        low[low_count++] = (uint8_t)fd;
+    if (fd >= 0)
+        close(fd);
+    return fd >= 0 && syscall(SYS_close_range, ~0U, ~0U, 0) == 0; /* of no descriptor: whether it is there */
 }
 
 static EB_BARE long take_table(struct eb_job *job)
@@ -112,34 +116,35 @@ static EB_BARE long take_table(struct eb_job *job)
 }
 
 /* The new process has its own table, or there is none: the reserved numbers are free again. */
-static void restore_low(void)
+static void restore_low(uint32_t count)
 {
-    for (int i = 0; i < LOW; i++)
+    for (uint32_t i = 0; i < count; i++)
         eb_raw(SYS_dup3, 0, low[i], O_CLOEXEC, 0);
 }
 
-/* Where many descriptors are open, gives the new process's reserved numbers, so that the table need not be copied up
- * to their own. */
-static void lower_sources(struct eb_job *job)
+/* Gives the new process's descriptors reserved numbers, and has it take a table with those alone: where it must have no
+ * copies of others, and where many are open.  Else a copy of the whole costs less than to wait for that. */
+static void lower_sources(struct eb_job *job, bool apart)
 {
     const struct eb_request *q = job->q;
     uint32_t count = eb_request_sources(q);
     int most = job->pipe;
     for (uint32_t i = 0; i < count; i++)
         most = q->sources[i] > most ? q->sources[i] : most;
-    if (most < HIGH || low[0] < 0 || count >= LOW)
+    if ((!apart && most < HIGH) || count >= low_count)
         return;
     for (uint32_t i = 0; i <= count; i++) {
         int fd = i < count ? q->sources[i] : job->pipe;
         if (fd >= 0 && eb_raw(SYS_dup3, fd, low[i], O_CLOEXEC, 0) < 0) {
-            restore_low();
+            restore_low(i);
             return;
         }
     }
-    memcpy(q->sources, low, count * sizeof *low);
+    for (uint32_t i = 0; i < count; i++)
+        q->sources[i] = low[i];
     if (job->pipe >= 0)
         job->pipe = low[count];
-    job->highest = low[count];
+    job->highest = low[low_count - 1];
     job->shares_table = 1;
     job->first = take_table;
 }
@@ -156,12 +161,12 @@ static pid_t make_process(struct eb_job *job)
     if (files != 0) {
         if (pid > 0)
             eb_job_await_table(job, pid);
-        restore_low();
+        restore_low(eb_request_sources(job->q) + 1);
     }
     return pid;
 }
 
-static void begin(struct eb_start *start, const struct eb_request *q)
+static void begin(struct eb_start *start, const struct eb_request *q, bool apart)
 {
     int pipe[2] = {-1, -1};
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
@@ -181,7 +186,7 @@ static void begin(struct eb_start *start, const struct eb_request *q)
     job->pipe = pipe[1];
     adopt_nproc(q);
     job->nproc = nproc;
-    lower_sources(job);
+    lower_sources(job, apart);
     pid_t pid = make_process(job);
     if (pipe[1] >= 0)
         close(pipe[1]);
@@ -221,23 +226,23 @@ static void end(struct eb_start *start)
     free_job(job);
 }
 
-const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent)
+const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent, bool apart)
 {
     static const struct eb_spawner spawner = {.begin = begin, .is_decided = is_decided, .end = end, .trim = trim};
     self = state;
     nproc = state->rlimits[RLIMIT_NPROC];
     use_parent = parent;
-    /* Not where the limit allows no such table, nor the reserve perhaps. */
-    if (state->rlimits[RLIMIT_NOFILE].rlim_max <= HIGH || !reserve())
-        low[0] = -1;
+    /* Not where the limit leaves too little beside them. */
+    if (state->rlimits[RLIMIT_NOFILE].rlim_max < 4 * BLOCK || !reserve(apart))
+        low_count = 0;
     return &spawner;
 }
 
 #else
 
-const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent)
+const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool parent, bool apart)
 {
-    (void)state, (void)parent;
+    (void)state, (void)parent, (void)apart;
     return NULL;
 }
 

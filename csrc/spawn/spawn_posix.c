@@ -168,8 +168,9 @@ static enum eb_stage guess_stage(const struct eb_request *q)
     return EB_STAGE_EXEC;
 }
 
-static void begin(struct eb_start *start, const struct eb_request *q)
+static void begin(struct eb_start *start, const struct eb_request *q, bool apart)
 {
+    (void)apart; /* the exec closes them */
     size_t size = eb_request_sources(q) * sizeof(int);
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
