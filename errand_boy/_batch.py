@@ -115,7 +115,7 @@ class Batch:
         self._owner = os.getpid()
         self._source = source
         self._commands = iter(commands)
-        self._most = max_workers
+        self.max_workers = max_workers
         self._options: dict[str, Any] = {
             "cwd": cwd,
             "env": env,
@@ -145,7 +145,6 @@ class Batch:
             spool=spool,
         )
         self._templates = Templates(source, self._options, stdout, stderr)
-        self._ahead = max(_LEAST_AHEAD, 4 * max_workers)
         self._given = 0  # commands taken from the iterator
         self._failure: Exception | None = None  # of the iterator's, for when its turn comes
         self._exhausted = False
@@ -169,6 +168,30 @@ class Batch:
         self._buffer = memoryview(bytearray(_CHUNK))
 
     # -- the driver's side --
+
+    @property
+    def max_workers(self) -> int:
+        """How many run at once, at most."""
+        return self._most
+
+    @max_workers.setter
+    def max_workers(self, number: int) -> None:
+        self._most = number
+        self._ahead = max(_LEAST_AHEAD, 4 * number)
+
+    @property
+    def next_slot(self) -> int:
+        """The slot of the command that is taken next: the smallest that no other has."""
+        return self._slots[0] if self._slots else self._most_slots + 1
+
+    @property
+    def open_output(self) -> Callable[[int, int], Any] | None:
+        """What takes a command's output, as Jobs has it; None: it is kept for the result."""
+        return self._jobs.open_output
+
+    @open_output.setter
+    def open_output(self, function: Callable[[int, int], Any] | None) -> None:
+        self._jobs.open_output = function
 
     def fill(self) -> None:
         """Start what may be started."""
@@ -346,6 +369,10 @@ class Batch:
         self._most_slots += 1
         return self._most_slots
 
+    def _free(self, job: Job) -> None:
+        heappush(self._slots, job.slot)
+        job.slot = 0
+
     def _start(self, job: Job) -> None:
         while job.attempts < MOST_ATTEMPTS:
             if self._source.changed():
@@ -439,16 +466,15 @@ class Batch:
         result._begun = now - result.duration
         result.index = job.index
         result.slot = job.slot
-        heappush(self._slots, job.slot)
-        job.slot = 0
         job.runs += 1
         result.runs = job.runs
         self._expiry.end(job, result)
         if job.retries is not None and result.failed and not self._stopped:
             delay = job.retries.delay(job.runs, result)
             if delay is not None:
-                self._put_back(job, result, delay)
+                self._put_back(job, result, delay)  # in its slot, which it may have been told
                 return
+        self._free(job)
         self._put(result)
 
     def _put_back(self, job: Job, result: Result, delay: float) -> None:
@@ -478,7 +504,7 @@ class Batch:
         if job is not None:
             self._live -= 1
             self._expiry.end(job)
-            heappush(self._slots, job.slot)
+            self._free(job)
             self._drop(channel)
 
     def _drop(self, channel: Channel) -> None:

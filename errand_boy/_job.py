@@ -101,6 +101,8 @@ class Jobs:
         self._shell = shell
         self._max_output = max_output
         self._open_file: Callable[[], IO[bytes]] | None = _temporary_file if spool else None
+        # Called with a command's index and 0 or 1, for what takes its output in a Spool's place.
+        self.open_output: Callable[[int, int], Any] | None = None
 
     def make(self, index: int, command: Command) -> Job:
         """Return the Job for a command. Raises TypeError and ValueError."""
@@ -138,7 +140,11 @@ class Jobs:
         """Keep what a command has written. Raises OSError."""
         output = job.outputs[number]
         if output is None:
-            output = job.outputs[number] = Spool(self._max_output, self._open_file)
+            if self.open_output is None:
+                output = Spool(self._max_output, self._open_file)
+            else:
+                output = self.open_output(job.index, number)
+            job.outputs[number] = output
         output.write(data)
 
     def ended(self, job: Job, ended: Ended) -> Result:

@@ -195,8 +195,10 @@ def test_timeout() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
-        ["-j0", "true"],
+        ["-jx", "true"],
+        ["-j+50%", "true"],
+        ["--colsep=(", "true"],
+        ["--pipe"],
         ["--halt=x", "true"],
         ["--halt=now,fail=101%", "true"],
         ["--resume", "true"],

@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import errand_boy
 from errand_boy import _address
+from errand_boy._cli.parsing import add_socket, number
 
 _COMMANDS = ("serve", "run", "map", "status")
 _GIVEN = ("-h", "--help", "--version")
@@ -44,25 +45,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "it was not found, 126 if it could not be started, 125 for what errand-boy itself could "
         "not do.",
     )
-    _add_socket(run)
+    add_socket(run)
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
     many = commands.add_parser(
         "map",
-        help="run a command for each line of standard input, several at once",
-        usage="errand-boy map [option ...] [--] COMMAND [ARGUMENT ...] < lines",
-        description="Run a command for each line of standard input, by a private helper, and write "
-        "the output of each at its end. The commands read /dev/null. Exit status: how many failed, "
-        "101 for more than 100; after a halt, that of the command which led to it, 128 + N if "
-        "signal N ended it; 125 for what errand-boy itself could not do.",
+        help="run a command for each line of standard input, or for each argument, several at once",
+        usage="errand-boy map [option ...] [--] [COMMAND [ARGUMENT ...]] "
+        "[::: ARGUMENT ...] [:::: FILE ...]",
+        description="Run a command for each line of standard input, or for each argument that is "
+        "given, and write the output of each at its end; without COMMAND, each line is a command. "
+        "A private helper runs them, and they read /dev/null. Exit status: how many failed, 101 "
+        "for more than 100; after a halt, that of the command which led to it, 128 + N if signal N "
+        "ended it; 125 for what errand-boy itself could not do.",
+        allow_abbrev=False,
     )
-    add_map_options(many)
+    if arguments[0] == "map":
+        from errand_boy._cli import map  # noqa: PLC0415
+
+        map.add_options(many)
+        return map.main(many, arguments[1:])
     status = commands.add_parser(
         "status",
         help="tell what the daemon is doing",
         description="Tell what the daemon is doing: its helpers, the live commands, totals, how "
         "long starts take. Exit status: 1 if none answers.",
     )
-    _add_socket(status)
+    add_socket(status)
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--metrics", action="store_true", help="in Prometheus's text form")
@@ -72,8 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "status":
         return _status(options)
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
-    if options.command == "map":
-        return _map(many, options, argv)
     if not argv:
         run.error("which command?")
     from errand_boy._cli.run import run as run_command  # noqa: PLC0415
@@ -96,22 +102,13 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(fd, mode, closefd=False))
 
 
-def _add_socket(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--socket",
-        metavar="PATH",
-        help="where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
-        "$XDG_RUNTIME_DIR, else in /run)",
-    )
-
-
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     """Add the daemon's options to `parser`."""
-    _add_socket(parser)
-    count = _number(int, 0)
+    add_socket(parser)
+    count = number(int, 0)
     parser.add_argument(
         "--pool-size",
-        type=_number(int, 1),
+        type=number(int, 1),
         metavar="N",
         default=len(os.sched_getaffinity(0)),
         help="helpers of each user (default: the number of CPUs that it may use)",
@@ -148,14 +145,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-users",
-        type=_number(int, 1),
+        type=number(int, 1),
         metavar="N",
         default=256,
         help="as root: others who may be served at the same time (default: 256)",
     )
     parser.add_argument(
         "--idle",
-        type=_number(float, 0),
+        type=number(float, 0),
         metavar="SECONDS",
         default=60.0,
         help="as root: what another user's helper waits for the next connection (default: 60)",
@@ -187,14 +184,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--grace",
-        type=_number(float, 0),
+        type=number(float, 0),
         metavar="SECONDS",
         default=30.0,
         help="for commands to finish when SIGTERM or SIGINT has come (default: 30)",
     )
-    parser.add_argument("--patience", type=_number(float, 0), default=30.0, help=argparse.SUPPRESS)
+    parser.add_argument("--patience", type=number(float, 0), default=30.0, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--helper-patience", type=_number(float, 0), default=30.0, help=argparse.SUPPRESS
+        "--helper-patience", type=number(float, 0), default=30.0, help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--log-level",
@@ -226,87 +223,6 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default="unixsocket",
         help="for compatibility; there is one",
     )
-
-
-def add_map_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `errand-boy map` to `parser`."""
-    parser.add_argument(
-        "-j",
-        "--jobs",
-        type=_number(int, 1),
-        metavar="N",
-        help="commands at a time (default: the number of CPUs that it may use)",
-    )
-    parser.add_argument(
-        "-k",
-        "--keep-order",
-        action="store_true",
-        help="write output in the order of the lines, not of the ends",
-    )
-    parser.add_argument("-0", "--null", action="store_true", help="lines end with NUL")
-    parser.add_argument(
-        "--shell",
-        action="store_true",
-        help="COMMAND is a shell command; {} in it is the line as one word, so leave it outside "
-        "quotes. ARGUMENTs are quoted",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=_number(float, 0),
-        metavar="SECONDS",
-        help="kill a command's process group after that; it has failed",
-    )
-    parser.add_argument(
-        "--progress",
-        action="store_true",
-        help="show a bar, if standard error is a terminal and tqdm is installed",
-    )
-    parser.add_argument(
-        "--joblog",
-        metavar="FILE",
-        help="a line for each command, at its end: GNU parallel's columns, and the peak resident "
-        "set in KiB",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="skip the lines whose numbers the job log has"
-    )
-    parser.add_argument(
-        "--halt",
-        default="never",
-        metavar="POLICY",
-        help="when to end early: never (the default), soon,fail=N (take no more lines when N have "
-        "failed) or now,fail=N (end what runs too); success=N counts the others; N%% is a share of "
-        "those that have ended, of which there must be three",
-    )
-    parser.add_argument(
-        "argv",
-        nargs=argparse.REMAINDER,
-        metavar="COMMAND",
-        help="{} in it is replaced by the line; without one, the line is the last argument",
-    )
-
-
-def _map(parser: argparse.ArgumentParser, options: argparse.Namespace, argv: list[str]) -> int:
-    if not argv:
-        parser.error("which command?")
-    from errand_boy._cli import map  # noqa: PLC0415
-
-    kept = {name: value for name, value in vars(options).items() if name not in ("command", "argv")}
-    try:
-        return map.run(argv, **kept)
-    except map.UsageError as error:
-        parser.error(str(error))
-
-
-def _number(of: type[int] | type[float], least: int) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = of(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
-        return value
-
-    parse.__name__ = "number"  # for argparse's own message
-    return parse
 
 
 def _user(text: str) -> int:

@@ -1,261 +1,229 @@
-"""One command for each line of standard input: `errand-boy map`."""
+"""Many commands at once: `errand-boy map`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
+import shutil
 import signal
 import sys
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from subprocess import TimeoutExpired
+from collections.abc import Generator, Sequence
 
 from errand_boy import _map
-from errand_boy._batch import NOT_NOW, Batch
+from errand_boy._batch import Batch
+from errand_boy._cli import failing, inputs, jobs, output, packing, pipe, template
+from errand_boy._cli.commands import Commands
+from errand_boy._cli.joblog import JobLog
+from errand_boy._cli.parsing import UsageError, add_socket
 from errand_boy._policy import Halt
 from errand_boy._result import Result
 from errand_boy.errors import ErrandBoyError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from typing import Any
 
-_CHUNK = 1 << 16  # bytes
-_KEPT = 1 << 20  # bytes of output in memory for each command; a longer one is in a file
+    from errand_boy._cli.commands import Origin
+    from errand_boy._cli.template import Template
+
 _MOST_FAILED = 101  # the exit status for so many, or more
-_TITLE = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command MaxRSS\n"
-_PLACE = b"{}"
-_VARIABLE = b"errand_boy_line"
+_TROUBLE = 125  # the exit status for what errand-boy itself could not do
 
 
-class UsageError(ValueError):
-    """What was asked for makes no sense."""
-
-
-class _Lines:
-    """The commands for the lines of a descriptor, as far as they have come."""
-
-    def __init__(self, fd: int, separator: bytes, make: _Maker, done: set[int]) -> None:
-        self._fd = fd
-        self._separator = separator
-        self._make = make
-        self._done = done
-        self._lines: deque[bytes] = deque()
-        self._rest = b""
-        self._seq = 0
-        self.seqs: list[int] = []  # by the batch's own number
-        self.ended = False
-
-    def wanted(self) -> bool:
-        """Return whether to read on."""
-        return not self._lines and not self.ended
-
-    def read(self) -> None:
-        data = os.read(self._fd, _CHUNK)
-        *lines, self._rest = (self._rest + data).split(self._separator)
-        self._lines.extend(lines)
-        if not data:
-            self.ended = True
-            if self._rest:
-                self._lines.append(self._rest)
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            while self._lines:
-                self._seq += 1
-                line = self._lines.popleft()
-                if self._seq not in self._done:
-                    self.seqs.append(self._seq)
-                    yield self._make(line)
-            if self.ended:
-                return
-            yield NOT_NOW
-
-
-class _Maker:
-    """Makes the command for a line.
-
-    With `shell` the first word is for the shell to parse; the others, and the line, never are.
-    """
-
-    def __init__(self, words: Sequence[str], shell: bool) -> None:
-        self._words = [os.fsencode(word) for word in words]
-        if not any(_PLACE in word for word in self._words):
-            self._words.append(_PLACE)
-        self._shell = shell
-
-    def __call__(self, line: bytes) -> list[bytes] | bytes:
-        if not self._shell:
-            return [word.replace(_PLACE, line) for word in self._words]
-        command, *arguments = self._words
-        quoted = _quote(line)
-        if _PLACE in command and quoted != line:
-            # Not pasted: a {} that is within quotes would end them. A variable is not parsed again.
-            command = b"%b=%b; %b" % (_VARIABLE, quoted, command)
-            line_there = b'"$%b"' % _VARIABLE
-        else:
-            line_there = line
-        words = [_quote(word.replace(_PLACE, line)) for word in arguments]
-        return b" ".join([command.replace(_PLACE, line_there), *words])
-
-
-def _quote(word: bytes) -> bytes:
-    return os.fsencode(shlex.quote(os.fsdecode(word)))
-
-
-def _written(args: list[bytes] | bytes) -> bytes:
-    """Return a command as one line, for a shell."""
-    if isinstance(args, list):
-        args = os.fsencode(shlex.join(os.fsdecode(word) for word in args))
-    return args.replace(b"\n", b"\\n")
-
-
-class JobLog:
-    """What has been run, a line for each command, in the order of their ends.
-
-    The columns are GNU parallel's, and MaxRSS (KiB). `done` are the numbers (from 1) of the lines
-    of input whose commands it had already. Raises OSError.
-    """
-
-    def __init__(self, path: str, resume: bool) -> None:
-        self.done: set[int] = set()
-        start = 0 if resume else os.O_TRUNC
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | start, 0o666)
-        if resume:
-            self._read()
-        if not self.done:
-            self._write(_TITLE.replace(" ", "\t").encode())
-
-    def _read(self) -> None:
-        whole = 0
-        with open(self._fd, "rb", closefd=False) as file:
-            for line in file:
-                if not line.endswith(b"\n"):  # it was cut short: that command is run again
-                    break
-                number = line.split(b"\t", 1)[0]
-                if number.isdigit():
-                    self.done.add(int(number))
-                whole += len(line)
-        os.ftruncate(self._fd, whole if self.done else 0)
-
-    def add(self, seq: int, result: Result) -> None:
-        usage = result.rusage
-        code = result.returncode
-        fields = (
-            seq,
-            ":",  # the local host
-            f"{result.started:.3f}",
-            f"{result.duration:10.3f}",
-            0,
-            _size(result.stdout, result.stdout_file),
-            max(0, code),
-            max(0, -code),
-        )
-        peak = usage.ru_maxrss if usage is not None else 0
-        line = "\t".join(map(str, fields)).encode()
-        self._write(b"%b\t%b\t%d\n" % (line, _written(result.args), peak))
-
-    def _write(self, line: bytes) -> None:
-        """Write it at once: who is killed leaves a log to resume from."""
-        while line:
-            line = line[os.write(self._fd, line) :]
-
-
-def _size(data: bytes, file: Any) -> int:
-    return len(data) if file is None else int(os.fstat(file.fileno()).st_size)
-
-
-def _write(result: Result) -> None:
-    pairs = (
-        (sys.stdout.buffer, result.stdout, result.stdout_file),
-        (sys.stderr.buffer, result.stderr, result.stderr_file),
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `errand-boy map` to `parser`."""
+    add_socket(
+        parser,
+        "have the daemon that listens here run the commands (default: $ERRAND_BOY_SOCKET, else a "
+        "private helper)",
     )
-    for to, data, file in pairs:
-        if file is not None:
-            from shutil import copyfileobj  # noqa: PLC0415
-
-            with file:
-                copyfileobj(file, to)
-        elif data:
-            to.write(data)
-    error = result.error
-    if error is not None:
-        why = "timed out" if isinstance(error, TimeoutExpired) else error
-        why = getattr(error, "strerror", None) or why
-        text = f"errand-boy: {os.fsdecode(_written(result.args))}: {why}\n"
-        sys.stderr.buffer.write(os.fsencode(text))
-    sys.stderr.buffer.flush()
+    for module in inputs, template, packing, jobs, output, failing, pipe:
+        module.add_options(parser)
 
 
-def run(
-    words: Sequence[str],
-    *,
-    jobs: int | None = None,
-    shell: bool = False,
-    null: bool = False,
-    keep_order: bool = False,
-    progress: bool = False,
-    joblog: str | None = None,
-    resume: bool = False,
-    halt: str = "never",
-    timeout: float | None = None,
-) -> int:
-    """Run a command for each line of standard input; return the exit status.
+def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Run `errand-boy map` with these arguments; return the exit status."""
+    options, words = parse(parser, arguments)
+    try:
+        return run(options, words)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the words from the command on.
+
+    The options end where the command begins; and `-j -1` has a value that begins as options do.
+    """
+    takes_value = {
+        option: action.nargs != 0 for action in parser._actions for option in action.option_strings
+    }
+    options: list[str] = []
+    at = 0
+    while at < len(arguments) and arguments[at].startswith("-") and arguments[at] != "-":
+        word = arguments[at]
+        at += 1
+        if word == "--":
+            break
+        if word.startswith("--"):
+            awaits = takes_value.get(word, False)
+            joint = "="
+        else:
+            valued = [n for n, letter in enumerate(word) if takes_value.get("-" + letter, False)]
+            awaits = bool(valued) and valued[0] == len(word) - 1
+            joint = ""
+        if awaits and at < len(arguments):
+            value = arguments[at]
+            at += 1
+            options += [word + joint + value] if value.startswith("-") else [word, value]
+        else:
+            options.append(word)
+    return parser.parse_args(options), list(arguments[at:])
+
+
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run the commands; return the exit status.
 
     It is the number of commands that failed, 101 for more than 100 of them; after a halt the
     return code of the command that was the reason; 125 for what errand-boy itself could not do.
     Raises UsageError.
     """
     try:
-        policy = Halt(halt)
+        policy = Halt(options.halt)
     except ValueError as error:
         raise UsageError(error) from None
-    if policy.needs_total:
-        raise UsageError("--halt done=N%: of how many is not known")
-    if resume and joblog is None:
+    if options.resume and options.joblog is None:
         raise UsageError("--resume needs a --joblog")
     try:
-        log = None if joblog is None else JobLog(joblog, resume)
-        lines = _Lines(
-            0, b"\0" if null else b"\n", _Maker(words, shell), log.done if log else set()
+        count = jobs.Jobs(options.jobs)
+    except ValueError as error:
+        raise UsageError(f"--jobs: {error}") from None
+    given = inputs.Inputs(options, words)
+    try:
+        source = _source(options, given, count.count)
+        renamed = template.renamed(options)
+        make = template.Template(
+            given.command,
+            shell=options.shell,
+            contexts=options.pack == "X",
+            names=given.names,
+            renamed=renamed,
+            appends=not _pipes(options),
         )
+        _check_program(given.command, make)
+        log = None if options.joblog is None else JobLog(options.joblog, options.resume)
+        commands = Commands(source.records, make, log.done if log else set())
+        if not _pipes(options):
+            commands.records = packing.packed(source.records, options, commands.size, count.count)
+        if commands.records is source.records:
+            policy.total = source.total
+        if policy.needs_total and policy.total is None:
+            raise UsageError("--halt done=N%: of how many is not known")
+        out = output.Output(options, given.names, renamed, commands.origins)
         work = _map.make(
-            lines,
-            max_workers=jobs or len(os.sched_getaffinity(0)),
-            shell=shell,
-            ordered=keep_order,
-            timeout=timeout,
-            max_output=_KEPT,
+            commands,
+            client=_client(options),
+            max_workers=count.count,
+            shell=options.shell,
+            ordered=options.keep_order,
+            timeout=options.timeout,
+            capture_output=out.captures,
+            max_output=output.KEPT if out.captures else None,
             spool=True,
             halt=policy,
         )
-        return _run(work, lines, log, progress)
+        if make.uses_slot or out.uses_slot:
+            commands.next_slot = lambda: work.next_slot
+        return _run(work, source, commands, out, count, log, options)
     except ErrandBoyError as error:
-        print(f"errand-boy: {getattr(error, 'strerror', error)}", file=sys.stderr)
+        where = getattr(error, "filename", None)
+        text = getattr(error, "strerror", None) or str(error)
+        print(f"errand-boy: {text}{f': {where}' if where else ''}", file=sys.stderr)
     except OSError as error:
         print(f"errand-boy: {error}", file=sys.stderr)
-    return 125
+    return _TROUBLE
 
 
-def _run(work: Batch, lines: _Lines, log: JobLog | None, progress: bool) -> int:
+def _pipes(options: argparse.Namespace) -> bool:
+    return bool(options.pipe or options.pipe_part)
+
+
+def _client(options: argparse.Namespace) -> Any:
+    path = options.socket or os.environ.get("ERRAND_BOY_SOCKET")
+    if not path:
+        return None
+    from errand_boy import _client  # noqa: PLC0415
+
+    return _client.connect(path)
+
+
+def _source(options: argparse.Namespace, given: inputs.Inputs, count: int) -> inputs.Source:
+    if not _pipes(options):
+        given.open()
+        return given.source
+    if not given.command:
+        raise UsageError("which command?")
+    paths = [path for kind, items, _ in given.given if kind == "file" for path in items]
+    if len(paths) < len(given.given) or (paths and not options.pipe_part):
+        raise UsageError("a command gets blocks or arguments, not both")
+    return pipe.blocks(options, paths, count)
+
+
+def _check_program(command: Sequence[str], make: Template) -> None:
+    """Raise UsageError for a command's line that is given as one word, without --shell."""
+    if make.shell or not command or len(command[0].split()) < 2 or shutil.which(command[0]):
+        return
+    word = command[0]
+    if shutil.which(word.split()[0]):
+        raise UsageError(
+            f"{word!r} is one word, and no program has that name: write its words without "
+            "the quotes around them all, or use --shell to have a shell read it"
+        )
+
+
+def _run(
+    work: Batch,
+    source: inputs.Source,
+    commands: Commands,
+    out: output.Output,
+    count: jobs.Jobs,
+    log: JobLog | None,
+    options: argparse.Namespace,
+) -> int:
     failed = 0
+    origins = commands.origins
+
+    def on_made(origin: Origin, command: list[bytes] | bytes) -> Any:
+        out.started(origin, command)
+        if isinstance(source, (pipe.Blocks, pipe.Parts)):
+            return {"args": command, "input": source.data}
+        return command
 
     def on_result(result: Result) -> None:
         nonlocal failed
         failed += result.failed
         if log is not None:
-            log.add(lines.seqs[result.index], result)
+            log.add(origins[result.index].seq, result)
+        out.ended(result.index)
+        if count.path is not None and count.read():
+            work.max_workers = count.count
 
     work.on_result = on_result
+    work.open_output = out.open_output
+    if out.notes_starts or _pipes(options):
+        commands.on_made = on_made
     # To die of these is enough: the helper ends what runs when it sees our end.
     for number in (signal.SIGINT, signal.SIGPIPE):
         if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
             signal.signal(number, signal.SIG_DFL)
-    results = _drive(work, lines)
+    results = _drive(work, source)
     with contextlib.closing(work):
-        for result in _map.with_bar(results, None) if progress else results:
-            _write(result)
+        for result in _map.with_bar(results, source.total) if options.progress else results:
+            out.write(result)
+            del origins[result.index]
     sys.stdout.flush()
     if work.halt.result is not None:
         code = work.halt.result.returncode
@@ -263,8 +231,8 @@ def _run(work: Batch, lines: _Lines, log: JobLog | None, progress: bool) -> int:
     return min(failed, _MOST_FAILED)
 
 
-def _drive(work: Batch, lines: _Lines) -> Generator[Result, None, None]:
-    """As _map.drive, but wait for lines too."""
+def _drive(work: Batch, source: inputs.Source) -> Generator[Result, None, None]:
+    """As _map.drive, but wait for input too."""
     wait = _map.waiter(work)
     reads = False
     while True:
@@ -275,16 +243,17 @@ def _drive(work: Batch, lines: _Lines) -> Generator[Result, None, None]:
         sys.stdout.flush()
         if not work.pending():
             return
-        wanted = lines.wanted() and work.halt.due is None
+        wanted = source.wanted() and work.halt.due is None
         if wanted != reads:
             reads = wanted
+            assert source.fd is not None
             if reads:
-                work.watch(0, False)
+                work.watch(source.fd, False)
             else:
-                work.unwatch(0)
+                work.unwatch(source.fd)
         for fd in wait(work.timers.rest()):
-            if fd == 0:
-                lines.read()
+            if fd == source.fd:
+                source.read()
             else:
                 work.on_ready(fd)
         work.timers.ring()

@@ -1,0 +1,67 @@
+"""The commands of one `errand-boy map`, made as they are wanted, and where each came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from errand_boy._batch import NOT_NOW
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._cli.inputs import Records, Values
+    from errand_boy._cli.template import Template
+
+
+class Origin:
+    """What a command was made of: its number from 1, its slot (0: nobody asks), its values."""
+
+    __slots__ = ("seq", "slot", "values")
+
+    def __init__(self, seq: int, slot: int, values: Sequence[bytes]) -> None:
+        self.seq = seq
+        self.slot = slot
+        self.values = values
+
+
+class Commands:
+    """Iterates over the commands for a Batch, or NOT_NOW while values are still to come.
+
+    `done` are the numbers of those to leave out. `next_slot`, if set, tells a command's slot.
+    `on_made`, if set, is called with each command, and what
+    it returns is taken in its place. `origins` are those of the commands whose results nobody has
+    taken yet, by the batch's own number.
+    """
+
+    def __init__(self, records: Records, template: Template, done: set[int]) -> None:
+        self.records = records
+        self._template = template
+        self._done = done
+        self.made = 0  # how many have been taken up to now
+        self.origins: dict[int, Origin] = {}
+        self.next_slot: Callable[[], int] | None = None
+        self.on_made: Callable[[Origin, list[bytes] | bytes], Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        seq, slot = 0, 0
+        template, done, origins = self._template, self._done, self.origins
+        for values in self.records:
+            if values is NOT_NOW:
+                yield NOT_NOW
+                continue
+            seq += 1
+            if seq in done:
+                continue
+            if self.next_slot is not None:
+                slot = self.next_slot()
+            origin = origins[self.made] = Origin(seq, slot, values)
+            self.made += 1
+            command = template(values, seq, slot)
+            yield command if self.on_made is None else self.on_made(origin, command)
+
+    def size(self, values: Values) -> int:
+        """Return the bytes of a command with these values."""
+        from errand_boy._cli.packing import size_of  # noqa: PLC0415
+
+        return size_of(self._template(values, 1, 1))

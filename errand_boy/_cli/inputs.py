@@ -1,0 +1,396 @@
+"""Where the arguments of `errand-boy map` come from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from errand_boy._batch import NOT_NOW
+from errand_boy._cli.parsing import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any, TypeAlias
+
+    Values: TypeAlias = "list[bytes]"
+    Records: TypeAlias = "Iterator[Values | Any]"  # or NOT_NOW
+
+_CHUNK = 1 << 16  # bytes
+STDIN = "-"
+_ESCAPES = {"\\n": "\n", "\\t": "\t", "\\0": "\0", "\\r": "\r", "\\\\": "\\"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this module to `parser`."""
+    group = parser.add_argument_group(
+        "where arguments come from",
+        "Behind COMMAND, `::: ARGUMENT ...` gives arguments, and `:::: FILE ...` files that have "
+        "one on each line; without any of these and -a, standard input has them. Several sources "
+        "are crossed; one that begins with `:::+` or `::::+` is linked to the one before it.",
+    )
+    group.add_argument(
+        "-a",
+        "--arg-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take arguments from the lines of FILE, - for standard input; repeatable. +FILE is "
+        "linked to the source before",
+    )
+    group.add_argument("-0", "--null", action="store_true", help="lines end with NUL")
+    group.add_argument(
+        "-d", "--delimiter", metavar="C", help=r"lines end with this character; \n, \t, \0"
+    )
+    group.add_argument(
+        "-r",
+        "--no-run-if-empty",
+        action="store_true",
+        help="skip blank lines; else one is an empty argument",
+    )
+    group.add_argument(
+        "-E", "--eof", metavar="LINE", help="take no lines from the one that is this on"
+    )
+    group.add_argument("--link", "--xapply", action="store_true", help="link all sources")
+    group.add_argument(
+        "-C",
+        "--colsep",
+        metavar="REGEXP",
+        help="divide lines into columns here (a regular expression of Python's)",
+    )
+    group.add_argument(
+        "--csv",
+        action="store_true",
+        help="lines are CSV, and may have line ends within quotes; --colsep is the delimiter then",
+    )
+    group.add_argument(
+        "--header",
+        metavar=":",
+        help="`:` - the first of each source names the columns, for {NAME}. With --pipe, also a "
+        "number of lines; they come first in each block",
+    )
+    group.add_argument("--arg-sep", default=":::", metavar="WORD", help="in the place of :::")
+    group.add_argument(
+        "--arg-file-sep", default="::::", metavar="WORD", help="in the place of ::::"
+    )
+
+
+# -- lines, as they come --
+
+
+class Lines:
+    """Divides bytes into lines, as far as they have come. No I/O."""
+
+    def __init__(self, separator: bytes) -> None:
+        self._separator = separator
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the lines that `data` completes."""
+        *lines, self._rest = (self._rest + data).split(self._separator)
+        return lines
+
+    def end(self) -> list[bytes]:
+        """Return what is left at the end."""
+        rest, self._rest = self._rest, b""
+        return [rest] if rest else []
+
+
+class CsvLines(Lines):
+    """The same for CSV, where quotes may have line ends within them."""
+
+    def __init__(self) -> None:
+        super().__init__(b"\n")
+        self._open = b""  # of a record, of which a quote has not ended
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the records that `data` completes."""
+        return list(self._records(super().feed(data)))
+
+    def end(self) -> list[bytes]:
+        """Return what is left at the end."""
+        records = list(self._records(super().end()))
+        if self._open:
+            records.append(self._open.removesuffix(b"\n"))
+        return records
+
+    def _records(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        for line in lines:
+            record = self._open + line
+            if record.count(b'"') % 2:
+                self._open = record + b"\n"
+            else:
+                self._open = b""
+                yield record
+
+
+# -- sources --
+
+
+class Source:
+    """Values, one list for each command or part of one.
+
+    `fd`: a descriptor to wait for, and to `read` when it is ready and more is `wanted`; or None.
+    `total`: how many records there are, if that is known.
+    """
+
+    fd: int | None = None
+    ended = True
+    total: int | None = None
+
+    def __init__(self, records: Iterable[Values]) -> None:
+        self.records: Records = iter(records)
+        if isinstance(records, Sequence):
+            self.total = len(records)
+
+    def wanted(self) -> bool:
+        """Return whether to read on."""
+        return False
+
+    def read(self) -> None:
+        """Read what is there."""
+
+
+class Stream(Source):
+    """The lines of a descriptor; none is read before it is needed."""
+
+    def __init__(self, fd: int, lines: Lines, divide: Callable[[bytes], Values] | None) -> None:
+        self.fd: int | None = fd
+        self.ended = False
+        self._fd = fd
+        self._lines = lines
+        self._found: deque[bytes] = deque()
+        self.records = self._singles() if divide is None else self._divided(divide)
+
+    def wanted(self) -> bool:
+        return not self._found and not self.ended
+
+    def read(self) -> None:
+        data = os.read(self._fd, _CHUNK)
+        self._found.extend(self._lines.feed(data) if data else self._lines.end())
+        self.ended = not data
+
+    def _singles(self) -> Records:
+        found = self._found
+        while True:
+            while found:
+                yield [found.popleft()]
+            if self.ended:
+                return
+            yield NOT_NOW
+
+    def _divided(self, divide: Callable[[bytes], Values]) -> Records:
+        for values in self._singles():
+            yield values if values is NOT_NOW else divide(values[0])
+
+
+class Inputs:
+    """What the command line says of sources.
+
+    `words` are those of the command, and the sources behind it. Raises UsageError.
+    """
+
+    def __init__(self, options: argparse.Namespace, words: Sequence[str]) -> None:
+        self._options = options
+        self._separator = _separator(options)
+        self._divide = _divider(options)
+        self.command, self.given = _sources(options, words)
+        self.names: list[bytes] = []
+        self.source = Source(())
+
+    @property
+    def from_stdin(self) -> bool:
+        """Whether standard input has the arguments."""
+        return not self.given or any(
+            kind == "file" and STDIN in items for kind, items, _ in self.given
+        )
+
+    def open(self) -> None:
+        """Open the sources, as `source`, and read the header, as `names`. Raises OSError."""
+        if self._options.header not in (None, ":"):
+            raise UsageError("--header is `:`, or with --pipe a number of lines")
+        if len(self.given) <= 1:
+            kind, items, _ = self.given[0] if self.given else ("file", [STDIN], False)
+            if kind == "file" and len(items) == 1:
+                self.source = Stream(open_source(items[0]), self._lines(), self._divide)
+            else:
+                self.source = Source(self._table(kind, items))
+            if self._options.header:
+                self.names = _first(self.source)
+        else:
+            tables = [(self._table(kind, items), linked) for kind, items, linked in self.given]
+            if self._options.header:
+                for table, _ in tables:
+                    self.names += table.pop(0) if table else []
+            groups = _groups(tables, self._options.link)
+            self.source = Source(_crossed(groups))
+            self.source.total = math.prod(map(len, groups))
+        self._filter()
+
+    def _lines(self) -> Lines:
+        return CsvLines() if self._options.csv else Lines(self._separator)
+
+    def _filter(self) -> None:
+        source, end = self.source, self._options.eof
+        if end is not None:
+            source.records = _until(os.fsencode(end), source.records)
+            source.total = None
+        if self._options.no_run_if_empty or not self.command:
+            source.records = _not_blank(source.records)
+            source.total = None
+
+    def _table(self, kind: str, items: Sequence[str]) -> list[Values]:
+        """Return the values of one source, all of them."""
+        if kind == "file":
+            values: list[bytes] = []
+            for path in items:
+                lines = self._lines()
+                with open(open_source(path), "rb", closefd=path != STDIN) as file:
+                    values += lines.feed(file.read())
+                values += lines.end()
+        else:
+            values = [os.fsencode(item) for item in items]
+        divide = self._divide
+        return [[value] if divide is None else divide(value) for value in values]
+
+
+def _sources(
+    options: argparse.Namespace, words: Sequence[str]
+) -> tuple[list[str], list[tuple[str, list[str], bool]]]:
+    """Return the command's words, and of each source its kind, its items, and if it is linked."""
+    separators = {
+        options.arg_sep: ("values", False),
+        options.arg_sep + "+": ("values", True),
+        options.arg_file_sep: ("file", False),
+        options.arg_file_sep + "+": ("file", True),
+    }
+    found: list[tuple[str, list[str], bool]] = []
+    for path in options.arg_file:
+        is_linked = path.startswith("+")
+        found.append(("file", [path.removeprefix("+")], is_linked))
+    starts = [number for number, word in enumerate(words) if word in separators]
+    ends = [*starts[1:], len(words)]
+    for start, end in zip(starts, ends, strict=False):  # without any there is still the end
+        kind, is_linked = separators[words[start]]
+        items = list(words[start + 1 : end])
+        # Each file is a source of its own.
+        for group in [[item] for item in items] if kind == "file" else [items]:
+            found.append((kind, group, is_linked))
+    if found and found[0][2]:
+        raise UsageError("the first source can't be linked to one before it")
+    return list(words[: starts[0]] if starts else words), found
+
+
+def unescaped(text: str) -> str:
+    """Return `text` with its escapes replaced: \\n, \\t, \\r, \\0 and \\\\."""
+    return re.sub(r"\\[ntr0\\]", lambda match: _ESCAPES[match[0]], text)
+
+
+def _separator(options: argparse.Namespace) -> bytes:
+    if options.null:
+        return b"\0"
+    if options.delimiter is None:
+        return b"\n"
+    separator = os.fsencode(unescaped(options.delimiter))
+    if not separator:
+        raise UsageError("--delimiter must not be empty")
+    return separator
+
+
+def _divider(options: argparse.Namespace) -> Callable[[bytes], Values] | None:
+    """Return what makes columns of a line; None: it is one."""
+    colsep = options.colsep
+    if options.csv:
+        import csv  # noqa: PLC0415
+
+        delimiter = unescaped(colsep or ",")
+        if len(delimiter) != 1:
+            raise UsageError("with --csv, --colsep is one character")
+
+        def fields(line: bytes) -> Values:
+            rows = list(csv.reader([os.fsdecode(line)], delimiter=delimiter))
+            return [os.fsencode(field) for field in rows[0]] if rows else [b""]
+
+        return fields
+    if colsep is None:
+        return None
+    if not colsep:
+        raise UsageError("--colsep must not be empty")
+    try:
+        pattern = re.compile(os.fsencode(colsep))
+    except re.error as error:
+        raise UsageError(f"--colsep {colsep}: {error}") from None
+    # A group in it is no column.
+    return pattern.split if not pattern.groups else lambda line: _split(pattern, line)
+
+
+def _split(pattern: re.Pattern[bytes], line: bytes) -> Values:
+    values, end = [], 0
+    for match in pattern.finditer(line):
+        values.append(line[end : match.start()])
+        end = match.end()
+    return [*values, line[end:]]
+
+
+def open_source(path: str) -> int:
+    if path != STDIN:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if os.isatty(0):
+        text = "errand-boy: reading from the terminal, a line for each command; Ctrl-D ends it"
+        print(text, file=sys.stderr)
+    return 0
+
+
+def _first(source: Source) -> Values:
+    """Return the first record, and wait for it."""
+    if source.total:
+        source.total -= 1
+    for values in source.records:
+        if values is not NOT_NOW:
+            return list(values)
+        source.read()
+    return []
+
+
+def _until(end: bytes, records: Records) -> Records:
+    return itertools.takewhile(lambda values: values is NOT_NOW or values[0] != end, records)
+
+
+def _not_blank(records: Records) -> Records:
+    return (v for v in records if v is NOT_NOW or any(map(bytes.strip, v)))
+
+
+# -- several sources --
+
+
+def _groups(tables: Sequence[tuple[list[Values], bool]], link_all: bool) -> list[list[Values]]:
+    """Return the records of the sources, those that are linked made one.
+
+    By --link values start again where a source has fewer than the longest; a source that is linked
+    by its own separator ends with the shortest. Both as GNU parallel has it.
+    """
+    groups: list[list[list[Values]]] = []
+    for table, is_linked in tables:
+        if groups and (is_linked or link_all):
+            groups[-1].append(table)
+        else:
+            groups.append([table])
+    lengths = [(max if link_all else min)(map(len, group)) for group in groups]
+    return [
+        [
+            [value for table in group if table for value in table[number % len(table)]]
+            for number in range(length)
+        ]
+        for group, length in zip(groups, lengths, strict=True)
+    ]
+
+
+def _crossed(groups: Sequence[list[Values]]) -> Iterator[Values]:
+    """Yield each combination, the first source varying slowest."""
+    for parts in itertools.product(*groups):
+        yield [value for values in parts for value in values]

@@ -1,0 +1,370 @@
+"""What `errand-boy map` writes of its commands, and when."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from subprocess import TimeoutExpired
+
+from errand_boy._cli.joblog import written
+from errand_boy._cli.parsing import UsageError
+from errand_boy._cli.template import Template
+from errand_boy._spool import Spool, nameless_file
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+    from typing import IO, Any, TypeAlias
+
+    from errand_boy._cli.commands import Origin
+    from errand_boy._result import Result
+
+    Sink: TypeAlias = "_Live | _Kept"
+
+KEPT = 1 << 20  # bytes of output in memory for each command; a longer one is in a file
+
+_COPIED = 1 << 16  # bytes at a time
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this module to `parser`."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-k",
+        "--keep-order",
+        action="store_true",
+        help="write output in the order of the commands, not of the ends",
+    )
+    form = group.add_mutually_exclusive_group()
+    form.add_argument(
+        "--group",
+        dest="grouping",
+        action="store_const",
+        const="group",
+        default="group",
+        help="write a command's output at its end (the default)",
+    )
+    form.add_argument(
+        "--line-buffer",
+        "--lb",
+        "--linebuffer",
+        dest="grouping",
+        action="store_const",
+        const="lines",
+        help="write each line when it is whole",
+    )
+    form.add_argument(
+        "-u",
+        "--ungroup",
+        dest="grouping",
+        action="store_const",
+        const="none",
+        help="let the commands write by themselves; parts of lines may be mixed",
+    )
+    group.add_argument(
+        "--tag", action="store_true", help="begin each line with the arguments and a TAB"
+    )
+    group.add_argument(
+        "--tagstring", metavar="STRING", help="begin each line with STRING, replaced as in COMMAND"
+    )
+    group.add_argument(
+        "--results",
+        metavar="DIRECTORY",
+        help="keep output in files stdout and stderr in DIRECTORY/1/ARGUMENT/2/ARGUMENT/..., with "
+        "the names of a header in the place of numbers; a name with {} or the like in it is that "
+        "of the file itself, with .err added for standard error",
+    )
+    group.add_argument(
+        "--files",
+        action="store_true",
+        help="write the name of a file with the output of each, not the output",
+    )
+    group.add_argument("--tmpdir", metavar="DIRECTORY", help="where such files are")
+    group.add_argument("-v", action="store_true", help="write each command before its output")
+    group.add_argument(
+        "-t",
+        "--verbose",
+        action="store_true",
+        help="write each command to standard error when it is started",
+    )
+
+
+class Output:
+    """Writes what `options` say. Raises UsageError.
+
+    `names` are those of a header's columns, `origins` those of Commands. `open_output`, if not
+    None, is for the batch.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        names: Sequence[bytes],
+        renamed: Sequence[tuple[bytes, bytes]],
+        origins: Mapping[int, Origin],
+    ) -> None:
+        self.captures = options.grouping != "none"
+        tagged = options.tag or options.tagstring is not None
+        if not self.captures and (tagged or options.results or options.files):
+            raise UsageError("with --ungroup there is no --tag, --tagstring, --results or --files")
+        self._lines = options.grouping == "lines"
+        if self._lines and (options.results or options.files):
+            raise UsageError("with --line-buffer there is no --results or --files")
+        self._in_order = options.keep_order
+        self._files_only = options.files
+        self._names_command = options.v
+        self._traces = options.verbose
+        self._tag: Template | None = None
+        if tagged:
+            text = "{}" if options.tagstring is None else options.tagstring
+            self._tag = Template([text], names=names, renamed=renamed, appends=False)
+        self._files: _Files | None = None
+        if options.results or options.files:
+            self._files = _Files(options.results, options.tmpdir, names, renamed)
+        self._origins = origins
+        self._sinks: dict[int, list[Sink | None]] = {}
+        self._turn = 0  # the index whose lines are written as they come, with --keep-order
+        self.open_output = self._open if self._lines or self._files is not None else None
+
+    def started(self, origin: Origin, command: list[bytes] | bytes) -> None:
+        """Take note of a command that is about to start."""
+        if self._traces:
+            sys.stderr.buffer.write(written(command) + b"\n")
+            sys.stderr.buffer.flush()
+        if self._files is not None:
+            self._files.create(origin)
+
+    @property
+    def uses_slot(self) -> bool:
+        """Whether it asks for slots."""
+        own = None if self._files is None else self._files.own
+        return any(template is not None and template.uses_slot for template in (self._tag, own))
+
+    @property
+    def notes_starts(self) -> bool:
+        """Whether `started` has anything to do."""
+        return self._traces or self._files is not None
+
+    def _open(self, index: int, number: int) -> Any:
+        sinks = self._sinks.setdefault(index, [None, None])
+        sink: Sink
+        if self._files is not None:
+            path = self._files.path(self._origins[index], number)
+            if path is None:
+                return Spool(KEPT, nameless_file)
+            sink = _Kept(path)
+        else:
+            held = self._in_order and index != self._turn
+            sink = _Live(_stream(number), self.tag(index), held)
+        sinks[number] = sink
+        return sink
+
+    def tag(self, index: int) -> bytes:
+        """Return what a line of the command's begins with."""
+        if self._tag is None:
+            return b""
+        origin = self._origins[index]
+        return self._tag.text(origin.values, origin.seq, origin.slot) + b"\t"
+
+    def ended(self, index: int) -> None:
+        """Take note of a command's end, before its turn."""
+        for sink in self._sinks.get(index, ()):
+            if isinstance(sink, _Kept):
+                sink.close()
+
+    def write(self, result: Result) -> None:
+        """Write what is to be written of a command at its turn."""
+        index = result.index
+        if self._names_command:
+            sys.stdout.buffer.write(written(result.args) + b"\n")
+        sinks = self._sinks.pop(index, (None, None))
+        tag = b"" if self._tag is None else self.tag(index)
+        if self._files is not None:
+            self._write_files(self._origins[index])
+        for sink in sinks:
+            if isinstance(sink, _Live):
+                sink.release()
+                sink.end()
+        outputs = ((result.stdout, result.stdout_file), (result.stderr, result.stderr_file))
+        for number, (data, file) in enumerate(outputs):
+            if file is not None:
+                with file:
+                    _copy(file, _stream(number), tag)
+            elif data:
+                _stream(number).write(_tagged(data, tag) if tag else data)
+        if result.error is not None:
+            why: Any = result.error
+            why = "timed out" if isinstance(why, TimeoutExpired) else why
+            why = getattr(why, "strerror", None) or why
+            text = f"errand-boy: {os.fsdecode(written(result.args))}: {why}\n"
+            sys.stderr.buffer.write(os.fsencode(text))
+        sys.stderr.buffer.flush()
+        if self._lines and self._in_order:
+            self._turn = index + 1
+            for sink in self._sinks.get(self._turn, ()):
+                if isinstance(sink, _Live):
+                    sink.release()
+
+    def _write_files(self, origin: Origin) -> None:
+        assert self._files is not None
+        path = self._files.path(origin, 0)
+        assert path is not None
+        if self._files_only:
+            sys.stdout.buffer.write(path + b"\n")
+        for number in (0, 1):
+            found = self._files.path(origin, number)
+            if found is not None and not (self._files_only and number == 0):
+                with open(found, "rb") as file:
+                    _copy(file, _stream(number), b"")
+        self._files.forget(origin)
+
+
+def _stream(number: int) -> IO[bytes]:
+    return sys.stderr.buffer if number else sys.stdout.buffer
+
+
+def _tagged(data: bytes, tag: bytes) -> bytes:
+    whole, last = data[:-1], data[-1:]
+    return tag + whole.replace(b"\n", b"\n" + tag) + last
+
+
+def _copy(file: IO[bytes], to: IO[bytes], tag: bytes) -> None:
+    if tag:
+        for line in file:
+            to.write(tag + line)
+    else:
+        while data := file.read(_COPIED):
+            to.write(data)
+
+
+class _Live:
+    """Output that is written by whole lines as it comes; or kept, until it is released."""
+
+    data = b""
+    file = None
+    truncated = False
+
+    def __init__(self, to: IO[bytes], tag: bytes, held: bool) -> None:
+        self._to = to
+        self._tag = tag
+        self._rest = b""  # of a line
+        self._held: Spool | None = Spool(KEPT, nameless_file) if held else None
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        """Write the lines that `data` completes."""
+        self.size += len(data)
+        if self._held is not None:
+            self._held.write(data)
+            return
+        lines, newline, rest = data.rpartition(b"\n")
+        if newline:
+            lines = self._rest + lines + newline
+            self._to.write(_tagged(lines, self._tag) if self._tag else lines)
+            self._to.flush()
+            self._rest = bytes(rest)
+        else:
+            self._rest += rest
+
+    def release(self) -> None:
+        """Write what was kept, and the rest as it comes."""
+        held, self._held = self._held, None
+        if held is not None:
+            while data := held.read(_COPIED):
+                self.write(data)
+            held.close()
+
+    def end(self) -> None:
+        """Write a line that has no end."""
+        if self._rest:
+            self._to.write(self._tag + self._rest)
+            self._rest = b""
+
+
+class _Kept:
+    """Output that goes to a file with a name."""
+
+    data = b""
+    file = None
+    truncated = False
+
+    def __init__(self, path: bytes) -> None:
+        self._file = open(path, "wb", buffering=0)
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        """Append `data`. Raises OSError."""
+        self.size += len(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _Files:
+    """The files of --results and --files."""
+
+    def __init__(
+        self,
+        results: str | None,
+        temporary: str | None,
+        names: Sequence[bytes],
+        renamed: Sequence[tuple[bytes, bytes]],
+    ) -> None:
+        self._results = None if results is None else os.fsencode(results)
+        self._temporary = temporary
+        self._names = names
+        self.own: Template | None = None
+        self._paths: dict[int, tuple[bytes, bytes | None]] = {}  # by seq
+        if results is not None:
+            template = Template([results], names=names, renamed=renamed, appends=False)
+            self.own = template if template.has_field else None
+
+    def create(self, origin: Origin) -> None:
+        """Have the files for a command, empty. Raises OSError."""
+        if self._results is None:
+            from tempfile import mkstemp  # noqa: PLC0415
+
+            fd, path = mkstemp(".par", "par", self._temporary)
+            os.close(fd)
+            self._paths[origin.seq] = os.fsencode(path), None
+            return
+        if self.own is not None:
+            values = [_file_name(value) for value in origin.values]
+            name = self.own.text(values, origin.seq, origin.slot)
+            out, err, seq = name, name + b".err", name + b".seq"
+        else:
+            parts = [self._results]
+            for number, value in enumerate(origin.values):
+                named = number < len(self._names)
+                parts.append(_file_name(self._names[number]) if named else b"%d" % (number + 1))
+                parts.append(_file_name(value))
+            name = os.path.join(*parts, b"")
+            out, err, seq = name + b"stdout", name + b"stderr", name + b"seq"
+        os.makedirs(os.path.dirname(out) or b".", exist_ok=True)
+        for made, text in (out, b""), (err, b""), (seq, b"%d" % origin.seq):
+            with open(made, "wb") as file:
+                file.write(text)
+        self._paths[origin.seq] = out, err
+
+    def path(self, origin: Origin, number: int) -> bytes | None:
+        """Return where an output of a command's is; None: not in a file."""
+        return self._paths[origin.seq][number]
+
+    def forget(self, origin: Origin) -> None:
+        """Take note that nobody asks for them any more."""
+        with contextlib.suppress(KeyError):
+            del self._paths[origin.seq]
+
+
+def _file_name(value: bytes) -> bytes:
+    """Return a value as one name of a file, nearly as GNU parallel makes it."""
+    escaped = value.replace(b"\\", b"\\\\").replace(b"\t", b"\\t").replace(b"\0", b"\\0")
+    escaped = escaped.replace(b"/", b"\\_")
+    # The last three would be no name of a file in that place.
+    return b"\\" + escaped if escaped in (b"", b".", b"..") else escaped

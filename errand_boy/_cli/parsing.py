@@ -1,0 +1,33 @@
+"""What the options of several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+_WHERE = (
+    "where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
+    "$XDG_RUNTIME_DIR, else in /run)"
+)
+
+
+class UsageError(ValueError):
+    """What was asked for makes no sense."""
+
+
+def add_socket(parser: argparse.ArgumentParser, text: str = _WHERE) -> None:
+    """Add --socket to `parser`, with that help."""
+    parser.add_argument("--socket", metavar="PATH", help=text)
+
+
+def number(of: type[int] | type[float], least: int) -> Callable[[str], float]:
+    """Return what makes a number, `least` or more, of an option's text, for argparse's `type`."""
+
+    def parse(text: str) -> float:
+        value = of(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+        return value
+
+    parse.__name__ = "number"  # for argparse's own message
+    return parse
