@@ -50,7 +50,7 @@ void eb_spawn_frame_done(struct eb_spawn_frame *o);
 int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int helper, int flags,
                     int fd, uint64_t device, uint64_t inode, const uint8_t *options,
                     size_t options_size, int in, int out, int err, const int *others,
-                    uint32_t other_count);
+                    uint32_t other_count, const int *carried, uint32_t carried_count);
 #define EB_HAVE_RAW ...
 bool eb_direct_works(void);
 int eb_await_readable(int fd);

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from errand_boy._client import Client
     from errand_boy._job import Command
+    from errand_boy._options import Options
     from errand_boy._policy import Retries
     from errand_boy._result import Result
 
@@ -78,8 +79,8 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
 
     `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and, for
     that command, `input`, `timeout`, `retries`, `shell`, `cwd`, `env`, `umask`,
-    `start_new_session`, `process_group`, `restore_signals`, `no_new_privs`. They are taken as
-    results are: an endless iterator will do. What it raises is raised when the results of the
+    `start_new_session`, `process_group`, `restore_signals` and those of `Options`. They are taken
+    as results are: an endless iterator will do. What it raises is raised when the results of the
     commands before that have been taken. None from it means that there is no command now, but that
     results may lead to some: the iterator is asked again when a command has ended and when a result
     has been taken, and None is the end once nothing runs and all results are taken.
@@ -95,8 +96,8 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     failed, ``"now,fail=N"`` ends what runs too, which has no results; ``success=N`` and ``done=N``
     count the others and all, and ``N%`` is a share of all commands if `commands` has a length, else
     of those that have ended, of which there must be three.
-    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`,
-    `no_new_privs`: as Popen has them, for the commands whose mappings say nothing else.
+    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals` and
+    those of `Options`: as Popen has them, for the commands whose mappings say nothing else.
     `max_output`: bytes of each output that are kept; with `spool`, all of a longer one is in a
     temporary file.
     `check`: raise at the first Result that is no success. Else a command that can't be started is a
@@ -144,6 +145,7 @@ def unpatch() -> None:
 
 
 _LATER = {
+    "Options": "errand_boy._options",
     "Result": "errand_boy._result",
     "Retries": "errand_boy._policy",
 }
@@ -177,6 +179,7 @@ __all__ = [
     "HelperDiedError",
     "HelperError",
     "NoDaemonError",
+    "Options",
     "Popen",
     "ProtocolError",
     "RefusedError",

@@ -14,7 +14,7 @@ from contextlib import suppress
 from heapq import heappop, heappush
 from io import BytesIO
 
-from errand_boy import _helper, _wire
+from errand_boy import _helper, _request
 from errand_boy._channel import Channel
 from errand_boy._expiry import Expiry
 from errand_boy._frame import MOST_ATTEMPTS
@@ -97,10 +97,13 @@ class Batch:
         start_new_session: bool = False,
         process_group: int | None = None,
         restore_signals: bool = True,
-        no_new_privs: bool = False,
         gate: Gate | None = None,
         with_pids: bool = False,
+        **more: Any,
     ) -> None:
+        unknown = _request.unknown(more.keys())
+        if unknown:
+            raise TypeError(f"map() has no option {', '.join(sorted(unknown))}")
         if max_workers is None:
             max_workers = _PER_CPU * len(os.sched_getaffinity(0))
         if max_workers < 1:
@@ -123,7 +126,7 @@ class Batch:
             "start_new_session": start_new_session,
             "process_group": process_group,
             "restore_signals": restore_signals,
-            "no_new_privs": no_new_privs,
+            **more,
         }
         self.halt = Halt(halt) if not isinstance(halt, Halt) else halt
         if isinstance(commands, Sized):
@@ -270,7 +273,7 @@ class Batch:
                 self._on_started(channel, job)
             elif type(event) is Failed:
                 options = self._options if job.options is None else job.options
-                why = _wire.spawn_error(event, job.argv[0], options["cwd"])
+                why = _request.spawn_error(event, job.argv[0], options["cwd"], options)
                 self._over(channel, self._jobs.failed(job, why))
         if stream.unsent and channel.job is not None:
             self._send(channel)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from subprocess import CompletedProcess
 
-from errand_boy import _request, _wire
+from errand_boy import _request
 from errand_boy._native import lib
 from errand_boy._spool import Spool, coding, to_text
 from errand_boy._streamed import StreamedCommand
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 _PIPE = subprocess.PIPE
 _INPUTS = (None, subprocess.DEVNULL)
 _OUTPUTS = (None, subprocess.DEVNULL, _PIPE)
-_SETTINGS = {"cwd", "env", "umask", "restore_signals", "start_new_session", "no_new_privs"}
+_SETTINGS = {"cwd", "env", "umask", "restore_signals", "start_new_session"}
 if sys.version_info >= (3, 11):
     _SETTINGS.add("process_group")
 _TEXT = {"text", "universal_newlines", "encoding", "errors"}
-_OPTIONS = {"stdin", "stdout", "stderr", "shell", "executable", *_SETTINGS, *_TEXT}
+_NOT_SETTINGS = {"stdin", "stdout", "stderr", "shell", "executable", *_TEXT}
+_STANDARD = _SETTINGS | _NOT_SETTINGS
 
 
 def can_capture(options: Mapping[str, Any]) -> bool:
@@ -36,7 +37,7 @@ def can_capture(options: Mapping[str, Any]) -> bool:
         and outputs[0] in _OUTPUTS
         and outputs[1] in (*_OUTPUTS, subprocess.STDOUT)
         and _PIPE in outputs
-        and options.keys() <= _OPTIONS
+        and not _request.unknown(options.keys() - _STANDARD)
         and not options.keys() >= {"text", "universal_newlines"}  # they may contradict each other
     )
 
@@ -62,7 +63,7 @@ def capture(
         *(get("stdin"), get("stdout"), get("stderr")),
         on_close=lib.EB_LIVES_ON,
         brief=brief,
-        **{name: options[name] for name in _SETTINGS if name in options},
+        **{name: value for name, value in options.items() if name not in _NOT_SETTINGS},
     )
     text = None
     if get("text") or get("universal_newlines") or get("encoding") or get("errors"):
@@ -90,7 +91,7 @@ def capture(
         _request.name_program(error, program)
         raise
     if isinstance(end, Failed):
-        raise _wire.spawn_error(end, program, cwd)
+        raise _request.spawn_error(end, program, cwd, options)
     if is_late:
         stdout, stderr = output(lambda spool: bytes(spool.data) or None)
         raise subprocess.TimeoutExpired(args, time_limit or 0, stdout, stderr)

@@ -1,11 +1,11 @@
 """Commands that are started in this process, without a helper: the default way.
 
-`spawn(owner, options, stdin, stdout, stderr, others, flags, microseconds)` begins a start, with the
-fields of a Request, and waits for its outcome, for so long at most, without giving up the
+`spawn(owner, options, stdin, stdout, stderr, others, carried, flags, microseconds)` begins a start,
+with the fields of a Request, and waits for its outcome, for so long at most, without giving up the
 GIL. As soon as there is a process, the owner's `pid` and `_child_created` say so. It returns
 
 - None if the program runs;
-- ``(errno, stage)`` if it does not: nothing is left to be waited for;
+- ``(errno, stage, member)`` if it does not: nothing is left to be waited for;
 - the start, of a type of its own, if that is pending: the program is slow to execute, or a signal
   has come.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from errand_boy._native import ffi, lib
+from errand_boy._request import numbers
 
 TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class SpawnFrame:
         else:
             fd, device, inode = connection.sock.fileno(), connection.device, connection.inode
         others = ffi.new("int[]", request.others) if request.others else ffi.NULL
+        carried = ffi.new("int[]", numbers(request.carried)) if request.carried else ffi.NULL
         found: int = lib.eb_send_request(
             self._c,
             ffi.NULL if start is None else start.c,
@@ -85,6 +87,8 @@ class SpawnFrame:
             *request.standard,
             others,
             len(request.others),
+            carried,
+            len(request.carried),
         )
         self.is_sent = found >= 0 and found & lib.EB_SENT != 0
         return found

@@ -26,6 +26,12 @@ def original_popen() -> type[subprocess.Popen[Any]]:
     return original
 
 
+def parameters(function: Any) -> frozenset[str]:
+    """Return the names of a function's parameters."""
+    code = function.__code__
+    return frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
 def _popen_of_a_copy() -> type[subprocess.Popen[Any]]:
     # eventlet has dropped the original, and the one that its own is derived from uses modules that
     # are not eventlet's, so that to communicate would make all others wait.

@@ -126,7 +126,7 @@ class Jobs:
                 input = input.encode(self._encoding, self._errors)
             job.input = input if type(input) is bytes else bytes(memoryview(input))
         if given:
-            unknown = given.keys() - self.options.keys()
+            unknown = _request.unknown(given.keys() - self.options.keys())
             if unknown:
                 raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
             job.options = {**self.options, **given}

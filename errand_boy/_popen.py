@@ -7,7 +7,7 @@ import sys
 
 from errand_boy import _child, _driver, _start
 from errand_boy._child import HelperChild
-from errand_boy._functions import original_popen
+from errand_boy._functions import original_popen, parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ else:
     _Base = original_popen()
 
 _Stdlib: Any = _Base
+_STANDARD = parameters(_Base.__init__)
 
 
 class Popen(_Base[AnyStr]):
@@ -33,10 +34,9 @@ class Popen(_Base[AnyStr]):
     `preexec_fn` may be None, os.setsid or os.setpgrp; any other function runs the standard
     library's way, by a fork of this process, with a warning.
 
-    With `no_new_privs`, neither the command nor what it starts gains privileges by an execution:
-    set-user-ID bits and file capabilities have no effect (prctl(2), PR_SET_NO_NEW_PRIVS). It can't
-    be given with a `preexec_fn` that forks (ValueError), and where the system lacks what is needed,
-    or with ``ERRAND_BOY_SPAWN=posix``, the constructor raises OSError (ENOTSUP).
+    It also has the options of `errand_boy.Options`, which docs/options.md explains. They can't be
+    given with a `preexec_fn` that forks (ValueError); where the system lacks what is needed, or
+    with ``ERRAND_BOY_SPAWN=posix``, the constructor raises OSError (ENOTSUP).
 
     Where a helper is needed, the constructor also raises HelperError if there is none, and
     HelperDiedError if it ends in the middle of a start. ``ERRAND_BOY_SPAWN=direct`` makes it raise
@@ -50,9 +50,9 @@ class Popen(_Base[AnyStr]):
 
     if not TYPE_CHECKING:  # a type checker knows the parameters of the standard library's
 
-        def __init__(self, *args: Any, no_new_privs: bool = False, **kwargs: Any) -> None:
-            if no_new_privs:
-                self._more = {**self._more, "no_new_privs": True}
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            if not _STANDARD.issuperset(kwargs):
+                self._more = {**self._more, **_start.take_options(kwargs, _STANDARD)}
             super().__init__(*args, **kwargs)
 
         if sys.flags.warn_default_encoding:

@@ -10,7 +10,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from operator import index
 
 from errand_boy import _wire
@@ -20,6 +20,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from errand_boy._wire import Failed
+
 _PATH_MAX = 4096  # bytes, of Linux
 _INT_MAX = 0x7FFFFFFF
 
@@ -28,18 +30,24 @@ class Request:
     """What is asked for.
 
     `options` are encoded; `standard` are the descriptors for the child's 0 to 2, -1 where it
-    inherits its parent's; `others`, ascending, keep their numbers; `flags` are EB_WITH_* and
-    EB_RESTORE_SIGNALS.
+    inherits its parent's; `others`, ascending, keep their numbers; `carried` are those of options,
+    see `settings`; `flags` are EB_WITH_* and EB_RESTORE_SIGNALS.
     """
 
-    __slots__ = ("flags", "options", "others", "standard")
+    __slots__ = ("carried", "flags", "options", "others", "standard")
 
     def __init__(
-        self, options: bytes, standard: tuple[int, int, int], others: Sequence[int], flags: int
+        self,
+        options: bytes,
+        standard: tuple[int, int, int],
+        others: Sequence[int],
+        carried: Sequence[Any],
+        flags: int,
     ) -> None:
         self.options = options
         self.standard = standard
         self.others = others
+        self.carried = carried
         self.flags = flags
 
 
@@ -101,14 +109,15 @@ def settings(
     gid: int | None = None,
     uid: int | None = None,
     on_close: int | None = None,
-    no_new_privs: bool = False,
-) -> tuple[bytes, int]:
-    """Return the options for what a command gets, and the flags of the request.
+    **more: Any,
+) -> tuple[bytes, int, list[Any]]:
+    """Return the options for what a command gets, the flags of the request, and what they carry.
 
     The names are those of Popen's parameters, or of those that it derives from them; without a
     `process_group`, the group is `default_group`, or if that is negative the caller's; `on_close`
-    is the option of that name. Raises ValueError, TypeError and OverflowError as subprocess.Popen
-    does.
+    is the option of that name; `more` are those of `_options`. What they carry are descriptors,
+    numbers or objects with a `fileno`, which must live until the request is sent or the start is
+    decided. Raises ValueError, TypeError and OverflowError as subprocess.Popen does, and OSError.
     """
     flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
     options = b""
@@ -120,7 +129,6 @@ def settings(
         options += _wire.string(lib.EB_TAG_CWD, os.fsencode(cwd))
     if index(umask) >= 0:
         options += _wire.number(lib.EB_TAG_UMASK, _as_int(umask))
-        flags |= lib.EB_UMASK_GIVEN
     if start_new_session:
         options += _wire.option(lib.EB_TAG_SETSID)
     elif index(process_group) < 0:
@@ -136,9 +144,21 @@ def settings(
         options += _wire.number(lib.EB_TAG_UID, _id(uid, "uid"))
     if on_close is not None:
         options += _wire.number(lib.EB_TAG_ON_CLOSE, on_close)
-    if no_new_privs:
-        options += _wire.option(lib.EB_TAG_NO_NEW_PRIVS)
-    return options, flags
+    if not more:
+        return options, flags, []
+    from errand_boy import _options  # noqa: PLC0415  only those who need it pay for it
+
+    encoded, carried = _options.encode(more, bool(start_new_session), process_group >= 0)
+    return options + encoded, flags, carried
+
+
+def unknown(names: Set[str]) -> Set[str]:
+    """Return which of the names, none of them the standard library's, are not ours either."""
+    if not names:
+        return names
+    from errand_boy._options import NAMES  # noqa: PLC0415  only those who need it pay for it
+
+    return names - NAMES
 
 
 def _environment(env: Mapping[Any, Any]) -> list[bytes]:
@@ -199,6 +219,11 @@ def others(pass_fds: Iterable[int]) -> list[int]:
     return sorted(kept)
 
 
+def numbers(carried: Iterable[Any]) -> list[int]:
+    """Return the descriptors of what `settings` says that options carry."""
+    return [fd if type(fd) is int else fd.fileno() for fd in carried]
+
+
 def with_inheritable(fds: Iterable[int]) -> list[int]:
     """Return `fds` and all inheritable descriptors of this process from 3 on, ascending."""
     found = set(fds)
@@ -230,11 +255,11 @@ def streamed(
     """
     streams, made, fds = _made_by_helper(stdin, stdout, stderr)
     group = -1 if process_group is None else process_group
-    what, flags = settings(process_group=group, default_group=0, **given)
+    what, flags, carried = settings(process_group=group, default_group=0, **given)
     options = command + what + made
     if brief:
         options += _wire.option(lib.EB_TAG_COALESCE)
-    return streams, Request(options, fds, (), flags | lib.EB_WITHOUT_STANDARD)
+    return streams, Request(options, fds, (), carried, flags | lib.EB_WITHOUT_STANDARD)
 
 
 def milliseconds(grace: float, name: str) -> int:
@@ -243,6 +268,25 @@ def milliseconds(grace: float, name: str) -> int:
     if not 0 <= value < lib.EB_LIVES_ON:
         raise ValueError(f"{name} is out of range")
     return value
+
+
+def spawn_error(
+    failed: Failed, executable: Any, cwd: Any, more: Mapping[str, Any] | None = None
+) -> OSError:
+    """Return what subprocess.Popen would raise; `more` are the options that it lacks."""
+    text = os.strerror(failed.errno)
+    if failed.errno == errno.ENOTSUP:
+        step = _wire.stage_name(failed.stage)
+        return OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
+    if failed.stage == lib.EB_STAGE_CWD:
+        return OSError(failed.errno, text, cwd)
+    if failed.stage == lib.EB_STAGE_EXEC:
+        return OSError(failed.errno, text, executable)
+    if more:
+        from errand_boy import _options  # noqa: PLC0415  only those who need it pay for it
+
+        text = _options.refusal(failed, more)
+    return OSError(failed.errno, text)
 
 
 def name_program(error: BaseException, program: Any) -> None:

@@ -58,6 +58,13 @@ class Local:
 LOCAL: Local = Local()
 
 
+def take_options(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
+    """Remove the options that `standard` lacks from a constructor's keywords; return them."""
+    from errand_boy import _options  # noqa: PLC0415  only those who need it pay for it
+
+    return _options.take(given, standard)
+
+
 def execute(
     process: Any,
     given: tuple[Any, ...],
@@ -114,7 +121,7 @@ def begin(
         executable = args[0]
     sys.audit("subprocess.Popen", executable, args, cwd, env)
 
-    settings, flags = _request.settings(
+    settings, flags, carried = _request.settings(
         env=env,
         cwd=cwd,
         restore_signals=restore_signals,
@@ -135,11 +142,11 @@ def begin(
     if way != "direct":
         if not close_fds:
             others = _request.with_inheritable(others)
-        request = Request(options, standard, others, flags)
+        request = Request(options, standard, others, carried, flags)
         from errand_boy import _helper_start  # noqa: PLC0415  most processes need none
 
         steps = _helper_start.by_helper(process, request, source, driver)
-        return _finish(process, given, names, steps)
+        return _finish(process, given, names, steps, more)
 
     if not close_fds:
         flags |= lib.EB_KEEP_FILES
@@ -150,13 +157,14 @@ def begin(
         flags |= lib.EB_OWN_STDOUT | (lib.EB_OWN_STDERR if errwrite == c2pwrite else 0)
     if errread != -1 or errwrite == null:
         flags |= lib.EB_OWN_STDERR
-    outcome = _direct.spawn(process, options, *standard, others, flags, driver.patience_us)
+    fds = _request.numbers(carried) if carried else carried
+    outcome = _direct.spawn(process, options, *standard, others, fds, flags, driver.patience_us)
     if outcome is None:
         if standard != (-1, -1, -1):
             close_ends(process, given)
         return None
-    steps = _directly(process, given, original, source, driver, outcome, more)
-    return _finish(process, given, names, steps)
+    steps = _directly(process, given, original, source, driver, outcome, carried, more)
+    return _finish(process, given, names, steps, more)
 
 
 def close_ends(process: Any, given: tuple[Any, ...]) -> None:
@@ -174,7 +182,13 @@ def close_ends(process: Any, given: tuple[Any, ...]) -> None:
     process._closed_child_pipe_fds = True
 
 
-def _finish(process: Any, given: tuple[Any, ...], names: tuple[Any, Any], steps: Outcome) -> Steps:
+def _finish(
+    process: Any,
+    given: tuple[Any, ...],
+    names: tuple[Any, Any],
+    steps: Outcome,
+    more: Mapping[str, Any],
+) -> Steps:
     """Raise what subprocess does if the outcome of `steps` is a failure."""
     executable, cwd = names
     try:
@@ -183,7 +197,7 @@ def _finish(process: Any, given: tuple[Any, ...], names: tuple[Any, Any], steps:
         _request.name_program(error, executable)
         raise
     if failed is not None:
-        raise _wire.spawn_error(failed, executable, cwd)
+        raise _request.spawn_error(failed, executable, cwd, more)
     close_ends(process, given)
 
 
@@ -194,9 +208,13 @@ def _directly(
     source: Any,
     driver: Driver,
     outcome: Any,
+    carried: list[Any],
     more: Mapping[str, Any],
 ) -> Outcome:
-    """Await the outcome of a start in this process; `outcome` is what `_direct.spawn` returned."""
+    """Await the outcome of a start in this process; `outcome` is what `_direct.spawn` returned.
+
+    The child may take `carried` over as late as that is left.
+    """
     if not isinstance(outcome, tuple):
         start, pauses = outcome, _direct.pauses()
         look = _LOOK if driver.blocking else 0

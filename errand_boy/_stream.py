@@ -42,7 +42,7 @@ _OUTPUTS, _EXIT = 3, 4
 _KINDS = {
     lib.EB_HELLO: (4, 64, 0),
     lib.EB_SPAWNED: (5, 5, 0),
-    lib.EB_FAILED: (9, 9, 0),
+    lib.EB_FAILED: (10, 10, 0),
     lib.EB_EXITED: (*_END_SIZES, _EXIT),
     lib.EB_REFUSED: (0, _MOST_REASON, 0),
     lib.EB_STDOUT: (0, lib.EB_MAX_OUTPUT, 1),

@@ -113,11 +113,19 @@ class DaemonSource:
 class Template:
     """What the requests of commands with the same options have in common."""
 
-    __slots__ = ("_options", "_path", "_programs", "fds", "streams")
+    __slots__ = ("_carried", "_options", "_path", "_programs", "fds", "streams")
 
-    def __init__(self, streams: int, options: bytes, fds: list[int], path: list[bytes]) -> None:
+    def __init__(
+        self,
+        streams: int,
+        options: bytes,
+        fds: list[int],
+        carried: Sequence[Any],
+        path: list[bytes],
+    ) -> None:
         self.streams = streams  # as STREAMS has it
         self.fds = fds
+        self._carried = carried  # some of those, whose objects close them
         self._options = options
         self._path = path
         self._programs: dict[Any, bytes] = {}
@@ -190,9 +198,10 @@ class Templates:
             check(spawn_frame.prepare(request, start, helper, 0, None))
             tail, fds = bytes(spawn_frame.rest[_wire.HEADER.size :]), spawn_frame.fds
             if request.flags & lib.EB_WITH_CWD:
+                at = len(fds) - len(request.carried) - 1
                 if self._cwd_fd < 0:
-                    self._cwd_fd = os.dup(fds[-1])
-                fds[-1] = self._cwd_fd
+                    self._cwd_fd = os.dup(fds[at])
+                fds[at] = self._cwd_fd
         finally:
             spawn_frame.done()
-        return Template(streams, tail, fds, _request.exec_path(options["env"]))
+        return Template(streams, tail, fds, request.carried, _request.exec_path(options["env"]))

@@ -13,7 +13,6 @@ from errand_boy.errors import ProtocolError, RefusedError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import resource
-    from typing import Any
 
 HEADER = struct.Struct("<IB")
 HELLO = HEADER.pack(4, lib.EB_HELLO) + struct.pack("<I", lib.EB_VERSION)
@@ -22,7 +21,7 @@ OPENING = b"\0" + HELLO
 _OPTION = struct.Struct("<BI")
 _LIST = struct.Struct("<BII")
 _SPAWNED = struct.Struct("<iB")
-_FAILED = struct.Struct("<iiB")
+_FAILED = struct.Struct("<iiBB")
 EXITED = struct.Struct("<i9Q")
 
 
@@ -39,12 +38,13 @@ class Spawned:
 class Failed:
     """A command was not started. ``pid``: a process that the caller must wait for, or 0."""
 
-    __slots__ = ("errno", "pid", "stage")
+    __slots__ = ("errno", "member", "pid", "stage")
 
-    def __init__(self, pid: int, error: int, stage: int) -> None:
+    def __init__(self, pid: int, error: int, stage: int, member: int = 0) -> None:
         self.pid = pid
         self.errno = error
         self.stage = stage
+        self.member = member  # of what the stage sets, which was refused: a resource, say
 
 
 class Exited:
@@ -84,21 +84,6 @@ def stage_name(stage: int) -> str:
 def is_refused(failed: Failed) -> bool:
     """Return whether the kernel or a filter lacks what the direct way needs."""
     return failed.errno == errno.ENOSYS and failed.stage == lib.EB_STAGE_START
-
-
-def spawn_error(failed: Failed, executable: Any, cwd: Any) -> OSError:
-    """Return what subprocess.Popen would raise."""
-    text = os.strerror(failed.errno)
-    if failed.errno == errno.ENOTSUP:
-        step = stage_name(failed.stage)
-        return OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
-    if failed.stage == lib.EB_STAGE_CWD:
-        return OSError(failed.errno, text, cwd)
-    if failed.stage == lib.EB_STAGE_EXEC:
-        return OSError(failed.errno, text, executable)
-    if failed.stage == lib.EB_STAGE_NO_NEW_PRIVS:
-        text = f"{text}: no_new_privs"
-    return OSError(failed.errno, text)
 
 
 def option(tag: int, value: bytes = b"") -> bytes:

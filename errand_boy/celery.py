@@ -175,11 +175,13 @@ def run_command(
     check: bool = False,
     retries: int = 0,
     retry_delay: float = 1.0,
+    **options: Any,
 ) -> Outcome:
     """Run a command on the worker that takes the task, through errand-boy; return its Outcome.
 
     `args`, `shell`, `cwd`, `env`, `encoding`, `errors`: as subprocess.run has them. Standard input
     is `input`, or else /dev/null. The command leads a session and process group of its own.
+    `options` are those of docs/options.md, of JSON's types.
 
     `timeout`: seconds after which the process group gets SIGTERM; `grace`: seconds from any SIGTERM
     to SIGKILL. A soft time limit, revoke(terminate=True) and the end of the worker process send
@@ -191,7 +193,7 @@ def run_command(
     with the exception of subprocess.run(check=True).
     """
     argv = _request.arguments(args, shell)
-    streams, request = _request_for(argv, input is not None, cwd, env, grace)
+    streams, request = _request_for(argv, input is not None, cwd, env, grace, options)
     name = self.request.id or "command"
     spools, paths = [], []
     for stream in ("stdout", "stderr"):
@@ -214,7 +216,7 @@ def run_command(
             raise Ignore
         end = command.run()
         if isinstance(end, Failed):
-            raise _wire.spawn_error(end, argv[0], cwd)
+            raise _request.spawn_error(end, argv[0], cwd, options)
         code = end.returncode
     except HelperDiedError as died:
         code, error = -signal.SIGKILL, died
@@ -266,7 +268,12 @@ def _rusage(end: Ended) -> dict[str, float]:
 
 
 def _request_for(
-    argv: list[str], with_input: bool, cwd: Any, env: Mapping[str, str] | None, grace: float
+    argv: list[str],
+    with_input: bool,
+    cwd: Any,
+    env: Mapping[str, str] | None,
+    grace: float,
+    options: Mapping[str, Any],
 ) -> tuple[int, Request]:
     if not argv:
         raise ValueError("a command needs at least one argument")
@@ -279,6 +286,7 @@ def _request_for(
         cwd=cwd,
         env=env,
         start_new_session=True,
+        **options,
     )
 
 

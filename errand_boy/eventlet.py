@@ -25,7 +25,7 @@ from eventlet.green.subprocess import (
 )
 
 from errand_boy import _child, _driver, _start
-from errand_boy._functions import rebind
+from errand_boy._functions import parameters, rebind
 
 __all__ = [
     "DEVNULL",
@@ -48,6 +48,7 @@ __all__ = [
 _HOUR = 3600.0  # seconds
 
 _Base: Any = subprocess.Popen
+_STANDARD = parameters(_Base.__init__)
 
 
 class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
@@ -57,6 +58,13 @@ class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
     is slow to execute. On Linux the child is a child of this process. `preexec_fn` is as in
     errand_boy.Popen.
     """
+
+    _more = _start.NOTHING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not _STANDARD.issuperset(kwargs):
+            self._more = _start.take_options(kwargs, _STANDARD)
+        super().__init__(*args, **kwargs)
 
     def _execute_child(self, *args: Any) -> None:
         execute_child(_Base._execute_child, self, *args)
@@ -87,7 +95,9 @@ run = _functions["run"]
 
 def execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
     """Start a command for an eventlet.green.subprocess.Popen of any class."""
-    _start.execute(process, args, original, driver=_driver.BLOCKING if _in_hub() else _HUB)
+    driver = _driver.BLOCKING if _in_hub() else _HUB
+    more = getattr(process, "_more", _start.NOTHING)
+    _start.execute(process, args, original, driver=driver, more=more)
 
 
 def wait(

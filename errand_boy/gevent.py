@@ -33,7 +33,7 @@ from gevent.subprocess import (
 
 from errand_boy import _driver, _start
 from errand_boy._child import HelperChild, helper_child
-from errand_boy._functions import rebind
+from errand_boy._functions import parameters, rebind
 
 __all__ = [
     "DEVNULL",
@@ -60,6 +60,7 @@ _KEPT = 60.0  # seconds, as gevent itself keeps the statuses that nobody has ask
 
 
 _Base: Any = subprocess.Popen
+_STANDARD = parameters(_Base.__init__)
 
 
 class Popen(_Base):  # type: ignore[misc]  # gevent has no types
@@ -70,6 +71,13 @@ class Popen(_Base):  # type: ignore[misc]  # gevent has no types
     process, for which gevent's own watchers wait. Other than gevent's, it may be used in threads
     whose hub is not the main one. `preexec_fn` is as in errand_boy.Popen.
     """
+
+    _more = _start.NOTHING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not _STANDARD.issuperset(kwargs):
+            self._more = _start.take_options(kwargs, _STANDARD)
+        super().__init__(*args, **kwargs)
 
     def _execute_child(self, *args: Any) -> None:
         execute_child(_Base._execute_child, self, *args)
@@ -112,7 +120,8 @@ def execute_child(original: Callable[..., None], process: Any, *args: Any) -> No
     _unblock(given)
     with _collecting(process._loop):
         try:
-            _start.execute(process, given, execute_original, driver=_HUB)
+            more = getattr(process, "_more", _start.NOTHING)
+            _start.execute(process, given, execute_original, driver=_HUB, more=more)
         finally:
             if is_ours:
                 _watch(process)

@@ -100,9 +100,12 @@ def test_all_options_at_once(helper: Helper) -> None:
     client = helper.connect()
     cpus = max(os.sched_getaffinity(0)) // 8 + 1
     mask = sum(1 << cpu for cpu in os.sched_getaffinity(0)).to_bytes(cpus, "little")
-    script = "ulimit -n; umask; pwd; echo $A; grep NoNewPrivs /proc/self/status; exec /usr/bin/id"
+    script = "ulimit -n; umask; pwd; echo $A; grep NoNewPrivs /proc/self/status; /usr/bin/id; "
+    script += "ps -o tty= $$"
     read, write = os.pipe()
     directory = os.open("/usr", os.O_PATH)
+    master, terminal = os.openpty()
+    terminal_name = os.ttyname(terminal).removeprefix("/dev/")
     values = {
         "EXECUTABLES": strings(lib.EB_TAG_EXECUTABLES, "/none", "/bin/sh"),
         "ARGV": strings(lib.EB_TAG_ARGV, "sh", "-c", script),
@@ -123,25 +126,32 @@ def test_all_options_at_once(helper: Helper) -> None:
         "UID": option(lib.EB_TAG_UID, u32(12343)),
         "ON_CLOSE": option(lib.EB_TAG_ON_CLOSE, u32(1000)),
         "NO_NEW_PRIVS": option(lib.EB_TAG_NO_NEW_PRIVS),
+        "SET_RLIMITS": option(
+            lib.EB_TAG_SET_RLIMITS, struct.pack("<BQQ", resource.RLIMIT_NOFILE, 66, 66)
+        ),
+        "CONTROLLING_TERMINAL": option(lib.EB_TAG_CONTROLLING_TERMINAL),
+        "FOREGROUND": option(lib.EB_TAG_FOREGROUND),
     }
     # A session's leader may not change its group; only a daemon's helper has streams.
     assert set(values) == set(TAGS) - {"PGROUP", "STREAMS", "NULL", "COALESCE"}
     with open(read) as stream:
-        client.send(frame(lib.EB_SPAWN, *reversed(values.values())), [write, directory])
-        os.close(write)
-        os.close(directory)
+        client.send(frame(lib.EB_SPAWN, *reversed(values.values())), [write, directory, terminal])
+        for fd in (write, directory, terminal):
+            os.close(fd)
         started = client.reply()
         assert isinstance(started, Spawned)
         if not started.by_helper:
             os.waitpid(started.pid, 0)
-        assert stream.read().splitlines() == [
-            "77",
+        assert [line.strip() for line in stream] == [
+            "66",
             "0027",
             "/usr",
             "b",
             "NoNewPrivs:\t1",
             "uid=12343 gid=12344 groups=12344,12345,12346",
+            terminal_name,
         ]
+    os.close(master)
 
 
 # Offenders

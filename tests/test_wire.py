@@ -105,6 +105,12 @@ OPTIONS = {
     "NULL": (_wire.option(lib.EB_TAG_NULL, b"\0"), "0"),
     "COALESCE": (_wire.option(lib.EB_TAG_COALESCE), ""),
     "NO_NEW_PRIVS": (_wire.option(lib.EB_TAG_NO_NEW_PRIVS), ""),
+    "SET_RLIMITS": (
+        _wire.option(lib.EB_TAG_SET_RLIMITS, struct.pack("<BQQ", 4, 5, 6)),
+        "4:5:6",
+    ),
+    "CONTROLLING_TERMINAL": (_wire.option(lib.EB_TAG_CONTROLLING_TERMINAL), ""),
+    "FOREGROUND": (_wire.option(lib.EB_TAG_FOREGROUND), ""),
     "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())
@@ -162,14 +168,17 @@ def test_option(name: str, program: Path) -> None:
     seen = understood(program, *others, encoded)
     assert seen[name] == expected
     assert seen.keys() == {"EXECUTABLES", "ARGV", "descriptors", name}
-    assert int(seen["descriptors"]) == {"FDS": 4, "CWD_FD": 1}.get(name, 0)
+    assert int(seen["descriptors"]) == {"FDS": 4, "CWD_FD": 1, "CONTROLLING_TERMINAL": 1}.get(
+        name, 0
+    )
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_all_options(order: int, program: Path) -> None:
     seen = understood(program, *[option for option, _ in OPTIONS.values()][::order])
-    assert seen.pop("descriptors") == "5"
-    assert seen == {name: expected for name, (_, expected) in OPTIONS.items()}
+    assert seen.pop("descriptors") == "6"
+    expected = {name: expected for name, (_, expected) in OPTIONS.items()}
+    assert seen == expected
 
 
 @pytest.mark.parametrize("values", [[], [b""], [b"", b""], [b"a" * 131_071], [b"x"] * 100_000])
@@ -234,16 +243,17 @@ def test_replies() -> None:
     spawned = _wire.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_CALLER))
     assert isinstance(spawned, Spawned)
     assert not spawned.by_helper
-    failed = _wire.reply(lib.EB_FAILED, struct.pack("<iiB", 78, 2, lib.EB_STAGE_EXEC))
+    failed = _wire.reply(lib.EB_FAILED, struct.pack("<iiBB", 78, 2, lib.EB_STAGE_EXEC, 7))
     assert isinstance(failed, Failed)
     assert (failed.pid, failed.errno, failed.stage) == (78, 2, lib.EB_STAGE_EXEC)
+    assert failed.member == 7
     exited = _wire.reply(lib.EB_EXITED, struct.pack("<i9Q", 9, *range(9)))
     assert isinstance(exited, Exited)
     assert (exited.status, tuple(exited.usage)) == (9, tuple(range(9)))
     assert _wire.reply(200, b"") is None
 
 
-@pytest.mark.parametrize("kind, size", [("SPAWNED", 5), ("FAILED", 9), ("EXITED", 76)])
+@pytest.mark.parametrize("kind, size", [("SPAWNED", 5), ("FAILED", 10), ("EXITED", 76)])
 def test_reply_of_another_size(kind: str, size: int) -> None:
     for wrong in (0, size - 1, size + 1):
         with pytest.raises(struct.error):

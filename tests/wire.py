@@ -94,7 +94,7 @@ def exited(status: int = 0, more: bytes = b"") -> bytes:
     return frame(lib.EB_EXITED, _wire.EXITED.pack(status, *USAGE), more)
 
 
-NOT_FOUND = frame(lib.EB_FAILED, struct.pack("<iiB", 0, errno.ENOENT, lib.EB_STAGE_EXEC))
+NOT_FOUND = frame(lib.EB_FAILED, struct.pack("<iiBB", 0, errno.ENOENT, lib.EB_STAGE_EXEC, 0))
 
 
 class Spawned(NamedTuple):
@@ -110,6 +110,7 @@ class Failed(NamedTuple):
     pid: int
     errno: int
     stage: int
+    member: int = 0
 
 
 class Exited(NamedTuple):
@@ -124,7 +125,7 @@ def decode(kind: int, payload: bytes) -> Reply:
     if kind == lib.EB_SPAWNED:
         return Spawned(*struct.unpack("<iB", payload))
     if kind == lib.EB_FAILED:
-        return Failed(*struct.unpack("<iiB", payload))
+        return Failed(*struct.unpack("<iiBB", payload))
     assert kind == lib.EB_EXITED, (kind, payload)
     status, *usage = struct.unpack("<i9Q", payload)
     return Exited(status, tuple(usage))

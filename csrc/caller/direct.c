@@ -141,8 +141,8 @@ static uint8_t choose_reopened(const struct eb_request *q, int flags, int *highe
     uint8_t reopened = 0;
     int most = 2;
     *highest = 2;
-    for (uint32_t i = 0; i < q->target_count; i++) {
-        bool own = q->targets[i] < 3 && (flags & EB_OWN_STDIN << q->targets[i]) != 0;
+    for (uint32_t i = 0; i < eb_request_sources(q); i++) {
+        bool own = i < q->target_count && q->targets[i] < 3 && (flags & EB_OWN_STDIN << q->targets[i]) != 0;
         if (q->sources[i] > most)
             most = q->sources[i];
         if (own && q->sources[i] >= HIGH)
@@ -174,15 +174,19 @@ static void prepare_job(struct eb_direct *d)
 static int make_process(struct eb_direct *d)
 {
     const uint64_t all = ~(uint64_t)0;
+    uint64_t mask;
     struct eb_job *job = d->job;
     d->error = 0;
     d->stage = EB_STAGE_START;
+    d->member = 0;
     /* No handler of the caller's may run in the new process, whose mask is set as its last step before the exec. */
-    if (syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &d->q.sigmask, sizeof all) != 0)
+    if (syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &mask, sizeof all) != 0)
         return d->error = errno;
-    d->q.present |= 1u << EB_TAG_SIGMASK;
+    if (!eb_has(&d->q, EB_TAG_SIGMASK))
+        d->q.sigmask = mask;
+    d->q.present |= (uint64_t)1 << EB_TAG_SIGMASK;
     pid_t pid = eb_job_clone(job, job->shares_table ? CLONE_FILES : 0);
-    (void)syscall(SYS_rt_sigprocmask, SIG_SETMASK, &d->q.sigmask, NULL, sizeof all);
+    (void)syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof all);
     if (pid > 0)
         d->pid = pid;
     else if (pid == -EPERM || pid == -EINVAL) /* a filter's word for what it does not let pass */
@@ -228,6 +232,7 @@ static bool decide(struct eb_direct *d)
     }
     d->error = job->error;
     d->stage = job->stage;
+    d->member = job->member;
     if (job->cannot_reopen) {
         /* /proc is missing, or another PID namespace's, or the caller is not dumpable: then by copies, from now on. */
         __atomic_store_n(&cannot_reopen, 1, __ATOMIC_RELAXED);

@@ -19,6 +19,7 @@ struct eb_direct {
     pid_t pid; /* of the process, to be waited for; 0: there is none */
     int error; /* 0: the program runs */
     enum eb_stage stage;
+    uint8_t member; /* as FAILED has it */
 };
 
 enum {

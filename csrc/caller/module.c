@@ -52,12 +52,12 @@ static PyObject *none(void)
     return Py_None;
 }
 
-/* None for a program that runs, else (errno, stage). */
+/* None for a program that runs, else (errno, stage, member). */
 static PyObject *outcome(const struct eb_direct *d)
 {
     if (d->error == 0)
         return none();
-    return Py_BuildValue("ii", d->error, (int)d->stage);
+    return Py_BuildValue("iii", d->error, (int)d->stage, (int)d->member);
 }
 
 static void reap_if_failed(struct eb_direct *d)
@@ -121,39 +121,41 @@ static int *integers(PyObject *list, uint32_t *count)
     return values;
 }
 
-/* spawn(owner, options, stdin, stdout, stderr, others, flags, microseconds): see errand_boy/direct.py. */
+/* spawn(owner, options, stdin, stdout, stderr, others, carried, flags, microseconds): see errand_boy/_direct.py. */
 static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct eb_wanted_fds wanted = {0};
-    int *others = NULL;
+    int *others = NULL, *carried = NULL;
     char *options;
     Py_ssize_t size;
     (void)module;
-    if (count != 8) {
-        PyErr_SetString(PyExc_TypeError, "spawn takes 8 arguments");
+    if (count != 9) {
+        PyErr_SetString(PyExc_TypeError, "spawn takes 9 arguments");
         return NULL;
     }
     if (PyBytes_AsStringAndSize(args[1], &options, &size) != 0)
         return NULL;
     for (int i = 0; i < 3; i++)
         wanted.standard[i] = (int)PyLong_AsLong(args[2 + i]);
-    int flags = (int)PyLong_AsLong(args[6]);
-    long microseconds = PyLong_AsLong(args[7]);
+    int flags = (int)PyLong_AsLong(args[7]);
+    long microseconds = PyLong_AsLong(args[8]);
     if (PyErr_Occurred())
         return NULL;
-    if (PyList_Size(args[5]) != 0) {
-        others = integers(args[5], &wanted.other_count);
-        if (others == NULL)
-            return NULL;
-        wanted.others = others;
+    if (PyList_Size(args[5]) != 0 && (wanted.others = others = integers(args[5], &wanted.other_count)) == NULL)
+        return NULL;
+    if (PyList_Size(args[6]) != 0 && (wanted.carried = carried = integers(args[6], &wanted.carried_count)) == NULL) {
+        free(others);
+        return NULL;
     }
     struct eb_direct *d = eb_direct_take();
     if (d == NULL) {
         free(others);
+        free(carried);
         return PyErr_NoMemory();
     }
     bool decided = eb_direct_begin(d, flags, (const uint8_t *)options, (size_t)size, &wanted) != 0;
     free(others);
+    free(carried);
     if (!decided)
         decided = await_outcome(d, (uint32_t)microseconds);
     bool failed = decided && d->error != 0;
@@ -235,9 +237,13 @@ PyMODINIT_FUNC PyInit__native(void)
 
 int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int helper, int flags, int fd,
                     uint64_t device, uint64_t inode, const uint8_t *options, size_t options_size, int in, int out,
-                    int err, const int *others, uint32_t other_count)
+                    int err, const int *others, uint32_t other_count, const int *carried, uint32_t carried_count)
 {
-    const struct eb_wanted_fds wanted = {.standard = {in, out, err}, .others = others, .other_count = other_count};
+    const struct eb_wanted_fds wanted = {.standard = {in, out, err},
+                                         .others = others,
+                                         .other_count = other_count,
+                                         .carried = carried,
+                                         .carried_count = carried_count};
     int found = eb_caller_read(&o->caller, start, helper, flags, fd, device, inode);
     if (found < 0 || (start != NULL && !(found & EB_FITS)))
         return found;

@@ -11,7 +11,7 @@
  */
 int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int helper, int flags, int fd,
                     uint64_t device, uint64_t inode, const uint8_t *options, size_t options_size, int in, int out,
-                    int err, const int *others, uint32_t other_count);
+                    int err, const int *others, uint32_t other_count, const int *carried, uint32_t carried_count);
 
 /* Waits until `fd` is readable, or for a signal: poll(2).  A blocking recv(2) on a Unix socket is woken too when the
  * other side reads what has been sent to it. */

@@ -24,18 +24,34 @@ static void put_option(struct eb_writer *w, enum eb_tag tag, size_t size)
     eb_put_u32(w, (uint32_t)size);
 }
 
-static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags)
+/* A bit for each tag. */
+static uint64_t tags_of(const uint8_t *options, size_t size)
+{
+    struct eb_reader r = eb_reader(options, size);
+    uint64_t tags = 0;
+    while (eb_remaining(&r) > 0 && !r.bad) {
+        uint8_t tag = eb_get_u8(&r);
+        tags |= tag < EB_TAG_END ? (uint64_t)1 << tag : 0;
+        (void)eb_get_bytes(&r, eb_get_u32(&r));
+    }
+    return tags;
+}
+
+/* But for what is `given`. */
+static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags, uint64_t given)
 {
     const struct eb_state *s = &c->state;
-    put_option(w, EB_TAG_SIGMASK, 8);
-    eb_put_u64(w, s->sigmask);
+    if (!(given >> EB_TAG_SIGMASK & 1)) {
+        put_option(w, EB_TAG_SIGMASK, 8);
+        eb_put_u64(w, s->sigmask);
+    }
     put_option(w, EB_TAG_SIGIGN, 8);
     eb_put_u64(w, s->sigign);
     if (flags & EB_WITH_PGROUP) {
         put_option(w, EB_TAG_PGROUP, 4);
         eb_put_u32(w, (uint32_t)s->pgrp);
     }
-    if (flags & EB_WITH_UMASK && !(flags & EB_UMASK_GIVEN)) {
+    if (flags & EB_WITH_UMASK && !(given >> EB_TAG_UMASK & 1)) {
         put_option(w, EB_TAG_UMASK, 4);
         eb_put_u32(w, c->umask);
     }
@@ -49,7 +65,7 @@ static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags)
     }
     put_option(w, EB_TAG_NICE, 4);
     eb_put_u32(w, (uint32_t)s->nice);
-    if (s->affinity_size > 0) {
+    if (s->affinity_size > 0 && !(given >> EB_TAG_AFFINITY & 1)) {
         put_option(w, EB_TAG_AFFINITY, s->affinity_size);
         eb_put_bytes(w, s->affinity, s->affinity_size);
     }
@@ -94,7 +110,7 @@ static size_t size_of_environment(void)
 /* Fills o->fds; returns 0 or ENOMEM. */
 static int collect_fds(struct eb_spawn_frame *o, int found, const struct eb_wanted_fds *wanted, struct eb_writer *w)
 {
-    uint32_t most = wanted->other_count + 4; /* 0 to 2, and the working directory */
+    uint32_t most = wanted->other_count + 4 + wanted->carried_count; /* 0 to 2, and the working directory */
     if (most > o->fd_capacity) {
         int *fds = realloc(o->fds, most * sizeof *fds);
         if (fds == NULL)
@@ -159,7 +175,7 @@ static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *
         eb_put_u64(&w, (uint64_t)1 << (SIGPIPE - 1) | (uint64_t)1 << (SIGXFSZ - 1));
     }
     if (!(flags & EB_WITHOUT_STATE))
-        put_state(&w, &o->caller, flags);
+        put_state(&w, &o->caller, flags, tags_of(options, options_size));
     if (flags & EB_WITH_ENVIRONMENT)
         put_environment(&w);
     error = collect_fds(o, flags & EB_WITHOUT_STANDARD ? 0 : found, wanted, &w);
@@ -175,6 +191,8 @@ static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *
             return errno;
         o->fds[o->fd_count++] = o->cwd_fd;
     }
+    for (uint32_t i = 0; i < wanted->carried_count; i++)
+        o->fds[o->fd_count++] = wanted->carried[i];
     return 0;
 }
 

@@ -11,9 +11,9 @@ struct eb_spawn_frame {
     uint8_t *frame; /* the whole frame; allocated */
     size_t size, capacity;
     size_t sent; /* bytes of it that eb_spawn_frame_send has sent; with the first go the descriptors */
-    int *fds;    /* to be sent with it; allocated, borrowed but for cwd_fd */
+    int *fds;    /* to be sent with it: for 0 to 2, `others`, cwd_fd, `carried`; allocated, borrowed but for cwd_fd */
     uint32_t fd_count, fd_capacity;
-    int cwd_fd; /* the last of them, or -1 */
+    int cwd_fd; /* one of them, or -1 */
 };
 
 enum {
@@ -21,18 +21,18 @@ enum {
     EB_WITH_PGROUP = 4,        /* the child joins the caller's process group */
     EB_WITH_ENVIRONMENT = 8,   /* the child has the C library's environment */
     EB_WITH_CWD = 16,          /* the caller's working directory goes as a descriptor */
-    EB_UMASK_GIVEN = 32,       /* the options hold one: EB_WITH_UMASK adds none */
     EB_WITHOUT_STATE = 256,    /* the child is this process's own, and has the caller's state by itself */
     EB_WITHOUT_STANDARD = 128, /* of 0 to 2, the child has only what `standard` gives it */
     EB_SENT = 64,              /* beside what eb_caller_read found: the frame has been sent whole, and released */
 };
 
 /* What the child's descriptors are.  `standard`: ours for 0 to 2, or -1 to inherit that one if it is open
- * and inheritable; `others`: ascending, those that keep their numbers. */
+ * and inheritable; `others`: ascending, those that keep their numbers; `carried`: those that its options carry, in the
+ * order of their tags. */
 struct eb_wanted_fds {
     int standard[3];
-    const int *others;
-    uint32_t other_count;
+    const int *others, *carried;
+    uint32_t other_count, carried_count;
 };
 
 /* NULL if memory is short. */
@@ -45,7 +45,7 @@ void eb_spawn_frame_clear(struct eb_spawn_frame *o);
 
 /*
  * Builds the frame, after eb_caller_read has filled `caller` and returned `found`.  `options` are those that
- * the caller has encoded itself.  Returns 0, E2BIG, ENOMEM, why the working directory cannot be opened, or EAGAIN if
+ * the caller has encoded itself; of its state, none is added that they have.  Returns 0, E2BIG, ENOMEM, why the working directory cannot be opened, or EAGAIN if
  * other threads do not stop to add to the environment.  With EB_WITH_ENVIRONMENT it must be called under the GIL, under
  * which os.putenv moves the environment; where there is none, it may change at any time.
  */

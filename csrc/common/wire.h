@@ -51,7 +51,8 @@ enum eb_kind {
 
     /* helper to client */
     EB_SPAWNED = 16, /* i32 pid | u8 eb_owner */
-    EB_FAILED = 17,  /* i32 pid that the caller must wait for, 0: none | i32 errno | u8 eb_stage */
+    EB_FAILED = 17,  /* i32 pid that the caller must wait for, 0: none | i32 errno | u8 eb_stage | u8 member: of
+                        what the step sets, which one was refused (a resource), or 0 */
     EB_EXITED = 18,  /* i32 wait status | u64 * 9: user and system time (microseconds), peak resident set
                         (KiB), minor and major faults, blocks in and out, voluntary and involuntary
                         context switches */
@@ -105,6 +106,10 @@ enum eb_owner {
  * A SPAWN payload is a sequence of  u8 tag | u32 length | value, each tag at most once, in any order.
  * A string list is  u32 count | count * (bytes, NUL).  What is absent is inherited from the helper.
  * The new process takes the steps in the order of eb_stage.
+ *
+ * A tag that carries a descriptor has an empty value.  Its descriptor comes after those of FDS; if there are
+ * several, in the order of their tags' numbers, whatever the order of the options.  The new process has it for
+ * its step, and the program does not.
  */
 enum eb_tag {
     EB_TAG_EXECUTABLES = 1, /* string list: paths to try in turn, as execvp(3) does; required */
@@ -112,7 +117,7 @@ enum eb_tag {
     EB_TAG_ENV = 3,         /* string list */
     EB_TAG_FDS = 4,         /* u32 * n, ascending: the child's number for each descriptor sent; all
                                others are closed in the child */
-    EB_TAG_CWD_FD = 5,      /* empty; one more descriptor, after those of FDS: fchdir to it */
+    EB_TAG_CWD_FD = 5,      /* carries a descriptor: fchdir to it */
     EB_TAG_CWD = 6,         /* path, NUL: chdir, after CWD_FD */
     EB_TAG_UMASK = 7,       /* u32 */
     EB_TAG_SIGMASK = 8,     /* u64, bit n-1 for signal n: blocked signals */
@@ -137,7 +142,10 @@ enum eb_tag {
                                from the start to the end and i32 pid */
     EB_TAG_SIGDEFAULT = 22, /* u64: signals that get the default action, whatever else is said of them */
     EB_TAG_NO_NEW_PRIVS = 23,
-    EB_TAG_END /* one past the last */
+    EB_TAG_SET_RLIMITS = 24, /* as RLIMITS, in the place of what that says; a helper does not fit it to its own */
+    EB_TAG_CONTROLLING_TERMINAL = 25, /* carries a descriptor: the session's controlling terminal */
+    EB_TAG_FOREGROUND = 26,           /* empty: the process group is the foreground group of the controlling terminal */
+    EB_TAG_END                        /* one past the last */
 };
 
 #define EB_JOINED 8             /* a bit of STREAMS */
@@ -152,14 +160,16 @@ enum eb_stage {
     EB_STAGE_SIGNALS = 5,
     EB_STAGE_SETSID = 6,
     EB_STAGE_PGROUP = 7,
-    EB_STAGE_RLIMITS = 8,
-    EB_STAGE_NICE = 9,
-    EB_STAGE_AFFINITY = 10,
-    EB_STAGE_GROUPS = 11,
-    EB_STAGE_GID = 12,
-    EB_STAGE_UID = 13,
-    EB_STAGE_NO_NEW_PRIVS = 14,
-    EB_STAGE_EXEC = 15,
+    EB_STAGE_CONTROLLING_TERMINAL = 8,
+    EB_STAGE_FOREGROUND = 9,
+    EB_STAGE_RLIMITS = 10,
+    EB_STAGE_NICE = 11,
+    EB_STAGE_AFFINITY = 12,
+    EB_STAGE_GROUPS = 13,
+    EB_STAGE_GID = 14,
+    EB_STAGE_UID = 15,
+    EB_STAGE_NO_NEW_PRIVS = 16,
+    EB_STAGE_EXEC = 17,
 };
 
 /* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */

@@ -181,6 +181,8 @@ static void report_start(const struct eb_command *k)
     if (failed)
         eb_put_u32(&w, (uint32_t)k->start.error);
     eb_put_u8(&w, failed ? k->start.stage : k->start.owner);
+    if (failed)
+        eb_put_u8(&w, k->start.member);
     eb_reply(k->connection, failed ? EB_FAILED : EB_SPAWNED, payload, eb_written(&w));
 }
 
@@ -329,11 +331,13 @@ static void default_limit(struct eb_request *q, int resource, rlim_t soft)
  * succeed where a daemon's limits are lower than its client's. */
 static void complete(struct eb_request *q)
 {
-    q->present |= 1u << EB_TAG_SIGMASK | 1u << EB_TAG_SIGIGN;
+    q->present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN;
     if (!helper.pool)
         return;
     for (int i = 0; i < EB_MAX_RLIMITS && !helper.raises_limits; i++) {
         struct rlimit *limit = &q->rlimits[i];
+        if (q->set_limits >> i & 1)
+            continue; /* asked for, and so refused rather than changed */
         rlim_t most = helper.self.rlimits[i].rlim_max;
         limit->rlim_max = limit->rlim_max < most ? limit->rlim_max : most;
         limit->rlim_cur = limit->rlim_cur < limit->rlim_max ? limit->rlim_cur : limit->rlim_max;

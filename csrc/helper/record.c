@@ -21,7 +21,8 @@ static size_t read_cwd(const struct eb_request *q, const struct eb_fds *fds, cha
     bool named = eb_has(q, EB_TAG_CWD);
     if (!named || q->cwd[0] != '/') {
         if (eb_has(q, EB_TAG_CWD_FD))
-            (void)snprintf(name, sizeof name, "/proc/self/fd/%d", fds->at[eb_request_fds(q) - 1]);
+            (void)snprintf(name, sizeof name, "/proc/self/fd/%d",
+                           fds->at[eb_request_fds(q) - eb_carried_before(q, EB_TAG_END)]);
         ssize_t n = readlink(name, cwd, EB_MOST_CWD);
         if (n < 0)
             return 0;

@@ -15,7 +15,7 @@ struct value {
 };
 
 static const struct {
-    char name[16];
+    char name[24];
     int8_t size; /* exact; -1: checked by the reader of the value */
 } options[EB_TAG_END] = {
     [EB_TAG_EXECUTABLES] = {"EXECUTABLES", -1},
@@ -41,6 +41,9 @@ static const struct {
     [EB_TAG_COALESCE] = {"COALESCE", 0},
     [EB_TAG_SIGDEFAULT] = {"SIGDEFAULT", 8},
     [EB_TAG_NO_NEW_PRIVS] = {"NO_NEW_PRIVS", 0},
+    [EB_TAG_SET_RLIMITS] = {"SET_RLIMITS", -1},
+    [EB_TAG_CONTROLLING_TERMINAL] = {"CONTROLLING_TERMINAL", 0},
+    [EB_TAG_FOREGROUND] = {"FOREGROUND", 0},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -145,18 +148,23 @@ static int get_groups(struct eb_request *q, struct value v, char *reason)
     return 0;
 }
 
-static int get_rlimits(struct eb_request *q, struct value v, char *reason)
+/* Of RLIMITS, then of SET_RLIMITS, whose number is higher. */
+static int get_rlimits(struct eb_request *q, enum eb_tag tag, struct value v, char *reason)
 {
     if (v.size % 17 != 0 || v.size / 17 > EB_MAX_RLIMITS)
-        return malformed(reason, EB_TAG_RLIMITS, "bad length");
+        return malformed(reason, tag, "bad length");
     struct eb_reader r = eb_reader(v.at, v.size);
     while (eb_remaining(&r) > 0) {
         uint8_t resource = eb_get_u8(&r);
         if (resource >= EB_MAX_RLIMITS)
-            return malformed(reason, EB_TAG_RLIMITS, "no such resource");
+            return malformed(reason, tag, "no such resource");
         q->limited |= (uint16_t)(1 << resource);
         q->rlimits[resource].rlim_cur = eb_get_u64(&r);
         q->rlimits[resource].rlim_max = eb_get_u64(&r);
+        if (tag == EB_TAG_SET_RLIMITS)
+            q->set_limits |= (uint16_t)(1 << resource);
+        else if (resource == RLIMIT_NPROC)
+            q->nproc = q->rlimits[resource].rlim_cur;
     }
     return 0;
 }
@@ -188,7 +196,8 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         q->pgroup = (int32_t)eb_get_u32(&r);
         break;
     case EB_TAG_RLIMITS:
-        return get_rlimits(q, v, reason);
+    case EB_TAG_SET_RLIMITS:
+        return get_rlimits(q, tag, v, reason);
     case EB_TAG_NICE:
         q->nice = (int32_t)eb_get_u32(&r);
         break;
@@ -230,7 +239,7 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
 int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, char *reason)
 {
     struct value values[EB_TAG_END] = {{0}};
-    *q = (struct eb_request){0};
+    *q = (struct eb_request){.nproc = RLIM_INFINITY};
     struct eb_reader r = eb_reader(payload, size);
     while (eb_remaining(&r) > 0) {
         uint8_t tag = eb_get_u8(&r);
@@ -246,7 +255,7 @@ int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, 
         }
         if (eb_has(q, tag))
             return malformed(reason, tag, "given twice");
-        q->present |= 1u << tag;
+        q->present |= (uint64_t)1 << tag;
         values[tag] = (struct value){.at = at, .size = length};
     }
     if (!eb_has(q, EB_TAG_EXECUTABLES) || !eb_has(q, EB_TAG_ARGV)) {

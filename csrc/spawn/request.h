@@ -8,7 +8,7 @@
 #include "common/wire.h"
 
 struct eb_request {
-    uint32_t present; /* bit per eb_tag, see eb_has */
+    uint64_t present; /* bit per eb_tag, see eb_has */
     /* The three lists are NULL-terminated; the strings stay in the payload, which must outlive this. */
     char **executables, **argv, **env;
     char **strings; /* the one allocation behind them */
@@ -20,7 +20,9 @@ struct eb_request {
     uint64_t sigmask, sigign, sigdefault;
     pid_t pgroup;
     struct rlimit rlimits[EB_MAX_RLIMITS]; /* by resource, */
-    uint16_t limited;                      /* whose bit says that there is one */
+    uint16_t limited;                      /* whose bit says that there is one, */
+    uint16_t set_limits;                   /* and here that it is one of SET_RLIMITS */
+    rlim_t nproc;                          /* the soft limit of RLIMITS, under which the process is made */
     int nice;
     const uint8_t *affinity;
     uint32_t affinity_size;
@@ -47,13 +49,31 @@ static inline bool eb_same_limit(const struct rlimit *a, const struct rlimit *b)
     return a->rlim_cur == b->rlim_cur && a->rlim_max == b->rlim_max;
 }
 
-_Static_assert(EB_TAG_END <= 32, "`present` has a bit for each tag");
+_Static_assert(EB_TAG_END <= 64, "`present` has a bit for each tag");
 _Static_assert(EB_MAX_RLIMITS <= 16, "`limited` has a bit for each resource");
 
-/* The number of `sources`: one for each target, then the working directory. */
+/* The tags that carry a descriptor. */
+#define EB_CARRIERS ((uint64_t)1 << EB_TAG_CWD_FD | (uint64_t)1 << EB_TAG_CONTROLLING_TERMINAL)
+
+/* How many descriptors are carried by tags less than `end`. */
+static inline uint32_t eb_carried_before(const struct eb_request *q, enum eb_tag end)
+{
+    uint32_t count = 0;
+    for (uint64_t left = q->present & EB_CARRIERS & (((uint64_t)1 << end) - 1); left != 0; left &= left - 1)
+        count++;
+    return count;
+}
+
+/* The descriptor that `tag` carries.  Also called between clone and exec. */
+static inline int eb_carried(const struct eb_request *q, enum eb_tag tag)
+{
+    return q->sources[q->target_count + eb_carried_before(q, tag)];
+}
+
+/* The number of `sources`: one for each target, then those that tags carry. */
 static inline uint32_t eb_request_sources(const struct eb_request *q)
 {
-    return q->target_count + (eb_has(q, EB_TAG_CWD_FD) ? 1 : 0);
+    return q->target_count + eb_carried_before(q, EB_TAG_END);
 }
 
 /* The descriptors of 0 to 2 that the helper makes, a bit for each. */

@@ -16,7 +16,8 @@ struct eb_start {
     int error;        /* 0: the command runs */
     uint64_t exec_ns; /* of CLOCK_MONOTONIC: when a polled one called execve */
     enum eb_stage stage;
-    void *job; /* the implementation's own */
+    uint8_t member; /* as FAILED has it */
+    void *job;      /* the implementation's own */
 };
 
 struct eb_spawner {

@@ -14,6 +14,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
@@ -62,6 +63,10 @@ static EB_BARE long place_fds(struct eb_job *job)
             if ((r = move_away(q, q->sources[i], &least)) < 0)
                 return r;
             q->sources[i] = (int)r;
+        } else if (i >= q->target_count && !job->keeps_files) {
+            /* Carried by a tag, and not for the program, though the caller may have it inheritable. */
+            if ((r = eb_raw(SYS_fcntl, q->sources[i], F_SETFD, FD_CLOEXEC, 0)) < 0)
+                return r;
         }
     }
     for (uint32_t i = 0; i < q->target_count; i++) {
@@ -80,16 +85,19 @@ static EB_BARE long place_fds(struct eb_job *job)
 static EB_BARE void close_rest(const struct eb_job *job)
 {
     const struct eb_request *q = job->q;
-    long next = 0, extra[] = {job->pipe, eb_has(q, EB_TAG_CWD_FD) ? q->sources[q->target_count] : -1};
+    const uint32_t count = eb_request_sources(q);
+    long next = 0;
     for (uint32_t i = 0;;) {
         long kept = -1;
         while (i < q->target_count && q->targets[i] < next)
             i++;
         if (i < q->target_count)
             kept = q->targets[i];
-        for (int k = 0; k < 2; k++)
-            if (extra[k] >= next && (kept < 0 || extra[k] < kept))
-                kept = extra[k];
+        if (job->pipe >= next && (kept < 0 || job->pipe < kept))
+            kept = job->pipe;
+        for (uint32_t k = q->target_count; k < count; k++)
+            if (q->sources[k] >= next && (kept < 0 || q->sources[k] < kept))
+                kept = q->sources[k];
         if (kept != next)
             eb_raw(SYS_close_range, next, kept < 0 ? ~0U : (unsigned)kept - 1, 0, 0);
         if (kept < 0)
@@ -122,9 +130,29 @@ static EB_BARE long set_signals(const struct eb_state *self, const struct eb_req
     return 0;
 }
 
+/* -- the terminal -- */
+
+/* Stops nobody for it: SIGTTOU is blocked here, as all signals are. */
+static EB_BARE long take_foreground(const struct eb_request *q)
+{
+    bool given = eb_has(q, EB_TAG_CONTROLLING_TERMINAL);
+    long group = eb_raw(SYS_getpgid, 0, 0, 0, 0), fd;
+    if (group < 0)
+        return group;
+    if (given)
+        fd = eb_carried(q, EB_TAG_CONTROLLING_TERMINAL);
+    else if ((fd = eb_raw(SYS_openat, AT_FDCWD, (long)"/dev/tty", O_RDWR | O_CLOEXEC, 0)) < 0)
+        return fd;
+    pid_t number = (pid_t)group;
+    long r = eb_raw(SYS_ioctl, fd, TIOCSPGRP, (long)&number, 0);
+    if (!given)
+        eb_raw(SYS_close, fd, 0, 0, 0);
+    return r;
+}
+
 /* -- limits and scheduling -- */
 
-static EB_BARE long set_rlimits(const struct eb_job *job)
+static EB_BARE long set_rlimits(struct eb_job *job)
 {
     const struct eb_request *q = job->q;
     for (int i = 0; i < EB_MAX_RLIMITS; i++) {
@@ -132,6 +160,7 @@ static EB_BARE long set_rlimits(const struct eb_job *job)
             continue;
         const struct rlimit *own = i == RLIMIT_NPROC ? &job->nproc : &job->self->rlimits[i];
         if (job->self == NULL || !eb_same_limit(&q->rlimits[i], own)) {
+            job->member = (uint8_t)i;
             long r = eb_raw(SYS_prlimit64, 0, i, (long)&q->rlimits[i], 0);
             if (r < 0)
                 return r;
@@ -182,6 +211,7 @@ EB_BARE int eb_child(void *arg)
 #define STEP(name, call)              \
     do {                              \
         job->stage = EB_STAGE_##name; \
+        job->member = 0;              \
         if ((r = (call)) < 0)         \
             goto failed;              \
     } while (0)
@@ -192,7 +222,7 @@ EB_BARE int eb_child(void *arg)
     if (!job->keeps_files)
         close_rest(job);
     if (eb_has(q, EB_TAG_CWD_FD))
-        STEP(CWD, eb_raw(SYS_fchdir, q->sources[q->target_count], 0, 0, 0));
+        STEP(CWD, eb_raw(SYS_fchdir, eb_carried(q, EB_TAG_CWD_FD), 0, 0, 0));
     if (eb_has(q, EB_TAG_CWD))
         STEP(CWD, eb_raw(SYS_chdir, (long)q->cwd, 0, 0, 0));
     if (eb_has(q, EB_TAG_UMASK))
@@ -202,6 +232,10 @@ EB_BARE int eb_child(void *arg)
         STEP(SETSID, eb_raw(SYS_setsid, 0, 0, 0, 0));
     if (eb_has(q, EB_TAG_PGROUP) && (self == NULL || q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID)))
         STEP(PGROUP, eb_raw(SYS_setpgid, 0, q->pgroup, 0, 0));
+    if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
+        STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, eb_carried(q, EB_TAG_CONTROLLING_TERMINAL), TIOCSCTTY, 0, 0));
+    if (eb_has(q, EB_TAG_FOREGROUND))
+        STEP(FOREGROUND, take_foreground(q));
     STEP(RLIMITS, set_rlimits(job));
     if (eb_has(q, EB_TAG_NICE) && (self == NULL || q->nice != self->nice))
         STEP(NICE, eb_raw(SYS_setpriority, PRIO_PROCESS, 0, q->nice, 0));

@@ -28,7 +28,7 @@ enum {
     SPARE_STACKS = 1, /* two pages of each stay resident */
     SPARE_STACKS_BUSY = 32,
     BLOCK = 64, /* so many descriptors the kernel copies at least */
-    FEW = 8,
+    FEW = 12,   /* 0 to 2, the pipe, and what tags carry */
     HIGH = 512, /* from this number on, a table is too large to be copied: 0.1 µs for each */
 };
 
@@ -90,7 +90,7 @@ static void trim(void)
 /* RLIMIT_NPROC counts when a process is made: then it must be ours that is the caller's. */
 static void adopt_nproc(const struct eb_request *q)
 {
-    struct rlimit limit = {.rlim_cur = q->rlimits[RLIMIT_NPROC].rlim_cur, .rlim_max = nproc.rlim_max};
+    struct rlimit limit = {.rlim_cur = q->nproc, .rlim_max = nproc.rlim_max};
     if (limit.rlim_cur > limit.rlim_max)
         limit.rlim_cur = limit.rlim_max;
     if (eb_limits(q, RLIMIT_NPROC) && limit.rlim_cur != nproc.rlim_cur && setrlimit(RLIMIT_NPROC, &limit) == 0)
@@ -217,6 +217,7 @@ static void end(struct eb_start *start)
         return;
     start->error = job->error;
     start->stage = job->stage;
+    start->member = job->member;
     start->exec_ns = job->exec_ns;
     if (start->done_fd >= 0)
         close(start->done_fd);

@@ -19,6 +19,7 @@ struct eb_job {
     /* written by the new process */
     volatile int error;
     volatile enum eb_stage stage;
+    volatile uint8_t member;   /* of what the stage sets, that it is at */
     volatile pid_t alive;      /* not 0 while it uses its maker's memory; cleared, and woken, by the kernel */
     volatile int shares_table; /* and its table of descriptors, or a name in it */
     volatile bool cannot_reopen;

@@ -62,7 +62,7 @@ static int add_directories(const struct eb_request *q, posix_spawn_file_actions_
         return eb_has(q, EB_TAG_CWD_FD) || eb_has(q, EB_TAG_CWD) ? ENOTSUP : 0;
 #endif
     if (eb_has(q, EB_TAG_CWD_FD))
-        error = posix_spawn_file_actions_addfchdir_np(actions, q->sources[q->target_count]);
+        error = posix_spawn_file_actions_addfchdir_np(actions, eb_carried(q, EB_TAG_CWD_FD));
     if (error == 0 && eb_has(q, EB_TAG_CWD))
         error = posix_spawn_file_actions_addchdir_np(actions, q->cwd);
     return error;
@@ -119,6 +119,10 @@ static bool same_rlimits(const struct eb_request *q)
 /* The stage that posix_spawn cannot express, or 0. */
 static enum eb_stage unsupported(const struct eb_request *q)
 {
+    if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
+        return EB_STAGE_CONTROLLING_TERMINAL;
+    if (eb_has(q, EB_TAG_FOREGROUND))
+        return EB_STAGE_FOREGROUND;
     if (!same_rlimits(q))
         return EB_STAGE_RLIMITS;
     if (eb_has(q, EB_TAG_NICE) && q->nice != self->nice)

@@ -31,6 +31,15 @@ static void print_strings(const char *name, char **list)
     putchar('\n');
 }
 
+static void print_limits(const struct eb_request *q, uint16_t which)
+{
+    for (int i = 0; i < EB_MAX_RLIMITS; i++)
+        if (which >> i & 1)
+            printf(" %d:%llu:%llu", i, (unsigned long long)q->rlimits[i].rlim_cur,
+                   (unsigned long long)q->rlimits[i].rlim_max);
+    putchar('\n');
+}
+
 static void print_request(const struct eb_request *q)
 {
     print_strings("EXECUTABLES", q->executables);
@@ -66,12 +75,16 @@ static void print_request(const struct eb_request *q)
         printf("PGROUP %d\n", (int)q->pgroup);
     if (eb_has(q, EB_TAG_RLIMITS)) {
         printf("RLIMITS");
-        for (int i = 0; i < EB_MAX_RLIMITS; i++)
-            if (eb_limits(q, i))
-                printf(" %d:%llu:%llu", i, (unsigned long long)q->rlimits[i].rlim_cur,
-                       (unsigned long long)q->rlimits[i].rlim_max);
-        putchar('\n');
+        print_limits(q, (uint16_t)(q->limited & ~q->set_limits));
     }
+    if (eb_has(q, EB_TAG_SET_RLIMITS)) {
+        printf("SET_RLIMITS");
+        print_limits(q, q->set_limits);
+    }
+    if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
+        printf("CONTROLLING_TERMINAL\n");
+    if (eb_has(q, EB_TAG_FOREGROUND))
+        printf("FOREGROUND\n");
     if (eb_has(q, EB_TAG_NICE))
         printf("NICE %d\n", q->nice);
     if (eb_has(q, EB_TAG_AFFINITY)) {

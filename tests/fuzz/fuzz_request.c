@@ -39,7 +39,8 @@ static void check_accepted(const struct eb_request *q, const uint8_t *data, size
     CHECK(q->affinity_size <= EB_MAX_AFFINITY);
     for (uint32_t i = 0; i < q->target_count; i++)
         CHECK(q->targets[i] >= 0 && (i == 0 || q->targets[i] > q->targets[i - 1]));
-    CHECK(q->limited == 0 || eb_has(q, EB_TAG_RLIMITS));
+    CHECK(q->limited == 0 || eb_has(q, EB_TAG_RLIMITS) || eb_has(q, EB_TAG_SET_RLIMITS));
+    CHECK((q->set_limits & ~q->limited) == 0);
     CHECK(eb_request_fds(q) <= eb_request_sources(q));
     for (uint32_t i = 0; i < eb_request_sources(q); i++)
         q->sources[i] = -1; /* is there room? */
@@ -117,6 +118,7 @@ static size_t make(uint8_t *data, size_t size)
             put_numbers(&w, tag, 4 * below(5));
             break;
         case EB_TAG_RLIMITS:
+        case EB_TAG_SET_RLIMITS:
             put_numbers(&w, tag, 17 * below(4));
             break;
         case EB_TAG_AFFINITY:

@@ -1,0 +1,171 @@
+"""The options of commands that subprocess lacks: the one list of their names, checks and encodings.
+
+Each is a line of `Options`, which all front ends take their names from, and one of `_TABLE`. Where
+the kernel can refuse one, its step in wire.h has its name. CONTRIBUTING.md has the whole recipe.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Mapping
+
+from errand_boy import _wire
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol, TypedDict
+
+    from errand_boy._wire import Failed
+
+    class HasFileno(Protocol):
+        def fileno(self) -> int: ...
+
+    Limit = int | tuple[int, int]
+else:
+
+    class TypedDict:  # typing takes milliseconds to import
+        def __init_subclass__(cls, total: bool = True) -> None: ...
+
+
+class Options(TypedDict, total=False):
+    """What each is, and what it needs, is in docs/options.md."""
+
+    controlling_terminal: int | HasFileno | None
+    foreground: bool
+    no_new_privs: bool
+    rlimits: Mapping[str, Limit] | None
+
+
+NAMES = frozenset(Options.__annotations__)
+
+
+def take(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
+    """Remove the options from a function's keywords, and return those that say something.
+
+    `standard` are the names that the function knows itself; for any other, and so for one that is
+    misspelt, it raises its own TypeError.
+    """
+    taken = {name: given.pop(name) for name in given.keys() - standard if name in NAMES}
+    return {
+        name: value for name, value in taken.items() if value is not None and value is not False
+    }
+
+
+def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tuple[bytes, list[Any]]:
+    """Return options of a request, and the descriptors that they carry, in their order there.
+
+    `has_session`: the command leads a session; `has_group`: it is in a group that it was told.
+    A descriptor is a number, or an object with a `fileno`, which must live until it has been used.
+    Raises TypeError for what is no option, and TypeError, ValueError and OSError for a bad value.
+    """
+    options: list[bytes] = []
+    carried: list[tuple[int, Any]] = []
+    for name, value in given.items():
+        if name not in _TABLE:
+            raise TypeError(f"there is no option {name}")
+        tag, make = _TABLE[name]
+        content = None if value is None or value is False else make(value)
+        if content is None:
+            continue
+        for number, part in content if type(content) is list else [(tag, content)]:
+            if type(part) is bytes:
+                options.append(_wire.option(number, part))
+            else:
+                options.append(_wire.option(number))
+                carried.append((number, part))
+    if given.get("controlling_terminal") is not None and not has_session:
+        raise ValueError("controlling_terminal needs start_new_session=True")
+    if given.get("foreground") and not (has_session or has_group):
+        raise ValueError("foreground needs start_new_session=True or a process_group")
+    carried.sort(key=lambda pair: pair[0])
+    return b"".join(options), [fd for _, fd in carried]
+
+
+def refusal(failed: Failed, given: Mapping[str, Any]) -> str:
+    """Return why a start failed, with the option's name and value if it was one of `given`."""
+    text = os.strerror(failed.errno)
+    name = _wire.stage_name(failed.stage)
+    value = given.get(name)
+    if name not in _TABLE or value is None:
+        return text
+    if name in _REFUSALS:
+        return f"{name}: {_REFUSALS[name](value, failed)}"
+    return f"{name}: {text}" if value is True else f"{name}: {value!r}: {text}"
+
+
+class Descriptor:
+    """A descriptor that was opened for an option. It is closed with the last reference."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """Return its number."""
+        return self._fd
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
+# -- each: its value as the request has it: bytes, a descriptor to be carried, or None for nothing;
+# -- or, if it is several of a request's options, a list of pairs of tag and value
+
+
+def _flag(value: object) -> bytes | None:
+    return b"" if value else None
+
+
+def _descriptor(value: Any) -> Any:
+    number = value if isinstance(value, int) else value.fileno()
+    if number < 0:
+        raise ValueError(f"{value!r} is not a descriptor")
+    return value
+
+
+_RESOURCES = (  # by their numbers
+    *("cpu", "fsize", "data", "stack", "core", "rss", "nproc", "nofile", "memlock", "as"),
+    *("locks", "sigpending", "msgqueue", "nice", "rtprio", "rttime"),
+)
+
+
+def _rlimits(value: Mapping[str, Any]) -> bytes:
+    entries = []
+    for name, limit in value.items():
+        if name not in _RESOURCES:
+            raise ValueError(f"rlimits: {name!r} is none of {', '.join(_RESOURCES)}")
+        pair = limit if isinstance(limit, (tuple, list)) else (limit, limit)
+        if len(pair) != 2 or not all(isinstance(n, int) and -1 <= n < 1 << 64 for n in pair):
+            raise ValueError(
+                f"rlimits: {name}: {limit!r} is neither a number nor a pair of a soft and a hard "
+                "limit, from 0 on, or resource.RLIM_INFINITY"
+            )
+        soft, hard = (n % (1 << 64) for n in pair)  # RLIM_INFINITY is -1
+        if soft > hard:
+            raise ValueError(f"rlimits: {name}: the soft limit of {limit!r} is above the hard one")
+        entries.append(struct.pack("<BQQ", _RESOURCES.index(name), soft, hard))
+    return b"".join(entries)
+
+
+def _rlimit_refused(value: Mapping[str, Any], failed: Failed) -> str:
+    name = _RESOURCES[failed.member]
+    limit = value.get(name)
+    if failed.errno != errno.EPERM or limit is None:
+        return f"{name}: {limit!r}: {os.strerror(failed.errno)}"
+    hard = limit[1] if isinstance(limit, (tuple, list)) else limit
+    return f"{name}: {hard} is above the hard limit"
+
+
+_TABLE: dict[str, tuple[int, Callable[[Any], Any]]] = {
+    "controlling_terminal": (lib.EB_TAG_CONTROLLING_TERMINAL, _descriptor),
+    "foreground": (lib.EB_TAG_FOREGROUND, _flag),
+    "no_new_privs": (lib.EB_TAG_NO_NEW_PRIVS, _flag),
+    "rlimits": (lib.EB_TAG_SET_RLIMITS, _rlimits),
+}
+
+# Where more is to be said than the value and the kernel's error.
+_REFUSALS: dict[str, Callable[[Any, Failed], str]] = {"rlimits": _rlimit_refused}
