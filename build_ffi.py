@@ -11,11 +11,14 @@ SOURCES = [
     for name in (
         "common/wire",
         "common/state",
+        "spawn/places",
         "spawn/request",
+        "spawn/sandbox",
         "spawn/spawn_child",
         "spawn/spawn_job",
         "caller/caller",
         "caller/spawn_frame",
+        "caller/landlock",
         "caller/launch",
         "caller/direct",
         "caller/direct_child",
@@ -57,6 +60,10 @@ int eb_await_readable(int fd);
 int malloc_trim(size_t pad);
 int getsockopt(int sockfd, int level, int name, void *value, unsigned int *size);
 int prctl(int option, ...);
+int eb_landlock_version(void);
+int eb_landlock_create(uint64_t files, uint64_t network, uint64_t scopes);
+int eb_landlock_allow_path(int ruleset, int fd, uint64_t rights);
+int eb_landlock_allow_port(int ruleset, uint64_t port, uint64_t rights);
 int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
 """
 
@@ -79,7 +86,7 @@ ffibuilder.cdef(constants() + FUNCTIONS)
 ffibuilder.set_source(
     "errand_boy._native",
     "#define PyInit__native eb_init_by_cffi\n"  # csrc/caller/module.c has the one that Python calls
-    '#include "caller/direct.h"\n#include "caller/launch.h"\n#include "caller/module.h"\n'
+    '#include "caller/direct.h"\n#include "caller/landlock.h"\n#include "caller/launch.h"\n#include "caller/module.h"\n'
     '#include "common/rawsys.h"\n'
     "#include <malloc.h>\n#include <sys/prctl.h>\n#include <sys/socket.h>\n",
     sources=SOURCES,

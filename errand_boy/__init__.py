@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from errand_boy._options import Options
     from errand_boy._policy import Retries
     from errand_boy._result import Result
+    from errand_boy.sandbox import Sandbox
 
 
 def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None = None) -> Client:
@@ -148,6 +149,7 @@ _LATER = {
     "Options": "errand_boy._options",
     "Result": "errand_boy._result",
     "Retries": "errand_boy._policy",
+    "Sandbox": "errand_boy.sandbox",
 }
 
 _default = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None  # the daemon's client
@@ -185,6 +187,7 @@ __all__ = [
     "RefusedError",
     "Result",
     "Retries",
+    "Sandbox",
     "SessionClosedError",
     "SubprocessError",
     "TimeoutExpired",

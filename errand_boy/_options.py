@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from errand_boy import _wire
 from errand_boy._native import lib
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol, TypedDict
 
     from errand_boy._wire import Failed
+    from errand_boy.sandbox import Sandbox
 
     class HasFileno(Protocol):
         def fileno(self) -> int: ...
@@ -33,10 +34,13 @@ else:
 class Options(TypedDict, total=False):
     """What each is, and what it needs, is in docs/options.md."""
 
+    cgroup: str | os.PathLike[str] | int | HasFileno | None
     controlling_terminal: int | HasFileno | None
     foreground: bool
+    namespaces: Collection[str] | None
     no_new_privs: bool
     rlimits: Mapping[str, Limit] | None
+    sandbox: Sandbox | Mapping[str, Any] | None
 
 
 NAMES = frozenset(Options.__annotations__)
@@ -160,12 +164,71 @@ def _rlimit_refused(value: Mapping[str, Any], failed: Failed) -> str:
     return f"{name}: {hard} is above the hard limit"
 
 
+def _cgroup(value: Any) -> Any:
+    if isinstance(value, (str, bytes, os.PathLike)):
+        return Descriptor(os.open(value, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    return _descriptor(value)
+
+
+_NAMESPACES = {  # flags of clone(2)
+    "cgroup": 0x02000000,
+    "ipc": 0x08000000,
+    "mount": 0x00020000,
+    "net": 0x40000000,
+    "pid": 0x20000000,
+    "user": 0x10000000,
+    "uts": 0x04000000,
+}
+
+
+def _namespaces(value: Collection[str]) -> bytes | None:
+    if isinstance(value, str):
+        raise TypeError(f"namespaces: {value!r} must be a set of names")
+    names = set(value)
+    unknown = names - _NAMESPACES.keys()
+    if unknown:
+        raise ValueError(f"namespaces: {min(unknown)!r} is none of {', '.join(_NAMESPACES)}")
+    return struct.pack("<I", sum(_NAMESPACES[name] for name in names)) if names else None
+
+
+def _namespaces_refused(value: Collection[str], failed: Failed) -> str:
+    names = ", ".join(sorted(value))
+    text = os.strerror(failed.errno)
+    if failed.errno == errno.ENOSPC:
+        return f"{names}: {text}: see the limits in /proc/sys/user"
+    if failed.errno in (errno.EPERM, errno.EACCES):
+        if "user" not in set(value):
+            return f'{names}: {text}: without root\'s rights, "user" must be among them'
+        return f"{names}: {text}: this machine forbids it, by a sysctl, a filter or AppArmor"
+    if failed.errno == errno.EINVAL:
+        return f"{names}: {text}: this kernel lacks one of them"
+    return f"{names}: {text}"
+
+
+def _sandbox(value: Any) -> list[tuple[int, Any]]:
+    from errand_boy import sandbox  # noqa: PLC0415  only those who need it pay for it
+
+    box = sandbox.of(value)
+    parts: list[tuple[int, Any]] = []
+    if box.fileno() >= 0:
+        parts.append((lib.EB_TAG_SANDBOX, box))
+    if box.sockets is not None:
+        parts.append((lib.EB_TAG_SOCKETS, bytes([box.sockets])))
+    return parts or [(lib.EB_TAG_NO_NEW_PRIVS, b"")]
+
+
 _TABLE: dict[str, tuple[int, Callable[[Any], Any]]] = {
+    "cgroup": (lib.EB_TAG_CGROUP, _cgroup),
     "controlling_terminal": (lib.EB_TAG_CONTROLLING_TERMINAL, _descriptor),
     "foreground": (lib.EB_TAG_FOREGROUND, _flag),
+    "namespaces": (lib.EB_TAG_NAMESPACES, _namespaces),
     "no_new_privs": (lib.EB_TAG_NO_NEW_PRIVS, _flag),
     "rlimits": (lib.EB_TAG_SET_RLIMITS, _rlimits),
+    "sandbox": (lib.EB_TAG_SANDBOX, _sandbox),
 }
 
 # Where more is to be said than the value and the kernel's error.
-_REFUSALS: dict[str, Callable[[Any, Failed], str]] = {"rlimits": _rlimit_refused}
+_REFUSALS: dict[str, Callable[[Any, Failed], str]] = {
+    "namespaces": _namespaces_refused,
+    "rlimits": _rlimit_refused,
+}

@@ -111,6 +111,10 @@ OPTIONS = {
     ),
     "CONTROLLING_TERMINAL": (_wire.option(lib.EB_TAG_CONTROLLING_TERMINAL), ""),
     "FOREGROUND": (_wire.option(lib.EB_TAG_FOREGROUND), ""),
+    "CGROUP": (_wire.option(lib.EB_TAG_CGROUP), ""),
+    "NAMESPACES": (_wire.number(lib.EB_TAG_NAMESPACES, 0x50000000), str(0x50000000)),
+    "SANDBOX": (_wire.option(lib.EB_TAG_SANDBOX), ""),
+    "SOCKETS": (_wire.option(lib.EB_TAG_SOCKETS, b"\1"), "1"),
     "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())
@@ -168,15 +172,14 @@ def test_option(name: str, program: Path) -> None:
     seen = understood(program, *others, encoded)
     assert seen[name] == expected
     assert seen.keys() == {"EXECUTABLES", "ARGV", "descriptors", name}
-    assert int(seen["descriptors"]) == {"FDS": 4, "CWD_FD": 1, "CONTROLLING_TERMINAL": 1}.get(
-        name, 0
-    )
+    carried = 1 if name in ("CWD_FD", "CONTROLLING_TERMINAL", "CGROUP", "SANDBOX") else 0
+    assert int(seen["descriptors"]) == (4 if name == "FDS" else carried)
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_all_options(order: int, program: Path) -> None:
     seen = understood(program, *[option for option, _ in OPTIONS.values()][::order])
-    assert seen.pop("descriptors") == "6"
+    assert seen.pop("descriptors") == "8"
     expected = {name: expected for name, (_, expected) in OPTIONS.items()}
     assert seen == expected
 

@@ -150,7 +150,8 @@ static uint8_t choose_reopened(const struct eb_request *q, int flags, int *highe
         else if (q->sources[i] > *highest)
             *highest = q->sources[i];
     }
-    if (reopened != 0 && *highest < HIGH && !__atomic_load_n(&cannot_reopen, __ATOMIC_RELAXED))
+    /* The namespace of users that it is born in has no rights to look there. */
+    if (reopened != 0 && *highest < HIGH && q->namespaces == 0 && !__atomic_load_n(&cannot_reopen, __ATOMIC_RELAXED))
         return reopened;
     *highest = most;
     return 0;
@@ -189,7 +190,7 @@ static int make_process(struct eb_direct *d)
     (void)syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof all);
     if (pid > 0)
         d->pid = pid;
-    else if (pid == -EPERM || pid == -EINVAL) /* a filter's word for what it does not let pass */
+    else if ((d->stage = eb_job_clone_stage(job, pid)) == EB_STAGE_START && (pid == -EPERM || pid == -EINVAL)) /* a filter's word for what it does not let pass */
         d->error = ENOSYS;
     else
         d->error = -pid;

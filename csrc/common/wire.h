@@ -145,31 +145,45 @@ enum eb_tag {
     EB_TAG_SET_RLIMITS = 24, /* as RLIMITS, in the place of what that says; a helper does not fit it to its own */
     EB_TAG_CONTROLLING_TERMINAL = 25, /* carries a descriptor: the session's controlling terminal */
     EB_TAG_FOREGROUND = 26,           /* empty: the process group is the foreground group of the controlling terminal */
+    EB_TAG_CGROUP = 27,     /* carries a descriptor: the directory of the cgroup that it is born in, or joins */
+    EB_TAG_NAMESPACES = 28, /* u32: flags of clone(2), CLONE_NEWUSER and its like; of the user and the group it has
+                               its own there, under the same numbers */
+    EB_TAG_SANDBOX = 29,    /* carries a descriptor: the ruleset of Landlock that it keeps to; with NO_NEW_PRIVS */
+    EB_TAG_SOCKETS = 30,    /* u8 eb_sockets: it makes no others, no io_uring, and has no keyrings; with NO_NEW_PRIVS */
     EB_TAG_END                        /* one past the last */
 };
 
 #define EB_JOINED 8             /* a bit of STREAMS */
 #define EB_LIVES_ON 0xFFFFFFFFu /* of ON_CLOSE */
 
+/* Which sockets a command may make, of SOCKETS. */
+enum eb_sockets {
+    EB_SOCKETS_UNIX = 0,
+    EB_SOCKETS_TCP = 1, /* and Unix ones */
+};
+
 /* What a start was doing when it failed, in the order in which it is done. */
 enum eb_stage {
     EB_STAGE_START = 1, /* making the process */
     EB_STAGE_FDS = 2,
-    EB_STAGE_CWD = 3,
-    EB_STAGE_UMASK = 4,
-    EB_STAGE_SIGNALS = 5,
-    EB_STAGE_SETSID = 6,
-    EB_STAGE_PGROUP = 7,
-    EB_STAGE_CONTROLLING_TERMINAL = 8,
-    EB_STAGE_FOREGROUND = 9,
-    EB_STAGE_RLIMITS = 10,
-    EB_STAGE_NICE = 11,
-    EB_STAGE_AFFINITY = 12,
-    EB_STAGE_GROUPS = 13,
-    EB_STAGE_GID = 14,
-    EB_STAGE_UID = 15,
-    EB_STAGE_NO_NEW_PRIVS = 16,
-    EB_STAGE_EXEC = 17,
+    EB_STAGE_NAMESPACES = 3,
+    EB_STAGE_CGROUP = 4,
+    EB_STAGE_CWD = 5,
+    EB_STAGE_UMASK = 6,
+    EB_STAGE_SIGNALS = 7,
+    EB_STAGE_SETSID = 8,
+    EB_STAGE_PGROUP = 9,
+    EB_STAGE_CONTROLLING_TERMINAL = 10,
+    EB_STAGE_FOREGROUND = 11,
+    EB_STAGE_RLIMITS = 12,
+    EB_STAGE_NICE = 13,
+    EB_STAGE_AFFINITY = 14,
+    EB_STAGE_GROUPS = 15,
+    EB_STAGE_GID = 16,
+    EB_STAGE_UID = 17,
+    EB_STAGE_NO_NEW_PRIVS = 18,
+    EB_STAGE_SANDBOX = 19,
+    EB_STAGE_EXEC = 20,
 };
 
 /* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */

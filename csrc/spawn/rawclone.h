@@ -4,9 +4,10 @@
 
 #include "common/rawsys.h"
 
-/* What clone3(2) takes, in its first version. */
+/* What clone3(2) takes. An older kernel accepts the members that it does not know if they are 0. */
 struct eb_clone_args {
     uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls;
+    uint64_t set_tid, set_tid_size, cgroup;
 };
 
 /*

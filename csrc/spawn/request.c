@@ -43,7 +43,10 @@ static const struct {
     [EB_TAG_NO_NEW_PRIVS] = {"NO_NEW_PRIVS", 0},
     [EB_TAG_SET_RLIMITS] = {"SET_RLIMITS", -1},
     [EB_TAG_CONTROLLING_TERMINAL] = {"CONTROLLING_TERMINAL", 0},
-    [EB_TAG_FOREGROUND] = {"FOREGROUND", 0},
+    [EB_TAG_FOREGROUND] = {"FOREGROUND", 0},    [EB_TAG_CGROUP] = {"CGROUP", 0},
+    [EB_TAG_NAMESPACES] = {"NAMESPACES", 4},
+    [EB_TAG_SANDBOX] = {"SANDBOX", 0},
+    [EB_TAG_SOCKETS] = {"SOCKETS", 1},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -229,6 +232,16 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         break;
     case EB_TAG_ON_CLOSE:
         q->on_close_ms = eb_get_u32(&r);
+        break;
+    case EB_TAG_NAMESPACES:
+        q->namespaces = eb_get_u32(&r);
+        if (q->namespaces & ~EB_NAMESPACES)
+            return malformed(reason, tag, "no such namespace");
+        break;
+    case EB_TAG_SOCKETS:
+        q->sockets = eb_get_u8(&r);
+        if (q->sockets > EB_SOCKETS_TCP)
+            return malformed(reason, tag, "no such sockets");
         break;
     default: /* the string lists and the descriptors, read together; and the empty ones */
         break;

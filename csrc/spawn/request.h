@@ -32,7 +32,13 @@ struct eb_request {
     uid_t uid;
     uint8_t streams, nulls; /* bit per descriptor of 0 to 2; they are among the targets */
     uint32_t on_close_ms;
+    uint32_t namespaces; /* of EB_NAMESPACES */
+    uint8_t sockets;     /* enum eb_sockets */
 };
+
+/* Flags of clone(2): namespaces of mounts, cgroups, host names, System V IPC, users, processes and networks. */
+#define EB_NAMESPACES (0x00020000u | 0x02000000u | 0x04000000u | 0x08000000u | 0x10000000u | 0x20000000u | 0x40000000u)
+#define EB_NEW_USER 0x10000000u
 
 static inline bool eb_has(const struct eb_request *q, enum eb_tag tag)
 {
@@ -53,7 +59,9 @@ _Static_assert(EB_TAG_END <= 64, "`present` has a bit for each tag");
 _Static_assert(EB_MAX_RLIMITS <= 16, "`limited` has a bit for each resource");
 
 /* The tags that carry a descriptor. */
-#define EB_CARRIERS ((uint64_t)1 << EB_TAG_CWD_FD | (uint64_t)1 << EB_TAG_CONTROLLING_TERMINAL)
+#define EB_CARRIERS                                                              \
+    ((uint64_t)1 << EB_TAG_CWD_FD | (uint64_t)1 << EB_TAG_CONTROLLING_TERMINAL | \
+     (uint64_t)1 << EB_TAG_CGROUP | (uint64_t)1 << EB_TAG_SANDBOX)
 
 /* How many descriptors are carried by tags less than `end`. */
 static inline uint32_t eb_carried_before(const struct eb_request *q, enum eb_tag end)

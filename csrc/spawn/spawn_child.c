@@ -9,6 +9,9 @@
 
 #if EB_HAVE_RAW
 
+#include "spawn/places.h"
+#include "spawn/sandbox.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
@@ -221,6 +224,10 @@ EB_BARE int eb_child(void *arg)
     STEP(FDS, place_fds(job));
     if (!job->keeps_files)
         close_rest(job);
+    if (q->namespaces & EB_NEW_USER)
+        STEP(NAMESPACES, eb_map_ids(job->user, job->group));
+    if (job->joins_cgroup)
+        STEP(CGROUP, eb_join_cgroup(eb_carried(q, EB_TAG_CGROUP)));
     if (eb_has(q, EB_TAG_CWD_FD))
         STEP(CWD, eb_raw(SYS_fchdir, eb_carried(q, EB_TAG_CWD_FD), 0, 0, 0));
     if (eb_has(q, EB_TAG_CWD))
@@ -247,8 +254,12 @@ EB_BARE int eb_child(void *arg)
         STEP(GID, eb_raw(SYS_setresgid, q->gid, q->gid, q->gid, 0));
     if (eb_has(q, EB_TAG_UID))
         STEP(UID, eb_raw(SYS_setresuid, q->uid, q->uid, q->uid, 0));
-    if (eb_has(q, EB_TAG_NO_NEW_PRIVS))
+    if (eb_has(q, EB_TAG_NO_NEW_PRIVS) || eb_has(q, EB_TAG_SANDBOX) || eb_has(q, EB_TAG_SOCKETS))
         STEP(NO_NEW_PRIVS, eb_raw5(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    if (eb_has(q, EB_TAG_SANDBOX))
+        STEP(SANDBOX, eb_restrict_files(eb_carried(q, EB_TAG_SANDBOX)));
+    if (eb_has(q, EB_TAG_SOCKETS))
+        STEP(SANDBOX, eb_restrict_sockets(q->sockets));
     if (eb_has(q, EB_TAG_SIGMASK))
         STEP(SIGNALS, eb_raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&q->sigmask, 0, sizeof q->sigmask));
     if (job->timed)

@@ -153,7 +153,7 @@ static pid_t make_process(struct eb_job *job)
 {
     const unsigned files = job->shares_table ? CLONE_FILES : 0;
     pid_t pid = eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
-    if (use_parent && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
+    if (use_parent && job->q->namespaces == 0 && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
         /* gVisor and some seccomp profiles have no CLONE_PARENT: from now on the children are ours. */
         use_parent = false;
         pid = eb_job_clone(job, files);
@@ -195,6 +195,7 @@ static void begin(struct eb_start *start, const struct eb_request *q, bool apart
             close(pipe[0]);
         free_job(job);
         start->error = -pid;
+        start->stage = eb_job_clone_stage(job, pid);
         return;
     }
     start->pid = pid;

@@ -19,7 +19,8 @@ enum {
     GUARD_SIZE = 64 << 10, /* at least a page, whatever its size */
 };
 
-static const uint64_t CLEAR_SIGHAND = 0x100000000; /* of clone3 only; Linux 5.5 */
+/* Of clone3 only; Linux 5.5 and 5.7. */
+static const uint64_t CLEAR_SIGHAND = 0x100000000, INTO_CGROUP = 0x200000000;
 
 static int has_no_clone3; /* as under seccomp filters that cannot look at its flags */
 
@@ -51,33 +52,60 @@ void eb_job_unmap(struct eb_job *job)
     munmap(stack_of(job) - GUARD_SIZE, GUARD_SIZE + STACK_SIZE);
 }
 
-pid_t eb_job_clone(struct eb_job *job, unsigned flags)
+/* Without the maker's handlers, and in the cgroup if `born` says so. */
+static EB_BARE long clone3_job(struct eb_job *job, unsigned flags, bool born)
 {
-    flags |= CLONE_VM | CLONE_CHILD_CLEARTID;
+    char *stack = stack_of(job);
+    const bool had_handlers = job->has_handlers;
+    struct eb_clone_args args = {
+        .flags = flags | (had_handlers ? CLEAR_SIGHAND : 0) | (born ? INTO_CGROUP : 0),
+        .child_tid = (uintptr_t)&job->alive,
+        .exit_signal = SIGCHLD,
+        .stack = (uintptr_t)stack,
+        .stack_size = (uintptr_t)job - (uintptr_t)stack,
+        .cgroup = born ? (uint64_t)eb_carried(job->q, EB_TAG_CGROUP) : 0,
+    };
+    job->has_handlers = false;
+    job->joins_cgroup = eb_has(job->q, EB_TAG_CGROUP) && !born;
+    long pid = eb_raw_clone3(&args, eb_child, job);
+    if (pid < 0)
+        job->has_handlers = had_handlers;
+    return pid;
+}
+
+EB_BARE pid_t eb_job_clone(struct eb_job *job, unsigned flags)
+{
+    const struct eb_request *q = job->q;
+    bool has_clone3 = !__atomic_load_n(&has_no_clone3, __ATOMIC_RELAXED);
+    long pid = -ENOSYS;
+    flags |= CLONE_VM | CLONE_CHILD_CLEARTID | q->namespaces;
     job->alive = 1;
-    if (job->has_handlers && !__atomic_load_n(&has_no_clone3, __ATOMIC_RELAXED)) {
-        char *stack = stack_of(job);
-        struct eb_clone_args args = {
-            .flags = flags | CLEAR_SIGHAND,
-            .child_tid = (uintptr_t)&job->alive,
-            .exit_signal = SIGCHLD,
-            .stack = (uintptr_t)stack,
-            .stack_size = (uintptr_t)job - (uintptr_t)stack,
-        };
-        job->has_handlers = false;
-        long pid = eb_raw_clone3(&args, eb_child, job);
-        if (pid != -ENOSYS && pid != -EPERM && pid != -EINVAL) {
-            if (pid < 0)
-                job->alive = 0;
-            return (pid_t)pid;
-        }
-        __atomic_store_n(&has_no_clone3, 1, __ATOMIC_RELAXED);
-        job->has_handlers = true;
+    if (q->namespaces & EB_NEW_USER) {
+        job->user = (uid_t)eb_raw(SYS_geteuid, 0, 0, 0, 0);
+        job->group = (gid_t)eb_raw(SYS_getegid, 0, 0, 0, 0);
     }
-    long pid = eb_raw_clone(flags | SIGCHLD, job, &job->alive, eb_child, job);
+    /* If it can't be born there, whatever the reason, it tries to join, and then the error is the cgroup's. */
+    if (has_clone3 && eb_has(q, EB_TAG_CGROUP) && (pid = clone3_job(job, flags, true)) > 0)
+        return (pid_t)pid;
+    pid = -ENOSYS;
+    if (has_clone3 && job->has_handlers)
+        pid = clone3_job(job, flags, false);
+    if (pid == -ENOSYS || pid == -EPERM || pid == -EINVAL) {
+        bool had_handlers = job->has_handlers;
+        job->joins_cgroup = eb_has(q, EB_TAG_CGROUP);
+        pid = eb_raw_clone(flags | SIGCHLD, job, &job->alive, eb_child, job);
+        if (pid > 0 && had_handlers)
+            __atomic_store_n(&has_no_clone3, 1, __ATOMIC_RELAXED);
+    }
     if (pid < 0)
         job->alive = 0;
     return (pid_t)pid;
+}
+
+enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error)
+{
+    bool forbidden = error == -EPERM || error == -EINVAL || error == -ENOSPC || error == -EUSERS;
+    return forbidden && job->q->namespaces != 0 ? EB_STAGE_NAMESPACES : EB_STAGE_START;
 }
 
 void eb_job_await_table(const struct eb_job *job, pid_t pid)

@@ -36,6 +36,9 @@ struct eb_job {
     bool has_handlers;           /* its maker's signal handlers are still there */
     bool keeps_files;            /* closes nothing */
     bool timed;
+    bool joins_cgroup; /* by itself: it could not be born there */
+    uid_t user;        /* its maker's, if it is born in a namespace of users */
+    gid_t group;
     long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
     /* the maker's */
     struct eb_job *next;
@@ -48,6 +51,9 @@ void eb_job_unmap(struct eb_job *job);
 /* Makes a process that runs eb_child; with its own handlers reset where `has_handlers` says that there are some.
  * `flags` go with CLONE_VM and CLONE_CHILD_CLEARTID.  Returns its pid or -errno. */
 pid_t eb_job_clone(struct eb_job *job, unsigned flags);
+
+/* What failed with -errno in eb_job_clone. */
+enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error);
 
 /* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory.  That takes it
  * microseconds; one that has been stopped is killed after a second, since it would get somebody else's. */

@@ -119,6 +119,10 @@ static bool same_rlimits(const struct eb_request *q)
 /* The stage that posix_spawn cannot express, or 0. */
 static enum eb_stage unsupported(const struct eb_request *q)
 {
+    if (eb_has(q, EB_TAG_NAMESPACES))
+        return EB_STAGE_NAMESPACES;
+    if (eb_has(q, EB_TAG_CGROUP))
+        return EB_STAGE_CGROUP;
     if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
         return EB_STAGE_CONTROLLING_TERMINAL;
     if (eb_has(q, EB_TAG_FOREGROUND))
@@ -138,6 +142,8 @@ static enum eb_stage unsupported(const struct eb_request *q)
         return EB_STAGE_UID;
     if (eb_has(q, EB_TAG_NO_NEW_PRIVS))
         return EB_STAGE_NO_NEW_PRIVS;
+    if (eb_has(q, EB_TAG_SANDBOX) || eb_has(q, EB_TAG_SOCKETS))
+        return EB_STAGE_SANDBOX;
     return 0;
 }
 

@@ -110,6 +110,14 @@ static void print_request(const struct eb_request *q)
         printf("COALESCE\n");
     if (eb_has(q, EB_TAG_NO_NEW_PRIVS))
         printf("NO_NEW_PRIVS\n");
+    if (eb_has(q, EB_TAG_CGROUP))
+        printf("CGROUP\n");
+    if (eb_has(q, EB_TAG_NAMESPACES))
+        printf("NAMESPACES %u\n", (unsigned)q->namespaces);
+    if (eb_has(q, EB_TAG_SANDBOX))
+        printf("SANDBOX\n");
+    if (eb_has(q, EB_TAG_SOCKETS))
+        printf("SOCKETS %u\n", (unsigned)q->sockets);
     if (eb_has(q, EB_TAG_ON_CLOSE))
         printf("ON_CLOSE %u\n", (unsigned)q->on_close_ms);
 }

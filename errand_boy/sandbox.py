@@ -1,0 +1,225 @@
+"""A place for a command that is not trusted: which files it may use, which network, and no more.
+
+The walls are the kernel's: Landlock for files, TCP ports, signals and abstract sockets, and a small
+seccomp filter for every other kind of socket. They need no rights, hold for all that the command
+starts, and can't be taken down. docs/running-untrusted.md tells what they don't keep out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Mapping
+
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal, TypeAlias
+
+    Path: TypeAlias = str | bytes | os.PathLike[Any]
+    Network: TypeAlias = bool | Mapping[Literal["connect", "bind"], Iterable[int]]
+
+# Rights of Landlock, as <linux/landlock.h> has them, and the version that brought them.
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE = (1 << n for n in range(6))
+_MAKE_CHAR, _MAKE_DIR, _MAKE_REG, _MAKE_SOCK, _MAKE_FIFO, _MAKE_BLOCK, _MAKE_SYM = (
+    1 << n for n in range(6, 13)
+)
+_FIRST = (1 << 13) - 1  # all of the above
+_REFER, _TRUNCATE, _IOCTL_DEV, _RESOLVE_UNIX = (1 << n for n in range(13, 17))
+_LATER = ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV), (9, _RESOLVE_UNIX))
+_NETWORK = {"bind": 1, "connect": 2}
+_SCOPES = 3  # abstract Unix sockets, signals
+
+_READ = _READ_FILE | _READ_DIR
+_WRITE = (
+    _WRITE_FILE | _TRUNCATE | _REMOVE_DIR | _REMOVE_FILE | _REFER | _RESOLVE_UNIX
+    | _MAKE_DIR | _MAKE_REG | _MAKE_SOCK | _MAKE_FIFO | _MAKE_SYM
+)  # fmt: skip
+_OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV | _RESOLVE_UNIX
+
+# What must be in force, and the version that brought it.
+_NEEDS = (
+    (1, "files (Linux 5.13)"),
+    (3, "truncation of files (Linux 6.2)"),
+    (5, "ioctl on devices (Linux 6.10)"),
+    (6, "signals and abstract sockets (Linux 6.12)"),
+)
+_PORTS = (4, "TCP ports (Linux 6.7)")
+
+# What dynamically linked programs of a distribution read.
+_SYSTEM_EXECUTE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store")
+_SYSTEM_READ = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/dev/null",
+                "/dev/zero", "/dev/urandom")  # fmt: skip
+_SYSTEM_WRITE = ("/dev/null",)
+
+_warned: set[tuple[str, ...]] = set()
+
+
+class Sandbox:
+    """What a command may use; for `sandbox=` of Popen, run, map and all others.
+
+    `read`, `write`, `execute`: files, and directories with all beneath them. To read is also to
+    list directories. To write is to change, create, rename and remove, but not to read. What may
+    be executed may be read. Nothing else can be opened, whoever owns it; an execution needs
+    `execute` for the program, for its interpreter, and for the libraries of both. `system` adds
+    those of the distribution: /usr, /lib and their like, to be executed, and some files
+    of /etc and /dev, to be read.
+
+    `network`: False, so that the command can make no sockets but Unix ones; a mapping with
+    `connect` or `bind` or both, TCP ports, so that it can make TCP sockets too, for these only; or
+    True, all.
+
+    Signals and abstract Unix sockets reach processes of the sandbox only, ioctl(2) on devices fails
+    unless they were opened before. The command and what it starts gain no privileges, use no
+    io_uring and no keyrings.
+
+    `strict`: raise OSError (ENOTSUP) if the kernel can't do all of this; else one RuntimeWarning
+    says what isn't in force, and `missing` has it.
+
+    Paths are opened when the object is made: it is about the files and directories that are there
+    then, and raises OSError for one that isn't. Keep the object for the next command: that saves
+    most of what it costs.
+    """
+
+    __slots__ = ("_arguments", "_ruleset", "missing", "sockets")
+
+    missing: tuple[str, ...]  # what isn't in force
+    sockets: int | None  # as SOCKETS of a request has it; None: any
+
+    def __init__(
+        self,
+        *,
+        read: Iterable[Path] = (),
+        write: Iterable[Path] = (),
+        execute: Iterable[Path] = (),
+        network: Network = False,
+        system: bool = False,
+        strict: bool = True,
+    ) -> None:
+        self._ruleset = -1
+        given = {"read": _paths("read", read), "write": _paths("write", write)}
+        given["execute"] = _paths("execute", execute)
+        ports = _ports(network)
+        self._arguments = {**given, "network": network, "system": system, "strict": strict}
+        version = max(0, lib.eb_landlock_version())
+        needs = _NEEDS if ports is None else (*_NEEDS, _PORTS)
+        self.missing = tuple(what for least, what in needs if version < least)
+        if self.missing:
+            self._complain(version, strict)
+        self.sockets = None if network is True else lib.EB_SOCKETS_UNIX
+        if ports is not None:
+            self.sockets = lib.EB_SOCKETS_TCP
+        if version:
+            self._make(version, given, system, ports)
+
+    def __repr__(self) -> str:
+        return (
+            f"Sandbox({', '.join(f'{name}={value!r}' for name, value in self._arguments.items())})"
+        )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Sandbox can't be pickled: give sandbox= a mapping of its arguments")
+
+    def __del__(self) -> None:
+        if self._ruleset >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._ruleset)
+
+    def fileno(self) -> int:
+        """Return the ruleset's descriptor, or -1 where the kernel has no Landlock."""
+        return self._ruleset
+
+    def _complain(self, version: int, strict: bool) -> None:
+        text = (
+            f"this kernel's Landlock (version {version}) does not cover {', '.join(self.missing)}"
+        )
+        if not version:
+            text = f"this kernel has no Landlock, or it is off: nothing covers {self.missing[0]}"
+        if strict:
+            raise OSError(_ENOTSUP, f"sandbox: {text}; with strict=False the rest is in force")
+        if self.missing not in _warned:
+            _warned.add(self.missing)
+            warnings.warn(f"sandbox: {text}", RuntimeWarning, stacklevel=3)
+
+    def _make(
+        self,
+        version: int,
+        given: Mapping[str, list[Any]],
+        system: bool,
+        ports: dict[str, list[int]] | None,
+    ) -> None:
+        handled = _FIRST | sum(rights for least, rights in _LATER if version >= least)
+        network = sum(_NETWORK.values()) if ports is not None and version >= _PORTS[0] else 0
+        self._ruleset = _check(
+            lib.eb_landlock_create(handled, network, _SCOPES if version >= 6 else 0)
+        )
+        for name, rights in ("read", _READ), ("write", _WRITE), ("execute", _EXECUTE | _READ):
+            for path in given[name]:
+                self._allow(path, rights & handled)
+        if system:
+            for paths, rights in (
+                (_SYSTEM_EXECUTE, _EXECUTE | _READ),
+                (_SYSTEM_READ, _READ),
+                (_SYSTEM_WRITE, _WRITE & handled),
+            ):
+                for path in paths:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._allow(path, rights)
+        if network and ports is not None:
+            for name, numbers in ports.items():
+                for port in numbers:
+                    _check(lib.eb_landlock_allow_port(self._ruleset, port, _NETWORK[name]))
+
+    def _allow(self, path: Any, rights: int) -> None:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                rights &= _OF_FILES
+            _check(lib.eb_landlock_allow_path(self._ruleset, fd, rights), path)
+        finally:
+            os.close(fd)
+
+
+_ENOTSUP = errno.ENOTSUP
+
+
+def _check(result: int, path: Any = None) -> int:
+    if result < 0:
+        raise OSError(-result, f"sandbox: {os.strerror(-result)}", path)
+    return result
+
+
+def _paths(name: str, value: Any) -> list[Any]:
+    if isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"sandbox: {name} must be a list of paths, not one path")
+    return list(value)
+
+
+def _ports(network: Any) -> dict[str, list[int]] | None:
+    """Return the ports of a mapping, or None for a bool. Raises TypeError and ValueError."""
+    if isinstance(network, bool):
+        return None
+    if not isinstance(network, Mapping) or network.keys() - _NETWORK.keys():
+        raise TypeError(
+            f"sandbox: network={network!r}: it must be False, True, or a mapping with connect or "
+            "bind"
+        )
+    ports = {name: list(numbers) for name, numbers in network.items()}
+    for name, numbers in ports.items():
+        for port in numbers:
+            if not isinstance(port, int) or not 0 <= port <= 0xFFFF:
+                raise ValueError(f"sandbox: network: {name}: {port!r} is no TCP port")
+    return ports
+
+
+def of(value: Any) -> Sandbox:
+    """Return the Sandbox that `value` is, or that has the arguments in it, a mapping."""
+    if isinstance(value, Sandbox):
+        return value
+    if isinstance(value, Mapping):
+        return Sandbox(**value)
+    raise TypeError(f"sandbox={value!r}: it must be a Sandbox, or a mapping of its arguments")
