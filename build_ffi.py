@@ -12,6 +12,7 @@ SOURCES = [
         "common/wire",
         "common/state",
         "spawn/places",
+        "spawn/rawclone",
         "spawn/request",
         "spawn/sandbox",
         "spawn/spawn_child",
@@ -57,7 +58,7 @@ int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int
 #define EB_HAVE_RAW ...
 bool eb_direct_works(void);
 int eb_await_readable(int fd);
-int malloc_trim(size_t pad);
+void eb_trim_heap(void);
 int getsockopt(int sockfd, int level, int name, void *value, unsigned int *size);
 int prctl(int option, ...);
 int eb_landlock_version(void);
@@ -86,9 +87,10 @@ ffibuilder.cdef(constants() + FUNCTIONS)
 ffibuilder.set_source(
     "errand_boy._native",
     "#define PyInit__native eb_init_by_cffi\n"  # csrc/caller/module.c has the one that Python calls
-    '#include "caller/direct.h"\n#include "caller/landlock.h"\n#include "caller/launch.h"\n#include "caller/module.h"\n'
-    '#include "common/rawsys.h"\n'
-    "#include <malloc.h>\n#include <sys/prctl.h>\n#include <sys/socket.h>\n",
+    '#include "caller/direct.h"\n#include "caller/landlock.h"\n#include "caller/launch.h"\n'
+    '#include "caller/module.h"\n'
+    '#include "common/heap.h"\n#include "common/rawsys.h"\n'
+    "#include <sys/prctl.h>\n#include <sys/socket.h>\n",
     sources=SOURCES,
     include_dirs=["csrc"],
     define_macros=[("_GNU_SOURCE", None)],

@@ -26,6 +26,7 @@ HELPER_SOURCES = [
         "helper/connection",
         "common/fdpass",
         "spawn/places",
+        "spawn/rawclone",
         "spawn/request",
         "spawn/sandbox",
         "spawn/spawn_child",

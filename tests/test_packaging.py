@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ import pytest
 import errand_boy
 
 PACKAGE = Path(errand_boy.__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def test_helper_is_an_executable_in_the_package() -> None:
@@ -52,3 +54,32 @@ def test_cffi_is_the_only_requirement() -> None:
         pytest.skip("built in place, not installed")
     needed = [text for text in requirements if "extra ==" not in text]
     assert [text.partition(">")[0] for text in needed] == ["cffi"]
+
+
+@pytest.mark.skipif(not shutil.which("musl-gcc"), reason="needs musl-gcc, of musl-tools")
+def test_helper_and_the_callers_side_build_with_musl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = tmp_path / "include"  # the kernel's alone
+    headers.mkdir()
+    multiarch = sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
+    for folder in ("linux", "asm-generic", f"{multiarch}/asm"):
+        (headers / Path(folder).name).symlink_to(Path("/usr/include", folder))
+    options = ["-std=c11", "-Os", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", "-Icsrc"]
+    compiler = ["musl-gcc", *options, "-idirafter", str(headers)]
+    ours = [*ROOT.glob("csrc/caller/[!m]*.c")]  # module.c needs Python's headers
+    subprocess.run([*compiler, "-fsyntax-only", *ours], cwd=ROOT, check=True)
+    program = tmp_path / "helper"
+    sources = [
+        path for part in ("helper", "common", "spawn") for path in ROOT.glob(f"csrc/{part}/*.c")
+    ]
+    subprocess.run([*compiler, "-static", "-o", program, *sources], cwd=ROOT, check=True)
+
+    errand_boy.stop()
+    monkeypatch.setenv("ERRAND_BOY_HELPER", str(program))
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
+    assert errand_boy.check_output(["echo", "one"]) == b"one\n"
+    commands = [["echo", str(i)] for i in range(20)]
+    results = errand_boy.map(commands, max_workers=4)
+    assert [result.stdout for result in results] == [b"%d\n" % i for i in range(20)]
+    errand_boy.stop()

@@ -157,3 +157,36 @@ def test_peak_memory_of_a_child_is_its_own_under_a_caller_of_4_gib() -> None:
     status, kibibytes = run_script(source)
     assert status == 0
     assert kibibytes < 10 * 1024
+
+
+@pytest.mark.parametrize("implementation", ["errand_boy", "errand_boy-helper"])
+def test_signal_that_dumps_core_before_the_exec_ends_the_child_alone(implementation: str) -> None:
+    source = """
+    start()
+    before = helper_pid()
+    others = {before, None}
+    path = "/-:" * 200_000 + "/bin"  # the exec takes tenths of a second
+    ends = []
+
+    def run():
+        ends.append(subprocess.run(["sleep", "100"], env={"PATH": path}).returncode)
+
+    for number in (signal.SIGQUIT, signal.SIGABRT, signal.SIGXCPU):
+        thread = threading.Thread(target=run)
+        thread.start()
+        pids = []
+        while not pids:
+            with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as file:
+                main = file.read().split()
+            with open(f"/proc/{os.getpid()}/task/{thread.native_id}/children") as file:
+                pids = [int(pid) for pid in main + file.read().split() if int(pid) not in others]
+        os.kill(pids[0], number)
+        thread.join()
+    assert subprocess.run(["true"]).returncode == 0
+    report([ends, helper_pid() == before])
+    """
+    ends, same_helper = run_script(source, implementation)
+    assert same_helper
+    # Linux before 5.16, where it would end all that share the memory, has SIGKILL in its place.
+    for number, end in zip((signal.SIGQUIT, signal.SIGABRT, signal.SIGXCPU), ends, strict=True):
+        assert end in (-number, -signal.SIGKILL)

@@ -1,6 +1,7 @@
 #include "caller/launch.h"
 
 #include "common/rawsys.h"
+#include "spawn/rawclone.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -101,19 +102,19 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
     *share_fs = *share_fs && has_one_identity();
     /* No signal handler of the caller's may run in its half-made child. */
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
-    pid_t pid = clone(helper_child, stack + START_STACK, flags | (*share_fs ? CLONE_FS : 0), &s);
-    if (pid < 0 && *share_fs && errno != EAGAIN && errno != ENOMEM) {
+    long pid = eb_raw_clone(flags | (*share_fs ? CLONE_FS : 0), stack + START_STACK, NULL, helper_child, &s);
+    if (pid < 0 && *share_fs && pid != -EAGAIN && pid != -ENOMEM) {
         *share_fs = 0;
-        pid = clone(helper_child, stack + START_STACK, flags, &s);
+        pid = eb_raw_clone(flags, stack + START_STACK, NULL, helper_child, &s);
     }
-    int error = pid < 0 ? errno : s.error;
+    int error = pid < 0 ? (int)-pid : s.error;
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
     if (pid > 0 && error != 0)
-        while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
+        while (waitpid((pid_t)pid, NULL, 0) < 0 && errno == EINTR)
             ;
     munmap(stack, START_STACK);
     close(s.caller);
-    return error != 0 ? -error : pid;
+    return error != 0 ? -error : (int)pid;
 }
 
 #else

@@ -10,13 +10,13 @@
  */
 #include "helper/loop.h"
 
+#include "common/heap.h"
 #include "helper/command.h"
 #include "helper/control.h"
 #include "helper/frames.h"
 #include "helper/streams.h"
 
 #include <errno.h>
-#include <malloc.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
@@ -553,7 +553,7 @@ void eb_serve(int signals, int caller)
         idle = n == 0 && helper.needs_trim ? idle + timeout : 0;
         if (idle >= TRIM_MS) {
             /* At rest after a burst: what it took goes back. */
-            malloc_trim(0);
+            eb_trim_heap();
             helper.spawner->trim();
             helper.needs_trim = false;
         } else if (n > 1) {

@@ -1,4 +1,4 @@
-/* clone(2) and clone3(2) without the C library. For one C file only. */
+/* clone(2) and clone3(2) without the C library: musl's clone() refuses CLONE_CHILD_CLEARTID since 1.2.6. */
 #ifndef EB_RAWCLONE_H
 #define EB_RAWCLONE_H
 
@@ -10,89 +10,13 @@ struct eb_clone_args {
     uint64_t set_tid, set_tid_size, cgroup;
 };
 
-/*
- * clone(2) and clone3(2): the new process calls `child` with `arg` on the given stack, and must not return from it.
- * The C library's clone() would do, but for musl's, which refuses CLONE_CHILD_CLEARTID since 1.2.6.
- */
-#if defined(__x86_64__)
+#if EB_HAVE_RAW
 
-#define EB_ENTER_CHILD      \
-    "syscall\n\t"           \
-    "test %%rax, %%rax\n\t" \
-    "jnz 1f\n\t"            \
-    "xor %%ebp, %%ebp\n\t"  \
-    "mov %%r13, %%rdi\n\t"  \
-    "call *%%r12\n\t"       \
-    "ud2\n"                 \
-    "1:"
-
-EB_BARE static long eb_raw_clone3(struct eb_clone_args *args, int (*child)(void *), void *arg)
-{
-    long result;
-    register int (*r12)(void *) __asm__("r12") = child;
-    register void *r13 __asm__("r13") = arg;
-    __asm__ volatile(EB_ENTER_CHILD
-                     : "=a"(result)
-                     : "a"((long)SYS_clone3), "D"(args), "S"(sizeof *args), "r"(r12), "r"(r13)
-                     : "rcx", "r11", "memory");
-    return result;
-}
-
-EB_BARE static long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *tid, int (*child)(void *), void *arg)
-{
-    long result;
-    register volatile pid_t *r10 __asm__("r10") = tid;
-    register long r8 __asm__("r8") = 0;
-    register int (*r12)(void *) __asm__("r12") = child;
-    register void *r13 __asm__("r13") = arg;
-    __asm__ volatile(EB_ENTER_CHILD
-                     : "=a"(result)
-                     : "a"((long)SYS_clone), "D"(flags), "S"(stack), "d"(0L), "r"(r10), "r"(r8), "r"(r12), "r"(r13)
-                     : "rcx", "r11", "memory");
-    return result;
-}
-
-#elif defined(__aarch64__)
-
-#define EB_ENTER_CHILD \
-    "svc 0\n\t"        \
-    "cbnz x0, 1f\n\t"  \
-    "mov x29, xzr\n\t" \
-    "mov x0, x21\n\t"  \
-    "blr x20\n\t"      \
-    "brk 0\n"          \
-    "1:"
-
-EB_BARE static long eb_raw_clone3(struct eb_clone_args *args, int (*child)(void *), void *arg)
-{
-    register long x8 __asm__("x8") = SYS_clone3;
-    register long x0 __asm__("x0") = (long)args;
-    register long x1 __asm__("x1") = sizeof *args;
-    register int (*x20)(void *) __asm__("x20") = child;
-    register void *x21 __asm__("x21") = arg;
-    __asm__ volatile(EB_ENTER_CHILD : "+r"(x0) : "r"(x8), "r"(x1), "r"(x20), "r"(x21) : "memory", "cc");
-    return x0;
-}
-
-EB_BARE static long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *tid, int (*child)(void *), void *arg)
-{
-    register long x8 __asm__("x8") = SYS_clone;
-    register long x0 __asm__("x0") = (long)flags;
-    register void *x1 __asm__("x1") = stack;
-    register long x2 __asm__("x2") = 0;
-    register long x3 __asm__("x3") = 0;
-    register volatile pid_t *x4 __asm__("x4") = tid;
-    register int (*x20)(void *) __asm__("x20") = child;
-    register void *x21 __asm__("x21") = arg;
-    __asm__ volatile(EB_ENTER_CHILD
-                     : "+r"(x0)
-                     : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x20), "r"(x21)
-                     : "memory", "cc");
-    return x0;
-}
+/* The new process calls `child` with `arg` on the given stack, and must not return from it.  `stack` is its upper end;
+ * `tid` for CLONE_CHILD_CLEARTID.  They return the pid or -errno. */
+long eb_raw_clone3(struct eb_clone_args *args, int (*child)(void *), void *arg);
+long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *tid, int (*child)(void *), void *arg);
 
 #endif
-
-#undef EB_ENTER_CHILD
 
 #endif

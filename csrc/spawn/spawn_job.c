@@ -10,7 +10,9 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -23,6 +25,24 @@ enum {
 static const uint64_t CLEAR_SIGHAND = 0x100000000, INTO_CGROUP = 0x200000000;
 
 static int has_no_clone3; /* as under seccomp filters that cannot look at its flags */
+
+static int dumps_spread = -1;
+
+/* Whether a core dump ends all that share its memory, whatever the limit of core files: Linux before 5.16.  There is
+ * no other way to tell than the version. */
+static bool do_dumps_spread(void)
+{
+    int known = __atomic_load_n(&dumps_spread, __ATOMIC_RELAXED);
+    if (known < 0) {
+        struct utsname name;
+        char *end = NULL;
+        long major = uname(&name) == 0 ? strtol(name.release, &end, 10) : 0;
+        long minor = end != NULL && *end == '.' ? strtol(end + 1, NULL, 10) : 0;
+        known = major < 5 || (major == 5 && minor < 16);
+        __atomic_store_n(&dumps_spread, known, __ATOMIC_RELAXED);
+    }
+    return known != 0;
+}
 
 /* A job lies above the stack that its process runs on, in one mapping with a guard below. */
 struct eb_job *eb_job_map(void)
@@ -80,6 +100,7 @@ EB_BARE pid_t eb_job_clone(struct eb_job *job, unsigned flags)
     long pid = -ENOSYS;
     flags |= CLONE_VM | CLONE_CHILD_CLEARTID | q->namespaces;
     job->alive = 1;
+    job->prevents_dumps = do_dumps_spread();
     if (q->namespaces & EB_NEW_USER) {
         job->user = (uid_t)eb_raw(SYS_geteuid, 0, 0, 0, 0);
         job->group = (gid_t)eb_raw(SYS_getegid, 0, 0, 0, 0);

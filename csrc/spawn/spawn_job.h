@@ -39,6 +39,7 @@ struct eb_job {
     bool joins_cgroup; /* by itself: it could not be born there */
     uid_t user;        /* its maker's, if it is born in a namespace of users */
     gid_t group;
+    bool prevents_dumps;
     long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
     /* the maker's */
     struct eb_job *next;

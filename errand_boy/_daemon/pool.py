@@ -382,7 +382,7 @@ class Pool:
 
     def _trim(self) -> None:
         self._trim_timer = None
-        lib.malloc_trim(0)
+        lib.eb_trim_heap()
 
     def _forget(self, connection: int) -> None:
         _, peer = self.peers.pop(connection)
