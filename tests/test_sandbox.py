@@ -311,6 +311,7 @@ def test_tcp_ports(world: World) -> None:
             "another": f"socket.create_connection(('127.0.0.1', {number}))",
             "without connect": f"socket.socket().sendto(b'x', 0x20000000, ('127.0.0.1', {number}))",
             "message": f"socket.socket().sendmsg([b'x'], [], 0x20000000, ('127.0.0.1', {number}))",
+            "messages": "syscall(307, 269, socket.socket().fileno(), 0, 0, 0x20000000)",
             "bind": "socket.socket().bind(('127.0.0.1', 0))",
             "multipath": "socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)",
             "UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",

@@ -34,62 +34,71 @@ EB_BARE long eb_restrict_files(int ruleset)
 
 #define LOAD(offset) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offset)
 #define GIVE(action) BPF_STMT(BPF_RET | BPF_K, action)
-#define SKIP_IF_EQUAL(value, skipped) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, skipped, 0)
-#define SKIP_UNLESS_EQUAL(value, skipped) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, skipped)
-#define REFUSE(error) GIVE(SECCOMP_RET_ERRNO | (error))
+/* Skip so many instructions if it holds, or if it does not. */
+#define IF_EQUAL(value, yes, no) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, yes, no)
+#define IF_LEAST(value, yes, no) BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, value, yes, no)
+#define IF_SET(value, yes, no) BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, value, yes, no)
+#define REFUSE GIVE(SECCOMP_RET_ERRNO | EACCES)
 #define ALLOW GIVE(SECCOMP_RET_ALLOW)
 
-/* clang-format off */
-#define CALLS_THAT_HAVE_NO_SOCKET                           \
-    LOAD(FIELD(arch)),                                      \
-    SKIP_IF_EQUAL(ARCHITECTURE, 1),                         \
-    GIVE(SECCOMP_RET_KILL_PROCESS), /* a 32-bit program */  \
-    LOAD(FIELD(nr)),                                        \
-    BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, X32, 0, 1),         \
-    REFUSE(ENOSYS),                                         \
-    SKIP_IF_EQUAL(SYS_keyctl, 3),                           \
-    SKIP_IF_EQUAL(SYS_add_key, 2),                          \
-    SKIP_IF_EQUAL(SYS_request_key, 1),                      \
-    SKIP_UNLESS_EQUAL(IO_URING_SETUP, 1),                   \
-    REFUSE(EPERM)
+/* The calls for keyrings have three numbers that follow each other, between those of the calls for sockets.  The kernel
+ * runs a filter once for each number when it is set: the less it does for most of them, the sooner that is done. */
+_Static_assert(SYS_request_key == SYS_add_key + 1 && SYS_keyctl == SYS_add_key + 2, "the order of the filters");
+_Static_assert(SYS_socket < SYS_add_key && SYS_sendto < SYS_add_key && SYS_sendmsg < SYS_add_key &&
+                   SYS_sendmmsg > SYS_keyctl,
+               "the order of the filters");
 
 static const struct sock_filter unix_only[] = {
-    CALLS_THAT_HAVE_NO_SOCKET,
-    SKIP_IF_EQUAL(SYS_socket, 1),
+    LOAD(FIELD(arch)),
+    IF_EQUAL(ARCHITECTURE, 1, 0),
+    GIVE(SECCOMP_RET_KILL_PROCESS), /* a 32-bit program, whose calls have other numbers */
+    LOAD(FIELD(nr)),
+    IF_LEAST(SYS_add_key, 4, 0),
+    IF_EQUAL(SYS_socket, 1, 0),
     ALLOW,
     LOAD(ARGUMENT(0)),
-    SKIP_UNLESS_EQUAL(AF_UNIX, 1),
+    IF_EQUAL(AF_UNIX, 3, 4),
+    IF_LEAST(SYS_keyctl + 1, 0, 3),
+    IF_EQUAL(IO_URING_SETUP, 2, 0),
+    IF_LEAST(X32, 1, 0),
     ALLOW,
-    REFUSE(EACCES),
+    REFUSE,
 };
 
 /* TCP's own sockets, since Landlock knows no others; and no message that connects, since it does not look at those. */
 static const struct sock_filter unix_and_tcp[] = {
-    CALLS_THAT_HAVE_NO_SOCKET,
-    SKIP_IF_EQUAL(SYS_socket, 9),
-    SKIP_IF_EQUAL(SYS_sendto, 5),
-    SKIP_IF_EQUAL(SYS_sendmmsg, 4),
-    SKIP_IF_EQUAL(SYS_sendmsg, 1),
+    LOAD(FIELD(arch)),
+    IF_EQUAL(ARCHITECTURE, 1, 0),
+    GIVE(SECCOMP_RET_KILL_PROCESS),
+    LOAD(FIELD(nr)),
+    IF_LEAST(SYS_add_key, 18, 0),
+    IF_EQUAL(SYS_socket, 3, 0),
+    IF_EQUAL(SYS_sendto, 14, 0),
+    IF_EQUAL(SYS_sendmsg, 11, 0),
     ALLOW,
-    LOAD(ARGUMENT(2)),
-    BPF_STMT(BPF_JMP | BPF_JA, 1),
-    LOAD(ARGUMENT(3)),
-    BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, MSG_FASTOPEN, 11, 0),
-    ALLOW,
-    LOAD(ARGUMENT(0)),
-    SKIP_IF_EQUAL(AF_UNIX, 9),
-    SKIP_IF_EQUAL(AF_INET, 1),
-    SKIP_UNLESS_EQUAL(AF_INET6, 6),
+    LOAD(ARGUMENT(0)), /* of socket */
+    IF_EQUAL(AF_UNIX, 18, 0),
+    IF_EQUAL(AF_INET, 1, 0),
+    IF_EQUAL(AF_INET6, 0, 17),
     LOAD(ARGUMENT(1)),
     BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 15), /* without SOCK_CLOEXEC and SOCK_NONBLOCK */
-    SKIP_UNLESS_EQUAL(SOCK_STREAM, 3),
+    IF_EQUAL(SOCK_STREAM, 0, 14),
     LOAD(ARGUMENT(2)),
-    SKIP_IF_EQUAL(IPPROTO_IP, 2),
-    SKIP_IF_EQUAL(IPPROTO_TCP, 1),
-    REFUSE(EACCES),
+    IF_EQUAL(IPPROTO_IP, 11, 0),
+    IF_EQUAL(IPPROTO_TCP, 10, 11),
+    LOAD(ARGUMENT(2)), /* of sendmsg */
+    BPF_STMT(BPF_JMP | BPF_JA, 1),
+    LOAD(ARGUMENT(3)), /* of sendto */
+    IF_SET(MSG_FASTOPEN, 7, 6),
+    IF_LEAST(SYS_keyctl + 1, 0, 6),
+    IF_EQUAL(SYS_sendmmsg, 2, 0),
+    IF_EQUAL(IO_URING_SETUP, 4, 0),
+    IF_LEAST(X32, 3, 2),
+    LOAD(ARGUMENT(3)), /* of sendmmsg */
+    IF_SET(MSG_FASTOPEN, 1, 0),
     ALLOW,
+    REFUSE,
 };
-/* clang-format on */
 
 EB_BARE long eb_restrict_sockets(enum eb_sockets sockets)
 {
