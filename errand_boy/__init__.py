@@ -80,11 +80,12 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
 
     `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and, for
     that command, `input`, `timeout`, `retries`, `shell`, `cwd`, `env`, `umask`,
-    `start_new_session`, `process_group`, `restore_signals` and those of `Options`. They are taken
-    as results are: an endless iterator will do. What it raises is raised when the results of the
-    commands before that have been taken. None from it means that there is no command now, but that
-    results may lead to some: the iterator is asked again when a command has ended and when a result
-    has been taken, and None is the end once nothing runs and all results are taken.
+    `start_new_session`, `process_group`, `restore_signals`, `user`, `group`, `extra_groups` and
+    those of `Options`. A string is a program's name, without arguments. They are taken as results
+    are: an endless iterator will do. What it raises is raised when the results of the commands
+    before that have been taken. None from it means that there is no command now, but that results
+    may lead to some: the iterator is asked again when a command has ended and when a result has
+    been taken, and None is the end once nothing runs and all results are taken.
 
     `max_workers`: how many run at once; by default four for each CPU.
     `ordered` (true): results come in the order of the commands, else as the commands end.
@@ -97,8 +98,9 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     failed, ``"now,fail=N"`` ends what runs too, which has no results; ``success=N`` and ``done=N``
     count the others and all, and ``N%`` is a share of all commands if `commands` has a length, else
     of those that have ended, of which there must be three.
-    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals` and
-    those of `Options`: as Popen has them, for the commands whose mappings say nothing else.
+    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`, `user`,
+    `group`, `extra_groups` and those of `Options`: as Popen has them, for the commands whose
+    mappings say nothing else.
     `max_output`: bytes of each output that are kept; with `spool`, all of a longer one is in a
     temporary file.
     `check`: raise at the first Result that is no success. Else a command that can't be started is a

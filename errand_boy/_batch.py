@@ -18,7 +18,7 @@ from errand_boy import _helper, _request
 from errand_boy._channel import Channel
 from errand_boy._expiry import Expiry
 from errand_boy._frame import MOST_ATTEMPTS
-from errand_boy._job import Jobs
+from errand_boy._job import Jobs, check_several, unknown_options
 from errand_boy._native import lib
 from errand_boy._policy import Halt, Timeout
 from errand_boy._result import Results
@@ -97,15 +97,21 @@ class Batch:
         start_new_session: bool = False,
         process_group: int | None = None,
         restore_signals: bool = True,
+        user: str | int | None = None,
+        group: str | int | None = None,
+        extra_groups: Iterable[str | int] | None = None,
         gate: Gate | None = None,
         with_pids: bool = False,
         **more: Any,
     ) -> None:
         unknown = _request.unknown(more.keys())
         if unknown:
-            raise TypeError(f"map() has no option {', '.join(sorted(unknown))}")
+            raise unknown_options(unknown, Batch.__init__.__kwdefaults__ or ())
+        check_several(commands, shell)
         if max_workers is None:
             max_workers = _PER_CPU * len(os.sched_getaffinity(0))
+        if not isinstance(max_workers, int):
+            raise TypeError(f"max_workers must be a number, not {max_workers!r}")
         if max_workers < 1:
             raise ValueError("max_workers must be at least 1")
         if stdout is not None or stderr is not None:
@@ -126,6 +132,7 @@ class Batch:
             "start_new_session": start_new_session,
             "process_group": process_group,
             "restore_signals": restore_signals,
+            **_request.ids(user, group, extra_groups),
             **more,
         }
         self.halt = Halt(halt) if not isinstance(halt, Halt) else halt
@@ -272,6 +279,8 @@ class Batch:
             elif type(event) is Started:
                 self._on_started(channel, job)
             elif type(event) is Failed:
+                if event.stage <= lib.EB_STAGE_FDS and self._postpone(channel, event.errno):
+                    return
                 options = self._options if job.options is None else job.options
                 why = _request.spawn_error(event, job.argv[0], options["cwd"], options)
                 self._over(channel, self._jobs.failed(job, why))
@@ -393,7 +402,7 @@ class Batch:
                     raise
                 if template is None and job.options is None and isinstance(error, ValueError):
                     raise  # it is wrong for all of them
-                if not self._put_off(job, error):
+                if not self._put_off(job, getattr(error, "errno", None)):
                     self._finish(job, self._jobs.failed(job, error))
                 return
             if channel is None:
@@ -417,12 +426,25 @@ class Batch:
         self.watch(channel.fd, False)
         return channel
 
-    def _put_off(self, job: Job, error: Exception) -> bool:
+    def _put_off(self, job: Job, error: int | None) -> bool:
         """Go on with fewer at once, if it is descriptors that are short."""
-        if not self._live or getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+        if not self._live or error not in (errno.EMFILE, errno.ENFILE):
             return False
         self._most = self._live
+        job.attempts = 0  # another ends before the next
         self._waiting.append(job)
+        return True
+
+    def _postpone(self, channel: Channel, error: int) -> bool:
+        """Put off the command of a channel if the helper is short of descriptors."""
+        job = channel.job
+        assert job is not None
+        self._live -= 1
+        if not self._put_off(job, error):
+            self._live += 1
+            return False
+        channel.job = None
+        self._drop(channel)  # it takes one
         return True
 
     def _renew(self) -> None:
@@ -524,7 +546,10 @@ class Batch:
             self._live -= 1
             self._expiry.end(job)
             if lost.may_resend:
-                self._waiting.append(job)
+                # A helper that is short of descriptors closes what it can't take.
+                is_short = not channel.stream.greeted and self._source.is_there()
+                if not (is_short and self._put_off(job, errno.EMFILE)):
+                    self._waiting.append(job)
                 return
         if not isinstance(lost.error, HelperDiedError):
             raise lost.error

@@ -211,6 +211,15 @@ class Helper:
         connection.close()
         return None
 
+    def is_there(self) -> bool:
+        """Return whether it has not ended, as far as its connections tell."""
+        try:
+            return bool(self._control.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def take_back(self, connection: Connection) -> None:
         """Keep a connection for the next command, or close it. For Connection.give_back."""
         if self is self._manager.current and len(self.idle) < _MOST_IDLE:

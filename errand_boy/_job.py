@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from errand_boy import _policy, _request
 from errand_boy._result import Result
@@ -23,6 +23,39 @@ if TYPE_CHECKING:
     Command: TypeAlias = "Sequence[Any] | str | bytes | os.PathLike[Any] | Mapping[str, Any]"
 
 _PLAIN = (list, tuple)
+_IDS = ("user", "group", "extra_groups")
+_UNDECODABLE = 125  # as a return code, where the command's own says success
+
+
+def check_several(commands: Any, shell: bool) -> None:
+    """Raise TypeError for what is one command in the place of several.
+
+    A list of strings is several: ["true", "false"]. But no program's name begins as an option
+    does, so ["ls", "-l"] can only be meant as one.
+    """
+    if isinstance(commands, (str, bytes)):
+        raise TypeError(f"commands must be several, as in [[{commands!r}]], not {commands!r}")
+    if shell or not isinstance(commands, (list, tuple)) or not commands:
+        return
+    if isinstance(commands[0], str):
+        for command in commands:
+            if isinstance(command, str) and command.startswith("-"):
+                raise TypeError(
+                    f"{command!r} can't be a command of its own, as each item is; one command with "
+                    "its arguments is a list within the list: [[...]]"
+                )
+
+
+def unknown_options(names: Iterable[str], known: Iterable[str]) -> TypeError:
+    """Return the error for options that there are not, with those that are probably meant."""
+    from difflib import get_close_matches  # noqa: PLC0415
+
+    all_known = [*known, *_request.own_options()]
+    texts = []
+    for name in sorted(names):
+        likely = get_close_matches(name, all_known, 1)
+        texts.append(f"{name} (but {likely[0]})" if likely else name)
+    return TypeError(f"map() has no option {', '.join(texts)}")
 
 
 class Job:
@@ -126,15 +159,20 @@ class Jobs:
                 input = input.encode(self._encoding, self._errors)
             job.input = input if type(input) is bytes else bytes(memoryview(input))
         if given:
-            unknown = _request.unknown(given.keys() - self.options.keys())
-            if unknown:
-                raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
-            job.options = {**self.options, **given}
+            job.options = self._merged(given)
         if plain and not job.shell:
             job.argv = args
         else:
             job.argv = _request.arguments(args, job.shell)
         return job
+
+    def _merged(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return all options of a command whose mapping has these."""
+        ids = _request.ids(*(given.pop(name, None) for name in _IDS))
+        unknown = _request.unknown(given.keys() - self.options.keys() - ids.keys())
+        if unknown:
+            raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
+        return {**self.options, **given, **ids}
 
     def write(self, job: Job, number: int, data: bytes) -> None:
         """Keep what a command has written. Raises OSError."""
@@ -185,16 +223,22 @@ class Jobs:
                     setattr(result, "stderr_file" if number else "stdout_file", output.file)
                 result.truncated = result.truncated or output.truncated
                 if self._text:
-                    try:
-                        data = output.text(self._encoding, self._errors)
-                    except UnicodeError as error:
-                        result.error = error
-                if isinstance(data, bytearray):
+                    data = self._decoded(output, result)
+                elif isinstance(data, bytearray):
                     data = bytes(data)
             if number:
                 result.stderr = data
             else:
                 result.stdout = data
+
+    def _decoded(self, output: Spool, result: Result) -> str:
+        try:
+            return output.text(self._encoding, self._errors)
+        except UnicodeError as error:
+            # subprocess would raise it; here it must not be taken for a success, nor stop the rest.
+            result.error = error
+            result.returncode = result.returncode or _UNDECODABLE
+            return output.text(self._encoding, "backslashreplace")
 
 
 def _temporary_file() -> IO[bytes]:

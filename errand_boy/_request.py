@@ -154,11 +154,47 @@ def settings(
 
 def unknown(names: Set[str]) -> Set[str]:
     """Return which of the names, none of them the standard library's, are not ours either."""
-    if not names:
-        return names
+    return names - own_options() if names else names
+
+
+def own_options() -> Set[str]:
+    """Return the names of the options that the standard library lacks."""
     from errand_boy._options import NAMES  # noqa: PLC0415  only those who need it pay for it
 
-    return names - NAMES
+    return NAMES
+
+
+def ids(user: Any, group: Any, extra_groups: Any) -> dict[str, Any]:
+    """Return `settings`' uid, gid and gids for Popen's parameters of these names.
+
+    Raises TypeError, ValueError, and KeyError for a name that is not known.
+    """
+    found: dict[str, Any] = {}
+    if user is not None:
+        found["uid"] = _id_of(user, "user")
+    if group is not None:
+        found["gid"] = _id_of(group, "group")
+    if extra_groups is not None:
+        if isinstance(extra_groups, (str, bytes)):
+            raise TypeError("extra_groups must be a list of names and numbers")
+        found["gids"] = [_id_of(group, "group") for group in extra_groups]
+    return found
+
+
+def _id_of(given: Any, kind: str) -> int:
+    if isinstance(given, str):
+        if kind == "user":
+            import pwd  # noqa: PLC0415
+
+            return pwd.getpwnam(given).pw_uid
+        import grp  # noqa: PLC0415
+
+        return grp.getgrnam(given).gr_gid
+    if not isinstance(given, int):
+        raise TypeError(f"{kind} must be a string or an integer, not {given!r}")
+    if given < 0:
+        raise ValueError(f"a {kind}'s id can't be negative, got {given}")
+    return given
 
 
 def _environment(env: Mapping[Any, Any]) -> list[bytes]:

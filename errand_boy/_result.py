@@ -26,8 +26,9 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     the last run.
     `error`: None, or why there is no ordinary end: the OSError or ValueError for which the command
     could not be started (`returncode` is then 127 if it was not found, else 126),
-    subprocess.TimeoutExpired, UnicodeError (the output is then bytes), or HelperDiedError
-    (`returncode` is then -9, and may not be the command's).
+    subprocess.TimeoutExpired, UnicodeError (what can't be decoded is then escaped in the output, in
+    the error's `object` there are the bytes, and `returncode` is 125 if it would be 0), or
+    HelperDiedError (`returncode` is then -9, and may not be the command's).
     `started`: seconds since 1970, and `duration`: seconds from the start to the end.
     `rusage`: a resource.struct_rusage, or None if it did not end by itself or by a signal.
     `truncated`: whether output is missing, for `max_output`.
@@ -44,6 +45,11 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     stderr_file: Any = None
     _begun = 0.0  # of the monotonic clock
     _end: Ended | None = None
+
+    def __repr__(self) -> str:
+        if self.error is None:
+            return super().__repr__()
+        return f"{super().__repr__()[:-1]}, error={self.error!r})"
 
     @property
     def failed(self) -> bool:

@@ -69,6 +69,10 @@ class LocalSource:
         assert helper is not None
         return (helper.caller, helper.pid, 0) if helper.shares_fs else (helper.caller, 0, _WITH_FS)
 
+    def is_there(self) -> bool:
+        """Return whether the helper lives."""
+        return self._helper is not None and self._helper.is_there()
+
     def connect(self) -> Connection | None:
         """Return a connection; None if the helper has gone."""
         helper = self._helper
@@ -103,6 +107,10 @@ class DaemonSource:
     def state(self) -> tuple[Caller | None, int, int]:
         """Return what a request's `prepare` is given, and the flags it needs."""
         return None, 0, _WITH_FS
+
+    def is_there(self) -> bool:
+        """Return false: a daemon keeps those waiting whom it can't serve."""
+        return False
 
     def connect(self) -> Connection | None:
         """Return a connection. Raises NoDaemonError and RefusedError."""
