@@ -16,6 +16,7 @@ SOURCES = [
         "spawn/request",
         "spawn/sandbox",
         "spawn/spawn_child",
+        "spawn/child_capabilities",
         "spawn/spawn_job",
         "caller/caller",
         "caller/spawn_frame",

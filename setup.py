@@ -30,6 +30,7 @@ HELPER_SOURCES = [
         "spawn/request",
         "spawn/sandbox",
         "spawn/spawn_child",
+        "spawn/child_capabilities",
         "spawn/spawn_clone",
         "spawn/spawn_job",
         "spawn/spawn_posix",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from errand_boy import _wire
 from errand_boy._native import lib
@@ -34,13 +35,24 @@ else:
 class Options(TypedDict, total=False):
     """What each is, and what it needs, is in docs/options.md."""
 
+    capabilities: Collection[str] | None
     cgroup: str | os.PathLike[str] | int | HasFileno | None
     controlling_terminal: int | HasFileno | None
+    cpu_affinity: Collection[int] | None
     foreground: bool
+    ionice: str | tuple[str, int] | None
     namespaces: Collection[str] | None
+    nice: int | None
     no_new_privs: bool
+    oom_score_adj: int | None
     rlimits: Mapping[str, Limit] | None
+    root: str | bytes | os.PathLike[Any] | None
     sandbox: Sandbox | Mapping[str, Any] | None
+    scheduler: str | tuple[str, int] | None
+    signals_blocked: Collection[int] | None
+    signals_default: Collection[int] | None
+    signals_ignored: Collection[int] | None
+    timer_slack: int | None
 
 
 NAMES = frozenset(Options.__annotations__)
@@ -82,6 +94,9 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
                 carried.append((number, part))
     if given.get("controlling_terminal") is not None and not has_session:
         raise ValueError("controlling_terminal needs start_new_session=True")
+    default, ignored = given.get("signals_default"), given.get("signals_ignored")
+    if default and ignored and (both := {*default} & {*ignored}):
+        raise ValueError(f"{_written(both)} can't be in both signals_default and signals_ignored")
     if given.get("foreground") and not (has_session or has_group):
         raise ValueError("foreground needs start_new_session=True or a process_group")
     carried.sort(key=lambda pair: pair[0])
@@ -91,7 +106,8 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
 def refusal(failed: Failed, given: Mapping[str, Any]) -> str:
     """Return why a start failed, with the option's name and value if it was one of `given`."""
     text = os.strerror(failed.errno)
-    name = _wire.stage_name(failed.stage)
+    step = _wire.stage_name(failed.stage)
+    name = "cpu_affinity" if step == "affinity" else step
     value = given.get(name)
     if name not in _TABLE or value is None:
         return text
@@ -122,6 +138,95 @@ class Descriptor:
 
 def _flag(value: object) -> bytes | None:
     return b"" if value else None
+
+
+def _number(name: str, least: int, most: int, form: str) -> Callable[[Any], bytes]:
+    def encode(value: Any) -> bytes:
+        return struct.pack(form, _checked(name, value, least, most))
+
+    return encode
+
+
+def _checked(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: {value!r} is no integer")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: {value!r} is not in {least} to {most}")
+    return value
+
+
+def _signals(name: str) -> Callable[[Any], bytes]:
+    def encode(value: Iterable[Any]) -> bytes:
+        numbers = {_checked(name, number, 1, 64) for number in value}
+        if name != "signals_blocked" and numbers & {signal.SIGKILL, signal.SIGSTOP}:
+            raise ValueError(f"{name}: SIGKILL and SIGSTOP have no other action than their own")
+        return struct.pack("<Q", sum(1 << number - 1 for number in numbers))
+
+    return encode
+
+
+def _written(values: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(repr, values)))
+
+
+def _affinity(value: Iterable[Any]) -> bytes:
+    cpus = {_checked("cpu_affinity", cpu, 0, 8 * lib.EB_MAX_AFFINITY - 1) for cpu in value}
+    if not cpus:
+        raise ValueError("cpu_affinity: at least one CPU is needed")
+    return sum(1 << cpu for cpu in cpus).to_bytes(max(cpus) // 64 * 8 + 8, "little")
+
+
+_POLICIES = {"other": 0, "fifo": 1, "rr": 2, "batch": 3, "idle": 5}  # as linux/sched.h has them
+
+
+def _scheduler(value: Any) -> bytes:
+    policy, priority = value if isinstance(value, (tuple, list)) else (value, 0)
+    if policy not in _POLICIES:
+        raise ValueError(f"scheduler: {policy!r} is none of {', '.join(_POLICIES)}")
+    real_time = policy in ("fifo", "rr")
+    _checked(f"scheduler: {policy}: priority", priority, *((1, 99) if real_time else (0, 0)))
+    return struct.pack("<II", _POLICIES[policy], priority)
+
+
+_CLASSES = {"realtime": 1, "best-effort": 2, "idle": 3}  # as linux/ioprio.h has them
+
+
+def _ionice(value: Any) -> bytes:
+    name, level = (
+        value if isinstance(value, (tuple, list)) else (value, 4 if value != "idle" else 0)
+    )
+    if name not in _CLASSES:
+        raise ValueError(f"ionice: {name!r} is none of {', '.join(_CLASSES)}")
+    return struct.pack("<I", _CLASSES[name] << 13 | _checked(f"ionice: {name}: level", level, 0, 7))
+
+
+def _root(value: Any) -> bytes:
+    path = os.fsencode(value)
+    if 0 in path:
+        raise ValueError("root: embedded null byte")
+    return path + b"\0"
+
+
+_CAPABILITIES = (  # by their numbers, in linux/capability.h
+    *("chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "setgid", "setuid"),
+    *("setpcap", "linux_immutable", "net_bind_service", "net_broadcast", "net_admin", "net_raw"),
+    *("ipc_lock", "ipc_owner", "sys_module", "sys_rawio", "sys_chroot", "sys_ptrace", "sys_pacct"),
+    *("sys_admin", "sys_boot", "sys_nice", "sys_resource", "sys_time", "sys_tty_config", "mknod"),
+    *("lease", "audit_write", "audit_control", "setfcap", "mac_override", "mac_admin", "syslog"),
+    *("wake_alarm", "block_suspend", "audit_read", "perfmon", "bpf", "checkpoint_restore"),
+)
+
+
+def _capabilities(value: Iterable[str]) -> bytes:
+    if isinstance(value, str):
+        raise TypeError(f"capabilities: {value!r} is no collection of names")
+    kept = 0
+    for name in value:
+        plain = name.lower().removeprefix("cap_")
+        if plain not in _CAPABILITIES:
+            raise ValueError(f"capabilities: {name!r} is none of {', '.join(_CAPABILITIES)}")
+        kept |= 1 << _CAPABILITIES.index(plain)
+    return struct.pack("<Q", kept)
 
 
 def _descriptor(value: Any) -> Any:
@@ -217,18 +322,42 @@ def _sandbox(value: Any) -> list[tuple[int, Any]]:
     return parts or [(lib.EB_TAG_NO_NEW_PRIVS, b"")]
 
 
+def _capability_refused(value: Iterable[str], failed: Failed) -> str:
+    return (
+        f"{_written(value)}: {os.strerror(failed.errno)}: the caller must have these, and "
+        "CAP_SETPCAP to take others away"
+    )
+
+
+def _affinity_refused(value: Iterable[int], failed: Failed) -> str:
+    return f"{_written(value)}: {os.strerror(failed.errno)}: none is a CPU that the caller may use"
+
+
 _TABLE: dict[str, tuple[int, Callable[[Any], Any]]] = {
+    "capabilities": (lib.EB_TAG_CAPABILITIES, _capabilities),
     "cgroup": (lib.EB_TAG_CGROUP, _cgroup),
     "controlling_terminal": (lib.EB_TAG_CONTROLLING_TERMINAL, _descriptor),
+    "cpu_affinity": (lib.EB_TAG_AFFINITY, _affinity),
     "foreground": (lib.EB_TAG_FOREGROUND, _flag),
+    "ionice": (lib.EB_TAG_IONICE, _ionice),
     "namespaces": (lib.EB_TAG_NAMESPACES, _namespaces),
+    "nice": (lib.EB_TAG_RENICE, _number("nice", -40, 40, "<i")),
     "no_new_privs": (lib.EB_TAG_NO_NEW_PRIVS, _flag),
+    "oom_score_adj": (lib.EB_TAG_OOM_SCORE_ADJ, _number("oom_score_adj", -1000, 1000, "<i")),
     "rlimits": (lib.EB_TAG_SET_RLIMITS, _rlimits),
+    "root": (lib.EB_TAG_ROOT, _root),
     "sandbox": (lib.EB_TAG_SANDBOX, _sandbox),
+    "scheduler": (lib.EB_TAG_SCHEDULER, _scheduler),
+    "signals_blocked": (lib.EB_TAG_SIGMASK, _signals("signals_blocked")),
+    "signals_default": (lib.EB_TAG_SIGNALS_DEFAULT, _signals("signals_default")),
+    "signals_ignored": (lib.EB_TAG_SIGNALS_IGNORED, _signals("signals_ignored")),
+    "timer_slack": (lib.EB_TAG_TIMER_SLACK, _number("timer_slack", 0, (1 << 63) - 1, "<Q")),
 }
 
 # Where more is to be said than the value and the kernel's error.
 _REFUSALS: dict[str, Callable[[Any, Failed], str]] = {
+    "capabilities": _capability_refused,
+    "cpu_affinity": _affinity_refused,
     "namespaces": _namespaces_refused,
     "rlimits": _rlimit_refused,
 }

@@ -101,7 +101,9 @@ def test_all_options_at_once(helper: Helper) -> None:
     cpus = max(os.sched_getaffinity(0)) // 8 + 1
     mask = sum(1 << cpu for cpu in os.sched_getaffinity(0)).to_bytes(cpus, "little")
     script = "ulimit -n; umask; pwd; echo $A; grep NoNewPrivs /proc/self/status; /usr/bin/id; "
-    script += "ps -o tty= $$"
+    script += "ps -o tty= $$; nice; ionice; chrt -p $$ | grep -o 'SCHED.*'; "
+    script += "cat /proc/self/oom_score_adj /proc/self/timerslack_ns; "
+    script += "grep -E 'SigIgn|CapAmb|CapEff' /proc/self/status"
     read, write = os.pipe()
     directory = os.open("/usr", os.O_PATH)
     master, terminal = os.openpty()
@@ -112,7 +114,7 @@ def test_all_options_at_once(helper: Helper) -> None:
         "ENV": strings(lib.EB_TAG_ENV, "A=b", "LC_ALL=C"),
         "FDS": option(lib.EB_TAG_FDS, u32(1)),
         "CWD_FD": option(lib.EB_TAG_CWD_FD),
-        "CWD": _wire.string(lib.EB_TAG_CWD, b"lib/.."),
+        "CWD": _wire.string(lib.EB_TAG_CWD, b"usr/lib/.."),
         "UMASK": option(lib.EB_TAG_UMASK, u32(0o27)),
         "SIGMASK": option(lib.EB_TAG_SIGMASK, bytes(8)),
         "SIGIGN": option(lib.EB_TAG_SIGIGN, bytes(8)),
@@ -133,6 +135,15 @@ def test_all_options_at_once(helper: Helper) -> None:
         "FOREGROUND": option(lib.EB_TAG_FOREGROUND),
         "NAMESPACES": option(lib.EB_TAG_NAMESPACES, u32(0x04000000)),
         "SOCKETS": option(lib.EB_TAG_SOCKETS, bytes(1)),
+        "RENICE": option(lib.EB_TAG_RENICE, u32(2)),
+        "SCHEDULER": option(lib.EB_TAG_SCHEDULER, u32(3, 0)),
+        "IONICE": option(lib.EB_TAG_IONICE, u32(2 << 13 | 7)),
+        "TIMER_SLACK": option(lib.EB_TAG_TIMER_SLACK, struct.pack("<Q", 12345)),
+        "SIGNALS_DEFAULT": option(lib.EB_TAG_SIGNALS_DEFAULT, bytes(8)),
+        "SIGNALS_IGNORED": option(lib.EB_TAG_SIGNALS_IGNORED, b"\4" + bytes(7)),
+        "OOM_SCORE_ADJ": option(lib.EB_TAG_OOM_SCORE_ADJ, u32(123)),
+        "ROOT": _wire.string(lib.EB_TAG_ROOT, b".."),
+        "CAPABILITIES": option(lib.EB_TAG_CAPABILITIES, b"\0\x20" + bytes(6)),
     }
     # A session's leader may not change its group; only a daemon's helper has streams; not every
     # system has cgroups or Landlock.
@@ -154,6 +165,14 @@ def test_all_options_at_once(helper: Helper) -> None:
             "NoNewPrivs:\t1",
             "uid=12343 gid=12344 groups=12344,12345,12346",
             terminal_name,
+            "3",
+            "best-effort: prio 7",
+            "SCHED_BATCH",
+            "123",
+            "12345",
+            "SigIgn:\t0000000000000004",
+            "CapEff:\t0000000000002000",
+            "CapAmb:\t0000000000002000",
         ]
     os.close(master)
 

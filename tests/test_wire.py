@@ -88,7 +88,7 @@ OPTIONS = {
     "CWD": (_wire.string(lib.EB_TAG_CWD, b"/a\xff"), b"/a\xff".hex()),
     "UMASK": (_wire.number(lib.EB_TAG_UMASK, 0o7777), str(0o777)),
     "SIGMASK": (_wire.option(lib.EB_TAG_SIGMASK, b"\1" + bytes(6) + b"\x80"), str(1 + 2**63)),
-    "SIGDEFAULT": (_wire.option(lib.EB_TAG_SIGDEFAULT, b"\2" + bytes(7)), "2"),
+    "SIGDEFAULT": (_wire.option(lib.EB_TAG_SIGDEFAULT, b"\4" + bytes(7)), "4"),
     "SIGIGN": (_wire.option(lib.EB_TAG_SIGIGN, b"\2" + bytes(7)), "2"),
     "SETSID": (_wire.option(lib.EB_TAG_SETSID), ""),
     "PGROUP": (_wire.number(lib.EB_TAG_PGROUP, -5), "-5"),
@@ -115,6 +115,16 @@ OPTIONS = {
     "NAMESPACES": (_wire.number(lib.EB_TAG_NAMESPACES, 0x50000000), str(0x50000000)),
     "SANDBOX": (_wire.option(lib.EB_TAG_SANDBOX), ""),
     "SOCKETS": (_wire.option(lib.EB_TAG_SOCKETS, b"\1"), "1"),
+    "RENICE": (_wire.number(lib.EB_TAG_RENICE, -3), "-3"),
+    "SCHEDULER": (_wire.option(lib.EB_TAG_SCHEDULER, struct.pack("<II", 3, 1)), "3 1"),
+    "IONICE": (_wire.number(lib.EB_TAG_IONICE, 3 << 13), str(3 << 13)),
+    "TIMER_SLACK": (_wire.option(lib.EB_TAG_TIMER_SLACK, struct.pack("<Q", 1 << 40)), str(1 << 40)),
+    # The same signals as in the two of which these are a part.
+    "SIGNALS_DEFAULT": (_wire.option(lib.EB_TAG_SIGNALS_DEFAULT, b"\4" + bytes(7)), "4"),
+    "SIGNALS_IGNORED": (_wire.option(lib.EB_TAG_SIGNALS_IGNORED, b"\2" + bytes(7)), "2"),
+    "OOM_SCORE_ADJ": (_wire.number(lib.EB_TAG_OOM_SCORE_ADJ, -1000), "-1000"),
+    "ROOT": (_wire.string(lib.EB_TAG_ROOT, b"/r"), b"/r".hex()),
+    "CAPABILITIES": (_wire.option(lib.EB_TAG_CAPABILITIES, b"\1" + bytes(7)), "1"),
     "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())

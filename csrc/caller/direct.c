@@ -190,7 +190,8 @@ static int make_process(struct eb_direct *d)
     (void)syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof all);
     if (pid > 0)
         d->pid = pid;
-    else if ((d->stage = eb_job_clone_stage(job, pid)) == EB_STAGE_START && (pid == -EPERM || pid == -EINVAL)) /* a filter's word for what it does not let pass */
+    else if ((d->stage = eb_job_clone_stage(job, pid)) == EB_STAGE_START &&
+             (pid == -EPERM || pid == -EINVAL)) /* a filter's word for what it does not let pass */
         d->error = ENOSYS;
     else
         d->error = -pid;

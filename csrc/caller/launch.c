@@ -102,10 +102,10 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
     *share_fs = *share_fs && has_one_identity();
     /* No signal handler of the caller's may run in its half-made child. */
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
-    long pid = eb_raw_clone(flags | (*share_fs ? CLONE_FS : 0), stack + START_STACK, NULL, helper_child, &s);
+    long pid = eb_raw_clone(flags | (*share_fs ? CLONE_FS : 0), stack + START_STACK, NULL, NULL, helper_child, &s);
     if (pid < 0 && *share_fs && pid != -EAGAIN && pid != -ENOMEM) {
         *share_fs = 0;
-        pid = eb_raw_clone(flags, stack + START_STACK, NULL, helper_child, &s);
+        pid = eb_raw_clone(flags, stack + START_STACK, NULL, NULL, helper_child, &s);
     }
     int error = pid < 0 ? (int)-pid : s.error;
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);

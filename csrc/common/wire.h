@@ -150,7 +150,16 @@ enum eb_tag {
                                its own there, under the same numbers */
     EB_TAG_SANDBOX = 29,    /* carries a descriptor: the ruleset of Landlock that it keeps to; with NO_NEW_PRIVS */
     EB_TAG_SOCKETS = 30,    /* u8 eb_sockets: it makes no others, no io_uring, and has no keyrings; with NO_NEW_PRIVS */
-    EB_TAG_END                        /* one past the last */
+    EB_TAG_RENICE = 31,     /* i32: added to the niceness that it has otherwise */
+    EB_TAG_SCHEDULER = 32,  /* u32 policy | u32 priority, as sched_setscheduler(2) takes them */
+    EB_TAG_IONICE = 33,     /* u32, as ioprio_set(2) takes it */
+    EB_TAG_TIMER_SLACK = 34,     /* u64: nanoseconds */
+    EB_TAG_SIGNALS_DEFAULT = 35, /* u64: beside those of SIGDEFAULT */
+    EB_TAG_SIGNALS_IGNORED = 36, /* u64: beside those of SIGIGN, whatever SIGDEFAULT says */
+    EB_TAG_OOM_SCORE_ADJ = 37,   /* i32 */
+    EB_TAG_ROOT = 38,            /* path, NUL: chroot, after CWD_FD; CWD is within it, and / without one */
+    EB_TAG_CAPABILITIES = 39,    /* u64, bit n for capability n: those that the program has, and can have */
+    EB_TAG_END                   /* one past the last */
 };
 
 #define EB_JOINED 8             /* a bit of STREAMS */
@@ -175,15 +184,21 @@ enum eb_stage {
     EB_STAGE_PGROUP = 9,
     EB_STAGE_CONTROLLING_TERMINAL = 10,
     EB_STAGE_FOREGROUND = 11,
-    EB_STAGE_RLIMITS = 12,
-    EB_STAGE_NICE = 13,
-    EB_STAGE_AFFINITY = 14,
-    EB_STAGE_GROUPS = 15,
-    EB_STAGE_GID = 16,
-    EB_STAGE_UID = 17,
-    EB_STAGE_NO_NEW_PRIVS = 18,
-    EB_STAGE_SANDBOX = 19,
-    EB_STAGE_EXEC = 20,
+    EB_STAGE_OOM_SCORE_ADJ = 12,
+    EB_STAGE_RLIMITS = 13,
+    EB_STAGE_NICE = 14,
+    EB_STAGE_AFFINITY = 15,
+    EB_STAGE_SCHEDULER = 16,
+    EB_STAGE_IONICE = 17,
+    EB_STAGE_TIMER_SLACK = 18,
+    EB_STAGE_ROOT = 19,
+    EB_STAGE_CAPABILITIES = 20,
+    EB_STAGE_GROUPS = 21,
+    EB_STAGE_GID = 22,
+    EB_STAGE_UID = 23,
+    EB_STAGE_NO_NEW_PRIVS = 24,
+    EB_STAGE_SANDBOX = 25,
+    EB_STAGE_EXEC = 26,
 };
 
 /* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */

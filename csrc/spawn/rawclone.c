@@ -24,7 +24,8 @@ EB_BARE long eb_raw_clone3(struct eb_clone_args *args, int (*child)(void *), voi
     return result;
 }
 
-EB_BARE long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *tid, int (*child)(void *), void *arg)
+EB_BARE long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *parent_tid, volatile pid_t *tid,
+                          int (*child)(void *), void *arg)
 {
     long result;
     register volatile pid_t *r10 __asm__("r10") = tid;
@@ -33,7 +34,8 @@ EB_BARE long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *tid,
     register void *r13 __asm__("r13") = arg;
     __asm__ volatile(EB_ENTER_CHILD
                      : "=a"(result)
-                     : "a"((long)SYS_clone), "D"(flags), "S"(stack), "d"(0L), "r"(r10), "r"(r8), "r"(r12), "r"(r13)
+                     : "a"((long)SYS_clone), "D"(flags), "S"(stack), "d"(parent_tid), "r"(r10), "r"(r8), "r"(r12),
+                       "r"(r13)
                      : "rcx", "r11", "memory");
     return result;
 }
@@ -60,12 +62,13 @@ EB_BARE long eb_raw_clone3(struct eb_clone_args *args, int (*child)(void *), voi
     return x0;
 }
 
-EB_BARE long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *tid, int (*child)(void *), void *arg)
+EB_BARE long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *parent_tid, volatile pid_t *tid,
+                          int (*child)(void *), void *arg)
 {
     register long x8 __asm__("x8") = SYS_clone;
     register long x0 __asm__("x0") = (long)flags;
     register void *x1 __asm__("x1") = stack;
-    register long x2 __asm__("x2") = 0;
+    register volatile pid_t *x2 __asm__("x2") = parent_tid;
     register long x3 __asm__("x3") = 0;
     register volatile pid_t *x4 __asm__("x4") = tid;
     register int (*x20)(void *) __asm__("x20") = child;

@@ -13,9 +13,10 @@ struct eb_clone_args {
 #if EB_HAVE_RAW
 
 /* The new process calls `child` with `arg` on the given stack, and must not return from it.  `stack` is its upper end;
- * `tid` for CLONE_CHILD_CLEARTID.  They return the pid or -errno. */
+ * `parent_tid` for CLONE_PARENT_SETTID, `tid` for CLONE_CHILD_CLEARTID.  They return the pid or -errno. */
 long eb_raw_clone3(struct eb_clone_args *args, int (*child)(void *), void *arg);
-long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *tid, int (*child)(void *), void *arg);
+long eb_raw_clone(unsigned long flags, void *stack, volatile pid_t *parent_tid, volatile pid_t *tid,
+                  int (*child)(void *), void *arg);
 
 #endif
 

@@ -43,10 +43,20 @@ static const struct {
     [EB_TAG_NO_NEW_PRIVS] = {"NO_NEW_PRIVS", 0},
     [EB_TAG_SET_RLIMITS] = {"SET_RLIMITS", -1},
     [EB_TAG_CONTROLLING_TERMINAL] = {"CONTROLLING_TERMINAL", 0},
-    [EB_TAG_FOREGROUND] = {"FOREGROUND", 0},    [EB_TAG_CGROUP] = {"CGROUP", 0},
+    [EB_TAG_FOREGROUND] = {"FOREGROUND", 0},
+    [EB_TAG_CGROUP] = {"CGROUP", 0},
     [EB_TAG_NAMESPACES] = {"NAMESPACES", 4},
     [EB_TAG_SANDBOX] = {"SANDBOX", 0},
     [EB_TAG_SOCKETS] = {"SOCKETS", 1},
+    [EB_TAG_RENICE] = {"RENICE", 4},
+    [EB_TAG_SCHEDULER] = {"SCHEDULER", 8},
+    [EB_TAG_IONICE] = {"IONICE", 4},
+    [EB_TAG_TIMER_SLACK] = {"TIMER_SLACK", 8},
+    [EB_TAG_SIGNALS_DEFAULT] = {"SIGNALS_DEFAULT", 8},
+    [EB_TAG_SIGNALS_IGNORED] = {"SIGNALS_IGNORED", 8},
+    [EB_TAG_OOM_SCORE_ADJ] = {"OOM_SCORE_ADJ", 4},
+    [EB_TAG_ROOT] = {"ROOT", -1},
+    [EB_TAG_CAPABILITIES] = {"CAPABILITIES", 8},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -179,9 +189,10 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
     struct eb_reader r = eb_reader(v.at, v.size);
     switch (tag) {
     case EB_TAG_CWD:
+    case EB_TAG_ROOT:
         if (v.size == 0 || memchr(v.at, 0, v.size) != v.at + v.size - 1)
             return malformed(reason, tag, "not one string");
-        q->cwd = (const char *)v.at;
+        *(tag == EB_TAG_CWD ? &q->cwd : &q->root) = (const char *)v.at;
         break;
     case EB_TAG_UMASK:
         q->umask = eb_get_u32(&r) & 0777;
@@ -193,8 +204,15 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         q->sigign = eb_get_u64(&r);
         break;
     case EB_TAG_SIGDEFAULT:
-        q->sigdefault = eb_get_u64(&r) & ~((uint64_t)1 << (SIGKILL - 1) | (uint64_t)1 << (SIGSTOP - 1));
+    case EB_TAG_SIGNALS_DEFAULT: /* its number is higher */
+        q->sigdefault |= eb_get_u64(&r) & ~((uint64_t)1 << (SIGKILL - 1) | (uint64_t)1 << (SIGSTOP - 1));
         break;
+    case EB_TAG_SIGNALS_IGNORED: { /* after those of which it has the last word */
+        uint64_t ignored = eb_get_u64(&r);
+        q->sigign |= ignored;
+        q->sigdefault &= ~ignored;
+        break;
+    }
     case EB_TAG_PGROUP:
         q->pgroup = (int32_t)eb_get_u32(&r);
         break;
@@ -242,6 +260,25 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         q->sockets = eb_get_u8(&r);
         if (q->sockets > EB_SOCKETS_TCP)
             return malformed(reason, tag, "no such sockets");
+        break;
+    case EB_TAG_RENICE:
+        q->renice = (int32_t)eb_get_u32(&r);
+        break;
+    case EB_TAG_SCHEDULER:
+        q->policy = eb_get_u32(&r);
+        q->priority = eb_get_u32(&r);
+        break;
+    case EB_TAG_IONICE:
+        q->ionice = eb_get_u32(&r);
+        break;
+    case EB_TAG_TIMER_SLACK:
+        q->timer_slack = eb_get_u64(&r);
+        break;
+    case EB_TAG_OOM_SCORE_ADJ:
+        q->oom_score_adj = (int32_t)eb_get_u32(&r);
+        break;
+    case EB_TAG_CAPABILITIES:
+        q->capabilities = eb_get_u64(&r);
         break;
     default: /* the string lists and the descriptors, read together; and the empty ones */
         break;

@@ -15,7 +15,7 @@ struct eb_request {
     int *targets;   /* allocated */
     uint32_t target_count;
     int *sources; /* allocated, for eb_request_sources descriptors; the spawner's to change */
-    const char *cwd;
+    const char *cwd, *root;
     mode_t umask;
     uint64_t sigmask, sigign, sigdefault;
     pid_t pgroup;
@@ -23,7 +23,7 @@ struct eb_request {
     uint16_t limited;                      /* whose bit says that there is one, */
     uint16_t set_limits;                   /* and here that it is one of SET_RLIMITS */
     rlim_t nproc;                          /* the soft limit of RLIMITS, under which the process is made */
-    int nice;
+    int nice, renice;
     const uint8_t *affinity;
     uint32_t affinity_size;
     gid_t *groups; /* allocated */
@@ -32,8 +32,12 @@ struct eb_request {
     uid_t uid;
     uint8_t streams, nulls; /* bit per descriptor of 0 to 2; they are among the targets */
     uint32_t on_close_ms;
-    uint32_t namespaces; /* of EB_NAMESPACES */
-    uint8_t sockets;     /* enum eb_sockets */
+    uint32_t namespaces;       /* of EB_NAMESPACES */
+    uint8_t sockets;           /* enum eb_sockets */
+    uint32_t policy, priority; /* of SCHEDULER */
+    uint32_t ionice;
+    int oom_score_adj;
+    uint64_t timer_slack, capabilities;
 };
 
 /* Flags of clone(2): namespaces of mounts, cgroups, host names, System V IPC, users, processes and networks. */
@@ -59,9 +63,9 @@ _Static_assert(EB_TAG_END <= 64, "`present` has a bit for each tag");
 _Static_assert(EB_MAX_RLIMITS <= 16, "`limited` has a bit for each resource");
 
 /* The tags that carry a descriptor. */
-#define EB_CARRIERS                                                              \
-    ((uint64_t)1 << EB_TAG_CWD_FD | (uint64_t)1 << EB_TAG_CONTROLLING_TERMINAL | \
-     (uint64_t)1 << EB_TAG_CGROUP | (uint64_t)1 << EB_TAG_SANDBOX)
+#define EB_CARRIERS                                                                                             \
+    ((uint64_t)1 << EB_TAG_CWD_FD | (uint64_t)1 << EB_TAG_CONTROLLING_TERMINAL | (uint64_t)1 << EB_TAG_CGROUP | \
+     (uint64_t)1 << EB_TAG_SANDBOX)
 
 /* How many descriptors are carried by tags less than `end`. */
 static inline uint32_t eb_carried_before(const struct eb_request *q, enum eb_tag end)

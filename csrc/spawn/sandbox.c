@@ -29,7 +29,7 @@ EB_BARE long eb_restrict_files(int ruleset)
 }
 
 /* Offsets of an argument's lower half: the kernel takes these as int. */
-#define FIELD(name) (uint32_t) offsetof(struct seccomp_data, name)
+#define FIELD(name) (uint32_t)offsetof(struct seccomp_data, name)
 #define ARGUMENT(n) (uint32_t)(offsetof(struct seccomp_data, args) + 8 * (n))
 
 #define LOAD(offset) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offset)

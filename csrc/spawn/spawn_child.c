@@ -6,6 +6,7 @@
 #include "spawn/spawn_job.h"
 
 #include "common/rawsys.h"
+#include "spawn/child_capabilities.h"
 
 #if EB_HAVE_RAW
 
@@ -21,6 +22,8 @@
 #include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
+
+enum { IOPRIO_WHO_PROCESS = 1 }; /* of linux/ioprio.h, since Linux 6.5 only */
 
 /* -- descriptors -- */
 
@@ -120,7 +123,7 @@ EB_BARE long eb_set_action(int n, bool ignored)
 /* There are no handlers here, so only SIG_IGN and SIG_DFL have to be told apart. */
 static EB_BARE long set_signals(const struct eb_state *self, const struct eb_request *q)
 {
-    uint64_t differ = 0;
+    uint64_t differ = q->sigign; /* of SIGNALS_IGNORED alone */
     if (eb_has(q, EB_TAG_SIGIGN))
         differ = self != NULL ? q->sigign ^ self->sigign : ~EB_NEVER_IGNORED;
     differ |= q->sigdefault;
@@ -182,6 +185,24 @@ static EB_BARE long take_foreground(const struct eb_request *q)
 
 /* -- limits and scheduling -- */
 
+/* It goes to all that share the memory, unless the process was made with CLONE_VFORK: see spawn_job.c. */
+static EB_BARE long set_oom_score_adj(int value)
+{
+    char text[8];
+    int at = sizeof text;
+    unsigned left = value < 0 ? 0U - (unsigned)value : (unsigned)value;
+    for (; at > 1 && (left > 0 || at == sizeof text); left /= 10)
+        text[--at] = (char)('0' + left % 10);
+    if (value < 0)
+        text[--at] = '-';
+    long fd = eb_raw(SYS_openat, AT_FDCWD, (long)"/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC, 0);
+    if (fd < 0)
+        return fd;
+    long r = eb_raw(SYS_write, fd, (long)&text[at], (long)sizeof text - at, 0);
+    eb_raw(SYS_close, fd, 0, 0, 0);
+    return r;
+}
+
 static EB_BARE long set_rlimits(struct eb_job *job)
 {
     const struct eb_request *q = job->q;
@@ -197,6 +218,28 @@ static EB_BARE long set_rlimits(struct eb_job *job)
         }
     }
     return 0;
+}
+
+static EB_BARE long set_nice(const struct eb_state *self, const struct eb_request *q)
+{
+    long nice = q->nice;
+    if (!eb_has(q, EB_TAG_NICE)) {
+        if ((nice = eb_raw(SYS_getpriority, PRIO_PROCESS, 0, 0, 0)) < 0)
+            return nice;
+        nice = 20 - nice; /* the kernel's own call has no negative results */
+    }
+    nice += q->renice;
+    if (self != NULL && nice == self->nice)
+        return 0;
+    return eb_raw(SYS_setpriority, PRIO_PROCESS, 0, nice, 0);
+}
+
+static EB_BARE long set_scheduler(const struct eb_request *q)
+{
+    const struct {
+        int priority;
+    } parameters = {.priority = (int)q->priority};
+    return eb_raw(SYS_sched_setscheduler, 0, (long)q->policy, (long)&parameters, 0);
 }
 
 static EB_BARE bool same_affinity(const struct eb_state *self, const struct eb_request *q)
@@ -246,6 +289,8 @@ EB_BARE int eb_child(void *arg)
             goto failed;              \
     } while (0)
 
+    if (job->by_thread) /* `made` says so */
+        eb_raw(SYS_futex, (long)&job->made, FUTEX_WAKE, 1, 0);
     if (job->first != NULL)
         STEP(START, job->first(job));
     STEP(FDS, place_fds(job));
@@ -257,7 +302,7 @@ EB_BARE int eb_child(void *arg)
         STEP(CGROUP, eb_join_cgroup(eb_carried(q, EB_TAG_CGROUP)));
     if (eb_has(q, EB_TAG_CWD_FD))
         STEP(CWD, eb_raw(SYS_fchdir, eb_carried(q, EB_TAG_CWD_FD), 0, 0, 0));
-    if (eb_has(q, EB_TAG_CWD))
+    if (eb_has(q, EB_TAG_CWD) && !eb_has(q, EB_TAG_ROOT))
         STEP(CWD, eb_raw(SYS_chdir, (long)q->cwd, 0, 0, 0));
     if (eb_has(q, EB_TAG_UMASK))
         STEP(UMASK, eb_raw(SYS_umask, (long)q->umask, 0, 0, 0));
@@ -270,17 +315,35 @@ EB_BARE int eb_child(void *arg)
         STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, eb_carried(q, EB_TAG_CONTROLLING_TERMINAL), TIOCSCTTY, 0, 0));
     if (eb_has(q, EB_TAG_FOREGROUND))
         STEP(FOREGROUND, take_foreground(q));
+    if (eb_has(q, EB_TAG_OOM_SCORE_ADJ)) /* before a limit of files, and while /proc is there */
+        STEP(OOM_SCORE_ADJ, set_oom_score_adj(q->oom_score_adj));
     STEP(RLIMITS, set_rlimits(job));
-    if (eb_has(q, EB_TAG_NICE) && (self == NULL || q->nice != self->nice))
-        STEP(NICE, eb_raw(SYS_setpriority, PRIO_PROCESS, 0, q->nice, 0));
+    if (eb_has(q, EB_TAG_NICE) || eb_has(q, EB_TAG_RENICE))
+        STEP(NICE, set_nice(self, q));
     if (eb_has(q, EB_TAG_AFFINITY) && !same_affinity(self, q))
         STEP(AFFINITY, eb_raw(SYS_sched_setaffinity, 0, q->affinity_size, (long)q->affinity, 0));
+    if (eb_has(q, EB_TAG_SCHEDULER))
+        STEP(SCHEDULER, set_scheduler(q));
+    if (eb_has(q, EB_TAG_IONICE))
+        STEP(IONICE, eb_raw(SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, (long)q->ionice, 0));
+    if (eb_has(q, EB_TAG_TIMER_SLACK))
+        STEP(TIMER_SLACK, eb_raw5(SYS_prctl, PR_SET_TIMERSLACK, (long)q->timer_slack, 0, 0, 0));
+    if (eb_has(q, EB_TAG_ROOT)) {
+        STEP(ROOT, eb_raw(SYS_chroot, (long)q->root, 0, 0, 0));
+        STEP(CWD, eb_raw(SYS_chdir, (long)"/", 0, 0, 0));
+        if (eb_has(q, EB_TAG_CWD))
+            STEP(CWD, eb_raw(SYS_chdir, (long)q->cwd, 0, 0, 0));
+    }
+    if (eb_has(q, EB_TAG_CAPABILITIES)) /* while it has the right to do so */
+        STEP(CAPABILITIES, eb_bound_capabilities(job));
     if (eb_has(q, EB_TAG_GROUPS))
         STEP(GROUPS, eb_raw(SYS_setgroups, q->group_count, (long)q->groups, 0, 0));
     if (eb_has(q, EB_TAG_GID))
         STEP(GID, eb_raw(SYS_setresgid, q->gid, q->gid, q->gid, 0));
     if (eb_has(q, EB_TAG_UID))
         STEP(UID, eb_raw(SYS_setresuid, q->uid, q->uid, q->uid, 0));
+    if (eb_has(q, EB_TAG_CAPABILITIES))
+        STEP(CAPABILITIES, eb_set_capabilities(job));
     if (eb_has(q, EB_TAG_NO_NEW_PRIVS) || eb_has(q, EB_TAG_SANDBOX) || eb_has(q, EB_TAG_SOCKETS))
         STEP(NO_NEW_PRIVS, eb_raw5(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
     if (eb_has(q, EB_TAG_SANDBOX))

@@ -18,7 +18,8 @@
 
 enum {
     STACK_SIZE = 32 << 10,
-    GUARD_SIZE = 64 << 10, /* at least a page, whatever its size */
+    THREAD_STACK = 8 << 10, /* of that, for a thread that makes the process */
+    GUARD_SIZE = 64 << 10,  /* at least a page, whatever its size */
 };
 
 /* Of clone3 only; Linux 5.5 and 5.7. */
@@ -73,16 +74,16 @@ void eb_job_unmap(struct eb_job *job)
 }
 
 /* Without the maker's handlers, and in the cgroup if `born` says so. */
-static EB_BARE long clone3_job(struct eb_job *job, unsigned flags, bool born)
+static EB_BARE long clone3_job(struct eb_job *job, uint64_t flags, size_t stack_size, bool born)
 {
-    char *stack = stack_of(job);
     const bool had_handlers = job->has_handlers;
     struct eb_clone_args args = {
         .flags = flags | (had_handlers ? CLEAR_SIGHAND : 0) | (born ? INTO_CGROUP : 0),
         .child_tid = (uintptr_t)&job->alive,
+        .parent_tid = (uintptr_t)&job->made,
         .exit_signal = SIGCHLD,
-        .stack = (uintptr_t)stack,
-        .stack_size = (uintptr_t)job - (uintptr_t)stack,
+        .stack = (uintptr_t)stack_of(job),
+        .stack_size = stack_size,
         .cgroup = born ? (uint64_t)eb_carried(job->q, EB_TAG_CGROUP) : 0,
     };
     job->has_handlers = false;
@@ -93,31 +94,78 @@ static EB_BARE long clone3_job(struct eb_job *job, unsigned flags, bool born)
     return pid;
 }
 
+/* Makes the process, on the lower end of the job's stack. */
+static EB_BARE long make_process(struct eb_job *job, uint64_t flags, size_t stack_size)
+{
+    const struct eb_request *q = job->q;
+    const bool has_clone3 = !__atomic_load_n(&has_no_clone3, __ATOMIC_RELAXED), had_handlers = job->has_handlers;
+    long pid = -ENOSYS;
+    /* If it can't be born there, whatever the reason, it tries to join, and then the error is the cgroup's. */
+    if (has_clone3 && eb_has(q, EB_TAG_CGROUP) && (pid = clone3_job(job, flags, stack_size, true)) > 0)
+        return pid;
+    pid = -ENOSYS;
+    if (has_clone3 && had_handlers)
+        pid = clone3_job(job, flags, stack_size, false);
+    if (pid == -ENOSYS || pid == -EPERM || pid == -EINVAL) {
+        job->joins_cgroup = eb_has(q, EB_TAG_CGROUP);
+        pid = eb_raw_clone((unsigned long)flags | SIGCHLD, stack_of(job) + stack_size, &job->made, &job->alive,
+                           eb_child, job);
+        if (pid > 0 && had_handlers)
+            __atomic_store_n(&has_no_clone3, 1, __ATOMIC_RELAXED);
+    }
+    return pid;
+}
+
+/* The thread: makes the process, and is suspended until that has let go of the memory. */
+static EB_BARE int make_and_wait(void *arg)
+{
+    struct eb_job *job = arg;
+    long r = make_process(job, job->flags, STACK_SIZE - THREAD_STACK);
+    if (r < 0) {
+        job->made = (pid_t)r;
+        eb_raw(SYS_futex, (long)&job->made, FUTEX_WAKE, 1, 0);
+    }
+    eb_raw(SYS_exit, 0, 0, 0, 0);
+    return 0;
+}
+
+/*
+ * An oom_score_adj that a process writes goes to all that share its memory, and so to its maker; but not if it was
+ * made with CLONE_VFORK (fs/proc/base.c, __set_oom_adj).  That suspends the thread that makes it, and nothing can
+ * interrupt it.  So that is a thread of its own, which runs no code but this, with all signals blocked.  The word
+ * `alive` is cleared when this thread is over, after the new process has let go.
+ */
+static EB_BARE long make_by_thread(struct eb_job *job, uint64_t flags)
+{
+    const unsigned long thread = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
+    job->flags = (flags & ~(uint64_t)CLONE_CHILD_CLEARTID) | CLONE_VFORK | CLONE_PARENT_SETTID;
+    job->by_thread = true;
+    job->made = 0;
+    long tid = eb_raw_clone(thread | CLONE_CHILD_CLEARTID, job, NULL, &job->alive, make_and_wait, job);
+    if (tid < 0)
+        return tid;
+    while (__atomic_load_n(&job->made, __ATOMIC_ACQUIRE) == 0)
+        eb_raw(SYS_futex, (long)&job->made, FUTEX_WAIT, 0, 0);
+    return job->made;
+}
+
 EB_BARE pid_t eb_job_clone(struct eb_job *job, unsigned flags)
 {
     const struct eb_request *q = job->q;
-    bool has_clone3 = !__atomic_load_n(&has_no_clone3, __ATOMIC_RELAXED);
-    long pid = -ENOSYS;
-    flags |= CLONE_VM | CLONE_CHILD_CLEARTID | q->namespaces;
+    const uint64_t all = flags | CLONE_VM | CLONE_CHILD_CLEARTID | q->namespaces;
     job->alive = 1;
     job->prevents_dumps = do_dumps_spread();
     if (q->namespaces & EB_NEW_USER) {
         job->user = (uid_t)eb_raw(SYS_geteuid, 0, 0, 0, 0);
         job->group = (gid_t)eb_raw(SYS_getegid, 0, 0, 0, 0);
     }
-    /* If it can't be born there, whatever the reason, it tries to join, and then the error is the cgroup's. */
-    if (has_clone3 && eb_has(q, EB_TAG_CGROUP) && (pid = clone3_job(job, flags, true)) > 0)
+    if (eb_has(q, EB_TAG_OOM_SCORE_ADJ)) {
+        long pid = make_by_thread(job, all);
+        if (pid < 0 && !job->made)
+            job->alive = 0; /* there was no thread */
         return (pid_t)pid;
-    pid = -ENOSYS;
-    if (has_clone3 && job->has_handlers)
-        pid = clone3_job(job, flags, false);
-    if (pid == -ENOSYS || pid == -EPERM || pid == -EINVAL) {
-        bool had_handlers = job->has_handlers;
-        job->joins_cgroup = eb_has(q, EB_TAG_CGROUP);
-        pid = eb_raw_clone(flags | SIGCHLD, job, &job->alive, eb_child, job);
-        if (pid > 0 && had_handlers)
-            __atomic_store_n(&has_no_clone3, 1, __ATOMIC_RELAXED);
     }
+    long pid = make_process(job, all, (size_t)((char *)job - stack_of(job)));
     if (pid < 0)
         job->alive = 0;
     return (pid_t)pid;

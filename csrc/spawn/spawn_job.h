@@ -22,6 +22,7 @@ struct eb_job {
     volatile uint8_t member;   /* of what the stage sets, that it is at */
     volatile pid_t alive;      /* not 0 while it uses its maker's memory; cleared, and woken, by the kernel */
     volatile int shares_table; /* and its table of descriptors, or a name in it */
+    volatile pid_t made;       /* by a thread: its pid, or why there is none, as -errno; 0: not yet */
     volatile bool cannot_reopen;
     int reopened_fd;
     volatile uint64_t exec_ns; /* of CLOCK_MONOTONIC: when it called execve, if it is `timed` */
@@ -40,9 +41,11 @@ struct eb_job {
     uid_t user;        /* its maker's, if it is born in a namespace of users */
     gid_t group;
     bool prevents_dumps;
+    bool by_thread;                    /* see spawn_job.c */
     long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
     /* the maker's */
     struct eb_job *next;
+    uint64_t flags;
 };
 
 /* Memory for a job and the stack below it, or NULL. */

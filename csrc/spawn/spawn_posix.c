@@ -119,14 +119,30 @@ static bool same_rlimits(const struct eb_request *q)
 /* The stage that posix_spawn cannot express, or 0. */
 static enum eb_stage unsupported(const struct eb_request *q)
 {
-    if (eb_has(q, EB_TAG_NAMESPACES))
-        return EB_STAGE_NAMESPACES;
-    if (eb_has(q, EB_TAG_CGROUP))
-        return EB_STAGE_CGROUP;
-    if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
-        return EB_STAGE_CONTROLLING_TERMINAL;
-    if (eb_has(q, EB_TAG_FOREGROUND))
-        return EB_STAGE_FOREGROUND;
+    static const struct {
+        uint8_t tag, stage;
+    } steps[] = {
+        {EB_TAG_NAMESPACES, EB_STAGE_NAMESPACES},
+        {EB_TAG_CGROUP, EB_STAGE_CGROUP},
+        {EB_TAG_SANDBOX, EB_STAGE_SANDBOX},
+        {EB_TAG_SOCKETS, EB_STAGE_SANDBOX},
+        {EB_TAG_RENICE, EB_STAGE_NICE},
+        {EB_TAG_SCHEDULER, EB_STAGE_SCHEDULER},
+        {EB_TAG_IONICE, EB_STAGE_IONICE},
+        {EB_TAG_TIMER_SLACK, EB_STAGE_TIMER_SLACK},
+        {EB_TAG_OOM_SCORE_ADJ, EB_STAGE_OOM_SCORE_ADJ},
+        {EB_TAG_ROOT, EB_STAGE_ROOT},
+        {EB_TAG_CAPABILITIES, EB_STAGE_CAPABILITIES},
+        {EB_TAG_CONTROLLING_TERMINAL, EB_STAGE_CONTROLLING_TERMINAL},
+        {EB_TAG_FOREGROUND, EB_STAGE_FOREGROUND},
+        {EB_TAG_GROUPS, EB_STAGE_GROUPS},
+        {EB_TAG_GID, EB_STAGE_GID},
+        {EB_TAG_UID, EB_STAGE_UID},
+        {EB_TAG_NO_NEW_PRIVS, EB_STAGE_NO_NEW_PRIVS},
+    };
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)
+        if (eb_has(q, steps[i].tag))
+            return steps[i].stage;
     if (!same_rlimits(q))
         return EB_STAGE_RLIMITS;
     if (eb_has(q, EB_TAG_NICE) && q->nice != self->nice)
@@ -134,16 +150,6 @@ static enum eb_stage unsupported(const struct eb_request *q)
     if (eb_has(q, EB_TAG_AFFINITY) &&
         (q->affinity_size != self->affinity_size || memcmp(q->affinity, self->affinity, q->affinity_size) != 0))
         return EB_STAGE_AFFINITY;
-    if (eb_has(q, EB_TAG_GROUPS))
-        return EB_STAGE_GROUPS;
-    if (eb_has(q, EB_TAG_GID))
-        return EB_STAGE_GID;
-    if (eb_has(q, EB_TAG_UID))
-        return EB_STAGE_UID;
-    if (eb_has(q, EB_TAG_NO_NEW_PRIVS))
-        return EB_STAGE_NO_NEW_PRIVS;
-    if (eb_has(q, EB_TAG_SANDBOX) || eb_has(q, EB_TAG_SOCKETS))
-        return EB_STAGE_SANDBOX;
     return 0;
 }
 

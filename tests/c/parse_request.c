@@ -85,6 +85,27 @@ static void print_request(const struct eb_request *q)
         printf("CONTROLLING_TERMINAL\n");
     if (eb_has(q, EB_TAG_FOREGROUND))
         printf("FOREGROUND\n");
+    if (eb_has(q, EB_TAG_RENICE))
+        printf("RENICE %d\n", q->renice);
+    if (eb_has(q, EB_TAG_SCHEDULER))
+        printf("SCHEDULER %u %u\n", (unsigned)q->policy, (unsigned)q->priority);
+    if (eb_has(q, EB_TAG_IONICE))
+        printf("IONICE %u\n", (unsigned)q->ionice);
+    if (eb_has(q, EB_TAG_TIMER_SLACK))
+        printf("TIMER_SLACK %llu\n", (unsigned long long)q->timer_slack);
+    if (eb_has(q, EB_TAG_SIGNALS_DEFAULT))
+        printf("SIGNALS_DEFAULT %llu\n", (unsigned long long)q->sigdefault);
+    if (eb_has(q, EB_TAG_SIGNALS_IGNORED))
+        printf("SIGNALS_IGNORED %llu\n", (unsigned long long)q->sigign);
+    if (eb_has(q, EB_TAG_OOM_SCORE_ADJ))
+        printf("OOM_SCORE_ADJ %d\n", q->oom_score_adj);
+    if (eb_has(q, EB_TAG_ROOT)) {
+        printf("ROOT ");
+        print_hex(q->root, strlen(q->root));
+        putchar('\n');
+    }
+    if (eb_has(q, EB_TAG_CAPABILITIES))
+        printf("CAPABILITIES %llu\n", (unsigned long long)q->capabilities);
     if (eb_has(q, EB_TAG_NICE))
         printf("NICE %d\n", q->nice);
     if (eb_has(q, EB_TAG_AFFINITY)) {

@@ -34,6 +34,8 @@ static void check_accepted(const struct eb_request *q, const uint8_t *data, size
         bytes += check_strings(q->env, data, size);
     if (q->cwd != NULL)
         bytes += strlen(q->cwd) + 1;
+    if (q->root != NULL)
+        bytes += strlen(q->root) + 1;
     CHECK(bytes <= size);
     CHECK(q->target_count <= EB_MAX_FDS + 3 && q->group_count <= EB_MAX_GROUPS);
     CHECK(q->affinity_size <= EB_MAX_AFFINITY);
@@ -100,8 +102,21 @@ static void put_numbers(struct eb_writer *w, uint8_t tag, uint32_t size)
 static size_t make(uint8_t *data, size_t size)
 {
     static const uint8_t sizes[EB_TAG_END] = {
-        [EB_TAG_UMASK] = 4, [EB_TAG_SIGMASK] = 8, [EB_TAG_SIGIGN] = 8, [EB_TAG_PGROUP] = 4,
-        [EB_TAG_NICE] = 4,  [EB_TAG_GID] = 4,     [EB_TAG_UID] = 4,
+        [EB_TAG_UMASK] = 4,
+        [EB_TAG_SIGMASK] = 8,
+        [EB_TAG_SIGIGN] = 8,
+        [EB_TAG_PGROUP] = 4,
+        [EB_TAG_NICE] = 4,
+        [EB_TAG_GID] = 4,
+        [EB_TAG_UID] = 4,
+        [EB_TAG_RENICE] = 4,
+        [EB_TAG_SCHEDULER] = 8,
+        [EB_TAG_IONICE] = 4,
+        [EB_TAG_TIMER_SLACK] = 8,
+        [EB_TAG_SIGNALS_DEFAULT] = 8,
+        [EB_TAG_SIGNALS_IGNORED] = 8,
+        [EB_TAG_OOM_SCORE_ADJ] = 4,
+        [EB_TAG_CAPABILITIES] = 8,
     };
     struct eb_writer w = eb_writer(data, size);
     for (uint8_t tag = 1; tag < EB_TAG_END; tag++) {
@@ -125,6 +140,7 @@ static size_t make(uint8_t *data, size_t size)
             put_numbers(&w, tag, 1 + below(16));
             break;
         case EB_TAG_CWD:
+        case EB_TAG_ROOT:
             eb_put_u8(&w, tag);
             eb_put_u32(&w, 2);
             eb_put_bytes(&w, "/", 2);
