@@ -19,7 +19,7 @@ from asyncio.log import logger
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from errand_boy import _driver, _popen, _start
+from errand_boy import _driver, _native, _popen, _start
 from errand_boy._asyncio_loop import drive, readers_of, take_turn
 from errand_boy._child import ready
 from errand_boy._connection import Connection
@@ -123,7 +123,7 @@ class _Watch:
             child.on_end = self._on_end
         else:
             with contextlib.suppress(ProcessLookupError):  # somebody has waited for it
-                self._fd = os.pidfd_open(process.pid)
+                self._fd = _native.pidfd_open(process.pid)
 
     def begin(self, ended: Callable[[int], Any]) -> None:
         """From now on: call `ended` with the return code, once."""

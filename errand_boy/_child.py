@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from operator import index
 
+from errand_boy import _native
 from errand_boy._wire import Exited
 from errand_boy.errors import HelperDiedError, NotServedError
 
@@ -235,9 +236,9 @@ def wait_by_pidfd(
             if rest <= 0:
                 raise subprocess.TimeoutExpired(process.args, timeout)
             try:
-                fd = os.pidfd_open(process.pid)
-            except (AttributeError, OSError):
-                # No descriptor is free, a filter refuses it, or Python was built for older kernels.
+                fd = _native.pidfd_open(process.pid)
+            except OSError:
+                # No descriptor is free, or a kernel or a filter refuses it.
                 return False
         finally:
             process._waitpid_lock.release()

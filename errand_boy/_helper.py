@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Generator
 
-from errand_boy import _wire
+from errand_boy import _native, _wire
 from errand_boy._child import ready
 from errand_boy._connection import Connection, close_all
 from errand_boy._frame import MOST_ATTEMPTS, Caller, SpawnFrame, acquire, check, forget
@@ -286,7 +286,7 @@ class Helper:
                     return False
         except TimeoutError:
             pass
-        pidfd = os.pidfd_open(self.pid)
+        pidfd = _native.pidfd_open(self.pid)
         try:
             if ready(pidfd, max(0.0, deadline - time.monotonic())):
                 return True

@@ -26,7 +26,7 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.worker.request import Request as _TaskRequest
 from celery.worker.state import revoked
 
-from errand_boy import _helper, _request, _wire
+from errand_boy import _helper, _native, _request, _wire
 from errand_boy._map import with_bar
 from errand_boy._request import Request
 from errand_boy._spool import Spool
@@ -115,7 +115,7 @@ class _Command:
 
     def _on_started(self) -> None:
         with contextlib.suppress(OSError):  # it has ended already
-            self._pidfd = os.pidfd_open(self._streamed.pid)
+            self._pidfd = _native.pidfd_open(self._streamed.pid)
         if self.timed_out:
             self._kill()
 
@@ -134,7 +134,7 @@ class _Command:
             # Another group may have the number by now. Before Linux 6.9 there is no such call, and
             # the leader's end is the end.
             with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(self._pidfd, number, None, _PROCESS_GROUP)
+                _native.pidfd_send_signal(self._pidfd, number, _PROCESS_GROUP)
 
 
 _live: dict[str, _Command] = {}  # those of this process's tasks, by id

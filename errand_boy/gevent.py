@@ -31,7 +31,7 @@ from gevent.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _driver, _start
+from errand_boy import _driver, _native, _start
 from errand_boy._child import HelperChild, helper_child
 from errand_boy._functions import parameters, rebind
 
@@ -360,7 +360,7 @@ class _Elsewhere(_Watcher):
         status = None
         try:
             with contextlib.suppress(ProcessLookupError):  # the default loop has reaped it
-                fd = os.pidfd_open(self.pid)
+                fd = _native.pidfd_open(self.pid)
                 try:
                     wait_read(fd)
                 finally:

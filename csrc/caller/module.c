@@ -11,10 +11,12 @@
 #include "caller/module.h"
 
 #include "caller/direct.h"
+#include "common/rawsys.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 /* Makes the process known to `owner`, before any other code of the caller's runs; or no longer. */
 static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
@@ -214,10 +216,52 @@ static PyObject *leave_spawn(PyObject *module, PyObject *start)
     return none();
 }
 
+/* -- what Python's os and signal modules lack if they were built with older headers -- */
+
+static PyObject *number_or_error(long result)
+{
+    return result < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(result);
+}
+
+/* pidfd_open(pid) */
+static PyObject *pidfd_open(PyObject *module, PyObject *pid)
+{
+    (void)module;
+    long number = PyLong_AsLong(pid);
+    if (PyErr_Occurred())
+        return NULL;
+    return number_or_error(syscall(SYS_pidfd_open, (pid_t)number, 0));
+}
+
+/* pidfd_send_signal(pidfd, number, flags) */
+static PyObject *pidfd_send_signal(PyObject *module, PyObject *args)
+{
+    int pidfd, number;
+    unsigned flags;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iiI", &pidfd, &number, &flags))
+        return NULL;
+    return number_or_error(syscall(SYS_pidfd_send_signal, pidfd, number, NULL, flags));
+}
+
+/* memfd_create(name, flags) */
+static PyObject *open_memory(PyObject *module, PyObject *args)
+{
+    const char *name;
+    unsigned flags;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sI", &name, &flags))
+        return NULL;
+    return number_or_error(syscall(SYS_memfd_create, name, flags));
+}
+
 static PyMethodDef functions[] = {
     {"spawn", (PyCFunction)(void (*)(void))spawn, METH_FASTCALL, NULL},
     {"await_spawn", (PyCFunction)(void (*)(void))await_spawn, METH_FASTCALL, NULL},
     {"leave_spawn", leave_spawn, METH_O, NULL},
+    {"pidfd_open", pidfd_open, METH_O, NULL},
+    {"pidfd_send_signal", pidfd_send_signal, METH_VARARGS, NULL},
+    {"memfd_create", open_memory, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

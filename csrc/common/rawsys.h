@@ -51,7 +51,13 @@ static inline long eb_raw(long n, long a, long b, long c, long d)
 }
 #endif
 
-/* The same numbers on all architectures. */
+/* The same numbers on all architectures.  Older headers lack them. */
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
 #ifndef SYS_clone3
 #define SYS_clone3 435
 #endif

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from errand_boy import _wire
 from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.memory import open_memory
 from errand_boy._daemon.peer import Credentials
 from errand_boy._daemon.report import FILE_SIZE, Report
 from errand_boy._daemon.strangers import DescriptorsError, receive
@@ -67,7 +68,7 @@ def start(options: Sequence[str], credentials: Credentials | None) -> Process:
         undo.callback(ours.close)
         with theirs:
             # Its figures, to be read here in case that it is killed.
-            figures = os.memfd_create("errand-boy-figures")
+            figures = open_memory("errand-boy-figures")
             undo.callback(os.close, figures)
             os.ftruncate(figures, FILE_SIZE)
             pid = _spawn(options, credentials, theirs.fileno(), figures)

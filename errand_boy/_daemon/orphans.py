@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
+from errand_boy import _native
 from errand_boy._daemon.loop import Loop
 
 TYPE_CHECKING = False
@@ -149,13 +150,13 @@ def _signal(jobs: list[_Job]) -> Iterator[None]:
         with suppress(OSError):  # it has just ended
             if os.getpgid(pid) not in groups:
                 continue
-            pidfd = os.pidfd_open(pid)
+            pidfd = _native.pidfd_open(pid)
             try:
                 # Looked at again while the number cannot become another's unseen.
                 group, users = os.getpgid(pid), _users(pid)
                 for job in jobs:
                     if group in job.groups and (job.uid == 0 or job.uid in users):
                         for number in job.numbers:
-                            signal.pidfd_send_signal(pidfd, number)
+                            _native.pidfd_send_signal(pidfd, number, 0)
             finally:
                 os.close(pidfd)

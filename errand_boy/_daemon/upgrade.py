@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.memory import open_memory
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -58,7 +59,7 @@ def check(
     `done` is called with it, or with the reason why it cannot; `processes` are called with the wait
     status of their ends, by pid.
     """
-    said = os.memfd_create("errand-boy-check")
+    said = open_memory("errand-boy-check")
     try:
         pid = os.posix_spawn(
             sys.executable,
@@ -116,7 +117,8 @@ class Handover:
         """Execute the successor, of `version`, with `state`. Returns only by raising OSError."""
         if len(os.listdir("/proc/self/fd")) + _SPARE > os.sysconf("SC_OPEN_MAX"):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        fd = os.memfd_create("errand-boy-state", 0)
+        fd = open_memory("errand-boy-state")
+        os.set_inheritable(fd, True)
         try:
             with open(fd, "w", encoding="ascii", closefd=False) as file:
                 json.dump(state, file)
