@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from errand_boy._client import Client
+    from errand_boy._executor import Executor
     from errand_boy._job import Command
     from errand_boy._options import Options
     from errand_boy._policy import Retries
@@ -148,6 +149,7 @@ def unpatch() -> None:
 
 
 _LATER = {
+    "Executor": "errand_boy._executor",
     "Options": "errand_boy._options",
     "Result": "errand_boy._result",
     "Retries": "errand_boy._policy",
@@ -180,6 +182,7 @@ __all__ = [
     "CalledProcessError",
     "CompletedProcess",
     "ErrandBoyError",
+    "Executor",
     "HelperDiedError",
     "HelperError",
     "NoDaemonError",

@@ -18,7 +18,7 @@ from errand_boy import _helper, _request
 from errand_boy._channel import Channel
 from errand_boy._expiry import Expiry
 from errand_boy._frame import MOST_ATTEMPTS
-from errand_boy._job import Jobs, check_several, unknown_options
+from errand_boy._job import Job, Jobs, check_several, unknown_options
 from errand_boy._native import lib
 from errand_boy._policy import Halt, Timeout
 from errand_boy._result import Results
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol
 
-    from errand_boy._job import Command, Job
+    from errand_boy._job import Command
     from errand_boy._policy import Retries
     from errand_boy._result import Result
     from errand_boy._templates import Source
@@ -74,7 +74,7 @@ class Batch:
     def __init__(
         self,
         source: Source,
-        commands: Iterable[Command | None],
+        commands: Iterable[Command | Job | None],
         *,
         max_workers: int | None = None,
         capture_output: bool = True,
@@ -141,7 +141,7 @@ class Batch:
         elif self.halt.needs_total and self.halt.total is None:
             raise ValueError("done=N% of how many? commands must have a length")
         share = Timeout(timeout) if isinstance(timeout, str) else None
-        self._jobs = Jobs(
+        self.jobs = Jobs(
             self._options,
             captured=(stdout == subprocess.PIPE, stderr == subprocess.PIPE),
             text=text,
@@ -197,11 +197,11 @@ class Batch:
     @property
     def open_output(self) -> Callable[[int, int], Any] | None:
         """What takes a command's output, as Jobs has it; None: it is kept for the result."""
-        return self._jobs.open_output
+        return self.jobs.open_output
 
     @open_output.setter
     def open_output(self, function: Callable[[int, int], Any] | None) -> None:
-        self._jobs.open_output = function
+        self.jobs.open_output = function
 
     def fill(self) -> None:
         """Start what may be started."""
@@ -271,11 +271,11 @@ class Batch:
             job = channel.job
             assert job is not None
             if type(event) is Ended:
-                self._over(channel, self._jobs.ended(job, event))
+                self._over(channel, self.jobs.ended(job, event))
                 if not stream.is_free:  # the rest is of those who hold its output
                     return
             elif type(event) is Output:
-                self._jobs.write(job, event.number, event.data)
+                self.jobs.write(job, event.number, event.data)
             elif type(event) is Started:
                 self._on_started(channel, job)
             elif type(event) is Failed:
@@ -283,7 +283,7 @@ class Batch:
                     return
                 options = self._options if job.options is None else job.options
                 why = _request.spawn_error(event, job.argv[0], options["cwd"], options)
-                self._over(channel, self._jobs.failed(job, why))
+                self._over(channel, self.jobs.failed(job, why))
         if stream.unsent and channel.job is not None:
             self._send(channel)
 
@@ -351,7 +351,7 @@ class Batch:
                 if command is None:
                     self._is_dry = True
                     return None
-                job = self._jobs.make(self._given, command)
+                job = command if type(command) is Job else self.jobs.make(self._given, command)
             except StopIteration:
                 self._exhausted = True
                 return None
@@ -403,7 +403,7 @@ class Batch:
                 if template is None and job.options is None and isinstance(error, ValueError):
                     raise  # it is wrong for all of them
                 if not self._put_off(job, getattr(error, "errno", None)):
-                    self._finish(job, self._jobs.failed(job, error))
+                    self._finish(job, self.jobs.failed(job, error))
                 return
             if channel is None:
                 continue
@@ -471,7 +471,7 @@ class Batch:
         if ended is None:
             self._send(channel)
         else:  # it has left others that hold its output
-            self._over(channel, self._jobs.ended(job, ended))
+            self._over(channel, self.jobs.ended(job, ended))
 
     def _over(self, channel: Channel, result: Result) -> None:
         job = channel.job
@@ -554,4 +554,4 @@ class Batch:
         if not isinstance(lost.error, HelperDiedError):
             raise lost.error
         if job is not None:
-            self._finish(job, self._jobs.without_end(job, -signal.SIGKILL, lost.error))
+            self._finish(job, self.jobs.without_end(job, -signal.SIGKILL, lost.error))

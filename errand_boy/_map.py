@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
-    from errand_boy._job import Command
+    from errand_boy._job import Command, Job
     from errand_boy._result import Result
 
     T = TypeVar("T")
@@ -57,7 +57,7 @@ def drive(batch: Batch, check: bool = False) -> Generator[Result, None, None]:
         batch.close()
 
 
-def make(commands: Iterable[Command | None], client: Any = None, **options: Any) -> Batch:
+def make(commands: Iterable[Command | Job | None], client: Any = None, **options: Any) -> Batch:
     """Return the batch for `map`'s arguments."""
     return Batch(LocalSource() if client is None else DaemonSource(client), commands, **options)
 

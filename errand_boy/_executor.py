@@ -1,0 +1,261 @@
+"""concurrent.futures for commands: errand_boy.Executor."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import errno
+import os
+import threading
+from collections import deque
+
+import errand_boy
+from errand_boy import _map
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+    from typing import Any, TypeAlias
+
+    from errand_boy._batch import Batch
+    from errand_boy._client import Client
+    from errand_boy._job import Job
+    from errand_boy._result import Result
+
+    _Base: TypeAlias = concurrent.futures.Future[Result]
+else:
+    _Base = concurrent.futures.Future
+
+
+class CommandFuture(_Base):
+    """A concurrent.futures.Future of a Result, whose `cancel` ends the command if it runs.
+
+    A command that is ended is sent SIGTERM, with its process group, and SIGKILL a second later.
+    """
+
+    # To the base class it is pending until the command has ended: what runs can't be cancelled.
+
+    def __init__(self, executor: Executor, job: Job, check: bool) -> None:
+        super().__init__()
+        self._executor = executor
+        self._job = job
+        self._check = check
+        self._has_begun = False
+
+    def cancel(self) -> bool:
+        """Cancel it, and end the command; return False if it has ended already."""
+        if self.cancelled():
+            return True
+        if not super().cancel():
+            return False
+        self._executor._cancel(self)
+        return True
+
+    def running(self) -> bool:
+        """Return whether the command runs."""
+        return self._has_begun and not self.done()
+
+
+class Executor(concurrent.futures.Executor):
+    """A concurrent.futures.Executor of commands, not of Python's functions.
+
+    `max_workers`: how many run at once; by default four for each CPU. `client` is that of a daemon,
+    which runs them. `options` are those of errand_boy.map for all of the commands, but `ordered`
+    and `halt`. A thread drives them while there are some; like those of the standard library's
+    executors it is waited for when the interpreter ends.
+    """
+
+    def __init__(
+        self, max_workers: int | None = None, *, client: Client | None = None, **options: Any
+    ) -> None:
+        refused = options.keys() & {"ordered", "halt", "check", "progress"}
+        if refused:
+            raise TypeError(f"an Executor has no option {', '.join(sorted(refused))}")
+        client = errand_boy._default if client is None else client
+        self._client = client
+        self._options = {**options, "max_workers": max_workers, "ordered": False}
+        self._batch = self._make()
+        self._owner = os.getpid()
+        self._lock = threading.Lock()  # of all below
+        self._queued: deque[CommandFuture] = deque()
+        self._cancelled: list[CommandFuture] = []
+        self._submitted = 0
+        self._thread: threading.Thread | None = None
+        self._wake_fd = -1
+        self._is_awake = False  # or has been woken
+        self._is_shut = False
+        self._futures: dict[int, CommandFuture] = {}  # of the thread, by index
+
+    def submit(  # type: ignore[override]
+        self, args: Any, /, *, check: bool = False, **options: Any
+    ) -> concurrent.futures.Future[Result]:
+        """Have a command run; return a Future of its Result, which is a CompletedProcess.
+
+        `options` are those that errand_boy.map takes in a command's mapping. The Future raises what
+        subprocess.run would: OSError, TimeoutExpired, with `check` CalledProcessError; and
+        HelperDiedError, HelperError. Its `cancel` ends the command, also when it runs. Raises
+        RuntimeError after shutdown, TypeError and ValueError.
+        """
+        if callable(args):
+            raise TypeError("an errand_boy.Executor runs commands, not functions")
+        if self._owner != os.getpid():
+            text = "another process made this executor, before a fork"
+            raise ChildProcessError(errno.ECHILD, text)
+        with self._lock:
+            if self._is_shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            job = self._batch.jobs.make(self._submitted, {**options, "args": args})
+            self._submitted += 1
+            future = CommandFuture(self, job, check)
+            self._queued.append(future)
+            if self._thread is None:
+                self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._is_awake = False
+                self._thread = threading.Thread(target=self._run, name="errand_boy.Executor")
+                self._thread.start()
+            else:
+                self._wake()
+        return future
+
+    def map(  # type: ignore[override]
+        self, commands: Iterable[Any], /, **options: Any
+    ) -> Generator[Result, None, None]:
+        """Have all of `commands` run now; yield their Results in order. `options` as for submit.
+
+        Raises what the Future of one raises, in its turn. Closing the iterator cancels the others.
+        """
+        futures = deque([self.submit(command, **options) for command in commands])
+
+        def results() -> Generator[Result, None, None]:
+            try:
+                while futures:
+                    yield futures.popleft().result()
+            finally:
+                for future in futures:
+                    future.cancel()
+
+        return results()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more commands; wait for the others, but for those not started if told to cancel.
+
+        To end those that run, cancel their futures.
+        """
+        with self._lock:
+            self._is_shut = True
+            thread = self._thread
+            queued = list(self._queued) if cancel_futures else []
+        for future in queued:
+            future.cancel()
+        if wait and thread is not None:
+            thread.join()
+
+    def _cancel(self, future: CommandFuture) -> None:
+        with self._lock:
+            if self._thread is not None:
+                self._cancelled.append(future)
+                self._wake()
+
+    def _wake(self) -> None:
+        if not self._is_awake:
+            self._is_awake = True
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _make(self) -> Batch:
+        return _map.make(self._next(), self._client, **self._options)
+
+    # -- in the thread --
+
+    def _next(self) -> Iterator[Job | None]:
+        while True:
+            with self._lock:
+                future = self._queued.popleft() if self._queued else None
+            if future is None:
+                yield None
+            elif future.cancelled():
+                _notify(future)
+            else:
+                future._has_begun = True
+                self._futures[future._job.index] = future
+                yield future._job
+
+    def _run(self) -> None:
+        try:
+            self._drive(self._batch)
+        except BaseException as error:
+            self._batch.close()
+            with self._lock:
+                left = [*self._futures.values(), *self._queued]
+                self._futures.clear()
+                self._queued.clear()
+                self._cancelled.clear()
+                self._batch = self._make()
+                self._end()
+            for future in left:
+                if _notify(future):
+                    future.set_exception(error)
+
+    def _drive(self, batch: Batch) -> None:
+        wait = _map.waiter(batch)
+        batch.watch(self._wake_fd, False)
+        while True:
+            batch.fill()
+            while (result := batch.take()) is not None:
+                future = self._futures.pop(result.index)
+                if _notify(future):
+                    _settle(future, result)
+                batch.fill()
+            if not batch.pending():
+                with self._lock:
+                    if not (self._queued or self._cancelled):
+                        batch.unwatch(self._wake_fd)
+                        batch.close()
+                        self._end()
+                        return
+            else:
+                for fd in wait(batch.timers.rest()):
+                    if fd != self._wake_fd:
+                        batch.on_ready(fd)
+            with self._lock:
+                if self._is_awake:
+                    self._is_awake = False
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._wake_fd)
+                cancelled, self._cancelled = self._cancelled, []
+            for gone in cancelled:
+                if self._futures.pop(gone._job.index, None) is not None:
+                    batch.cancel(gone._job.index)
+                    _notify(gone)
+                elif self._unqueue(gone):
+                    _notify(gone)
+            batch.timers.ring()
+
+    def _unqueue(self, future: CommandFuture) -> bool:
+        with self._lock:
+            try:
+                self._queued.remove(future)
+            except ValueError:
+                return False
+            return True
+
+    def _end(self) -> None:
+        os.close(self._wake_fd)
+        self._wake_fd = -1
+        self._thread = None
+
+
+def _notify(future: CommandFuture) -> bool:
+    """Tell those who wait for a future that it is cancelled; return False if it is."""
+    return future.set_running_or_notify_cancel()
+
+
+def _settle(future: CommandFuture, result: Result) -> None:
+    try:
+        if result.error is not None:
+            raise result.error
+        if future._check:
+            result.check_returncode()
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
