@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import contextvars
+import errno
 import functools
 import os
 import signal
@@ -69,6 +70,8 @@ class Deferred(_popen.Popen[bytes]):
             for pipe in (self.stdin, self.stdout, self.stderr):
                 if pipe is not None:
                     pipe.close()
+            if self.terminal is not None:
+                self.terminal.close()
             if self._conclusion is not None or (self._child_created and self.returncode is None):
                 cancelled = _CancelledStart(loop, self)
                 # asyncio.run() waits for the tasks that it cancels: leave nothing for later.
@@ -267,6 +270,11 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         self._exited: asyncio.Future[None] | None = None
         super().__init__(*args, **kwargs)
 
+    @property
+    def terminal(self) -> Any:
+        """The Terminal of the process, or None."""
+        return self._started.terminal
+
     def _start(self, *args: Any, **kwargs: Any) -> None:
         self._proc = self._started
 
@@ -293,12 +301,34 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
                 elif file is not None:
                     file.close()
 
+    def _pipe_connection_lost(self, fd: int, exc: BaseException | None) -> None:
+        # EIO is the way in which a terminal tells of its end.
+        if self._started.terminal is not None and getattr(exc, "errno", 0) == errno.EIO:
+            exc = None
+        super()._pipe_connection_lost(fd, exc)
+
     def _process_exited(self, returncode: int) -> None:
         super()._process_exited(returncode)
         if self._exited is not None and not self._exited.done():
             self._exited.set_result(None)
         if self._started.lost is not None:
             self.close()  # its pipes, which the command may hold for long
+
+    def _call_connection_lost(self, exc: BaseException | None) -> None:
+        super()._call_connection_lost(exc)
+        self._close_terminal()
+
+    def close(self) -> None:
+        super().close()
+        if self._returncode is None:  # else the streams may have something left of it
+            self._close_terminal()
+
+    def _close_terminal(self) -> None:
+        if self._started.terminal is not None:
+            keyboard = self._pipes.get(0)
+            if keyboard is not None:
+                keyboard.pipe.abort()
+            self._started.terminal.close()
 
     async def exited(self) -> None:
         """Wait for the process alone, and not for the ends of its pipes."""
@@ -368,10 +398,16 @@ async def make_transport(
         args, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **kwargs
     )
     watch = await process.begin()
+    if process.terminal is not None:
+        from errand_boy import _asyncio_terminal  # noqa: PLC0415  only those who need it pay for it
+
+        stdin, stdout, stderr = _asyncio_terminal.connect(process, stdin, stdout, stderr)
     waiter = loop.create_future()
     transport = _Transport(
         process, loop, protocol, args, shell, stdin, stdout, stderr, bufsize, waiter, extra
     )
+    if process.terminal is not None and stdin is None:
+        transport._pipes[0] = _asyncio_terminal.Keyboard(loop, process.terminal, transport)
     watch.begin(transport._process_exited)
     try:
         await waiter

@@ -10,6 +10,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+
+class _Captured(int):
+    """The functions' own PIPE: a Popen with a terminal can tell it from its user's."""
+
+
+CAPTURED = _Captured(subprocess.PIPE)
+
 NAMES = ("call", "check_call", "check_output", "getoutput", "getstatusoutput", "run")
 
 
@@ -63,7 +70,7 @@ def rebind(
     for name in NAMES:
         original: FunctionType = getattr(module, name)
         if not namespace:  # that of subprocess, or of gevent.subprocess
-            namespace = {**original.__globals__, "Popen": popen}
+            namespace = {**original.__globals__, "Popen": popen, "PIPE": CAPTURED}
         bound = FunctionType(
             original.__code__, namespace, name, original.__defaults__, original.__closure__
         )

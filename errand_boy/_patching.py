@@ -13,7 +13,7 @@ from typing import Any
 
 from errand_boy import _child, _popen, _start
 
-_originals: dict[tuple[type, str], Any] = {}  # what the class itself had; None: it inherits
+_originals: dict[tuple[Any, str], Any] = {}  # what the class itself had; None: it inherits
 
 
 def patch() -> None:
@@ -39,8 +39,8 @@ def unpatch() -> None:
             setattr(owner, name, original)
 
 
-def _replace(owner: type, name: str, replacement: Callable[..., Any]) -> None:
-    """Put into a class what `replacement` returns when it is called with what was there."""
+def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Put into a class or a module what `replacement` returns when called with what was there."""
     if (owner, name) in _originals:
         return
     original = getattr(owner, name)
@@ -151,10 +151,38 @@ async def _start_on_uvloop(
     return transport, protocol
 
 
+def _patch_ptyprocess(module: ModuleType) -> None:
+    owner = module.PtyProcess
+    if (owner, "spawn") not in _originals:
+        original = _originals[owner, "spawn"] = vars(owner)["spawn"]
+
+        @wraps(original.__func__)
+        def spawn(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            from errand_boy import ptyprocess  # noqa: PLC0415
+
+            return ptyprocess.spawn(original.__get__(None, cls), cls, *args, **kwargs)
+
+        owner.spawn = classmethod(spawn)
+
+
+def _patch_pty(module: ModuleType) -> None:
+    def spawn(original: Any) -> Any:
+        def spawn(argv: Any, *args: Any, **kwargs: Any) -> Any:
+            from errand_boy import _forkpty  # noqa: PLC0415
+
+            return _forkpty.spawn(original, argv, *args, **kwargs)
+
+        return spawn
+
+    _replace(module, "spawn", spawn)
+
+
 _MODULES: dict[str, Callable[[ModuleType], None]] = {
     "asyncio.unix_events": _patch_asyncio,
     "eventlet.green.subprocess": _patch_eventlet,
     "gevent.subprocess": _patch_gevent,
+    "pty": _patch_pty,
+    "ptyprocess.ptyprocess": _patch_ptyprocess,
     "uvloop": _patch_uvloop,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, AnyStr
 
+    from errand_boy.terminal import Terminal
+
     _Base = subprocess.Popen
 else:
     AnyStr = str  # typing takes milliseconds to import
@@ -22,7 +25,31 @@ _Stdlib: Any = _Base
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(_Base[AnyStr]):
+class WithTerminal:
+    """What a Popen of any class has for its `pty`."""
+
+    terminal: Terminal | None = None
+    _select: Any = select  # the module, or what a framework has in its place
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """Write `input`, read all output, and wait for the end; see subprocess.Popen."""
+        if self.terminal is None:
+            return super().communicate(input, timeout)  # type: ignore[misc,no-any-return]
+        from errand_boy import _pty  # noqa: PLC0415
+
+        return _pty.communicate(self, input, timeout)
+
+    def __exit__(self, *args: Any) -> None:
+        if self.terminal is None:
+            super().__exit__(*args)  # type: ignore[misc]
+            return
+        if not self.terminal.at_end:  # else SIGHUP might meet a command that is about to end
+            self.terminal.close()
+        super().__exit__(*args)  # type: ignore[misc]
+        self.terminal.close()
+
+
+class Popen(WithTerminal, _Base[AnyStr]):
     """subprocess.Popen whose child is started without a fork, at the same cost by any process.
 
     All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and
@@ -33,6 +60,11 @@ class Popen(_Base[AnyStr]):
 
     `preexec_fn` may be None, os.setsid or os.setpgrp; any other function runs the standard
     library's way, by a fork of this process, with a warning.
+
+    With `pty`, the command has a new terminal, which is the controlling terminal of a session of
+    its own, and is in the place of those standard streams that are not redirected; `terminal` is
+    then this process's side of it, see errand_boy.terminal and docs/terminals.md. It is true, the
+    (rows, columns), or a terminal.Pty. `communicate` types the input, and returns what is on it.
 
     It also has the options of `errand_boy.Options`, which docs/options.md explains. They can't be
     given with a `preexec_fn` that forks (ValueError); where the system lacks what is needed, or
@@ -53,6 +85,11 @@ class Popen(_Base[AnyStr]):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             if not _STANDARD.issuperset(kwargs):
                 self._more = {**self._more, **_start.take_options(kwargs, _STANDARD)}
+                if "pty" in kwargs:
+                    from errand_boy import _pty  # noqa: PLC0415  only those who need it pay for it
+
+                    _pty.construct(self, super().__init__, args, kwargs)
+                    return
             super().__init__(*args, **kwargs)
 
         if sys.flags.warn_default_encoding:

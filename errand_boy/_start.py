@@ -179,6 +179,9 @@ def close_ends(process: Any, given: tuple[Any, ...]) -> None:
             posix.close(theirs)
     if null is not None:
         posix.close(null)
+    slave = vars(process).pop("_slave", None)  # of its terminal, see _pty
+    if slave is not None:
+        posix.close(slave)
     process._closed_child_pipe_fds = True
 
 

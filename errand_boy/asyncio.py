@@ -67,6 +67,9 @@ class _Functions:
 
         `limit` is the size (bytes) of each stream's buffer, the options are those of
         errand_boy.Popen. If the call is cancelled, the program is not started, or is killed.
+
+        With `pty`, the process also has a `terminal`. Its `stdin` and `stdout`, where they are not
+        redirected, are streams to and from that; to close the first types the end of the input.
         """
         _check(options, False)
         return await self._create((program, *args), False, stdin, stdout, stderr, limit, options)
@@ -101,7 +104,9 @@ class _Functions:
         transport = await _asyncio_transport.make_transport(
             loop, protocol, args, shell, stdin, stdout, stderr, 0, popen=self.popen, **options
         )
-        return Process(transport, protocol, loop)
+        process = Process(transport, protocol, loop)
+        process.terminal = transport.terminal  # type: ignore[attr-defined]
+        return process
 
     async def run(
         self,
@@ -126,11 +131,13 @@ class _Functions:
         if input is not None:
             if stdin is not None:
                 raise ValueError("stdin and input arguments may not both be used.")
-            stdin = PIPE
+            if not options.get("pty"):
+                stdin = PIPE
         if capture_output:
             if stdout is not None or stderr is not None:
                 raise ValueError("stdout and stderr arguments may not be used with capture_output.")
-            stdout = stderr = PIPE
+            if not options.get("pty"):
+                stdout = stderr = PIPE
         _check(options, shell)
         command = args if shell or not isinstance(args, (str, bytes, os.PathLike)) else (args,)
         process = await self._create(command, shell, stdin, stdout, stderr, limit, options)

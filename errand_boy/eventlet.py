@@ -12,7 +12,7 @@ from typing import Any
 
 import eventlet
 from eventlet import hubs
-from eventlet.green import subprocess
+from eventlet.green import select, subprocess
 from eventlet.green.subprocess import (
     DEVNULL,
     PIPE,
@@ -26,6 +26,7 @@ from eventlet.green.subprocess import (
 
 from errand_boy import _child, _driver, _start
 from errand_boy._functions import parameters, rebind
+from errand_boy._popen import WithTerminal
 
 __all__ = [
     "DEVNULL",
@@ -51,7 +52,7 @@ _Base: Any = subprocess.Popen
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
+class Popen(WithTerminal, _Base):  # type: ignore[misc]  # eventlet has no types
     """eventlet.green.subprocess.Popen whose child is started as errand_boy.Popen's is.
 
     All parameters, methods and exceptions are eventlet's, and other greenlets run while a program
@@ -60,10 +61,16 @@ class Popen(_Base):  # type: ignore[misc]  # eventlet has no types
     """
 
     _more = _start.NOTHING
+    _select = select
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not _STANDARD.issuperset(kwargs):
             self._more = _start.take_options(kwargs, _STANDARD)
+            if "pty" in kwargs:
+                from errand_boy import _pty  # noqa: PLC0415  only those who need it pay for it
+
+                _pty.construct(self, super().__init__, args, kwargs)
+                return
         super().__init__(*args, **kwargs)
 
     def _execute_child(self, *args: Any) -> None:

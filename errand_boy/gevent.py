@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import gevent.os
-from gevent import subprocess
+from gevent import select, subprocess
 from gevent.os import fork_and_watch
 from gevent.socket import wait_read, wait_write
 from gevent.subprocess import (
@@ -34,6 +34,7 @@ from gevent.subprocess import (
 from errand_boy import _driver, _native, _start
 from errand_boy._child import HelperChild, helper_child
 from errand_boy._functions import parameters, rebind
+from errand_boy._popen import WithTerminal
 
 __all__ = [
     "DEVNULL",
@@ -63,7 +64,7 @@ _Base: Any = subprocess.Popen
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(_Base):  # type: ignore[misc]  # gevent has no types
+class Popen(WithTerminal, _Base):  # type: ignore[misc]  # gevent has no types
     """gevent.subprocess.Popen whose child is started as errand_boy.Popen's, without a fork.
 
     All parameters, methods and exceptions are gevent's, and other greenlets run while a program is
@@ -73,10 +74,16 @@ class Popen(_Base):  # type: ignore[misc]  # gevent has no types
     """
 
     _more = _start.NOTHING
+    _select = select
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not _STANDARD.issuperset(kwargs):
             self._more = _start.take_options(kwargs, _STANDARD)
+            if "pty" in kwargs:
+                from errand_boy import _pty  # noqa: PLC0415  only those who need it pay for it
+
+                _pty.construct(self, super().__init__, args, kwargs)
+                return
         super().__init__(*args, **kwargs)
 
     def _execute_child(self, *args: Any) -> None:
@@ -125,6 +132,18 @@ def execute_child(original: Callable[..., None], process: Any, *args: Any) -> No
         finally:
             if is_ours:
                 _watch(process)
+
+
+def start(
+    original: Callable[..., None], process: Any, given: tuple[Any, ...], more: dict[str, Any]
+) -> None:
+    """Start what no Popen stands for, for os.waitpid of gevent's; see _forkpty.start."""
+    process._loop = gevent.get_hub().loop
+    with _collecting(process._loop):
+        try:
+            _start.execute(process, given, original, driver=_HUB, more=more)
+        finally:
+            _watch(process, ref=False)
 
 
 def internal_poll(original: Callable[..., int | None], process: Any) -> int | None:
@@ -186,7 +205,7 @@ def _run(steps: Any) -> None:
 _HUB = _driver.Driver(_run, _conclude)
 
 
-def _watch(process: Any) -> None:
+def _watch(process: Any, *, ref: bool = True) -> None:
     """Have gevent told of the end of a child, if there is one."""
     if not vars(process).get("_child_created"):
         return
@@ -200,7 +219,7 @@ def _watch(process: Any) -> None:
     elif _is_reaped(pid):
         loop = _Reaped(loop)
     # Nothing has been forked: this is how gevent wants to be told of a child.
-    fork_and_watch(process._on_child, loop, True, lambda: pid)
+    fork_and_watch(process._on_child, loop, ref, lambda: pid)
 
 
 def _attend(process: Any, child: HelperChild) -> None:

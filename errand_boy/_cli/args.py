@@ -39,13 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser(
         "run",
         help="run one command, with this terminal, and exit with its status",
-        usage="errand-boy run [-h] [--socket PATH] [--] COMMAND [ARGUMENT ...]",
+        usage="errand-boy run [-h] [--socket PATH] [-t] [--record FILE] [--] COMMAND [ARG ...]",
         description="Run a command by the daemon or, if none listens, as a child of this process. "
         "Signals are passed on. Exit status: the command's, 128 + N if signal N ended it; 127 if "
         "it was not found, 126 if it could not be started, 125 for what errand-boy itself could "
         "not do.",
     )
     add_socket(run)
+    run.add_argument(
+        "-t",
+        "--pty",
+        action="store_true",
+        help="give the command a terminal of its own, and show that on this one",
+    )
+    run.add_argument(
+        "--record",
+        metavar="FILE",
+        help="the same, and write what is on it to FILE, as asciicast v2",
+    )
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
     many = commands.add_parser(
         "map",
@@ -82,6 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     if not argv:
         run.error("which command?")
+    if options.pty or options.record is not None:
+        from errand_boy._cli import terminal  # noqa: PLC0415
+
+        return terminal.run(argv, options.socket, options.record)
     from errand_boy._cli.run import run as run_command  # noqa: PLC0415
 
     return run_command(argv, options.socket)

@@ -41,14 +41,9 @@ def run(argv: Sequence[str], socket: str | None = None) -> int:
     forwarded = {n for n in candidates if signal.getsignal(n) is not signal.SIG_IGN}
     for number in forwarded:
         signal.signal(number, lambda number, frame: early.append(number))
-    try:
-        process = _start(argv, socket)
-    except OSError as error:
-        if isinstance(error, errand_boy.ErrandBoyError):
-            print(f"errand-boy: {error.strerror}", file=sys.stderr)
-            return 125
-        print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
-        return 127 if isinstance(error, FileNotFoundError) else 126
+    process = start(argv, socket)
+    if isinstance(process, int):
+        return process
     if not isinstance(process, _client.Popen):
         for number in _JOB_CONTROL & forwarded:
             signal.signal(number, signal.SIG_DFL)
@@ -75,11 +70,22 @@ def run(argv: Sequence[str], socket: str | None = None) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _start(argv: Sequence[str], socket: str | None) -> _popen.Popen[Any]:
+def start(argv: Sequence[str], socket: str | None, **options: Any) -> _popen.Popen[Any] | int:
+    """Start a command by the daemon, or if none listens here; return it.
+
+    If that fails, say why on standard error, and return the exit status.
+    """
     try:
-        return errand_boy.connect(socket).Popen(argv)
-    except errand_boy.NoDaemonError:
-        return _popen.Popen(argv)
+        try:
+            return errand_boy.connect(socket).Popen(argv, **options)
+        except errand_boy.NoDaemonError:
+            return _popen.Popen(argv, **options)
+    except OSError as error:
+        if isinstance(error, errand_boy.ErrandBoyError):
+            print(f"errand-boy: {error.strerror}", file=sys.stderr)
+            return 125
+        print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
+        return 127 if isinstance(error, FileNotFoundError) else 126
 
 
 def _await_end(process: _popen.Popen[Any], failures: list[OSError]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -24,9 +23,12 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from foreign.suite import Results, read
 
 HERE = Path(__file__).parent
+FOREIGN = HERE.parent / "foreign"
 REPLACED = HERE.parent / "cpython" / "replaced"
 
 NOT_INSTALLED = 77
@@ -37,39 +39,6 @@ MOST_DOUBTFUL = 5  # tests
 # It looks for leaks of memory in psutil's C functions, with one more package (psleak), and not at
 # processes.
 LEFT_OUT = ("test_memleaks.py",)
-
-
-class Results(NamedTuple):
-    """What became of the tests, by id."""
-
-    popen: str  # the module of subprocess.Popen there
-    running: str  # the test that was running last, if it has no result
-    passed: set[str]
-    skipped: set[str]
-    failed: dict[str, str]  # and why
-
-
-def read(path: Path) -> Results:
-    """Read what the plugin has written."""
-    popen = running = ""
-    failed: dict[str, str] = {}
-    skipped: set[str] = set()
-    ended: set[str] = set()
-    for line in path.read_text().splitlines():
-        test, outcome, text = json.loads(line)
-        if outcome == "Popen":
-            popen = text
-        elif outcome == "started":
-            running = test
-        elif outcome == "failed":
-            failed.setdefault(test, text)
-        elif outcome == "skipped":
-            skipped.add(test)
-        elif outcome == "ended":
-            running = ""
-            ended.add(test)
-    skipped -= failed.keys()
-    return Results(popen, running, ended - skipped - failed.keys(), skipped, failed)
 
 
 def copy(sdist: Path, to: Path) -> None:
@@ -95,10 +64,10 @@ def run(
         results.touch()
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([*places, str(HERE)]),
+            "PYTHONPATH": os.pathsep.join([*places, str(FOREIGN)]),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "PSUTIL_RESULTS": str(results),
-            "PSUTIL_LONGEST_TEST": str(LONGEST_TEST),
+            "SUITE_RESULTS": str(results),
+            "SUITE_LONGEST_TEST": str(LONGEST_TEST),
         }
         command = [sys.executable, "-m", "pytest", "-p", "results", "-p", "no:cacheprovider"]
         command += ["-c", "pytest.ini", "-q", "--tb=short", "-W", "ignore", *options]

@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_RESULTS = Path(os.environ["PSUTIL_RESULTS"])
-_LONGEST_TEST = float(os.environ["PSUTIL_LONGEST_TEST"])  # seconds
+_RESULTS = Path(os.environ["SUITE_RESULTS"])
+_LONGEST_TEST = float(os.environ["SUITE_LONGEST_TEST"])  # seconds
 _AGAIN = 5.0  # seconds, for what a test does when it fails
 
 

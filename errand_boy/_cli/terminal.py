@@ -1,0 +1,336 @@
+"""One command on a terminal of its own, shown on this one: `errand-boy run --pty`."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import json
+import os
+import select
+import signal
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from errand_boy import _client, _popen
+from errand_boy._cli.run import start
+from errand_boy.terminal import (
+    Pty,
+    Terminal,
+    get_size,
+    make_raw,
+    non_blocking,
+    read_some,
+    wait_for,
+    write_some,
+)
+
+_CHUNK = 1 << 16  # bytes
+_MOST_TYPED = 1 << 16  # bytes that wait for the command to read
+_FORWARDED = {
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+}
+_HANDLED = {*_FORWARDED, signal.SIGWINCH, signal.SIGTSTP}
+
+
+def run(argv: Sequence[str], socket: str | None = None, record: str | None = None) -> int:
+    """Run a command on a new terminal; return its status as a shell gives it.
+
+    If standard input is a terminal, that one is raw meanwhile, and the new one is like it. With
+    `record`, what is on it goes into a file of that name too, in the form of asciicast v2.
+    """
+    outer = _Outer()
+    ignored = {n for n in _FORWARDED if signal.getsignal(n) is signal.SIG_IGN}
+    with _signals(_HANDLED - ignored) as arrived:
+        recording = None
+        try:
+            if record is not None:
+                recording = Recording(record, outer.size(), argv)
+        except OSError as error:
+            print(f"errand-boy: {record}: {error.strerror}", file=sys.stderr)
+            return 125
+        try:
+            process = start(argv, socket, pty=Pty(*outer.size()[:2], termios=outer.saved))
+        except BaseException:
+            if recording is not None:
+                recording.discard()
+            raise
+        if isinstance(process, int):
+            if recording is not None:
+                recording.discard()
+            return process
+        with outer:
+            return _Session(process, outer, arrived, recording).run()
+
+
+@contextlib.contextmanager
+def _signals(numbers: set[signal.Signals]) -> Iterator[int]:
+    """Have signals written, a byte each, to a pipe; what is yielded is its other end."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+class _Outer:
+    """The terminal that this process has, if it has one. A context manager: raw within."""
+
+    def __init__(self) -> None:
+        self.saved = None
+        with contextlib.suppress(termios.error):
+            self.saved = termios.tcgetattr(0)
+        self._tty = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
+
+    def size(self) -> tuple[int, int, int, int]:
+        """Return its rows and columns, and the same in pixels."""
+        found = (0, 0, 0, 0) if self._tty is None else get_size(self._tty)
+        return found if found[0] and found[1] else (24, 80, 0, 0)
+
+    @property
+    def has_size(self) -> bool:
+        return self._tty is not None
+
+    def __enter__(self) -> None:
+        if self.saved is not None:
+            attributes = [*self.saved]
+            make_raw(attributes)
+            self._set(attributes)
+
+    def __exit__(self, *_: object) -> None:
+        if self.saved is not None:
+            self._set(self.saved)
+
+    def _set(self, attributes: list[Any]) -> None:
+        # One that has hung up has no attributes.
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, attributes)
+
+    def is_suspend(self, typed: bytes) -> bool:
+        """Return whether a key stands for the suspension of what runs."""
+        return self.saved is not None and typed == self.saved[6][termios.VSUSP] != b"\0"
+
+
+class _Session:
+    def __init__(
+        self,
+        process: _popen.Popen[Any],
+        outer: _Outer,
+        arrived: int,
+        recording: Recording | None,
+    ) -> None:
+        terminal = process.terminal
+        assert terminal is not None
+        self._process = process
+        self._terminal: Terminal = terminal
+        self._outer = outer
+        self._arrived = arrived
+        self._recording = recording
+        self._typed = b""
+        self._reads_keys = True
+        self._failure: OSError | None = None
+
+    def run(self) -> int:
+        """Move what is typed and what is shown, until the command has ended."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        waiter = threading.Thread(target=self._await_end, args=[writer], daemon=True)
+        waiter.start()
+        fd = self._terminal.fileno()
+        with non_blocking(fd):
+            shows = True
+            ended = False
+            while not ended or shows:
+                reading = {self._arrived}
+                reading |= set() if ended else {reader}
+                reading |= {fd} if shows else set()
+                reading |= {0} if self._reads_keys and len(self._typed) < _MOST_TYPED else set()
+                writing = {fd} if shows and self._typed else set()
+                readable, writable = wait_for(select, reading, writing)
+                if self._arrived in readable:
+                    for number in os.read(self._arrived, 100):
+                        self._on_signal(number)
+                if 0 in readable:
+                    self._read_keys()
+                if writable:
+                    self._type()
+                if fd in readable:
+                    shows = self._show()
+                ended = ended or reader in readable
+        self._terminal.close()
+        waiter.join()
+        os.close(reader)
+        os.close(writer)
+        if self._recording is not None:
+            self._recording.close()
+        if self._failure is not None:
+            print(f"errand-boy: {self._failure.strerror}\r", file=sys.stderr)
+            return 125
+        status: int = self._process.returncode
+        return status if status >= 0 else 128 - status
+
+    def _await_end(self, writer: int) -> None:
+        try:
+            self._process.wait()
+        except OSError as error:
+            self._failure = error
+        os.write(writer, b"\0")
+
+    def _show(self) -> bool:
+        """Pass on what the command has written; return whether more may come."""
+        data = read_some(self._terminal.fileno(), _CHUNK)
+        if data is None:
+            return True
+        if self._recording is not None:
+            self._recording.output(data)
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(1, rest) :]
+            except BlockingIOError:
+                wait_for(select, [], [1])
+            except OSError:  # nobody looks any more
+                self._hang_up()
+                return False
+        return bool(data)
+
+    def _hang_up(self) -> None:
+        self._reads_keys = False
+        self._signal(signal.SIGHUP)
+        self._signal(signal.SIGCONT)
+
+    def _read_keys(self) -> None:
+        try:
+            data = os.read(0, _CHUNK)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EAGAIN):
+                raise
+            data = b""
+        if not data:
+            self._reads_keys = False
+            if self._outer.saved is None:
+                with contextlib.suppress(OSError):
+                    at_line_start = self._typed[-1:] in (b"", b"\n")
+                    self._typed += self._terminal.end_of_input(at_line_start)
+            else:
+                self._hang_up()
+        elif self._outer.is_suspend(data) and self._would_ignore_suspend():
+            self._suspend()
+        else:
+            self._typed += data
+
+    def _type(self) -> None:
+        try:
+            done = write_some(self._terminal.fileno(), memoryview(self._typed))
+            self._typed = self._typed[done:]
+        except OSError:  # EIO: it has gone
+            self._typed = b""
+
+    # -- signals and job control --
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            if isinstance(self._process, _client.Popen):
+                self._process.send_group_signal(number)
+            elif self._process.poll() is None:
+                os.killpg(self._process.pid, number)
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGWINCH:
+            self._resize()
+        elif number == signal.SIGTSTP:
+            self._suspend()
+        elif number in _FORWARDED:
+            self._signal(number)
+
+    def _resize(self) -> None:
+        if self._outer.has_size:
+            size = self._outer.size()
+            with contextlib.suppress(OSError):
+                self._terminal.winsize = size
+            if self._recording is not None:
+                self._recording.resize(size)
+
+    def _would_ignore_suspend(self) -> bool:
+        # The command's own group is one that the kernel does not stop from the keyboard, since no
+        # process of its session could wake it. A shell's jobs are others.
+        with contextlib.suppress(OSError):
+            flags = self._terminal.attributes()[3]
+            return bool(flags & termios.ISIG) and (
+                self._terminal.foreground_pgid == self._process.pid
+            )
+        return False
+
+    def _suspend(self) -> None:
+        """Stop the command and this process, as ^Z would if they were one; go on after `fg`."""
+        self._signal(signal.SIGSTOP)
+        self._outer.__exit__()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._outer.__enter__()
+        self._resize()
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGWINCH)  # it may be another screen by now
+
+
+class Recording:
+    """A file in the form of asciicast v2: a line with what it is of, and one for each event."""
+
+    def __init__(self, path: str, size: tuple[int, int, int, int], argv: Sequence[str]) -> None:
+        self._file = open(path, "w", encoding="utf-8")
+        self._path = path
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = time.monotonic()
+        environment = {n: os.environ[n] for n in ("SHELL", "TERM") if n in os.environ}
+        self._write(
+            {
+                "version": 2,
+                "width": size[1],
+                "height": size[0],
+                "timestamp": int(time.time()),
+                "command": " ".join(argv),
+                "env": environment,
+            }
+        )
+
+    def output(self, data: bytes) -> None:
+        """Note what has been shown."""
+        text = self._decoder.decode(data)
+        if text:
+            self._event("o", text)
+
+    def resize(self, size: tuple[int, int, int, int]) -> None:
+        """Note a change of the size."""
+        self._event("r", f"{size[1]}x{size[0]}")
+
+    def close(self) -> None:
+        """Write what is left, and close the file."""
+        rest = self._decoder.decode(b"", final=True)
+        if rest:
+            self._event("o", rest)
+        self._file.close()
+
+    def discard(self) -> None:
+        """Remove the file: nothing has run."""
+        self._file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def _event(self, kind: str, text: str) -> None:
+        self._write([round(time.monotonic() - self._begun, 6), kind, text])
+
+    def _write(self, value: object) -> None:
+        self._file.write(json.dumps(value, ensure_ascii=False) + "\n")

@@ -1,0 +1,167 @@
+"""A Popen with a terminal: the command's side goes to the start, the caller's to its user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+
+from errand_boy._functions import CAPTURED
+from errand_boy._spool import coding, to_text
+from errand_boy.terminal import (
+    Terminal,
+    as_pty,
+    non_blocking,
+    open_pair,
+    read_some,
+    wait_for,
+    write_some,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+_STANDARD = ("stdin", "stdout", "stderr")
+_CHUNK = 1 << 16  # bytes
+
+
+def construct(
+    process: Any,
+    construct: Callable[..., None],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    """Run the constructor of a Popen of any class whose `options` have a `pty`.
+
+    Those standard streams of the command that are not redirected are the terminal, and so are those
+    that run() would capture.
+    """
+    pty = options.pop("pty")
+    if pty is None or pty is False:
+        construct(*args, **options)
+        return
+    for name in _STANDARD:
+        if options.get(name) is CAPTURED:
+            options[name] = None
+    options["start_new_session"] = True
+    master, slave = open_pair(as_pty(pty))
+    get_handles = process._get_handles
+
+    def handles(*standard: Any) -> Any:
+        del process._get_handles
+        return get_handles(*(slave if what is None else what for what in standard))
+
+    process._get_handles = handles
+    process._slave = slave  # until the start is over
+    process._more = {**process._more, "controlling_terminal": slave}
+    try:
+        construct(*args, **options)
+    except BaseException:
+        if vars(process).pop("_slave", None) is not None:
+            os.close(slave)
+        os.close(master)
+        raise
+    encoding = errors = None
+    if is_text(process):
+        encoding, errors = coding(process.encoding, process.errors)
+    process.terminal = Terminal(master, encoding, errors, process._select)
+
+
+def is_text(process: Any) -> bool:
+    """Return whether a Popen is in text mode; gevent's knows what is empty then."""
+    known = vars(process)
+    return bool(known.get("text_mode")) or known.get("_communicate_empty_value") == ""
+
+
+def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
+    """Do what Popen.communicate does for `process`, which has a terminal.
+
+    `input` is typed, and then the end of the input, unless there is a pipe to the command. What is
+    on the terminal takes the place of the output, unless there is a pipe for that.
+    """
+    exchange: _Exchange | None = vars(process).get("_exchange")
+    if exchange is None:
+        exchange = process._exchange = _Exchange(process, input)
+    elif input:
+        raise ValueError("Cannot send input after starting communication")  # subprocess's words
+    end = None if timeout is None else time.monotonic() + timeout
+    while exchange.go_on(None if end is None else end - time.monotonic()):
+        if end is not None and time.monotonic() >= end:
+            output, errors = exchange.output()
+            raise subprocess.TimeoutExpired(process.args, timeout or 0, output, errors)
+    process.wait(None if end is None else max(0.0, end - time.monotonic()))
+    terminal = process.terminal
+    terminal.close()
+    output, errors = exchange.output()
+    if terminal.encoding is None:
+        return output, errors
+    encoding = terminal.encoding, terminal.errors
+    return to_text(output, *encoding), None if errors is None else to_text(errors, *encoding)
+
+
+class _Exchange:
+    """What communicate() has left to do, also after a time-out."""
+
+    def __init__(self, process: Any, input: Any) -> None:
+        terminal: Terminal = process.terminal
+        self._terminal = terminal
+        self._pipe = process.stdin
+        files = [terminal, *filter(None, (process.stdout, process.stderr))]
+        self._reading = {file.fileno(): (file, bytearray()) for file in files}
+        self._output = self._reading[(process.stdout or terminal).fileno()][1]
+        self._errors = None
+        if process.stderr is not None:
+            self._errors = self._reading[process.stderr.fileno()][1]
+        data = b"" if input is None else terminal.encode(input)
+        self._into: int | None = (self._pipe or terminal).fileno()
+        if self._pipe is None:
+            data += terminal.end_of_input(not data or data.endswith(b"\n"))
+        else:
+            with contextlib.suppress(BrokenPipeError):
+                self._pipe.flush()
+        self._rest = memoryview(data)
+        self._end_input()
+
+    def output(self) -> tuple[bytes, bytes | None]:
+        """Return what has been read so far."""
+        return bytes(self._output), None if self._errors is None else bytes(self._errors)
+
+    def go_on(self, seconds: float | None) -> bool:
+        """Wait for so long, and move what can be moved; return whether more may come."""
+        if not self._reading:
+            return False
+        writing = () if self._into is None else (self._into,)
+        readable, writable = wait_for(self._terminal.select, self._reading, writing, seconds)
+        for fd in list(readable):
+            file, got = self._reading[fd]
+            data = read_some(fd, _CHUNK)
+            if data:
+                got += data
+            elif data is not None:
+                del self._reading[fd]
+                if self._into == fd:
+                    self._into = None
+                if file is not self._terminal:  # a command that is about to end would get SIGHUP
+                    file.close()
+        if self._into is not None and writable:
+            self._write(self._into)
+        return bool(self._reading)
+
+    def _write(self, fd: int) -> None:
+        try:
+            with non_blocking(fd):
+                self._rest = self._rest[write_some(fd, self._rest) :]
+        except OSError:  # EPIPE, EIO: the command has closed it, or gone
+            self._rest = self._rest[:0]
+        self._end_input()
+
+    def _end_input(self) -> None:
+        if not self._rest:
+            self._into = None
+            if self._pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    self._pipe.close()

@@ -1,0 +1,385 @@
+"""The caller's side of a command's terminal: what Popen has as `terminal` with ``pty=``.
+
+What is written is typed at the terminal, and what is read would be on its screen.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import fcntl
+import io
+import os
+import select
+import struct
+import termios
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from operator import index
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+_WINSIZE = struct.Struct("HHHH")  # rows, columns, and the same in pixels
+_UNLOCK = 0x40045431  # TIOCSPTLCK
+_OPEN_PEER = 0x5441  # TIOCGPTPEER
+_FLAGS = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
+_CHUNK = 1 << 16  # bytes
+_LFLAG, _CC = 3, 6  # of what tcgetattr returns
+_MOST = 0xFFFF  # rows, columns or pixels
+_NO_CHARACTER = b"\0"  # _POSIX_VDISABLE
+
+
+class Pty:
+    """What a new terminal is to be like, for the `pty` of Popen.
+
+    `rows` and `columns` are its size, `xpixel` and `ypixel` the same in pixels (0: not known).
+    `echo`: what is typed is shown; by default it is. `raw`: nothing that is typed has a meaning to
+    the terminal, and nothing is translated, as after cfmakeraw(3). `termios`: its attributes, as
+    termios.tcgetattr returns them, before these two. Raises ValueError for a size that no terminal
+    has.
+    """
+
+    def __init__(
+        self,
+        rows: int = 24,
+        columns: int = 80,
+        *,
+        echo: bool | None = None,
+        raw: bool = False,
+        xpixel: int = 0,
+        ypixel: int = 0,
+        termios: Sequence[Any] | None = None,
+    ) -> None:
+        self.size = _size((rows, columns, xpixel, ypixel))
+        self.echo = echo
+        self.raw = raw
+        self.termios = termios
+
+    def __repr__(self) -> str:
+        return f"Pty({self.size[0]}, {self.size[1]}, echo={self.echo}, raw={self.raw})"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its attributes are those that the kernel gives a new one."""
+        return self.echo is None and not self.raw and self.termios is None
+
+
+def as_pty(given: Any) -> Pty:
+    """Return what the `pty` of Popen stands for. Raises TypeError and ValueError."""
+    if given is True:
+        return Pty()
+    if isinstance(given, Pty):
+        return given
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise TypeError(f"pty must be true, (rows, columns) or a Pty, not {given!r}")
+    return Pty(*given)
+
+
+def open_pair(pty: Pty) -> tuple[int, int]:
+    """Open a new terminal; return the caller's side and the command's.
+
+    No other process inherits either, not even one that another thread forks meanwhile. Raises
+    OSError, ENOSPC where the system has as many as it may.
+    """
+    master = slave = -1
+    try:
+        master = os.open("/dev/ptmx", _FLAGS)
+        fcntl.ioctl(master, _UNLOCK, b"\0\0\0\0")
+        slave = fcntl.ioctl(master, _OPEN_PEER, _FLAGS)
+        fcntl.ioctl(master, termios.TIOCSWINSZ, _WINSIZE.pack(*pty.size))
+        if not pty.is_plain:
+            _set_attributes(slave, pty)
+    except BaseException as error:
+        for fd in master, slave:
+            if fd >= 0:
+                os.close(fd)
+        if isinstance(error, OSError):
+            text = f"{os.strerror(error.errno or 0)}: a new terminal"
+            if error.errno == errno.ENOSPC:
+                text = "the system has as many terminals as it may (sysctl kernel.pty.max)"
+            raise OSError(error.errno, text) from None
+        raise
+    return master, slave
+
+
+def _set_attributes(fd: int, pty: Pty) -> None:
+    attributes = list(termios.tcgetattr(fd) if pty.termios is None else pty.termios)
+    if pty.raw:
+        make_raw(attributes)
+    if pty.echo is not None:
+        attributes[_LFLAG] &= ~termios.ECHO
+        attributes[_LFLAG] |= termios.ECHO if pty.echo else 0
+    termios.tcsetattr(fd, termios.TCSANOW, attributes)
+
+
+def make_raw(attributes: list[Any]) -> None:
+    """Change what tcgetattr returned as cfmakeraw(3) does."""
+    attributes[0] &= ~(
+        termios.IGNBRK
+        | termios.BRKINT
+        | termios.PARMRK
+        | termios.ISTRIP
+        | termios.INLCR
+        | termios.IGNCR
+        | termios.ICRNL
+        | termios.IXON
+    )
+    attributes[1] &= ~termios.OPOST
+    attributes[2] = attributes[2] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
+    attributes[_LFLAG] &= ~(
+        termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN
+    )
+    attributes[_CC] = list(attributes[_CC])
+    attributes[_CC][termios.VMIN] = 1
+    attributes[_CC][termios.VTIME] = 0
+
+
+def _size(given: Sequence[int]) -> tuple[int, int, int, int]:
+    rows, columns, xpixel, ypixel = map(index, given)
+    if not 0 <= min(rows, columns, xpixel, ypixel) <= max(rows, columns, xpixel, ypixel) <= _MOST:
+        raise ValueError(f"a terminal has 0 to {_MOST} rows, columns and pixels, not {given!r}")
+    return rows, columns, xpixel, ypixel
+
+
+def get_size(fd: int) -> tuple[int, int, int, int]:
+    """Return the rows and columns of a terminal, and its size in pixels. Raises OSError."""
+    found: tuple[int, int, int, int] = _WINSIZE.unpack(
+        fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(_WINSIZE.size))
+    )
+    return found
+
+
+def wait_for(
+    select: Any, reading: Collection[int], writing: Collection[int], seconds: float | None = None
+) -> tuple[Collection[int], Collection[int]]:
+    """Wait for descriptors, for so long at most; return those to be read, and to be written.
+
+    `select` is the module of that name, or what gevent or eventlet has in its place.
+    """
+    if not hasattr(select, "poll"):  # eventlet's, which knows no limit
+        readable, writable, _ = select.select(reading, writing, [], seconds)
+        return readable, writable
+    poll = select.poll()
+    for fd in {*reading, *writing}:
+        poll.register(fd, (fd in reading) * select.POLLIN | (fd in writing) * select.POLLOUT)
+    found = poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
+    # A hang-up is for both.
+    return (
+        [fd for fd, events in found if fd in reading and events & ~select.POLLOUT],
+        [fd for fd, events in found if fd in writing and events & ~select.POLLIN],
+    )
+
+
+@contextmanager
+def non_blocking(fd: int) -> Iterator[None]:
+    """Have writes return when there is no more room."""
+    blocking = os.get_blocking(fd)
+    os.set_blocking(fd, False)
+    try:
+        yield
+    finally:
+        os.set_blocking(fd, blocking)
+
+
+class Terminal:
+    """The caller's side of a terminal. A context manager; `close` at its end.
+
+    In text mode `read` returns str and `write` takes it: `encoding` and `errors` are as for open(),
+    and a line that is read ends in a newline, as with Popen's pipes.
+
+    `at_end`: `read` has come to the end.
+
+    `fd` is its own from now on; `select` is as for `wait_for`.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        encoding: str | None = None,
+        errors: str | None = None,
+        select: Any = select,
+    ) -> None:
+        self._file = io.FileIO(fd, "r+")
+        self.select = select
+        self.encoding = encoding
+        self.errors = errors
+        self._decoder: Any = None
+        if encoding is not None:
+            decoder = codecs.getincrementaldecoder(encoding)(errors or "strict")
+            self._decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+        self._nothing: Any = b"" if encoding is None else ""
+        self.at_end = False
+
+    def __repr__(self) -> str:
+        where = "closed" if self.closed else f"fd={self.fileno()}"
+        return f"<errand_boy.terminal.Terminal {where}>"
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up: the command's session gets SIGHUP, and its reads end. Again has no effect."""
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._file.closed
+
+    def fileno(self) -> int:
+        """Return the descriptor. Raises ValueError after `close`."""
+        return self._file.fileno()
+
+    def isatty(self) -> bool:
+        """Return whether it is open."""
+        return self._file.isatty()
+
+    # -- what is on the screen, and what is typed --
+
+    def read(self, size: int = -1) -> Any:
+        """Return what the command has written, `size` bytes at most; wait until there is some.
+
+        It is empty at the end: nobody has the terminal open any more, or its command has ended.
+        Without `size`, return all up to the end. In text mode it is what `size` bytes stand for.
+        """
+        if size is None or size < 0:
+            parts = []
+            while part := self.read(_CHUNK):
+                parts.append(part)
+            return self._nothing.join(parts)
+        if size == 0:
+            return self._nothing
+        while not self.at_end:
+            wait_for(self.select, [self.fileno()], [])
+            data = read_some(self.fileno(), size)
+            if data is None:
+                continue
+            text = self.decode(data)
+            if text:
+                return text
+        return self._nothing
+
+    def decode(self, data: bytes) -> Any:
+        """Return what `data`, the next bytes that were read, stand for; b"" is the end."""
+        self.at_end = not data
+        return data if self._decoder is None else self._decoder.decode(data, final=not data)
+
+    def write(self, data: Any) -> int:
+        """Type `data`, all of it; return its length. Waits while the command reads nothing.
+
+        A line of more than 4,095 bytes is cut by the kernel, unless the terminal is raw. Raises
+        OSError (EIO) when the command has gone.
+        """
+        self._write(self.encode(data))
+        return len(data)
+
+    def _write(self, data: bytes) -> None:
+        rest, fd = memoryview(data), self.fileno()
+        with non_blocking(fd):  # else a greenlet's write would make the others wait
+            while rest:
+                wait_for(self.select, [], [fd])
+                rest = rest[write_some(fd, rest) :]
+
+    def encode(self, data: Any) -> bytes:
+        """Return what is to be written for `data`. Raises TypeError."""
+        if self.encoding is not None:
+            encoded: bytes = data.encode(self.encoding, self.errors or "strict")
+            return encoded
+        return bytes(memoryview(data).cast("B"))
+
+    def eof(self) -> None:
+        """Type ^D, or what the terminal has in its place: at the beginning of a line, its end."""
+        self._type(termios.VEOF)
+
+    def intr(self) -> None:
+        """Type ^C, or what the terminal has in its place: SIGINT for the foreground group."""
+        self._type(termios.VINTR)
+
+    def _type(self, which: int) -> None:
+        character = self.attributes()[_CC][which]
+        if character != _NO_CHARACTER:
+            self._write(character)
+
+    def end_of_input(self, at_line_start: bool) -> bytes:
+        """Return what is typed to end the input: nothing where that has no meaning."""
+        attributes = self.attributes()
+        character: bytes = attributes[_CC][termios.VEOF]
+        if not attributes[_LFLAG] & termios.ICANON or character == _NO_CHARACTER:
+            return b""
+        return character if at_line_start else 2 * character  # the first one sends the line
+
+    # -- how it is --
+
+    @property
+    def winsize(self) -> tuple[int, int]:
+        """Its rows and columns. When they are set, the foreground group gets SIGWINCH.
+
+        It may be set to four numbers too, of which the last two are its width and height in pixels;
+        else these stay. Raises OSError, and ValueError for what can't be a size.
+        """
+        return get_size(self.fileno())[:2]
+
+    @winsize.setter
+    def winsize(self, size: Sequence[int]) -> None:
+        whole = _size(size if len(size) != 2 else (*size, *self.pixels))
+        fcntl.ioctl(self.fileno(), termios.TIOCSWINSZ, _WINSIZE.pack(*whole))
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Its width and height in pixels; 0 where they are not known."""
+        return get_size(self.fileno())[2:]
+
+    @property
+    def echo(self) -> bool:
+        """Whether it shows what is typed."""
+        return bool(self.attributes()[_LFLAG] & termios.ECHO)
+
+    @echo.setter
+    def echo(self, value: bool) -> None:
+        attributes = self.attributes()
+        attributes[_LFLAG] &= ~termios.ECHO
+        attributes[_LFLAG] |= termios.ECHO if value else 0
+        termios.tcsetattr(self.fileno(), termios.TCSANOW, attributes)
+
+    @property
+    def foreground_pgid(self) -> int:
+        """The process group that has the terminal's keys; 0 if there is none. Raises OSError."""
+        return os.tcgetpgrp(self.fileno())
+
+    def attributes(self) -> list[Any]:
+        """Return what termios.tcgetattr does, of the command's side. Raises OSError."""
+        try:
+            return termios.tcgetattr(self.fileno())  # Linux tells, and sets, those of that side
+        except termios.error as error:
+            raise OSError(*error.args) from None
+
+
+def read_some(fd: int, size: int) -> bytes | None:
+    """Return what there is, b"" at the end, or None: nothing now. Raises OSError."""
+    try:
+        return os.read(fd, size)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EIO:  # nobody has the other side open
+            raise
+        return b""
+
+
+def write_some(fd: int, data: memoryview) -> int:
+    """Write what there is room for; return how much that was. Raises OSError."""
+    try:
+        return os.write(fd, data)
+    except BlockingIOError:
+        return 0
