@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from errand_boy._job import Command
     from errand_boy._options import Options
     from errand_boy._policy import Retries
+    from errand_boy._preexec import chain
     from errand_boy._result import Result
     from errand_boy.sandbox import Sandbox
 
@@ -153,6 +154,7 @@ _LATER = {
     "Options": "errand_boy._options",
     "Result": "errand_boy._result",
     "Retries": "errand_boy._policy",
+    "chain": "errand_boy._preexec",
     "Sandbox": "errand_boy.sandbox",
 }
 
@@ -197,6 +199,7 @@ __all__ = [
     "SubprocessError",
     "TimeoutExpired",
     "call",
+    "chain",
     "check_call",
     "check_output",
     "connect",

@@ -11,7 +11,7 @@ import subprocess
 import time
 from functools import partial
 
-from errand_boy import _address, _capture, _popen, _request, _wire
+from errand_boy import _address, _capture, _popen, _request, _start, _wire
 from errand_boy._connection import Connection
 from errand_boy._frame import SpawnFrame, check
 from errand_boy._functions import rebind
@@ -78,7 +78,7 @@ class Popen(_popen.Popen[AnyStr]):
     - With `kill_on_client_exit`, the child's process group gets SIGTERM when this process ends, and
       SIGKILL `kill_grace` seconds later. Else it lives on. An object that is dropped before its
       child has ended keeps its connection, in the standard library's list of such objects.
-    - `preexec_fn` may be None, os.setsid or os.setpgrp.
+    - `preexec_fn` must be one that is known: see docs/options.md.
     - `wait`, `poll` and `communicate` raise HelperDiedError when the helper has gone, and with it
       the exit status; in a process forked from the one that started the command, ChildProcessError.
     """
@@ -199,8 +199,8 @@ class Client:
     def check_function(self, preexec_fn: Callable[[], Any], more: Mapping[str, Any]) -> None:
         """Raise ValueError."""
         raise ValueError(
-            "the daemon accepts no preexec_fn but os.setsid and os.setpgrp: use user=, group=, "
-            "extra_groups=, umask=, cwd=, start_new_session= or process_group= instead"
+            "the daemon accepts no preexec_fn that is not known: use "
+            + _start.instead_of(preexec_fn)
         )
 
     def until_reachable(self) -> Generator[float, None, None]:

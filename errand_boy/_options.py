@@ -236,7 +236,7 @@ def _descriptor(value: Any) -> Any:
     return value
 
 
-_RESOURCES = (  # by their numbers
+RESOURCES = (  # by their numbers
     *("cpu", "fsize", "data", "stack", "core", "rss", "nproc", "nofile", "memlock", "as"),
     *("locks", "sigpending", "msgqueue", "nice", "rtprio", "rttime"),
 )
@@ -245,8 +245,8 @@ _RESOURCES = (  # by their numbers
 def _rlimits(value: Mapping[str, Any]) -> bytes:
     entries = []
     for name, limit in value.items():
-        if name not in _RESOURCES:
-            raise ValueError(f"rlimits: {name!r} is none of {', '.join(_RESOURCES)}")
+        if name not in RESOURCES:
+            raise ValueError(f"rlimits: {name!r} is none of {', '.join(RESOURCES)}")
         pair = limit if isinstance(limit, (tuple, list)) else (limit, limit)
         if len(pair) != 2 or not all(isinstance(n, int) and -1 <= n < 1 << 64 for n in pair):
             raise ValueError(
@@ -256,12 +256,12 @@ def _rlimits(value: Mapping[str, Any]) -> bytes:
         soft, hard = (n % (1 << 64) for n in pair)  # RLIM_INFINITY is -1
         if soft > hard:
             raise ValueError(f"rlimits: {name}: the soft limit of {limit!r} is above the hard one")
-        entries.append(struct.pack("<BQQ", _RESOURCES.index(name), soft, hard))
+        entries.append(struct.pack("<BQQ", RESOURCES.index(name), soft, hard))
     return b"".join(entries)
 
 
 def _rlimit_refused(value: Mapping[str, Any], failed: Failed) -> str:
-    name = _RESOURCES[failed.member]
+    name = RESOURCES[failed.member]
     limit = value.get(name)
     if failed.errno != errno.EPERM or limit is None:
         return f"{name}: {limit!r}: {os.strerror(failed.errno)}"

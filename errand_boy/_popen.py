@@ -58,8 +58,9 @@ class Popen(WithTerminal, _Base[AnyStr]):
     variable ``ERRAND_BOY_SPAWN`` says so; and the standard library's way where the system lacks
     what is needed. A wait with a time-out ends when the child does.
 
-    `preexec_fn` may be None, os.setsid or os.setpgrp; any other function runs the standard
-    library's way, by a fork of this process, with a warning.
+    A `preexec_fn` that is known (docs/options.md lists them; `errand_boy.chain` joins several) is
+    replaced by options that do the same; any other function runs the standard library's way, by a
+    fork of this process, with a warning.
 
     With `pty`, the command has a new terminal, which is the controlling terminal of a session of
     its own, and is in the place of those standard streams that are not redirected; `terminal` is

@@ -102,14 +102,21 @@ def begin(
         restore_signals, gid, gids, uid, umask, start_new_session,
     ) = given[:22]  # fmt: skip
     process_group = given[22] if len(given) > 22 else -1  # Python 3.11
-    if preexec_fn is os.setsid:
-        start_new_session = True
-    elif preexec_fn is os.setpgrp:
-        process_group = 0
-    elif preexec_fn is not None:
-        source.check_function(preexec_fn, more)
-        original(process, *given)
-        return None
+    settings = more
+    if preexec_fn is not None:
+        from errand_boy import _preexec  # noqa: PLC0415  only those who need it pay for it
+
+        before = (cwd, umask, uid, gid, gids, start_new_session, process_group)
+        known = _preexec.translate(
+            preexec_fn, {**dict(zip(_preexec.PARAMETERS, before, strict=True)), **more}
+        )
+        if known is None:
+            source.check_function(preexec_fn, more)
+            original(process, *given)
+            return None
+        after = [known.pop(name) for name in _preexec.PARAMETERS]
+        cwd, umask, uid, gid, gids, start_new_session, process_group = after
+        settings = known
     has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
     way = source.way(has_ids)
     if way == "subprocess":
@@ -121,7 +128,7 @@ def begin(
         executable = args[0]
     sys.audit("subprocess.Popen", executable, args, cwd, env)
 
-    settings, flags, carried = _request.settings(
+    encoded, flags, carried = _request.settings(
         env=env,
         cwd=cwd,
         restore_signals=restore_signals,
@@ -132,9 +139,9 @@ def begin(
         gids=gids,
         gid=gid,
         uid=uid,
-        **more,
+        **settings,
     )
-    options = _request.command(args, executable, env) + settings
+    options = _request.command(args, executable, env) + encoded
     standard = _request.standard(p2cread, c2pwrite, errwrite)
     others = _request.others(pass_fds) if pass_fds else []
 
@@ -146,7 +153,7 @@ def begin(
         from errand_boy import _helper_start  # noqa: PLC0415  most processes need none
 
         steps = _helper_start.by_helper(process, request, source, driver)
-        return _finish(process, given, names, steps, more)
+        return _finish(process, given, names, steps, settings)
 
     if not close_fds:
         flags |= lib.EB_KEEP_FILES
@@ -164,7 +171,7 @@ def begin(
             close_ends(process, given)
         return None
     steps = _directly(process, given, original, source, driver, outcome, carried, more)
-    return _finish(process, given, names, steps, more)
+    return _finish(process, given, names, steps, settings)
 
 
 def close_ends(process: Any, given: tuple[Any, ...]) -> None:
@@ -268,9 +275,20 @@ def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
     _warned.add(place)
     name = getattr(preexec_fn, "__qualname__", repr(preexec_fn))
     warnings.warn(
-        f"preexec_fn={name} makes Popen fork this process. Use user=, group=, extra_groups=, "
-        "umask=, cwd=, start_new_session= or process_group= instead, or start a small program that "
-        "does it and then executes the command",
+        f"preexec_fn={name} makes Popen fork this process. Use {instead_of(preexec_fn)}",
         RuntimeWarning,
         stacklevel=level,
+    )
+
+
+def instead_of(preexec_fn: Callable[[], Any]) -> str:
+    """Return what to use in the place of a function that is not known."""
+    from errand_boy import _preexec  # noqa: PLC0415
+
+    names = _preexec.substitutes(preexec_fn)
+    if names:
+        return f"{', '.join(f'{name}=' for name in names)} instead: see docs/options.md"
+    return (
+        "an option instead (docs/options.md has the list), or start a small program that does it "
+        "and then executes the command"
     )

@@ -157,7 +157,7 @@ def test_errors(
 
 
 def test_preexec_fn(client: Client) -> None:
-    with pytest.raises(ValueError, match="start_new_session="):
+    with pytest.raises(ValueError, match="use an option instead"):
         client.Popen(["true"], preexec_fn=print)
     with client.Popen(["cat"], stdin=-1, preexec_fn=os.setsid) as process:
         assert os.getsid(process.pid) == process.pid
