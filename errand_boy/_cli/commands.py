@@ -60,8 +60,6 @@ class Commands:
             command = template(values, seq, slot)
             yield command if self.on_made is None else self.on_made(origin, command)
 
-    def size(self, values: Values) -> int:
-        """Return the bytes of a command with these values."""
-        from errand_boy._cli.packing import size_of  # noqa: PLC0415
-
-        return size_of(self._template(values, 1, 1))
+    def sample(self, values: Values) -> list[bytes] | bytes:
+        """Return the command for these values, about."""
+        return self._template(values, 1, 1)

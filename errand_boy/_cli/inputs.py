@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 16  # bytes
 STDIN = "-"
+_STRIPS = {"l": bytes.lstrip, "r": bytes.rstrip, "lr": bytes.strip, "rl": bytes.strip}
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\0": "\0", "\\r": "\r", "\\\\": "\\"}
 
 
@@ -55,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "-E", "--eof", metavar="LINE", help="take no lines from the one that is this on"
+    )
+    group.add_argument(
+        "--trim",
+        choices=("n", "l", "r", "lr", "rl"),
+        default="n",
+        help="remove white space on the left and right of arguments",
     )
     group.add_argument("--link", "--xapply", action="store_true", help="link all sources")
     group.add_argument(
@@ -240,6 +247,9 @@ class Inputs:
         if end is not None:
             source.records = _until(os.fsencode(end), source.records)
             source.total = None
+        strip = _STRIPS.get(self._options.trim)
+        if strip is not None:
+            source.records = _stripped(strip, source.records)
         if self._options.no_run_if_empty or not self.command:
             source.records = _not_blank(source.records)
             source.total = None
@@ -359,6 +369,10 @@ def _first(source: Source) -> Values:
 
 def _until(end: bytes, records: Records) -> Records:
     return itertools.takewhile(lambda values: values is NOT_NOW or values[0] != end, records)
+
+
+def _stripped(strip: Callable[[bytes], bytes], records: Records) -> Records:
+    return (v if v is NOT_NOW else list(map(strip, v)) for v in records)
 
 
 def _not_blank(records: Records) -> Records:

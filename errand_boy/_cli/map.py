@@ -111,13 +111,13 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             contexts=options.pack == "X",
             names=given.names,
             renamed=renamed,
-            appends=not _pipes(options),
+            appends=not _pipes(options) and options.max_args != 0,
         )
         _check_program(given.command, make)
         log = None if options.joblog is None else JobLog(options.joblog, options.resume)
         commands = Commands(source.records, make, log.done if log else set())
         if not _pipes(options):
-            commands.records = packing.packed(source.records, options, commands.size, count.count)
+            commands.records = packing.packed(source.records, options, commands.sample, count.count)
         if commands.records is source.records:
             policy.total = source.total
         if policy.needs_total and policy.total is None:

@@ -72,9 +72,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--results",
         metavar="DIRECTORY",
-        help="keep output in files stdout and stderr in DIRECTORY/1/ARGUMENT/2/ARGUMENT/..., with "
+        help="write output to files, stdout and stderr in DIRECTORY/1/ARGUMENT/2/ARGUMENT/..., with "
         "the names of a header in the place of numbers; a name with {} or the like in it is that "
-        "of the file itself, with .err added for standard error",
+        "of the directory if it ends in /, else of the file itself, with .err added for errors",
     )
     group.add_argument(
         "--files",
@@ -177,10 +177,10 @@ class Output:
     def write(self, result: Result) -> None:
         """Write what is to be written of a command at its turn."""
         index = result.index
-        if self._names_command:
-            sys.stdout.buffer.write(written(result.args) + b"\n")
         sinks = self._sinks.pop(index, (None, None))
         tag = b"" if self._tag is None else self.tag(index)
+        if self._names_command and self._files is None:
+            sys.stdout.buffer.write(tag + written(result.args) + b"\n")
         if self._files is not None:
             self._write_files(self._origins[index])
         for sink in sinks:
@@ -209,15 +209,10 @@ class Output:
 
     def _write_files(self, origin: Origin) -> None:
         assert self._files is not None
-        path = self._files.path(origin, 0)
-        assert path is not None
         if self._files_only:
+            path = self._files.path(origin, 0)
+            assert path is not None
             sys.stdout.buffer.write(path + b"\n")
-        for number in (0, 1):
-            found = self._files.path(origin, number)
-            if found is not None and not (self._files_only and number == 0):
-                with open(found, "rb") as file:
-                    _copy(file, _stream(number), b"")
         self._files.forget(origin)
 
 
@@ -337,7 +332,6 @@ class _Files:
         if self.own is not None:
             values = [_file_name(value) for value in origin.values]
             name = self.own.text(values, origin.seq, origin.slot)
-            out, err, seq = name, name + b".err", name + b".seq"
         else:
             parts = [self._results]
             for number, value in enumerate(origin.values):
@@ -345,7 +339,10 @@ class _Files:
                 parts.append(_file_name(self._names[number]) if named else b"%d" % (number + 1))
                 parts.append(_file_name(value))
             name = os.path.join(*parts, b"")
+        if name.endswith(b"/"):
             out, err, seq = name + b"stdout", name + b"stderr", name + b"seq"
+        else:
+            out, err, seq = name, name + b".err", name + b".seq"
         os.makedirs(os.path.dirname(out) or b".", exist_ok=True)
         for made, text in (out, b""), (err, b""), (seq, b"%d" % origin.seq):
             with open(made, "wb") as file:

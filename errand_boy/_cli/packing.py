@@ -25,14 +25,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-n",
         "-N",
-        "-L",
         "--max-args",
         "--max-replace-args",
-        "--max-lines",
         dest="max_args",
+        type=number(int, 0),
+        metavar="N",
+        help="so many arguments for each command, {1} to {N}; 0: none of the one that it is for. "
+        "With --pipe, so many records",
+    )
+    group.add_argument(
+        "-L",
+        "--max-lines",
+        dest="max_lines",
         type=number(int, 1),
         metavar="N",
-        help="so many arguments or lines for each command; {1} to {N} are each of them",
+        help="so many lines for each command",
     )
     group.add_argument(
         "-m",
@@ -66,16 +73,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def packed(
-    records: Records, options: argparse.Namespace, size: Callable[[Values], int], jobs: int
+    records: Records,
+    options: argparse.Namespace,
+    make: Callable[[Values], Sequence[bytes] | bytes],
+    jobs: int,
 ) -> Records:
-    """Return the values of each command. `size` is that of a command with such values."""
+    """Return the values of each command. `make` makes one of such values."""
     if options.pack is not None:
-        most = options.max_chars or _most_bytes(options.shell)
+        if options.max_args == 0:
+            raise UsageError("-n 0 gives no arguments to pack")
+        count = options.max_args or options.max_lines
         shares = jobs if options.pack != "xargs" else 1
-        return _fitting(records, most, options.max_args, size, shares)
-    if options.max_args is not None and options.max_args > 1:
-        return _groups(records, options.max_args)
-    return records
+        if options.max_chars is not None or options.shell:
+            most = options.max_chars or _ONE_STRING - 1
+            return _fitting(records, most, count, lambda values: size_of(make(values)), shares)
+
+        def size(values: Values) -> int:
+            words = make(values)
+            return size_of(words) + _POINTER * len(words)
+
+        return _fitting(records, _most_bytes(), count, size, shares)
+    if options.max_args == 0:
+        return (record if record is NOT_NOW else [] for record in records)
+    count = options.max_args or options.max_lines or 1
+    return _groups(records, count) if count > 1 else records
 
 
 def _groups(records: Records, count: int) -> Records:
@@ -97,22 +118,21 @@ def _groups(records: Records, count: int) -> Records:
 def _fitting(
     records: Records, most: int, count: int | None, size: Callable[[Values], int], shares: int
 ) -> Records:
-    empty = size([])
-    room = most - empty
     held: list[Values] = []
     used = 0
     for record in records:
         if record is NOT_NOW:
             yield NOT_NOW
             continue
-        needed = size(record) - empty
-        if needed > room:
+        alone = size(record)
+        if alone > most:
             raise UsageError(f"an argument is too long for a command of {most} bytes")
-        if used + needed > room or len(held) == count:
+        more = size(record + record) - alone  # what it adds to others
+        if used + more > most or len(held) == count:
             yield _joined(held)
             held, used = [], 0
+        used += more if held else alone
         held.append(record)
-        used += needed
     share = max(1, -(-len(held) // shares))
     for start in range(0, len(held), share):
         yield _joined(held[start : start + share])
@@ -123,14 +143,12 @@ def _joined(records: Sequence[Values]) -> Values:
 
 
 def size_of(command: Sequence[bytes] | bytes) -> int:
-    """Return the bytes that the kernel counts for a command."""
+    """Return the bytes of a command, as xargs counts them."""
     if isinstance(command, bytes):
         return len(command) + 1
-    return sum(len(word) + 1 + _POINTER for word in command)
+    return sum(map(len, command)) + len(command)
 
 
-def _most_bytes(shell: bool) -> int:
-    if shell:
-        return _ONE_STRING - 1
+def _most_bytes() -> int:
     environment = sum(len(name) + len(value) + 2 + _POINTER for name, value in os.environb.items())
     return max(_HEADROOM, os.sysconf("SC_ARG_MAX") - environment - _HEADROOM)

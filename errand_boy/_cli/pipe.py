@@ -240,4 +240,6 @@ def _header_lines(options: argparse.Namespace) -> int:
 
 def blocks(options: argparse.Namespace, paths: Sequence[str], jobs: int) -> Blocks | Parts:
     """Return the source for --pipe or --pipe-part. Raises UsageError and OSError."""
+    if options.pack or options.max_lines or options.max_args == 0:
+        raise UsageError("blocks are divided by --block or -n, not by -L, -m, -X or --xargs")
     return Parts(options, paths, jobs) if options.pipe_part else Blocks(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -11,7 +12,6 @@ from errand_boy._cli.parsing import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     from typing import TypeAlias
 
     Part: TypeAlias = "bytes | Field"
@@ -29,17 +29,17 @@ _OPERATORS = "|&;<>()$`*"
 # -- what is done with a value --
 
 
-def _no_extension(value: bytes, times: int = 1) -> bytes:
-    for _ in range(times):
-        head, dot, tail = value.rpartition(b".")
-        if not dot or b"/" in tail:
-            break
-        value = head
-    return value
+_EXTENSIONS = [re.compile(rb"(?:\.[^/.]+){%d}\Z" % count) for count in (1, 2, 3)]
 
 
-def _extension(value: bytes, times: int = 1) -> bytes:
-    return value[len(_no_extension(value, times)) :].removeprefix(b".")
+def _no_extension(value: bytes, count: int = 1) -> bytes:
+    """Return `value` without its last extensions; whole, if there are fewer."""
+    return _EXTENSIONS[count - 1].sub(b"", value)
+
+
+def _extension(value: bytes, count: int = 1) -> bytes:
+    match = _EXTENSIONS[count - 1].search(value)
+    return match[0][1:] if match else b""
 
 
 def _base(value: bytes) -> bytes:
@@ -68,13 +68,13 @@ _CHANGES: dict[bytes, Callable[[bytes], bytes]] = {
 
 # Own names for some replacement strings: the option, its destination, and the string it replaces.
 _RENAMED = (
-    ("-I", "replace", b"{}"),
-    ("--extensionreplace", "extension_replace", b"{.}"),
-    ("--basenamereplace", "basename_replace", b"{/}"),
-    ("--dirnamereplace", "dirname_replace", b"{//}"),
-    ("--basenameextensionreplace", "basename_extension_replace", b"{/.}"),
-    ("--seqreplace", "seq_replace", b"{#}"),
-    ("--slotreplace", "slot_replace", b"{%}"),
+    ("-I", "", "replace", b"{}"),
+    ("--extensionreplace", "--er", "extension_replace", b"{.}"),
+    ("--basenamereplace", "--bnr", "basename_replace", b"{/}"),
+    ("--dirnamereplace", "--dnr", "dirname_replace", b"{//}"),
+    ("--basenameextensionreplace", "--bner", "basename_extension_replace", b"{/.}"),
+    ("--seqreplace", "", "seq_replace", b"{#}"),
+    ("--slotreplace", "", "slot_replace", b"{%}"),
 )
 
 
@@ -94,10 +94,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="COMMAND is a shell command, and so is a line of input without COMMAND. What replaces "
         "{} in it is one word, so leave {} outside quotes. ARGUMENTs are quoted",
     )
-    for option, name, place in _RENAMED:
+    for option, short, name, place in _RENAMED:
+        names = [option, short] if short else [option]
         group.add_argument(
-            option, dest=name, metavar="STRING", help=f"in the place of {place.decode()}"
+            *names,
+            dest=name,
+            metavar="STRING",
+            help=f"in the place of {place.decode()}".replace("%", "%%"),
         )
+    for option in ("--plus", "-q", "--quote"):  # of GNU parallel: so it is always
+        group.add_argument(option, dest="ignored", action="store_true", help=argparse.SUPPRESS)
 
 
 class Field:
@@ -295,7 +301,7 @@ def _pattern(names: Sequence[bytes], renamed: Sequence[bytes]) -> re.Pattern[byt
 
 def renamed(options: argparse.Namespace) -> list[tuple[bytes, bytes]]:
     """Return the own names of replacement strings, and what they stand for."""
-    found = [(getattr(options, name), place) for _, name, place in _RENAMED]
+    found = [(getattr(options, name), place) for *_, name, place in _RENAMED]
     if "" in [new for new, _ in found]:
         raise UsageError("a replacement string must not be empty")
     return [(os.fsencode(new), place) for new, place in found if new]
