@@ -66,7 +66,8 @@ int eb_landlock_version(void);
 int eb_landlock_create(uint64_t files, uint64_t network, uint64_t scopes);
 int eb_landlock_allow_path(int ruleset, int fd, uint64_t rights);
 int eb_landlock_allow_port(int ruleset, uint64_t port, uint64_t rights);
-int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs);
+int eb_start_helper(int program, const char *path, char **arguments, int control, int errors,
+                    int *share_fs, const char **step);
 """
 
 

@@ -415,7 +415,7 @@ class Batch:
             channel.stream.begin(template.streams, brief, request, input)
             self._send(channel, template.fds)
             return
-        raise _helper.ends_at_once()
+        raise _helper.ends_at_once(_helper.runner)
 
     def _connect(self) -> Channel | None:
         connection = self._source.connect()

@@ -28,6 +28,7 @@ _MOST_IDLE = 32  # connections kept for later
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _FIRST_FREE = 3  # behind the standard streams
 _GRACE = 1.0  # seconds
+_MOST_SAID = 1 << 10  # bytes
 _START = 30.0  # seconds, for a program of which the kernel has said that it runs
 
 _NAMES = (
@@ -125,35 +126,44 @@ class Helper:
         strings = [ffi.new("char[]", argument) for argument in arguments]
         argv = ffi.new("char *[]", [*strings, ffi.NULL])
         share_fs = ffi.new("int *", 0 if posix else 1)
+        step = ffi.new("char *[1]")
         ours, theirs = _socketpair()
-        with theirs:
-            pid = lib.eb_start_helper(
-                -1 if path else _program_fd(),
-                os.fsencode(path or _EXECUTABLE),
-                argv,
-                theirs.fileno(),
-                share_fs,
-            )
+        errors, its_errors = os.pipe()
+        try:
+            with theirs:
+                pid = lib.eb_start_helper(
+                    -1 if path else _program_fd(),
+                    os.fsencode(path or _EXECUTABLE),
+                    argv,
+                    theirs.fileno(),
+                    its_errors,
+                    share_fs,
+                    step,
+                )
+        finally:
+            os.close(its_errors)
         if pid < 0:
             ours.close()
-            raise HelperError(
-                -pid, f"cannot start the helper: {os.strerror(-pid)}", path or _EXECUTABLE
-            )
+            os.close(errors)
+            raise _not_started(-pid, ffi.string(step[0]).decode(), path or _EXECUTABLE)
         self.pid: int = pid
+        manager.last_end = None
         self.shares_fs: bool = share_fs[0] != 0
         self.owns_children = False  # until a reply says so
         self._stays = False  # retired, it lives on with its commands
         self.idle: list[Connection] = []
         self._control = Connection(ours)
         try:
-            with contextlib.suppress(BrokenPipeError):  # it ended at once: connect() will tell
+            with contextlib.suppress(BrokenPipeError):  # it ended at once
                 self._control.open()
-                self._check_ids(path or _EXECUTABLE)
+            self._check_ids(path or _EXECUTABLE, errors)
         except BaseException:
             self.retire()
             raise
+        finally:
+            os.close(errors)
 
-    def _check_ids(self, path: str) -> None:
+    def _check_ids(self, path: str, errors: int) -> None:
         # What an execution does to the ids depends on the kernel, and on the program's mode.
         try:
             frame = _frame(self._control.sock, _START)
@@ -161,7 +171,8 @@ class Helper:
             text = f"the helper has not said in {_START:.0f} seconds that it is there"
             raise HelperError(errno.ETIMEDOUT, text, path) from None
         if frame is None:
-            return  # it ended at once
+            self._check_end(path, errors)
+            return
         kind, payload = frame
         ids = struct.unpack(f"<{len(payload) // 4}I", payload) if kind == lib.EB_IDS else ()
         theirs, ours = (ids[:3], ids[3:6], ids[6:]), _ids_after_exec()
@@ -173,6 +184,20 @@ class Helper:
                     f"{wanted}. See that its program is not set-user-ID or set-group-ID",
                     path,
                 )
+
+    def _check_end(self, path: str, errors: int) -> None:
+        """Raise HelperError if it has ended by itself: so would the next one."""
+        has_ended = self.ended(_GRACE)
+        status = self._manager.last_end if has_ended else None
+        if status is None or not os.WIFEXITED(status):
+            return  # somebody has killed it: connect() will tell
+        os.set_blocking(errors, False)  # others may have copies of the other end
+        try:
+            said = os.read(errors, _MOST_SAID).decode(errors="replace").strip()
+        except BlockingIOError:
+            said = ""
+        text = f"the helper has ended as soon as it was started, {self._manager.how_it_ended()}"
+        raise HelperError(errno.ENOEXEC, f"{text}: {said}" if said else text, path)
 
     def fits(self, fresh: Helper | None) -> bool:
         """Return whether the calling thread may use it; `fresh` is one that it has just started."""
@@ -263,11 +288,14 @@ class Helper:
         """
         # Somebody may have waited for any child.
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
-            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid == 0:
                 if not grace or not self._ends(grace):
                     return False
-                os.waitpid(self.pid, 0)
+                _, status = os.waitpid(self.pid, 0)
+            self._manager.last_end = status
         self._control.close()
+        self._owner = 0  # its pid may be another's now
         return True
 
     def _ends(self, grace: float) -> bool:
@@ -310,9 +338,20 @@ def _fits(found: int, fresh: bool) -> bool:
     return bool(found & lib.EB_FITS) and (fresh or not found & lib.EB_UNSURE)
 
 
-def ends_at_once() -> HelperError:
+def _not_started(error: int, step: str, path: str) -> HelperError:
+    text = f"cannot start the helper: {step}: {os.strerror(error)}"
+    if step.startswith("exec"):
+        return HelperError(error, text, path)
+    if error in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+        text += ". The kernel lacks this call (errand-boy needs Linux 5.9), or a seccomp filter"
+        text += " refuses it"
+    return HelperError(error, text)
+
+
+def ends_at_once(manager: HelperManager) -> HelperError:
     """Return the error for a helper that cannot be kept alive."""
-    return HelperError(errno.EAGAIN, "the helper ends again and again as soon as it is started")
+    text = f"the helper ends again and again as soon as it is started, {manager.how_it_ended()}"
+    return HelperError(errno.EAGAIN, text)
 
 
 class HelperManager:
@@ -324,6 +363,14 @@ class HelperManager:
     def __init__(self, own_children: bool) -> None:
         self.own_children = own_children
         self.current: Helper | None = None
+        self.last_end: int | None = None  # of its last helper: the wait status, where known
+
+    def how_it_ended(self) -> str:
+        """Tell in words how its last helper has ended."""
+        if self.last_end is None:
+            return "and nobody has told how"
+        code = os.waitstatus_to_exitcode(self.last_end)
+        return f"by signal {-code}" if code < 0 else f"with exit status {code}"
 
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
         """Prepare `request` for a helper that fits the calling thread; return its connection.
@@ -362,7 +409,7 @@ class HelperManager:
             if connection is not None:
                 spawn_frame.connection = None
                 connection.close()
-        raise ends_at_once()
+        raise ends_at_once(self)
 
     def until_reachable(self) -> Generator[tuple[int, bool], None, None]:
         """Yield (descriptor, True) while `acquire` would wait for that to be writable."""
@@ -385,7 +432,7 @@ class HelperManager:
                 if helper.idle:
                     return
             fresh = self._replace(helper)
-        raise ends_at_once()
+        raise ends_at_once(self)
 
     def dismiss(self, helper: Helper) -> None:
         """Let go of `helper`, if it is the current one."""

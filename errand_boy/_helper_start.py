@@ -59,7 +59,9 @@ def by_helper(process: Any, request: Request, source: Any, driver: Driver) -> Ou
             if helper_child(process) is None:
                 connection.give_back()
             return reply if isinstance(reply, Failed) else None
-    raise HelperError(errno.EPIPE, "the helper ends as soon as it is asked to start a command")
+    text = "the helper ends as soon as it is asked to start a command"
+    how = getattr(source, "how_it_ended", None)  # a daemon's source does not know
+    raise HelperError(errno.EPIPE, text if how is None else f"{text}, {how()}")
 
 
 def _answer(connection: Connection, driver: Driver) -> Generator[Wait, None, Spawned | Failed]:

@@ -97,7 +97,7 @@ class StreamedCommand:
                 raise CancelledError
             self._let_go(Connection.give_back if stream.is_free else Connection.close)
             return self._end
-        raise _helper.ends_at_once()
+        raise _helper.ends_at_once(_helper.runner)
 
     def signal(self, pid: int, number: int) -> None:
         """Have a signal sent to `pid`, as the frame SIGNAL has it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_script
+from test_direct import REFUSING
 
 import errand_boy
 
@@ -44,3 +45,58 @@ def test_package_takes_these_calls_from_nowhere_else() -> None:
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         assert not [name for name in names if name in text], path
+
+
+# Filters, and errors that name the step
+
+EXECVEAT = '(322 if os.uname().machine == "x86_64" else 281)'
+PIDFD_OPEN, MEMFD_CREATE = 434, '(319 if os.uname().machine == "x86_64" else 279)'
+
+
+@pytest.mark.parametrize("error", ["EPERM", "ENOSYS"])
+def test_helper_starts_where_execveat_is_refused(error: str) -> None:
+    source = f"""{REFUSING}
+import errno
+refuse({EXECVEAT}, errno.{error})
+subprocess.start()
+report([subprocess.run(["true"]).returncode, helper_pid() is not None])
+"""
+    assert run_script(source) == [0, True]
+
+
+def test_refused_call_is_named() -> None:
+    source = f"""{REFUSING}
+import errno
+refuse({PIDFD_OPEN}, errno.EPERM)
+try:
+    subprocess.start()
+except subprocess.HelperError as error:
+    report([str(error), error.filename])
+"""
+    text, name = run_script(source)
+    assert "pidfd_open: Operation not permitted" in text
+    assert "filter" in text
+    assert name is None
+
+
+@pytest.mark.parametrize("command", ["exit 3", "echo broken >&2; exit 3"])
+def test_program_that_is_no_helper(tmp_path: Path, command: str) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n{command}\n")
+    program.chmod(0o755)
+    source = """
+    os.environ["ERRAND_BOY_HELPER"] = sys.argv[2]
+    found = []
+    for attempt in subprocess.start, lambda: list(subprocess.map([["true"]])):
+        try:
+            attempt()
+        except subprocess.HelperError as error:
+            found.append([str(error), error.filename])
+    report(found)
+    """
+    found = run_script(source, args=[program])
+    assert len(found) == 2
+    for text, name in found:
+        assert name == str(program)
+        assert "with exit status 3" in text
+        assert ("3: broken" in text) == ("broken" in command)

@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <sched.h>
@@ -20,9 +21,10 @@ enum { START_STACK = 64 << 10, PROGRAM_FD = 5 };
 struct start {
     const char *path;
     char **arguments;
-    int program, control, caller;
+    int program, control, caller, errors;
     long open_max;
     volatile int error;
+    const char *volatile step;
 };
 
 static EB_BARE void close_from(long least, long open_max)
@@ -33,14 +35,37 @@ static EB_BARE void close_from(long least, long open_max)
         eb_raw(SYS_close, fd, 0, 0, 0);
 }
 
+static EB_BARE bool is_same_file(int fd, const char *path)
+{
+    struct stat ours, theirs;
+    return eb_raw(SYS_fstat, fd, (long)&ours, 0, 0) == 0 &&
+           eb_raw(SYS_newfstatat, AT_FDCWD, (long)path, (long)&theirs, 0) == 0 && ours.st_dev == theirs.st_dev &&
+           ours.st_ino == theirs.st_ino;
+}
+
+/* Executes the program that is open as PROGRAM_FD, also after a change of root or ids; under a filter that refuses
+ * execveat, or a TOMOYO that looks up the made-up name /dev/fd/5 where there is none, by a name. */
+static EB_BARE long exec_open(const struct start *s, char **env)
+{
+    static const char name[] = "/proc/self/fd/5";
+    long r = eb_raw5(SYS_execveat, PROGRAM_FD, (long)"", (long)s->arguments, (long)env, AT_EMPTY_PATH);
+    if (is_same_file(PROGRAM_FD, name))
+        eb_raw(SYS_execve, (long)name, (long)s->arguments, (long)env, 0);
+    if (is_same_file(PROGRAM_FD, s->path))
+        eb_raw(SYS_execve, (long)s->path, (long)s->arguments, (long)env, 0);
+    return r;
+}
+
 /* In the caller's memory, while one of its threads waits: the others go on. */
 static EB_BARE int helper_child(void *arg)
 {
     struct start *s = arg;
     char *env[] = {NULL}; /* nothing of the caller's, LD_PRELOAD included, is meant for the helper */
+    s->step = "dup";
     long control = eb_raw(SYS_fcntl, s->control, F_DUPFD, PROGRAM_FD + 1, 0);
     long caller = control < 0 ? control : eb_raw(SYS_fcntl, s->caller, F_DUPFD, PROGRAM_FD + 1, 0);
-    long null, program = -1, r = caller;
+    long errors = caller < 0 ? caller : eb_raw(SYS_fcntl, s->errors, F_DUPFD, PROGRAM_FD + 1, 0);
+    long null, program = -1, r = errors;
     if (r < 0 || (s->program >= 0 && (r = program = eb_raw(SYS_fcntl, s->program, F_DUPFD, PROGRAM_FD + 1, 0)) < 0))
         goto failed;
     if ((r = eb_raw(SYS_dup3, control, 3, 0, 0)) < 0 || (r = eb_raw(SYS_dup3, caller, 4, 0, 0)) < 0)
@@ -51,14 +76,18 @@ static EB_BARE int helper_child(void *arg)
     for (int fd = 0; fd < 3; fd++)
         if (null != fd && (r = eb_raw(SYS_dup3, null < 0 ? 3 : null, fd, 0, 0)) < 0)
             goto failed;
+    if ((r = eb_raw(SYS_dup3, errors, 2, 0, 0)) < 0)
+        goto failed;
     if (program >= 0) {
         /* On a number below those that are closed; it goes with the exec. */
         if ((r = eb_raw(SYS_dup3, program, PROGRAM_FD, O_CLOEXEC, 0)) < 0)
             goto failed;
         close_from(PROGRAM_FD + 1, s->open_max);
-        r = eb_raw5(SYS_execveat, PROGRAM_FD, (long)"", (long)s->arguments, (long)env, AT_EMPTY_PATH);
+        s->step = "execveat";
+        r = exec_open(s, env);
     } else {
         close_from(PROGRAM_FD, s->open_max);
+        s->step = "execve";
         r = eb_raw(SYS_execve, (long)s->path, (long)s->arguments, (long)env, 0);
     }
 failed:
@@ -82,17 +111,20 @@ static bool has_one_identity(void)
            uids[0] == uids[1] && uids[1] == uids[2] && gids[0] == gids[1] && gids[1] == gids[2];
 }
 
-int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
+int eb_start_helper(int program, const char *path, char **arguments, int control, int errors, int *share_fs,
+                    const char **step)
 {
-    struct start s = {.path = path, .arguments = arguments, .program = program, .control = control};
+    struct start s = {.path = path, .arguments = arguments, .program = program, .control = control, .errors = errors};
     const int flags = CLONE_VM | CLONE_VFORK | SIGCHLD;
     uint64_t all = ~(uint64_t)0, before;
     s.open_max = sysconf(_SC_OPEN_MAX);
     if (s.open_max < 0)
         s.open_max = 1 << 20; /* no limit; close_range makes this moot on Linux 5.9 */
+    *step = "pidfd_open";
     s.caller = (int)syscall(SYS_pidfd_open, getpid(), 0);
     if (s.caller < 0)
         return -errno;
+    *step = "mmap";
     char *stack = mmap(NULL, START_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
     if (stack == MAP_FAILED) {
         int error = errno;
@@ -108,6 +140,7 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
         pid = eb_raw_clone(flags, stack + START_STACK, NULL, NULL, helper_child, &s);
     }
     int error = pid < 0 ? (int)-pid : s.error;
+    *step = pid < 0 ? "clone" : s.step;
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
     if (pid > 0 && error != 0)
         while (waitpid((pid_t)pid, NULL, 0) < 0 && errno == EINTR)
@@ -119,9 +152,11 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
 
 #else
 
-int eb_start_helper(int program, const char *path, char **arguments, int control, int *share_fs)
+int eb_start_helper(int program, const char *path, char **arguments, int control, int errors, int *share_fs,
+                    const char **step)
 {
-    (void)program, (void)path, (void)arguments, (void)control, (void)share_fs;
+    (void)program, (void)path, (void)arguments, (void)control, (void)errors, (void)share_fs;
+    *step = "clone";
     return -ENOSYS;
 }
 
