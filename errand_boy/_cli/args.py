@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import errand_boy
 from errand_boy import _address
+from errand_boy._cli import command_options
 from errand_boy._cli.parsing import add_socket, number
 
 _COMMANDS = ("serve", "run", "map", "status")
@@ -39,13 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser(
         "run",
         help="run one command, with this terminal, and exit with its status",
-        usage="errand-boy run [-h] [--socket PATH] [-t] [--record FILE] [--] COMMAND [ARG ...]",
+        usage="errand-boy run [option ...] [--] COMMAND [ARGUMENT ...]",
         description="Run a command by the daemon or, if none listens, as a child of this process. "
         "Signals are passed on. Exit status: the command's, 128 + N if signal N ended it; 127 if "
         "it was not found, 126 if it could not be started, 125 for what errand-boy itself could "
         "not do.",
     )
     add_socket(run)
+    command_options.add_options(run)
     run.add_argument(
         "-t",
         "--pty",
@@ -93,13 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     if not argv:
         run.error("which command?")
+    wanted = command_options.given(options)
     if options.pty or options.record is not None:
         from errand_boy._cli import terminal  # noqa: PLC0415
 
-        return terminal.run(argv, options.socket, options.record)
+        return terminal.run(argv, options.socket, options.record, wanted)
     from errand_boy._cli.run import run as run_command  # noqa: PLC0415
 
-    return run_command(argv, options.socket)
+    return run_command(argv, options.socket, wanted)
 
 
 def open_standard_streams() -> None:

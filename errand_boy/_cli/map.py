@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 
 from errand_boy import _map
 from errand_boy._batch import Batch
-from errand_boy._cli import failing, inputs, jobs, output, packing, pipe, template
+from errand_boy._cli import command_options, failing, inputs, jobs, output, packing, pipe, template
 from errand_boy._cli.commands import Commands
 from errand_boy._cli.joblog import JobLog
 from errand_boy._cli.parsing import UsageError, add_socket
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "have the daemon that listens here run the commands (default: $ERRAND_BOY_SOCKET, else a "
         "private helper)",
     )
-    for module in inputs, template, packing, jobs, output, failing, pipe:
+    for module in inputs, template, packing, jobs, output, failing, pipe, command_options:
         module.add_options(parser)
 
 
@@ -134,6 +134,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             max_output=output.KEPT if out.captures else None,
             spool=True,
             halt=policy,
+            **command_options.given(options),
         )
         if make.uses_slot or out.uses_slot:
             commands.next_slot = lambda: work.next_slot

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import errand_boy
 from errand_boy import _client, _popen
@@ -29,11 +29,13 @@ _FORWARDED = {
 _JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
 
 
-def run(argv: Sequence[str], socket: str | None = None) -> int:
+def run(
+    argv: Sequence[str], socket: str | None = None, options: Mapping[str, Any] | None = None
+) -> int:
     """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
 
     The daemon runs it that listens at `socket`, or where daemons listen by default; if none does,
-    it is a child of this process.
+    it is a child of this process. `options` are Popen's.
     """
     early: list[int] = []
     # What is ignored (nohup, a shell's background job) stays so, for the command too.
@@ -41,7 +43,7 @@ def run(argv: Sequence[str], socket: str | None = None) -> int:
     forwarded = {n for n in candidates if signal.getsignal(n) is not signal.SIG_IGN}
     for number in forwarded:
         signal.signal(number, lambda number, frame: early.append(number))
-    process = start(argv, socket)
+    process = start(argv, socket, **(options or {}))
     if isinstance(process, int):
         return process
     if not isinstance(process, _client.Popen):
@@ -80,12 +82,16 @@ def start(argv: Sequence[str], socket: str | None, **options: Any) -> _popen.Pop
             return errand_boy.connect(socket).Popen(argv, **options)
         except errand_boy.NoDaemonError:
             return _popen.Popen(argv, **options)
+    except ValueError as error:
+        print(f"errand-boy: {error}", file=sys.stderr)
+        return 125
     except OSError as error:
         if isinstance(error, errand_boy.ErrandBoyError):
             print(f"errand-boy: {error.strerror}", file=sys.stderr)
             return 125
         print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
-        return 127 if isinstance(error, FileNotFoundError) else 126
+        missing = isinstance(error, FileNotFoundError) and error.filename is not None
+        return 127 if missing else 126
 
 
 def _await_end(process: _popen.Popen[Any], failures: list[OSError]) -> None:

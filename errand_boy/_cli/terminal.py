@@ -13,7 +13,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errand_boy import _client, _popen
@@ -42,11 +42,17 @@ _FORWARDED = {
 _HANDLED = {*_FORWARDED, signal.SIGWINCH, signal.SIGTSTP}
 
 
-def run(argv: Sequence[str], socket: str | None = None, record: str | None = None) -> int:
+def run(
+    argv: Sequence[str],
+    socket: str | None = None,
+    record: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> int:
     """Run a command on a new terminal; return its status as a shell gives it.
 
     If standard input is a terminal, that one is raw meanwhile, and the new one is like it. With
     `record`, what is on it goes into a file of that name too, in the form of asciicast v2.
+    `options` are Popen's.
     """
     outer = _Outer()
     ignored = {n for n in _FORWARDED if signal.getsignal(n) is signal.SIG_IGN}
@@ -59,7 +65,9 @@ def run(argv: Sequence[str], socket: str | None = None, record: str | None = Non
             print(f"errand-boy: {record}: {error.strerror}", file=sys.stderr)
             return 125
         try:
-            process = start(argv, socket, pty=Pty(*outer.size()[:2], termios=outer.saved))
+            process = start(
+                argv, socket, pty=Pty(*outer.size()[:2], termios=outer.saved), **(options or {})
+            )
         except BaseException:
             if recording is not None:
                 recording.discard()

@@ -1,0 +1,141 @@
+"""Options for what the command gets, as `errand-boy run` and `errand-boy map` have them."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import signal
+from collections.abc import Callable
+
+from errand_boy import _options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_UNLIMITED = ("unlimited", "infinity")
+
+# What these commands don't offer, and why.
+ABSENT = {
+    "controlling_terminal": "errand-boy run --pty gives the command a terminal",
+    "foreground": "the shell's job control does it",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add them to `parser`."""
+    group = parser.add_argument_group("what the command gets (see docs/options.md)")
+    for name, (metavar, parse, text) in _FORMS.items():
+        spelling = "rlimit" if name == "rlimits" else name.replace("_", "-")
+        kind: dict[str, Any] = {"action": "store_true"}
+        if metavar is not None:
+            kind = {"metavar": metavar, "type": _checked(name, parse)}
+            if name in _REPEATED:
+                kind["action"] = "append"
+        group.add_argument(f"--{spelling}", dest=_PREFIX + name, help=text, **kind)
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return those that were given, as Popen's keywords."""
+    found = {}
+    for name in _FORMS:
+        value = getattr(options, _PREFIX + name)
+        if value is not None and value is not False:
+            found[name] = _REPEATED[name](value) if name in _REPEATED else value
+    return found
+
+
+def _listed(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
+    name, _, limits = text.partition("=")
+    soft, _, hard = limits.partition(":")
+    pair = _limit(soft), _limit(hard or soft)
+    _options.encode({"rlimits": {name: pair}}, False, False)  # raises where that is no limit
+    return name, pair
+
+
+def _limit(text: str) -> int:
+    return resource.RLIM_INFINITY if text in _UNLIMITED else int(text)
+
+
+def _cpus(text: str) -> set[int]:
+    cpus: set[int] = set()
+    for part in _listed(text):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def _signals(text: str) -> set[int]:
+    return {
+        int(word) if word.isdigit() else signal.Signals[f"SIG{word.upper().removeprefix('SIG')}"]
+        for word in _listed(text)
+    }
+
+
+def _with_level(text: str) -> str | tuple[str, int]:
+    name, colon, level = text.partition(":")
+    return (name, int(level)) if colon else name
+
+
+def _checked(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return `parse`, for argparse's `type`, with the option's own check behind it."""
+
+    def parse_and_check(text: str) -> Any:
+        try:
+            value = parse(text)
+            if name not in _REPEATED and name != "cgroup":
+                _options.encode({name: value}, False, False)
+        except KeyError as error:
+            raise argparse.ArgumentTypeError(f"{error.args[0]} is not known") from None
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+
+    return parse_and_check
+
+
+def _box(text: str) -> tuple[str, Any]:
+    what, _, value = text.partition("=")
+    if what in ("read", "write", "execute") and value:
+        return what, value
+    if what in ("network", "system") and value in ("yes", "no"):
+        return what, value == "yes"
+    raise ValueError("read=PATH, write=PATH, execute=PATH, network=yes or system=yes")
+
+
+def _boxed(parts: list[tuple[str, Any]]) -> dict[str, Any]:
+    box: dict[str, Any] = {}
+    for what, value in parts:
+        if isinstance(value, str):
+            box.setdefault(what, []).append(value)
+        else:
+            box[what] = value
+    return box
+
+
+_PREFIX = "option_"  # of the names in the namespace
+_REPEATED: dict[str, Callable[[Any], Any]] = {"rlimits": dict, "sandbox": _boxed}
+
+# Of each: what its value is called (None: it has none), what reads that, and its help.
+_FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
+    "capabilities": ("NAME,...", _listed, "the only capabilities that it keeps"),
+    "cgroup": ("DIRECTORY", str, "the cgroup that it is born in"),
+    "cpu_affinity": ("N,N-N", _cpus, "the CPUs that it may use"),
+    "ionice": ("CLASS[:LEVEL]", _with_level, "realtime, best-effort or idle"),
+    "namespaces": ("NAME,...", _listed, "namespaces of its own: user, net, pid, ..."),
+    "nice": ("N", int, "what is added to its niceness"),
+    "no_new_privs": (None, str, "no execution gives it privileges"),
+    "oom_score_adj": ("N", int, "-1000 to 1000: who is killed first when memory is short"),
+    "rlimits": ("NAME=SOFT[:HARD]", _rlimit, "a resource limit; may be repeated"),
+    "root": ("DIRECTORY", str, "its root directory, by chroot(2)"),
+    "sandbox": ("read=PATH|...", _box, "what it may use, and nothing else; may be repeated"),
+    "scheduler": ("POLICY[:N]", _with_level, "other, batch, idle, fifo or rr"),
+    "signals_blocked": ("NAME,...", _signals, "the signals that are blocked, and no others"),
+    "signals_default": ("NAME,...", _signals, "signals that are not ignored"),
+    "signals_ignored": ("NAME,...", _signals, "signals that are ignored"),
+    "timer_slack": ("NANOSECONDS", int, "how late its timers may ring"),
+}
