@@ -65,6 +65,26 @@ def take_options(given: dict[str, Any], standard: frozenset[str]) -> dict[str, A
     return _options.take(given, standard)
 
 
+class Owned(Local):
+    """Has commands started by the helper of this process that owns them."""
+
+    def way(self, with_ids: bool) -> str:
+        return "helper"
+
+    def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
+        from errand_boy import _helper  # noqa: PLC0415
+
+        return _helper.runner.acquire(request, spawn_frame)
+
+    def until_reachable(self) -> Steps:
+        from errand_boy import _helper  # noqa: PLC0415
+
+        return _helper.runner.until_reachable()
+
+
+OWNED: Owned = Owned()
+
+
 def execute(
     process: Any,
     given: tuple[Any, ...],
@@ -118,6 +138,8 @@ def begin(
         cwd, umask, uid, gid, gids, start_new_session, process_group = after
         settings = known
     has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
+    if more and more.get("supervise") is not None and source is LOCAL:
+        source = OWNED
     way = source.way(has_ids)
     if way == "subprocess":
         _by_the_standard_library(process, given, original, more)

@@ -43,7 +43,8 @@ enum eb_kind {
     /* client to helper */
     EB_SPAWN = 3,  /* options, see eb_tag */
     EB_SIGNAL = 4, /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
-                        negative of it: its process group, as for kill(2); or 0: the child, whichever it is */
+                        negative of it: its process group, as for kill(2); or 0: the child, whichever it is; or -1: the
+                        whole tree of one with SUPERVISE */
     EB_STDIN = 10, /* bytes for a streamed standard input; empty: its end */
 
     /* client to daemon, its first frame in place of HELLO */
@@ -159,9 +160,13 @@ enum eb_tag {
     EB_TAG_OOM_SCORE_ADJ = 37,   /* i32 */
     EB_TAG_ROOT = 38,            /* path, NUL: chroot, after CWD_FD; CWD is within it, and / without one */
     EB_TAG_CAPABILITIES = 39,    /* u64, bit n for capability n: those that the program has, and can have */
-    EB_TAG_END                   /* one past the last */
+    EB_TAG_SUPERVISE = 40, /* u8: 1: with all that it starts | u32 milliseconds: a supervisor ends the command when the
+                               connection has ended, and with 1 all that is left of its tree so long after the
+                               command's end.  Helpers that own their children only */
+    EB_TAG_END /* one past the last */
 };
 
+#define EB_WHOLE_TREE (-1)      /* a pid of SIGNAL */
 #define EB_JOINED 8             /* a bit of STREAMS */
 #define EB_LIVES_ON 0xFFFFFFFFu /* of ON_CLOSE */
 
@@ -199,6 +204,7 @@ enum eb_stage {
     EB_STAGE_NO_NEW_PRIVS = 24,
     EB_STAGE_SANDBOX = 25,
     EB_STAGE_EXEC = 26,
+    EB_STAGE_TREE = 27, /* before all others: /proc, or its lists of children, are missing */
 };
 
 /* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */

@@ -2,6 +2,7 @@
 
 #include "helper/counters.h"
 #include "helper/streams.h"
+#include "spawn/supervisor.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -33,6 +34,25 @@ static void add_child(struct eb_command *k, pid_t pid)
     *bucket = k;
 }
 
+/* Its process is the guard of a supervised command, whose end it is not. */
+static int take_end(const struct eb_command *k, int status, const struct rusage **usage)
+{
+    const struct eb_supervisor *s = k->start.supervisor;
+    if (s == NULL)
+        return status;
+    if (!eb_supervisor_has_reaped(s))
+        return SIGKILL; /* so has the guard been, and the supervisor is about to do it */
+    *usage = &s->usage;
+    return s->status;
+}
+
+static void forget_supervisor(struct eb_command *k)
+{
+    if (k->start.supervisor != NULL)
+        eb_supervisor_free(k->start.supervisor);
+    k->start.supervisor = NULL;
+}
+
 static void keep_usage(struct eb_command *k, const struct rusage *u)
 {
     const uint64_t fields[EB_USAGE_FIELDS] = {
@@ -57,7 +77,7 @@ struct eb_command *eb_command_reap(pid_t pid, int status, const struct rusage *u
             *at = k->next_child;
             k->next_child = NULL;
             k->child = 0;
-            k->status = status;
+            k->status = take_end(k, status, &usage);
             eb_tied_forget(k->tied_slot);
             k->tied_slot = 0;
             keep_usage(k, usage);
@@ -75,6 +95,10 @@ bool eb_command_lives(const struct eb_command *k)
 
 void eb_command_kill(const struct eb_command *k, int number)
 {
+    if (k->child > 0 && k->start.supervisor != NULL) {
+        eb_supervisor_signal_all(k->start.supervisor, number);
+        return;
+    }
     /* Not yet waited for, so the pid is its own, and a group of that number can only be its. */
     if (k->child > 0 && kill(-k->child, number) != 0)
         (void)kill(k->child, number);
@@ -83,9 +107,17 @@ void eb_command_kill(const struct eb_command *k, int number)
 void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame)
 {
     struct eb_reader r = eb_reader(frame->payload, frame->size);
-    pid_t pid = (pid_t)eb_get_u32(&r), child = c->command != NULL ? c->command->child : 0;
+    const struct eb_command *k = c->command;
+    pid_t pid = (pid_t)eb_get_u32(&r), child = k != NULL ? k->child : 0;
     int number = (int)eb_get_u32(&r);
     eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
+    if (child != 0 && k->start.supervisor != NULL) {
+        if (pid == EB_WHOLE_TREE)
+            eb_supervisor_signal_all(k->start.supervisor, number);
+        else if (pid == 0 || pid == k->start.pid || pid == -k->start.pid)
+            eb_supervisor_signal(k->start.supervisor, pid < 0, number);
+        return;
+    }
     /* Not yet waited for, so the pid is still its own.  A signal may cross with EXITED: then it is late,
      * as it would be with kill(2). */
     if (child != 0 && (pid == 0 || pid == child || pid == -child))
@@ -116,7 +148,8 @@ static void forget_group(struct eb_command *k)
 static void end_command(struct eb_command *k)
 {
     k->dying = true;
-    k->group_fd = (int)syscall(SYS_pidfd_open, k->child, 0);
+    if (k->start.supervisor == NULL)
+        k->group_fd = (int)syscall(SYS_pidfd_open, k->child, 0);
     k->kill_at = eb_now_ms() + k->on_close_ms;
     eb_wake_by(eb_now_ms());
     eb_command_kill(k, SIGTERM);
@@ -152,8 +185,10 @@ static void release_request(struct eb_command *k)
         eb_put_bytes(&w, *a, length < left ? length : left);
     }
     k->cmdline_size = (uint8_t)eb_written(&w);
-    eb_request_free(&q);
-    free(k->bytes);
+    if (!k->start.still_read) {
+        eb_request_free(&q);
+        free(k->bytes);
+    }
     k->bytes = NULL;
 }
 
@@ -213,6 +248,7 @@ void eb_command_ended(struct eb_command *k)
         if (k->dying && (k->kill_at == 0 || is_gone(k)))
             forget_group(k);
     }
+    forget_supervisor(k);
     k->state = EB_OVER;
 }
 
@@ -307,10 +343,12 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     else if (c->fds.count < eb_request_fds(q))
         eb_refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(q),
                   (unsigned)c->fds.count);
-    else if (!helper.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_COALESCE)))
+    else if (!helper.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_COALESCE) || eb_has(q, EB_TAG_SUPERVISE)))
         /* It could not tell of the end. */
         eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
-                  q->streams != 0 ? "STREAMS" : "COALESCE");
+                  q->streams != 0                  ? "STREAMS"
+                  : eb_has(q, EB_TAG_COALESCE) ? "COALESCE"
+                                               : "SUPERVISE");
     else if (c->tells_ends && (k->record = eb_record_new(q, &c->fds)) == NULL)
         fail(k, ENOMEM, EB_STAGE_START); /* nothing runs of which nobody is told */
 }
@@ -386,9 +424,9 @@ void eb_command_begin(struct eb_command *k)
     place_sources(q, &c->fds, ends);
     complete(q);
     c->coalesces = eb_has(q, EB_TAG_COALESCE);
-    bool given = eb_has(q, EB_TAG_ON_CLOSE);
-    k->on_close = given ? q->on_close_ms != EB_LIVES_ON : q->streams != 0;
-    k->on_close_ms = given ? q->on_close_ms : STREAMED_GRACE_MS;
+    bool given = eb_has(q, EB_TAG_ON_CLOSE), supervised = eb_has(q, EB_TAG_SUPERVISE);
+    k->on_close = given ? q->on_close_ms != EB_LIVES_ON : q->streams != 0 || supervised;
+    k->on_close_ms = given ? q->on_close_ms : q->streams != 0 ? STREAMED_GRACE_MS : 0;
     k->begun_ns = eb_clock_ns(CLOCK_MONOTONIC);
     k->state = EB_STARTING;
     /* A daemon's clients send what they like, and may never complete the request that it is for. */
@@ -402,7 +440,7 @@ void eb_command_begin(struct eb_command *k)
         add_child(k, k->start.pid);
         if (helper.pool)
             k->since_ms = eb_clock_ns(CLOCK_REALTIME) / 1000000;
-        if (k->on_close)
+        if (k->on_close && !supervised) /* a guard sees by itself that we have been killed */
             k->tied_slot = eb_tied_keep(k->start.pid, k->on_close_ms);
     }
 }

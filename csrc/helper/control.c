@@ -69,7 +69,7 @@ bool eb_tell_ids(void)
 
 static void put_live(struct eb_writer *w, const struct eb_command *k)
 {
-    eb_put_u32(w, (uint32_t)k->child);
+    eb_put_u32(w, (uint32_t)k->start.pid);
     eb_put_u32(w, k->connection_id);
     eb_put_u64(w, k->since_ms);
     eb_put_u8(w, k->cmdline_size);

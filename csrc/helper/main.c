@@ -21,10 +21,10 @@
 #include "helper/control.h"
 #include "helper/counters.h"
 #include "helper/loop.h"
+#include "spawn/slices.h"
 
 #include <fcntl.h>
 #include <linux/capability.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,8 +36,6 @@ enum {
     CONTROL_FD = 3,
     CALLER_FD = 4,   /* a caller's own helper */
     COUNTERS_FD = 4, /* a daemon's */
-    SLICE_NS = 100 * 1000,
-    RESET_ON_FORK = 1, /* SCHED_FLAG_RESET_ON_FORK */
 };
 
 /* All signals stay blocked for good, so that none but SIGKILL ends the helper in the middle of something: what
@@ -65,28 +63,6 @@ static bool capable(unsigned number)
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {{0}};
     return syscall(SYS_capget, &header, data) == 0 && (data[number / 32].effective >> number % 32 & 1) != 0;
-}
-
-/*
- * Asks for short slices of the CPU: who is woken on a CPU where a new program has just begun runs sooner then (EEVDF,
- * Linux 6.12; older kernels take no notice).  A fork resets it, so commands have what is usual; one would reset a
- * negative nice value as well, so not with such a value.
- */
-static void shorten_slices(void)
-{
-    struct sched_attributes {
-        uint32_t size, policy;
-        uint64_t flags;
-        int32_t nice;
-        uint32_t priority;
-        uint64_t runtime, deadline, period;
-    } attributes = {.size = sizeof attributes};
-    if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0 || attributes.policy != SCHED_OTHER ||
-        attributes.nice < 0)
-        return;
-    attributes.flags |= RESET_ON_FORK;
-    attributes.runtime = SLICE_NS;
-    (void)syscall(SYS_sched_setattr, 0, &attributes, 0);
 }
 
 /* What this process is, and what its commands inherit of it. */
@@ -150,7 +126,7 @@ int main(int argc, char **argv)
         close(COUNTERS_FD);
     int signals = block_signals(private);
     read_self(posix);
-    shorten_slices();
+    eb_shorten_slices();
     helper.pool = !private;
     helper.owns_children = !private || given[OWN_CHILDREN] || posix;
     helper.null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);

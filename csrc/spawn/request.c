@@ -57,6 +57,7 @@ static const struct {
     [EB_TAG_OOM_SCORE_ADJ] = {"OOM_SCORE_ADJ", 4},
     [EB_TAG_ROOT] = {"ROOT", -1},
     [EB_TAG_CAPABILITIES] = {"CAPABILITIES", 8},
+    [EB_TAG_SUPERVISE] = {"SUPERVISE", 5},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -247,6 +248,10 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
             return malformed(reason, tag, "no such descriptor");
         if (q->nulls & (q->streams | (q->streams & EB_JOINED ? 4 : 0)))
             return malformed(reason, tag, "names a streamed descriptor");
+        break;
+    case EB_TAG_SUPERVISE:
+        q->tree_all = (eb_get_u8(&r) & 1) != 0;
+        q->drain_ms = eb_get_u32(&r);
         break;
     case EB_TAG_ON_CLOSE:
         q->on_close_ms = eb_get_u32(&r);

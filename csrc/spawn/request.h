@@ -38,6 +38,8 @@ struct eb_request {
     uint32_t ionice;
     int oom_score_adj;
     uint64_t timer_slack, capabilities;
+    bool tree_all; /* of SUPERVISE */
+    uint32_t drain_ms;
 };
 
 /* Flags of clone(2): namespaces of mounts, cgroups, host names, System V IPC, users, processes and networks. */

@@ -4,6 +4,8 @@
 
 #include <sys/types.h>
 
+struct eb_supervisor;
+
 #include "spawn/request.h"
 #include "common/state.h"
 
@@ -14,10 +16,12 @@ struct eb_start {
     int done_fd;      /* polls as hung up when the outcome is known; -1: it is known at once, unless `polled` */
     bool polled;      /* only `is_decided` tells */
     int error;        /* 0: the command runs */
+    bool still_read;  /* what the request points to must stay: its process has been orphaned before its exec */
     uint64_t exec_ns; /* of CLOCK_MONOTONIC: when a polled one called execve */
     enum eb_stage stage;
     uint8_t member; /* as FAILED has it */
-    void *job;      /* the implementation's own */
+    struct eb_supervisor *supervisor; /* whose guard `pid` is until `end`; the caller's to free when that has been waited for */
+    void *job; /* the implementation's own */
 };
 
 struct eb_spawner {

@@ -309,7 +309,7 @@ EB_BARE int eb_child(void *arg)
     STEP(SIGNALS, set_signals(self, q));
     if (eb_has(q, EB_TAG_SETSID))
         STEP(SETSID, eb_raw(SYS_setsid, 0, 0, 0, 0));
-    if (eb_has(q, EB_TAG_PGROUP) && (self == NULL || q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID)))
+    if (eb_has(q, EB_TAG_PGROUP) && (self == NULL || q->pgroup != self->pgrp || job->supervisor != NULL || eb_has(q, EB_TAG_SETSID)))
         STEP(PGROUP, eb_raw(SYS_setpgid, 0, q->pgroup, 0, 0));
     if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
         STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, eb_carried(q, EB_TAG_CONTROLLING_TERMINAL), TIOCSCTTY, 0, 0));

@@ -11,6 +11,7 @@
  * administrator has set fs.suid_dumpable to 1.
  */
 #include "spawn/spawn_job.h"
+#include "spawn/supervisor.h"
 
 #include "common/rawsys.h"
 
@@ -149,11 +150,12 @@ static void lower_sources(struct eb_job *job, bool apart)
     job->first = take_table;
 }
 
-static pid_t make_process(struct eb_job *job)
+static pid_t make_process(struct eb_job *job, struct eb_supervisor **supervisor)
 {
     const unsigned files = job->shares_table ? CLONE_FILES : 0;
-    pid_t pid = eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
-    if (use_parent && job->q->namespaces == 0 && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
+    pid_t pid = eb_has(job->q, EB_TAG_SUPERVISE) ? eb_supervisor_start(supervisor, job, files)
+                                : eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
+    if (use_parent && job->q->namespaces == 0 && !eb_has(job->q, EB_TAG_SUPERVISE) && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
         /* gVisor and some seccomp profiles have no CLONE_PARENT: from now on the children are ours. */
         use_parent = false;
         pid = eb_job_clone(job, files);
@@ -171,7 +173,8 @@ static void begin(struct eb_start *start, const struct eb_request *q, bool apart
     int pipe[2] = {-1, -1};
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
     /* Its end must be seen here, and nothing of the client's wait for the outcome: no input, no SPAWNED. */
-    bool polled = !use_parent && eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1);
+    bool supervised = eb_has(q, EB_TAG_SUPERVISE);
+    bool polled = !use_parent && eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1) && !supervised;
     struct eb_job *job = new_job();
     if (job == NULL) {
         start->error = errno;
@@ -187,7 +190,7 @@ static void begin(struct eb_start *start, const struct eb_request *q, bool apart
     adopt_nproc(q);
     job->nproc = nproc;
     lower_sources(job, apart);
-    pid_t pid = make_process(job);
+    pid_t pid = make_process(job, &start->supervisor);
     if (pipe[1] >= 0)
         close(pipe[1]);
     if (pid < 0) {
@@ -196,10 +199,12 @@ static void begin(struct eb_start *start, const struct eb_request *q, bool apart
         free_job(job);
         start->error = -pid;
         start->stage = eb_job_clone_stage(job, pid);
+        if (supervised && pid == -ENOTSUP)
+            start->stage = EB_STAGE_TREE;
         return;
     }
     start->pid = pid;
-    start->owner = use_parent ? EB_OWNER_CALLER : EB_OWNER_HELPER;
+    start->owner = use_parent && !supervised ? EB_OWNER_CALLER : EB_OWNER_HELPER;
     start->done_fd = pipe[0];
     start->polled = polled;
     start->job = job;
@@ -219,6 +224,12 @@ static void end(struct eb_start *start)
     start->error = job->error;
     start->stage = job->stage;
     start->member = job->member;
+    if (start->supervisor != NULL) {
+        start->still_read = __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) != 0;
+        start->pid = start->supervisor->command;
+        if (start->pid == 0 && start->error == 0)
+            start->error = EAGAIN; /* those above it have just been killed */
+    }
     start->exec_ns = job->exec_ns;
     if (start->done_fd >= 0)
         close(start->done_fd);

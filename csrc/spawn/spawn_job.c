@@ -73,6 +73,11 @@ void eb_job_unmap(struct eb_job *job)
     munmap(stack_of(job) - GUARD_SIZE, GUARD_SIZE + STACK_SIZE);
 }
 
+EB_BARE long eb_raw_process(unsigned flags, void *stack, volatile pid_t *alive, int (*child)(void *), void *arg)
+{
+    return eb_raw_clone(flags | CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD, stack, alive, child, arg);
+}
+
 /* Without the maker's handlers, and in the cgroup if `born` says so. */
 static EB_BARE long clone3_job(struct eb_job *job, uint64_t flags, size_t stack_size, bool born)
 {

@@ -15,6 +15,8 @@ enum { EB_CLOSE_RANGE_UNSHARE = 1 << 1 };
 /* SIGKILL and SIGSTOP. */
 #define EB_NEVER_IGNORED ((uint64_t)1 << 8 | (uint64_t)1 << 18)
 
+struct eb_supervisor;
+
 struct eb_job {
     /* written by the new process */
     volatile int error;
@@ -42,6 +44,7 @@ struct eb_job {
     gid_t group;
     bool prevents_dumps;
     bool by_thread;                    /* see spawn_job.c */
+    struct eb_supervisor *supervisor; /* above it, or NULL */
     long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
     /* the maker's */
     struct eb_job *next;
@@ -58,6 +61,9 @@ pid_t eb_job_clone(struct eb_job *job, unsigned flags);
 
 /* What failed with -errno in eb_job_clone. */
 enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error);
+/* Makes a process that shares the memory, and runs `child` on a stack that ends at `stack`; `*alive`, which is set
+ * before, is cleared by the kernel.  Returns its pid or -errno. */
+long eb_raw_process(unsigned flags, void *stack, volatile pid_t *alive, int (*child)(void *), void *arg);
 
 /* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory.  That takes it
  * microseconds; one that has been stopped is killed after a second, since it would get somebody else's. */

@@ -1,0 +1,335 @@
+/*
+ * Only who waits for a process knows that a pid is still its own.  So the supervisor kills its children only; those of
+ * the ones that it kills become its own.  It goes on until wait says ECHILD.
+ */
+#include "spawn/supervisor.h"
+
+#include "common/rawsys.h"
+
+#if EB_HAVE_RAW
+
+#include "spawn/proctree.h"
+#include "spawn/slices.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { LIVE, BUSY, REAPED }; /* of `gate`; BUSY: the helper is about to signal it */
+
+enum {
+    GUARD_PAGES = 64 << 10,  /* at least a page, whatever its size; below each stack */
+    GUARD_STACK = 64 << 10,  /* of each; two pages of it stay resident */
+    REAPS_PER_TURN = 256,    /* before those that are left are killed again */
+    TICK_NS = 20 * 1000000,  /* between looks at what does not end at once */
+    MOST_SPINS = 1000,
+};
+
+/* -- the helper's side -- */
+
+static struct eb_supervisor *lingering; /* whose supervisor has outlived the guard */
+
+static const size_t MAPPING = 2 * (GUARD_PAGES + GUARD_STACK);
+
+static char *memory_of(struct eb_supervisor *s)
+{
+    uintptr_t top = ((uintptr_t)s + sizeof *s + 4095) & ~(uintptr_t)4095;
+    return (char *)top - MAPPING;
+}
+
+/* Two stacks, and the object above the upper one. */
+static struct eb_supervisor *map(void)
+{
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK;
+    char *memory = mmap(NULL, MAPPING, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (memory == MAP_FAILED)
+        return NULL;
+    if (mprotect(memory, GUARD_PAGES, PROT_NONE) != 0 ||
+        mprotect(memory + MAPPING / 2, GUARD_PAGES, PROT_NONE) != 0) {
+        munmap(memory, MAPPING);
+        return NULL;
+    }
+    return (struct eb_supervisor *)(((uintptr_t)memory + MAPPING - sizeof(struct eb_supervisor)) & ~(uintptr_t)63);
+}
+
+static bool in_use(const struct eb_supervisor *s)
+{
+    return __atomic_load_n(&s->guard_alive, __ATOMIC_ACQUIRE) != 0 || __atomic_load_n(&s->alive, __ATOMIC_ACQUIRE) != 0;
+}
+
+void eb_supervisor_free(struct eb_supervisor *s)
+{
+    s->next = lingering;
+    lingering = s;
+    for (struct eb_supervisor **at = &lingering, *one; (one = *at) != NULL;)
+        if (in_use(one)) {
+            at = &one->next;
+        } else {
+            *at = one->next;
+            munmap(memory_of(one), MAPPING);
+        }
+}
+
+bool eb_supervisor_has_reaped(const struct eb_supervisor *s)
+{
+    return __atomic_load_n(&s->gate, __ATOMIC_ACQUIRE) == REAPED;
+}
+
+void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number)
+{
+    int live = LIVE;
+    pid_t pid = s->command;
+    if (pid == 0 || !__atomic_compare_exchange_n(&s->gate, &live, BUSY, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+        return;
+    (void)kill(group ? -pid : pid, number);
+    __atomic_store_n(&s->gate, LIVE, __ATOMIC_RELEASE);
+}
+
+void eb_supervisor_signal_all(struct eb_supervisor *s, int number)
+{
+    if (number <= 0 || number > 64)
+        return;
+    __atomic_or_fetch(&s->wanted, (uint64_t)1 << (number - 1), __ATOMIC_RELEASE);
+    (void)kill(s->guard, SIGTERM);
+}
+
+/* -- the processes -- */
+
+struct siginfo_raw {
+    int signo, error, code, padding;
+    int pid; /* of SIGCHLD's */
+    char rest[128 - 5 * sizeof(int)];
+};
+
+/* Before the command is waited for, the helper must have done with signalling it.  That takes it a microsecond,
+ * unless it has just been killed. */
+static EB_BARE void close_gate(struct eb_supervisor *s)
+{
+    for (int i = 0; i < MOST_SPINS; i++) {
+        int live = LIVE;
+        if (__atomic_compare_exchange_n(&s->gate, &live, REAPED, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) ||
+            live == REAPED)
+            return;
+        eb_raw(SYS_sched_yield, 0, 0, 0, 0);
+    }
+}
+
+/* Waits for those that have ended.  1: there may be more of them; 0: the others live; or -ECHILD.  `*child` becomes 0
+ * if it was among them. */
+static EB_BARE long reap(struct eb_supervisor *s, pid_t *child)
+{
+    for (int i = 0; i < REAPS_PER_TURN; i++) {
+        struct siginfo_raw info;
+        int status;
+        struct rusage usage;
+        info.pid = 0;
+        long r = eb_raw5(SYS_waitid, P_ALL, 0, (long)&info, WEXITED | WNOHANG | WNOWAIT, 0);
+        if (r < 0)
+            return r;
+        if (info.pid == 0)
+            return 0;
+        pid_t pid = info.pid;
+        if (pid == s->command)
+            close_gate(s);
+        r = eb_raw(SYS_wait4, pid, (long)&status, 0, (long)&usage);
+        if (r == pid && pid == s->command) {
+            s->usage = usage;
+            s->status = status;
+            __atomic_store_n(&s->gate, REAPED, __ATOMIC_RELEASE);
+        }
+        if (pid == *child)
+            *child = 0;
+    }
+    return 1;
+}
+
+static EB_BARE int64_t now_ms(void)
+{
+    struct timespec t = {0};
+    eb_raw(SYS_clock_gettime, CLOCK_MONOTONIC, (long)&t, 0, 0);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Until a child ends, or there is something to be done; at most so long, if that is not negative. */
+static EB_BARE void pause_ns(int64_t ns)
+{
+    const uint64_t taken = (uint64_t)1 << (SIGCHLD - 1) | (uint64_t)1 << (SIGTERM - 1);
+    struct timespec t = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
+    eb_raw(SYS_rt_sigtimedwait, (long)&taken, 0, ns < 0 ? 0 : (long)&t, sizeof taken);
+}
+
+/* Passes on what the helper wants.  Returns whether that is the end of all. */
+static EB_BARE bool take_wanted(struct eb_supervisor *s, pid_t child, bool guards)
+{
+    uint64_t wanted = __atomic_load_n(&s->wanted, __ATOMIC_ACQUIRE);
+    if (wanted == 0)
+        return false;
+    if (guards && child != 0) {
+        eb_raw(SYS_kill, child, SIGTERM, 0, 0); /* it takes them */
+        return false;
+    }
+    wanted = __atomic_exchange_n(&s->wanted, 0, __ATOMIC_ACQ_REL);
+    const uint64_t kill = (uint64_t)1 << (SIGKILL - 1);
+    for (int n = 1; n <= EB_SIGNALS; n++)
+        if ((wanted & ~kill) >> (n - 1) & 1)
+            eb_tree_signal(n);
+    return (wanted & kill) != 0;
+}
+
+static EB_BARE bool end(const struct eb_supervisor *s, pid_t child, bool guards, unsigned round)
+{
+    if (s->all)
+        return eb_tree_kill(round > 0);
+    eb_raw(SYS_kill, guards && child != 0 ? child : s->command, SIGKILL, 0, 0);
+    return true;
+}
+
+/* Lives as long as any child.  `guards`: the child is the supervisor. */
+static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child, bool guards)
+{
+    int64_t drained = -1; /* when what is left is killed */
+    bool ending = false;
+    unsigned rounds = 0;
+    for (;;) {
+        long r = reap(s, &child);
+        if (r == -ECHILD)
+            return;
+        if (child == 0 && !s->all)
+            return; /* what the command has left behind is nobody's */
+        if (eb_raw(SYS_getppid, 0, 0, 0, 0) != parent || take_wanted(s, child, guards))
+            ending = true;
+        if (child == 0 && !ending && drained < 0)
+            drained = now_ms() + (guards ? 0 : s->drain_ms);
+        if (drained >= 0 && now_ms() >= drained)
+            ending = true;
+        if (ending && !end(s, child, guards, rounds++))
+            return; /* what is left has other ids */
+        if (r == 0)
+            pause_ns(ending ? TICK_NS : drained >= 0 ? (drained - now_ms()) * 1000000 : -1);
+    }
+}
+
+/* The first steps of both.  0 or -errno. */
+static EB_BARE long begin(pid_t parent)
+{
+    eb_shorten_slices(); /* else the new program would run before they have closed their descriptors */
+    long r = eb_raw(SYS_prctl, PR_SET_PDEATHSIG, SIGTERM, 0, 0);
+    if (r == 0)
+        r = eb_raw(SYS_prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0);
+    if (r == 0)
+        r = eb_raw(SYS_setpgid, 0, 0, 0, 0); /* a signal for the caller's group is not for them */
+    if (r == 0 && eb_raw(SYS_getppid, 0, 0, 0, 0) != parent)
+        r = -ESRCH; /* it has just been killed */
+    return r;
+}
+
+static EB_BARE void fail(struct eb_supervisor *s, long error)
+{
+    s->job->stage = EB_STAGE_START;
+    s->job->error = (int)-error;
+}
+
+static EB_BARE void leave(void)
+{
+    eb_raw(SYS_exit_group, 0, 0, 0, 0);
+}
+
+/* What the command does first: the helper learns of its exec by the end of a pipe.  The kernel may have it run
+ * before its maker goes on, and up to the end of its slice. */
+static EB_BARE long await_closed(struct eb_job *job)
+{
+    const struct timespec most = {.tv_sec = 1};
+    volatile int *closed = &job->supervisor->has_closed;
+    while (__atomic_load_n(closed, __ATOMIC_ACQUIRE) == 0)
+        if (eb_raw(SYS_futex, (long)closed, FUTEX_WAIT, 0, (long)&most) == -ETIMEDOUT)
+            return -ESRCH; /* its maker has been killed, or stopped */
+    return 0;
+}
+
+/* Those of the guard too, which shares the table. */
+static EB_BARE void close_all(struct eb_supervisor *s)
+{
+    eb_raw(SYS_close_range, 0, ~0U, 0, 0);
+    __atomic_store_n(&s->has_closed, 1, __ATOMIC_RELEASE);
+    eb_raw(SYS_futex, (long)&s->has_closed, FUTEX_WAKE, 1, 0);
+}
+
+static EB_BARE int supervisor(void *arg)
+{
+    struct eb_supervisor *s = arg;
+    long r = begin(s->guard);
+    pid_t child = 0;
+    if (r == 0) {
+        /* The command's own pid must be known before its end can be. */
+        r = child = eb_job_clone(s->job, 0);
+        s->command = child > 0 ? child : 0;
+        close_all(s);
+    }
+    if (r < 0)
+        fail(s, r);
+    else
+        supervise(s, s->guard, child, false);
+    leave();
+    return 0;
+}
+
+static EB_BARE int guard(void *arg)
+{
+    struct eb_supervisor *s = arg;
+    struct eb_job *job = s->job;
+    long (*first)(struct eb_job *) = job->first;
+    job->first = await_closed;
+    job->supervisor = s;
+    s->guard = (pid_t)eb_raw(SYS_getpid, 0, 0, 0, 0);
+    long r = first != NULL ? first(job) : 0;
+    if (r == 0)
+        r = begin(s->maker);
+    if (r == 0) {
+        s->alive = 1;
+        char *stack = (char *)(((uintptr_t)s & ~(uintptr_t)4095) - GUARD_STACK - GUARD_PAGES);
+        r = eb_raw_process(CLONE_FILES, stack, &s->alive, supervisor, s);
+        if (r < 0)
+            s->alive = 0;
+    }
+    if (r < 0)
+        fail(s, r);
+    else
+        supervise(s, s->maker, (pid_t)r, true);
+    leave();
+    return 0;
+}
+
+pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsigned flags)
+{
+    const struct eb_request *q = job->q;
+    if (!eb_tree_can_be_read())
+        return -ENOTSUP;
+    struct eb_supervisor *s = map();
+    if (s == NULL)
+        return -ENOMEM;
+    *s = (struct eb_supervisor){
+        .job = job,
+        .maker = getpid(),
+        .all = q->tree_all,
+        .drain_ms = q->drain_ms,
+        .guard_alive = 1,
+    };
+    pid_t pid = (pid_t)eb_raw_process(flags, s, &s->guard_alive, guard, s);
+    if (pid < 0) {
+        munmap(memory_of(s), MAPPING);
+        return pid;
+    }
+    s->guard = pid;
+    *made = s;
+    return pid;
+}
+
+#endif

@@ -1,0 +1,53 @@
+/*
+ * The supervisor of one command: a process above it that ends it, and with `all` whatever it has started, when it is
+ * told to, when the command ends, and when whoever made the supervisor is gone.
+ *
+ *     helper ── guard ── supervisor ── command ── ...
+ *
+ * Guard and supervisor are subreapers: what loses its parent becomes a child of the supervisor, sessions and double
+ * forks notwithstanding.  If the supervisor is killed, all that becomes the guard's; if the guard or the helper is
+ * killed, the next below is told by PR_SET_PDEATHSIG (each of them has one thread only).  Both share the memory of
+ * the helper, make raw system calls only, and have no descriptors.
+ */
+#ifndef EB_SUPERVISOR_H
+#define EB_SUPERVISOR_H
+
+#include <stdbool.h>
+#include <sys/resource.h>
+
+#include "spawn/spawn_job.h"
+
+struct eb_supervisor {
+    /* written by guard and supervisor */
+    volatile pid_t guard_alive, alive; /* cleared by the kernel when they let go of the memory */
+    volatile pid_t command;            /* 0: none has been made */
+    volatile int has_closed;           /* their copies of descriptors, of which the command must hold the last */
+    volatile int gate;                 /* enum of supervisor.c: whether the pid is still the command's */
+    volatile int status;               /* of the command, when it has been waited for */
+    struct rusage usage;
+    /* written by the helper */
+    volatile uint64_t wanted; /* signals for the whole tree, bit n-1 for signal n */
+    /* read by the others */
+    pid_t maker, guard;
+    bool all;          /* else only the command is ended */
+    uint32_t drain_ms; /* after the command's end, before what is left of its tree is killed */
+    struct eb_job *job;
+    struct eb_supervisor *next; /* among those that linger */
+};
+
+/* Makes a guard, which makes a supervisor, which makes the command of `job`; `flags` are for the guard.  Returns
+ * the guard, a child of the calling process, or -errno: ENOTSUP where /proc has no lists of children. */
+pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsigned flags);
+/* The guard has been waited for. */
+void eb_supervisor_free(struct eb_supervisor *s);
+
+/* Whether the command has been waited for: then `status` and `usage` are known. */
+bool eb_supervisor_has_reaped(const struct eb_supervisor *s);
+/* Sends a signal to the command, or with `group` to the process group of that number.  It never meets another
+ * process: once the command has been waited for, nothing is sent. */
+void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number);
+/* Sends a signal to every process of the tree; after SIGKILL nothing is left.  The guard must not have been waited
+ * for. */
+void eb_supervisor_signal_all(struct eb_supervisor *s, int number);
+
+#endif

@@ -1,0 +1,120 @@
+"""How a command is ended: which signals, how long each is given, and whom they reach.
+
+`stop` is a signal, or steps of a signal and seconds; `tree` says whom they are for. No I/O: whoever
+waits drives `course`, by blocking, by a hub, by a loop or by timers.
+"""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Generator, Mapping, Sequence
+
+from errand_boy import _request
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
+    Step: TypeAlias = tuple[int, float | None]
+    Stop: TypeAlias = int | Sequence[int | tuple[int, float]]
+
+NAMES = frozenset(("stop", "tree", "drain", "dies_with_caller"))
+TREES = ("process", "group", "cgroup", "all")
+KILL: tuple[Step, ...] = ((signal.SIGKILL, None),)
+
+_SUPERVISE = struct.Struct("<BI")
+_STOPS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT)
+_AFTERWARDS = 0.05  # seconds for the output of a command that has been ended
+
+
+class Ends:
+    """How one command is ended. Raises ValueError and TypeError.
+
+    `steps` are pairs of a signal and the seconds until the next, None in the last. `drain` is how
+    long its output is read after its end while others hold it, None: without end. `is_given`:
+    something was said of that, so that `communicate` ends the command when its time is up.
+    """
+
+    __slots__ = ("drain", "is_given", "steps", "tree")
+
+    def __init__(self, stop: Any = None, tree: str | None = None, drain: Any = None) -> None:
+        if tree is not None and tree not in TREES:
+            raise ValueError(f"tree: {tree!r} is none of {', '.join(TREES)}")
+        if drain is not None and not 0 <= drain < lib.EB_LIVES_ON / 1000:
+            raise ValueError(f"drain: {drain!r} is no number of seconds")
+        self.is_given = stop is not None
+        self.steps = KILL if stop is None else steps(stop)
+        self.tree = tree or "process"
+        self.drain: float | None = drain
+
+    @property
+    def patience(self) -> float:
+        """How long (seconds) the output of a command that has been ended is read."""
+        return _AFTERWARDS if self.drain is None else self.drain
+
+    def course(self, send: Callable[[int], Any]) -> Generator[float | None, bool, None]:
+        """Send the signals in their turn; each yield is how long to wait for the command's end.
+
+        None: until then. It is sent whether the end has come. What is left then of the group or the
+        cgroup gets SIGKILL; what is left of the tree ends by itself.
+        """
+        for number, seconds in self.steps:
+            send(number)
+            if number not in _STOPS:
+                send(signal.SIGCONT)  # stopped, it would not notice
+            if (yield seconds):
+                break
+        if self.tree in ("group", "cgroup"):
+            send(signal.SIGKILL)
+
+
+def of(given: Mapping[str, Any]) -> Ends | None:
+    """Return what the options say; None: nothing."""
+    if NAMES.isdisjoint(given):
+        return None
+    return Ends(given.get("stop"), given.get("tree"), given.get("drain"))
+
+
+def steps(stop: Any) -> tuple[Step, ...]:
+    """Return `stop` as steps. Raises ValueError and TypeError."""
+    given: Sequence[Any] = (stop,) if isinstance(stop, int) else tuple(stop)
+    result: list[Step] = []
+    for position, step in enumerate(given):
+        number, seconds = (step, None) if isinstance(step, int) else step
+        if not 0 < number < signal.NSIG:
+            raise ValueError(f"stop: {number!r} is no signal")
+        if seconds is None and position + 1 < len(given):
+            raise ValueError(
+                f"stop: {step!r} must say how many seconds it is given before the next: "
+                "((SIGTERM, 5), SIGKILL)"
+            )
+        if seconds is not None and not 0 <= seconds < float("inf"):
+            raise ValueError(f"stop: {seconds!r} is no number of seconds")
+        result.append((int(number), seconds))
+        if number == signal.SIGKILL:  # nothing can be left to be done
+            break
+    if not result:
+        raise ValueError("stop: there is no signal")
+    number, seconds = result[-1]
+    if number == signal.SIGKILL:
+        result[-1] = number, None
+    elif seconds is not None:
+        result.extend(KILL)
+    return tuple(result)
+
+
+def is_supervised(given: Mapping[str, Any]) -> bool:
+    """Return whether a supervisor is above the command, so that a helper must own it."""
+    return given.get("tree") == "all" or bool(given.get("dies_with_caller"))
+
+
+def encode(given: Mapping[str, Any]) -> bytes | None:
+    """Return SUPERVISE's value, or None. Raises ValueError and TypeError."""
+    ends = of(given)
+    if ends is None or not is_supervised(given):
+        return None
+    drain = _request.milliseconds(ends.drain or 0, "drain")
+    return _SUPERVISE.pack(ends.tree == "all", drain)
