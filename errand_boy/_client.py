@@ -108,15 +108,15 @@ class Popen(_popen.Popen[AnyStr]):
         if child is not None and self.poll() is None:
             child.send_signal(-self.pid, sig)
 
-    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+    def _exchange_output(self, input: Any, timeout: float | None) -> tuple[Any, Any]:
         """As subprocess has it, but a helper that dies is noticed, though the pipes stay open."""
         if not (self.stdin or self.stdout or self.stderr):
-            return super().communicate(input, timeout)
+            return super()._exchange_output(input, timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             rest = _LOOK if deadline is None else deadline - time.monotonic()
             try:
-                return super().communicate(input, min(rest, _LOOK))
+                return super()._exchange_output(input, min(rest, _LOOK))
             except subprocess.TimeoutExpired as expired:
                 if timeout is not None and rest <= _LOOK:
                     expired.timeout = timeout

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     Step: TypeAlias = tuple[int, float | None]
     Stop: TypeAlias = int | Sequence[int | tuple[int, float]]
 
-NAMES = frozenset(("stop", "tree", "drain", "dies_with_caller"))
 TREES = ("process", "group", "cgroup", "all")
 KILL: tuple[Step, ...] = ((signal.SIGKILL, None),)
 
@@ -73,7 +72,7 @@ class Ends:
 
 def of(given: Mapping[str, Any]) -> Ends | None:
     """Return what the options say; None: nothing."""
-    if NAMES.isdisjoint(given):
+    if given.keys().isdisjoint(("stop", "tree", "drain", "dies_with_caller")):
         return None
     return Ends(given.get("stop"), given.get("tree"), given.get("drain"))
 

@@ -17,6 +17,19 @@ class _Captured(int):
 
 CAPTURED = _Captured(subprocess.PIPE)
 
+
+def one_shot(popen: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what makes objects of the class for functions that kill them for any exception."""
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        if process._ends is not None:
+            process._is_one_shot = True
+        return process
+
+    return make
+
+
 NAMES = ("call", "check_call", "check_output", "getoutput", "getstatusoutput", "run")
 
 
@@ -70,7 +83,7 @@ def rebind(
     for name in NAMES:
         original: FunctionType = getattr(module, name)
         if not namespace:  # that of subprocess, or of gevent.subprocess
-            namespace = {**original.__globals__, "Popen": popen, "PIPE": CAPTURED}
+            namespace = {**original.__globals__, "Popen": one_shot(popen), "PIPE": CAPTURED}
         bound = FunctionType(
             original.__code__, namespace, name, original.__defaults__, original.__closure__
         )

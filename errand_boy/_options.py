@@ -19,6 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol, TypedDict
 
+    from errand_boy._ends import Stop
     from errand_boy._wire import Failed
     from errand_boy.sandbox import Sandbox
 
@@ -39,6 +40,8 @@ class Options(TypedDict, total=False):
     cgroup: str | os.PathLike[str] | int | HasFileno | None
     controlling_terminal: int | HasFileno | None
     cpu_affinity: Collection[int] | None
+    dies_with_caller: bool
+    drain: float | None
     foreground: bool
     ionice: str | tuple[str, int] | None
     namespaces: Collection[str] | None
@@ -52,10 +55,13 @@ class Options(TypedDict, total=False):
     signals_blocked: Collection[int] | None
     signals_default: Collection[int] | None
     signals_ignored: Collection[int] | None
+    stop: Stop | None
     timer_slack: int | None
+    tree: str | None
 
 
 NAMES = frozenset(Options.__annotations__)
+_ENDS = frozenset(("stop", "tree", "drain", "dies_with_caller"))  # together they are one option
 
 
 def take(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
@@ -80,6 +86,8 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
     options: list[bytes] = []
     carried: list[tuple[int, Any]] = []
     for name, value in given.items():
+        if name in _ENDS:
+            continue
         if name not in _TABLE:
             raise TypeError(f"there is no option {name}")
         tag, make = _TABLE[name]
@@ -92,6 +100,12 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
             else:
                 options.append(_wire.option(number))
                 carried.append((number, part))
+    if not _ENDS.isdisjoint(given):
+        from errand_boy import _ends  # noqa: PLC0415  only those who need it pay for it
+
+        supervise = _ends.encode(given)
+        if supervise is not None:
+            options.append(_wire.option(lib.EB_TAG_SUPERVISE, supervise))
     if given.get("controlling_terminal") is not None and not has_session:
         raise ValueError("controlling_terminal needs start_new_session=True")
     default, ignored = given.get("signals_default"), given.get("signals_ignored")
@@ -109,6 +123,8 @@ def refusal(failed: Failed, given: Mapping[str, Any]) -> str:
     step = _wire.stage_name(failed.stage)
     name = "cpu_affinity" if step == "affinity" else step
     value = given.get(name)
+    if name == "tree":
+        return "a supervisor needs a helper that uses clone(2), and a /proc that lists children"
     if name not in _TABLE or value is None:
         return text
     if name in _REFUSALS:

@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, AnyStr
 
+    from errand_boy._ends import Ends, Stop
     from errand_boy.terminal import Terminal
 
     _Base = subprocess.Popen
@@ -49,7 +50,44 @@ class WithTerminal:
         self.terminal.close()
 
 
-class Popen(WithTerminal, _Base[AnyStr]):
+class WithEnds:
+    """What a Popen of any class has for its `stop`, `tree` and `drain`."""
+
+    _ends: Ends | None = None  # if anything was said of how it is ended
+    _is_one_shot = False  # run's or call's, which kill it for any exception
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """As subprocess has it; with `stop`, the command is ended when the time is up."""
+        if self._ends is None:
+            return self._exchange_output(input, timeout)
+        return _start.stopping().communicate(self, input, timeout)  # type: ignore[no-any-return]
+
+    def _exchange_output(self, input: Any, timeout: float | None) -> tuple[Any, Any]:
+        return super().communicate(input, timeout)  # type: ignore[misc,no-any-return]
+
+    def stop(self, stop: Stop | None = None) -> int:
+        """End the command as its `stop` and `tree` say, or by other steps; return its return code.
+
+        Without both, that is SIGKILL for the process alone. Returns when it has ended and has been
+        waited for; if nothing ends it, and SIGKILL is not among the steps, that may be never.
+        Raises ValueError and TypeError for bad steps, and what `wait` does.
+        """
+        return _start.stopping().stop(self, stop)  # type: ignore[no-any-return]
+
+    def kill(self) -> None:
+        """Send SIGKILL to the process; with ``tree="all"``, all its descendants end with it."""
+        if self._is_one_shot:
+            self.stop()
+        else:
+            super().kill()  # type: ignore[misc]
+
+    def __exit__(self, kind: Any, *args: Any) -> None:
+        if self._ends is not None and kind is not None:
+            _start.stopping().leave(self)
+        super().__exit__(kind, *args)  # type: ignore[misc]
+
+
+class Popen(WithEnds, WithTerminal, _Base[AnyStr]):
     """subprocess.Popen whose child is started without a fork, at the same cost by any process.
 
     All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and

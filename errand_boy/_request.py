@@ -311,7 +311,7 @@ def spawn_error(
 ) -> OSError:
     """Return what subprocess.Popen would raise; `more` are the options that it lacks."""
     text = os.strerror(failed.errno)
-    if failed.errno == errno.ENOTSUP:
+    if failed.errno == errno.ENOTSUP and failed.stage != lib.EB_STAGE_TREE:
         step = _wire.stage_name(failed.stage)
         return OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
     if failed.stage == lib.EB_STAGE_CWD:

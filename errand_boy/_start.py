@@ -69,6 +69,10 @@ class Owned(Local):
     """Has commands started by the helper of this process that owns them."""
 
     def way(self, with_ids: bool) -> str:
+        way = _ways.way(with_ids)
+        if way == "subprocess" or os.environ.get("ERRAND_BOY_SPAWN") == "direct":
+            text = "tree='all' and dies_with_caller=True need a helper"
+            raise OSError(errno.ENOTSUP, f"{text}, which is not to be had here")
         return "helper"
 
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
@@ -83,6 +87,16 @@ class Owned(Local):
 
 
 OWNED: Owned = Owned()
+
+
+_ENDS = frozenset(("stop", "tree", "drain", "dies_with_caller"))
+
+
+def stopping() -> Any:
+    """Return the module that ends commands."""
+    from errand_boy import _stop  # noqa: PLC0415  only those who need it pay for it
+
+    return _stop
 
 
 def execute(
@@ -138,8 +152,13 @@ def begin(
         cwd, umask, uid, gid, gids, start_new_session, process_group = after
         settings = known
     has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
-    if more and more.get("supervise") is not None and source is LOCAL:
-        source = OWNED
+    if more and not _ENDS.isdisjoint(more):
+        ends = stopping().of(more)
+        process._ends = ends
+        if source is LOCAL and (ends.tree == "all" or "dies_with_caller" in more):
+            source = OWNED
+        if ends.tree == "group" and not start_new_session and process_group < 0:
+            process_group = 0
     way = source.way(has_ids)
     if way == "subprocess":
         _by_the_standard_library(process, given, original, more)

@@ -26,7 +26,7 @@ from eventlet.green.subprocess import (
 
 from errand_boy import _child, _driver, _start
 from errand_boy._functions import parameters, rebind
-from errand_boy._popen import WithTerminal
+from errand_boy._popen import WithEnds, WithTerminal
 
 __all__ = [
     "DEVNULL",
@@ -52,7 +52,7 @@ _Base: Any = subprocess.Popen
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(WithTerminal, _Base):  # type: ignore[misc]  # eventlet has no types
+class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # eventlet has no types
     """eventlet.green.subprocess.Popen whose child is started as errand_boy.Popen's is.
 
     All parameters, methods and exceptions are eventlet's, and other greenlets run while a program

@@ -34,7 +34,7 @@ from gevent.subprocess import (
 from errand_boy import _driver, _native, _start
 from errand_boy._child import HelperChild, helper_child
 from errand_boy._functions import parameters, rebind
-from errand_boy._popen import WithTerminal
+from errand_boy._popen import WithEnds, WithTerminal
 
 __all__ = [
     "DEVNULL",
@@ -64,7 +64,7 @@ _Base: Any = subprocess.Popen
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(WithTerminal, _Base):  # type: ignore[misc]  # gevent has no types
+class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # gevent has no types
     """gevent.subprocess.Popen whose child is started as errand_boy.Popen's, without a fork.
 
     All parameters, methods and exceptions are gevent's, and other greenlets run while a program is

@@ -34,6 +34,7 @@ enum {
     EB_MAX_REASON = 200,      /* bytes of a reason text */
     EB_WINDOW = 64 << 10,     /* bytes of STDIN on their way */
     EB_MAX_OUTPUT = 64 << 10, /* bytes of one STDOUT or STDERR */
+    EB_WHOLE_TREE = -1,       /* a pid of SIGNAL */
 };
 
 enum eb_kind {
@@ -166,7 +167,6 @@ enum eb_tag {
     EB_TAG_END /* one past the last */
 };
 
-#define EB_WHOLE_TREE (-1)      /* a pid of SIGNAL */
 #define EB_JOINED 8             /* a bit of STREAMS */
 #define EB_LIVES_ON 0xFFFFFFFFu /* of ON_CLOSE */
 

@@ -1,0 +1,237 @@
+"""Ends a command by hand, at a time-out and at the end of `with`: for a process object of any class.
+
+The object has what was asked for as `_ends`, or None there. `_is_one_shot` says that it is run's or
+call's, which kill it for any exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+
+from errand_boy import _ends
+from errand_boy._child import _reap, helper_child
+from errand_boy._ends import Ends
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_LOOK = 0.02  # seconds between looks whether a command has ended whose output is drained
+_PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
+
+
+def of(more: Mapping[str, Any]) -> Ends | None:
+    """Return how a command with these options is to be ended; None: as subprocess does."""
+    ends = _ends.of(more)
+    if ends is not None and ends.tree == "cgroup" and more.get("cgroup") is None:
+        raise ValueError("tree='cgroup' needs a cgroup=")
+    return ends
+
+
+class Target:
+    """Those of a command's processes that are signalled."""
+
+    def __init__(self, process: Any, ends: Ends) -> None:
+        self._process = process
+        self._child = helper_child(process)
+        self._tree = ends.tree
+        self._pidfd = -1
+        self._cgroup: Any = process._more.get("cgroup") if ends.tree == "cgroup" else None
+        if ends.tree == "group" and self._child is None:
+            with contextlib.suppress(OSError), process._waitpid_lock:
+                if not _reap(process):
+                    self._pidfd = os.pidfd_open(process.pid)
+
+    def send(self, number: int) -> None:
+        """Send a signal to them."""
+        process, child = self._process, self._child
+        if self._tree == "cgroup":
+            signal_cgroup(self._cgroup, number)
+        elif process.returncode is not None:
+            # Another group may have the number by now. Before Linux 6.9 there is no such call.
+            with contextlib.suppress(OSError):
+                if self._pidfd >= 0:
+                    signal.pidfd_send_signal(self._pidfd, number, None, _PROCESS_GROUP)
+        elif self._tree == "process":
+            process.send_signal(number)
+        elif child is not None:
+            child.send_signal(lib.EB_WHOLE_TREE if self._tree == "all" else -process.pid, number)
+        else:
+            with process._waitpid_lock:
+                if not _reap(process):
+                    with contextlib.suppress(ProcessLookupError):  # somebody else waits for it
+                        os.killpg(process.pid, number)
+
+    def close(self) -> None:
+        """Let go of them."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def signal_cgroup(cgroup: Any, number: int) -> None:
+    """Send a signal to all processes in a cgroup and below it: a path, or its directory's descriptor.
+
+    Raises OSError, and ValueError if this process is one of them.
+    """
+    is_path = isinstance(cgroup, (str, bytes, os.PathLike))
+    fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY) if is_path else os.dup(_number(cgroup))
+    try:
+        pids = _pids(fd)
+        if os.getpid() in pids:
+            raise ValueError(f"cgroup: {cgroup!r} has this process in it, and can't be ended")
+        if number == signal.SIGKILL:
+            with contextlib.suppress(FileNotFoundError):  # before Linux 5.14
+                _write(fd, "cgroup.kill", b"1")
+                return
+        for pid in pids:
+            with contextlib.suppress(OSError):  # it has just ended
+                pidfd = os.pidfd_open(pid)
+                try:
+                    # Looked at again while the number cannot become another's unseen.
+                    if pid in _pids(fd):
+                        signal.pidfd_send_signal(pidfd, number)
+                finally:
+                    os.close(pidfd)
+    finally:
+        os.close(fd)
+
+
+def _number(fd: Any) -> int:
+    return fd if isinstance(fd, int) else int(fd.fileno())
+
+
+def _write(directory: int, name: str, data: bytes) -> None:
+    fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _pids(directory: int) -> set[int]:
+    """Return the processes of a cgroup, and of those below it."""
+    pids: set[int] = set()
+    for _, _, names, at in os.fwalk(".", dir_fd=directory):
+        if "cgroup.procs" in names:
+            fd = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
+            with open(fd, "rb") as file, contextlib.suppress(OSError):  # a threaded one
+                pids.update(map(int, file.read().split()))
+    return pids
+
+
+# -- the methods of process objects --
+
+
+def stop(process: Any, given: Any = None) -> int:
+    """End the command as its `stop` and `tree` say, or by `given` steps; return its return code.
+
+    Raises ValueError and TypeError for bad steps, and what `wait` does. Any exception that comes in
+    from outside has SIGKILL sent at once.
+    """
+    ends: Ends = process._ends or Ends()
+    if given is not None:
+        ends = Ends(given, ends.tree, ends.drain)
+    target = Target(process, ends)
+    try:
+        if process.poll() is not None and ends.tree != "cgroup":
+            return int(process.returncode)
+        course = ends.course(target.send)
+        with contextlib.suppress(StopIteration):
+            seconds = next(course)
+            while True:
+                seconds = course.send(_ends_within(process, seconds))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.send(signal.SIGKILL)
+        raise
+    finally:
+        target.close()
+    return int(process.wait())
+
+
+def _ends_within(process: Any, seconds: float | None) -> bool:
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def leave(process: Any) -> None:
+    """End the command at the end of `with`, after an exception."""
+    ends: Ends = process._ends
+    if ends.is_given or ends.tree != "process":
+        stop(process)
+
+
+def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
+    """As subprocess has it, for an object that has `_ends`; when the time is up, end the command."""
+    ends: Ends = process._ends
+    try:
+        if ends.drain is None:
+            return process._exchange_output(input, timeout)  # type: ignore[no-any-return]
+        return _drained(process, input, timeout, ends.drain)
+    except subprocess.TimeoutExpired as expired:
+        if ends.is_given or process._is_one_shot:
+            stop(process)
+            if process.stdout or process.stderr:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process._exchange_output(None, ends.patience)
+            output = _so_far(process, process.stdout), _so_far(process, process.stderr)
+            expired.output, expired.stderr = output
+            _close(process)
+        raise
+
+
+def _drained(process: Any, input: Any, timeout: float | None, drain: float) -> tuple[Any, Any]:
+    now = time.monotonic()
+    times_up = None if timeout is None else now + timeout
+    drained: float | None = None
+    while True:
+        until = min(t for t in (now + _LOOK, times_up, drained) if t is not None)
+        try:
+            return process._exchange_output(input, max(0.0, until - now))  # type: ignore[no-any-return]
+        except subprocess.TimeoutExpired as expired:
+            input, now = None, time.monotonic()
+            if drained is None and process.poll() is not None:
+                drained = now + drain
+            if drained is not None and now >= drained:
+                break
+            if times_up is not None and now >= times_up and drained is None:
+                output, errors = expired.output, expired.stderr
+                raise subprocess.TimeoutExpired(
+                    process.args, timeout or 0, output, errors
+                ) from None
+    output = tuple(
+        _as_wanted(process, stream, _so_far(process, stream)) if stream else None
+        for stream in (process.stdout, process.stderr)
+    )
+    _close(process)
+    return output[0], output[1]
+
+
+def _so_far(process: Any, stream: Any) -> bytes | None:
+    """Return what has been read of a stream, in bytes as TimeoutExpired has it."""
+    chunks = vars(process).get("_fileobj2output", {}).get(stream)
+    return b"".join(chunks) if chunks else None
+
+
+def _as_wanted(process: Any, stream: Any, data: bytes | None) -> Any:
+    if process.text_mode:
+        return process._translate_newlines(data or b"", stream.encoding, stream.errors)
+    return data or b""
+
+
+def _close(process: Any) -> None:
+    """Close the pipes, which others may hold for long."""
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
