@@ -10,9 +10,6 @@ import signal
 import struct
 from collections.abc import Generator, Mapping, Sequence
 
-from errand_boy import _request
-from errand_boy._native import lib
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +23,7 @@ KILL: tuple[Step, ...] = ((signal.SIGKILL, None),)
 
 _SUPERVISE = struct.Struct("<BI")
 _STOPS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT)
+_MOST_DRAIN = 4e6  # seconds
 _AFTERWARDS = 0.05  # seconds for the output of a command that has been ended
 
 
@@ -42,7 +40,7 @@ class Ends:
     def __init__(self, stop: Any = None, tree: str | None = None, drain: Any = None) -> None:
         if tree is not None and tree not in TREES:
             raise ValueError(f"tree: {tree!r} is none of {', '.join(TREES)}")
-        if drain is not None and not 0 <= drain < lib.EB_LIVES_ON / 1000:
+        if drain is not None and not 0 <= drain <= _MOST_DRAIN:
             raise ValueError(f"drain: {drain!r} is no number of seconds")
         self.is_given = stop is not None
         self.steps = KILL if stop is None else steps(stop)
@@ -115,5 +113,4 @@ def encode(given: Mapping[str, Any]) -> bytes | None:
     ends = of(given)
     if ends is None or not is_supervised(given):
         return None
-    drain = _request.milliseconds(ends.drain or 0, "drain")
-    return _SUPERVISE.pack(ends.tree == "all", drain)
+    return _SUPERVISE.pack(ends.tree == "all", round((ends.drain or 0) * 1000))

@@ -118,6 +118,7 @@ OPTIONS = {
     "RENICE": (_wire.number(lib.EB_TAG_RENICE, -3), "-3"),
     "SCHEDULER": (_wire.option(lib.EB_TAG_SCHEDULER, struct.pack("<II", 3, 1)), "3 1"),
     "IONICE": (_wire.number(lib.EB_TAG_IONICE, 3 << 13), str(3 << 13)),
+    "SUPERVISE": (_wire.option(lib.EB_TAG_SUPERVISE, struct.pack("<BI", 1, 250)), "1 250"),
     "TIMER_SLACK": (_wire.option(lib.EB_TAG_TIMER_SLACK, struct.pack("<Q", 1 << 40)), str(1 << 40)),
     # The same signals as in the two of which these are a part.
     "SIGNALS_DEFAULT": (_wire.option(lib.EB_TAG_SIGNALS_DEFAULT, b"\4" + bytes(7)), "4"),

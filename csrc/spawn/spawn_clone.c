@@ -153,9 +153,10 @@ static void lower_sources(struct eb_job *job, bool apart)
 static pid_t make_process(struct eb_job *job, struct eb_supervisor **supervisor)
 {
     const unsigned files = job->shares_table ? CLONE_FILES : 0;
-    pid_t pid = eb_has(job->q, EB_TAG_SUPERVISE) ? eb_supervisor_start(supervisor, job, files)
-                                : eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
-    if (use_parent && job->q->namespaces == 0 && !eb_has(job->q, EB_TAG_SUPERVISE) && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
+    const bool supervised = eb_has(job->q, EB_TAG_SUPERVISE);
+    pid_t pid = supervised ? eb_supervisor_start(supervisor, job, files)
+                           : eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
+    if (use_parent && !supervised && job->q->namespaces == 0 && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
         /* gVisor and some seccomp profiles have no CLONE_PARENT: from now on the children are ours. */
         use_parent = false;
         pid = eb_job_clone(job, files);

@@ -73,11 +73,6 @@ void eb_job_unmap(struct eb_job *job)
     munmap(stack_of(job) - GUARD_SIZE, GUARD_SIZE + STACK_SIZE);
 }
 
-EB_BARE long eb_raw_process(unsigned flags, void *stack, volatile pid_t *alive, int (*child)(void *), void *arg)
-{
-    return eb_raw_clone(flags | CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD, stack, alive, child, arg);
-}
-
 /* Without the maker's handlers, and in the cgroup if `born` says so. */
 static EB_BARE long clone3_job(struct eb_job *job, uint64_t flags, size_t stack_size, bool born)
 {
@@ -176,7 +171,7 @@ EB_BARE pid_t eb_job_clone(struct eb_job *job, unsigned flags)
     return (pid_t)pid;
 }
 
-enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error)
+EB_BARE enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error)
 {
     bool forbidden = error == -EPERM || error == -EINVAL || error == -ENOSPC || error == -EUSERS;
     return forbidden && job->q->namespaces != 0 ? EB_STAGE_NAMESPACES : EB_STAGE_START;

@@ -61,10 +61,6 @@ pid_t eb_job_clone(struct eb_job *job, unsigned flags);
 
 /* What failed with -errno in eb_job_clone. */
 enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error);
-/* Makes a process that shares the memory, and runs `child` on a stack that ends at `stack`; `*alive`, which is set
- * before, is cleared by the kernel.  Returns its pid or -errno. */
-long eb_raw_process(unsigned flags, void *stack, volatile pid_t *alive, int (*child)(void *), void *arg);
-
 /* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory.  That takes it
  * microseconds; one that has been stopped is killed after a second, since it would get somebody else's. */
 void eb_job_await_table(const struct eb_job *job, pid_t pid);

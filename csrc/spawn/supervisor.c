@@ -9,6 +9,7 @@
 #if EB_HAVE_RAW
 
 #include "spawn/proctree.h"
+#include "spawn/rawclone.h"
 #include "spawn/slices.h"
 
 #include <errno.h>
@@ -22,6 +23,8 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+static const unsigned long PROCESS = CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD;
 
 enum { LIVE, BUSY, REAPED }; /* of `gate`; BUSY: the helper is about to signal it */
 
@@ -233,7 +236,7 @@ static EB_BARE long begin(pid_t parent)
 
 static EB_BARE void fail(struct eb_supervisor *s, long error)
 {
-    s->job->stage = EB_STAGE_START;
+    s->job->stage = eb_job_clone_stage(s->job, (int)error);
     s->job->error = (int)-error;
 }
 
@@ -295,7 +298,7 @@ static EB_BARE int guard(void *arg)
     if (r == 0) {
         s->alive = 1;
         char *stack = (char *)(((uintptr_t)s & ~(uintptr_t)4095) - GUARD_STACK - GUARD_PAGES);
-        r = eb_raw_process(CLONE_FILES, stack, &s->alive, supervisor, s);
+        r = eb_raw_clone(PROCESS | CLONE_FILES, stack, NULL, &s->alive, supervisor, s);
         if (r < 0)
             s->alive = 0;
     }
@@ -322,7 +325,7 @@ pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsig
         .drain_ms = q->drain_ms,
         .guard_alive = 1,
     };
-    pid_t pid = (pid_t)eb_raw_process(flags, s, &s->guard_alive, guard, s);
+    pid_t pid = (pid_t)eb_raw_clone(PROCESS | flags, s, NULL, &s->guard_alive, guard, s);
     if (pid < 0) {
         munmap(memory_of(s), MAPPING);
         return pid;
