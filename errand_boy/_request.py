@@ -263,10 +263,12 @@ def numbers(carried: Iterable[Any]) -> list[int]:
 def with_inheritable(fds: Iterable[int]) -> list[int]:
     """Return `fds` and all inheritable descriptors of this process from 3 on, ascending."""
     found = set(fds)
-    for name in os.listdir("/proc/self/fd"):
+    from errand_boy._descriptors import open_descriptors  # noqa: PLC0415  few need it
+
+    for fd in open_descriptors():
         with contextlib.suppress(OSError):  # the listing's own
-            if int(name) > 2 and os.get_inheritable(int(name)):
-                found.add(int(name))
+            if fd > 2 and os.get_inheritable(fd):
+                found.add(fd)
     return sorted(found)
 
 
@@ -318,6 +320,12 @@ def spawn_error(
         return OSError(failed.errno, text, cwd)
     if failed.stage == lib.EB_STAGE_EXEC:
         return OSError(failed.errno, text, executable)
+    if failed.stage == lib.EB_STAGE_FDS and failed.errno == errno.ENOENT:
+        return OSError(failed.errno, text, os.devnull)  # the only file that a helper opens
+    if failed.stage == lib.EB_STAGE_START and failed.errno in (errno.EPERM, errno.ENOSYS):
+        text += ": the system forbids clone(2) as the helper calls it; ERRAND_BOY_SPAWN=posix, in "
+        text += "the environment of this process or of the daemon, has it call posix_spawn"
+        return OSError(failed.errno, text)
     if more:
         from errand_boy import _options  # noqa: PLC0415  only those who need it pay for it
 

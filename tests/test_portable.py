@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import PRELUDE, run_script, started_script
+from daemon import started_daemon
 from test_direct import REFUSING
 
 import errand_boy
@@ -100,3 +105,80 @@ def test_program_that_is_no_helper(tmp_path: Path, command: str) -> None:
         assert name == str(program)
         assert "with exit status 3" in text
         assert ("3: broken" in text) == ("broken" in command)
+
+
+def test_daemon_without_memfd_create_and_clone(public_dir: Path) -> None:
+    """Under a filter that refuses both, with a helper that uses posix_spawn."""
+    filters = f"""{REFUSING}
+import errno
+refuse({MEMFD_CREATE}, errno.EPERM)
+refuse(CLONE, errno.EPERM, 0x200000)  # CLONE_CHILD_CLEARTID, with CLONE_VM
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+    under = [sys.executable, "-c", PRELUDE + filters, "errand_boy"]
+    with (
+        started_daemon(public_dir, under=under) as daemon,
+        closing(errand_boy.connect(daemon.path)) as client,
+    ):
+        with pytest.raises(OSError, match="ERRAND_BOY_SPAWN=posix") as caught:
+            client.run(["true"])
+        assert caught.value.errno == errno.EPERM
+        assert daemon.stop() == 0
+    env = {"ERRAND_BOY_SPAWN": "posix"}
+    with (
+        started_daemon(public_dir, under=under, env=env) as daemon,
+        closing(errand_boy.connect(daemon.path)) as client,
+    ):
+        assert client.run(["echo", "x"], capture_output=True).stdout == b"x\n"
+        with client.Popen(["cat"], stdin=errand_boy.PIPE, stdout=errand_boy.PIPE) as process:
+            assert process.communicate(b"y") == (b"y", None)
+        assert daemon.status()["helpers"]
+        assert daemon.stop() == 0
+
+
+# Files that are not there
+
+
+def without(folder: str) -> list[str]:
+    """A command that runs another where `folder` is empty."""
+    mount = f'mount -t tmpfs none {folder} && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", mount, "sh"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("implementation", ["errand_boy", "errand_boy-helper"])
+def test_no_proc(implementation: str) -> None:
+    source = """
+    start()
+    r, w = os.pipe()
+    os.set_inheritable(w, True)
+    found = [subprocess.run(["sh", "-c", f"echo x >&{w}"], close_fds=False).returncode]
+    found += [os.read(r, 10).decode(), os.path.exists("/proc/self")]
+    found += [result.returncode for result in subprocess.map([["true"], ["false"]])]
+    with subprocess.Popen(["sleep", "0.1"], user=0) as process:
+        found.append(process.wait(timeout=30))
+    report(found)
+    """
+    with started_script(source, implementation, under=without("/proc")) as process:
+        out, err = process.communicate(timeout=50)
+    assert json.loads(out) == [0, "x\n", False, 0, 1, 0], err
+
+
+@pytest.mark.root
+def test_daemon_without_proc(public_dir: Path) -> None:
+    with started_daemon(public_dir, under=without("/proc")) as daemon:
+        with closing(errand_boy.connect(daemon.path)) as client:
+            assert client.run(["echo", "x"], capture_output=True).stdout == b"x\n"
+        assert "no /proc" in daemon.log()
+        assert daemon.stop() == 0
+
+
+@pytest.mark.root
+def test_error_names_dev_null_where_there_is_none() -> None:
+    source = """
+    (result,) = subprocess.map([["true"]])
+    report([result.error.errno, result.error.filename])
+    """
+    with started_script(source, under=without("/dev")) as process:
+        out, err = process.communicate(timeout=50)
+    assert json.loads(out) == [errno.ENOENT, "/dev/null"], err

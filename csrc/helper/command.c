@@ -5,6 +5,7 @@
 #include "spawn/supervisor.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -419,6 +420,14 @@ void eb_command_begin(struct eb_command *k)
     if (q->streams != 0 && !eb_streams_make(c, q, ends)) {
         fail(k, errno, EB_STAGE_FDS);
         close_ends(ends);
+        return;
+    }
+    if (q->nulls != 0 && helper.null_fd < 0 && (helper.null_fd = open("/dev/null", O_RDWR | O_CLOEXEC)) < 0) {
+        int error = errno;
+        if (q->streams != 0)
+            eb_streams_abandon(c);
+        close_ends(ends);
+        fail(k, error, EB_STAGE_FDS);
         return;
     }
     place_sources(q, &c->fds, ends);

@@ -72,9 +72,8 @@ static void read_self(bool posix)
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
         if (helper.open_files == 0)
             helper.open_files = files.rlim_cur;
-        files.rlim_cur = files.rlim_max;
-        if (!posix)
-            (void)setrlimit(RLIMIT_NOFILE, &files);
+        files.rlim_cur = posix ? helper.open_files : files.rlim_max; /* posix_spawn can't give another one */
+        (void)setrlimit(RLIMIT_NOFILE, &files);
     }
     helper.caller = (struct ucred){.pid = getppid(), .uid = getuid(), .gid = getgid()};
     helper.raises_limits = capable(CAP_SYS_RESOURCE);

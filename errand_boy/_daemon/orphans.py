@@ -142,7 +142,11 @@ def _users(pid: int) -> set[int]:
 
 def _signal(jobs: list[_Job]) -> Iterator[None]:
     groups = set().union(*(job.groups for job in jobs))
-    for name in os.listdir("/proc"):
+    try:
+        names = os.listdir("/proc")
+    except OSError:  # the log has said so
+        return
+    for name in names:
         if not name.isdecimal():
             continue
         pid = int(name)

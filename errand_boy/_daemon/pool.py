@@ -60,6 +60,8 @@ class Pool:
             lib.EB_TELL_ENDS if self._audit is not None else 0
         )
         self._options = [f"--open-files={open_files}"]
+        if os.environ.get("ERRAND_BOY_SPAWN") == "posix":  # where clone is forbidden
+            self._options.append("--posix-spawn")
         if options.max_child_tasks:
             self._options.append(f"--max-tasks={options.max_child_tasks}")
         self._is_root = os.geteuid() == 0

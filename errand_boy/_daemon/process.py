@@ -16,6 +16,7 @@ from errand_boy._daemon.log import Log
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.server import SIGNALS, Server
 from errand_boy._daemon.upgrade import Handover, introduce, read
+from errand_boy._descriptors import open_descriptors
 from errand_boy._native import ffi, lib
 
 TYPE_CHECKING = False
@@ -66,6 +67,8 @@ def serve(values: dict[str, Any], state: int | None) -> int:
         print(f"errand-boy: {error}", file=sys.stderr)
         return 1
     log.info("listening", path=listener.path, pid=os.getpid(), helpers=options.pool_size)
+    if not os.path.exists("/proc/self"):
+        log.warning("no /proc: what a killed helper leaves behind is not ended")
     supervisor.notify("READY=1")
     return _run(server, supervisor, files)
 
@@ -129,10 +132,10 @@ def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
 
 def _close_on_exec() -> None:
     # What we were started with is not for the helpers, who may live longer.
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
+    for fd in open_descriptors():
+        if fd > 2:
             with contextlib.suppress(OSError):  # the listing's own
-                os.set_inheritable(int(name), False)
+                os.set_inheritable(fd, False)
 
 
 def _raise_file_limit() -> int:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.memory import open_memory
+from errand_boy._descriptors import open_descriptors
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -115,7 +116,7 @@ class Handover:
 
     def execute(self, version: str, state: dict[str, Any]) -> None:
         """Execute the successor, of `version`, with `state`. Returns only by raising OSError."""
-        if len(os.listdir("/proc/self/fd")) + _SPARE > os.sysconf("SC_OPEN_MAX"):
+        if len(open_descriptors()) + _SPARE > os.sysconf("SC_OPEN_MAX"):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         fd = open_memory("errand-boy-state")
         os.set_inheritable(fd, True)
