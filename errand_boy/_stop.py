@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from errand_boy import _ends
+from errand_boy import _ends, _native
 from errand_boy._child import _reap, helper_child
 from errand_boy._ends import Ends
 from errand_boy._native import lib
@@ -46,7 +46,7 @@ class Target:
         if ends.tree == "group" and self._child is None:
             with contextlib.suppress(OSError), process._waitpid_lock:
                 if not _reap(process):
-                    self._pidfd = os.pidfd_open(process.pid)
+                    self._pidfd = _native.pidfd_open(process.pid)
 
     def send(self, number: int) -> None:
         """Send a signal to them."""
@@ -57,7 +57,7 @@ class Target:
             # Another group may have the number by now. Before Linux 6.9 there is no such call.
             with contextlib.suppress(OSError):
                 if self._pidfd >= 0:
-                    signal.pidfd_send_signal(self._pidfd, number, None, _PROCESS_GROUP)
+                    _native.pidfd_send_signal(self._pidfd, number, _PROCESS_GROUP)
         elif self._tree == "process":
             process.send_signal(number)
         elif child is not None:
@@ -92,11 +92,11 @@ def signal_cgroup(cgroup: Any, number: int) -> None:
                 return
         for pid in pids:
             with contextlib.suppress(OSError):  # it has just ended
-                pidfd = os.pidfd_open(pid)
+                pidfd = _native.pidfd_open(pid)
                 try:
                     # Looked at again while the number cannot become another's unseen.
                     if pid in _pids(fd):
-                        signal.pidfd_send_signal(pidfd, number)
+                        _native.pidfd_send_signal(pidfd, number, 0)
                 finally:
                     os.close(pidfd)
     finally:
