@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--results",
         metavar="DIRECTORY",
-        help="write output to files, stdout and stderr in DIRECTORY/1/ARGUMENT/2/ARGUMENT/..., with "
+        help="write output to files stdout and stderr in DIRECTORY/1/ARGUMENT/2/ARGUMENT..., with "
         "the names of a header in the place of numbers; a name with {} or the like in it is that "
         "of the directory if it ends in /, else of the file itself, with .err added for errors",
     )
