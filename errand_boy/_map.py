@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import sys
 from collections.abc import Generator, Iterable, Sized
 
 from errand_boy._batch import Batch
@@ -78,18 +77,28 @@ def map(
 
 
 def with_bar(results: Generator[T, None, None], total: int | None) -> Generator[T, None, None]:
-    """Return `results`; with a bar that counts them, on a terminal and if tqdm is installed."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    """Return `results`; on a terminal, with a line that counts them."""
+    from errand_boy import _progress  # noqa: PLC0415  only those who need it pay for it
+
+    file = _progress.terminal()
+    if file is None:
         return results
-    try:
-        from tqdm import tqdm  # noqa: PLC0415
-    except ImportError:
-        return results
+    tally = _progress.Tally(total)
+    bar = _progress.Bar(tally, file)
 
     def counted() -> Generator[T, None, None]:
-        with tqdm(total=total, unit="command") as bar, contextlib.closing(results):
+        with contextlib.closing(bar), contextlib.closing(results):
+            bar.show()
             for result in results:
-                bar.update()
+                tally.count(*_outcome(result))
+                bar.show()
                 yield result
 
     return counted()
+
+
+def _outcome(result: Any) -> tuple[bool, float]:
+    """Return whether a Result, or Celery's Outcome, is a failure, and the seconds it took."""
+    if isinstance(result, dict):
+        return bool(result["returncode"] != 0 or result["error"]), result["duration"]
+    return result.failed, result.duration

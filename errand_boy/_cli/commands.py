@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from errand_boy._batch import NOT_NOW
 
@@ -34,7 +34,7 @@ class Commands:
     taken yet, by the batch's own number.
     """
 
-    def __init__(self, records: Records, template: Template, done: set[int]) -> None:
+    def __init__(self, records: Records, template: Template, done: Container[int]) -> None:
         self.records = records
         self._template = template
         self._done = done

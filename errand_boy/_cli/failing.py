@@ -1,12 +1,18 @@
-"""When `errand-boy map` goes on after a command that failed, and when it ends."""
+"""When `errand-boy map` runs a command again, goes on after a failure, and when it ends."""
 
 from __future__ import annotations
 
-from errand_boy._cli.parsing import number
+import argparse
+import re
+
+from errand_boy._cli.parsing import UsageError, number
+from errand_boy._policy import Halt, Retries, Timeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
+    from errand_boy._cli.inputs import Source
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -14,17 +20,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("failing and going on")
     group.add_argument(
         "--timeout",
-        type=number(float, 0),
-        metavar="SECONDS",
-        help="kill a command's process group after that; it has failed",
+        type=_timeout,
+        metavar="TIME",
+        help="kill a command's process group after so many seconds (2m, 1.5h, 1d), or so much of "
+        "the median of the others (200%%); it has failed",
+    )
+    group.add_argument(
+        "--retries",
+        type=number(int, 0),
+        metavar="N",
+        help="run a command up to N times until it succeeds; 0: as often as it takes",
+    )
+    group.add_argument(
+        "--retry-delay",
+        type=seconds,
+        metavar="TIME",
+        default=0.0,
+        help="wait so long before the second run, twice as long before the third, and so on, up to "
+        "a minute",
     )
     group.add_argument(
         "--halt",
         default="never",
         metavar="POLICY",
-        help="when to end early: never (the default), soon,fail=N (take no more input when N have "
-        "failed) or now,fail=N (end what runs too); success=N counts the others; N%% is a share of "
-        "those that have ended, of which there must be three",
+        help="when to end early: never (the default), soon,fail=N (start no more commands when N "
+        "have failed) or now,fail=N (end what runs too); success=N and done=N count the others "
+        "and all; N%% is a share of all commands if their number is known, else of those that "
+        "have ended, of which there must be three",
     )
     group.add_argument(
         "--joblog",
@@ -36,7 +58,50 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="skip the commands whose numbers the job log has"
     )
     group.add_argument(
-        "--progress",
+        "--resume-failed",
         action="store_true",
-        help="show a bar, if standard error is a terminal and tqdm is installed",
+        help="the same, but run those again that failed",
     )
+
+
+def seconds(text: str) -> float:
+    """Return the seconds that a time on the command line means."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([smhd]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is no time: 10, 2m, 1.5h, 1d")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _timeout(text: str) -> float | str:
+    if not text.endswith("%"):
+        return seconds(text)
+    try:
+        Timeout(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def retries(options: argparse.Namespace) -> Retries | None:
+    """Return what the options say about running commands again."""
+    if options.retries is None:
+        return None
+    most = options.retries - 1 if options.retries else float("inf")
+    return Retries(most, delay=options.retry_delay)
+
+
+def halt(options: argparse.Namespace) -> Halt:
+    """Return what the options say about ending early. Raises UsageError."""
+    try:
+        return Halt(options.halt)
+    except ValueError as error:
+        raise UsageError(error) from None
+
+
+def set_total(policy: Halt, source: Source) -> None:
+    """Tell `policy` how many commands there are; read all of the input if it must know."""
+    if policy.needs_total:
+        source.read_all()
+    policy.total = source.total
+    if policy.needs_total and policy.total is None:
+        raise UsageError("--halt done=N%: of how many is not known")

@@ -162,6 +162,13 @@ class Source:
     def read(self) -> None:
         """Read what is there."""
 
+    def read_all(self) -> None:
+        """Read all that is to come, to know `total`."""
+        while not self.ended:
+            self.read()
+        records = [values for values in self.records if values is not NOT_NOW]
+        self.records, self.total = iter(records), len(records)
+
 
 class Stream(Source):
     """The lines of a descriptor; none is read before it is needed."""

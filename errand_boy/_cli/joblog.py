@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 
@@ -11,36 +12,67 @@ if TYPE_CHECKING:
 
     from errand_boy._result import Result
 
+_MOST_SEQ = 1 << 33
 _TITLE = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command MaxRSS\n"
+
+
+class Seqs:
+    """Numbers of commands: a bit for each, since there may be millions."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def __contains__(self, seq: object) -> bool:
+        assert isinstance(seq, int)
+        return seq >> 3 < len(self._bits) and bool(self._bits[seq >> 3] & 1 << (seq & 7))
+
+    def put(self, seq: int, there: bool) -> None:
+        """Have it be one of them, or not."""
+        if seq >> 3 >= len(self._bits):
+            self._bits.extend(bytes((seq >> 3) + 1 - len(self._bits) + (len(self._bits) >> 1)))
+        if there:
+            self._bits[seq >> 3] |= 1 << (seq & 7)
+        else:
+            self._bits[seq >> 3] &= ~(1 << (seq & 7))
 
 
 class JobLog:
     """What has been run, a line for each command, in the order of their ends.
 
     The columns are GNU parallel's, and MaxRSS (KiB). `done` are the numbers (from 1) of the
-    commands that it had already. Raises OSError.
+    commands that it had already and with `resume` are not to be run again; with `resume_failed`
+    those that failed are. Raises OSError.
     """
 
-    def __init__(self, path: str, resume: bool) -> None:
-        self.done: set[int] = set()
+    def __init__(self, path: str, resume: bool, resume_failed: bool = False) -> None:
+        self.done = Seqs()
+        self.count = 0  # of `done`
+        resume = resume or resume_failed
         start = 0 if resume else os.O_TRUNC
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | start, 0o666)
-        if resume:
-            self._read()
-        if not self.done:
+        if not (resume and self._read(resume_failed)):
             self._write(_TITLE.replace(" ", "\t").encode())
 
-    def _read(self) -> None:
-        whole = 0
+    def _read(self, without_failed: bool) -> bool:
+        """Read what is there; return whether there is anything."""
+        whole = rows = 0
         with open(self._fd, "rb", closefd=False) as file:
             for line in file:
                 if not line.endswith(b"\n"):  # it was cut short: that command is run again
                     break
-                number = line.split(b"\t", 1)[0]
-                if number.isdigit():
-                    self.done.add(int(number))
                 whole += len(line)
-        os.ftruncate(self._fd, whole if self.done else 0)
+                fields = line.split(b"\t", 8)
+                if not fields[0].isdigit():
+                    continue
+                rows += 1
+                seq = int(fields[0])
+                if seq > _MOST_SEQ:
+                    raise OSError(errno.EINVAL, f"the job log has a command {seq}")
+                is_done = not without_failed or fields[6:8] == [b"0", b"0"]
+                self.count += is_done - (seq in self.done)
+                self.done.put(seq, is_done)  # the last line about it counts
+        os.ftruncate(self._fd, whole if rows else 0)
+        return rows > 0
 
     def add(self, seq: int, result: Result) -> None:
         """Write the line of a command that has ended."""

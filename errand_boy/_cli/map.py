@@ -10,12 +10,22 @@ import sys
 from collections.abc import Generator, Sequence
 
 from errand_boy import _map
-from errand_boy._batch import Batch
-from errand_boy._cli import command_options, failing, inputs, jobs, output, packing, pipe, template
+from errand_boy._batch import NOT_NOW, Batch
+from errand_boy._cli import (
+    command_options,
+    failing,
+    inputs,
+    jobs,
+    output,
+    packing,
+    pipe,
+    progress,
+    template,
+    throttle,
+)
 from errand_boy._cli.commands import Commands
-from errand_boy._cli.joblog import JobLog
+from errand_boy._cli.joblog import JobLog, written
 from errand_boy._cli.parsing import UsageError, add_socket
-from errand_boy._policy import Halt
 from errand_boy._result import Result
 from errand_boy.errors import ErrandBoyError
 
@@ -38,7 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "have the daemon that listens here run the commands (default: $ERRAND_BOY_SOCKET, else a "
         "private helper)",
     )
-    for module in inputs, template, packing, jobs, output, failing, pipe, command_options:
+    modules = inputs, template, packing, jobs, output, failing, throttle, progress, pipe
+    for module in (*modules, command_options):
         module.add_options(parser)
 
 
@@ -91,12 +102,9 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     return code of the command that was the reason; 125 for what errand-boy itself could not do.
     Raises UsageError.
     """
-    try:
-        policy = Halt(options.halt)
-    except ValueError as error:
-        raise UsageError(error) from None
-    if options.resume and options.joblog is None:
-        raise UsageError("--resume needs a --joblog")
+    policy = failing.halt(options)
+    if (options.resume or options.resume_failed) and options.joblog is None:
+        raise UsageError("--resume and --resume-failed need a --joblog")
     try:
         count = jobs.Jobs(options.jobs)
     except ValueError as error:
@@ -114,14 +122,20 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             appends=not _pipes(options) and options.max_args != 0,
         )
         _check_program(given.command, make)
-        log = None if options.joblog is None else JobLog(options.joblog, options.resume)
-        commands = Commands(source.records, make, log.done if log else set())
+        watch = progress.Progress(options)
+        log = None
+        if options.joblog is not None and not options.dry_run:
+            log = JobLog(options.joblog, options.resume, options.resume_failed)
+        if not _pipes(options):
+            watch.read_ahead(source)
+            failing.set_total(policy, source)
+        commands = Commands(source.records, make, log.done if log else ())
         if not _pipes(options):
             commands.records = packing.packed(source.records, options, commands.sample, count.count)
-        if commands.records is source.records:
-            policy.total = source.total
-        if policy.needs_total and policy.total is None:
-            raise UsageError("--halt done=N%: of how many is not known")
+            if commands.records is not source.records:
+                policy.total = source.total = None
+        if options.dry_run:
+            return _show(source, commands)
         out = output.Output(options, given.names, renamed, commands.origins)
         work = _map.make(
             commands,
@@ -134,11 +148,18 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             max_output=output.KEPT if out.captures else None,
             spool=True,
             halt=policy,
+            retries=failing.retries(options),
+            gate=throttle.gate(options),
+            with_pids=bool(options.memsuspend),
             **command_options.given(options),
         )
+        if options.memsuspend:
+            throttle.Pauses(work, options.memsuspend)
         if make.uses_slot or out.uses_slot:
             commands.next_slot = lambda: work.next_slot
-        return _run(work, source, commands, out, count, log, options)
+        if source.total is not None:
+            watch.total = source.total - (log.count if log else 0)
+        return _run(work, source, commands, out, count, log, watch, options)
     except ErrandBoyError as error:
         where = getattr(error, "filename", None)
         text = getattr(error, "strerror", None) or str(error)
@@ -192,6 +213,7 @@ def _run(
     out: output.Output,
     count: jobs.Jobs,
     log: JobLog | None,
+    watch: progress.Progress,
     options: argparse.Namespace,
 ) -> int:
     failed = 0
@@ -208,6 +230,7 @@ def _run(
         failed += result.failed
         if log is not None:
             log.add(origins[result.index].seq, result)
+        watch.count(origins[result.index].seq, result)
         out.ended(result.index)
         if count.path is not None and count.read():
             work.max_workers = count.count
@@ -222,14 +245,30 @@ def _run(
             signal.signal(number, signal.SIG_DFL)
     results = _drive(work, source)
     with contextlib.closing(work):
-        for result in _map.with_bar(results, source.total) if options.progress else results:
+        out.before_writing = watch.clear
+        watch.begin(work.timers)
+        for result in results:
             out.write(result)
             del origins[result.index]
-    sys.stdout.flush()
+        sys.stdout.flush()
+        watch.end()
     if work.halt.result is not None:
         code = work.halt.result.returncode
         return code if code >= 0 else 128 - code
     return min(failed, _MOST_FAILED)
+
+
+def _show(source: inputs.Source, commands: Commands) -> int:
+    """Write the commands, and run none."""
+    commands.next_slot = lambda: 1
+    for command in commands:
+        if command is NOT_NOW:
+            sys.stdout.flush()
+            source.read()
+        else:
+            sys.stdout.buffer.write(written(command) + b"\n")
+    sys.stdout.flush()
+    return 0
 
 
 def _drive(work: Batch, source: inputs.Source) -> Generator[Result, None, None]:

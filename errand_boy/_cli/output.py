@@ -15,7 +15,7 @@ from errand_boy._spool import Spool, nameless_file
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import IO, Any, TypeAlias
 
     from errand_boy._cli.commands import Origin
@@ -125,12 +125,14 @@ class Output:
             self._files = _Files(options.results, options.tmpdir, names, renamed)
         self._origins = origins
         self._sinks: dict[int, list[Sink | None]] = {}
+        self.before_writing: Callable[[], None] = _nothing
         self._turn = 0  # the index whose lines are written as they come, with --keep-order
         self.open_output = self._open if self._lines or self._files is not None else None
 
     def started(self, origin: Origin, command: list[bytes] | bytes) -> None:
         """Take note of a command that is about to start."""
         if self._traces:
+            self.before_writing()
             sys.stderr.buffer.write(written(command) + b"\n")
             sys.stderr.buffer.flush()
         if self._files is not None:
@@ -157,7 +159,7 @@ class Output:
             sink = _Kept(path)
         else:
             held = self._in_order and index != self._turn
-            sink = _Live(_stream(number), self.tag(index), held)
+            sink = _Live(_stream(number), self.tag(index), held, self.before_writing)
         sinks[number] = sink
         return sink
 
@@ -216,6 +218,10 @@ class Output:
         self._files.forget(origin)
 
 
+def _nothing() -> None:
+    pass
+
+
 def _stream(number: int) -> IO[bytes]:
     return sys.stderr.buffer if number else sys.stdout.buffer
 
@@ -241,8 +247,11 @@ class _Live:
     file = None
     truncated = False
 
-    def __init__(self, to: IO[bytes], tag: bytes, held: bool) -> None:
+    def __init__(
+        self, to: IO[bytes], tag: bytes, held: bool, before_writing: Callable[[], None]
+    ) -> None:
         self._to = to
+        self._before_writing = before_writing
         self._tag = tag
         self._rest = b""  # of a line
         self._held: Spool | None = Spool(KEPT, nameless_file) if held else None
@@ -256,6 +265,7 @@ class _Live:
             return
         lines, newline, rest = data.rpartition(b"\n")
         if newline:
+            self._before_writing()
             lines = self._rest + lines + newline
             self._to.write(_tagged(lines, self._tag) if self._tag else lines)
             self._to.flush()

@@ -1,0 +1,105 @@
+"""What `errand-boy map` shows while it runs, and what it writes about that afterwards."""
+
+from __future__ import annotations
+
+from errand_boy._progress import Bar, Tally, terminal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from errand_boy._cli.inputs import Source
+    from errand_boy._cli.report import Report
+    from errand_boy._result import Result
+    from errand_boy._timers import Timers
+
+_TICK = 1.0  # seconds
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this module to `parser`."""
+    group = parser.add_argument_group("looking on")
+    group.add_argument(
+        "--progress",
+        "--bar",
+        action="store_true",
+        help="if standard error is a terminal, show how many are done and have failed, the rate, "
+        "and the time left if the number of commands is known; with tqdm's bar if it is installed",
+    )
+    group.add_argument(
+        "--eta",
+        action="store_true",
+        help="the same, and read all of the input before, so that their number is known",
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="write the commands, one a line, and run none"
+    )
+    group.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write a report at the end: when each command ran, how long they took, the slowest, "
+        "and what failed; one file for a browser",
+    )
+
+
+class Progress:
+    """The bar and the report that `options` ask for."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._reads_ahead = options.eta
+        self._tally = Tally()
+        self._file = terminal() if options.progress or options.eta else None
+        self._bar: Bar | None = None
+        self._report: Report | None = None
+        if options.html is not None and not options.dry_run:
+            from errand_boy._cli.report import Report  # noqa: PLC0415
+
+            self._report = Report(options.html)
+
+    @property
+    def total(self) -> int | None:
+        """How many commands there are, or None."""
+        return self._tally.total
+
+    @total.setter
+    def total(self, number: int) -> None:
+        self._tally.total = number
+
+    def read_ahead(self, source: Source) -> None:
+        """Read all of the input if that is asked for."""
+        if self._reads_ahead:
+            source.read_all()
+
+    def begin(self, timers: Timers) -> None:
+        """Show the bar, from now on."""
+        if self._file is None:
+            return
+        self._bar = Bar(self._tally, self._file)
+
+        def tick() -> None:
+            if self._bar is not None:
+                self._bar.show(at_once=True)
+                timers.after(_TICK, tick)
+
+        tick()
+
+    def count(self, seq: int, result: Result) -> None:
+        """Take note of a command's end."""
+        self._tally.count(result.failed, result.duration)
+        if self._report is not None:
+            self._report.add(seq, result)
+        if self._bar is not None:
+            self._bar.show()
+
+    def clear(self) -> None:
+        """Make room for output."""
+        if self._bar is not None:
+            self._bar.clear()
+
+    def end(self) -> None:
+        """Leave the bar as it is, and write the report. Raises OSError."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            bar.close()
+        if self._report is not None:
+            self._report.write()
