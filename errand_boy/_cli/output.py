@@ -179,6 +179,7 @@ class Output:
     def write(self, result: Result) -> None:
         """Write what is to be written of a command at its turn."""
         index = result.index
+        self.before_writing()
         sinks = self._sinks.pop(index, (None, None))
         tag = b"" if self._tag is None else self.tag(index)
         if self._names_command and self._files is None:
