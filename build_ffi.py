@@ -94,6 +94,7 @@ ffibuilder.set_source(
     '#include "common/heap.h"\n#include "common/rawsys.h"\n'
     "#include <sys/prctl.h>\n#include <sys/socket.h>\n",
     sources=SOURCES,
+    depends=sorted(str(path.relative_to(CSRC.parent)) for path in CSRC.rglob("*.h")),
     include_dirs=["csrc"],
     define_macros=[("_GNU_SOURCE", None)],
     # A new process that shares the caller's memory must not run the dynamic linker.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -54,8 +55,25 @@ LINK = ["-pie", "-Wl,-z,relro,-z,now,--no-eh-frame-hdr,--build-id=none"]
 DENSE = (["-Wl,-z,noseparate-code"], [])  # zig's linker has no such option: it does so anyway
 
 
+MISSING = """\
+errand-boy is partly in C, and {} here. What builds it is in these packages:
+    Debian, Ubuntu: apt-get install gcc libc6-dev python3-dev
+    Fedora:         dnf install gcc glibc-devel python3-devel"""
+
+if sys.implementation.name != "cpython":
+    sys.exit("errand-boy is for CPython: its extension keeps the GIL while a command starts")
+
+
 class BuildExt(build_ext):
     """build_ext that also links the helper executable beside the extension."""
+
+    def build_extensions(self) -> None:
+        if not self.accepts([]):
+            sys.exit(MISSING.format("there is no C compiler that works"))
+        headers = [f"-I{path}" for path in self.include_dirs]
+        if not self.accepts([*headers, "-include", "Python.h"]):
+            sys.exit(MISSING.format("there are no headers of this Python"))
+        super().build_extensions()
 
     def run(self) -> None:
         super().run()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -83,3 +84,58 @@ def test_helper_and_the_callers_side_build_with_musl(
     results = errand_boy.map(commands, max_workers=4)
     assert [result.stdout for result in results] == [b"%d\n" % i for i in range(20)]
     errand_boy.stop()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what is built."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for name in ("setup.py", "build_ffi.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("csrc", "errand_boy"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "*-helper"))
+    return copy
+
+
+def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(
+        command, cwd=tree, env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+def test_changed_header_rebuilds_both_programs(tree: Path) -> None:
+    assert build(tree).returncode == 0
+    header = tree / "csrc/common/wire.h"
+    text = header.read_text()
+    assert "#define EB_VERSION 1\n" in text
+    header.write_text(text.replace("#define EB_VERSION 1\n", "#define EB_VERSION 77\n"))
+    future = time.time() + 2  # whatever the resolution of the file system's times
+    os.utime(header, (future, future))
+    assert build(tree).returncode == 0
+    # The version of the protocol: one side that is not rebuilt would be refused by the other.
+    code = """if True:
+        import errand_boy
+        from errand_boy._native import lib
+        errand_boy.start()
+        print(lib.EB_VERSION, errand_boy.run(["true"]).returncode)"""
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=tree, text=True) == "77 0\n"
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_build_says_what_is_missing(tree: Path, tmp_path: Path, missing: str) -> None:
+    if missing == "compiler":
+        found = build(tree, CC="/nowhere/cc")
+    else:  # a compiler that finds no such file
+        compiler = tmp_path / "cc"
+        script = 'for a; do [ "$a" != Python.h ] || exit 1; done; exec cc "$@"'
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        found = build(tree, CC=str(compiler))
+    assert found.returncode == 1
+    *_, what, debian, fedora = found.stderr.splitlines()
+    assert ("no C compiler" if missing == "compiler" else "no headers") in what
+    assert "apt-get install gcc libc6-dev python3-dev" in debian
+    assert "dnf install gcc glibc-devel python3-devel" in fedora
