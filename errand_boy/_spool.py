@@ -9,7 +9,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import IO
+    from typing import IO, Any
 
 
 class Spool:
@@ -74,6 +74,22 @@ class Spool:
         """Close the file; `data` stays."""
         if self.file is not None:
             self.file.close()
+
+    def state(self, keep: Callable[[int], int]) -> list[Any]:
+        """Return what `restore` needs in the program that is executed next.
+
+        `keep` has a descriptor stay open there, and returns it.
+        """
+        file = None if self.file is None or self.file.closed else keep(self.file.fileno())
+        return [self.data.hex(), self.size, self._at, file]
+
+    def restore(self, state: list[Any]) -> None:
+        """Hold what the one held whose `state` this is; it is new, and not `truncated`."""
+        data, self.size, self._at, file = state
+        self.data = bytearray.fromhex(data)
+        self._room -= len(self.data)
+        if file is not None:
+            self.file = open(file, "w+b", buffering=0)  # nothing is cut off: it is open
 
     def text(self, encoding: str, errors: str) -> str:
         """Return `data` as text, as subprocess has it, but for a character that was cut."""

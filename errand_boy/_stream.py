@@ -19,7 +19,7 @@ from errand_boy.errors import HelperDiedError, ProtocolError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Protocol, TypeAlias
+    from typing import Any, Protocol, TypeAlias
 
     class Input(Protocol):
         """What a command reads."""
@@ -52,6 +52,20 @@ _KINDS = {
 }
 _NONE = (1, 0, 0)
 
+# What `Stream.state` has as it is, and as hexadecimal digits.
+_PLAIN = (
+    "greeted",
+    "pid",
+    "_awaited",
+    "_brief",
+    "_is_killed",
+    "_request_left",
+    "_sends_more",
+    "_started",
+    "_window",
+)
+_BYTES = ("unsent", "_rest")
+
 
 class Started:
     """The command runs. A brief one does not tell."""
@@ -75,26 +89,26 @@ class Output:
 class Ended:
     """The command has ended, with a return code as subprocess has it, and so has its output."""
 
-    __slots__ = ("_payload", "returncode")
+    __slots__ = ("payload", "returncode")
 
     def __init__(self, payload: bytes) -> None:
         status = int.from_bytes(payload[:4], "little")
         if status > _LAST_STATUS or status & _STOPPED == _STOPPED:
             raise _unexpected(lib.EB_EXITED)
         self.returncode = os.waitstatus_to_exitcode(status) if status else 0
-        self._payload = payload
+        self.payload = payload
 
     @property
     def usage(self) -> tuple[int, ...]:
         """What it has used, in the order of wire.h."""
-        return _wire.EXITED.unpack_from(self._payload)[1:]
+        return _wire.EXITED.unpack_from(self.payload)[1:]
 
     @property
     def brief(self) -> tuple[int, int] | None:
         """The microseconds that a brief command took, and its pid; None for another."""
-        if len(self._payload) == _END_SIZES[0]:
+        if len(self.payload) == _END_SIZES[0]:
             return None
-        return _MORE.unpack_from(self._payload, _wire.EXITED.size)
+        return _MORE.unpack_from(self.payload, _wire.EXITED.size)
 
 
 class Lost:
@@ -247,6 +261,26 @@ class Stream:
             unread = not self.greeted or self._request_left or (reset and not self._sends_more)
             lost.may_resend = bool(unread)
         return lost
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs in the program that is executed next, once it has begun."""
+        ended = self.ended
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name).hex() for name in _BYTES},
+            "ended": None if ended is None else ended.payload.hex(),
+            "reads_input": self._input is not None,
+        }
+
+    def restore(self, state: dict[str, Any], input: Input | None) -> None:
+        """Go on where the one was whose `state` this is; the command reads the rest of `input`."""
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+        for name in _BYTES:
+            setattr(self, name, bytes.fromhex(state[name]))
+        ended = state["ended"]
+        self.ended = None if ended is None else Ended(bytes.fromhex(ended))
+        self._input = input if state["reads_input"] else None
 
     def _take(self, kind: int, payload: bytes) -> Event | None:
         if kind == lib.EB_REFUSED:

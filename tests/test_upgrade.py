@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+import wire
 from conftest import PATIENCE, script_environment, until
 from daemon import (
     Daemon,
@@ -37,6 +40,9 @@ from errand_boy import _wire
 from errand_boy._client import Client
 from errand_boy._connection import Connection
 from errand_boy._daemon.limits import Limits
+from errand_boy._daemon.log import Log
+from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.status import Reply
 from errand_boy._daemon.turns import Turns
 from errand_boy._wire import Spawned
 
@@ -325,60 +331,163 @@ def test_soft_limit_of_commands_stays(tmp_path: Path) -> None:
         assert len(set(limits)) == 1
 
 
-# -- text requests --
+# -- text requests and answers that are under way --
 
 
-def test_text_requests_are_waited_for_and_others_served(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    with started_daemon(tmp_path) as daemon, daemon.socket() as sock, daemon.socket() as later:
-        sock.sendall(f"echo begun; cat {gate}; exit 3\r\n\r\n\r\n\r\n".encode())
-        assert sock.recv(4) == b"\r\n0:"
-        ask_for_upgrade(daemon)
-        until(lambda: "an upgrade waits for text requests" in daemon.log())
-        later.sendall(b"echo later\r\n\r\n\r\n\r\n")
-        connection = daemon.connect()
-        spawn(connection, "/bin/sh", "-c", "exit 4")
-        assert ended(connection) == 4
-        connection.close()
-        assert not select.select([daemon.notify, later], [], [], 0)[0]
-        gate.write_text("passed\n")
-        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n3\r\n\r\n"
-        await_upgrade(daemon)
-        assert answer(later) == b"\r\n0:later\n\r\n1:\r\n\r\n0\r\n\r\n"
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    path = tmp_path / "gate"
+    os.mkfifo(path)
+    return path
 
 
-def test_text_request_that_lasts_outlasts_the_upgrade(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
+def begin_at(gate: Path, sock: socket.socket, rest: str = "true", input: bytes = b"") -> None:
+    """Have a command begin over `sock` that goes on with `rest` when the gate is written to."""
+    sock.sendall(f"echo begun; cat {gate}; {rest}\r\n\r\n".encode() + input + b"\r\n\r\n")
+    assert sock.recv(4) == b"\r\n0:"
+
+
+def test_text_requests_go_on(tmp_path: Path, gate: Path) -> None:
     with started_daemon(tmp_path, "--grace=0") as daemon, daemon.socket() as sock:
-        sock.sendall(f"echo begun; cat {gate}\r\n\r\n\r\n\r\n".encode())
-        assert sock.recv(4) == b"\r\n0:"
-        with daemon.socket() as later:
-            ask_for_upgrade(daemon)
-            until(lambda: "an upgrade waits for text requests" in daemon.log())
-            later.sendall(b"echo later\r\n\r\n\r\n\r\n")
-            assert answer(later) == b"\r\n0:later\n\r\n1:\r\n\r\n0\r\n\r\n"
-        assert "1 text requests go on" in daemon.log()
-        gate.write_text("passed\n")
-        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n0\r\n\r\n"
+        begin_at(gate, sock, "exit 3")
         upgrade(daemon)
-
-
-def test_stop_while_an_upgrade_waits(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    with started_daemon(tmp_path) as daemon, daemon.socket() as sock, daemon.socket() as later:
-        sock.sendall(f"echo begun; cat {gate}\r\n\r\n\r\n\r\n".encode())
-        assert sock.recv(4) == b"\r\n0:"
-        ask_for_upgrade(daemon)
-        until(lambda: "an upgrade waits for text requests" in daemon.log())
-        later.sendall(b"echo later\r\n\r\n\r\n\r\n")
-        assert not select.select([later], [], [], 0)[0]
-        daemon.process.send_signal(signal.SIGTERM)
         gate.write_text("passed\n")
-        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n0\r\n\r\n"
-        assert daemon.process.wait(PATIENCE) == 0
+        upgrade(daemon)
+        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n3\r\n\r\n"
+        until(lambda: not daemon.status()["commands"])
+
+
+def test_text_request_in_parts(tmp_path: Path) -> None:
+    """Also one of which more is kept than is held in memory."""
+    lines = b"".join(b"line %d\n" % number for number in range(10_000))
+    request = b"cat; echo $?\r\n\r\n" + lines + b"\r\n\r\n"
+    parts = [request[:3], request[3:14], request[14:17], request[17:60_000], request[60_000:-3]]
+    with started_daemon(tmp_path) as daemon, daemon.socket() as sock:
+        held = psutil.Process(daemon.process.pid)
+        for part in [*parts, request[-3:]]:
+            sock.sendall(part)
+            until(lambda: unread(sock) == 0)
+            upgrade(daemon)
+        assert answer(sock) == b"\r\n0:" + lines + b"0\n\r\n1:\r\n\r\n0\r\n\r\n"
+        until(lambda: not [file for file in held.open_files() if "deleted" in file.path])
+
+
+def unread(sock: socket.socket) -> int:
+    """Return how many bytes that we have sent over `sock` have not been received."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def test_input_and_output_of_text_requests_go_on(tmp_path: Path, gate: Path) -> None:
+    lines = b"".join(b"line %d\n" % number for number in range(100_000))
+    script = "head -c 100000 >&2; cat; exit 5"
+    with started_daemon(tmp_path) as daemon, daemon.socket() as sock:
+        begin_at(gate, sock, script, lines)
+        upgrade(daemon)  # what the helper takes of the input is under way
+        gate.write_text("")
+        upgrade(daemon)  # so are errors and output
+        assert sock.recv(6, socket.MSG_WAITALL) == b"begun\n"
+        upgrade(daemon)
+        output, errors, end = answer(sock).partition(b"\r\n1:")
+        assert (output, errors, end) == (
+            lines[100_000:],
+            b"\r\n1:",
+            lines[:100_000] + b"\r\n\r\n5\r\n\r\n",
+        )
+
+
+def test_text_client_that_goes_after_it_ends_its_command(tmp_path: Path, gate: Path) -> None:
+    with started_daemon(tmp_path) as daemon:
+        with daemon.socket() as whole, daemon.socket() as half:
+            begin_at(gate, whole)
+            begin_at(gate, half)
+            half.shutdown(socket.SHUT_WR)
+            upgrade(daemon)
+            assert len(daemon.status()["commands"]) == 2
+        until(lambda: not daemon.status()["commands"])
+
+
+def test_text_request_is_sent_again_after_it(tmp_path: Path) -> None:
+    """To another helper, when the first one has died without having read it."""
+    with started_daemon(tmp_path, "--pool-size=1") as daemon, daemon.socket() as sock:
+        (helper,) = daemon.helpers()
+        os.kill(helper, signal.SIGSTOP)
+        sock.sendall(b"echo $PPID\r\n\r\n\r\n\r\n")
+        until(lambda: unread(sock) == 0)
+        upgrade(daemon)
+        os.kill(helper, signal.SIGKILL)
+        (other,) = until(lambda: [pid for pid in daemon.helpers() if pid != helper])
+        assert answer(sock) == f"\r\n0:{other}\n\r\n1:\r\n\r\n0\r\n\r\n".encode()
+
+
+def test_text_request_that_never_becomes_whole(tmp_path: Path) -> None:
+    with (
+        started_daemon(tmp_path, "--patience=1") as daemon,
+        daemon.socket() as sock,
+    ):
+        sock.sendall(b"echo begun")
+        until(lambda: unread(sock) == 0)
+        upgrade(daemon)
+        assert b"the request was not whole, and nothing came for 1 seconds" in answer(sock)
+
+
+def status_of(reply: bytes) -> dict[str, Any]:
+    length, kind = _wire.HEADER.unpack_from(reply)
+    assert kind == lib.EB_STATUS_REPLY
+    assert len(reply) == _wire.HEADER.size + length
+    status: dict[str, Any] = json.loads(reply[_wire.HEADER.size :])
+    return status
+
+
+def test_status_that_is_asked_for(tmp_path: Path) -> None:
+    """Before the helpers have told what they do."""
+    query = b"\0" + wire.frame(lib.EB_STATUS, _wire.HELLO[-4:])
+    with started_daemon(tmp_path, "--pool-size=1", "--log-level=debug") as daemon:
+        (helper,) = daemon.helpers()
+        with daemon.socket() as sock:
+            os.kill(helper, signal.SIGSTOP)
+            count = daemon.log().count("kind=status")
+            sock.sendall(query)
+            until(lambda: daemon.log().count("kind=status") > count)
+            upgrade(daemon)
+            os.kill(helper, signal.SIGCONT)
+            assert status_of(answer(sock))["pid"] == daemon.process.pid
+
+
+def test_status_of_which_half_is_sent() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(PATIENCE)
+    ours.setblocking(False)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+    loop = Loop(Log("info", "text"))
+    done: list[Reply] = []
+
+    def reply(sock: socket.socket) -> Reply:
+        return Reply(loop, sock, 0, [], lambda reports: {"it": "x" * 100_000}, 30, done.append)
+
+    first = reply(ours)
+    copies: list[int] = []
+
+    def keep(fd: int) -> int:
+        copies.append(os.dup(fd))
+        return copies[-1]
+
+    loop.run(lambda: select.select([theirs], [], [], 0)[0] != [])
+    _, rest = json.loads(json.dumps(first.state(keep)))
+    loop.watch(ours, 0)
+    reply(socket.socket(fileno=copies[0])).send(bytes.fromhex(rest))
+    received = b""
+
+    def is_done() -> bool:
+        nonlocal received
+        while select.select([theirs], [], [], 0)[0]:
+            received += theirs.recv(1 << 16)
+        return bool(done)
+
+    loop.run(is_done)
+    ours.close()
+    until(lambda: loop.closer.is_idle)
+    assert status_of(received + answer(theirs)) == {"it": "x" * 100_000}
+    theirs.close()
 
 
 # -- another version --
@@ -474,6 +583,14 @@ def test_without_python_it_goes_on(tmp_path: Path, package: Path) -> None:
         assert few < 20
 
 
+def speak_another_protocol(package: Path) -> None:
+    replace(
+        package / "errand_boy/_daemon/upgrade.py",
+        "errand_boy.__version__, lib.EB_VERSION,",
+        "errand_boy.__version__, lib.EB_VERSION + 1,",
+    )
+
+
 def test_version_of_another_protocol_has_its_own_helpers(tmp_path: Path, package: Path) -> None:
     with daemon_of(package, tmp_path, "--pool-size=1", "--max-processes=1") as daemon:
         first, second = daemon.connect(), daemon.connect()
@@ -481,11 +598,7 @@ def test_version_of_another_protocol_has_its_own_helpers(tmp_path: Path, package
         pid = spawn(first, "/bin/sleep", "100")
         request(second, "/bin/sh", "-c", "exit 5")
         until(lambda: daemon.status()["queue"] == 1)
-        replace(
-            package / "errand_boy/_daemon/upgrade.py",
-            "errand_boy.__version__, lib.EB_VERSION,",
-            "errand_boy.__version__, lib.EB_VERSION + 1,",
-        )
+        speak_another_protocol(package)
         upgrade(daemon)
         # Nobody is left who could have it wait.
         assert isinstance(second.receive(PATIENCE), Spawned)
@@ -504,6 +617,56 @@ def test_version_of_another_protocol_has_its_own_helpers(tmp_path: Path, package
         assert daemon.process.wait(PATIENCE) == 0
         for connection in (first, second, third):
             connection.close()
+
+
+def test_version_of_another_protocol_waits_for_text_requests(
+    tmp_path: Path, package: Path, gate: Path
+) -> None:
+    """Their helpers speak to the server. Others are served meanwhile, other texts after it."""
+    with (
+        daemon_of(package, tmp_path) as daemon,
+        daemon.socket() as sock,
+        daemon.socket() as later,
+    ):
+        begin_at(gate, sock, "exit 3")
+        speak_another_protocol(package)
+        ask_for_upgrade(daemon)
+        until(lambda: "an upgrade waits for text requests" in daemon.log())
+        later.sendall(b"echo later\r\n\r\n\r\n\r\n")
+        connection = daemon.connect()
+        spawn(connection, "/bin/sh", "-c", "exit 4")
+        assert ended(connection) == 4
+        connection.close()
+        assert not select.select([daemon.notify, later], [], [], 0)[0]
+        gate.write_text("passed\n")
+        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n3\r\n\r\n"
+        await_upgrade(daemon)
+        assert answer(later) == b"\r\n0:later\n\r\n1:\r\n\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_text_request_that_lasts_outlasts_another_protocol(
+    tmp_path: Path, package: Path, gate: Path, is_stopped: bool
+) -> None:
+    grace = "--grace=30" if is_stopped else "--grace=0"
+    with daemon_of(package, tmp_path, grace) as daemon, daemon.socket() as sock:
+        begin_at(gate, sock)
+        speak_another_protocol(package)
+        with daemon.socket() as later:
+            ask_for_upgrade(daemon)
+            until(lambda: "an upgrade waits for text requests" in daemon.log())
+            later.sendall(b"echo later\r\n\r\n\r\n\r\n")
+            if is_stopped:
+                daemon.process.send_signal(signal.SIGTERM)
+            else:
+                assert answer(later) == b"\r\n0:later\n\r\n1:\r\n\r\n0\r\n\r\n"
+                assert "1 text requests go on" in daemon.log()
+        gate.write_text("passed\n")
+        assert answer(sock) == b"begun\npassed\n\r\n1:\r\n\r\n0\r\n\r\n"
+        if is_stopped:
+            assert daemon.process.wait(PATIENCE) == 0
+        else:
+            upgrade(daemon)
 
 
 # -- besides --

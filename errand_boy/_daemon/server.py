@@ -21,7 +21,7 @@ from errand_boy._daemon import status, strangers, text
 from errand_boy._daemon.listen import Listener
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.loop import NEWCOMERS, Loop
-from errand_boy._daemon.newcomers import FIRST, Newcomer, Newcomers
+from errand_boy._daemon.newcomers import Newcomer, Newcomers
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
@@ -34,13 +34,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from errand_boy._daemon.helper import Keep
+    from errand_boy._daemon.helper import Helper, Keep
 
 ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ended
 
 _SETTLE = 5.0  # seconds for clients that have connected to ask for a command
 _TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
-_LAST_WAIT = 1.0  # seconds without accepting, until a successor may take over
+_LAST_WAIT = 1.0  # seconds without accepting, and with it again, until a successor may take over
 _PAUSE = 0.1  # seconds without accepting, when descriptors are short
 _LONG_SHORTAGE = 1.0  # seconds: after that, those who wait are told one by one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
@@ -66,7 +66,8 @@ class Server:
         self.started = time.monotonic()
         self.accepted = 0
         self.refused = 0
-        self.texts: set[object] = set()
+        self.texts: set[text.TextConnection] = set()
+        self._replies: set[status.Reply] = set()
         self._holdings = Holdings()
         self.pool = Pool(self.loop, options, open_files)
         self._newcomers = Newcomers(self.loop, self._serve, self._on_late)
@@ -74,15 +75,15 @@ class Server:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_held = max(files // 4, 8) if options.allow_uid or options.allow_gid else 0
         self._admitted = 0
-        self._replies = 0
         self._short_since = 0.0  # of time.monotonic(): nothing can be accepted; 0.0: it can
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._closing = False  # no more connections are accepted
         self.successor: Successor | None = None  # that waits until it can take over
         self._is_checking = False
-        self._is_leaving = False  # it can take over as soon as the last closes are over
         self._put_off: list[tuple[Newcomer, bytes]] = []  # for the successor, and their first bytes
         self._successor_timer: Timer | None = None
+        self._is_leaving = False  # it can take over as soon as the last closes are over
+        self._leave_timer: Timer | None = None  # of the time that this lasts, and a rest after it
         self._given_up = False
         self._status = ENDED
         self._next_step: Callable[[], None] = self._drain
@@ -177,7 +178,7 @@ class Server:
             self.accepted += 1
             sock.setblocking(False)
             peer = Peer.of(sock)
-            self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
+            self._hold(peer)
             newcomer = Newcomer(sock, peer, "", time.monotonic())
             self._refuse(newcomer, newcomer.first() or b"", f"the daemon is full: {reason}")
 
@@ -195,7 +196,7 @@ class Server:
         self._await_first(sock, peer, refusal, time.monotonic() + self.options.patience)
 
     def _await_first(self, sock: socket.socket, peer: Peer, refusal: str, deadline: float) -> None:
-        self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
+        self._hold(peer)
         self._newcomers.add(Newcomer(sock, peer, refusal, deadline))
 
     def _excess(self, peer: Peer) -> str:
@@ -210,6 +211,10 @@ class Server:
         if most and held + served >= most:
             return f"user {peer.uid} has {most} connections, and may have no more"
         return ""
+
+    def _hold(self, peer: Peer) -> None:
+        """Count one more of those whose sockets are open here."""
+        self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
 
     def _let_go(self, peer: Peer) -> None:
         """Count one less of those whose sockets are open here."""
@@ -243,19 +248,11 @@ class Server:
             self._refuse(newcomer, first, newcomer.refusal)
         elif newcomer.has_descriptors and _kind(first) != lib.EB_HELLO:
             self._refuse(newcomer, first, "descriptors are for requests in frames")
-        elif self.successor is not None and not (first[0] == 0 and _kind(first) == lib.EB_HELLO):
-            self._put_off.append((newcomer, first))  # that we had to serve ourselves
+        elif first[0] != 0 and self._awaits_texts():
+            self._put_off.append((newcomer, first))
         elif first[0] != 0:
             self.log.debug("accepted", kind="text", pid=peer.pid, uid=peer.uid)
-            services = Services(
-                self.loop,
-                self.pool,
-                peer,
-                self.options,
-                self._holdings,
-                lambda connection: self._on_text_closed(connection, peer),
-            )
-            self.texts.add(text.TextConnection(sock, peer, services))
+            self._serve_text(sock, peer)
         else:
             length, kind = _wire.HEADER.unpack_from(first, 1)
             version = int.from_bytes(first[1 + _wire.HEADER.size :], "little")
@@ -270,7 +267,7 @@ class Server:
                 )
             elif kind == lib.EB_STATUS:
                 self.log.debug("accepted", kind="status", pid=peer.pid, uid=peer.uid)
-                self._report(sock, peer)
+                self._report(sock, peer, self.pool.helpers)
             else:
                 self.log.debug("accepted", kind="framed", pid=peer.pid, uid=peer.uid)
                 try:
@@ -294,20 +291,36 @@ class Server:
             sock.send(answer, socket.MSG_NOSIGNAL)
         self.loop.closer.close(sock, read=True)  # what is closed unread is ECONNRESET to the peer
 
+    # -- text --
+
+    def _serve_text(self, sock: socket.socket, peer: Peer) -> text.TextConnection:
+        def on_closed() -> None:
+            self.texts.discard(connection)
+            self._let_go(peer)
+
+        services = Services(self.loop, self.pool, peer, self.options, self._holdings, on_closed)
+        connection = text.TextConnection(sock, peer, services)
+        self.texts.add(connection)
+        return connection
+
     # -- status --
 
-    def _report(self, sock: socket.socket, peer: Peer) -> None:
-        sock.recv(FIRST)
-        self._replies += 1
-        status.Reply(
+    def _report(self, sock: socket.socket, peer: Peer, helpers: list[Helper]) -> status.Reply:
+        def on_done(reply: status.Reply) -> None:
+            self._replies.discard(reply)
+            self._let_go(peer)
+
+        reply = status.Reply(
             self.loop,
             sock,
             peer.uid,
-            [helper for helper in self.pool.helpers if status.may_see(peer, helper)],
+            [helper for helper in helpers if status.may_see(peer, helper)],
             lambda reports: self._describe(reports, peer),
             self.options.patience,
-            lambda: self._on_replied(peer),
+            on_done,
         )
+        self._replies.add(reply)
+        return reply
 
     def _describe(self, reports: status.Reports, peer: Peer) -> dict[str, object]:
         value = status.of_pool(self.pool, reports, peer)
@@ -325,14 +338,6 @@ class Server:
             **value,
         }
 
-    def _on_replied(self, peer: Peer) -> None:
-        self._replies -= 1
-        self._let_go(peer)
-
-    def _on_text_closed(self, connection: object, peer: Peer) -> None:
-        self.texts.discard(connection)
-        self._let_go(peer)
-
     # -- the successor --
 
     def _upgrade(self) -> None:
@@ -349,54 +354,71 @@ class Server:
             self.log.error("no upgrade", reason=found)
         elif not self._closing:
             self.successor = found
-            if self.texts:
+            if self._awaits_texts():
                 self.log.info("an upgrade waits for text requests", requests=len(self.texts))
-            self._wait_at_most(self.options.grace + _SETTLE)
+            wait = self.options.grace + _SETTLE
+            self._successor_timer = self.loop.call_later(wait, self._on_long_wait)
 
-    def _wait_at_most(self, seconds: float) -> None:
-        if self._successor_timer is not None:
-            self._successor_timer.cancel()
-        self._successor_timer = self.loop.call_later(seconds, self._on_long_wait)
+    def _awaits_texts(self) -> bool:
+        """Return whether a successor must wait for text requests: their helpers speak to us."""
+        successor = self.successor
+        return bool(successor and successor.protocol != lib.EB_VERSION and self.texts)
 
     def _on_long_wait(self) -> None:
-        if self.texts:
+        if self._awaits_texts():
             reason = f"{len(self.texts)} text requests go on"
         else:
-            reason = "an answer or a close takes too long"
+            reason = "a close takes too long"
         self.log.error("no upgrade", reason=reason)
         self.keep_place()
 
     def may_be_replaced(self) -> bool:
         """Return whether a successor is there, and nothing under way that it cannot go on with."""
-        if self._closing or self.successor is None or self.texts or self._replies:
+        if self._closing or self.successor is None or self._awaits_texts():
             return False
-        if not (self._is_leaving or self.loop.closer.is_idle):
+        if self.loop.closer.is_idle:
+            return True
+        if self._leave_timer is None:
+            # With new connections there would be new closes all the time.
             self._is_leaving = True
             self._pause_listening()
-            self._wait_at_most(_LAST_WAIT)
-        return self.loop.closer.is_idle
+            self._leave_timer = self.loop.call_later(_LAST_WAIT, self._rest_from_leaving)
+        return False
+
+    def _rest_from_leaving(self) -> None:
+        """Serve those who have come, for a while."""
+        self._stay()
+        self._leave_timer = self.loop.call_later(_LAST_WAIT, self._stay)
+
+    def _stay(self) -> None:
+        if self._leave_timer is not None:
+            self._leave_timer.cancel()
+        self._leave_timer = None
+        self._is_leaving = False
+        self._listen()
 
     def keep_place(self) -> None:
         """Go on without a successor."""
         if self._successor_timer is not None:
             self._successor_timer.cancel()
         self.successor = None
-        self._is_leaving = False
         put_off, self._put_off = self._put_off, []
         for newcomer, first in put_off:
             self.loop.call(self._serve, newcomer, first)
-        self._listen()
+        self._stay()
 
     def state(self, keep: Keep) -> dict[str, Any]:
         """Return what the successor has to know, for `restore`."""
         assert self.successor is not None
         newcomers = [*self._newcomers, *(newcomer for newcomer, _ in self._put_off)]
         known = [(keep(one.sock.fileno()), one.refusal, one.deadline) for one in newcomers]
+        replies = [reply.state(keep) for reply in self._replies]
+        late = time.monotonic() + self.options.patience
+        known += [(fd, "", late) for fd, rest in replies if rest is None]
         if self.successor.protocol == lib.EB_VERSION:
             pool = self.pool.state(keep)
         else:
             pool = self.pool.state_without_helpers()
-            late = time.monotonic() + self.options.patience
             known += [(keep(sock.fileno()), "", late) for sock in self.pool.unserved()]
         return {
             "started": self.started,
@@ -404,6 +426,8 @@ class Server:
             "refused": self.refused,
             "admitted": self._admitted,
             "newcomers": known,
+            "texts": [connection.state(keep) for connection in self.texts],
+            "replies": [reply for reply in replies if reply[1] is not None],
             "pool": pool,
         }
 
@@ -415,11 +439,27 @@ class Server:
         self._admitted = state["admitted"]
         self.pool.restore(state["pool"])
         for fd, refusal, deadline in state["newcomers"]:
-            self.loop.call(self._readmit, socket.socket(fileno=fd), refusal, deadline)
+            self.loop.call(self._await_first, *self._restored(fd), refusal, deadline)
+        for known in state["texts"]:
+            self.loop.call(self._restore_text, known)
+        for fd, rest in state["replies"]:
+            self.loop.call(self._restore_reply, fd, bytes.fromhex(rest))
         self._listen()
 
-    def _readmit(self, sock: socket.socket, refusal: str, deadline: float) -> None:
-        self._await_first(sock, Peer.of(sock), refusal, deadline)
+    def _restore_text(self, state: dict[str, Any]) -> None:
+        sock, peer = self._restored(state["sock"])
+        self._hold(peer)
+        self._serve_text(sock, peer).restore(state)
+
+    def _restore_reply(self, fd: int, rest: bytes) -> None:
+        sock, peer = self._restored(fd)
+        self._hold(peer)
+        self._report(sock, peer, []).send(rest)
+
+    def _restored(self, fd: int) -> tuple[socket.socket, Peer]:
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        return sock, Peer.of(sock)
 
     # -- the end --
 

@@ -49,8 +49,8 @@ class Holdings:
 class Services:
     """What a text connection of `peer` may use.
 
-    `limits` are the server's options, `close` closes a socket to somebody else, `forget` is called
-    with a connection that has been closed.
+    `limits` are the server's options, `close` closes a socket to somebody else, `on_closed` is
+    called when the connection has been closed.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Services:
         peer: Peer,
         limits: Options,
         holdings: Holdings,
-        forget: Callable[[object], None],
+        on_closed: Callable[[], None],
     ) -> None:
         self._loop = loop
         self.call_later = loop.call_later
@@ -72,8 +72,8 @@ class Services:
         self.limits = limits
         self._holdings = holdings
         self._uid = peer.uid
-        self._held = 0
-        self._forget = forget
+        self.held = 0  # bytes
+        self._on_closed = on_closed
 
     def watch(
         self, sock: socket.socket, events: int, callback: Callable[[int], None] | None = None
@@ -84,10 +84,10 @@ class Services:
     def take(self, size: int) -> None:
         """Count bytes that the connection holds until its end. Raises OSError if too many are."""
         self._holdings.take(self._uid, size)
-        self._held += size
+        self.held += size
 
-    def forget(self, connection: object) -> None:
-        """Take note that it has been closed."""
-        self._holdings.give_back(self._uid, self._held)
-        self._held = 0
-        self._forget(connection)
+    def forget(self) -> None:
+        """Take note that the connection has been closed."""
+        self._holdings.give_back(self._uid, self.held)
+        self.held = 0
+        self._on_closed()

@@ -9,10 +9,12 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from errand_boy import _wire
-from errand_boy._daemon.helper import Helper
+from errand_boy._daemon.helper import Helper, Keep
 from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.newcomers import FIRST
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.report import Report
@@ -31,8 +33,8 @@ Reports = dict[Helper, Report]
 class Reply:
     """A STATUS_REPLY: waits for the reports of `helpers`, and is sent at the pace of its reader.
 
-    `owner` is the user who has asked for it. `describe` makes the answer of those that came in
-    time; `on_done` is called at the end.
+    `owner` is the user who has asked for it; his request stays unread until it is answered.
+    `describe` makes the answer of those that came in time; `on_done` is called at the end.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Reply:
         helpers: list[Helper],
         describe: Callable[[Reports], dict[str, Any]],
         patience: float,
-        on_done: Callable[[], None],
+        on_done: Callable[[Reply], None],
     ) -> None:
         self._loop = loop
         self._sock = sock
@@ -51,6 +53,7 @@ class Reply:
         self._describe = describe
         self._patience = patience
         self._on_done = on_done
+        self._rest: memoryview | None = None  # None: the answer has not been made yet
         self._reports: Reports = {}
         self._awaited = set(helpers)
         # A helper may be stopped, by a debugger say.
@@ -72,14 +75,26 @@ class Reply:
 
     def _begin(self) -> None:
         self._awaited.clear()
-        self._timer = self._loop.call_later(self._patience, self._close)
+        with suppress(OSError):
+            self._sock.recv(FIRST)
         # ASCII: what is no UTF-8 in argv came as lone surrogates, which JSON can only escape.
         text = json.dumps(self._describe(self._reports)).encode("ascii")
         self._reports.clear()
-        self._rest = memoryview(_wire.frame(lib.EB_STATUS_REPLY, [text]))
+        self.send(_wire.frame(lib.EB_STATUS_REPLY, [text]))
+
+    def send(self, answer: bytes) -> None:
+        """Send `answer`, or what is left of it."""
+        self._timer.cancel()
+        self._timer = self._loop.call_later(self._patience, self._close)
+        self._rest = memoryview(answer)
         self._loop.watch(self._sock, selectors.EVENT_WRITE, self._on_writable, self._owner)
 
+    def state(self, keep: Keep) -> tuple[int, str | None]:
+        """Return its socket, and what is to be sent; None: it has to be asked for once more."""
+        return keep(self._sock.fileno()), None if self._rest is None else self._rest.hex()
+
     def _on_writable(self, events: int) -> None:
+        assert self._rest is not None
         try:
             self._rest = self._rest[self._sock.send(self._rest, socket.MSG_NOSIGNAL) :]
         except BlockingIOError:
@@ -94,7 +109,7 @@ class Reply:
         self._loop.watch(self._sock, 0)
         self._rest = memoryview(b"")  # a helper that has not answered keeps this object
         self._loop.closer.close(self._sock)
-        self._on_done()
+        self._on_done(self)
 
 
 def may_see(peer: Peer, helper: Helper) -> bool:

@@ -120,5 +120,7 @@ class Closer:
         if len(sleepers) == len(self._threads) < _MOST_THREADS:
             with suppress(RuntimeError):  # out of memory
                 self._start_thread(_REST)
-        if self._since or self._queue.qsize():
+        # Not by what the threads are at: between two of their steps that is nothing. The loop is to
+        # be woken by the last close, since a successor may wait for it.
+        if self._unclosed:
             self._look_later()

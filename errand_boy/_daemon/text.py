@@ -19,6 +19,9 @@ from errand_boy._wire import Failed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._daemon.helper import Keep
     from errand_boy._daemon.peer import Peer
     from errand_boy._daemon.services import Services
 
@@ -76,6 +79,26 @@ class _Request:
             self._take(self._tail)
             self.whole = True
 
+    def state(self, keep: Keep) -> dict[str, Any]:
+        """Return what the server's successor has to know of it, for `restore`."""
+        return {
+            "line": self.line.hex(),
+            "has_line": self._has_line,
+            "input": self.input.state(keep),
+            "tail": self._tail.hex(),
+            "refusal": self.refusal,
+            "whole": self.whole,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the place of the one whose `state` this is."""
+        self.line += bytes.fromhex(state["line"])
+        self._has_line = state["has_line"]
+        self.input.restore(state["input"])
+        self._tail = bytes.fromhex(state["tail"])
+        self.refusal = state["refusal"]
+        self.whole = state["whole"]
+
     def _take(self, part: bytes) -> None:
         if self.refusal:
             return
@@ -114,10 +137,10 @@ def _is_http(line: bytearray) -> bool:
 
 
 class _Command:
-    """A command at a helper, its streams frames: it ends when this is closed.
+    """A command at a helper, its streams frames, from `start` on: it ends when this is closed.
 
     `on_output` is called with what it says; `on_end` once, with its return code, and with what
-    errand-boy itself has to say. The errors are kept until then. Raises OSError.
+    errand-boy itself has to say. The errors are kept until then.
     """
 
     def __init__(
@@ -136,10 +159,10 @@ class _Command:
         self._note = ""
         self._closed = False
         self._paused = False
-        self._sock: socket.socket
-        self._connect()
+        self._sock: socket.socket | None = None  # None: before `start`, and between two attempts
 
-    def _connect(self) -> None:
+    def start(self) -> None:
+        """Have a helper start it, or another one after that has died. Raises OSError."""
         self._attempts += 1
         self._sock = self._server.pool.connect()
         self._sock.setblocking(False)
@@ -149,11 +172,40 @@ class _Command:
         self._stream.begin(_STREAMS, False, request, self._request.input)
         self._send()
 
+    def state(self, keep: Keep) -> dict[str, Any]:
+        """Return what the server's successor has to know of it, for `restore`."""
+        return {
+            "sock": None if self._sock is None else keep(self._sock.fileno()),
+            "stream": None if self._sock is None else self._stream.state(),
+            "errors": self.errors.state(keep),
+            "attempts": self._attempts,
+            "note": self._note,
+            "closed": self._closed,
+            "paused": self._paused,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the place of the one whose `state` this is."""
+        self.errors.restore(state["errors"])
+        self._attempts = state["attempts"]
+        self._note = state["note"]
+        self._closed = state["closed"]
+        self._paused = state["paused"]
+        if state["sock"] is not None:
+            self._sock = socket.socket(fileno=state["sock"])
+            self._sock.setblocking(False)
+            self._stream = Stream()
+            self._stream.restore(state["stream"], self._request.input)
+            self._watch()
+        elif not self._closed:
+            self._server.call_later(0, self._start_again)
+
     def pause(self, paused: bool) -> None:
         """Take no output while `paused`."""
         if self._paused != paused and not self._closed:
             self._paused = paused
-            self._watch()
+            if self._sock is not None:
+                self._watch()
 
     def close(self) -> None:
         """End it, if it has not ended."""
@@ -162,10 +214,13 @@ class _Command:
             self._disconnect()
 
     def _disconnect(self) -> None:
-        self._server.watch(self._sock, 0)
-        self._server.close(self._sock)
+        if self._sock is not None:
+            self._server.watch(self._sock, 0)
+            self._server.close(self._sock)
+            self._sock = None
 
     def _watch(self) -> None:
+        assert self._sock is not None
         events = 0 if self._paused else selectors.EVENT_READ
         if self._stream.unsent:
             events |= selectors.EVENT_WRITE
@@ -175,7 +230,7 @@ class _Command:
         try:
             if events & selectors.EVENT_READ:
                 self._receive()
-            if not self._closed:
+            if self._sock is not None:
                 self._send()
         except Exception:  # the client must not wait for ever
             if not self._closed:
@@ -183,6 +238,7 @@ class _Command:
             raise
 
     def _send(self) -> None:
+        assert self._sock is not None
         if self._stream.unsent:
             try:
                 self._stream.count_sent(self._sock.send(self._stream.unsent, socket.MSG_NOSIGNAL))
@@ -193,6 +249,7 @@ class _Command:
         self._watch()
 
     def _receive(self) -> None:
+        assert self._sock is not None
         try:
             data = receive(self._sock, _CHUNK)
         except BlockingIOError:
@@ -249,12 +306,12 @@ class _Command:
             self._finish(_NOT_RUN, "the daemon's helpers die")
         else:
             self._disconnect()
-            self._server.call_later(_PAUSE, self._reconnect)
+            self._server.call_later(_PAUSE, self._start_again)
 
-    def _reconnect(self) -> None:
+    def _start_again(self) -> None:
         if not self._closed:
             try:
-                self._connect()
+                self.start()
             except OSError as error:
                 self._closed = True
                 self._on_end(_NOT_RUN, error.strerror or str(error))
@@ -378,10 +435,53 @@ class TextConnection:
             self._refuse(self._request.refusal)
             return
         self._out += b"\r\n0:"
+        command = self._new_command()
         try:
-            self._command = _Command(self._server, self._request, self._on_output, self._on_end)
+            command.start()
         except OSError as error:
             self._refuse(error.strerror or str(error))
+        else:
+            self._command = command
+
+    def _new_command(self) -> _Command:
+        return _Command(self._server, self._request, self._on_output, self._on_end)
+
+    # -- the successor --
+
+    def state(self, keep: Keep) -> dict[str, Any]:
+        """Return what the server's successor has to know of it, for `restore`."""
+        return {
+            "sock": keep(self._sock.fileno()),
+            "request": self._request.state(keep),
+            "command": None if self._command is None else self._command.state(keep),
+            "begun": self._begun,
+            "half_closed": self._half_closed,
+            "out": self._out.hex(),
+            "trailer": None if self._trailer is None else self._trailer.hex(),
+            "heard": self._heard,
+            "latest": self._latest,
+            "held": self._server.held,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the place of the one whose `state` this is."""
+        self._server.take(state["held"])
+        self._request.restore(state["request"])
+        self._out += bytes.fromhex(state["out"])
+        trailer = state["trailer"]
+        self._trailer = None if trailer is None else bytes.fromhex(trailer)
+        self._heard = state["heard"]
+        self._latest = state["latest"]
+        self._begun = state["begun"]
+        self._timer.cancel()
+        if not self._begun:
+            self._timer = self._server.call_later(0, self._on_time)
+        if state["half_closed"]:
+            self._await_hangup()
+        if state["command"] is not None:
+            self._command = self._new_command()
+            self._command.restore(state["command"])
+        self._watch()
 
     # -- the answer --
 
@@ -453,4 +553,4 @@ class TextConnection:
         if command is not None:
             command.close()
             command.errors.close()
-        self._server.forget(self)
+        self._server.forget()
