@@ -56,6 +56,7 @@ def report(value):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "root: needs the rights of root")
+    config.addinivalue_line("markers", "long: may take four times as long as others")
     config.addinivalue_line("markers", "portable: runs through the helper's posix_spawn as well")
     # A background job of a shell without job control ignores them, and so would all that it starts.
     for number, action in (
@@ -150,12 +151,14 @@ def witness(pool: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def deadline() -> Iterator[None]:
+def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    longest = LONGEST_TEST * (4 if request.node.get_closest_marker("long") else 1)
+
     def expire(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"the test has run for {LONGEST_TEST} seconds")
+        raise TimeoutError(f"the test has run for {longest} seconds")
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(LONGEST_TEST)
+    signal.alarm(longest)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

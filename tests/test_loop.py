@@ -7,13 +7,14 @@ import selectors
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import psutil
 import pytest
 from conftest import run_script
 
 from errand_boy._daemon.log import Log
-from errand_boy._daemon.loop import Loop
+from errand_boy._daemon.loop import URGENT, Loop
 from errand_boy._daemon.orphans import Orphans
 
 BUSY, CALM = 12345, 12346
@@ -41,9 +42,7 @@ def test_who_keeps_the_loop_busy_holds_up_himself(readable: list[socket.socket])
         order.append(BUSY)
         if len(order) % 10 == 5:
             theirs.send(b"x")
-        end = time.monotonic() + 0.002
-        while time.monotonic() < end:
-            pass
+        spend(0.002)
 
     def on_calm(events: int) -> None:
         ours.recv(1)
@@ -59,6 +58,74 @@ def test_who_keeps_the_loop_busy_holds_up_himself(readable: list[socket.socket])
     theirs.close()
 
 
+def test_all_sockets_of_one_owner_have_their_turns(readable: list[socket.socket]) -> None:
+    """Also if each callback takes as long as it may, and all are ready again at once."""
+    loop = Loop(Log("info", "text"))
+    counts = [0] * len(readable)
+
+    def watch(i: int) -> None:
+        def on_ready(events: int) -> None:
+            counts[i] += 1
+            spend(0.0015)
+
+        loop.watch(readable[i], selectors.EVENT_READ, on_ready, BUSY)
+
+    for i in range(len(readable)):
+        watch(i)
+    loop.run(lambda: sum(counts) >= 3 * len(readable))
+    assert counts == [3] * len(readable)
+
+
+def test_signals_go_before_all(readable: list[socket.socket]) -> None:
+    loop = Loop(Log("info", "text"))
+    ours, theirs = socket.socketpair()
+    order: list[int] = []
+
+    def on_busy(events: int) -> None:
+        order.append(BUSY)
+        theirs.send(b"x")
+        spend(0.0015)
+
+    def on_urgent(events: int) -> None:
+        ours.recv(1)
+        order.append(URGENT)
+        spend(0.01)
+
+    for i, sock in enumerate(readable):
+        loop.watch(sock, selectors.EVENT_READ, on_busy, BUSY + i)
+    loop.watch(ours, selectors.EVENT_READ, on_urgent, URGENT)
+    loop.run(lambda: len(order) >= 20)
+    assert order == [BUSY, URGENT] * 10
+    ours.close()
+    theirs.close()
+
+
+def test_time_on_the_cpu_is_what_counts(readable: list[socket.socket]) -> None:
+    """Who was held up by another program goes before who has worked."""
+    loop = Loop(Log("info", "text"))
+    order: list[int] = []
+
+    def on_calm(events: int) -> None:
+        order.append(CALM)
+        time.sleep(0.05)
+
+    def on_busy(events: int) -> None:
+        order.append(BUSY)
+        spend(0.005)
+
+    loop.watch(readable[0], selectors.EVENT_READ, on_calm, CALM)
+    loop.watch(readable[1], selectors.EVENT_READ, on_busy, BUSY)
+    loop.run(lambda: len(order) >= 20)
+    assert (BUSY, BUSY) not in pairwise(order)
+
+
+def spend(seconds: float) -> None:
+    """Use the CPU for so long."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 def test_all_who_are_busy_have_their_share(readable: list[socket.socket]) -> None:
     loop = Loop(Log("info", "text"))
     counts = [0] * 5
@@ -66,9 +133,7 @@ def test_all_who_are_busy_have_their_share(readable: list[socket.socket]) -> Non
     def watch(sock: socket.socket, owner: int) -> None:
         def on_ready(events: int) -> None:
             counts[owner] += 1
-            end = time.monotonic() + 0.0005
-            while time.monotonic() < end:
-                pass
+            spend(0.0005)
 
         loop.watch(sock, selectors.EVENT_READ, on_ready, owner)
 

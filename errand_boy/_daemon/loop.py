@@ -14,10 +14,22 @@ from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.strangers import Closer
 from errand_boy._timers import Timer, Timers
 
-_SLICE = 0.001  # seconds until those are looked for who have become ready meanwhile
+_SLICE = 0.001  # seconds of CPU until those are looked for who have become ready meanwhile
 _HALF_LIFE = 0.25  # seconds: of what the loop has done for somebody
 
 NEWCOMERS = -1  # owner of what is done for connections before it is known what they want
+URGENT = -2  # of what goes before all: signals
+
+
+class _Watched:
+    """What is called for a descriptor. `turn`: the number of the last callback."""
+
+    __slots__ = ("callback", "owner", "turn")
+
+    def __init__(self, callback: Callable[[int], None], owner: int) -> None:
+        self.callback = callback
+        self.owner = owner
+        self.turn = 0
 
 
 class Loop:
@@ -25,7 +37,9 @@ class Loop:
 
     Each socket has an owner, a user by number, for whom the time counts that it takes. Of those
     that are ready, the ones go first whose owners have taken the least of late: so one who keeps
-    the loop busy holds up himself. That needs callbacks which take a millisecond at most.
+    the loop busy holds up himself. That needs callbacks which take a millisecond at most. Of one
+    owner's, the socket goes first whose last turn is longest ago. Time is this thread's on a CPU:
+    what other programs take of the CPU meanwhile is not the owner's doing.
 
     An exception of a callback is logged, and the loop goes on.
     """
@@ -33,8 +47,9 @@ class Loop:
     def __init__(self, log: Log) -> None:
         self.log = log
         self._selector = selectors.DefaultSelector()
-        self._taken: defaultdict[int, float] = defaultdict(float)  # seconds, by owner
+        self._taken: defaultdict[int, float] = defaultdict(float)  # seconds of CPU, by owner
         self._halved_at = 0.0  # of time.monotonic()
+        self._turn = 0
         self._timers = Timers()
         self.complaints = Complaints(log, self.call_later)
         self.closer = Closer(self.call_later)
@@ -60,11 +75,14 @@ class Loop:
         key = self._selector.get_map().get(file)
         if key is None:
             if events:
-                self._selector.register(file, events, (callback, owner))
+                assert callback is not None
+                self._selector.register(file, events, _Watched(callback, owner))
         elif not events:
             self._selector.unregister(file)
         elif key.events != events:
-            self._selector.modify(file, events, (callback, owner))
+            assert callback is not None
+            key.data.callback = callback
+            self._selector.modify(file, events, key.data)
 
     def is_watched(self, file: socket.socket) -> bool:
         """Return whether there is a callback for it."""
@@ -94,22 +112,30 @@ class Loop:
         """Run until `is_finished`."""
         while not is_finished():
             ready = self._selector.select(self._timers.rest())
-            begun = before = time.monotonic()
-            self._forget_the_past(begun)
+            self._forget_the_past(time.monotonic())
+            begun = before = time.thread_time()
             if len(ready) > 1:
-                ready.sort(key=lambda entry: self._taken[entry[0].data[1]])
+                ready.sort(key=self._order)
             for key, events in ready:
                 current = self._selector.get_map().get(key.fd)
                 if current is None or current.fileobj is not key.fileobj:
                     continue
-                callback, owner = current.data
-                self.call(callback, events)
-                now = time.monotonic()
-                self._taken[owner] += now - before
+                watched = current.data
+                self._turn += 1
+                watched.turn = self._turn
+                self.call(watched.callback, events)
+                now = time.thread_time()
+                self._taken[watched.owner] += now - before
                 before = now
                 if now - begun > _SLICE:
                     break  # what has not had its turn is ready still
             self._timers.ring()
+
+    def _order(self, ready: tuple[selectors.SelectorKey, int]) -> tuple[float, int]:
+        watched = ready[0].data
+        if watched.owner == URGENT:
+            return -1.0, watched.turn
+        return self._taken.get(watched.owner, 0.0), watched.turn
 
     def _forget_the_past(self, now: float) -> None:
         if now - self._halved_at > _HALF_LIFE:

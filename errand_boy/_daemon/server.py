@@ -20,7 +20,7 @@ from errand_boy import _wire
 from errand_boy._daemon import status, strangers, text
 from errand_boy._daemon.listen import Listener
 from errand_boy._daemon.log import Log
-from errand_boy._daemon.loop import NEWCOMERS, Loop
+from errand_boy._daemon.loop import NEWCOMERS, URGENT, Loop
 from errand_boy._daemon.newcomers import Newcomer, Newcomers
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
@@ -105,7 +105,9 @@ class Server:
         self._signals, self._wakeup = socket.socketpair()
         self._signals.setblocking(False)
         self._wakeup.setblocking(False)
-        self.loop.watch(self._signals, selectors.EVENT_READ, lambda events: self.take_signals())
+        self.loop.watch(
+            self._signals, selectors.EVENT_READ, lambda events: self.take_signals(), URGENT
+        )
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (*SIGNALS, strangers.INTERRUPT):
             signal.signal(number, lambda number, frame: None)
@@ -294,11 +296,11 @@ class Server:
     # -- text --
 
     def _serve_text(self, sock: socket.socket, peer: Peer) -> text.TextConnection:
-        def on_closed() -> None:
+        def forget(connection: object) -> None:
             self.texts.discard(connection)
             self._let_go(peer)
 
-        services = Services(self.loop, self.pool, peer, self.options, self._holdings, on_closed)
+        services = Services(self.loop, self.pool, peer, self.options, self._holdings, forget)
         connection = text.TextConnection(sock, peer, services)
         self.texts.add(connection)
         return connection

@@ -49,8 +49,8 @@ class Holdings:
 class Services:
     """What a text connection of `peer` may use.
 
-    `limits` are the server's options, `close` closes a socket to somebody else, `on_closed` is
-    called when the connection has been closed.
+    `limits` are the server's options, `close` closes a socket to somebody else, `forget` is called
+    with a connection that has been closed.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Services:
         peer: Peer,
         limits: Options,
         holdings: Holdings,
-        on_closed: Callable[[], None],
+        forget: Callable[[object], None],
     ) -> None:
         self._loop = loop
         self.call_later = loop.call_later
@@ -73,7 +73,7 @@ class Services:
         self._holdings = holdings
         self._uid = peer.uid
         self.held = 0  # bytes
-        self._on_closed = on_closed
+        self._forget = forget
 
     def watch(
         self, sock: socket.socket, events: int, callback: Callable[[int], None] | None = None
@@ -86,8 +86,8 @@ class Services:
         self._holdings.take(self._uid, size)
         self.held += size
 
-    def forget(self) -> None:
-        """Take note that the connection has been closed."""
+    def forget(self, connection: object) -> None:
+        """Take note that it has been closed."""
         self._holdings.give_back(self._uid, self.held)
         self.held = 0
-        self._on_closed()
+        self._forget(connection)

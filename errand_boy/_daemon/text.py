@@ -553,4 +553,4 @@ class TextConnection:
         if command is not None:
             command.close()
             command.errors.close()
-        self._server.forget()
+        self._server.forget(self)
