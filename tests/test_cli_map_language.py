@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -455,3 +456,21 @@ def test_daemon_that_is_not_there() -> None:
     assert (done.stdout, done.returncode) == (b"", 125)
     assert b"no errand-boy daemon listens here" in done.stderr
     assert b"/nonexistent/socket" in done.stderr
+
+
+# -- its page --
+
+
+def test_page_names_options_that_there_are() -> None:
+    """docs/map.md, the second column, and GNU parallel's of the same name."""
+    page = Path(__file__).parent.parent / "docs" / "map.md"
+    if not page.exists():
+        pytest.skip("the tests run without the documentation")
+    parser = ArgumentParser(allow_abbrev=False)
+    cli_map.add_options(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    rows = [row.split(" | ") for row in page.read_text().splitlines() if row.startswith("| `")]
+    assert len(rows) > 60
+    for _, ours, *_ in rows:
+        named = {word.split()[0] for word in re.findall(r"`(-[^`]+)`", ours)}
+        assert named <= known | {"-N"}, ours
