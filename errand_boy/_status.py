@@ -59,7 +59,7 @@ def table(status: dict[str, Any]) -> str:
     latency = status["latency_us"]
     lines = [
         f"errand-boy {status['version']}, pid {status['pid']}, on {status['socket']}",
-        f"up {_duration(status['uptime'])}, {totals['accepted']} connections accepted, "
+        f"up {duration(status['uptime'])}, {totals['accepted']} connections accepted, "
         f"{totals['refused']} refused, {status['queue']} commands waiting",
         f"{totals['started']} commands started, {totals['ended']} ended, {totals['failed']} failed"
         + "".join(f", {name} {count}" for name, count in status["failures"].items()),
@@ -88,15 +88,16 @@ def table(status: dict[str, Any]) -> str:
         lines += ["", f"{'COMMAND':>8} {'AGE':>9} {'CLIENT':>8} {'UID':>6} ARGV"]
     for command in status["commands"]:
         lines.append(
-            f"{command['pid']:>8} {_duration(command['age']):>9} {command['client_pid']:>8} "
-            f"{command['client_uid']:>6} {_words(command['argv'])}"
+            f"{command['pid']:>8} {duration(command['age']):>9} {command['client_pid']:>8} "
+            f"{command['client_uid']:>6} {words(command['argv'])}"
         )
     if status["commands_left_out"]:
         lines.append(f"and {status['commands_left_out']} more")
     return "\n".join(lines) + "\n"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -105,7 +106,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def _words(argv: list[str]) -> str:
+def words(argv: list[str]) -> str:
+    """Return a command in one line that is fit for a terminal."""
     # A command's words are anybody's: none of them may reach the terminal as control characters.
     return " ".join(word if word.isprintable() and word else ascii(word) for word in argv)
 

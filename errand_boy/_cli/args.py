@@ -87,6 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--metrics", action="store_true", help="in Prometheus's text form")
+    form.add_argument(
+        "--watch",
+        nargs="?",
+        type=number(float, 0.05),
+        const=1.0,
+        metavar="SECONDS",
+        help="a live screen, with rates, new after so many seconds (default: 1); needs rich",
+    )
     options = parser.parse_args(arguments)
     if options.command == "serve":
         return run_server(serve, options)
@@ -293,6 +301,10 @@ def _safe_path() -> list[str]:
 def _status(options: argparse.Namespace) -> int:
     from errand_boy import _status  # noqa: PLC0415
 
+    if options.watch is not None:
+        from errand_boy._cli import watch  # noqa: PLC0415
+
+        return watch.run(_address.find(options.socket), options.watch)
     try:
         value = _status.fetch(_address.find(options.socket))
     except _status.NoAnswerError as error:

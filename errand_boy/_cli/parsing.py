@@ -20,7 +20,7 @@ def add_socket(parser: argparse.ArgumentParser, text: str = _WHERE) -> None:
     parser.add_argument("--socket", metavar="PATH", help=text)
 
 
-def number(of: type[int] | type[float], least: int) -> Callable[[str], float]:
+def number(of: type[int] | type[float], least: float) -> Callable[[str], float]:
     """Return what makes a number, `least` or more, of an option's text, for argparse's `type`."""
 
     def parse(text: str) -> float:
