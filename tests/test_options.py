@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
 import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +22,10 @@ import pytest
 from conftest import run_script
 
 import errand_boy
-from errand_boy import _direct
-from errand_boy.asyncio import create_subprocess_exec
+from errand_boy import _direct, _options
+from errand_boy._cli import command_options
+from errand_boy.asyncio import connect, create_subprocess_exec, create_subprocess_shell
+from errand_boy.asyncio import run as run_by_asyncio
 
 STATUS = ["grep", "NoNewPrivs", "/proc/self/status"]
 SET, UNSET = b"NoNewPrivs:\t1\n", b"NoNewPrivs:\t0\n"
@@ -22,37 +34,434 @@ SET, UNSET = b"NoNewPrivs:\t1\n", b"NoNewPrivs:\t0\n"
 Popen, run = cast(Any, errand_boy.Popen), cast(Any, errand_boy.run)
 
 
+# -- the table: what each option is given, what shows that the command has it, by which fronts --
+
+
+@dataclass
+class Case:
+    """`options` is source, since some fronts are in other processes; `shows` sees the output."""
+
+    options: str
+    command: list[str]
+    shows: Callable[[str], bool]
+    words: list[str] = field(default_factory=list)  # of errand-boy run and map
+    by_posix: bool = False  # posix_spawn can do it too
+    for_root: bool = False
+    missing: Callable[[], str] = lambda: ""  # why this system can't show it
+
+
+def bits(name: str, number: int, expected: int) -> tuple[list[str], Callable[[str], bool]]:
+    """Return a command that shows a set of its status, and a check of one bit of that."""
+    command = ["grep", name, "/proc/self/status"]
+    return command, lambda text: int(text.split()[1], 16) >> number & 1 == expected
+
+
+def without_landlock() -> str:
+    from errand_boy.sandbox import Sandbox  # noqa: PLC0415
+
+    try:
+        Sandbox(system=True).fileno()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def own_cgroup() -> str:
+    """Return the directory of this process's cgroup, if it may make processes there."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        directory = Path("/sys/fs/cgroup", path.lstrip("/"))
+        procs = directory / "cgroup.procs"
+        if number == "0" and procs.exists() and os.access(procs, os.W_OK):
+            return str(directory)
+    return ""
+
+
+CPU = max(os.sched_getaffinity(0))
+NICE = os.getpriority(os.PRIO_PROCESS, 0) + 3
+ON_TERMINAL = "{'start_new_session': True, 'controlling_terminal': terminal()"
+USR1, USR2 = signal.SIGUSR1 - 1, signal.SIGUSR2 - 1  # bits; the caller ignores SIGUSR2
+
+CASES = {
+    "capabilities": Case(
+        "{'capabilities': ['kill']}",
+        ["grep", "-E", "Cap(Eff|Bnd|Amb)", "/proc/self/status"],
+        lambda text: {int(line.split()[1], 16) for line in text.splitlines()} == {1 << 5},
+        ["--capabilities", "kill"],
+        for_root=True,
+    ),
+    "cgroup": Case(
+        "{'cgroup': cgroup}",
+        ["grep", "^0:", "/proc/self/cgroup"],
+        lambda text: own_cgroup().endswith(text.strip().removeprefix("0::")),
+        ["--cgroup", own_cgroup()],
+        missing=lambda: "" if own_cgroup() else "no cgroup of version 2 to write to",
+    ),
+    "controlling_terminal": Case(
+        ON_TERMINAL + "}",
+        ["sh", "-c", "ps -o tty= -p $$"],
+        lambda text: text.startswith("pts/"),
+    ),
+    "cpu_affinity": Case(
+        f"{{'cpu_affinity': {{{CPU}}}}}",
+        ["grep", "Cpus_allowed_list", "/proc/self/status"],
+        lambda text: text.split()[1] == str(CPU),
+        ["--cpu-affinity", str(CPU)],
+    ),
+    "foreground": Case(
+        ON_TERMINAL + ", 'foreground': True}",
+        ["sh", "-c", "ps -o pgid=,tpgid= -p $$"],
+        lambda text: len({*text.split()}) == 1,
+    ),
+    "ionice": Case(
+        "{'ionice': ('best-effort', 7)}",
+        ["ionice"],
+        lambda text: text == "best-effort: prio 7\n",
+        ["--ionice", "best-effort:7"],
+    ),
+    "namespaces": Case(
+        "{'namespaces': {'user', 'uts'}}",
+        ["readlink", "/proc/self/ns/uts"],
+        lambda text: text.startswith("uts:") and text.strip() != os.readlink("/proc/self/ns/uts"),
+        ["--namespaces", "user,uts"],
+    ),
+    "nice": Case("{'nice': 3}", ["nice"], lambda text: int(text) == min(NICE, 19), ["--nice", "3"]),
+    "no_new_privs": Case(
+        "{'no_new_privs': True}", STATUS, lambda text: text.encode() == SET, ["--no-new-privs"]
+    ),
+    "oom_score_adj": Case(
+        "{'oom_score_adj': 765}",
+        ["cat", "/proc/self/oom_score_adj"],
+        lambda text: text == "765\n",
+        ["--oom-score-adj", "765"],
+    ),
+    "rlimits": Case(
+        "{'rlimits': {'nofile': (50, 60), 'core': 0}}",
+        ["grep", "-E", "open files|core", "/proc/self/limits"],
+        lambda text: (
+            [line.split()[-3:-1] for line in text.splitlines()] == [["0", "0"], ["50", "60"]]
+        ),
+        ["--rlimit", "nofile=50:60", "--rlimit", "core=0"],
+    ),
+    "root": Case(
+        "{'root': root}",
+        ["cat", "/inside"],
+        lambda text: text == "the root\n",
+        ["--root", "ROOT"],
+        for_root=True,
+    ),
+    "sandbox": Case(
+        "{'sandbox': {'system': True}}",
+        ["sh", "-c", "cat /etc/passwd > /dev/null 2>&1 || echo denied"],
+        lambda text: text == "denied\n",
+        ["--sandbox", "system=yes"],
+        missing=without_landlock,
+    ),
+    "scheduler": Case(
+        "{'scheduler': 'batch'}",
+        ["awk", "{print $41}", "/proc/self/stat"],
+        lambda text: text == "3\n",
+        ["--scheduler", "batch"],
+    ),
+    "signals_blocked": Case(
+        "{'signals_blocked': {signal.SIGUSR1}}",
+        *bits("SigBlk", USR1, 1),
+        ["--signals-blocked", "USR1"],
+        by_posix=True,
+    ),
+    "signals_default": Case(
+        "{'signals_default': {signal.SIGUSR2}}",
+        *bits("SigIgn", USR2, 0),
+        ["--signals-default", "USR2"],
+        by_posix=True,
+    ),
+    "signals_ignored": Case(
+        "{'signals_ignored': {signal.SIGUSR1}}",
+        *bits("SigIgn", USR1, 1),
+        ["--signals-ignored", "USR1"],
+        by_posix=True,
+    ),
+    "timer_slack": Case(
+        "{'timer_slack': 54321}",
+        ["cat", "/proc/self/timerslack_ns"],
+        lambda text: text == "54321\n",
+        ["--timer-slack", "54321"],
+    ),
+}
+
+Front = Callable[[list[str], Mapping[str, Any]], bytes]
+
+
+def of_result(result: Any) -> bytes:
+    if result.error is not None:
+        raise result.error
+    output: bytes = result.stdout
+    return output
+
+
+def by_popen(command: list[str], options: Mapping[str, Any], of: Any = errand_boy) -> bytes:
+    with of.Popen(command, stdout=subprocess.PIPE, **options) as process:
+        output: bytes = process.communicate()[0]
+    return output
+
+
+def by_run(command: list[str], options: Mapping[str, Any], of: Any = errand_boy) -> bytes:
+    output: bytes = of.run(command, stdout=subprocess.PIPE, **options).stdout
+    return output
+
+
+def by_map(command: list[str], options: Mapping[str, Any], of: Any = errand_boy) -> bytes:
+    return of_result(next(of.map([command], **options)))
+
+
+def by_one_of_a_map(command: list[str], options: Mapping[str, Any], of: Any = errand_boy) -> bytes:
+    return of_result(next(of.map([{"args": command, **options}])))
+
+
+def by_executor(command: list[str], options: Mapping[str, Any]) -> bytes:
+    with errand_boy.Executor() as executor:
+        output: bytes = executor.submit(command, **options).result().stdout
+    return output
+
+
+def by_celery(command: list[str], options: Mapping[str, Any]) -> bytes:
+    celery = importlib.import_module("errand_boy.celery")
+    own = {name: value for name, value in options.items() if name != "start_new_session"}
+    outcome = celery.run_command(command, **own)  # whose commands lead sessions anyway
+    if outcome["error"]:
+        raise OSError(errno.ENOTSUP, outcome["error"])
+    text: str = outcome["stdout"]
+    return text.encode()
+
+
+def by_asyncio(command: list[str], options: Mapping[str, Any], of: Any = None) -> bytes:
+    async def main() -> bytes:
+        create = create_subprocess_exec if of is None else of.create_subprocess_exec
+        process = await create(*command, stdout=subprocess.PIPE, **options)
+        output: bytes = (await process.communicate())[0]
+        return output
+
+    return asyncio.run(main())
+
+
+def by_asyncio_shell(command: list[str], options: Mapping[str, Any]) -> bytes:
+    async def main() -> bytes:
+        line = f"exec {shlex.join(command)}"
+        process = await create_subprocess_shell(line, stdout=subprocess.PIPE, **options)
+        return (await process.communicate())[0]
+
+    return asyncio.run(main())
+
+
+def by_asyncio_run(command: list[str], options: Mapping[str, Any]) -> bytes:
+    return asyncio.run(run_by_asyncio(command, stdout=subprocess.PIPE, **options)).stdout
+
+
+# In this process, once for each way of starting.
+FRONTS: dict[str, Front] = {
+    "Popen": by_popen,
+    "run": by_run,
+    "check_output": lambda command, options: cast(Any, errand_boy.check_output)(command, **options),
+    "asyncio exec": by_asyncio,
+    "asyncio shell": by_asyncio_shell,
+    "asyncio run": by_asyncio_run,
+    "map": by_map,
+    "one of a map": by_one_of_a_map,
+    "Executor": by_executor,
+    "Celery": by_celery,
+}
+FRAMEWORKS = ["gevent", "eventlet"]  # in processes of their own, once for each way too
+# Once, since the way is the daemon's, or the command's own choice.
+DAEMON: dict[str, Callable[..., bytes]] = {
+    "client.Popen": by_popen,
+    "client.run": by_run,
+    "client.map": by_map,
+    "one of client.map": by_one_of_a_map,
+    "asyncio client": by_asyncio,
+}
+CLI = ["errand-boy run", "errand-boy map"]
+
+cells: dict[tuple[str, str], str] = {}  # what was found, by option and by front with its way
+
+
+IN_A_FRAMEWORK = """
+    import pty
+    module, root, cgroup, cases = json.loads(sys.argv[2])
+    importlib.import_module(module)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    terminals, found = [], {}
+
+    def terminal():
+        terminals.extend(pty.openpty())
+        return terminals[-1]
+
+    for name, (options, command) in cases.items():
+        try:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, **eval(options)) as process:
+                found[name] = process.communicate()[0].decode()
+        except OSError as error:
+            found[name] = f"!{error.errno} {error}"
+    report(found)
+"""
+
+
+@functools.lru_cache
+def by_framework(module: str, way: str, root: str, cgroup: str) -> dict[str, str]:
+    """Return the outputs of all cases by name; or the errors, after a "!"."""
+    cases = {
+        name: (case.options, case.command)
+        for name, case in CASES.items()
+        if not case.missing() and (os.geteuid() == 0 or not case.for_root)
+    }
+    given = json.dumps([module, root, cgroup, cases])
+    found: dict[str, str] = run_script(IN_A_FRAMEWORK, f"errand_boy.{module}", [given])
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A root directory with `cat`, a shell and what they need."""
+    directory = tmp_path_factory.mktemp("root")
+    for name in ("cat", "sh"):
+        program = shutil.which(name)
+        assert program is not None
+        listed = subprocess.run(["ldd", program], stdout=subprocess.PIPE, text=True).stdout
+        libraries = {word for word in listed.split() if word.startswith("/")}
+        for path in {program, f"/bin/{name}", *libraries}:
+            target = directory / path.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    (directory / "inside").write_text("the root\n")
+    return str(directory)
+
+
+@pytest.fixture
+def ignores_a_signal() -> Iterator[None]:
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.fixture
+def scope(root: str) -> Iterator[dict[str, Any]]:
+    """Yield what the sources of options name."""
+    terminals: list[int] = []
+
+    def terminal() -> int:
+        terminals.extend(os.openpty())
+        return terminals[-1]
+
+    yield {"terminal": terminal, "root": root, "signal": signal, "cgroup": own_cgroup()}
+    for fd in terminals:
+        os.close(fd)
+
+
+def skip_what_can_not_be_shown(option: str) -> None:
+    case = CASES[option]
+    if reason := case.missing():
+        cells[option, "all"] = reason
+        pytest.skip(reason)
+    if case.for_root and os.geteuid() != 0:
+        cells[option, "all"] = "needs the rights of root"
+        pytest.skip("needs the rights of root")
+
+
+def expect(option: str, front: str, function: Callable[[], bytes], refused: bool = False) -> None:
+    try:
+        text = function().decode()
+    except OSError as error:
+        assert refused, (front, error)
+        assert error.errno == errno.ENOTSUP, front
+        cells[option, front] = "refused: posix_spawn can't"
+    else:
+        assert not refused, front
+        assert CASES[option].shows(text), (front, text)
+        cells[option, front] = "yes"
+
+
+@pytest.mark.parametrize("option", CASES)
+def test_each_front(
+    option: str, spawn: str, scope: dict[str, Any], root: str, ignores_a_signal: None
+) -> None:
+    """A row of the table, for one way of starting."""
+    skip_what_can_not_be_shown(option)
+    case = CASES[option]
+    refused = spawn == "posix" and not case.by_posix
+
+    def of_framework(module: str) -> bytes:
+        text = by_framework(module, spawn, root, own_cgroup())[option]
+        if text.startswith("!"):
+            number, _, why = text[1:].partition(" ")
+            raise OSError(int(number), why)
+        return text.encode()
+
+    for name, by in FRONTS.items():
+        if name != "Celery" or importlib.util.find_spec("celery") is not None:
+            call = functools.partial(by, case.command, eval(case.options, scope))
+            expect(option, f"{name}, {spawn}", call, refused)
+    for module in FRAMEWORKS:
+        if importlib.util.find_spec(module) is not None:
+            call = functools.partial(of_framework, module)
+            expect(option, f"{module}, {spawn}", call, refused)
+
+
+@pytest.mark.parametrize("option", CASES)
+def test_daemon(option: str, scope: dict[str, Any], client: Any, ignores_a_signal: None) -> None:
+    """The same row, for the fronts whose commands a daemon runs."""
+    skip_what_can_not_be_shown(option)
+    case = CASES[option]
+    for name, by in DAEMON.items():
+        of = connect(client.path) if by is by_asyncio else client
+        options = eval(case.options, scope)
+        expect(option, name, functools.partial(by, case.command, options, of=of))
+
+
+@pytest.mark.parametrize("option", CASES)
+@pytest.mark.parametrize("front", CLI)
+def test_command_line(option: str, front: str, root: str, ignores_a_signal: None) -> None:
+    """The same row, for the command line."""
+    if option in command_options.ABSENT:
+        cells[option, front] = command_options.ABSENT[option]
+        return
+    skip_what_can_not_be_shown(option)
+    words = [root if word == "ROOT" else word for word in CASES[option].words]
+    if front == "errand-boy map":  # one command, whatever the line of input says
+        words.append("-N0")
+    command = [sys.executable, "-m", *front.replace("-", "_").split(), *words, "--"]
+    command += CASES[option].command
+    done = functools.partial(subprocess.run, command, input=b"\n", stdout=subprocess.PIPE)
+    expect(option, front, lambda: cast(bytes, done().stdout))
+
+
+def test_table_has_no_hole() -> None:
+    """Print the table of what the tests above have found: pytest -s shows it."""
+    # The others are of a command's end, and so of those who wait for it.
+    assert set(CASES) == set(_options._TABLE)
+    assert set(CASES) <= _options.NAMES
+    assert set(CASES) == set(command_options._FORMS) | set(command_options.ABSENT)
+    fronts = list(dict.fromkeys(front for _, front in cells if front != "all"))
+    notes: dict[str, int] = {}
+    print()
+    for number, front in enumerate(fronts, 1):
+        print(f"  {number:2} {front}")
+    print(f"{'':22}" + "".join(f"{number:3}" for number in range(1, len(fronts) + 1)))
+    for option in CASES:
+        if not any(row == option for row, _ in cells):
+            continue  # not run, or not as root
+        row = [cells.get((option, "all"), "") or cells.get((option, front), "") for front in fronts]
+        assert all(row), (option, row)
+        marks = [
+            "  +" if text == "yes" else f"{notes.setdefault(text, len(notes) + 1):>2})"
+            for text in row
+        ]
+        print(f"{option:22}" + "".join(marks))
+    for text, number in notes.items():
+        print(f"  {number}) {text}")
+
+
 def own() -> bytes:
     lines = Path("/proc/self/status").read_bytes().splitlines(keepends=True)
     return next(line for line in lines if line.startswith(b"NoNewPrivs"))
-
-
-@pytest.mark.parametrize("value", [True, False])
-def test_no_new_privs_of_each_front(value: bool, spawn: str, client: Any) -> None:
-    if spawn == "posix" and value:
-        pytest.skip("posix_spawn can't set it")
-
-    async def by_asyncio() -> bytes:
-        pipe = subprocess.PIPE
-        process = await create_subprocess_exec(*STATUS, stdout=pipe, no_new_privs=value)
-        return (await process.communicate())[0]
-
-    with Popen(STATUS, stdout=subprocess.PIPE, no_new_privs=value) as process:
-        found = {"Popen": process.communicate()[0]}
-    found["run"] = run(STATUS, capture_output=True, no_new_privs=value).stdout
-    found["check_output"] = cast(Any, errand_boy.check_output)(STATUS, no_new_privs=value)
-    found["map"] = next(errand_boy.map([STATUS], no_new_privs=value)).stdout
-    mapping = cast(Any, {"args": STATUS, "no_new_privs": value})
-    found["one of a map"] = next(errand_boy.map([mapping])).stdout
-    found["asyncio"] = asyncio.run(by_asyncio())
-    found["client.run"] = client.run(STATUS, capture_output=True, no_new_privs=value).stdout
-    with client.Popen(
-        STATUS, stdout=subprocess.PIPE, no_new_privs=value, kill_on_client_exit=True
-    ) as process:
-        found["client.Popen"] = process.communicate()[0]
-    found["client.map"] = next(client.map([STATUS], no_new_privs=value)).stdout
-    assert found == dict.fromkeys(found, SET if value else UNSET)
-    assert own() == UNSET
 
 
 @pytest.mark.root
