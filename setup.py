@@ -40,6 +40,7 @@ HELPER_SOURCES = [
         "spawn/supervisor",
         "common/state",
         "common/wire",
+        "helper/terminal",
         "helper/streams",  # last: its large buffer lies behind what others touch
     )
 ]

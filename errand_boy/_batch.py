@@ -143,7 +143,10 @@ class Batch:
         share = Timeout(timeout) if isinstance(timeout, str) else None
         self.jobs = Jobs(
             self._options,
-            captured=(stdout == subprocess.PIPE, stderr == subprocess.PIPE),
+            captured=(
+                stdout == subprocess.PIPE or bool(more.get("pty")),
+                stderr == subprocess.PIPE,
+            ),
             text=text,
             encoding=encoding,
             errors=errors,
@@ -411,7 +414,7 @@ class Batch:
             self._live += 1
             if self._gate is not None:
                 self._gate.count_start()
-            input = None if job.input is None else BytesIO(job.input)
+            input = BytesIO(job.input or b"") if template.streams & 1 else None
             channel.stream.begin(template.streams, brief, request, input)
             self._send(channel, template.fds)
             return

@@ -37,6 +37,7 @@ def can_capture(options: Mapping[str, Any]) -> bool:
         and outputs[0] in _OUTPUTS
         and outputs[1] in (*_OUTPUTS, subprocess.STDOUT)
         and _PIPE in outputs
+        and not options.get("pty")  # its descriptor travels
         and not _request.unknown(options.keys() - _STANDARD)
         and not options.keys() >= {"text", "universal_newlines"}  # they may contradict each other
     )

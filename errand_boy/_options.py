@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from errand_boy._ends import Stop
     from errand_boy._wire import Failed
     from errand_boy.sandbox import Sandbox
+    from errand_boy.terminal import Pty
 
     class HasFileno(Protocol):
         def fileno(self) -> int: ...
@@ -48,6 +49,7 @@ class Options(TypedDict, total=False):
     nice: int | None
     no_new_privs: bool
     oom_score_adj: int | None
+    pty: bool | tuple[int, int] | Pty | None
     rlimits: Mapping[str, Limit] | None
     root: str | bytes | os.PathLike[Any] | None
     sandbox: Sandbox | Mapping[str, Any] | None
@@ -349,6 +351,17 @@ def _affinity_refused(value: Iterable[int], failed: Failed) -> str:
     return f"{_written(value)}: {os.strerror(failed.errno)}: none is a CPU that the caller may use"
 
 
+def _terminal(value: Any) -> bytes:
+    # Of one that the helper opens. For a Popen the caller does, see _pty.
+    from errand_boy.terminal import as_pty  # noqa: PLC0415  only those who need it pay for it
+
+    pty = as_pty(value)
+    if pty.termios is not None:
+        raise ValueError("pty: the termios of a terminal that a helper opens can't be given")
+    flags = lib.EB_RAW * pty.raw | lib.EB_NO_ECHO * (pty.echo is False)
+    return struct.pack("<4IB", *pty.size, flags)
+
+
 _TABLE: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "capabilities": (lib.EB_TAG_CAPABILITIES, _capabilities),
     "cgroup": (lib.EB_TAG_CGROUP, _cgroup),
@@ -360,6 +373,7 @@ _TABLE: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "nice": (lib.EB_TAG_RENICE, _number("nice", -40, 40, "<i")),
     "no_new_privs": (lib.EB_TAG_NO_NEW_PRIVS, _flag),
     "oom_score_adj": (lib.EB_TAG_OOM_SCORE_ADJ, _number("oom_score_adj", -1000, 1000, "<i")),
+    "pty": (lib.EB_TAG_TERMINAL, _terminal),
     "rlimits": (lib.EB_TAG_SET_RLIMITS, _rlimits),
     "root": (lib.EB_TAG_ROOT, _root),
     "sandbox": (lib.EB_TAG_SANDBOX, _sandbox),

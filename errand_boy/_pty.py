@@ -35,20 +35,18 @@ def construct(
     args: tuple[Any, ...],
     options: dict[str, Any],
 ) -> None:
-    """Run the constructor of a Popen of any class whose `options` have a `pty`.
+    """Run the constructor of a Popen of any class that was given a `pty`.
 
     Those standard streams of the command that are not redirected are the terminal, and so are those
     that run() would capture.
     """
-    pty = options.pop("pty")
-    if pty is None or pty is False:
-        construct(*args, **options)
-        return
+    more = {**process._more}
+    pty = as_pty(more.pop("pty"))
     for name in _STANDARD:
         if options.get(name) is CAPTURED:
             options[name] = None
     options["start_new_session"] = True
-    master, slave = open_pair(as_pty(pty))
+    master, slave = open_pair(pty)
     get_handles = process._get_handles
 
     def handles(*standard: Any) -> Any:
@@ -57,7 +55,7 @@ def construct(
 
     process._get_handles = handles
     process._slave = slave  # until the start is over
-    process._more = {**process._more, "controlling_terminal": slave}
+    process._more = {**more, "controlling_terminal": slave}
     try:
         construct(*args, **options)
     except BaseException:

@@ -289,8 +289,13 @@ def streamed(
 
     `command` are its options; `stdin`, `stdout` and `stderr` are as for Popen, but that the pipes
     are the helper's; with `brief` it has COALESCE; the rest goes to `settings`. The command leads a
-    group of its own, unless told otherwise.
+    group of its own, unless told otherwise. With a `pty` all three are that, and the end of the
+    input has to be sent.
     """
+    if given.get("pty"):
+        # The terminal is for all, and what it echoes has to be read.
+        stdin, stdout, stderr = subprocess.PIPE, subprocess.PIPE, subprocess.STDOUT
+        given["start_new_session"] = True
     streams, made, fds = _made_by_helper(stdin, stdout, stderr)
     group = -1 if process_group is None else process_group
     what, flags, carried = settings(process_group=group, default_group=0, **given)

@@ -151,7 +151,9 @@ class StreamedCommand:
             raise CancelledError
         stream = Stream(connection.greeted)
         stream.begin(
-            self._streams, self._brief, input=None if self._input is None else BytesIO(self._input)
+            self._streams,
+            self._brief,
+            input=BytesIO(self._input or b"") if self._streams & 1 else None,
         )
         self._stream = stream
         return connection, stream

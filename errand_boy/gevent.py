@@ -79,7 +79,7 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # gevent has 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not _STANDARD.issuperset(kwargs):
             self._more = _start.take_options(kwargs, _STANDARD)
-            if "pty" in kwargs:
+            if "pty" in self._more:
                 from errand_boy import _pty  # noqa: PLC0415  only those who need it pay for it
 
                 _pty.construct(self, super().__init__, args, kwargs)

@@ -126,6 +126,7 @@ OPTIONS = {
     "OOM_SCORE_ADJ": (_wire.number(lib.EB_TAG_OOM_SCORE_ADJ, -1000), "-1000"),
     "ROOT": (_wire.string(lib.EB_TAG_ROOT, b"/r"), b"/r".hex()),
     "CAPABILITIES": (_wire.option(lib.EB_TAG_CAPABILITIES, b"\1" + bytes(7)), "1"),
+    "TERMINAL": (_wire.option(lib.EB_TAG_TERMINAL, struct.pack("<4IB", 1, 2, 3, 4, 3)), "1 2 3 4 3"),
     "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())

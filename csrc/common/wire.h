@@ -42,11 +42,12 @@ enum eb_kind {
     EB_HELLO = 1, /* u32 version */
 
     /* client to helper */
-    EB_SPAWN = 3,  /* options, see eb_tag */
-    EB_SIGNAL = 4, /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
+    EB_SPAWN = 3,    /* options, see eb_tag */
+    EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
                         negative of it: its process group, as for kill(2); or 0: the child, whichever it is; or -1: the
                         whole tree of one with SUPERVISE */
-    EB_STDIN = 10, /* bytes for a streamed standard input; empty: its end */
+    EB_STDIN = 10,   /* bytes for a streamed standard input; empty: its end */
+    EB_WINSIZE = 11, /* u32 rows | u32 columns | u32 * 2: the same in pixels; of a TERMINAL, else dropped */
 
     /* client to daemon, its first frame in place of HELLO */
     EB_STATUS = 5, /* u32 version; answered by STATUS_REPLY, then the daemon closes the connection */
@@ -164,7 +165,15 @@ enum eb_tag {
     EB_TAG_SUPERVISE = 40, /* u8: 1: with all that it starts | u32 milliseconds: a supervisor ends the command when the
                                connection has ended, and with 1 all that is left of its tree so long after the
                                command's end.  Helpers that own their children only */
-    EB_TAG_END /* one past the last */
+    EB_TAG_TERMINAL = 41,  /* u32 rows | u32 columns | u32 * 2: the same in pixels | u8 eb_terminal: streamed 0
+                                    and 1, and 2 if it is JOINED, are a new terminal, the controlling one; SETSID */
+    EB_TAG_END             /* one past the last */
+};
+
+/* How a TERMINAL differs from what the kernel makes. */
+enum eb_terminal {
+    EB_NO_ECHO = 1,
+    EB_RAW = 2, /* as after cfmakeraw(3) */
 };
 
 #define EB_JOINED 8             /* a bit of STREAMS */

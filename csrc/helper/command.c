@@ -347,9 +347,11 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     else if (!helper.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_COALESCE) || eb_has(q, EB_TAG_SUPERVISE)))
         /* It could not tell of the end. */
         eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
-                  q->streams != 0                  ? "STREAMS"
+                  q->streams != 0              ? "STREAMS"
                   : eb_has(q, EB_TAG_COALESCE) ? "COALESCE"
                                                : "SUPERVISE");
+    else if (eb_has(q, EB_TAG_TERMINAL) && ((q->streams & 3) != 3 || !eb_has(q, EB_TAG_SETSID)))
+        eb_refuse(c, "malformed SPAWN: option TERMINAL needs SETSID, and STREAMS with 0 and 1");
     else if (c->tells_ends && (k->record = eb_record_new(q, &c->fds)) == NULL)
         fail(k, ENOMEM, EB_STAGE_START); /* nothing runs of which nobody is told */
 }

@@ -42,6 +42,7 @@ static const struct rule {
     [EB_QUERY] = {"QUERY", CONTROL, 0, 0, eb_on_query},
     [EB_GRANT] = {"GRANT", CONTROL, 4, 4, eb_on_grant},
     [EB_STDIN] = {"STDIN", REST | BUSY, 0, EB_WINDOW, eb_on_stdin},
+    [EB_WINSIZE] = {"WINSIZE", REST | BUSY, 16, 16, eb_on_winsize},
 };
 
 /*
@@ -52,7 +53,8 @@ static const struct rule {
  */
 static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
 {
-    return !c->foreign || frame->kind == EB_STDIN || frame->kind == EB_SIGNAL || frame->kind == EB_HELLO;
+    return !c->foreign || frame->kind == EB_STDIN || frame->kind == EB_WINSIZE || frame->kind == EB_SIGNAL ||
+           frame->kind == EB_HELLO;
 }
 
 /* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */

@@ -1,5 +1,7 @@
 #include "helper/streams.h"
 
+#include "helper/terminal.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -43,14 +45,17 @@ bool eb_streams_make(struct eb_connection *c, const struct eb_request *q, int en
     struct eb_streams *s = malloc(sizeof *s);
     if (s == NULL)
         return false;
-    *s = (struct eb_streams){.fds = {-1, -1, -1}, .window = EB_WINDOW};
+    *s = (struct eb_streams){.fds = {-1, -1, -1}, .window = EB_WINDOW, .last = '\n'};
     c->streams = s;
     /* What a short command says, its pipe can hold until it has ended: that saves watching the pipe. */
     if (eb_has(q, EB_TAG_COALESCE) && !c->large_output) {
         s->lazy_until = eb_now_ms() + LAZY_MS;
         eb_wake_by(s->lazy_until);
     }
-    for (int i = 0; i < 3; i++) {
+    s->terminal = eb_has(q, EB_TAG_TERMINAL);
+    if (s->terminal && !eb_terminal_open(q, s->fds, ends))
+        goto failed;
+    for (int i = s->terminal ? 2 : 0; i < 3; i++) {
         int pipe[2];
         if (!(q->streams >> i & 1))
             continue;
@@ -115,8 +120,20 @@ static void drain_input(struct eb_connection *c)
         if (s->ended)
             mark_over(s, 0);
     }
-    if (n > 0)
+    /* Of no use after the end, and what ends a terminal's input is nothing that the client has sent. */
+    if (n > 0 && !s->ended)
         give_credit(c, n);
+}
+
+static bool add_input(struct eb_streams *s, const uint8_t *data, uint32_t size)
+{
+    uint8_t *pending = realloc(s->pending, s->pending_size + size);
+    if (pending == NULL)
+        return false;
+    memcpy(pending + s->pending_size, data, size);
+    s->pending = pending;
+    s->pending_size += size;
+    return true;
 }
 
 void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame)
@@ -134,18 +151,30 @@ void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame)
     }
     s->window -= size;
     s->ended = size == 0;
+    uint8_t keys[EB_MOST_KEYS];
+    const uint8_t *data = frame->payload;
+    uint32_t typed = size;
     if (size > 0) {
-        uint8_t *pending = realloc(s->pending, s->pending_size + size);
-        if (pending == NULL) {
-            eb_mark_closing(c);
-            return;
-        }
-        memcpy(pending + s->pending_size, frame->payload, size);
-        s->pending = pending;
-        s->pending_size += size;
+        s->last = data[size - 1];
+    } else if (s->terminal && is_open(s, 0)) {
+        data = keys;
+        typed = eb_terminal_end(s->fds[0], s->last, keys);
+    }
+    if (typed > 0 && !add_input(s, data, typed)) {
+        eb_mark_closing(c);
+        return;
     }
     eb_connection_consume(c, EB_HEADER_SIZE + size);
     drain_input(c);
+}
+
+void eb_on_winsize(struct eb_connection *c, const struct eb_frame *frame)
+{
+    struct eb_streams *s = c->streams;
+    /* Late, for one that has ended meanwhile, it is dropped. */
+    if (s != NULL && s->terminal && is_open(s, 1))
+        eb_terminal_resize(s->fds[1], frame->payload, frame->size);
+    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
 }
 
 /* -- output -- */

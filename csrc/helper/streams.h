@@ -1,5 +1,5 @@
 /*
- * A command's standard input and output as frames.  Input is bounded by the window that its client was given; output
+ * A command's standard input and output, or its terminal, as frames.  Input is bounded by the window that its client was given; output
  * is read from its pipe only while the socket takes it.
  */
 #ifndef EB_STREAMS_H
@@ -12,6 +12,8 @@ struct eb_streams {
     uint8_t over;        /* a mark for the loop, bit n: close that one */
     uint8_t watched;     /* the loop's */
     bool ended;          /* the client has ended the input */
+    bool terminal;       /* 0 and 1 are two descriptors of one */
+    uint8_t last;        /* byte of the input */
     uint64_t lazy_until; /* of eb_now_ms: output is not looked at before, or the command's end; 0: it is */
     uint64_t passed;     /* bytes of output */
     uint32_t window;     /* bytes of input that the client may send */
@@ -32,6 +34,7 @@ void eb_streams_gather(struct eb_connection *c);
 /* Has such output watched if it is time. */
 void eb_streams_wake(struct eb_connection *c, uint64_t now);
 void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame);
+void eb_on_winsize(struct eb_connection *c, const struct eb_frame *frame);
 void eb_on_stream(struct eb_connection *c, int number);
 
 #endif

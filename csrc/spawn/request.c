@@ -44,6 +44,7 @@ static const struct {
     [EB_TAG_SET_RLIMITS] = {"SET_RLIMITS", -1},
     [EB_TAG_CONTROLLING_TERMINAL] = {"CONTROLLING_TERMINAL", 0},
     [EB_TAG_FOREGROUND] = {"FOREGROUND", 0},
+    [EB_TAG_TERMINAL] = {"TERMINAL", 17},
     [EB_TAG_CGROUP] = {"CGROUP", 0},
     [EB_TAG_NAMESPACES] = {"NAMESPACES", 4},
     [EB_TAG_SANDBOX] = {"SANDBOX", 0},
@@ -162,6 +163,18 @@ static int get_groups(struct eb_request *q, struct value v, char *reason)
     return 0;
 }
 
+static int get_terminal(struct eb_request *q, struct value v, char *reason)
+{
+    struct eb_reader r = eb_reader(v.at, v.size);
+    uint32_t numbers[4];
+    for (int i = 0; i < 4; i++)
+        if ((numbers[i] = eb_get_u32(&r)) > UINT16_MAX)
+            return malformed(reason, EB_TAG_TERMINAL, "no terminal has so many");
+    q->size = (struct winsize){(uint16_t)numbers[0], (uint16_t)numbers[1], (uint16_t)numbers[2], (uint16_t)numbers[3]};
+    q->terminal = eb_get_u8(&r);
+    return q->terminal > (EB_NO_ECHO | EB_RAW) ? malformed(reason, EB_TAG_TERMINAL, "no such bit") : 0;
+}
+
 /* Of RLIMITS, then of SET_RLIMITS, whose number is higher. */
 static int get_rlimits(struct eb_request *q, enum eb_tag tag, struct value v, char *reason)
 {
@@ -253,6 +266,8 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         q->tree_all = (eb_get_u8(&r) & 1) != 0;
         q->drain_ms = eb_get_u32(&r);
         break;
+    case EB_TAG_TERMINAL:
+        return get_terminal(q, v, reason);
     case EB_TAG_ON_CLOSE:
         q->on_close_ms = eb_get_u32(&r);
         break;

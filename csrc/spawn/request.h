@@ -2,6 +2,7 @@
 #ifndef EB_REQUEST_H
 #define EB_REQUEST_H
 
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/types.h>
 
@@ -30,6 +31,8 @@ struct eb_request {
     uint32_t group_count;
     gid_t gid;
     uid_t uid;
+    struct winsize size;    /* of the terminal that the helper makes, */
+    uint8_t terminal;       /* and its enum eb_terminal */
     uint8_t streams, nulls; /* bit per descriptor of 0 to 2; they are among the targets */
     uint32_t on_close_ms;
     uint32_t namespaces;       /* of EB_NAMESPACES */

@@ -313,6 +313,8 @@ EB_BARE int eb_child(void *arg)
         STEP(PGROUP, eb_raw(SYS_setpgid, 0, q->pgroup, 0, 0));
     if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
         STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, eb_carried(q, EB_TAG_CONTROLLING_TERMINAL), TIOCSCTTY, 0, 0));
+    if (eb_has(q, EB_TAG_TERMINAL))
+        STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, 0, TIOCSCTTY, 0, 0));
     if (eb_has(q, EB_TAG_FOREGROUND))
         STEP(FOREGROUND, take_foreground(q));
     if (eb_has(q, EB_TAG_OOM_SCORE_ADJ)) /* before a limit of files, and while /proc is there */

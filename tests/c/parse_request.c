@@ -129,6 +129,9 @@ static void print_request(const struct eb_request *q)
         printf("STREAMS %u\n", (unsigned)q->streams);
     if (eb_has(q, EB_TAG_NULL))
         printf("NULL %u\n", (unsigned)q->nulls);
+    if (eb_has(q, EB_TAG_TERMINAL))
+        printf("TERMINAL %u %u %u %u %u\n", (unsigned)q->size.ws_row, (unsigned)q->size.ws_col,
+               (unsigned)q->size.ws_xpixel, (unsigned)q->size.ws_ypixel, (unsigned)q->terminal);
     if (eb_has(q, EB_TAG_COALESCE))
         printf("COALESCE\n");
     if (eb_has(q, EB_TAG_NO_NEW_PRIVS))
