@@ -24,6 +24,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from foreign.suite import Results, read
@@ -102,6 +104,14 @@ def run_files(
         return found, returncode in (0, 1, 5)
 
 
+_port = Lock()
+
+
+def in_turn(group: Sequence[str]) -> Any:
+    """Return a lock for tests that listen at a port of their own: one at a time."""
+    return _port if "socket" in group[0] else contextlib.nullcontext()
+
+
 def run(
     sdist: Path, package: str, patched: bool, tests: Iterable[str], arguments: argparse.Namespace
 ) -> tuple[Results, bool]:
@@ -115,11 +125,12 @@ def run(
             for file in sorted((top / "tests").glob("test_*.py"))
             if file.name not in LEFT_OUT
         ]
-        parts = list(
-            executor.map(
-                lambda group: run_files(top, patched, group, options, arguments.timeout), groups
-            )
-        )
+
+        def run_group(group: Sequence[str]) -> tuple[Results, bool]:
+            with in_turn(group):
+                return run_files(top, patched, group, options, arguments.timeout)
+
+        parts = list(executor.map(run_group, groups))
     passed: set[str] = set()
     skipped: set[str] = set()
     failed: dict[str, str] = {}
