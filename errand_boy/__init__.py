@@ -31,6 +31,16 @@ from subprocess import (
     run,
 )
 
+try:
+    from errand_boy._native import lib as _lib  # noqa: F401  its error names what is missing
+except ModuleNotFoundError as error:
+    _text = f"errand_boy is partly in C, and that part is not here: {error}. "
+    if os.path.isdir(os.path.dirname(__file__)):
+        _text += "Install it with pip, or build it with python setup.py build_ext --inplace"
+    else:
+        _text += "It can't be loaded from an archive such as a zipapp: shiv and pex unpack theirs"
+    raise ImportError(_text, name=error.name) from error
+
 from errand_boy._functions import NAMES, rebind
 from errand_boy._popen import Popen
 from errand_boy._ways import helper_pid, start, stop

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
+import zipapp
 from importlib import metadata
 from pathlib import Path
 
@@ -139,3 +141,40 @@ def test_build_says_what_is_missing(tree: Path, tmp_path: Path, missing: str) ->
     assert ("no C compiler" if missing == "compiler" else "no headers") in what
     assert "apt-get install gcc libc6-dev python3-dev" in debian
     assert "dnf install gcc glibc-devel python3-devel" in fedora
+
+
+def test_zipapp_says_why_it_cannot_work(tmp_path: Path) -> None:
+    application = tmp_path / "application"
+    shutil.copytree(PACKAGE, application / "errand_boy")
+    (application / "__main__.py").write_text("import errand_boy\n")
+    archive = tmp_path / "application.pyz"
+    zipapp.create_archive(application, archive)
+    found = subprocess.run([sys.executable, archive], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 1
+    assert "It can't be loaded from an archive such as a zipapp" in found.stderr.splitlines()[-1]
+
+
+def test_application_made_by_pyinstaller(tmp_path: Path) -> None:
+    pytest.importorskip("PyInstaller")
+    signal.alarm(600)  # it analyses for half a minute, where nothing else runs
+    program = tmp_path / "application.py"
+    program.write_text(
+        "import sys, errand_boy\n"
+        "from errand_boy._cli.args import main\n"
+        "if len(sys.argv) > 1:\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
+        "errand_boy.start()\n"
+        "print(errand_boy.check_output(['echo', 'x'], text=True), end='')\n"
+        "print(*(result.returncode for result in errand_boy.map([['true'], ['false']])))\n"
+    )
+    hooks = PACKAGE / "__pyinstaller"
+    options = ["--noconfirm", "--log-level=ERROR", f"--additional-hooks-dir={hooks}"]
+    command = [sys.executable, "-m", "PyInstaller", *options, str(program)]
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    application = tmp_path / "dist/application/application"
+    assert subprocess.check_output([application], text=True, cwd=tmp_path) == "x\n0 1\n"
+    serve = [str(application), "serve", f"--socket={tmp_path}/socket"]
+    found = subprocess.run(serve, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 2
+    assert "this program is frozen" in found.stderr

@@ -285,6 +285,12 @@ def run_server(
             kept[name] = os.path.abspath(kept[name])
     kept["version"] = errand_boy.__version__
     program = os.path.join(os.path.dirname(errand_boy.__file__), "_daemon", "serve.py")
+    if getattr(sys, "frozen", False) or not sys.executable or not os.path.isfile(program):
+        # sys.executable would be the application, which would run once more.
+        parser.error(
+            "the daemon needs a Python interpreter and errand_boy as files, and this program is "
+            "frozen: install errand-boy with pip, and start its daemon"
+        )
     argument = json.dumps({"path": _safe_path(), "options": kept})
     sys.stdout.flush()
     sys.stderr.flush()

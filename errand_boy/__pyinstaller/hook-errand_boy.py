@@ -1,0 +1,13 @@
+"""What PyInstaller does not find by itself: the helper, and what is imported by a name."""
+
+from __future__ import annotations
+
+import os
+
+import errand_boy
+from errand_boy import _LATER
+
+binaries = [
+    (os.path.join(os.path.dirname(errand_boy.__file__), "errand-boy-helper"), "errand_boy"),
+]
+hiddenimports = ["_cffi_backend", *_LATER.values()]
