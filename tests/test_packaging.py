@@ -149,7 +149,9 @@ def test_zipapp_says_why_it_cannot_work(tmp_path: Path) -> None:
     (application / "__main__.py").write_text("import errand_boy\n")
     archive = tmp_path / "application.pyz"
     zipapp.create_archive(application, archive)
-    found = subprocess.run([sys.executable, archive], capture_output=True, text=True, cwd=tmp_path)
+    # Without site: an editable installation of it would help out.
+    command = [sys.executable, "-I", "-S", archive]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 1
     assert "It can't be loaded from an archive such as a zipapp" in found.stderr.splitlines()[-1]
 
