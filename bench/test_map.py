@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -115,6 +116,19 @@ def test_command_over_xargs(compare: Compare, jobs: int) -> None:
         by_command("xargs", "-d", "\n", "-n1", f"-P{jobs}", *LINE_TRUE),
         name=f"errand-boy map -j{jobs} over xargs -P{jobs}",
         at_most=1 / 1.3,
+    )
+
+
+@pytest.mark.parametrize("jobs", [*WORKERS])
+def test_command_over_parallel(compare: Compare, jobs: int) -> None:
+    if not shutil.which("parallel"):
+        pytest.skip("needs GNU parallel: Debian's package parallel")
+    lines = b"x\n" * 200  # it takes milliseconds for each
+    compare(
+        by_command(sys.executable, "-m", "errand_boy", "map", f"-j{jobs}", *LINE_TRUE, lines=lines),
+        by_command("parallel", "--will-cite", f"-j{jobs}", *LINE_TRUE, lines=lines),
+        name=f"errand-boy map -j{jobs} over parallel -j{jobs}, 200 commands",
+        at_most=1 / 3,
     )
 
 

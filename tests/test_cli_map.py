@@ -222,11 +222,12 @@ def test_job_log_that_cannot_be_written() -> None:
 # -- the job log --
 
 
-def test_job_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [[], ["--line-buffer"], ["--files"]])
+def test_job_log(how: list[str], tmp_path: Path) -> None:
     log = tmp_path / "log"
     before = time.time()
     script = "echo {}; [ {} != 2 ] || exit 7; [ {} != 3 ] || kill -9 $$"
-    run("-j1", f"--joblog={log}", "--shell", script, input=b"1\n2\n3\n")
+    run("-j1", *how, f"--joblog={log}", "--shell", script, input=b"1\n2\n3\n")
     rows = log_rows(log)
     assert [row[0] for row in rows] == ["1", "2", "3"]
     assert [row[4:8] for row in rows] == [

@@ -108,6 +108,7 @@ LINES: list[str | tuple[str, str]] = [
     "parallel -k --tagstring {}-bar echo foo-{} ::: A B C",
     "parallel -k --tagstring '{#}:{/.}' echo ::: a/b.c d/e.f",
     "parallel -k -v echo {} ::: A B C",
+    "parallel -k --dry-run echo {} ::: A B C",
     "parallel -j1 -t echo {} ::: A B C 2>&1 >/dev/null",
     (
         "parallel -j2 -k 'printf \"%s-start\\n%s\" {} {}; sleep 0.{}; echo -end' ::: 4 2 1",

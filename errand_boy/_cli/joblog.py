@@ -8,8 +8,6 @@ import shlex
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from errand_boy._result import Result
 
 _MOST_SEQ = 1 << 33
@@ -74,8 +72,8 @@ class JobLog:
         os.ftruncate(self._fd, whole if rows else 0)
         return rows > 0
 
-    def add(self, seq: int, result: Result) -> None:
-        """Write the line of a command that has ended."""
+    def add(self, seq: int, result: Result, received: int) -> None:
+        """Write the line of a command that has ended, with the bytes of its standard output."""
         usage = result.rusage
         code = result.returncode
         fields = (
@@ -84,7 +82,7 @@ class JobLog:
             f"{result.started:.3f}",
             f"{result.duration:10.3f}",
             0,
-            _size(result.stdout, result.stdout_file),
+            received,
             max(0, code),
             max(0, -code),
         )
@@ -103,7 +101,3 @@ def written(args: list[bytes] | bytes) -> bytes:
     if isinstance(args, list):
         args = os.fsencode(shlex.join(os.fsdecode(word) for word in args))
     return args.replace(b"\n", b"\\n")
-
-
-def _size(data: bytes | None, file: Any) -> int:
-    return len(data or b"") if file is None else int(os.fstat(file.fileno()).st_size)

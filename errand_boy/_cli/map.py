@@ -199,7 +199,8 @@ def _check_program(command: Sequence[str], make: Template) -> None:
     if make.shell or not command or len(command[0].split()) < 2 or shutil.which(command[0]):
         return
     word = command[0]
-    if shutil.which(word.split()[0]):
+    program = word.split()[0]
+    if "/" not in program or shutil.which(program):  # else {} may yet make a path of it
         raise UsageError(
             f"{word!r} is one word, and no program has that name: write its words without "
             "the quotes around them all, or use --shell to have a shell read it"
@@ -229,7 +230,7 @@ def _run(
         nonlocal failed
         failed += result.failed
         if log is not None:
-            log.add(origins[result.index].seq, result)
+            log.add(origins[result.index].seq, result, out.size(result))
         watch.count(origins[result.index].seq, result)
         out.ended(result.index)
         if count.path is not None and count.read():
@@ -247,11 +248,17 @@ def _run(
     with contextlib.closing(work):
         out.before_writing = watch.clear
         watch.begin(work.timers)
-        for result in results:
-            out.write(result)
-            del origins[result.index]
-        sys.stdout.flush()
-        watch.end()
+        try:
+            for result in results:
+                out.write(result)
+                del origins[result.index]
+        except UsageError as error:  # of a line of the input
+            watch.clear()
+            print(f"errand-boy: {error}", file=sys.stderr)
+            return _TROUBLE
+        finally:
+            sys.stdout.flush()
+            watch.end()
     if work.halt.result is not None:
         code = work.halt.result.returncode
         return code if code >= 0 else 128 - code

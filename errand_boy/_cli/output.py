@@ -170,6 +170,14 @@ class Output:
         origin = self._origins[index]
         return self._tag.text(origin.values, origin.seq, origin.slot) + b"\t"
 
+    def size(self, result: Result) -> int:
+        """Return how many bytes a command has written to its standard output."""
+        sink, _ = self._sinks.get(result.index, (None, None))
+        if sink is not None:
+            return sink.size
+        file = result.stdout_file
+        return len(result.stdout or b"") if file is None else os.fstat(file.fileno()).st_size
+
     def ended(self, index: int) -> None:
         """Take note of a command's end, before its turn."""
         for sink in self._sinks.get(index, ()):
