@@ -165,6 +165,7 @@ class Batch:
         self._is_dry = False  # there are no commands, unless results lead to some
         self._gate = gate
         self._gate_timer: Timer | None = None
+        self._has_shares = share is not None
         self._without_pids = share is None and not with_pids
         self._channels: dict[int, Channel] = {}
         self._idle: list[Channel] = []
@@ -267,7 +268,11 @@ class Batch:
         if not size:
             self._on_lost(channel, stream.end())
             return
-        for event in stream.receive(self._buffer[:size]):
+        data = self._buffer[:size]
+        if channel.job is not None and (ended := stream.receive_end(data)) is not None:
+            self._over(channel, self.jobs.ended(channel.job, ended))
+            return
+        for event in stream.receive(data):
             if type(event) is Lost:
                 self._on_lost(channel, event)
                 return
@@ -496,7 +501,8 @@ class Batch:
         result.slot = job.slot
         job.runs += 1
         result.runs = job.runs
-        self._expiry.end(job, result)
+        if job.timer is not None or self._has_shares:
+            self._expiry.end(job, result)
         if job.retries is not None and result.failed and not self._stopped:
             delay = job.retries.delay(job.runs, result)
             if delay is not None:
@@ -522,6 +528,8 @@ class Batch:
         self._results.put(result)
         if self.on_result is not None:
             self.on_result(result)
+        if self.halt.never:
+            return
         self.halt.count(result)
         if self.halt.due and not self._stopped:
             self.stop(now=self.halt.due == "now")

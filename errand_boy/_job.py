@@ -139,7 +139,8 @@ class Jobs:
 
     def make(self, index: int, command: Command) -> Job:
         """Return the Job for a command. Raises TypeError and ValueError."""
-        given: dict[str, Any] = {}
+        given: dict[str, Any] | None = None
+        args: Any = command
         plain = type(command) in _PLAIN  # else the checks take a microsecond
         if not plain and isinstance(command, Mapping):
             given = dict(command)
@@ -147,13 +148,15 @@ class Jobs:
                 args = given.pop("args")
             except KeyError:
                 raise TypeError("a command's mapping needs args") from None
-        else:
-            args = command
         job = Job(index, args)
-        job.shell = given.pop("shell", self._shell) if given else self._shell
-        job.timeout = given.pop("timeout", self._timeout) if given else self._timeout
-        job.retries = _policy.retries(given.pop("retries")) if "retries" in given else self._retries
-        input = given.pop("input", self._input) if given else self._input
+        if given is None:
+            job.shell, job.timeout, job.retries = self._shell, self._timeout, self._retries
+            input = self._input
+        else:
+            job.shell = given.pop("shell", self._shell)
+            job.timeout = given.pop("timeout", self._timeout)
+            job.retries = _policy.retries(given.pop("retries", self._retries))
+            input = given.pop("input", self._input)
         if input is not None:
             if self._text:
                 input = input.encode(self._encoding, self._errors)

@@ -86,6 +86,7 @@ class Halt:
         self._when, self._what, count, self._percent = match.groups()
         self._count = int(count or 0)
         self._ended = self._counted = 0
+        self.never = self._when is None
         self.total: int | None = None  # commands
         self.due: str | None = None  # or "soon" or "now"
         self.result: Result | None = None  # that made it due
@@ -98,7 +99,7 @@ class Halt:
     def count(self, result: Result) -> None:
         """Take note of a command's end."""
         self._ended += 1
-        if self._when is None or self.due:
+        if self.never or self.due:
             return
         if self._what != "done" and result.failed != (self._what == "fail"):
             return

@@ -35,6 +35,11 @@ _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
 _LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
 
+# What a brief command without output says, before its EXITED's payload.
+_SILENT = _wire.frame(lib.EB_STDOUT, []) + _wire.frame(lib.EB_STDERR, [])
+_SILENT += _wire.HEADER.pack(_END_SIZES[1], lib.EB_EXITED)
+_SILENT_SIZE = len(_SILENT) + _END_SIZES[1]
+
 # Bits of what is awaited of a command: STREAMS, less that for standard input, and the exit.
 _OUTPUTS, _EXIT = 3, 4
 
@@ -207,6 +212,24 @@ class Stream:
             for pid in pids:
                 self.signal(pid, signal.SIGKILL)
         return self.ended
+
+    def receive_end(self, data: memoryview) -> Ended | None:
+        """Take what has come if it is no more than the end of a brief command without output.
+
+        Return that, else None: `receive` is for all. It takes a fraction of the time.
+        """
+        if (
+            len(data) != _SILENT_SIZE
+            or self._awaited != _OUTPUTS | _EXIT
+            or not (self._brief and self.greeted)
+            or self._rest
+            or data[: len(_SILENT)] != _SILENT
+        ):
+            return None
+        self.ended = ended = Ended(bytes(data[len(_SILENT) :]))
+        self._started = True
+        self._awaited = 0
+        return ended
 
     def receive(self, data: bytes | memoryview) -> Iterator[Event]:
         """Take what has come, and yield what it tells. After Lost, nothing more may be done."""
