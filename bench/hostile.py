@@ -215,7 +215,7 @@ class Daemon:
         command += [f"--max-users={len(UIDS)}", "--pool-size=2", f"--idle={IDLE}"]
         command += [f"--limits={limits}", "--grace=1"]
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(command, stderr=log)
+            self.process = subprocess.Popen(command, stderr=log, start_new_session=True)
         self.pid = self.process.pid
         deadline = time.monotonic() + PATIENCE
         while True:

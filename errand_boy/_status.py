@@ -79,7 +79,7 @@ def table(status: dict[str, Any]) -> str:
     if limited:
         lines += ["", f"{'UID':>8} {'CLIENTS':>8} {'RUNNING':>8} {'WAITING':>8} LIMITS"]
     for user in limited:
-        limits = " ".join(f"{name}={value:g}" for name, value in user["limits"].items() if value)
+        limits = " ".join(f"{name}={value:.10g}" for name, value in user["limits"].items() if value)
         lines.append(
             f"{user['uid']:>8} {user['connections']:>8} {user['running']:>8} "
             f"{user['waiting']:>8} {limits}"

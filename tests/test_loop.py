@@ -172,7 +172,7 @@ from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
-from errand_boy._daemon.services import Holdings, Services
+from errand_boy._daemon.services import Services
 from errand_boy._daemon.text import TextConnection
 
 gc.disable()
@@ -197,7 +197,7 @@ ours, theirs = socket.socketpair()
 theirs.setblocking(False)
 gone = []
 peer = Peer.of(theirs)
-services = Services(loop, pool, peer, options, Holdings(), lambda connection: gone.append(1))
+services = Services(loop, pool, peer, options, lambda connection: gone.append(1))
 kept = weakref.ref(TextConnection(theirs, peer, services))
 ours.sendall(b"echo told; exit 3\\r\\n\\r\\n\\r\\n\\r\\n")
 until(lambda: gone)

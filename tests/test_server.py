@@ -859,6 +859,26 @@ def test_wrong_file_of_limits_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "socket").exists()
 
 
+def test_bytes_that_are_kept_for_a_user(tmp_path: Path) -> None:
+    file = tmp_path / "limits"
+    file.write_text('{"default": {"bytes": 1000}}')
+
+    def answer(size: int) -> bytes:
+        with daemon.socket() as sock:
+            sock.sendall(b"wc -c\r\n\r\n" + b"x" * size + b"\r\n\r\n")
+            return b"".join(iter(lambda: sock.recv(1000), b""))
+
+    with started_daemon(tmp_path, "--limits", file) as daemon, daemon.socket() as half:
+        half.sendall(b"cat\r\n\r\n" + b"x" * 603)
+        until(lambda: [user["bytes"] for user in daemon.status()["users"]] == [600])
+        assert answer(400).startswith(b"\r\n0:400\n")
+        assert b"this user's requests hold 1000 bytes at most" in answer(401)
+        file.write_text('{"default": {"bytes": 0}}')
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: "limits have been read" in daemon.log())
+        assert answer(1_000_000).startswith(b"\r\n0:1000000\n")
+
+
 def test_starts_beyond_the_rate_wait(tmp_path: Path) -> None:
     file = tmp_path / "limits"
     file.write_text('{"default": {"starts_per_second": 20, "burst": 3}}')

@@ -140,10 +140,13 @@ def test_report_of_a_helper() -> None:
 class FakeHelper:
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.credentials = None
+        self.uid = os.geteuid()
         self.pid = os.getpid()
         self.connections: set[int] = set()
         self.draining = False
+
+    def private_kib(self) -> int:
+        return 100
 
 
 def test_answer_is_bounded() -> None:

@@ -528,3 +528,26 @@ def test_end_of_a_helper_whose_socket_somebody_keeps(public_dir: Path) -> None:
             os.waitpid(writer, 0)
         connection.close()
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("nice", [0, 5])
+def test_priority_is_the_servers_alone(public_dir: Path, nice: int) -> None:
+    """Unless the administrator has said another one, which is everybody's then."""
+    options = [f"--allow-uid={FIRST}", "--pool-size=1"]
+    under = ["nice", f"-n{nice}"]
+    with started_daemon(public_dir, *options, under=under, start_new_session=True) as daemon:
+        server = psutil.Process(daemon.process.pid)
+        connections = [connect_as(daemon, FIRST), daemon.connect()]
+        commands = [psutil.Process(spawn(one, "/bin/sleep", "100")) for one in connections]
+        assert server.nice() == (-10 if nice == 0 else nice)
+        for command in commands:
+            assert command.nice() == nice
+            assert os.sched_getscheduler(command.pid) == os.SCHED_OTHER
+            helper = command.parent()
+            assert helper is not None
+            assert helper.nice() == nice
+        daemon.process.send_signal(signal.SIGUSR2)
+        until(lambda: "upgraded" in daemon.log())
+        assert server.nice() == (-10 if nice == 0 else nice)
+        for connection, command in zip(connections, commands, strict=True):
+            end(connection, command.pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import selectors
 import signal
@@ -32,6 +33,7 @@ _LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
 _READ = 1 << 10  # bytes; a millisecond's work, if they are small frames
 _MOST_READ = 1 << 16  # of one frame
 _MOST_LAST_READS = 256
+_LATELY = 0.5  # seconds
 _LONGEST_READING = 0.01  # seconds: of what a helper has left unread
 _LONGEST = 4 << 10  # bytes of a frame, but for what a report has of live commands:
 _LONGEST_LIVE = 18 + 255  # of each
@@ -120,8 +122,10 @@ class Helper:
         self._wanted = _READ
         self._outbox: deque[tuple[bytes, socket.socket | None]] = deque()
         self._sock.setblocking(False)
-        self._owner = os.geteuid() if credentials is None else credentials.uid
-        loop.watch(self._sock, selectors.EVENT_READ, self._on_control, self._owner)
+        self.uid = os.geteuid() if credentials is None else credentials.uid
+        self._private_kib: int | None = None
+        self._private_at = -math.inf  # of time.monotonic()
+        loop.watch(self._sock, selectors.EVENT_READ, self._on_control, self.uid)
 
     def adopt(self, connection: int, flags: int, sock: socket.socket) -> None:
         """Let it serve `sock`, which is taken."""
@@ -186,7 +190,7 @@ class Helper:
 
     def _watch(self, events: int) -> None:
         if self._loop.is_watched(self._sock):  # not so at its end
-            self._loop.watch(self._sock, events, self._on_control, self._owner)
+            self._loop.watch(self._sock, events, self._on_control, self.uid)
 
     def _on_control(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
@@ -287,6 +291,17 @@ class Helper:
         while self._questions:  # whoever has put one may be kept by it, and keep us
             self._questions.popleft()(None)
 
+    def private_kib(self) -> int | None:
+        """Return how much memory is its own alone, as it was lately; None: it has just ended.
+
+        The kernel walks its page tables for that, which may be asked for by the thousand.
+        """
+        now = time.monotonic()
+        if now - self._private_at > _LATELY:
+            self._private_at = now
+            self._private_kib = _private_kib(self.pid)
+        return self._private_kib
+
     def counted(self) -> Report:
         """Return the counts that it keeps itself, whether it lives or not."""
         return Report.read(self._figures)
@@ -377,6 +392,15 @@ def _spawn(
             setsid=True,
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP],
         )
+
+
+def _private_kib(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 def _words(groups: Sequence[int]) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pwd
+from collections.abc import Callable
 from typing import NamedTuple
 
 TYPE_CHECKING = False
@@ -16,8 +18,39 @@ class Limits(NamedTuple):
 
     commands: int = 0  # at a time; the next ones wait
     connections: int = 0  # open; one more is refused
+    bytes: int = 128 << 20  # kept here for requests of the text protocol; with more, one is cut off
     starts_per_second: float = 0.0  # in the long run; the next ones wait
     burst: int = 1  # starts at once, after a time without
+
+
+class Holdings:
+    """Bytes that are kept for users, in memory and in files of the daemon's."""
+
+    def __init__(self, limits: Callable[[int], Limits]) -> None:
+        self._limits = limits
+        self._held: dict[int, int] = {}
+
+    def users(self) -> set[int]:
+        """Return those for whom there are some."""
+        return set(self._held)
+
+    def of(self, uid: int) -> int:
+        """Return how many are kept for user `uid`."""
+        return self._held.get(uid, 0)
+
+    def take(self, uid: int, size: int) -> None:
+        """Count `size` more. Raises OSError if they are too many."""
+        held = self.of(uid) + size
+        most = self._limits(uid).bytes
+        if held > most > 0:
+            raise OSError(errno.EDQUOT, f"this user's requests hold {most} bytes at most")
+        self._held[uid] = held
+
+    def give_back(self, uid: int, size: int) -> None:
+        """Count them no longer."""
+        held = self._held.pop(uid, 0) - size
+        if held > 0:
+            self._held[uid] = held
 
 
 class LimitsError(Exception):

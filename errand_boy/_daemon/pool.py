@@ -10,7 +10,7 @@ from contextlib import suppress
 from errand_boy import _wire
 from errand_boy._daemon.audit import Audit, Ended
 from errand_boy._daemon.helper import ID, Helper, Keep, Unserved
-from errand_boy._daemon.limits import Limits, LimitsError, Table
+from errand_boy._daemon.limits import Holdings, Limits, LimitsError, Table
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.orphans import Orphans
@@ -42,6 +42,7 @@ class Pool:
         self.lost = 0  # helpers that ended without being told to
         self.lost_commands = 0  # that they had live: their ends are not known
         self.limits = Table(options.limits, Limits(commands=options.max_processes_per_user))
+        self.holdings = Holdings(self.limits.of)
         self.turns: Turns | None = None
         if options.max_processes or self.limits.is_used:
             self.turns = Turns(options.max_processes, self.limits.of)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36
+_NICENESS = -10
 
 
 def check(values: dict[str, Any]) -> int:
@@ -53,6 +54,8 @@ def serve(values: dict[str, Any], state: int | None) -> int:
     try:
         _close_on_exec()
         files = _raise_file_limit()
+        if options.allow_uid or options.allow_gid:
+            _raise_priority()
         # Of what a killed helper leaves, this process becomes the parent.
         lib.prctl(_PR_SET_CHILD_SUBREAPER, ffi.cast("unsigned long", 1))
         server = Server(options, listener, log, files, lambda: supervisor.notify("STOPPING=1"))
@@ -143,6 +146,22 @@ def _raise_file_limit() -> int:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return files
+
+
+def _raise_priority() -> None:
+    """Have this process go before those whom it serves, if it may, and if nothing else was said.
+
+    They are to be served while they keep the CPUs busy. Helpers and commands have what was usual.
+    """
+    if os.getpriority(os.PRIO_PROCESS, 0) != 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+    if os.getsid(0) == os.getpid():
+        # The kernel's shares are those of sessions, where it has such groups (sched(7)).
+        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
+            file.write(str(_NICENESS))
 
 
 def _set_title(title: str) -> None:

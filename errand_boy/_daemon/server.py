@@ -25,7 +25,7 @@ from errand_boy._daemon.newcomers import Newcomer, Newcomers
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
-from errand_boy._daemon.services import Holdings, Services
+from errand_boy._daemon.services import Services
 from errand_boy._daemon.upgrade import Successor, check
 from errand_boy._native import lib
 from errand_boy._timers import Timer
@@ -68,7 +68,6 @@ class Server:
         self.refused = 0
         self.texts: set[text.TextConnection] = set()
         self._replies: set[status.Reply] = set()
-        self._holdings = Holdings()
         self.pool = Pool(self.loop, options, open_files)
         self._newcomers = Newcomers(self.loop, self._serve, self._on_late)
         self._held: dict[int, int] = {}  # connections of a user whose sockets are open here
@@ -300,7 +299,7 @@ class Server:
             self.texts.discard(connection)
             self._let_go(peer)
 
-        services = Services(self.loop, self.pool, peer, self.options, self._holdings, forget)
+        services = Services(self.loop, self.pool, peer, self.options, forget)
         connection = text.TextConnection(sock, peer, services)
         self.texts.add(connection)
         return connection

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Callable
 
@@ -10,8 +9,6 @@ from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
-
-_MOST_HELD = 128 << 20  # bytes, for one user
 
 
 class _ClientPool:
@@ -24,26 +21,6 @@ class _ClientPool:
     def connect(self) -> socket.socket:
         """Return a new connection to the least busy helper. Raises OSError."""
         return self._pool.connect(self._peer)
-
-
-class Holdings:
-    """Bytes that text connections hold in memory and in files of the daemon's, by user."""
-
-    def __init__(self) -> None:
-        self._held: dict[int, int] = {}
-
-    def take(self, uid: int, size: int) -> None:
-        """Count `size` more. Raises OSError if they are too many."""
-        held = self._held.get(uid, 0) + size
-        if held > _MOST_HELD:
-            raise OSError(errno.EDQUOT, f"this user's requests hold {_MOST_HELD} bytes at most")
-        self._held[uid] = held
-
-    def give_back(self, uid: int, size: int) -> None:
-        """Count them no longer."""
-        held = self._held.pop(uid, 0) - size
-        if held > 0:
-            self._held[uid] = held
 
 
 class Services:
@@ -59,7 +36,6 @@ class Services:
         pool: Pool,
         peer: Peer,
         limits: Options,
-        holdings: Holdings,
         forget: Callable[[object], None],
     ) -> None:
         self._loop = loop
@@ -70,7 +46,7 @@ class Services:
         self.log = loop.complaints
         self.pool = _ClientPool(pool, peer)
         self.limits = limits
-        self._holdings = holdings
+        self._holdings = pool.holdings
         self._uid = peer.uid
         self.held = 0  # bytes
         self._forget = forget

@@ -114,8 +114,11 @@ class Reply:
 
 def may_see(peer: Peer, helper: Helper) -> bool:
     """Return whether `peer` is told of this helper and its commands."""
-    mine = helper.credentials is not None and helper.credentials.uid == peer.uid
-    return mine or peer.uid in (0, os.geteuid())
+    return helper.uid == peer.uid or _may_see_all(peer)
+
+
+def _may_see_all(peer: Peer) -> bool:
+    return peer.uid in (0, os.geteuid())
 
 
 def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
@@ -129,17 +132,17 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
     commands: list[dict[str, Any]] = []
     size = left_out = 0
     now = time.time()
+    sees_all = _may_see_all(peer)
     for helper in pool.helpers:
         report = reports.get(helper, helper.report)
         totals.add(report)
-        uid = os.geteuid() if helper.credentials is None else helper.credentials.uid
-        if not may_see(peer, helper):
+        if not (sees_all or helper.uid == peer.uid):
             continue
         helpers.append(
             {
                 "pid": helper.pid,
-                "uid": uid,
-                "memory_kib": _private_kib(helper.pid),
+                "uid": helper.uid,
+                "memory_kib": helper.private_kib(),
                 "connections": len(helper.connections),
                 "live": report.started - report.ended,
                 "served": report.started,
@@ -188,15 +191,16 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
 
 def _users(pool: Pool, peer: Peer) -> list[dict[str, Any]]:
     """Return those who have connections or commands, and their limits, as far as `peer` may see."""
-    uids = set(pool.connections)
+    uids = set(pool.connections) | pool.holdings.users()
     if pool.turns is not None:
         uids |= pool.turns.users()
-    if peer.uid not in (0, os.geteuid()):
+    if not _may_see_all(peer):
         uids &= {peer.uid}
     return [
         {
             "uid": uid,
             "connections": pool.connections.get(uid, 0),
+            "bytes": pool.holdings.of(uid),
             "running": None if pool.turns is None else pool.turns.running(uid),
             "waiting": None if pool.turns is None else pool.turns.waiting(uid),
             "limits": pool.limits.of(uid)._asdict(),
@@ -211,15 +215,6 @@ def _failures(report: Report) -> dict[str, int]:
         name = errno.errorcode.get(number, str(number))
         counts[name] = counts.get(name, 0) + times
     return counts
-
-
-def _private_kib(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            lines = file.read().splitlines()
-    except OSError:  # it has just ended
-        return None
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 def quantile(histogram: list[int], share: float) -> float | None:

@@ -91,6 +91,8 @@ class Closer:
         # The others are the main thread's, which may have them wait for the server's successor.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {INTERRUPT})
         me = _thread.get_ident()
+        with suppress(OSError):  # no less than the main thread, for which we may hold the lock
+            os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, os.getpid()))
         while True:
             try:
                 number, fd, read = self._queue.get(timeout=rest)
