@@ -20,7 +20,7 @@ from asyncio.log import logger
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from errand_boy import _driver, _native, _popen, _start
+from errand_boy import _driver, _ends, _native, _popen, _start, _stop
 from errand_boy._asyncio_loop import drive, readers_of, take_turn
 from errand_boy._child import ready
 from errand_boy._connection import Connection
@@ -330,11 +330,48 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
                 keyboard.pipe.abort()
             self._started.terminal.close()
 
-    async def exited(self) -> None:
-        """Wait for the process alone, and not for the ends of its pipes."""
+    async def exited(self, seconds: float | None = None) -> bool:
+        """Wait for the process alone, and not for the ends of its pipes.
+
+        Return whether it has ended, within so many seconds if they are given.
+        """
         if self._returncode is None:
-            self._exited = self._loop.create_future()
-            await self._exited
+            if self._exited is None:
+                self._exited = self._loop.create_future()
+            await asyncio.wait([self._exited], timeout=seconds)
+        return self._returncode is not None
+
+    async def stop(self, given: Any = None) -> None:
+        """End the command, as Popen.stop does. If this is cancelled, it gets SIGKILL at once.
+
+        Whatever comes, this does not return before the command has been waited for.
+        """
+        process = self._started
+        ends: _ends.Ends = process._ends or _ends.Ends()
+        if given is not None:
+            ends = _ends.Ends(given, ends.tree, ends.drain)
+        if self._returncode is not None and ends.tree != "cgroup":
+            return
+        target = _stop.Target(process, ends)
+        course = ends.course(target.send)
+        cancelled: BaseException | None = None
+        try:
+            seconds = next(course)
+            while True:
+                try:
+                    has_ended = await self.exited(seconds)
+                except asyncio.CancelledError as error:
+                    cancelled, seconds = error, None
+                    with contextlib.suppress(OSError):
+                        target.send(signal.SIGKILL)
+                else:
+                    seconds = course.send(has_ended)
+        except StopIteration:
+            pass
+        finally:
+            target.close()
+        if cancelled is not None:
+            raise cancelled
 
     async def _wait(self) -> int:
         returncode: int = await super()._wait()

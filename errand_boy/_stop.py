@@ -1,4 +1,4 @@
-"""Ends a command by hand, at a time-out and at the end of `with`: for a process object of any class.
+"""Ends a command by hand, at a time-out, at the end of `with`: for process objects of any class.
 
 The object has what was asked for as `_ends`, or None there. `_is_one_shot` says that it is run's or
 call's, which kill it for any exception.
@@ -76,7 +76,7 @@ class Target:
 
 
 def signal_cgroup(cgroup: Any, number: int) -> None:
-    """Send a signal to all processes in a cgroup and below it: a path, or its directory's descriptor.
+    """Send a signal to all processes in a cgroup and below; a path, or its directory's descriptor.
 
     Raises OSError, and ValueError if this process is one of them.
     """
@@ -172,7 +172,7 @@ def leave(process: Any) -> None:
 
 
 def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
-    """As subprocess has it, for an object that has `_ends`; when the time is up, end the command."""
+    """As subprocess has it, for an object with `_ends`; when the time is up, end the command."""
     ends: Ends = process._ends
     try:
         if ends.drain is None:

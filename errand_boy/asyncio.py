@@ -11,8 +11,8 @@ import contextlib
 import os
 import subprocess
 from asyncio import streams
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process, SubprocessStreamProtocol
-from collections.abc import Callable
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, SubprocessStreamProtocol
+from collections.abc import Callable, Coroutine
 from typing import IO, Any
 
 from errand_boy import _asyncio_transport
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from errand_boy import _client
     from errand_boy._batch import Batch
+    from errand_boy._ends import Stop
     from errand_boy._job import Command
     from errand_boy._result import Result
 
@@ -41,6 +42,21 @@ __all__ = [
 ]
 
 _LIMIT: int = streams._DEFAULT_LIMIT  # type: ignore[attr-defined]
+
+
+class Process(asyncio.subprocess.Process):
+    """asyncio's own, and `stop`."""
+
+    async def stop(self, stop: Stop | None = None) -> int:
+        """End the command as its `stop` and `tree` say, or by other steps; return its return code.
+
+        If this is cancelled, SIGKILL is sent at once. It does not return before the command has
+        been waited for.
+        """
+        await self._transport.stop(stop)  # type: ignore[attr-defined]
+        assert self.returncode is not None
+        return self.returncode
+
 
 # -- the functions --
 
@@ -125,8 +141,9 @@ class _Functions:
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command to its end, as subprocess.run does, in bytes.
 
-        `timeout` is in seconds: after it the command is killed, and TimeoutExpired has what it
-        wrote until then. If the call is cancelled, the command is killed too.
+        `timeout` is in seconds: after it the command is ended as `stop` and `tree` say, and
+        TimeoutExpired has what it wrote until then. If the call is cancelled, that is done too, and
+        waited for.
         """
         if input is not None:
             if stdin is not None:
@@ -147,12 +164,30 @@ class _Functions:
             while stream is not None and (data := await stream.read(1 << 16)):
                 into.append(data)
 
+        transport = process._transport  # type: ignore[attr-defined]
+        ends = transport._started._ends
+
+        def reading() -> list[Coroutine[Any, Any, None]]:
+            return [collect(process.stdout, got[0]), collect(process.stderr, got[1])]
+
         async def everything() -> None:
-            parts = [collect(process.stdout, got[0]), collect(process.stderr, got[1])]
+            parts = reading()
             if process.stdin is not None and not process.stdin.is_closing():
                 parts.append(process._feed_stdin(input or b""))  # type: ignore[attr-defined]
-            await asyncio.gather(*parts)
-            await process.wait()
+            moving = asyncio.gather(*parts)
+            try:
+                if ends is not None and ends.drain is not None:
+                    await transport.exited()
+                    await asyncio.wait([moving], timeout=ends.drain)
+                    if not moving.done():  # somebody else holds its output
+                        transport.close()
+                        return
+                await moving
+                await process.wait()
+            finally:
+                moving.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await moving
 
         def output() -> list[bytes | None]:
             streams = zip((process.stdout, process.stderr), got, strict=True)
@@ -161,11 +196,14 @@ class _Functions:
         try:
             await asyncio.wait_for(everything(), timeout)
         except BaseException as error:
-            transport = process._transport  # type: ignore[attr-defined]
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            transport.close()  # its descendants may hold its output for ever
-            await transport.exited()
+            try:
+                await transport.stop()
+                if ends is not None:
+                    rest = asyncio.gather(*reading())
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(rest, ends.patience)
+            finally:
+                transport.close()  # others may hold its output for ever
             if isinstance(error, asyncio.TimeoutError):  # TimeoutError itself from 3.11 on
                 raise subprocess.TimeoutExpired(args, timeout or 0, *output()) from None
             raise
