@@ -54,6 +54,9 @@ class WithEnds:
     """What a Popen of any class has for its `stop`, `tree` and `drain`."""
 
     _ends: Ends | None = None  # if anything was said of how it is ended
+    _expired: Any = (
+        subprocess.TimeoutExpired,
+    )  # what its waits may raise; the first is what it raises
     _is_one_shot = False  # run's or call's, which kill it for any exception
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:

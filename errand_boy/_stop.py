@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from errand_boy import _ends, _native
 from errand_boy._child import _reap, helper_child
@@ -34,6 +33,17 @@ def of(more: Mapping[str, Any]) -> Ends | None:
     return ends
 
 
+@contextlib.contextmanager
+def _unreaped(process: Any) -> Iterator[bool]:
+    """Tell whether a child of this process has not been waited for, and keep it so."""
+    lock = vars(process).get("_waitpid_lock")
+    if lock is None:  # gevent's, whose loop waits for it in this thread
+        yield process.returncode is None
+        return
+    with lock:
+        yield not _reap(process)
+
+
 class Target:
     """Those of a command's processes that are signalled."""
 
@@ -44,8 +54,8 @@ class Target:
         self._pidfd = -1
         self._cgroup: Any = process._more.get("cgroup") if ends.tree == "cgroup" else None
         if ends.tree == "group" and self._child is None:
-            with contextlib.suppress(OSError), process._waitpid_lock:
-                if not _reap(process):
+            with contextlib.suppress(OSError), _unreaped(process) as is_live:
+                if is_live:
                     self._pidfd = _native.pidfd_open(process.pid)
 
     def send(self, number: int) -> None:
@@ -63,8 +73,8 @@ class Target:
         elif child is not None:
             child.send_signal(lib.EB_WHOLE_TREE if self._tree == "all" else -process.pid, number)
         else:
-            with process._waitpid_lock:
-                if not _reap(process):
+            with _unreaped(process) as is_live:
+                if is_live:
                     with contextlib.suppress(ProcessLookupError):  # somebody else waits for it
                         os.killpg(process.pid, number)
 
@@ -159,7 +169,7 @@ def stop(process: Any, given: Any = None) -> int:
 def _ends_within(process: Any, seconds: float | None) -> bool:
     try:
         process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    except process._expired:
         return False
     return True
 
@@ -174,20 +184,23 @@ def leave(process: Any) -> None:
 def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
     """As subprocess has it, for an object with `_ends`; when the time is up, end the command."""
     ends: Ends = process._ends
+    known: tuple[Any, Any] | None = vars(process).get("_closed_output")
+    if known is not None:
+        return known
     try:
         if ends.drain is None:
             return process._exchange_output(input, timeout)  # type: ignore[no-any-return]
         return _drained(process, input, timeout, ends.drain)
-    except subprocess.TimeoutExpired as expired:
+    except process._expired as expired:
+        output = expired.output, expired.stderr
         if ends.is_given or process._is_one_shot:
             stop(process)
             if process.stdout or process.stderr:
-                with contextlib.suppress(subprocess.TimeoutExpired):
+                with contextlib.suppress(*process._expired):
                     process._exchange_output(None, ends.patience)
             output = _so_far(process, process.stdout), _so_far(process, process.stderr)
-            expired.output, expired.stderr = output
-            _close(process)
-        raise
+            close(process)
+        raise process._expired[0](process.args, timeout, *output) from None
 
 
 def _drained(process: Any, input: Any, timeout: float | None, drain: float) -> tuple[Any, Any]:
@@ -198,23 +211,22 @@ def _drained(process: Any, input: Any, timeout: float | None, drain: float) -> t
         until = min(t for t in (now + _LOOK, times_up, drained) if t is not None)
         try:
             return process._exchange_output(input, max(0.0, until - now))  # type: ignore[no-any-return]
-        except subprocess.TimeoutExpired as expired:
+        except process._expired:
             input, now = None, time.monotonic()
             if drained is None and process.poll() is not None:
                 drained = now + drain
             if drained is not None and now >= drained:
                 break
             if times_up is not None and now >= times_up and drained is None:
-                output, errors = expired.output, expired.stderr
-                raise subprocess.TimeoutExpired(
-                    process.args, timeout or 0, output, errors
-                ) from None
-    output = tuple(
-        _as_wanted(process, stream, _so_far(process, stream)) if stream else None
-        for stream in (process.stdout, process.stderr)
-    )
-    _close(process)
-    return output[0], output[1]
+                raise
+    return close(process)
+
+
+def _output(process: Any) -> tuple[Any, Any]:
+    """Return what has been read, as `communicate` does."""
+    streams = process.stdout, process.stderr
+    out, errors = (_as_wanted(s, _so_far(process, s)) if s is not None else None for s in streams)
+    return out, errors
 
 
 def _so_far(process: Any, stream: Any) -> bytes | None:
@@ -223,15 +235,22 @@ def _so_far(process: Any, stream: Any) -> bytes | None:
     return b"".join(chunks) if chunks else None
 
 
-def _as_wanted(process: Any, stream: Any, data: bytes | None) -> Any:
-    if process.text_mode:
-        return process._translate_newlines(data or b"", stream.encoding, stream.errors)
-    return data or b""
+def _as_wanted(stream: Any, data: bytes | None) -> Any:
+    encoding = getattr(stream, "encoding", None)
+    if encoding is None:
+        return data or b""
+    text = (data or b"").decode(encoding, stream.errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _close(process: Any) -> None:
-    """Close the pipes, which others may hold for long."""
+def close(process: Any) -> tuple[Any, Any]:
+    """Close the pipes, which others may hold for long, and return what has been read."""
+    if "_closed_output" not in vars(process):
+        process._closed_output = _output(process)
+    for moving in vars(process).get("_moving", ()):  # gevent's greenlets, which use them
+        moving.kill()
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
+    return process._closed_output  # type: ignore[no-any-return]

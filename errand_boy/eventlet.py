@@ -61,6 +61,13 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # eventlet ha
     """
 
     _more = _start.NOTHING
+    # eventlet's own methods raise those of a copy of the module.
+    _expired = (
+        TimeoutExpired,
+        *WithEnds._expired,
+        _Base.communicate.__globals__["TimeoutExpired"],
+        _Base._communicate.__globals__["TimeoutExpired"],
+    )
     _select = select
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

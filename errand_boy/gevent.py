@@ -18,7 +18,7 @@ from typing import Any
 
 import gevent.os
 from gevent import select, subprocess
-from gevent.os import fork_and_watch
+from gevent.os import fork_and_watch, nb_read
 from gevent.socket import wait_read, wait_write
 from gevent.subprocess import (
     DEVNULL,
@@ -31,7 +31,7 @@ from gevent.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _driver, _native, _start
+from errand_boy import _driver, _native, _start, _stop
 from errand_boy._child import HelperChild, helper_child
 from errand_boy._functions import parameters, rebind
 from errand_boy._popen import WithEnds, WithTerminal
@@ -88,6 +88,12 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # gevent has 
 
     def _execute_child(self, *args: Any) -> None:
         execute_child(_Base._execute_child, self, *args)
+
+    def _exchange_output(self, input: Any, timeout: float | None) -> tuple[Any, Any]:
+        # gevent's own gives no output before all of it has come.
+        if self._ends is None:
+            return super()._exchange_output(input, timeout)
+        return _exchange(self, input, timeout)
 
     def _internal_poll(self) -> int | None:
         return internal_poll(_Base._internal_poll, self)
@@ -151,6 +157,41 @@ def internal_poll(original: Callable[..., int | None], process: Any) -> int | No
     if helper_child(process) is not None and process.returncode is None:
         gevent.sleep(0)
     return _forget(process, original(process))
+
+
+def _exchange(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
+    """Do what `communicate` does, with the output so far in `_fileobj2output`, as subprocess has it."""
+    chunks: dict[Any, list[bytes]] | None = vars(process).get("_fileobj2output")
+    if chunks is None:
+        chunks = {stream: [] for stream in (process.stdout, process.stderr) if stream is not None}
+        process._fileobj2output = chunks
+        process._moving = [gevent.spawn(_read, stream, into) for stream, into in chunks.items()]
+        if process.stdin is not None:
+            process._moving.append(gevent.spawn(_write, process.stdin, input))
+    end = None if timeout is None else time.monotonic() + timeout
+    try:
+        gevent.joinall(process._moving, timeout=timeout)
+        if not all(moving.ready() for moving in process._moving):
+            raise TimeoutExpired(process.args, timeout)
+        process.wait(timeout=None if end is None else max(0.0, end - time.monotonic()))
+    except TimeoutExpired:
+        output = (b"".join(chunks.get(stream, ())) for stream in (process.stdout, process.stderr))
+        raise TimeoutExpired(process.args, timeout, *output) from None
+    return _stop.close(process)
+
+
+def _read(stream: Any, into: list[bytes]) -> None:
+    fd = stream.fileno()
+    with contextlib.suppress(OSError, ValueError):  # it has been closed
+        while data := nb_read(fd, 1 << 16):
+            into.append(data)
+
+
+def _write(stream: Any, input: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        if input:
+            stream.write(input)
+        stream.close()
 
 
 def wait(
