@@ -16,6 +16,7 @@ from io import BytesIO
 
 from errand_boy import _helper, _request
 from errand_boy._channel import Channel
+from errand_boy._ending import Ending
 from errand_boy._expiry import Expiry
 from errand_boy._frame import MOST_ATTEMPTS
 from errand_boy._job import Job, Jobs, check_several, unknown_options
@@ -176,6 +177,7 @@ class Batch:
         self._slots: list[int] = []  # that are free, of those that have been used
         self._most_slots = 0
         self.timers = Timers()
+        self._ending = Ending(self.timers, self._options, self._send, self._on_killed)
         self._expiry = Expiry(self.timers, self._expire, share)
         self._results = Results(ordered)
         # recv() would allocate as much each time, which may be a system call or three.
@@ -294,6 +296,8 @@ class Batch:
                 self._over(channel, self.jobs.failed(job, why))
         if stream.unsent and channel.job is not None:
             self._send(channel)
+        if stream.ended is not None and channel.job is not None:
+            self._ending.drain(channel, channel.job)
 
     def stop(self, *, now: bool = False) -> None:
         """Start no more commands; what runs may end, or `now` is ended, and has no result."""
@@ -399,7 +403,7 @@ class Batch:
                 self._renew()
             job.begin()
             # The time of one that waits for its turn in a daemon begins with the news of its start.
-            brief = job.timeout is None and self._without_pids
+            brief = job.timeout is None and self._without_pids and not self._ending.drains(job)
             template = None
             try:
                 template = self._templates.get(job.options, job.input is not None, brief)
@@ -474,12 +478,10 @@ class Batch:
 
     def _expire(self, channel: Channel, job: Job) -> None:
         job.timed_out = True
-        pid = channel.stream.pid
-        ended = channel.stream.kill(-pid, pid)  # it may lead no group
-        if ended is None:
-            self._send(channel)
-        else:  # it has left others that hold its output
-            self._over(channel, self.jobs.ended(job, ended))
+        self._ending.end(channel, job)
+
+    def _on_killed(self, channel: Channel, job: Job, ended: Ended) -> None:
+        self._over(channel, self.jobs.ended(job, ended))
 
     def _over(self, channel: Channel, result: Result) -> None:
         job = channel.job

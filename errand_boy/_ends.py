@@ -10,14 +10,19 @@ import signal
 import struct
 from collections.abc import Generator, Mapping, Sequence
 
+from errand_boy._native import lib
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeAlias
 
+    from errand_boy._stream import Stream
+
     Step: TypeAlias = tuple[int, float | None]
     Stop: TypeAlias = int | Sequence[int | tuple[int, float]]
 
+_NAMES = ("stop", "tree", "drain", "dies_with_caller")
 TREES = ("process", "group", "cgroup", "all")
 KILL: tuple[Step, ...] = ((signal.SIGKILL, None),)
 
@@ -68,11 +73,29 @@ class Ends:
             send(signal.SIGKILL)
 
 
-def of(given: Mapping[str, Any]) -> Ends | None:
-    """Return what the options say; None: nothing."""
-    if given.keys().isdisjoint(("stop", "tree", "drain", "dies_with_caller")):
+def of(given: Mapping[str, Any], tree: str = "process") -> Ends | None:
+    """Return what the options say, `tree` where they leave that open; None: nothing."""
+    if not any(given.get(name) is not None for name in _NAMES):
         return None
-    return Ends(given.get("stop"), given.get("tree"), given.get("drain"))
+    ends = Ends(given.get("stop"), given.get("tree") or tree, given.get("drain"))
+    if ends.tree == "cgroup" and given.get("cgroup") is None:
+        raise ValueError("tree='cgroup' needs a cgroup=")
+    return ends
+
+
+def signaller(stream: Stream, ends: Ends, given: Mapping[str, Any]) -> Callable[[int], Any]:
+    """Return what has signals sent to a streamed command, whose pid is known."""
+    pid = {"process": stream.pid, "all": lib.EB_WHOLE_TREE}.get(ends.tree, -stream.pid)
+
+    def send(number: int) -> None:
+        if ends.tree == "cgroup":
+            from errand_boy import _stop  # noqa: PLC0415  only those who need it pay for it
+
+            _stop.signal_cgroup(given["cgroup"], number)
+        elif stream.ended is None:
+            stream.signal(pid, number)
+
+    return send
 
 
 def steps(stop: Any) -> tuple[Step, ...]:

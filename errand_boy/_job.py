@@ -66,6 +66,7 @@ class Job:
         "argv",
         "attempts",
         "begun",
+        "drains",
         "index",
         "input",
         "last",
@@ -100,6 +101,7 @@ class Job:
         self.attempts += 1
         self.outputs: list[Spool | None] = [None, None]
         self.timed_out = False
+        self.drains = False
         self.begun = time.monotonic()
 
 

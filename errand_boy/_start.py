@@ -153,7 +153,9 @@ def begin(
         settings = known
     has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
     if more and not _ENDS.isdisjoint(more):
-        ends = stopping().of(more)
+        from errand_boy import _ends  # noqa: PLC0415  only those who need it pay for it
+
+        ends = _ends.of(more) or _ends.Ends()
         process._ends = ends
         if source is LOCAL and (ends.tree == "all" or "dies_with_caller" in more):
             source = OWNED

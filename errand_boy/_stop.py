@@ -10,9 +10,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from errand_boy import _ends, _native
+from errand_boy import _native
 from errand_boy._child import _reap, helper_child
 from errand_boy._ends import Ends
 from errand_boy._native import lib
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 
 _LOOK = 0.02  # seconds between looks whether a command has ended whose output is drained
 _PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
-
-
-def of(more: Mapping[str, Any]) -> Ends | None:
-    """Return how a command with these options is to be ended; None: as subprocess does."""
-    ends = _ends.of(more)
-    if ends is not None and ends.tree == "cgroup" and more.get("cgroup") is None:
-        raise ValueError("tree='cgroup' needs a cgroup=")
-    return ends
 
 
 @contextlib.contextmanager

@@ -1,0 +1,86 @@
+"""Ends the commands of one `map`: when their time is up, and when others hold their output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from errand_boy import _ends
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._channel import Channel
+    from errand_boy._job import Job
+    from errand_boy._stream import Ended
+    from errand_boy._timers import Timers
+
+
+class Ending:
+    """Ends commands by their `stop`, `tree` and `drain`, or those of `options`.
+
+    `send` is called with a channel that has something to be sent, `over` for a command that has
+    ended, when its output is not waited for any more.
+    """
+
+    def __init__(
+        self,
+        timers: Timers,
+        options: Mapping[str, Any],
+        send: Callable[[Channel], Any],
+        over: Callable[[Channel, Job, Ended], Any],
+    ) -> None:
+        self._timers = timers
+        self._options = options
+        self._send = send
+        self._over = over
+
+    def _given(self, job: Job) -> Mapping[str, Any]:
+        return self._options if job.options is None else job.options
+
+    def end(self, channel: Channel, job: Job) -> None:
+        """End a command: by default, its process group gets SIGKILL."""
+        ends = _ends.of(self._given(job), "group")
+        if ends is None:
+            self._kill(channel, job, -channel.stream.pid, channel.stream.pid)  # it may lead none
+        else:
+            course = ends.course(_ends.signaller(channel.stream, ends, self._given(job)))
+            self._step(channel, job, course, None)
+
+    def drains(self, job: Job) -> bool:
+        """Return whether the news of its end are needed before those of its output's end."""
+        return self._given(job).get("drain") is not None
+
+    def drain(self, channel: Channel, job: Job) -> None:
+        """Read for so long what others hold, now that a command has ended."""
+        if not job.drains and self.drains(job):
+            job.drains = True
+            kill = partial(self._kill, channel, job)
+            self._timers.after(self._given(job)["drain"], kill)
+
+    def _step(self, channel: Channel, job: Job, course: Any, has_ended: bool | None) -> None:
+        if channel.job is not job:
+            return
+        try:
+            seconds = next(course) if has_ended is None else course.send(has_ended)
+        except StopIteration:
+            seconds = None
+        if seconds is None:  # SIGKILL has been sent, or whatever comes last
+            self._kill(channel, job)
+            return
+        self._send(channel)
+
+        def go_on() -> None:
+            self._step(channel, job, course, channel.stream.ended is not None)
+
+        job.timer = self._timers.after(seconds, go_on)
+
+    def _kill(self, channel: Channel, job: Job, *pids: int) -> None:
+        if channel.job is not job:
+            return
+        ended = channel.stream.kill(*pids)
+        if ended is None:
+            self._send(channel)
+        else:  # it has left others that hold its output
+            self._over(channel, job, ended)
