@@ -49,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_socket(run)
     command_options.add_options(run)
     run.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the command after so long, as --stop and --tree say; the exit status is 124 then",
+    )
+    run.add_argument(
         "-t",
         "--pty",
         action="store_true",
@@ -104,13 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not argv:
         run.error("which command?")
     wanted = command_options.given(options)
+    if options.timeout is not None and not options.timeout >= 0:
+        run.error("--timeout must not be negative")
+    if options.timeout is not None and (options.pty or options.record is not None):
+        run.error("--timeout can't be given with a terminal")
     if options.pty or options.record is not None:
         from errand_boy._cli import terminal  # noqa: PLC0415
 
         return terminal.run(argv, options.socket, options.record, wanted)
     from errand_boy._cli.run import run as run_command  # noqa: PLC0415
 
-    return run_command(argv, options.socket, wanted)
+    return run_command(argv, options.socket, wanted, options.timeout)
 
 
 def open_standard_streams() -> None:

@@ -70,10 +70,19 @@ def _cpus(text: str) -> set[int]:
 
 
 def _signals(text: str) -> set[int]:
-    return {
-        int(word) if word.isdigit() else signal.Signals[f"SIG{word.upper().removeprefix('SIG')}"]
-        for word in _listed(text)
-    }
+    return {_number(word) for word in _listed(text)}
+
+
+def _number(word: str) -> int:
+    return int(word) if word.isdigit() else signal.Signals[f"SIG{word.upper().removeprefix('SIG')}"]
+
+
+def _steps(text: str) -> list[Any]:
+    steps: list[Any] = []
+    for word in _listed(text):
+        name, colon, seconds = word.partition(":")
+        steps.append((_number(name), float(seconds)) if colon else _number(name))
+    return steps
 
 
 def _with_level(text: str) -> str | tuple[str, int]:
@@ -87,6 +96,8 @@ def _checked(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse_and_check(text: str) -> Any:
         try:
             value = parse(text)
+            if name == "tree" and value == "cgroup":
+                return value  # with --cgroup, which is another option
             if name not in _REPEATED and name != "cgroup":
                 _options.encode({name: value}, False, False)
         except KeyError as error:
@@ -125,6 +136,12 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "capabilities": ("NAME,...", _listed, "the only capabilities that it keeps"),
     "cgroup": ("DIRECTORY", str, "the cgroup that it is born in"),
     "cpu_affinity": ("N,N-N", _cpus, "the CPUs that it may use"),
+    "dies_with_caller": (None, str, "it is killed when errand-boy is"),
+    "drain": (
+        "SECONDS",
+        float,
+        "how long its output, or with --tree all what it has started, goes on after its end",
+    ),
     "ionice": ("CLASS[:LEVEL]", _with_level, "realtime, best-effort or idle"),
     "namespaces": ("NAME,...", _listed, "namespaces of its own: user, net, pid, ..."),
     "nice": ("N", int, "what is added to its niceness"),
@@ -137,5 +154,7 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "signals_blocked": ("NAME,...", _signals, "the signals that are blocked, and no others"),
     "signals_default": ("NAME,...", _signals, "signals that are not ignored"),
     "signals_ignored": ("NAME,...", _signals, "signals that are ignored"),
+    "stop": ("SIGNAL[:SECONDS],...", _steps, "how it is ended: TERM:5,KILL (default: KILL)"),
     "timer_slack": ("NANOSECONDS", int, "how late its timers may ring"),
+    "tree": ("process|group|cgroup|all", str, "what is ended with it"),
 }

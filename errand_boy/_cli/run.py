@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from errand_boy import _client, _popen
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+_EXPIRED = 124  # the exit status
 
 # What a supervisor or a user sends to one process; the terminal sends its own to the whole group.
 _FORWARDED = {
@@ -26,13 +29,19 @@ _FORWARDED = {
     signal.SIGWINCH,
 }
 # The daemon's commands are not in this process's session, so the terminal stops us only.
+
 _JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
 
 
 def run(
-    argv: Sequence[str], socket: str | None = None, options: Mapping[str, Any] | None = None
+    argv: Sequence[str],
+    socket: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
 ) -> int:
     """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
+
+    After `timeout` seconds it is ended, and the status is 124, as that of timeout(1).
 
     The daemon runs it that listens at `socket`, or where daemons listen by default; if none does,
     it is a child of this process. `options` are Popen's.
@@ -54,7 +63,9 @@ def run(
     awaited = {*forwarded, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     failures: list[OSError] = []
-    waiter = threading.Thread(target=_await_end, args=[process, failures], daemon=True)
+    expired = threading.Event()
+    arguments = [process, failures, timeout, expired]
+    waiter = threading.Thread(target=_await_end, args=arguments, daemon=True)
     waiter.start()
     for early_one in early:
         _forward(process, early_one)
@@ -68,6 +79,8 @@ def run(
     for failure in failures:
         print(f"errand-boy: {failure.strerror}", file=sys.stderr)
         return 125
+    if expired.is_set():
+        return _EXPIRED
     status: int = process.returncode
     return status if status >= 0 else 128 - status
 
@@ -94,8 +107,19 @@ def start(argv: Sequence[str], socket: str | None, **options: Any) -> _popen.Pop
         return 127 if missing else 126
 
 
-def _await_end(process: _popen.Popen[Any], failures: list[OSError]) -> None:
+def _await_end(
+    process: _popen.Popen[Any],
+    failures: list[OSError],
+    timeout: float | None,
+    expired: threading.Event,
+) -> None:
     try:
+        if timeout is not None:
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                expired.set()
+                process.stop()
         process.wait()
     except OSError as error:
         failures.append(error)
