@@ -117,7 +117,7 @@ class Helper:
         self.caller = Caller()
         self._owner = os.getpid()
         path = os.environ.get("ERRAND_BOY_HELPER")
-        posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix"
+        posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix" or not lib.EB_HAVE_RAW
         arguments = [b"errand-boy: helper of %d" % self._owner, b"--private"]
         if manager.own_children:
             arguments.append(b"--own-children")

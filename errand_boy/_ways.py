@@ -50,7 +50,8 @@ def start() -> None:
     from errand_boy import _helper  # noqa: PLC0415  most processes need none
 
     _helper_is_asked_for = True
-    _helper.launcher.start()
+    if lib.EB_HAVE_RAW:  # else it could not make children of this process's
+        _helper.launcher.start()
 
 
 def stop() -> None:

@@ -180,3 +180,32 @@ def test_application_made_by_pyinstaller(tmp_path: Path) -> None:
     found = subprocess.run(serve, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 2
     assert "this program is frozen" in found.stderr
+
+
+def test_built_as_for_another_processor(tree: Path) -> None:
+    portable = os.environ.get("CFLAGS", "") + " -DEB_PORTABLE"
+    found = build(tree, CFLAGS=portable, ERRAND_BOY_CFLAGS="-DEB_PORTABLE")
+    assert found.returncode == 0, found.stderr
+    code = """if True:
+        import asyncio, os, errand_boy
+        from errand_boy import _ways, asyncio as ours
+
+        async def run():
+            process = await ours.create_subprocess_exec("true")
+            return await process.wait()
+
+        print(_ways.way(False), errand_boy.check_output(["echo", "x"]))
+        print(asyncio.run(run()), [r.returncode for r in errand_boy.map([["true"], ["false"]])])
+        errand_boy.start()
+        print(errand_boy.run(["sh", "-c", "exit 3"]).returncode, errand_boy.helper_pid())
+        os.environ["ERRAND_BOY_SPAWN"] = "helper"
+        with errand_boy.Popen(["cat"], stdin=errand_boy.PIPE, stdout=errand_boy.PIPE) as process:
+            print(process.communicate(b"y"), errand_boy.helper_pid() is not None)
+        errand_boy.stop()"""
+    text = subprocess.check_output([sys.executable, "-c", code], cwd=tree, text=True)
+    assert text.splitlines() == [
+        "subprocess b'x\\n'",
+        "0 [0, 1]",
+        "3 None",
+        "(b'y', None) True",
+    ]

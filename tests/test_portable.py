@@ -112,7 +112,7 @@ def test_daemon_without_memfd_create_and_clone(public_dir: Path) -> None:
     filters = f"""{REFUSING}
 import errno
 refuse({MEMFD_CREATE}, errno.EPERM)
-refuse(CLONE, errno.EPERM, 0x200000)  # CLONE_CHILD_CLEARTID, with CLONE_VM
+refuse(CLONE, errno.EPERM, 0x200000 | signal.SIGCHLD)  # CLONE_CHILD_CLEARTID, but no thread
 os.execv(sys.argv[2], sys.argv[2:])
 """
     under = [sys.executable, "-c", PRELUDE + filters, "errand_boy"]

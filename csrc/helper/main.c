@@ -111,7 +111,7 @@ int main(int argc, char **argv)
             fprintf(stderr, "errand-boy-helper: for errand_boy only\n");
             return 2;
         }
-    const bool private = given[PRIVATE], posix = given[POSIX_SPAWN], counters = given[COUNTERS];
+    const bool private = given[PRIVATE], posix = given[POSIX_SPAWN] || !EB_HAVE_RAW, counters = given[COUNTERS];
     int last = private || counters ? CONTROL_FD + 1 : CONTROL_FD;
     for (int fd = 0; fd <= last; fd++)
         if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)

@@ -335,4 +335,29 @@ pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsig
     return pid;
 }
 
+#else
+
+/* There is none: spawn_posix.c refuses what needs one. */
+
+void eb_supervisor_free(struct eb_supervisor *s)
+{
+    (void)s;
+}
+
+bool eb_supervisor_has_reaped(const struct eb_supervisor *s)
+{
+    (void)s;
+    return false;
+}
+
+void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number)
+{
+    (void)s, (void)group, (void)number;
+}
+
+void eb_supervisor_signal_all(struct eb_supervisor *s, int number)
+{
+    (void)s, (void)number;
+}
+
 #endif
