@@ -25,6 +25,7 @@
 #include "helper/control.h"
 #include "helper/counters.h"
 #include "helper/loop.h"
+#include "spawn/supervisor.h"
 
 /* These are the real ones here. */
 #undef epoll_wait
@@ -52,9 +53,10 @@ struct child {
     int status, error;
     int done; /* our end of the pipe that tells of the outcome; -1: none */
     int fds[3];
-    int pidfd;     /* by which the helper knows its group; -1: it does not */
-    bool group;    /* has others */
-    bool stubborn; /* ignores SIGTERM */
+    int pidfd;                        /* by which the helper knows its group; -1: it does not */
+    bool group;                       /* has others */
+    bool stubborn;                    /* ignores SIGTERM */
+    struct eb_supervisor *supervisor; /* of the command whose guard this is; NULL: it is a command itself */
 };
 
 static const uint8_t *script, *script_end;
@@ -164,11 +166,55 @@ long fuzz_syscall(long number, ...)
     return result;
 }
 
+/* -- the supervisor: it ends with its command, whose status it then knows -- */
+
+static struct child *guard_of(const struct eb_supervisor *s)
+{
+    struct child *k = child_of(s->guard);
+    CHECK(k != NULL && k->supervisor == s);
+    return k;
+}
+
+static void end_supervised(struct eb_supervisor *s, int number)
+{
+    struct child *k = guard_of(s);
+    if (s->gate == 0 && (number == SIGKILL || (number == SIGTERM && !k->stubborn))) {
+        s->status = number;
+        s->gate = 1;
+        end_child(k, 0);
+    }
+}
+
+bool eb_supervisor_has_reaped(const struct eb_supervisor *s)
+{
+    return s->gate != 0;
+}
+
+void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number)
+{
+    (void)group;
+    end_supervised(s, number);
+}
+
+void eb_supervisor_signal_all(struct eb_supervisor *s, int number)
+{
+    if (number <= 0 || number > 64)
+        return;
+    end_supervised(s, number);
+}
+
+void eb_supervisor_free(struct eb_supervisor *s)
+{
+    CHECK(child_of(s->guard) == NULL); /* waited for */
+    free(s);
+}
+
 /* -- the spawner -- */
 
-static void begin(struct eb_start *start, const struct eb_request *q)
+static void begin(struct eb_start *start, const struct eb_request *q, bool apart)
 {
     int done[2] = {-1, -1}, i = 0;
+    (void)apart;
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
     while (i < CHILDREN && children[i].state != FREE && children[i].state != REAPED)
         i++;
@@ -176,10 +222,15 @@ static void begin(struct eb_start *start, const struct eb_request *q)
         start->error = EAGAIN;
         return;
     }
-    start->polled = eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1);
+    start->polled = eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1) && !eb_has(q, EB_TAG_SUPERVISE);
     CHECK(start->polled || pipe2(done, O_CLOEXEC) == 0);
     struct child *k = &children[i];
     *k = (struct child){.state = MADE, .pid = ++last_pid, .done = done[1], .fds = {-1, -1, -1}, .pidfd = -1};
+    if (eb_has(q, EB_TAG_SUPERVISE)) {
+        CHECK((start->supervisor = k->supervisor = calloc(1, sizeof *k->supervisor)) != NULL);
+        k->supervisor->guard = k->pid;
+        k->supervisor->command = ++last_pid;
+    }
     for (uint32_t t = 0; t < eb_request_sources(q); t++) {
         int copy = fcntl(q->sources[t], F_DUPFD_CLOEXEC, 3); /* all of them are open */
         CHECK(copy >= 0);
@@ -214,6 +265,8 @@ static void end(struct eb_start *start)
     if (k == NULL)
         return;
     CHECK(k->state != MADE || k->done < 0);
+    if (start->supervisor != NULL)
+        start->pid = start->supervisor->command;
     start->error = k->error;
     start->stage = EB_STAGE_EXEC;
 }
