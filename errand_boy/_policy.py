@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from bisect import bisect_left, insort
 from collections import deque
@@ -55,7 +54,11 @@ class Retries:
         except OverflowError:
             seconds = longest
         seconds = min(seconds, longest)
-        return seconds - seconds * jitter * random.random()
+        if not jitter:
+            return seconds
+        from random import random  # noqa: PLC0415  it takes milliseconds to import
+
+        return seconds - seconds * jitter * random()
 
 
 def retries(given: int | Retries | None) -> Retries | None:
