@@ -36,7 +36,7 @@ def start(
     env: Mapping[Any, Any] | None = None,
     close_fds: bool = True,
     pass_fds: Sequence[int] = (),
-    **more: Any,
+    preexec_fn: Any = None,
 ) -> tuple[int, int]:
     """Start a program as os.forkpty and an exec would; return its pid and the caller's side.
 
@@ -49,12 +49,12 @@ def start(
     try:
         # fmt: off
         given = (
-            argv, None, None, close_fds, pass_fds, cwd, env, None, 0, False,
+            argv, None, preexec_fn, close_fds, pass_fds, cwd, env, None, 0, False,
             slave, -1, -1, slave, -1, slave,
             False, None, None, None, -1, True, -1,
         )
         # fmt: on
-        more["controlling_terminal"] = slave
+        more = {"controlling_terminal": slave}
         gevent = sys.modules.get("gevent.monkey")
         child = _Child()
         if gevent is not None and gevent.is_object_patched("os", "fork"):

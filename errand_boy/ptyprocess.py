@@ -6,23 +6,20 @@ has ptyprocess itself start so, and with it pexpect, terminado, IPython and Jupy
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ptyprocess
 from ptyprocess import PtyProcessError
 from ptyprocess.util import which
 
-from errand_boy import _forkpty, _start
+from errand_boy import _forkpty, _preexec, _start
+from errand_boy._preexec import chain
 from errand_boy.terminal import Pty
 
 __all__ = ["PtyProcess", "PtyProcessError", "PtyProcessUnicode"]
-
-# What is done already: the program leads a session.
-_DONE = (None, os.setsid, os.setpgrp)
 
 
 class _Spawn:
@@ -30,8 +27,9 @@ class _Spawn:
     def spawn(cls, *args: Any, **kwargs: Any) -> Any:
         """Start a program on a new terminal; see ptyprocess.PtyProcess.spawn.
 
-        It is a child of this process. `preexec_fn` may be None, and what pexpect makes of
-        `ignore_sighup`; any other function is called in a fork of this process, with a warning.
+        It is a child of this process. `preexec_fn` is as in errand_boy.Popen, and those of pexpect
+        (`ignore_sighup`) and terminado are known too; any other is called in a fork of this
+        process, with a warning.
         Raises OSError also for a `cwd` that can't be entered.
         """
         return spawn(super().spawn, cls, *args, **kwargs)  # type: ignore[misc]
@@ -57,10 +55,10 @@ def spawn(
     pass_fds: Sequence[int] = (),
 ) -> Any:
     """Return what `cls.spawn` does; `original` is the class's own, for what needs a fork."""
-    options = _options_for(preexec_fn)
-    if options is None or not _forkpty.can_start():
-        if options is None:
-            _start.LOCAL.check_function(preexec_fn, {})  # type: ignore[arg-type]
+    function = None if preexec_fn is None else _known(preexec_fn)
+    if (function is None and preexec_fn is not None) or not _forkpty.can_start():
+        if preexec_fn is not None:
+            _start.LOCAL.check_function(preexec_fn, {})
         return original(argv, cwd, env, echo, preexec_fn, dimensions, pass_fds)
     if not isinstance(argv, (list, tuple)):
         raise TypeError(f"Expected a list or tuple for argv, got {argv!r}")  # ptyprocess's words
@@ -75,7 +73,7 @@ def spawn(
         cwd=cwd,
         env=env,
         pass_fds=pass_fds,
-        **options,
+        preexec_fn=function,
     )
     process = cls(pid, fd)
     process.argv = argv
@@ -86,16 +84,24 @@ def spawn(
     return process
 
 
-def _options_for(preexec_fn: Any) -> dict[str, Any] | None:
-    """Return the options that say what a function does, or None if it is not known."""
-    if preexec_fn in _DONE:
-        return {}
+def _known(preexec_fn: Callable[[], Any]) -> Callable[[], Any] | None:
+    """Return a function that does the same and needs no fork, or None."""
+    function = _equivalent(preexec_fn)
+    parameters = dict.fromkeys(_preexec.PARAMETERS)
+    return None if _preexec.translate(function, parameters) is None else function
+
+
+def _equivalent(preexec_fn: Any) -> Any:
+    """Return what those of pexpect and terminado do, as functions that are known."""
     code = getattr(preexec_fn, "__code__", None)
-    pexpect = sys.modules.get("pexpect.pty_spawn")
-    if code is None or pexpect is None or code.co_name != "preexec_wrapper":
-        return None
-    # pexpect's, for ignore_sighup: around the one that was given to it.
-    if preexec_fn.__globals__ is not vars(pexpect) or code.co_freevars != ("preexec_fn",):
-        return None
-    inner = _options_for(preexec_fn.__closure__[0].cell_contents)
-    return None if inner is None else {"signals_ignored": [signal.SIGHUP], **inner}
+    if code is None:
+        return preexec_fn
+    module, names = preexec_fn.__module__, (*code.co_freevars, *code.co_names)
+    if module == "pexpect.pty_spawn" and code.co_name == "preexec_wrapper":
+        if names == ("preexec_fn", "signal", "SIGHUP", "SIG_IGN"):  # of `ignore_sighup`
+            given = preexec_fn.__closure__[0].cell_contents
+            ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+            return ignore if given is None else chain(ignore, _equivalent(given))
+    elif module == "terminado.management" and names == ("signal", "SIGPIPE", "SIG_DFL"):
+        return partial(signal.signal, signal.SIGPIPE, signal.SIG_DFL)
+    return preexec_fn

@@ -21,7 +21,7 @@ def _refuse(event: str, args: object) -> None:
         if name.endswith("/multiprocessing/popen_fork.py"):  # of a test's own server
             return
         # A function that is to be called in the child, which only a fork has.
-        if name == errand_boy.ptyprocess.__file__ and frame.f_locals.get("options", 0) is None:
+        if name == errand_boy.ptyprocess.__file__ and frame.f_locals.get("function", 0) is None:
             return
         frame = frame.f_back
     raise AssertionError(f"{event}, which nothing here should need")
