@@ -117,6 +117,8 @@ def runner(client: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
         if capture_output and options.get("stdout") is options.get("stderr") is None:
             wanted = {**options, "stdout": _PIPE, "stderr": _PIPE}
             capture_output = False
+        if options.get("pty"):
+            wanted, capture_output = options, capture_output or wanted is not options
         if input is not None or capture_output or len(args) != 1 or not can_capture(wanted):
             given = {"input": input, "capture_output": capture_output, "timeout": timeout}
             done: CompletedProcess[Any] = plain(*args, **given, check=check, **wanted)

@@ -250,8 +250,8 @@ class Terminal:
     def read(self, size: int = -1) -> Any:
         """Return what the command has written, `size` bytes at most; wait until there is some.
 
-        It is empty at the end: nobody has the terminal open any more, or its command has ended.
-        Without `size`, return all up to the end. In text mode it is what `size` bytes stand for.
+        It is empty at the end: nobody has the terminal open any more. Without `size`, return all up
+        to the end. In text mode it is what `size` bytes stand for.
         """
         if size is None or size < 0:
             parts = []
@@ -260,15 +260,14 @@ class Terminal:
             return self._nothing.join(parts)
         if size == 0:
             return self._nothing
-        while not self.at_end:
+        while True:
             wait_for(self.select, [self.fileno()], [])
             data = read_some(self.fileno(), size)
             if data is None:
                 continue
             text = self.decode(data)
-            if text:
+            if text or not data:
                 return text
-        return self._nothing
 
     def decode(self, data: bytes) -> Any:
         """Return what `data`, the next bytes that were read, stand for; b"" is the end."""
@@ -278,8 +277,8 @@ class Terminal:
     def write(self, data: Any) -> int:
         """Type `data`, all of it; return its length. Waits while the command reads nothing.
 
-        A line of more than 4,095 bytes is cut by the kernel, unless the terminal is raw. Raises
-        OSError (EIO) when the command has gone.
+        A line of more than 4,095 bytes is cut by the kernel, unless the terminal is raw; what is
+        typed when the command has gone is lost. Raises OSError.
         """
         self._write(self.encode(data))
         return len(data)

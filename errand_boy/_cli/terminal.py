@@ -162,13 +162,17 @@ class _Session:
         with non_blocking(fd):
             shows = True
             ended = False
-            while not ended or shows:
+            while True:
                 reading = {self._arrived}
                 reading |= set() if ended else {reader}
                 reading |= {fd} if shows else set()
                 reading |= {0} if self._reads_keys and len(self._typed) < _MOST_TYPED else set()
                 writing = {fd} if shows and self._typed else set()
-                readable, writable = wait_for(select, reading, writing)
+                # Others may have the terminal for long: when the command has ended, what is there is
+                # all that is shown.
+                readable, writable = wait_for(select, reading, writing, 0 if ended else None)
+                if ended and fd not in readable:
+                    break
                 if self._arrived in readable:
                     for number in os.read(self._arrived, 100):
                         self._on_signal(number)
