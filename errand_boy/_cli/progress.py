@@ -85,10 +85,10 @@ class Progress:
 
     def count(self, seq: int, result: Result) -> None:
         """Take note of a command's end."""
-        self._tally.count(result.failed, result.duration)
         if self._report is not None:
             self._report.add(seq, result)
         if self._bar is not None:
+            self._tally.count(result.failed, result.duration)
             self._bar.show()
 
     def clear(self) -> None:
