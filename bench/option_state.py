@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,6 +81,13 @@ def options(terminal: int) -> dict[str, Any]:
     return given
 
 
+def await_threads() -> None:
+    """Wait until the kernel has taken away the threads that have ended."""
+    end = time.monotonic() + 30
+    while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < end:
+        time.sleep(0.001)
+
+
 def start(count: int, failures: list[str]) -> None:
     """Start so many commands, each second one without success."""
     master, terminal = os.openpty()
@@ -104,6 +112,7 @@ def main() -> int:
     first = threading.Thread(target=int)  # and after a first thread the C library's handler
     first.start()
     first.join()
+    await_threads()
     before, failures = state(), cast(list[str], [])
     threads = [
         threading.Thread(target=start, args=[count // THREADS, failures]) for _ in range(THREADS)
@@ -116,7 +125,8 @@ def main() -> int:
         seen.update((name, now[name]) for name in before if now[name] != before[name])
     for thread in threads:
         thread.join()
-    seen.pop("threads", None)  # they are ours
+    seen.pop("threads", None)  # they were ours
+    await_threads()
     after = state()
     seen.update((name, after[name]) for name in before if after[name] != before[name])
     print(f"{count} starts, {len(failures)} threads failed {failures[:1]}")

@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
 
 from errand_boy import _wire
 from errand_boy._native import lib
@@ -72,10 +73,12 @@ def take(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
     `standard` are the names that the function knows itself; for any other, and so for one that is
     misspelt, it raises its own TypeError.
     """
-    taken = {name: given.pop(name) for name in given.keys() - standard if name in NAMES}
-    return {
-        name: value for name, value in taken.items() if value is not None and value is not False
-    }
+    taken = {}
+    for name in [name for name in given if name not in standard and name in NAMES]:
+        value = given.pop(name)
+        if value is not None and value is not False:
+            taken[name] = value
+    return taken
 
 
 def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tuple[bytes, list[Any]]:
@@ -85,6 +88,10 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
     A descriptor is a number, or an object with a `fileno`, which must live until it has been used.
     Raises TypeError for what is no option, and TypeError, ValueError and OSError for a bad value.
     """
+    global _last
+    form = has_session, has_group
+    if given == _last[0] and form == _last[1]:
+        return _last[2], []
     options: list[bytes] = []
     carried: list[tuple[int, Any]] = []
     for name, value in given.items():
@@ -115,8 +122,15 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
         raise ValueError(f"{_written(both)} can't be in both signals_default and signals_ignored")
     if given.get("foreground") and not (has_session or has_group):
         raise ValueError("foreground needs start_new_session=True or a process_group")
+    encoded = b"".join(options)
+    if not carried:
+        _last = ({name: copy(value) for name, value in given.items()}, form, encoded)
     carried.sort(key=lambda pair: pair[0])
-    return b"".join(options), [fd for _, fd in carried]
+    return encoded, [fd for _, fd in carried]
+
+
+# What was encoded last: many starts have the same options. With copies, since some may change.
+_last: tuple[Mapping[str, Any], tuple[bool, bool], bytes] = ({}, (False, False), b"")
 
 
 def refusal(failed: Failed, given: Mapping[str, Any]) -> str:

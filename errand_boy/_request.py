@@ -146,9 +146,9 @@ def settings(
         options += _wire.number(lib.EB_TAG_ON_CLOSE, on_close)
     if not more:
         return options, flags, []
-    from errand_boy import _options  # noqa: PLC0415  only those who need it pay for it
+    from errand_boy._options import encode  # noqa: PLC0415  only those who need it pay for it
 
-    encoded, carried = _options.encode(more, bool(start_new_session), process_group >= 0)
+    encoded, carried = encode(more, bool(start_new_session), process_group >= 0)
     return options + encoded, flags, carried
 
 

@@ -60,9 +60,9 @@ LOCAL: Local = Local()
 
 def take_options(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
     """Remove the options that `standard` lacks from a constructor's keywords; return them."""
-    from errand_boy import _options  # noqa: PLC0415  only those who need it pay for it
+    from errand_boy._options import take  # noqa: PLC0415  only those who need it pay for it
 
-    return _options.take(given, standard)
+    return take(given, standard)
 
 
 class Owned(Local):

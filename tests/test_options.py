@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import fcntl
 import functools
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import run_script
+from conftest import run_script, until
 
 import errand_boy
 from errand_boy import _direct, _options
@@ -66,17 +69,29 @@ def without_landlock() -> str:
     return ""
 
 
+@functools.lru_cache
 def own_cgroup() -> str:
-    """Return the directory of this process's cgroup, if it may make processes there."""
+    """Make a cgroup below this process's, and return its directory; or nothing."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         number, _, path = line.split(":", 2)
-        directory = Path("/sys/fs/cgroup", path.lstrip("/"))
-        procs = directory / "cgroup.procs"
-        if number == "0" and procs.exists() and os.access(procs, os.W_OK):
-            return str(directory)
+        directory = Path("/sys/fs/cgroup", path.lstrip("/"), CGROUP)
+        if number == "0" and (directory.parent / "cgroup.procs").exists():
+            with contextlib.suppress(OSError):
+                directory.mkdir()
+                return str(directory)
     return ""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def remove_cgroup() -> Iterator[None]:
+    yield
+    if own_cgroup():
+        # It is empty a moment after the last command has been waited for.
+        until(lambda: not Path(own_cgroup(), "cgroup.procs").read_text(), "an empty cgroup")
+        Path(own_cgroup()).rmdir()
+
+
+CGROUP = f"errand-boy-{os.getpid()}"
 CPU = max(os.sched_getaffinity(0))
 NICE = os.getpriority(os.PRIO_PROCESS, 0) + 3
 ON_TERMINAL = "{'start_new_session': True, 'controlling_terminal': terminal()"
@@ -93,8 +108,8 @@ CASES = {
     "cgroup": Case(
         "{'cgroup': cgroup}",
         ["grep", "^0:", "/proc/self/cgroup"],
-        lambda text: own_cgroup().endswith(text.strip().removeprefix("0::")),
-        ["--cgroup", own_cgroup()],
+        lambda text: text.strip().endswith(f"/{CGROUP}"),
+        ["--cgroup", "CGROUP"],
         missing=lambda: "" if own_cgroup() else "no cgroup of version 2 to write to",
     ),
     "controlling_terminal": Case(
@@ -424,7 +439,8 @@ def test_command_line(option: str, front: str, root: str, ignores_a_signal: None
         cells[option, front] = command_options.ABSENT[option]
         return
     skip_what_can_not_be_shown(option)
-    words = [root if word == "ROOT" else word for word in CASES[option].words]
+    places = {"ROOT": root, "CGROUP": own_cgroup()}
+    words = [places.get(word, word) for word in CASES[option].words]
     if front == "errand-boy map":  # one command, whatever the line of input says
         words.append("-N0")
     command = [sys.executable, "-m", *front.replace("-", "_").split(), *words, "--"]
@@ -529,3 +545,151 @@ def test_no_new_privs_under_a_filter_that_refuses_it() -> None:
         number, text = run_script(source, way)
         assert number == errno.EPERM
         assert "no_new_privs" in text
+
+
+# -- values that are wrong, and what the kernel refuses --
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"rlimits": {"files": 1}}, ValueError, "rlimits: 'files' is none of cpu, "),
+    ({"rlimits": {"nofile": -2}}, ValueError, "rlimits: nofile: -2 is neither a number nor"),
+    ({"rlimits": {"nofile": (2, 1)}}, ValueError, "rlimits: nofile: the soft limit of (2, 1)"),
+    ({"nice": "5"}, TypeError, "nice: '5' is no integer"),
+    ({"nice": 41}, ValueError, "nice: 41 is not in -40 to 40"),
+    ({"cpu_affinity": []}, ValueError, "cpu_affinity: at least one CPU"),
+    ({"cpu_affinity": [8192]}, ValueError, "cpu_affinity: 8192 is not in 0 to 8191"),
+    ({"scheduler": "round"}, ValueError, "scheduler: 'round' is none of other, fifo, rr, "),
+    ({"scheduler": "fifo"}, ValueError, "scheduler: fifo: priority: 0 is not in 1 to 99"),
+    ({"ionice": ("idle", 8)}, ValueError, "ionice: idle: level: 8 is not in 0 to 7"),
+    ({"timer_slack": -1}, ValueError, "timer_slack: -1 is not in 0 to "),
+    ({"oom_score_adj": 1001}, ValueError, "oom_score_adj: 1001 is not in -1000 to 1000"),
+    ({"signals_ignored": [9]}, ValueError, "signals_ignored: SIGKILL and SIGSTOP have no other"),
+    ({"signals_blocked": [65]}, ValueError, "signals_blocked: 65 is not in 1 to 64"),
+    ({"signals_default": {2}, "signals_ignored": {2}}, ValueError, "2 can't be in both"),
+    ({"capabilities": "kill"}, TypeError, "capabilities: 'kill' is no collection of names"),
+    ({"capabilities": ["fly"]}, ValueError, "capabilities: 'fly' is none of chown, "),
+    ({"root": "a\0b"}, ValueError, "root: embedded null byte"),
+    ({"controlling_terminal": -1, "start_new_session": True}, ValueError, "-1 is not a descriptor"),
+    ({"controlling_terminal": 0}, ValueError, "controlling_terminal needs start_new_session=True"),
+    ({"foreground": True}, ValueError, "foreground needs start_new_session=True or a process_grou"),
+    ({"rlimit": {}}, TypeError, "unexpected keyword argument 'rlimit'"),
+]
+
+
+@pytest.mark.parametrize("options, error, words", BAD, ids=lambda value: str(value)[:30])
+def test_bad_value(
+    options: dict[str, Any], error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is started."""
+    monkeypatch.setattr(_direct, "spawn", None)
+    with pytest.raises(error, match=re.escape(words)):
+        run(["true"], **options)
+
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    (
+        {"rlimits": {"nofile": 1 << 40}},
+        errno.EPERM,
+        f"rlimits: nofile: {1 << 40} is above the hard",
+    ),
+    ({"cpu_affinity": [8191]}, errno.EINVAL, "cpu_affinity: 8191: Invalid argument"),
+    ({"root": "/no/such"}, errno.ENOENT, "root: '/no/such': No such file or directory"),
+    ({"root": "/dev/null"}, errno.ENOTDIR, "root: '/dev/null': Not a directory"),
+    ({"foreground": True, "start_new_session": True}, errno.ENXIO, "foreground: "),
+]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("options, number, words", REFUSED, ids=lambda value: str(value)[:30])
+def test_refusal_names_the_option(
+    options: dict[str, Any], number: int, words: str, spawn: str, client: Any
+) -> None:
+    if spawn == "posix":
+        number, words = errno.ENOTSUP, next(iter(options)).removeprefix("cpu_")
+    for by in by_run, by_map, by_asyncio_run:
+        with pytest.raises(OSError, match=re.escape(words)) as caught:
+            by(["true"], options)
+        assert caught.value.errno == number
+    if spawn == "direct":
+        with pytest.raises(OSError, match=re.escape(words)) as caught:
+            by_run(["true"], options, of=client)
+        assert caught.value.errno == number
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("way", ["errand_boy", "errand_boy-helper"])
+def test_refusal_without_rights(way: str) -> None:
+    """Each error is the kernel's own, and names what was asked for."""
+    found = run_script(
+        """
+        importlib.import_module("errand_boy._options")  # which others may not be able to read
+        asked = [
+            {"nice": -5}, {"oom_score_adj": -500}, {"capabilities": ["kill"]}, {"root": "/"},
+            {"scheduler": ("fifo", 1)}, {"rlimits": {"core": (0, 0), "nofile": (1, 1 << 20)}},
+        ]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        os.setgroups([]), os.setgid(12345), os.setuid(12345)
+        start()
+        found = []
+        for options in asked:
+            try:
+                subprocess.run(["true"], **options)
+            except OSError as error:
+                found.append([error.errno, str(error)])
+        report(found)
+        """,
+        way,
+    )
+    expected = [
+        (errno.EACCES, "nice: -5: "),
+        (errno.EACCES, "oom_score_adj: -500: "),
+        (errno.EPERM, "capabilities: 'kill': "),
+        (errno.EPERM, "root: '/': "),
+        (errno.EPERM, "scheduler: ('fifo', 1): "),
+        (errno.EPERM, "rlimits: nofile: 1048576 is above the hard limit"),
+    ]
+    assert [number for number, _ in found] == [number for number, _ in expected]
+    for (_, text), (_, words) in zip(found, expected, strict=True):
+        assert words in text
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("uid", [None, 12345])
+def test_capabilities_of_another_user(uid: int | None) -> None:
+    """They are the command's whoever it is; without the option, another user has none."""
+    names = ["net_bind_service", "CAP_KILL"]
+    command = ["grep", "-E", "Cap(Eff|Bnd|Amb)", "/proc/self/status"]
+    done = run(command, stdout=subprocess.PIPE, user=uid, capabilities=names, text=True)
+    kept = 1 << 10 | 1 << 5
+    assert {int(line.split()[1], 16) for line in done.stdout.splitlines()} == {kept}
+
+
+def test_options_may_change_between_starts() -> None:
+    limits = {"nofile": 50}
+    for number in 60, 70:
+        limits["nofile"] = number
+        done = run(["sh", "-c", "ulimit -n"], stdout=subprocess.PIPE, rlimits=limits)
+        assert int(done.stdout) == number
+
+
+@pytest.mark.parametrize("inheritable", [True, False])
+def test_carried_descriptor_is_not_the_commands(inheritable: bool, spawn: str) -> None:
+    """Whatever its number, and whether it is one that the command has for something else."""
+    if spawn == "posix":
+        pytest.skip("posix_spawn can't do it")
+    listing = ["sh", "-c", "ps -o tty= -p $$; ls -l /proc/$$/fd"]
+    master, terminal = os.openpty()
+    os.set_inheritable(terminal, inheritable)
+    high = fcntl.fcntl(terminal, fcntl.F_DUPFD_CLOEXEC, 300)
+    given = {"start_new_session": True, "stderr": subprocess.STDOUT, "text": True}
+    for fd in terminal, high:
+        done = run(listing, stdout=subprocess.PIPE, controlling_terminal=fd, **given)
+        assert done.stdout.startswith("pts/")
+        assert "/dev/pts" not in done.stdout
+    # Among those of the command it stays, at the command's number.
+    done = run(listing, stdout=subprocess.PIPE, stdin=terminal, controlling_terminal=high, **given)
+    assert done.stdout.count("/dev/pts") == 1
+    done = run(listing, stdout=subprocess.PIPE, pass_fds=[high], controlling_terminal=high, **given)
+    assert done.stdout.count("/dev/pts") == 1
+    os.close(high)
+    os.close(terminal)
+    os.close(master)
