@@ -19,6 +19,7 @@ _UNLIMITED = ("unlimited", "infinity")
 ABSENT = {
     "controlling_terminal": "errand-boy run --pty gives the command a terminal",
     "foreground": "the shell's job control does it",
+    "pty": "errand-boy run --pty; the commands of a map have no terminal",
 }
 
 
