@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable
 from operator import index
 
-from errand_boy import _native
+from errand_boy import _native, _wire
 from errand_boy._wire import Exited
 from errand_boy.errors import HelperDiedError, NotServedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import resource
     from typing import Any
 
     from errand_boy._connection import Connection
@@ -127,6 +128,97 @@ def helper_child(process: Any) -> HelperChild | None:
     return child
 
 
+# -- what has become of it --
+
+
+class Verdict:
+    """What Popen says of the command's end; all are None until that is known.
+
+    `cause`: "exit"; "signal", if one ended it; "client", if that was sent by this object; or for
+    which of its limits it was ended: "timeout", "cpu", "memory", "output" or "processes".
+    `duration`: seconds from the start until the end was noticed.
+    `rusage`: a resource.struct_rusage: what the command, and the children that it has waited for,
+    have used. With `limits` or ``tree="all"`` it is what all has used that it has started.
+    `peak_memory`: bytes. Of several processes, that of the largest, or with `limits` what they had
+    at the same time, as far as that was seen. A command that this process has started itself is
+    taken to have had what this process had then, if that is more; `limits` avoid that.
+    """
+
+    _begun: float | None = None
+    _over: float | None = None
+    _usage: Any = None
+    _sent = 0  # the last signal that this object has sent
+    _limited: Any = None  # a _limits.Tracker
+
+    @property
+    def cause(self) -> str | None:
+        """Why the command has ended."""
+        returncode: int | None = vars(self).get("returncode")
+        if returncode is None:
+            return None
+        if self._limited is not None and (found := self._limited.cause(returncode)) is not None:
+            return str(found)
+        if returncode >= 0:
+            return "exit"
+        return "client" if self._sent == -returncode else "signal"
+
+    @property
+    def duration(self) -> float | None:
+        """How long it took, in seconds."""
+        if self._begun is None or self._over is None:
+            return None
+        return self._over - self._begun
+
+    @property
+    def rusage(self) -> resource.struct_rusage | None:
+        """What it has used."""
+        child = helper_child(self)
+        if child is not None and child.usage:
+            return _wire.rusage(child.usage)
+        usage: resource.struct_rusage | None = self._usage
+        return usage
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The most memory that it had, in bytes."""
+        if self._limited is not None and (peak := self._limited.peak_memory()) is not None:
+            return int(peak)
+        rusage = self.rusage
+        return None if rusage is None else rusage.ru_maxrss * 1024
+
+
+def verdict(process: Any) -> dict[str, Any]:
+    """Return the attributes that a result of run() has for `process`."""
+    return {name: getattr(process, name, None) for name in _VERDICT}
+
+
+_VERDICT = ("cause", "duration", "rusage", "peak_memory")
+
+
+def note_end(process: Any) -> None:
+    """Note when the end of `process` became known."""
+    process._over = time.monotonic()
+    if process._limited is not None:
+        process._limited.finish()
+
+
+def tell_verdict(process: Any, error: BaseException | None) -> None:
+    """Have an exception of run() tell what is known; `error` is what the `with` statement ends by."""
+    if isinstance(error, subprocess.SubprocessError):
+        vars(error).update(verdict(process))
+        if isinstance(error, subprocess.TimeoutExpired):
+            error.cause = "timeout"  # type: ignore[attr-defined]
+
+
+def completed(args: Any, returncode: int, *output: Any) -> subprocess.CompletedProcess[Any]:
+    """Return a CompletedProcess; for the code of subprocess.run, whose process it takes."""
+    done = subprocess.CompletedProcess(args, returncode, *output)
+    process = sys._getframe(1).f_locals.get("process")
+    if process is not None:
+        vars(done).update(verdict(process))
+    return done
+
+
 # -- the methods of subprocess.Popen; `original` is the one that the class of `process` has --
 
 
@@ -139,7 +231,9 @@ def internal_poll(
     """Return the return code, or None."""
     child = helper_child(process)
     if child is None:
-        return original(process, _deadstate, **kwargs)
+        if kwargs or process.returncode is not None or not isinstance(process, Verdict):
+            return original(process, _deadstate, **kwargs)
+        return _poll(process, _deadstate)
     if child.is_foreign():
         if _deadstate is None:
             raise _not_ours()
@@ -154,6 +248,38 @@ def internal_poll(
             process._waitpid_lock.release()
     returncode: int | None = process.returncode
     return returncode
+
+
+def _poll(process: Any, _deadstate: int | None) -> int | None:
+    """Do what subprocess's own does, but have its usage too."""
+    if not process._waitpid_lock.acquire(False):
+        return None
+    try:
+        if process.returncode is None:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid == process.pid:
+                process._usage = usage
+                process._handle_exitstatus(status)
+    except OSError as error:
+        if _deadstate is not None:
+            process.returncode = _deadstate
+        elif error.errno == errno.ECHILD:
+            process.returncode = 0  # somebody else has waited for it
+    finally:
+        process._waitpid_lock.release()
+    returncode: int | None = process.returncode
+    return returncode
+
+
+def try_wait(process: Any, flags: int) -> tuple[int, int]:
+    """Wait for a child of this process; see subprocess.Popen._try_wait."""
+    try:
+        pid, status, usage = os.wait4(process.pid, flags)
+    except ChildProcessError:
+        return process.pid, 0
+    if pid:
+        process._usage = usage
+    return pid, status
 
 
 def wait(original: Callable[..., int], process: Any, timeout: float | None) -> int:

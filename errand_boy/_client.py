@@ -11,7 +11,7 @@ import subprocess
 import time
 from functools import partial
 
-from errand_boy import _address, _capture, _popen, _request, _start, _wire
+from errand_boy import _address, _capture, _popen, _request, _start
 from errand_boy._connection import Connection
 from errand_boy._frame import SpawnFrame, check
 from errand_boy._functions import rebind
@@ -21,7 +21,6 @@ from errand_boy.errors import NoDaemonError, RefusedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import resource
     from collections.abc import Callable, Generator, Iterable, Mapping
     from typing import Any, AnyStr
 
@@ -95,12 +94,6 @@ class Popen(_popen.Popen[AnyStr]):
         if kill_on_client_exit:
             self._more = {"on_close": _request.milliseconds(kill_grace, "kill_grace")}
         super().__init__(*args, **kwargs)
-
-    @property
-    def rusage(self) -> resource.struct_rusage | None:
-        """What the child and those it waited for have used, when it is known to have ended."""
-        child = self._helper_child
-        return _wire.rusage(child.usage) if child is not None and child.usage else None
 
     def send_group_signal(self, sig: int) -> None:
         """Send a signal to the child's process group; does nothing if it is known to have ended."""

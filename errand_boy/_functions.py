@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Callable
 from types import FunctionType, ModuleType
 
+from errand_boy._child import completed
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -84,6 +86,7 @@ def rebind(
         original: FunctionType = getattr(module, name)
         if not namespace:  # that of subprocess, or of gevent.subprocess
             namespace = {**original.__globals__, "Popen": one_shot(popen), "PIPE": CAPTURED}
+            namespace["CompletedProcess"] = completed
         bound = FunctionType(
             original.__code__, namespace, name, original.__defaults__, original.__closure__
         )

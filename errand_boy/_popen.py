@@ -5,9 +5,10 @@ from __future__ import annotations
 import select
 import subprocess
 import sys
+import time
 
 from errand_boy import _child, _driver, _start
-from errand_boy._child import HelperChild
+from errand_boy._child import HelperChild, Verdict
 from errand_boy._functions import original_popen, parameters
 
 TYPE_CHECKING = False
@@ -90,7 +91,7 @@ class WithEnds:
         super().__exit__(kind, *args)  # type: ignore[misc]
 
 
-class Popen(WithEnds, WithTerminal, _Base[AnyStr]):
+class Popen(WithEnds, WithTerminal, _Base[AnyStr], Verdict):
     """subprocess.Popen whose child is started without a fork, at the same cost by any process.
 
     All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and
@@ -141,6 +142,7 @@ class Popen(WithEnds, WithTerminal, _Base[AnyStr]):
             )
 
     def _execute_child(self, *given: Any) -> None:
+        self._begun = time.monotonic()
         _start.execute(
             self, given, _Stdlib._execute_child, self._source, _driver.BLOCKING, self._more
         )
@@ -151,13 +153,23 @@ class Popen(WithEnds, WithTerminal, _Base[AnyStr]):
     def _wait(self, timeout: float | None) -> int:
         return _child.wait(_Stdlib._wait, self, timeout)
 
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        return _child.try_wait(self, wait_flags)
+
+    def _handle_exitstatus(self, sts: int, *args: Any, **kwargs: Any) -> None:
+        _Stdlib._handle_exitstatus(self, sts, *args, **kwargs)
+        _child.note_end(self)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        _child.tell_verdict(self, raised[1])
+
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
+        if self.returncode is None:
+            self._sent = sig
         _child.send_signal(_Stdlib.send_signal, self, sig)
 
     if TYPE_CHECKING:
-
-        def _handle_exitstatus(self, status: int) -> None: ...
-
         _waitpid_lock: Any
         _child_created: bool
