@@ -51,6 +51,7 @@ class Deferred(_popen.Popen[bytes]):
 
     def _execute_child(self, *given: Any) -> None:
         original = _popen._Stdlib._execute_child
+        self._begun = time.monotonic()
         self._given = given
         self._steps = _start.begin(self, given, original, self._source, _DRIVER, self._more)
 
@@ -95,8 +96,9 @@ class Deferred(_popen.Popen[bytes]):
                     raise
         elif self.returncode is None and self._waitpid_lock.acquire(False):
             try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                pid, status, usage = os.wait4(self.pid, os.WNOHANG)
                 if pid:
+                    self._usage = usage
                     self._handle_exitstatus(status)
             except ChildProcessError:
                 logger.warning(

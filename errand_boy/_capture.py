@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from subprocess import CompletedProcess
 
-from errand_boy import _request
+from errand_boy import _request, _wire
+from errand_boy._child import VERDICT
 from errand_boy._native import lib
 from errand_boy._spool import Spool, coding, to_text
 from errand_boy._streamed import StreamedCommand
@@ -17,6 +19,8 @@ from errand_boy._wire import Failed
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from errand_boy._stream import Ended
 
 _PIPE = subprocess.PIPE
 _INPUTS = (None, subprocess.DEVNULL)
@@ -70,6 +74,7 @@ def capture(
     if get("text") or get("universal_newlines") or get("encoding") or get("errors"):
         text = coding(get("encoding"), get("errors"))
     spools = Spool(), Spool()
+    begun = time.monotonic()
     is_late = False
 
     def expire() -> None:
@@ -93,12 +98,30 @@ def capture(
         raise
     if isinstance(end, Failed):
         raise _request.spawn_error(end, program, cwd, options)
+    verdict = _verdict(end, begun, is_late)
     if is_late:
         stdout, stderr = output(lambda spool: bytes(spool.data) or None)
-        raise subprocess.TimeoutExpired(args, time_limit or 0, stdout, stderr)
+        expired = subprocess.TimeoutExpired(args, time_limit or 0, stdout, stderr)
+        vars(expired).update(verdict)
+        raise expired
     stdout, stderr = output(lambda spool: to_text(spool.data, *text) if text else bytes(spool.data))
     pid = end.brief[1] if end.brief else command.pid
-    return CompletedProcess(args, end.returncode, stdout, stderr), pid, end.usage
+    done = CompletedProcess(args, end.returncode, stdout, stderr)
+    vars(done).update(verdict)
+    return done, pid, end.usage
+
+
+def _verdict(end: Ended, begun: float, is_late: bool) -> dict[str, Any]:
+    """Return what Popen's attributes of these names would be."""
+    cause = "timeout" if is_late else "exit" if end.returncode >= 0 else "signal"
+    duration = end.brief[0] / 1e6 if end.brief else time.monotonic() - begun
+    rusage = _wire.rusage(end.usage)
+    return {
+        "cause": cause,
+        "duration": duration,
+        "rusage": rusage,
+        "peak_memory": rusage.ru_maxrss * 1024,
+    }
 
 
 def runner(client: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,8 +147,12 @@ def runner(client: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
             done: CompletedProcess[Any] = plain(*args, **given, check=check, **wanted)
             return done
         done, _, _ = capture(client, args[0], wanted, timeout)
-        if check:
-            done.check_returncode()
+        if check and done.returncode:
+            failed = subprocess.CalledProcessError(
+                done.returncode, done.args, done.stdout, done.stderr
+            )
+            vars(failed).update((name, vars(done)[name]) for name in VERDICT)
+            raise failed
         return done
 
     return run

@@ -189,10 +189,10 @@ class Verdict:
 
 def verdict(process: Any) -> dict[str, Any]:
     """Return the attributes that a result of run() has for `process`."""
-    return {name: getattr(process, name, None) for name in _VERDICT}
+    return {name: getattr(process, name, None) for name in VERDICT}
 
 
-_VERDICT = ("cause", "duration", "rusage", "peak_memory")
+VERDICT = ("cause", "duration", "rusage", "peak_memory")
 
 
 def note_end(process: Any) -> None:
@@ -203,7 +203,7 @@ def note_end(process: Any) -> None:
 
 
 def tell_verdict(process: Any, error: BaseException | None) -> None:
-    """Have an exception of run() tell what is known; `error` is what the `with` statement ends by."""
+    """Have an exception that a `with` statement of run() ends by tell what is known."""
     if isinstance(error, subprocess.SubprocessError):
         vars(error).update(verdict(process))
         if isinstance(error, subprocess.TimeoutExpired):

@@ -31,6 +31,7 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     HelperDiedError (`returncode` is then -9, and may not be the command's).
     `started`: seconds since 1970, and `duration`: seconds from the start to the end.
     `rusage`: a resource.struct_rusage, or None if it did not end by itself or by a signal.
+    `cause` and `peak_memory`: as Popen has them; None if it was not started.
     `truncated`: whether output is missing, for `max_output`.
     `stdout_file`, `stderr_file`: where all output is, if it was spooled; temporary files.
     """
@@ -65,6 +66,21 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     def rusage(self) -> resource.struct_rusage | None:
         """What the command, and the children it waited for, have used."""
         return None if self._end is None else _wire.rusage(self._end.usage)
+
+    @property
+    def cause(self) -> str | None:
+        """Why the command has ended."""
+        if isinstance(self.error, subprocess.TimeoutExpired):
+            return "timeout"
+        if self._end is None:
+            return None
+        return "exit" if self._end.returncode >= 0 else "signal"
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The most memory that it had, in bytes."""
+        rusage = self.rusage
+        return None if rusage is None else rusage.ru_maxrss * 1024
 
     def close(self) -> None:
         """Close the temporary files, if there are any."""

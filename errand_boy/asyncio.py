@@ -15,7 +15,7 @@ from asyncio.subprocess import DEVNULL, PIPE, STDOUT, SubprocessStreamProtocol
 from collections.abc import Callable, Coroutine
 from typing import IO, Any
 
-from errand_boy import _asyncio_transport
+from errand_boy import _asyncio_transport, _child
 from errand_boy._asyncio_transport import Deferred
 
 TYPE_CHECKING = False
@@ -205,12 +205,18 @@ class _Functions:
             finally:
                 transport.close()  # others may hold its output for ever
             if isinstance(error, asyncio.TimeoutError):  # TimeoutError itself from 3.11 on
-                raise subprocess.TimeoutExpired(args, timeout or 0, *output()) from None
+                expired = subprocess.TimeoutExpired(args, timeout or 0, *output())
+                _child.tell_verdict(transport._started, expired)
+                raise expired from None
             raise
+        started = process._transport._started  # type: ignore[attr-defined]
         assert process.returncode is not None
+        if check and process.returncode:
+            failed = subprocess.CalledProcessError(process.returncode, args, *output())
+            _child.tell_verdict(started, failed)
+            raise failed
         done = subprocess.CompletedProcess(args, process.returncode, *output())
-        if check:
-            done.check_returncode()
+        vars(done).update(_child.verdict(started))
         return done
 
     def map(
