@@ -38,6 +38,7 @@ HELPER_SOURCES = [
         "spawn/spawn_job",
         "spawn/spawn_posix",
         "spawn/supervisor",
+        "spawn/watch",
         "common/state",
         "common/wire",
         "helper/terminal",

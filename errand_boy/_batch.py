@@ -286,6 +286,8 @@ class Batch:
                     return
             elif type(event) is Output:
                 self.jobs.write(job, event.number, event.data)
+                if job.limited is not None and job.limited.is_too_loud:
+                    stream.signal(lib.EB_WHOLE_TREE, signal.SIGKILL)
             elif type(event) is Started:
                 self._on_started(channel, job)
             elif type(event) is Failed:

@@ -20,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from errand_boy._limits import Tracker
     from errand_boy._stream import Ended
 
 _PIPE = subprocess.PIPE
@@ -73,6 +74,11 @@ def capture(
     text = None
     if get("text") or get("universal_newlines") or get("encoding") or get("errors"):
         text = coding(get("encoding"), get("errors"))
+    limited = None
+    if get("limits") is not None:
+        from errand_boy._limits import Limits, Tracker  # noqa: PLC0415
+
+        limited = Tracker(Limits(get("limits")))
     spools = Spool(), Spool()
     begun = time.monotonic()
     is_late = False
@@ -89,7 +95,9 @@ def capture(
     def output(of: Callable[[Spool], Any]) -> list[Any]:
         return [of(spool) if streams >> 1 + n & 1 else None for n, spool in enumerate(spools)]
 
-    command = StreamedCommand(client, request, streams, brief, spools, on_started=start_clock)
+    command = StreamedCommand(
+        client, request, streams, brief, spools, on_started=start_clock, limited=limited
+    )
     try:
         end = command.run()
     except BaseException as error:
@@ -98,7 +106,7 @@ def capture(
         raise
     if isinstance(end, Failed):
         raise _request.spawn_error(end, program, cwd, options)
-    verdict = _verdict(end, begun, is_late)
+    verdict = _verdict(end, begun, is_late, limited)
     if is_late:
         stdout, stderr = output(lambda spool: bytes(spool.data) or None)
         expired = subprocess.TimeoutExpired(args, time_limit or 0, stdout, stderr)
@@ -111,16 +119,20 @@ def capture(
     return done, pid, end.usage
 
 
-def _verdict(end: Ended, begun: float, is_late: bool) -> dict[str, Any]:
+def _verdict(end: Ended, begun: float, is_late: bool, limited: Tracker | None) -> dict[str, Any]:
     """Return what Popen's attributes of these names would be."""
-    cause = "timeout" if is_late else "exit" if end.returncode >= 0 else "signal"
-    duration = end.brief[0] / 1e6 if end.brief else time.monotonic() - begun
-    rusage = _wire.rusage(end.usage)
+    cause = "timeout" if is_late else None
+    peak = None
+    if limited is not None:
+        cause = cause or limited.cause(end.returncode, end.tree)
+        peak = limited.peak_memory(end.tree)
+    rusage = _wire.rusage(end.usage, end.tree)
     return {
-        "cause": cause,
-        "duration": duration,
+        "cause": cause or ("exit" if end.returncode >= 0 else "signal"),
+        "duration": end.brief[0] / 1e6 if end.brief else time.monotonic() - begun,
         "rusage": rusage,
-        "peak_memory": rusage.ru_maxrss * 1024,
+        "peak_memory": rusage.ru_maxrss * 1024 if peak is None else peak,
+        "limits_by": None if limited is None else "rlimits",
     }
 
 

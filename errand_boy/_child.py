@@ -56,13 +56,14 @@ class HelperChild:
     the thread that reads of the end, when the process object has its return code.
     """
 
-    __slots__ = ("connection", "lost", "on_end", "status", "usage")
+    __slots__ = ("connection", "lost", "on_end", "status", "tree", "usage")
 
     def __init__(self, connection: Connection) -> None:
         connection.pool.owns_children = True
         self.connection: Connection | None = connection  # until the end
         self.status: int | None = None
         self.usage: tuple[int, ...] = ()
+        self.tree: tuple[int, ...] = ()
         self.lost: OSError | None = None
         self.on_end: Callable[[], Any] | None = None
 
@@ -91,7 +92,7 @@ class HelperChild:
             connection.close()
             raise self.lost from None
         if isinstance(reply, Exited):
-            self.usage = reply.usage
+            self.usage, self.tree = reply.usage, reply.tree
             self._end(reply.status)
             connection.give_back()
 
@@ -156,8 +157,10 @@ class Verdict:
         returncode: int | None = vars(self).get("returncode")
         if returncode is None:
             return None
-        if self._limited is not None and (found := self._limited.cause(returncode)) is not None:
-            return str(found)
+        if self._limited is not None:
+            found: str | None = self._limited.cause(returncode, _tree(self))
+            if found is not None:
+                return found
         if returncode >= 0:
             return "exit"
         return "client" if self._sent == -returncode else "signal"
@@ -174,17 +177,32 @@ class Verdict:
         """What it has used."""
         child = helper_child(self)
         if child is not None and child.usage:
-            return _wire.rusage(child.usage)
+            return _wire.rusage(child.usage, child.tree)
         usage: resource.struct_rusage | None = self._usage
         return usage
 
     @property
     def peak_memory(self) -> int | None:
         """The most memory that it had, in bytes."""
-        if self._limited is not None and (peak := self._limited.peak_memory()) is not None:
-            return int(peak)
         rusage = self.rusage
-        return None if rusage is None else rusage.ru_maxrss * 1024
+        if rusage is None:
+            return None
+        peak: int | None = None
+        if self._limited is not None:
+            peak = self._limited.peak_memory(_tree(self))
+        return rusage.ru_maxrss * 1024 if peak is None else peak
+
+    @property
+    def limits_by(self) -> str | None:
+        """What enforces its limits: "cgroup" or "rlimits", with a supervisor; None: it has none."""
+        if self._limited is None:
+            return None
+        return "cgroup" if self._limited.limits.by_cgroup else "rlimits"
+
+
+def _tree(process: Any) -> tuple[int, ...]:
+    child = helper_child(process)
+    return () if child is None else child.tree
 
 
 def verdict(process: Any) -> dict[str, Any]:
@@ -192,7 +210,7 @@ def verdict(process: Any) -> dict[str, Any]:
     return {name: getattr(process, name, None) for name in VERDICT}
 
 
-VERDICT = ("cause", "duration", "rusage", "peak_memory")
+VERDICT = ("cause", "duration", "rusage", "peak_memory", "limits_by")
 
 
 def note_end(process: Any) -> None:

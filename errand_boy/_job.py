@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import IO, Any, TypeAlias
 
+    from errand_boy._limits import Tracker
     from errand_boy._policy import Retries
     from errand_boy._stream import Ended
     from errand_boy._timers import Timer
@@ -70,6 +71,7 @@ class Job:
         "index",
         "input",
         "last",
+        "limited",
         "options",
         "outputs",
         "retries",
@@ -93,11 +95,14 @@ class Job:
         self.attempts = 0  # to have it started
         self.retries: Retries | None = None
         self.runs = 0  # that are over
+        self.limited: Tracker | None = None
         self.slot = 0
         self.last: Result | None = None  # of a run that failed, while there is to be another
 
     def begin(self) -> None:
         """Be as before anything was sent or received."""
+        if self.limited is not None:
+            self.limited = type(self.limited)(self.limited.limits)
         self.attempts += 1
         self.outputs: list[Spool | None] = [None, None]
         self.timed_out = False
@@ -165,6 +170,11 @@ class Jobs:
             job.input = input if type(input) is bytes else bytes(memoryview(input))
         if given:
             job.options = self._merged(given)
+        limits = (job.options or self.options).get("limits")
+        if limits is not None:
+            from errand_boy._limits import Limits, Tracker  # noqa: PLC0415
+
+            job.limited = Tracker(Limits(limits))
         if plain and not job.shell:
             job.argv = args
         else:
@@ -181,6 +191,8 @@ class Jobs:
 
     def write(self, job: Job, number: int, data: bytes) -> None:
         """Keep what a command has written. Raises OSError."""
+        if job.limited is not None:
+            data = job.limited.take(data)
         output = job.outputs[number]
         if output is None:
             if self.open_output is None:
@@ -194,6 +206,7 @@ class Jobs:
         """Return the result of a command that has ended."""
         result = Result(job.args, ended.returncode)
         result._end = ended
+        result._limited = job.limited
         self._put_output(result, job)
         if job.timed_out:
             result.error = subprocess.TimeoutExpired(

@@ -46,6 +46,8 @@ class Options(TypedDict, total=False):
     drain: float | None
     foreground: bool
     ionice: str | tuple[str, int] | None
+    limits: Mapping[str, float | str] | None
+    limits_by: str | None
     namespaces: Collection[str] | None
     nice: int | None
     no_new_privs: bool
@@ -94,6 +96,10 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
         return _last[2], []
     options: list[bytes] = []
     carried: list[tuple[int, Any]] = []
+    if given.get("limits") is not None:
+        from errand_boy import _limits  # noqa: PLC0415  only those who need it pay for it
+
+        given = _limits.expand(given)
     for name, value in given.items():
         if name in _ENDS:
             continue
@@ -383,6 +389,7 @@ _TABLE: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "cpu_affinity": (lib.EB_TAG_AFFINITY, _affinity),
     "foreground": (lib.EB_TAG_FOREGROUND, _flag),
     "ionice": (lib.EB_TAG_IONICE, _ionice),
+    "limits": (lib.EB_TAG_LIMITS, lambda limits: limits.encode()),
     "namespaces": (lib.EB_TAG_NAMESPACES, _namespaces),
     "nice": (lib.EB_TAG_RENICE, _number("nice", -40, 40, "<i")),
     "no_new_privs": (lib.EB_TAG_NO_NEW_PRIVS, _flag),

@@ -160,6 +160,11 @@ class Popen(WithEnds, WithTerminal, _Base[AnyStr], Verdict):
         _Stdlib._handle_exitstatus(self, sts, *args, **kwargs)
         _child.note_end(self)
 
+    def _check_timeout(self, endtime: Any, timeout: Any, *outputs: Any, **kwargs: Any) -> None:
+        if self._limited is not None:
+            self._limited.count(self, *outputs[:2])
+        _Stdlib._check_timeout(self, endtime, timeout, *outputs, **kwargs)
+
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
         _child.tell_verdict(self, raised[1])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import resource
     from typing import Any
 
+    from errand_boy._limits import Tracker
     from errand_boy._stream import Ended
 
 
@@ -46,6 +47,7 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     stderr_file: Any = None
     _begun = 0.0  # of the monotonic clock
     _end: Ended | None = None
+    _limited: Tracker | None = None
 
     def __repr__(self) -> str:
         if self.error is None:
@@ -65,7 +67,7 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     @property
     def rusage(self) -> resource.struct_rusage | None:
         """What the command, and the children it waited for, have used."""
-        return None if self._end is None else _wire.rusage(self._end.usage)
+        return None if self._end is None else _wire.rusage(self._end.usage, self._end.tree)
 
     @property
     def cause(self) -> str | None:
@@ -74,13 +76,26 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
             return "timeout"
         if self._end is None:
             return None
+        if self._limited is not None:
+            found = self._limited.cause(self._end.returncode, self._end.tree)
+            if found is not None:
+                return found
         return "exit" if self._end.returncode >= 0 else "signal"
 
     @property
     def peak_memory(self) -> int | None:
         """The most memory that it had, in bytes."""
+        if self._limited is not None and self._end is not None:
+            peak = self._limited.peak_memory(self._end.tree)
+            if peak is not None:
+                return peak
         rusage = self.rusage
         return None if rusage is None else rusage.ru_maxrss * 1024
+
+    @property
+    def limits_by(self) -> str | None:
+        """What enforces its limits: "rlimits", with a supervisor; None: it has none."""
+        return None if self._limited is None else "rlimits"
 
     def close(self) -> None:
         """Close the temporary files, if there are any."""

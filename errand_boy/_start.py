@@ -99,6 +99,12 @@ def stopping() -> Any:
     return _stop
 
 
+def _limits() -> Any:
+    from errand_boy import _limits as module  # noqa: PLC0415  only those who need it pay for it
+
+    return module
+
+
 def execute(
     process: Any,
     given: tuple[Any, ...],
@@ -151,6 +157,9 @@ def begin(
         after = [known.pop(name) for name in _preexec.PARAMETERS]
         cwd, umask, uid, gid, gids, start_new_session, process_group = after
         settings = known
+    if settings and "limits" in settings:
+        process._limited, settings = _limits().prepare(settings, source is LOCAL)
+        more = settings
     has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
     if more and not _ENDS.isdisjoint(more):
         from errand_boy import _ends  # noqa: PLC0415  only those who need it pay for it

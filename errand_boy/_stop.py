@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LOOK = 0.02  # seconds between looks whether a command has ended whose output is drained
+_FOREVER = 2e6  # seconds; poll(2) takes little more
 _PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
 
 
@@ -179,6 +180,8 @@ def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, A
     known: tuple[Any, Any] | None = vars(process).get("_closed_output")
     if known is not None:
         return known
+    if timeout is None and process._limited is not None:
+        timeout = _FOREVER  # without one, subprocess reads a single pipe without a look at it
     try:
         if ends.drain is None:
             return process._exchange_output(input, timeout)  # type: ignore[no-any-return]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _HEADER_SIZE, _unpack_header = _wire.HEADER.size, _wire.HEADER.unpack_from
 _MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
-_END_SIZES = _wire.EXITED.size, _wire.EXITED.size + _MORE.size
+_END_SIZES = _wire.EXITED.size, _wire.EXITED.size + _MORE.size  # of a brief command
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
 _LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
@@ -48,7 +48,7 @@ _KINDS = {
     lib.EB_HELLO: (4, 64, 0),
     lib.EB_SPAWNED: (5, 5, 0),
     lib.EB_FAILED: (10, 10, 0),
-    lib.EB_EXITED: (*_END_SIZES, _EXIT),
+    lib.EB_EXITED: (_END_SIZES[0], _END_SIZES[1] + _wire.TREE.size, _EXIT),
     lib.EB_REFUSED: (0, _MOST_REASON, 0),
     lib.EB_STDOUT: (0, lib.EB_MAX_OUTPUT, 1),
     lib.EB_STDERR: (0, lib.EB_MAX_OUTPUT, 2),
@@ -109,9 +109,19 @@ class Ended:
         return _wire.EXITED.unpack_from(self.payload)[1:]
 
     @property
+    def _tree(self) -> bytes:
+        has_tree = len(self.payload) not in _END_SIZES
+        return self.payload[-_wire.TREE.size :] if has_tree else b""
+
+    @property
+    def tree(self) -> tuple[int, ...]:
+        """What a supervisor says of all that it has started, in the order of wire.h; or nothing."""
+        return _wire.TREE.unpack(self._tree) if self._tree else ()
+
+    @property
     def brief(self) -> tuple[int, int] | None:
         """The microseconds that a brief command took, and its pid; None for another."""
-        if len(self.payload) == _END_SIZES[0]:
+        if len(self.payload) - len(self._tree) == _END_SIZES[0]:
             return None
         return _MORE.unpack_from(self.payload, _wire.EXITED.size)
 
@@ -258,7 +268,7 @@ class Stream:
                     raise _unexpected(kind)
                 self._started = True
                 if bit == _EXIT:
-                    if length != _END_SIZES[self._brief]:
+                    if length - _END_SIZES[self._brief] not in (0, _wire.TREE.size):
                         raise _unexpected(kind)
                     self.ended = Ended(bytes(data[begin:at]))
                 elif length:

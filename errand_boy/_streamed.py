@@ -13,6 +13,7 @@ from errand_boy import _helper
 from errand_boy._child import ready
 from errand_boy._connection import Connection
 from errand_boy._frame import MOST_ATTEMPTS, acquire
+from errand_boy._native import lib
 from errand_boy._stream import Ended, Event, Lost, Output, Started, Stream
 from errand_boy._timers import Timers
 from errand_boy._wire import Failed
@@ -22,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from errand_boy._limits import Tracker
     from errand_boy._request import Request
     from errand_boy._spool import Spool
 
@@ -38,7 +40,7 @@ class StreamedCommand:
 
     `pool` gives the connection. `streams` and `brief` are what `request` says. What is written goes
     to `outputs`. `on_started` is called when the command runs, unless it is brief. `timers` ring
-    while it runs.
+    while it runs. `limited` counts the output.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class StreamedCommand:
         outputs: Sequence[Spool],
         input: bytes | None = None,
         on_started: Callable[[], Any] | None = None,
+        limited: Tracker | None = None,
     ) -> None:
         self._pool = pool
         self._request = request
@@ -58,6 +61,7 @@ class StreamedCommand:
         self._outputs = outputs
         self._input = input
         self._on_started = on_started
+        self._limited = limited
         self._stream: Stream | None = None
         self._connection: Connection | None = None
         self._cancelled = False
@@ -160,7 +164,12 @@ class StreamedCommand:
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Output):
-            self._outputs[event.number].write(event.data)
+            data = event.data
+            if self._limited is not None:
+                data = self._limited.take(data)
+                if self._limited.is_too_loud:
+                    self.signal(lib.EB_WHOLE_TREE, signal.SIGKILL)
+            self._outputs[event.number].write(data)
         elif isinstance(event, Started):
             if self._on_started is not None:
                 self._on_started()

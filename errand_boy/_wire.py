@@ -23,6 +23,7 @@ _LIST = struct.Struct("<BII")
 _SPAWNED = struct.Struct("<iB")
 _FAILED = struct.Struct("<iiBB")
 EXITED = struct.Struct("<i9Q")
+TREE = struct.Struct("<BQQQI")  # at the end of a supervised command's EXITED
 
 
 class Spawned:
@@ -48,22 +49,28 @@ class Failed:
 
 
 class Exited:
-    """The end of a command: its wait status, and what it used, in the order of wire.h."""
+    """The end of a command: its wait status, and what it used, in the order of wire.h.
 
-    __slots__ = ("status", "usage")
+    `tree`: what a supervisor says of all that it has started, in that order too; or nothing.
+    """
+
+    __slots__ = ("status", "tree", "usage")
 
     def __init__(self, status: int, *usage: int) -> None:
         self.status = status
         self.usage = usage
+        self.tree: tuple[int, ...] = ()
 
 
 Reply = Spawned | Failed | Exited
 
 
-def rusage(usage: Sequence[int]) -> resource.struct_rusage:
-    """Return the usage of an Exited as the resource module has it."""
+def rusage(usage: Sequence[int], tree: Sequence[int] = ()) -> resource.struct_rusage:
+    """Return the usage of an Exited as the resource module has it, with the times of its `tree`."""
     from resource import struct_rusage  # noqa: PLC0415
 
+    if tree:
+        usage = (max(usage[0], tree[1]), max(usage[1], tree[2]), *usage[2:])
     user, system, peak, minor, major, blocks_in, blocks_out, voluntary, involuntary = usage
     return struct_rusage(
         (
@@ -132,7 +139,10 @@ def reply(kind: int, payload: bytes) -> Reply | None:
     if kind == lib.EB_FAILED:
         return Failed(*_FAILED.unpack(payload))
     if kind == lib.EB_EXITED:
-        return Exited(*EXITED.unpack(payload))
+        exited = Exited(*EXITED.unpack(payload[: EXITED.size]))
+        if len(payload) > EXITED.size:
+            exited.tree = TREE.unpack(payload[EXITED.size :])
+        return exited
     return None
 
 

@@ -158,11 +158,14 @@ class _Functions:
         _check(options, shell)
         command = args if shell or not isinstance(args, (str, bytes, os.PathLike)) else (args,)
         process = await self._create(command, shell, stdin, stdout, stderr, limit, options)
+        started = process._transport._started  # type: ignore[attr-defined]
         got: list[list[bytes]] = [[], []]
 
         async def collect(stream: asyncio.StreamReader | None, into: list[bytes]) -> None:
             while stream is not None and (data := await stream.read(1 << 16)):
                 into.append(data)
+                if started._limited is not None:
+                    started._limited.count(started, *got)
 
         transport = process._transport  # type: ignore[attr-defined]
         ends = transport._started._ends
@@ -209,7 +212,6 @@ class _Functions:
                 _child.tell_verdict(transport._started, expired)
                 raise expired from None
             raise
-        started = process._transport._started  # type: ignore[attr-defined]
         assert process.returncode is not None
         if check and process.returncode:
             failed = subprocess.CalledProcessError(process.returncode, args, *output())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from errand_boy._native import lib
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "build_project.py"
@@ -49,6 +51,61 @@ def test_build_project() -> None:
     # Near a memory limit the third way may be refused; the line is there all the same.
     assert lines[8].startswith(("gevent.subprocess", "subprocess, preexec_fn"))
     assert len(lines) == 9
+
+
+def run_example(name: str, *arguments: str | Path) -> str:
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / name, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])},
+    ).stdout
+
+
+def without_landlock() -> bool:
+    return bool(lib.eb_landlock_version() < 1)
+
+
+@pytest.mark.skipif(without_landlock(), reason="this kernel has no Landlock")
+def test_judge(tmp_path: Path) -> None:
+    lines = run_example("judge.py").splitlines()
+    assert {line.split()[0]: line[11:21].strip() for line in lines} == {
+        "right": "right",
+        "wrong": "wrong",
+        "slow": "too slow",
+        "asleep": "too slow",
+        "big": "too big",
+        "loud": "too loud",
+        "forking": "forking",
+        "crashing": "crashing",
+        "failing": "crashing",
+        "curious": "crashing",
+        "dialling": "crashing",
+    }
+    program = tmp_path / "mine.py"
+    program.write_text("print(eval(input().replace(' ', '+')))")
+    assert run_example("judge.py", program).split()[:2] == ["mine", "right"]
+
+
+@pytest.mark.skipif(without_landlock(), reason="this kernel has no Landlock")
+def test_agent_tool(tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    (tmp_path / "secret").write_text("secret")
+
+    def told(command: str) -> dict[str, object]:
+        found: dict[str, object] = json.loads(run_example("agent_tool.py", workspace, command))
+        return found
+
+    done = told("echo hello > file; cat file; ls")
+    assert (done["output"], done["exit_status"]) == ("hello\nfile\n", 0)
+    done = told("cat ../secret; echo $?; (sleep 1000 &) ; echo x > /dev/shm/errand-boy")
+    assert "secret: Permission denied" in str(done["output"])
+    assert done["exit_status"] != 0
+    assert "was stopped" in str(told("yes")["stopped"])
+    assert told("kill -SEGV $$")["crashed"] == "It was ended by signal 11."
 
 
 def run_compress_files(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

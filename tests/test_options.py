@@ -134,6 +134,12 @@ CASES = {
         lambda text: text == "best-effort: prio 7\n",
         ["--ionice", "best-effort:7"],
     ),
+    "limits": Case(
+        "{'limits': {'open_files': 55, 'wall': 60}}",
+        ["sh", "-c", "ulimit -n"],
+        lambda text: text == "55\n",
+        ["--limit", "open_files=55", "--limit", "wall=60"],
+    ),
     "namespaces": Case(
         "{'namespaces': {'user', 'uts'}}",
         ["readlink", "/proc/self/ns/uts"],

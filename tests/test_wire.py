@@ -114,6 +114,7 @@ OPTIONS = {
     "CGROUP": (_wire.option(lib.EB_TAG_CGROUP), ""),
     "NAMESPACES": (_wire.number(lib.EB_TAG_NAMESPACES, 0x50000000), str(0x50000000)),
     "SANDBOX": (_wire.option(lib.EB_TAG_SANDBOX), ""),
+    "LIMITS": (_wire.option(lib.EB_TAG_LIMITS, struct.pack("<QQQI", 1, 2, 3, 4)), "1 2 3 4"),
     "SOCKETS": (_wire.option(lib.EB_TAG_SOCKETS, b"\1"), "1"),
     "RENICE": (_wire.number(lib.EB_TAG_RENICE, -3), "-3"),
     "SCHEDULER": (_wire.option(lib.EB_TAG_SCHEDULER, struct.pack("<II", 3, 1)), "3 1"),
@@ -126,7 +127,10 @@ OPTIONS = {
     "OOM_SCORE_ADJ": (_wire.number(lib.EB_TAG_OOM_SCORE_ADJ, -1000), "-1000"),
     "ROOT": (_wire.string(lib.EB_TAG_ROOT, b"/r"), b"/r".hex()),
     "CAPABILITIES": (_wire.option(lib.EB_TAG_CAPABILITIES, b"\1" + bytes(7)), "1"),
-    "TERMINAL": (_wire.option(lib.EB_TAG_TERMINAL, struct.pack("<4IB", 1, 2, 3, 4, 3)), "1 2 3 4 3"),
+    "TERMINAL": (
+        _wire.option(lib.EB_TAG_TERMINAL, struct.pack("<4IB", 1, 2, 3, 4, 3)),
+        "1 2 3 4 3",
+    ),
     "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())

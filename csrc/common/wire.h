@@ -29,6 +29,7 @@ enum {
     EB_MAX_FDS = 1 << 16,      /* descriptors of one request */
     EB_MAX_FDS_PER_SEND = 253, /* SCM_MAX_FD of the kernel */
     EB_MAX_RLIMITS = 16,
+    EB_MAX_PROCESSES = 4096, /* that LIMITS can be about: a larger tree is over its limit, whatever that is */
     EB_MAX_GROUPS = 1 << 16,  /* NGROUPS_MAX */
     EB_MAX_AFFINITY = 1024,   /* bytes of a CPU mask: 8,192 CPUs, the kernel's limit */
     EB_MAX_REASON = 200,      /* bytes of a reason text */
@@ -58,7 +59,8 @@ enum eb_kind {
                         what the step sets, which one was refused (a resource), or 0 */
     EB_EXITED = 18,  /* i32 wait status | u64 * 9: user and system time (microseconds), peak resident set
                         (KiB), minor and major faults, blocks in and out, voluntary and involuntary
-                        context switches */
+                        context switches | with SUPERVISE: u8 eb_cause | u64 * 3: user and system time of the
+                        tree, its peak memory (bytes) | u32 most processes that were seen */
     EB_REFUSED = 19, /* UTF-8 reason; the sender closes the connection after it */
     EB_STDOUT = 20,  /* bytes of a streamed standard output; empty: its end */
     EB_STDERR = 21,
@@ -167,6 +169,8 @@ enum eb_tag {
                                command's end.  Helpers that own their children only */
     EB_TAG_TERMINAL = 41,  /* u32 rows | u32 columns | u32 * 2: the same in pixels | u8 eb_terminal: streamed 0
                                     and 1, and 2 if it is JOINED, are a new terminal, the controlling one; SETSID */
+    EB_TAG_LIMITS = 42,    /* u64 microseconds | u64 microseconds of CPU time | u64 bytes | u32 processes; 0: no limit.
+                              The supervisor kills a tree that uses more; with SUPERVISE of all */
     EB_TAG_END             /* one past the last */
 };
 
@@ -178,6 +182,15 @@ enum eb_terminal {
 
 #define EB_JOINED 8             /* a bit of STREAMS */
 #define EB_LIVES_ON 0xFFFFFFFFu /* of ON_CLOSE */
+
+/* Which of LIMITS has been exceeded. */
+enum eb_cause {
+    EB_CAUSE_NONE = 0,
+    EB_CAUSE_TIMEOUT = 1,
+    EB_CAUSE_CPU = 2,
+    EB_CAUSE_MEMORY = 3,
+    EB_CAUSE_PROCESSES = 4,
+};
 
 /* Which sockets a command may make, of SOCKETS. */
 enum eb_sockets {

@@ -224,7 +224,8 @@ static void report_start(const struct eb_command *k)
 
 static void report_end(const struct eb_command *k)
 {
-    uint8_t payload[4 + 10 * 8 + 4];
+    uint8_t payload[4 + 10 * 8 + 4 + 1 + 3 * 8 + 4];
+    const struct eb_supervisor *s = k->start.supervisor;
     struct eb_writer w = eb_writer(payload, sizeof payload);
     eb_put_u32(&w, (uint32_t)k->status);
     for (int i = 0; i < EB_USAGE_FIELDS; i++)
@@ -232,6 +233,16 @@ static void report_end(const struct eb_command *k)
     if (k->connection->coalesces) {
         eb_put_u64(&w, (eb_clock_ns(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
         eb_put_u32(&w, (uint32_t)k->start.pid);
+    }
+    if (s != NULL) {
+        uint64_t peak = (uint64_t)s->tree.ru_maxrss << 10;
+        if (s->watch != NULL && s->watch->peak_memory > peak)
+            peak = s->watch->peak_memory;
+        eb_put_u8(&w, s->cause);
+        eb_put_u64(&w, eb_watch_us(&s->tree.ru_utime));
+        eb_put_u64(&w, eb_watch_us(&s->tree.ru_stime));
+        eb_put_u64(&w, peak);
+        eb_put_u32(&w, s->watch != NULL ? s->watch->peak_processes : 0);
     }
     eb_reply(k->connection, EB_EXITED, payload, eb_written(&w));
 }
@@ -352,6 +363,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
                                                : "SUPERVISE");
     else if (eb_has(q, EB_TAG_TERMINAL) && ((q->streams & 3) != 3 || !eb_has(q, EB_TAG_SETSID)))
         eb_refuse(c, "malformed SPAWN: option TERMINAL needs SETSID, and STREAMS with 0 and 1");
+    else if (eb_has(q, EB_TAG_LIMITS) && !q->tree_all)
+        eb_refuse(c, "malformed SPAWN: option LIMITS needs SUPERVISE with 1");
     else if (c->tells_ends && (k->record = eb_record_new(q, &c->fds)) == NULL)
         fail(k, ENOMEM, EB_STAGE_START); /* nothing runs of which nobody is told */
 }

@@ -58,7 +58,7 @@ static const struct {
     [EB_TAG_OOM_SCORE_ADJ] = {"OOM_SCORE_ADJ", 4},
     [EB_TAG_ROOT] = {"ROOT", -1},
     [EB_TAG_CAPABILITIES] = {"CAPABILITIES", 8},
-    [EB_TAG_SUPERVISE] = {"SUPERVISE", 5},
+    [EB_TAG_SUPERVISE] = {"SUPERVISE", 5},    [EB_TAG_LIMITS] = {"LIMITS", 28},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -275,6 +275,12 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         q->namespaces = eb_get_u32(&r);
         if (q->namespaces & ~EB_NAMESPACES)
             return malformed(reason, tag, "no such namespace");
+        break;
+    case EB_TAG_LIMITS:
+        q->limits.wall_us = eb_get_u64(&r);
+        q->limits.cpu_us = eb_get_u64(&r);
+        q->limits.memory = eb_get_u64(&r);
+        q->limits.processes = eb_get_u32(&r);
         break;
     case EB_TAG_SOCKETS:
         q->sockets = eb_get_u8(&r);

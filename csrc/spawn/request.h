@@ -8,6 +8,12 @@
 
 #include "common/wire.h"
 
+/* 0: none. */
+struct eb_limits {
+    uint64_t wall_us, cpu_us, memory;
+    uint32_t processes;
+};
+
 struct eb_request {
     uint64_t present; /* bit per eb_tag, see eb_has */
     /* The three lists are NULL-terminated; the strings stay in the payload, which must outlive this. */
@@ -43,6 +49,7 @@ struct eb_request {
     uint64_t timer_slack, capabilities;
     bool tree_all; /* of SUPERVISE */
     uint32_t drain_ms;
+    struct eb_limits limits;
 };
 
 /* Flags of clone(2): namespaces of mounts, cgroups, host names, System V IPC, users, processes and networks. */

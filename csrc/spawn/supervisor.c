@@ -77,6 +77,8 @@ void eb_supervisor_free(struct eb_supervisor *s)
             at = &one->next;
         } else {
             *at = one->next;
+            if (one->watch != NULL)
+                munmap(one->watch, sizeof *one->watch);
             munmap(memory_of(one), MAPPING);
         }
 }
@@ -195,13 +197,23 @@ static EB_BARE bool end(const struct eb_supervisor *s, pid_t child, bool guards,
     return true;
 }
 
+/* Before all others, if it may: the more a tree has forked, the less would be left for who is to end it. */
+static EB_BARE void hurry(void)
+{
+    const int priority = 1; /* struct sched_param */
+    eb_raw(SYS_sched_setscheduler, 0, SCHED_FIFO, (long)&priority, 0);
+}
+
 /* Lives as long as any child.  `guards`: the child is the supervisor. */
 static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child, bool guards)
 {
     int64_t drained = -1; /* when what is left is killed */
     bool ending = false;
+    if (!guards && s->watch != NULL)
+        hurry();
     unsigned rounds = 0;
     for (;;) {
+        int64_t ns = -1;
         long r = reap(s, &child);
         if (r == -ECHILD)
             return;
@@ -213,10 +225,18 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
             drained = now_ms() + (guards ? 0 : s->drain_ms);
         if (drained >= 0 && now_ms() >= drained)
             ending = true;
+        if (!ending && !guards && s->watch != NULL) {
+            s->cause = eb_watch_look(s->watch, &ns);
+            ending = s->cause != EB_CAUSE_NONE;
+        }
         if (ending && !end(s, child, guards, rounds++))
             return; /* what is left has other ids */
+        if (ending)
+            ns = TICK_NS;
+        else if (drained >= 0 && (ns < 0 || (drained - now_ms()) * 1000000 < ns))
+            ns = (drained - now_ms()) * 1000000;
         if (r == 0)
-            pause_ns(ending ? TICK_NS : drained >= 0 ? (drained - now_ms()) * 1000000 : -1);
+            pause_ns(ns);
     }
 }
 
@@ -280,6 +300,9 @@ static EB_BARE int supervisor(void *arg)
         fail(s, r);
     else
         supervise(s, s->guard, child, false);
+    eb_raw(SYS_getrusage, RUSAGE_CHILDREN, (long)&s->tree, 0, 0);
+    if (s->watch != NULL && s->cause == EB_CAUSE_NONE)
+        s->cause = eb_watch_conclude(s->watch, &s->tree);
     leave();
     return 0;
 }
@@ -325,8 +348,14 @@ pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsig
         .drain_ms = q->drain_ms,
         .guard_alive = 1,
     };
+    if (eb_has(q, EB_TAG_LIMITS) && (s->watch = eb_watch_new(&q->limits)) == NULL) {
+        munmap(memory_of(s), MAPPING);
+        return -ENOMEM;
+    }
     pid_t pid = (pid_t)eb_raw_clone(PROCESS | flags, s, NULL, &s->guard_alive, guard, s);
     if (pid < 0) {
+        if (s->watch != NULL)
+            munmap(s->watch, sizeof *s->watch);
         munmap(memory_of(s), MAPPING);
         return pid;
     }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import errand_boy
 from errand_boy import _address
-from errand_boy._cli import command_options
+from errand_boy._cli import command_options, stats
 from errand_boy._cli.parsing import add_socket, number
 
 _COMMANDS = ("serve", "run", "map", "status")
@@ -53,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=float,
         metavar="SECONDS",
         help="end the command after so long, as --stop and --tree say; the exit status is 124 then",
+    )
+    run.add_argument(
+        "--stats",
+        nargs="?",
+        choices=stats.FORMS,
+        const=stats.FORMS[0],
+        help="say on standard error why it has ended and what it has used, as time -v or as JSON",
     )
     run.add_argument(
         "-t",
@@ -120,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return terminal.run(argv, options.socket, options.record, wanted)
     from errand_boy._cli.run import run as run_command  # noqa: PLC0415
 
-    return run_command(argv, options.socket, wanted, options.timeout)
+    return run_command(argv, options.socket, wanted, options.timeout, options.stats)
 
 
 def open_standard_streams() -> None:

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to `parser`."""
     group = parser.add_argument_group("what the command gets (see docs/options.md)")
     for name, (metavar, parse, text) in _FORMS.items():
-        spelling = "rlimit" if name == "rlimits" else name.replace("_", "-")
+        spelling = _SPELLINGS.get(name, name.replace("_", "-"))
         kind: dict[str, Any] = {"action": "store_true"}
         if metavar is not None:
             kind = {"metavar": metavar, "type": _checked(name, parse)}
@@ -60,6 +60,12 @@ def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
 
 def _limit(text: str) -> int:
     return resource.RLIM_INFINITY if text in _UNLIMITED else int(text)
+
+
+def _own_limit(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    _options.encode({"limits": {name: value}}, False, False)  # raises where that is no limit
+    return name, value
 
 
 def _cpus(text: str) -> set[int]:
@@ -130,7 +136,8 @@ def _boxed(parts: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _PREFIX = "option_"  # of the names in the namespace
-_REPEATED: dict[str, Callable[[Any], Any]] = {"rlimits": dict, "sandbox": _boxed}
+_REPEATED: dict[str, Callable[[Any], Any]] = {"limits": dict, "rlimits": dict, "sandbox": _boxed}
+_SPELLINGS = {"limits": "limit", "rlimits": "rlimit"}
 
 # Of each: what its value is called (None: it has none), what reads that, and its help.
 _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
@@ -144,6 +151,12 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
         "how long its output, or with --tree all what it has started, goes on after its end",
     ),
     "ionice": ("CLASS[:LEVEL]", _with_level, "realtime, best-effort or idle"),
+    "limits": (
+        "NAME=LIMIT",
+        _own_limit,
+        "wall or cpu (seconds), memory, file_size (4K, 1G), processes or open_files, of it and all "
+        "that it starts; may be repeated",
+    ),
     "namespaces": ("NAME,...", _listed, "namespaces of its own: user, net, pid, ..."),
     "nice": ("N", int, "what is added to its niceness"),
     "no_new_privs": (None, str, "no execution gives it privileges"),

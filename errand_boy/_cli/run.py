@@ -38,13 +38,15 @@ def run(
     socket: str | None = None,
     options: Mapping[str, Any] | None = None,
     timeout: float | None = None,
+    stats: str | None = None,
 ) -> int:
     """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
 
     After `timeout` seconds it is ended, and the status is 124, as that of timeout(1).
 
     The daemon runs it that listens at `socket`, or where daemons listen by default; if none does,
-    it is a child of this process. `options` are Popen's.
+    it is a child of this process. `options` are Popen's; `stats` is the form in which standard
+    error gets what it has used, or None.
     """
     early: list[int] = []
     # What is ignored (nohup, a shell's background job) stays so, for the command too.
@@ -79,6 +81,10 @@ def run(
     for failure in failures:
         print(f"errand-boy: {failure.strerror}", file=sys.stderr)
         return 125
+    if stats is not None:
+        from errand_boy._cli.stats import show  # noqa: PLC0415
+
+        show(process, argv, stats, "timeout" if expired.is_set() else process.cause)
     if expired.is_set():
         return _EXPIRED
     status: int = process.returncode

@@ -91,6 +91,10 @@ static void print_request(const struct eb_request *q)
         printf("SCHEDULER %u %u\n", (unsigned)q->policy, (unsigned)q->priority);
     if (eb_has(q, EB_TAG_IONICE))
         printf("IONICE %u\n", (unsigned)q->ionice);
+    if (eb_has(q, EB_TAG_LIMITS))
+        printf("LIMITS %llu %llu %llu %u\n", (unsigned long long)q->limits.wall_us,
+               (unsigned long long)q->limits.cpu_us, (unsigned long long)q->limits.memory,
+               (unsigned)q->limits.processes);
     if (eb_has(q, EB_TAG_SUPERVISE))
         printf("SUPERVISE %d %u\n", q->tree_all, (unsigned)q->drain_ms);
     if (eb_has(q, EB_TAG_TIMER_SLACK))

@@ -1,0 +1,258 @@
+"""Limits of a command and of all that it starts, and what has become of it: its verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import re
+import signal
+import struct
+import sys
+
+from errand_boy._child import helper_child
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from errand_boy._cgroups import Cgroup
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", *"KMGTP"))}
+_ENCODED = struct.Struct("<QQQI")
+_MOST = (1 << 63) - 1
+_SPARE = 200  # processes
+
+NAMES = ("wall", "cpu", "memory", "output", "processes", "file_size", "open_files")
+_SECONDS = ("wall", "cpu")
+_SIZES = ("memory", "output", "file_size")
+
+# What the supervisor says, by its number in the protocol.
+_CAUSES = {
+    lib.EB_CAUSE_TIMEOUT: "timeout",
+    lib.EB_CAUSE_CPU: "cpu",
+    lib.EB_CAUSE_MEMORY: "memory",
+    lib.EB_CAUSE_PROCESSES: "processes",
+}
+
+
+class Limits:
+    """The values of `limits=`, each a number or None: seconds, bytes or a count."""
+
+    __slots__ = ("by_cgroup", *NAMES)
+
+    wall: float | None
+    cpu: float | None
+    memory: int | None
+    output: int | None
+    processes: int | None
+    file_size: int | None
+    open_files: int | None
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.by_cgroup = False  # which enforces what it can
+        unknown = given.keys() - set(NAMES)
+        if unknown:
+            raise ValueError(f"limits: {min(unknown)!r} is none of {', '.join(NAMES)}")
+        for name in NAMES:
+            value = given.get(name)
+            setattr(self, name, None if value is None else _number(name, value))
+        if self.processes is not None and not 1 <= self.processes <= lib.EB_MAX_PROCESSES:
+            raise ValueError(
+                f"limits: processes: {self.processes} is not from 1 to {lib.EB_MAX_PROCESSES}"
+            )
+
+    def encode(self) -> bytes:
+        """Return what the supervisor is told."""
+        wall, cpu = (
+            0 if value is None else max(1, round(value * 1e6)) for value in (self.wall, self.cpu)
+        )
+        memory, processes = (0, 0) if self.by_cgroup else (self.memory or 0, self.processes or 0)
+        return _ENCODED.pack(wall, cpu, memory, processes)
+
+    def rlimits(self) -> dict[str, tuple[int, int]]:
+        """Return the resource limits of each process."""
+        found = {}
+        if self.cpu is not None:
+            # The supervisor is exact; this is for when it is late.
+            seconds = math.ceil(self.cpu) + 1
+            found["cpu"] = (seconds, seconds + 1)
+        if self.processes is not None and not self.by_cgroup and os.geteuid() != 0:
+            # It counts all of the user's, so this only bounds how far a tree gets ahead of the
+            # supervisor; it does not bind root.
+            most = _processes() + 4 * self.processes + _SPARE
+            found["nproc"] = (most, most)
+        if self.file_size is not None:
+            found["fsize"] = (self.file_size, self.file_size)
+        if self.open_files is not None:
+            found["nofile"] = (self.open_files, self.open_files)
+        return found
+
+
+def _processes() -> int:
+    """Return how many processes and threads the machine has, or 0."""
+    with contextlib.suppress(OSError), open("/proc/loadavg") as file:
+        return int(file.read().split()[3].partition("/")[2])
+    return 0
+
+
+def size(value: Any) -> int:
+    """Return the bytes that a number, or a text such as "1.5G", says. Raises ValueError."""
+    if isinstance(value, str):
+        found = _SIZE.fullmatch(value.strip())
+        if found is None:
+            raise ValueError(f"{value!r} is no size: such as 4096, 64K, 10M or 1.5G")
+        return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float | int:
+    try:
+        if isinstance(value, bool):
+            raise ValueError(f"{value!r} is no number")
+        if name in _SIZES:
+            number: float | int = size(value)
+        else:
+            number = float(value) if name in _SECONDS else int(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"limits: {name}: {error}") from None
+    # Of the rest, nothing can be run with none.
+    if not (0 if name in ("output", "file_size") else 1e-6) <= number <= _MOST:
+        raise ValueError(f"limits: {name}: {value!r} is out of range")
+    return number
+
+
+def expand(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with what `limits` among them mean for the others. Raises ValueError.
+
+    Where nobody has called `prepare` before, there is no cgroup.
+    """
+    limits, by = given["limits"], given.get("limits_by")
+    if by not in (None, "cgroup", "rlimits"):
+        raise ValueError(f"limits_by: {by!r} is neither 'cgroup' nor 'rlimits'")
+    if not isinstance(limits, Limits):
+        if by == "cgroup":
+            raise _no_cgroup("for what a helper or a daemon runs by itself, as map does")
+        limits = Limits(limits)
+    if given.get("tree") not in (None, "all"):
+        raise ValueError(f"limits: they are for all that is started, not tree={given['tree']!r}")
+    expanded = {name: value for name, value in given.items() if name != "limits_by"}
+    rlimits = {**limits.rlimits(), **(given.get("rlimits") or {})}
+    return {**expanded, "limits": limits, "tree": "all", "rlimits": rlimits or None}
+
+
+def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, dict[str, Any]]:
+    """Return what is to know of the end of a command with such options, and these expanded.
+
+    Raises ValueError, and OSError if a cgroup is required and can't be had.
+    """
+    limits, by = Limits(given["limits"]), given.get("limits_by")
+    expanded = expand({**given, "limits": limits})
+    tracker = Tracker(limits)
+    if by == "rlimits" or (by is None and (given.get("cgroup") is not None or not may_have_cgroup)):
+        return tracker, expanded
+    if given.get("cgroup") is not None:
+        raise ValueError("limits_by='cgroup' can't be given with a cgroup of your own")
+    if not may_have_cgroup:
+        raise _no_cgroup("for what a helper or a daemon runs by itself, as map does")
+    from errand_boy import _cgroups  # noqa: PLC0415
+
+    directory = _cgroups.directory()
+    if directory is not None:
+        tracker.cgroup = _cgroups.Cgroup(directory, limits.memory, limits.processes)
+        limits.by_cgroup = True
+        expanded["cgroup"] = tracker.cgroup
+    elif by == "cgroup":
+        raise _no_cgroup("here, which takes a cgroup v2 with the controllers memory and pids in "
+                         "which this process may make others")  # fmt: skip
+    return tracker, expanded
+
+
+def _no_cgroup(where: str) -> OSError:
+    return OSError(errno.ENOTSUP, f"limits_by='cgroup': there is no cgroup {where}")
+
+
+class Tracker:
+    """What is known of a command that has limits, by whoever waits for it."""
+
+    __slots__ = ("_by_kernel", "_counted", "_peak", "cgroup", "is_too_loud", "limits", "room")
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.cgroup: Cgroup | None = None
+        self.room = sys.maxsize if limits.output is None else limits.output  # for output, in bytes
+        self.is_too_loud = False
+        self._counted = [0, 0]  # pieces of each output
+        self._by_kernel: str | None = None
+        self._peak: int | None = None
+
+    def finish(self) -> None:
+        """Take what the cgroup tells, and remove it; calling it again has no effect."""
+        if self.cgroup is not None:
+            self._by_kernel, self._peak = self.cgroup.exceeded(), self.cgroup.peak()
+            self.cgroup.close()
+            self.cgroup = None
+
+    def cause(self, returncode: int, tree: Sequence[int]) -> str | None:
+        """Return the limit for which the command has ended, or None; `tree` is as in Exited."""
+        if self.is_too_loud:
+            return "output"
+        return cause(returncode, tree, self.limits, self._by_kernel)
+
+    def peak_memory(self, tree: Sequence[int]) -> int | None:
+        """Return the bytes that all had at the same time, if that is known."""
+        return self._peak if self._peak is not None else peak_memory(tree)
+
+    def take(self, data: bytes) -> bytes:
+        """Return what may be kept of more output; if that is less, it is too much."""
+        size = len(data)
+        if size > self.room:
+            data = data[: self.room]
+            self.is_too_loud = True
+        self.room -= len(data)
+        return data
+
+    def count(self, process: Any, *outputs: list[bytes] | None) -> None:
+        """Count the pieces that have come, and end the command if they are too much."""
+        was_too_loud = self.is_too_loud
+        for number, pieces in enumerate(outputs):
+            if pieces is not None:
+                for i in range(self._counted[number], len(pieces)):
+                    pieces[i] = self.take(pieces[i])
+                self._counted[number] = len(pieces)
+        if self.is_too_loud and not was_too_loud:
+            end(process)
+
+
+def end(process: Any) -> None:
+    """Kill a command and all that it has started."""
+    child = helper_child(process)
+    if child is not None:
+        child.send_signal(lib.EB_WHOLE_TREE, signal.SIGKILL)
+
+
+def peak_memory(tree: Sequence[int]) -> int | None:
+    """Return what EXITED says of that; `tree` may be empty."""
+    return tree[3] if tree else None
+
+
+def cause(
+    returncode: int, tree: Sequence[int], limits: Limits, by_kernel: str | None = None
+) -> str | None:
+    """Return the limit for which a command has ended, or None.
+
+    `tree` is as in Exited, or empty; `by_kernel` is the limit that its cgroup has enforced.
+    """
+    if tree and tree[0] in _CAUSES:
+        return _CAUSES[tree[0]]
+    if by_kernel is not None and returncode != 0:
+        return by_kernel
+    if limits.cpu is not None and returncode == -signal.SIGXCPU:
+        return "cpu"
+    if limits.file_size is not None and returncode == -signal.SIGXFSZ:
+        return "output"
+    return None

@@ -1,0 +1,256 @@
+"""Limits, and the verdict: each cause on each front, by resource limits and by a cgroup."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+from conftest import until
+
+import errand_boy
+import errand_boy.asyncio
+from errand_boy import _cgroups, _limits
+
+run, Popen = cast(Any, errand_boy.run), cast(Any, errand_boy.Popen)
+REPEAT = int(os.environ.get("ERRAND_BOY_REPEAT", "3"))
+
+LIMITS = {"wall": 30, "cpu": 0.5, "memory": "150M", "output": "100K", "processes": 10}
+PYTHON = [sys.executable, "-I", "-S", "-c"]
+# Bounded, should the limit not hold.
+FORKS = "for i in $(seq 100); do sleep 1000 & done; wait"
+CAUSES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "exit": (["true"], {}),
+    "signal": (["sh", "-c", "kill -SEGV $$"], {}),
+    "timeout": (["sleep", "1000"], {"wall": 0.2}),
+    "cpu": (["sh", "-c", "while :; do :; done"], {}),
+    "memory": (["tail", "/dev/zero"], {}),
+    "output": (["yes"], {}),
+    "processes": (["sh", "-c", FORKS], {}),
+}
+BY = ["rlimits", "cgroup"]
+
+
+@pytest.fixture(autouse=True)
+def no_helper() -> Iterator[None]:
+    yield
+    errand_boy.stop()
+
+
+def limits_of(cause: str) -> dict[str, Any]:
+    return {**LIMITS, **CAUSES[cause][1]}
+
+
+def need(by: str) -> None:
+    if by == "cgroup" and _cgroups.directory() is None:
+        pytest.skip("no cgroup with controllers is delegated to this process")
+
+
+def check(done: Any, cause: str) -> None:
+    assert done.cause == cause, (done.cause, done.returncode, done.peak_memory, done.rusage)
+    assert (done.returncode == 0) == (cause == "exit")
+    assert done.duration > 0
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("cause", CAUSES)
+def test_each_cause(cause: str, by: str) -> None:
+    """As often as ERRAND_BOY_REPEAT says."""
+    need(by)
+    for _ in range(REPEAT):
+        done = run(CAUSES[cause][0], limits=limits_of(cause), limits_by=by, capture_output=True)
+        check(done, cause)
+        assert done.limits_by == by
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_each_front(cause: str, client: Any) -> None:
+    command, limits = CAUSES[cause][0], limits_of(cause)
+
+    async def by_asyncio() -> Any:
+        return await errand_boy.asyncio.run(command, limits=limits, capture_output=True)
+
+    check(asyncio.run(by_asyncio()), cause)
+    check(next(errand_boy.map([command], limits=limits)), cause)
+    check(next(errand_boy.map([cast(Any, {"args": command, "limits": limits})])), cause)
+    check(client.run(command, limits=limits, capture_output=True), cause)
+    check(next(client.map([command], limits=limits)), cause)
+    for front in Popen, client.Popen:
+        with front(command, limits=limits, stdout=subprocess.PIPE) as process:
+            process.communicate()
+        check(process, cause)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_output_is_kept_up_to_its_limit(by: str) -> None:
+    need(by)
+    script = "head -c 60000 /dev/zero; head -c 60000 /dev/zero >&2; echo more; echo more >&2"
+    for most, cause in (120_010, "exit"), (120_009, "output"):
+        done = run(["sh", "-c", script], limits={"output": most}, limits_by=by, capture_output=True)
+        assert done.cause == cause
+        assert len(done.stdout) + len(done.stderr) == most
+    done = run(["yes"], limits={"output": "1K"}, limits_by=by, stdout=subprocess.PIPE, text=True)
+    assert (done.cause, done.stdout) == ("output", "y\n" * 512)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_nothing_is_left_of_the_tree(by: str) -> None:
+    need(by)
+    script = "setsid sh -c 'sleep 1000 & echo $!; sleep 1000' & sleep 1000 & echo $!; sleep 0.1; "
+    for more, cause in ("sleep 1000", "timeout"), ("exit 0", "exit"):
+        command, limits = ["sh", "-c", script + more], {"wall": 5}
+        done = run(command, limits=limits, limits_by=by, stdout=subprocess.PIPE)
+        assert done.cause == cause
+        pids = [int(word) for word in done.stdout.split()]
+        assert len(pids) == 2
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+    if by == "cgroup":
+        assert not list(Path(str(_cgroups.directory())).glob(f"errand-boy-{os.getpid()}-*"))
+
+
+@pytest.mark.parametrize("by", BY)
+def test_usage_is_the_trees(by: str) -> None:
+    need(by)
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    memory = "import time\na = b'x' * 30000000 + b'y'\ntime.sleep(0.5)"
+    children = "import subprocess, sys\nall = [subprocess.Popen([sys.executable, '-ISc', {!r}])"
+    children += " for _ in range(3)]\nfor each in all: each.wait()"
+    limits = {"cpu": 60, "memory": "1G"}
+    done = run([*PYTHON, children.format(busy)], limits=limits, limits_by=by)
+    assert done.rusage.ru_utime + done.rusage.ru_stime >= 0.9
+    done = run([*PYTHON, children.format(memory)], limits=limits, limits_by=by)
+    assert 90_000_000 < done.peak_memory < 1 << 30
+
+
+def test_a_tree_is_counted_whole() -> None:
+    """Each process has less than the limit of CPU time, and those that have ended count too."""
+    busy = "import time\nwhile time.process_time() < 0.2: pass"
+    script = f"while true; do {sys.executable} -ISc '{busy}'; done"
+    done = run(["sh", "-c", script], limits={"cpu": 0.5, "wall": 60})
+    assert done.cause == "cpu"
+
+
+def test_limits_of_each_process() -> None:
+    done = run(["sh", "-c", "ulimit -n; exec dd if=/dev/zero of=/dev/shm/errand-boy-$$ bs=64K"],
+               limits={"file_size": "100K", "open_files": 55}, capture_output=True)  # fmt: skip
+    try:
+        assert (done.cause, done.stdout) == ("output", b"55\n")
+    finally:
+        for path in Path("/dev/shm").glob("errand-boy-*"):
+            path.unlink()
+    done = run(["sh", "-c", "ulimit -n"], limits={"open_files": 55}, rlimits={"nofile": 44},
+               capture_output=True)  # fmt: skip
+    assert done.stdout == b"44\n"
+
+
+def test_a_timeout_of_the_caller(client: Any) -> None:
+    for function in run, client.run:
+        with pytest.raises(subprocess.TimeoutExpired) as caught:
+            function(
+                ["sh", "-c", "echo so far; sleep 1000"],
+                limits={"wall": 60},
+                timeout=0.3,
+                capture_output=True,
+            )
+        found = cast(Any, caught.value)
+        assert (found.cause, found.output, found.limits_by) == ("timeout", b"so far\n", "rlimits")
+        assert found.peak_memory > 0
+
+
+def test_ended_by_hand() -> None:
+    with Popen(["sleep", "1000"], limits={"wall": 60}) as process:
+        process.kill()
+    assert (process.cause, process.limits_by) == ("client", "rlimits")
+
+
+def test_its_caller_ends() -> None:
+    with Popen(["sh", "-c", "setsid sleep 1000 & echo $!; wait"], limits={"wall": 60},
+               stdout=subprocess.PIPE) as process:  # fmt: skip
+        pid = int(process.stdout.readline())
+        process.kill()
+    until(lambda: not psutil.pid_exists(pid), "the end of what it has started")
+
+
+def test_bad_limits() -> None:
+    for given, words in (
+        ({"walls": 1}, "limits: 'walls' is none of wall, cpu"),
+        ({"wall": 0}, "limits: wall: 0 is out of range"),
+        ({"wall": "soon"}, "limits: wall: could not convert"),
+        ({"memory": "1 gig"}, "limits: memory: '1 gig' is no size"),
+        ({"processes": 5000}, "limits: processes: 5000 is not from 1 to 4096"),
+        ({"output": -1}, "limits: output: -1 is out of range"),
+        ({"cpu": True}, "limits: cpu: True is no number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(["true"], limits=given)
+        with pytest.raises(ValueError, match=words):
+            list(errand_boy.map([["true"]], limits=given))
+    with pytest.raises(ValueError, match="limits_by: 'luck' is neither"):
+        run(["true"], limits={"wall": 1}, limits_by="luck")
+    with pytest.raises(ValueError, match="they are for all that is started, not tree='group'"):
+        run(["true"], limits={"wall": 1}, tree="group")
+
+
+def test_a_cgroup_that_is_required(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"limits": {"wall": 1}, "limits_by": "cgroup"}
+    for function in (
+        lambda: client.run(["true"], **given),
+        lambda: list(errand_boy.map([["true"]], check=True, **given)),
+    ):
+        with pytest.raises(OSError, match="limits_by='cgroup': there is no cgroup") as caught:
+            function()
+        assert caught.value.errno == errno.ENOTSUP
+    monkeypatch.setattr(_cgroups, "directory", lambda: None)
+    with pytest.raises(OSError, match="limits_by='cgroup': there is no cgroup here") as caught:
+        run(["true"], limits={"wall": 1}, limits_by="cgroup")
+    assert caught.value.errno == errno.ENOTSUP
+    assert run(["true"], limits={"wall": 1}).limits_by == "rlimits"
+
+
+def test_sizes() -> None:
+    for text, number in (
+        ("4096", 4096), ("64K", 65536), ("10M", 10 << 20), ("1.5G", 3 << 29), ("1 GiB", 1 << 30),
+        ("2tb", 2 << 40), (77, 77),
+    ):  # fmt: skip
+        assert _limits.size(text) == number
+
+
+def test_no_waiting_is_needed() -> None:
+    """The supervisor ends what nobody waits for."""
+    process = Popen(["sleep", "1000"], limits={"wall": 0.2})
+    child = psutil.Process(process.pid)
+    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    begun = time.monotonic()
+    process.wait()
+    assert process.cause == "timeout"
+    assert time.monotonic() - begun < 30
+
+
+def test_on_the_command_line() -> None:
+    command = [sys.executable, "-m", "errand_boy", "run", "--limit", "wall=0.2", "--limit"]
+    command += ["memory=1G", "--stats=json", "--", "sleep", "1000"]
+    done = subprocess.run(command, stderr=subprocess.PIPE)
+    told = json.loads(done.stderr)
+    assert (told["cause"], told["returncode"], told["args"]) == ("timeout", -9, ["sleep", "1000"])
+    assert told["duration"] >= 0.2
+    assert told["peak_memory"] > 0
+    assert told["rusage"]["ru_utime"] >= 0
+    assert done.returncode == 128 + 9
+    command = [*command[:4], "--stats", "--", "false"]
+    done = subprocess.run(command, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    lines = done.stderr.decode().splitlines()
+    assert lines[:3] == ["\tCommand: false", "\tCause of its end: exit", "\tExit status: 1"]
+    command = [*command[:4], "--limit", "memory=lots", "--", "true"]
+    done = subprocess.run(command, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert b"limits: memory: 'lots' is no size" in done.stderr
