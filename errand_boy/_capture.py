@@ -78,7 +78,7 @@ def capture(
     if get("limits") is not None:
         from errand_boy._limits import Limits, Tracker  # noqa: PLC0415
 
-        limited = Tracker(Limits(get("limits")))
+        limited = Tracker(Limits(options["limits"]))
     spools = Spool(), Spool()
     begun = time.monotonic()
     is_late = False

@@ -50,6 +50,7 @@ class Case:
     words: list[str] = field(default_factory=list)  # of errand-boy run and map
     by_posix: bool = False  # posix_spawn can do it too
     for_root: bool = False
+    by_helper: bool = False  # which ERRAND_BOY_SPAWN=direct forbids
     missing: Callable[[], str] = lambda: ""  # why this system can't show it
 
 
@@ -139,6 +140,7 @@ CASES = {
         ["sh", "-c", "ulimit -n"],
         lambda text: text == "55\n",
         ["--limit", "open_files=55", "--limit", "wall=60"],
+        by_helper=True,
     ),
     "namespaces": Case(
         "{'namespaces': {'user', 'uts'}}",
@@ -395,13 +397,13 @@ def skip_what_can_not_be_shown(option: str) -> None:
         pytest.skip("needs the rights of root")
 
 
-def expect(option: str, front: str, function: Callable[[], bytes], refused: bool = False) -> None:
+def expect(option: str, front: str, function: Callable[[], bytes], refused: str = "") -> None:
     try:
         text = function().decode()
     except OSError as error:
         assert refused, (front, error)
         assert error.errno == errno.ENOTSUP, front
-        cells[option, front] = "refused: posix_spawn can't"
+        cells[option, front] = f"refused: {refused}"
     else:
         assert not refused, front
         assert CASES[option].shows(text), (front, text)
@@ -415,7 +417,8 @@ def test_each_front(
     """A row of the table, for one way of starting."""
     skip_what_can_not_be_shown(option)
     case = CASES[option]
-    refused = spawn == "posix" and not case.by_posix
+    refused = "posix_spawn can't" if spawn == "posix" and not case.by_posix else ""
+    direct = "it needs a helper" if spawn == "direct" and case.by_helper else ""
 
     def of_framework(module: str) -> bytes:
         text = by_framework(module, spawn, root, own_cgroup())[option]
@@ -427,11 +430,12 @@ def test_each_front(
     for name, by in FRONTS.items():
         if name != "Celery" or importlib.util.find_spec("celery") is not None:
             call = functools.partial(by, case.command, eval(case.options, scope))
-            expect(option, f"{name}, {spawn}", call, refused)
+            why = refused if name in ("map", "one of a map", "Executor", "Celery") else direct
+            expect(option, f"{name}, {spawn}", call, refused or why)
     for module in FRAMEWORKS:
         if importlib.util.find_spec(module) is not None:
             call = functools.partial(of_framework, module)
-            expect(option, f"{module}, {spawn}", call, refused)
+            expect(option, f"{module}, {spawn}", call, refused or direct)
 
 
 @pytest.mark.parametrize("option", CASES)
