@@ -59,6 +59,7 @@ int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int
 #define EB_HAVE_RAW ...
 bool eb_direct_works(void);
 int eb_await_readable(int fd);
+void eb_close_all(const int *fds, const uint8_t *unread, size_t count);
 void eb_trim_heap(void);
 int getsockopt(int sockfd, int level, int name, void *value, unsigned int *size);
 int prctl(int option, ...);

@@ -16,7 +16,10 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 #include <unistd.h>
+
+enum { LAST_BYTES = 4096, MOST_LAST_READS = 16 };
 
 /* Makes the process known to `owner`, before any other code of the caller's runs; or no longer. */
 static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
@@ -305,6 +308,17 @@ int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int
         return found;
     eb_spawn_frame_done(o);
     return found | EB_SENT;
+}
+
+void eb_close_all(const int *fds, const uint8_t *unread, size_t count)
+{
+    char data[LAST_BYTES];
+    for (size_t i = 0; i < count; i++) {
+        for (int reads = unread[i] ? MOST_LAST_READS : 0; reads > 0; reads--)
+            if (recv(fds[i], data, sizeof data, MSG_DONTWAIT) <= 0)
+                break;
+        close(fds[i]);
+    }
 }
 
 int eb_await_readable(int fd)

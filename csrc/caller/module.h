@@ -17,4 +17,8 @@ int eb_send_request(struct eb_spawn_frame *o, const struct eb_caller *start, int
  * other side reads what has been sent to it. */
 int eb_await_readable(int fd);
 
+/* Closes descriptors that somebody else has sent or connected.  Each close may sleep, until a signal comes.  Those that
+ * are `unread` are read before, since the peer would have ECONNRESET in place of our last words. */
+void eb_close_all(const int *fds, const uint8_t *unread, size_t count);
+
 #endif

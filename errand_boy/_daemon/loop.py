@@ -111,6 +111,7 @@ class Loop:
     def run(self, is_finished: Callable[[], bool]) -> None:
         """Run until `is_finished`."""
         while not is_finished():
+            self.closer.flush()
             ready = self._selector.select(self._timers.rest())
             self._forget_the_past(time.monotonic())
             begun = before = time.thread_time()

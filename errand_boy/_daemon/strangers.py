@@ -17,12 +17,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 
+from errand_boy._native import lib
+
 INTERRUPT = signal.SIGUSR1  # must have a handler
 _LOOK = 0.02  # seconds that a close may sleep
 _REST = 5.0  # seconds without work, after which all threads but one end
-_READ = 1 << 16  # bytes
+_BATCH = 16  # are closed at one go, without Python's lock, for which the loop would have to wait
 _MOST_THREADS = 8
-_MOST_WAITING = 256
+_MOST_WAITING = 64  # batches
 
 
 class DescriptorsError(OSError):
@@ -51,14 +53,16 @@ def receive(sock: socket.socket, size: int) -> bytes:
 class Closer:
     """Closes such sockets in threads of its own, and interrupts a close that sleeps.
 
-    `call_later` is the loop's.
+    The loop calls `flush` before it waits. `call_later` is the loop's.
     """
 
     def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
         self._call_later = call_later
-        self._queue: SimpleQueue[tuple[int, int, bool]] = SimpleQueue()
+        self._fds: list[int] = []  # of the next batch,
+        self._unread: list[bool] = []  # and whether they are to be read
+        self._queue: SimpleQueue[tuple[int, list[int], bytes]] = SimpleQueue()
         self._number = count()
-        self._unclosed: set[int] = set()  # their numbers; descriptors' are soon somebody else's
+        self._unclosed: set[int] = set()  # batches, by number
         self._since: dict[int, float] = {}  # by thread: when the close began that it is at
         self._threads: set[int] = set()
         self._is_looking = False
@@ -67,7 +71,7 @@ class Closer:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is being closed, or waits for that."""
-        return not self._unclosed
+        return not (self._fds or self._unclosed)
 
     @property
     def is_behind(self) -> bool:
@@ -78,9 +82,18 @@ class Closer:
         """Close `sock`, a little later; `read` what has come before, lest the peer is told."""
         fd = sock.detach()
         if fd >= 0:
+            self._fds.append(fd)
+            self._unread.append(read)
+            if len(self._fds) == _BATCH:
+                self.flush()
+
+    def flush(self) -> None:
+        """Have those closed that have been given since."""
+        if self._fds:
             number = next(self._number)
             self._unclosed.add(number)
-            self._queue.put((number, fd, read))
+            self._queue.put((number, self._fds, bytes(self._unread)))
+            self._fds, self._unread = [], []
             self._look_later()
 
     def _start_thread(self, rest: float | None) -> None:
@@ -95,16 +108,12 @@ class Closer:
             os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, os.getpid()))
         while True:
             try:
-                number, fd, read = self._queue.get(timeout=rest)
+                number, fds, unread = self._queue.get(timeout=rest)
             except Empty:
                 self._threads.discard(me)
                 return
             self._since[me] = time.monotonic()
-            with suppress(OSError):
-                if read:
-                    os.read(fd, _READ)
-            with suppress(OSError):
-                os.close(fd)
+            lib.eb_close_all(fds, unread, len(fds))
             del self._since[me]
             self._unclosed.remove(number)
 
