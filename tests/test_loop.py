@@ -76,6 +76,25 @@ def test_all_sockets_of_one_owner_have_their_turns(readable: list[socket.socket]
     assert counts == [3] * len(readable)
 
 
+def test_what_is_posted_takes_turns_as_well(readable: list[socket.socket]) -> None:
+    """One who posts a lot holds up neither another who posts nor another's sockets."""
+    loop = Loop(Log("info", "text"))
+    order: list[int] = []
+
+    def work(owner: int) -> None:
+        order.append(owner)
+        spend(0.002)
+
+    for _ in range(50):
+        loop.post(BUSY, lambda: work(BUSY))
+    loop.post(CALM, lambda: work(CALM))
+    loop.watch(readable[0], selectors.EVENT_READ, lambda events: work(CALM + 1), CALM + 1)
+    loop.run(lambda: len(order) >= 10)
+    assert order.count(BUSY) <= 5
+    assert CALM in order[:3]
+    assert CALM + 1 in order[:3]
+
+
 def test_signals_go_before_all(readable: list[socket.socket]) -> None:
     loop = Loop(Log("info", "text"))
     ours, theirs = socket.socketpair()

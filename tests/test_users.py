@@ -530,6 +530,18 @@ def test_end_of_a_helper_whose_socket_somebody_keeps(public_dir: Path) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def test_no_new_privs_is_for_all(public_dir: Path) -> None:
+    options = [f"--allow-uid={FIRST}", "--pool-size=1", "--no-new-privs"]
+    with started_daemon(public_dir, *options) as daemon:
+        for connection in connect_as(daemon, FIRST), daemon.connect():
+            command = psutil.Process(spawn(connection, "/bin/sleep", "100"))
+            helper = command.parent()
+            assert helper is not None
+            for pid in daemon.process.pid, helper.pid, command.pid:
+                assert status_of(pid)["NoNewPrivs"] == "1"
+            end(connection, command.pid)
+
+
 @pytest.mark.parametrize("nice", [0, 5])
 def test_priority_is_the_servers_alone(public_dir: Path, nice: int) -> None:
     """Unless the administrator has said another one, which is everybody's then."""

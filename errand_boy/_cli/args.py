@@ -257,6 +257,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "journal, or on standard error in this form (default of it: text)",
     )
     parser.add_argument(
+        "--no-new-privs",
+        action="store_true",
+        help="for daemon, helpers and commands: set-user-ID programs do not gain rights",
+    )
+    parser.add_argument(
         "--pid-file", metavar="PATH", help="written when it listens, removed when it ends"
     )
     parser.add_argument(

@@ -7,7 +7,7 @@ import select
 import selectors
 import socket
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 
 from errand_boy._daemon.log import Complaints, Log
@@ -17,12 +17,13 @@ from errand_boy._timers import Timer, Timers
 _SLICE = 0.001  # seconds of CPU until those are looked for who have become ready meanwhile
 _HALF_LIFE = 0.25  # seconds: of what the loop has done for somebody
 
-NEWCOMERS = -1  # owner of what is done for connections before it is known what they want
+NEWCOMERS = -1  # owner of what is done for connections before it is known whose they are
+_SHARE = 4  # times what another owner has: all who connect wait for them
 URGENT = -2  # of what goes before all: signals
 
 
-class _Watched:
-    """What is called for a descriptor. `turn`: the number of the last callback."""
+class _Source:
+    """Of callbacks, those of a descriptor or those posted. `turn`: the number of the last one."""
 
     __slots__ = ("callback", "owner", "turn")
 
@@ -50,6 +51,7 @@ class Loop:
         self._taken: defaultdict[int, float] = defaultdict(float)  # seconds of CPU, by owner
         self._halved_at = 0.0  # of time.monotonic()
         self._turn = 0
+        self._posted: dict[int, tuple[_Source, deque[Callable[[], None]]]] = {}  # by owner
         self._timers = Timers()
         self.complaints = Complaints(log, self.call_later)
         self.closer = Closer(self.call_later)
@@ -76,7 +78,7 @@ class Loop:
         if key is None:
             if events:
                 assert callback is not None
-                self._selector.register(file, events, _Watched(callback, owner))
+                self._selector.register(file, events, _Source(callback, owner))
         elif not events:
             self._selector.unregister(file)
         elif key.events != events:
@@ -91,6 +93,20 @@ class Loop:
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call `callback` after so many seconds, unless the timer that is returned is cancelled."""
         return self._timers.after(seconds, lambda: self.call(callback))
+
+    def post(self, owner: int, callback: Callable[[], None]) -> None:
+        """Call `callback` for `owner`, when it is his turn."""
+        if owner not in self._posted:
+            source = _Source(lambda events: self._call_posted(owner), owner)
+            self._posted[owner] = source, deque()
+        self._posted[owner][1].append(callback)
+
+    def _call_posted(self, owner: int) -> None:
+        _, callbacks = self._posted[owner]
+        callback = callbacks.popleft()
+        if not callbacks:
+            del self._posted[owner]
+        callback()
 
     def await_hangup(self, sock: socket.socket, callback: Callable[[], None]) -> None:
         """Call `callback` when the peer has closed its socket altogether."""
@@ -112,31 +128,35 @@ class Loop:
         """Run until `is_finished`."""
         while not is_finished():
             self.closer.flush()
-            ready = self._selector.select(self._timers.rest())
+            rest = 0.0 if self._posted else self._timers.rest()
+            ready: list[tuple[_Source, selectors.SelectorKey | None, int]] = [
+                (key.data, key, events) for key, events in self._selector.select(rest)
+            ]
+            ready += [(source, None, 0) for source, _ in self._posted.values()]
             self._forget_the_past(time.monotonic())
             begun = before = time.thread_time()
             if len(ready) > 1:
                 ready.sort(key=self._order)
-            for key, events in ready:
-                current = self._selector.get_map().get(key.fd)
-                if current is None or current.fileobj is not key.fileobj:
-                    continue
-                watched = current.data
+            for source, key, events in ready:
+                if key is not None:
+                    current = self._selector.get_map().get(key.fd)
+                    if current is None or current.data is not source:
+                        continue
                 self._turn += 1
-                watched.turn = self._turn
-                self.call(watched.callback, events)
+                source.turn = self._turn
+                self.call(source.callback, events)
                 now = time.thread_time()
-                self._taken[watched.owner] += now - before
+                share = _SHARE if source.owner == NEWCOMERS else 1
+                self._taken[source.owner] += (now - before) / share
                 before = now
                 if now - begun > _SLICE:
                     break  # what has not had its turn is ready still
             self._timers.ring()
 
-    def _order(self, ready: tuple[selectors.SelectorKey, int]) -> tuple[float, int]:
-        watched = ready[0].data
-        if watched.owner == URGENT:
-            return -1.0, watched.turn
-        return self._taken.get(watched.owner, 0.0), watched.turn
+    def _order(self, ready: tuple[_Source, object, int]) -> tuple[float, int]:
+        source = ready[0]
+        taken = -1.0 if source.owner == URGENT else self._taken.get(source.owner, 0.0)
+        return taken, source.turn
 
     def _forget_the_past(self, now: float) -> None:
         if now - self._halved_at > _HALF_LIFE:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from errand_boy import _wire
 from errand_boy._daemon.loop import NEWCOMERS, Loop
@@ -16,6 +17,7 @@ from errand_boy._daemon.strangers import peek
 
 FIRST = 1 + _wire.HEADER.size + 4  # bytes that tell what a connection is
 _EDGES = 8  # of one turn
+_MOST_UNSEEN = 100  # of a user who has too many connections already
 _STRANGERS = 64  # who may not use the daemon, and whose first bytes are waited for
 
 
@@ -59,6 +61,8 @@ class Newcomers:
         self._loop = loop
         self._on_first = on_first
         self._on_late = on_late
+        self._unseen: dict[int, Newcomer] = {}  # by descriptor, as below
+        self._unseen_of: dict[int, int] = {}  # how many of them are a user's
         self._waiting: OrderedDict[int, Newcomer] = OrderedDict()  # in the order of deadlines
         self._strangers = 0
         self._is_timed = False
@@ -69,14 +73,27 @@ class Newcomers:
 
     def __iter__(self) -> Iterator[Newcomer]:
         """Iterate over those that are waited for."""
-        return iter(self._waiting.values())
+        return iter([*self._unseen.values(), *self._waiting.values()])
 
     def __len__(self) -> int:
         """Return how many are waited for."""
-        return len(self._waiting)
+        return len(self._unseen) + len(self._waiting)
 
     def add(self, newcomer: Newcomer) -> None:
-        """Wait for the first bytes of `newcomer`, if they are not there."""
+        """Look at the first bytes of `newcomer` when it is its user's turn, or wait for them."""
+        uid = newcomer.peer.uid
+        unseen = self._unseen_of.get(uid, 0)
+        if newcomer.refusal and unseen >= _MOST_UNSEEN:
+            self._on_late(newcomer)
+            return
+        self._unseen[newcomer.fd] = newcomer
+        self._unseen_of[uid] = unseen + 1
+        self._loop.post(uid, partial(self._look_at, newcomer))
+
+    def _look_at(self, newcomer: Newcomer) -> None:
+        if self._unseen.get(newcomer.fd) is not newcomer:
+            return
+        self._saw(newcomer)
         first = newcomer.first()
         if first is not None:
             self._on_first(newcomer, first)
@@ -90,10 +107,19 @@ class Newcomers:
 
     def clear(self) -> list[Newcomer]:
         """Wait no longer, and return them."""
-        waiting = list(self._waiting.values())
-        for newcomer in waiting:
+        all_of_them = list(self)
+        for newcomer in list(self._unseen.values()):
+            self._saw(newcomer)
+        for newcomer in list(self._waiting.values()):
             self._forget(newcomer)
-        return waiting
+        return all_of_them
+
+    def _saw(self, newcomer: Newcomer) -> None:
+        del self._unseen[newcomer.fd]
+        uid = newcomer.peer.uid
+        self._unseen_of[uid] -= 1
+        if not self._unseen_of[uid]:
+            del self._unseen_of[uid]
 
     def _forget(self, newcomer: Newcomer) -> None:
         # Closing would not do: the helper's copy of it would go on to report to us.

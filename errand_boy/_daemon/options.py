@@ -29,6 +29,7 @@ class Options:
         log_level: str = "info",
         log_format: str = "text",
         log_commands: str | None = None,
+        no_new_privs: bool = False,
         pid_file: str | None = None,
         version: str = "",
     ) -> None:
@@ -50,5 +51,6 @@ class Options:
         self.log_level = log_level
         self.log_format = log_format
         self.log_commands = log_commands
+        self.no_new_privs = no_new_privs
         self.pid_file = pid_file
         self.version = version

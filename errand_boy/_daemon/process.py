@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _NICENESS = -10
 
 
@@ -54,10 +54,12 @@ def serve(values: dict[str, Any], state: int | None) -> int:
     try:
         _close_on_exec()
         files = _raise_file_limit()
+        if options.no_new_privs:
+            _prctl(_PR_SET_NO_NEW_PRIVS)
         if options.allow_uid or options.allow_gid:
             _raise_priority()
         # Of what a killed helper leaves, this process becomes the parent.
-        lib.prctl(_PR_SET_CHILD_SUBREAPER, ffi.cast("unsigned long", 1))
+        _prctl(_PR_SET_CHILD_SUBREAPER)
         server = Server(options, listener, log, files, lambda: supervisor.notify("STOPPING=1"))
         _set_title(f"errand-boy: server on {listener.path}")
         server.catch_signals()
@@ -139,6 +141,12 @@ def _close_on_exec() -> None:
         if fd > 2:
             with contextlib.suppress(OSError):  # the listing's own
                 os.set_inheritable(fd, False)
+
+
+def _prctl(option: int) -> None:
+    """Set what cannot fail on the kernels that we run on, to 1."""
+    one, zero = ffi.cast("unsigned long", 1), ffi.cast("unsigned long", 0)
+    lib.prctl(option, one, zero, zero, zero)
 
 
 def _raise_file_limit() -> int:
