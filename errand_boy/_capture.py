@@ -29,6 +29,7 @@ _OUTPUTS = (None, subprocess.DEVNULL, _PIPE)
 _SETTINGS = {"cwd", "env", "umask", "restore_signals", "start_new_session"}
 if sys.version_info >= (3, 11):
     _SETTINGS.add("process_group")
+_ENDS = ("stop", "tree", "drain")  # Popen does it
 _TEXT = {"text", "universal_newlines", "encoding", "errors"}
 _NOT_SETTINGS = {"stdin", "stdout", "stderr", "shell", "executable", *_TEXT}
 _STANDARD = _SETTINGS | _NOT_SETTINGS
@@ -42,6 +43,7 @@ def can_capture(options: Mapping[str, Any]) -> bool:
         and outputs[0] in _OUTPUTS
         and outputs[1] in (*_OUTPUTS, subprocess.STDOUT)
         and _PIPE in outputs
+        and options.keys().isdisjoint(_ENDS)
         and not options.get("pty")  # its descriptor travels
         and not _request.unknown(options.keys() - _STANDARD)
         and not options.keys() >= {"text", "universal_newlines"}  # they may contradict each other

@@ -75,6 +75,12 @@ class StreamedCommand:
         return 0 if self._stream is None else self._stream.pid
 
     @property
+    def stream(self) -> Stream:
+        """The engine of a command that has been started."""
+        assert self._stream is not None
+        return self._stream
+
+    @property
     def has_exited(self) -> bool:
         """Whether the process has ended, though others may hold its output."""
         return self._stream is not None and self._stream.ended is not None
@@ -108,10 +114,10 @@ class StreamedCommand:
         if self._stream is not None:
             self._stream.signal(pid, number)
 
-    def kill(self, pid: int) -> None:
-        """Have SIGKILL sent to `pid`; those who hold the output are waited for no more."""
+    def kill(self, *pids: int) -> None:
+        """Have SIGKILL sent to `pids`; those who hold the output are waited for no more."""
         if self._stream is not None:
-            self._end = self._stream.kill(pid)
+            self._end = self._stream.kill(*pids)
 
     def cancel(self) -> None:
         """In another thread: have `run` raise CancelledError, and the helper end the command."""

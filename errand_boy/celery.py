@@ -26,8 +26,9 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.worker.request import Request as _TaskRequest
 from celery.worker.state import revoked
 
-from errand_boy import _helper, _native, _request, _wire
+from errand_boy import _ends, _helper, _native, _request, _wire
 from errand_boy._map import with_bar
+from errand_boy._native import lib
 from errand_boy._request import Request
 from errand_boy._spool import Spool
 from errand_boy._stream import Ended
@@ -76,8 +77,16 @@ class _Command:
     """A command, whose whole process group is ended."""
 
     def __init__(
-        self, request: Request, streams: int, grace: float, spools: list[Spool], input: bytes | None
+        self,
+        request: Request,
+        streams: int,
+        grace: float,
+        spools: list[Spool],
+        input: bytes | None,
+        options: Mapping[str, Any],
     ) -> None:
+        self._ends = _ends.of(options, "group")
+        self._options = options
         self._streamed = StreamedCommand(
             _helper.runner, request, streams, False, spools, input, self._on_started
         )
@@ -88,8 +97,11 @@ class _Command:
         self.timed_out = False
 
     def time_up(self) -> None:
-        """Send SIGTERM to the process group, and after the grace SIGKILL."""
+        """End the command by its `stop`; by default SIGTERM, and after the grace SIGKILL."""
         self.timed_out = True
+        if self._ends is not None and self._ends.is_given:
+            self._step(self._ends.course(self._send), None)
+            return
         self._signal_group(signal.SIGTERM)
         self._signal_group(signal.SIGCONT)  # stopped, it would not notice
         self.timers.after(self._grace, self._kill)
@@ -113,6 +125,27 @@ class _Command:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
 
+    def _send(self, number: int) -> None:
+        assert self._ends is not None
+        if self._ends.tree == "group":
+            self._signal_group(number)
+        elif self._streamed.pid:
+            _ends.signaller(self._streamed.stream, self._ends, self._options)(number)
+
+    def _step(self, course: Any, has_ended: bool | None) -> None:
+        try:
+            seconds = next(course) if has_ended is None else course.send(has_ended)
+        except StopIteration:
+            seconds = None
+        if seconds is None:
+            self._streamed.kill()  # the signal has been sent
+        else:
+            go_on = partial(self._go_on, course)
+            self.timers.after(seconds, go_on)
+
+    def _go_on(self, course: Any) -> None:
+        self._step(course, self._streamed.has_exited)
+
     def _on_started(self) -> None:
         with contextlib.suppress(OSError):  # it has ended already
             self._pidfd = _native.pidfd_open(self._streamed.pid)
@@ -126,7 +159,10 @@ class _Command:
             self._streamed.kill(-self._streamed.pid)
 
     def _signal_group(self, number: int) -> None:
-        if not self._streamed.has_exited:
+        if self._ends is not None and self._ends.tree == "all":
+            if self._streamed.pid and not self._streamed.has_exited:
+                self._streamed.signal(lib.EB_WHOLE_TREE, number)
+        elif not self._streamed.has_exited:
             # The helper has not waited for the leader, so that the group's number is its own.
             if self._streamed.pid:
                 self._streamed.signal(-self._streamed.pid, number)
@@ -201,7 +237,7 @@ def run_command(
         spools.append(Spool(max_output, None if path is None else partial(FileIO, path, "w")))
         paths.append(path)
     data = None if input is None else input.encode(encoding, errors)
-    command = _Command(request, streams, grace, spools, data)
+    command = _Command(request, streams, grace, spools, data, options)
     begun = time.monotonic()
     if timeout is not None:
         command.timers.at(begun + timeout, command.time_up)

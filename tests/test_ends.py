@@ -1,0 +1,376 @@
+"""How commands are ended: `stop`, `tree`, `drain` and `dies_with_caller`, on every front."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from signal import SIGKILL, SIGTERM
+from typing import Any
+
+import pytest
+from conftest import run_script, started_script, until
+from daemon import started_daemon
+
+import errand_boy
+from errand_boy import _ends, _helper
+
+# Ignores SIGTERM, keeps its output, and has a descendant that forked twice and left the session.
+ESCAPES = """
+trap "" TERM
+echo out
+(setsid sh -c 'sleep 1000 & exec sleep 1000' &)
+while :; do sleep 1000; done
+"""
+STEPS = ((SIGTERM, 0.1), SIGKILL)
+
+
+class Marked:
+    """Processes that have inherited an environment, and so a mark."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        value = str(uuid.uuid4())
+        self._mark = f"ERRAND_BOY_MARK={value}".encode()
+        monkeypatch.setenv("ERRAND_BOY_MARK", value)
+        self.env = dict(os.environ)
+
+    def pids(self) -> list[int]:
+        found = []
+        for name in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if name.isdecimal() and self._mark in Path(f"/proc/{name}/environ").read_bytes():
+                    found.append(int(name))
+        return found
+
+    def are_gone(self) -> bool:
+        return not self.pids()
+
+
+@pytest.fixture(autouse=True)
+def no_helper(nothing_left_behind: None) -> Iterator[None]:
+    yield
+    errand_boy.stop()
+
+
+@pytest.fixture
+def marked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Marked]:
+    marked = Marked(monkeypatch)
+    yield marked
+    left = marked.pids()
+    for pid in left:
+        os.kill(pid, SIGKILL)
+    assert not left
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+# -- each front: runs ESCAPES until its time is up, with `tree` and STEPS; returns the output --
+
+
+def expired(run: Callable[..., Any], marked: Marked, tree: str, **options: Any) -> bytes:
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        run(
+            ["sh", "-c", ESCAPES],
+            stdout=subprocess.PIPE,
+            timeout=0.5,
+            stop=STEPS,
+            tree=tree,
+            env=marked.env,
+            **options,
+        )
+    output: bytes = caught.value.output
+    return output
+
+
+def by_run(marked: Marked, tree: str, client: Any) -> bytes:
+    return expired(errand_boy.run, marked, tree)
+
+
+def by_the_daemon(marked: Marked, tree: str, client: Any) -> bytes:
+    return expired(client.run, marked, tree)
+
+
+def by_asyncio(marked: Marked, tree: str, client: Any) -> bytes:
+    import errand_boy.asyncio as ours  # noqa: PLC0415
+
+    return expired(lambda *args, **options: asyncio.run(ours.run(*args, **options)), marked, tree)
+
+
+def by_map(marked: Marked, tree: str, client: Any) -> bytes:
+    args = ["sh", "-c", ESCAPES]
+    (result,) = errand_boy.map([args], timeout=0.5, stop=STEPS, tree=tree, env=marked.env)
+    assert isinstance(result.error, subprocess.TimeoutExpired)
+    assert result.returncode == -SIGKILL
+    return result.stdout
+
+
+def by_greenlets(name: str) -> Callable[[Marked, str, Any], bytes]:
+    def run(marked: Marked, tree: str, client: Any) -> bytes:
+        pytest.importorskip(name)
+        script = f"""
+import sys, warnings
+warnings.simplefilter("ignore")
+import errand_boy.{name} as ours
+try:
+    ours.run(["sh", "-c", sys.argv[2]], stdout=ours.PIPE, stderr=ours.DEVNULL,
+             timeout=0.5, stop=((15, 0.1), 9), tree=sys.argv[3])
+except ours.TimeoutExpired as error:
+    report(error.output.decode())
+"""
+        output: str = run_script(script, name, [ESCAPES, tree])
+        return output.encode()
+
+    return run
+
+
+def by_celery(marked: Marked, tree: str, client: Any) -> bytes:
+    celery = pytest.importorskip("errand_boy.celery")
+    args = ["sh", "-c", ESCAPES]
+    outcome = celery.run_command(args, timeout=0.5, stop=[[15, 0.1], 9], tree=tree, env=marked.env)
+    assert outcome["error"].startswith("TimeoutExpired")
+    return outcome["stdout"].encode()  # type: ignore[no-any-return]
+
+
+def by_the_command_line(marked: Marked, tree: str, client: Any) -> bytes:
+    command = [sys.executable, "-m", "errand_boy", "run", "--socket", "/nonexistent"]
+    command += ["--timeout", "0.5", "--stop", "TERM:0.1,KILL", "--tree", tree, "sh", "-c", ESCAPES]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=marked.env) as process:
+        assert process.stdout is not None
+        output = process.stdout.readline()  # others may hold it
+        assert process.wait() == 124
+        return output
+
+
+FRONTS = {
+    "run": by_run,
+    "daemon": by_the_daemon,
+    "asyncio": by_asyncio,
+    "map": by_map,
+    "gevent": by_greenlets("gevent"),
+    "eventlet": by_greenlets("eventlet"),
+    "celery": by_celery,
+    "errand-boy run": by_the_command_line,
+}
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_tree_all_leaves_nothing(front: str, marked: Marked, client: Any) -> None:
+    assert FRONTS[front](marked, "all", client) == b"out\n"
+    until(marked.are_gone)
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_tree_group_leaves_those_that_left_the_session(
+    front: str, marked: Marked, client: Any
+) -> None:
+    assert FRONTS[front](marked, "group", client) == b"out\n"
+
+    def others() -> list[int]:
+        left = marked.pids()
+        with contextlib.suppress(ProcessLookupError):
+            return left if {os.getsid(pid) for pid in left} <= set(left) else []
+        return []
+
+    for pid in until(others):  # those of a new session
+        os.kill(pid, SIGKILL)
+    until(marked.are_gone)
+
+
+# -- tree="all" --
+
+
+def test_command_is_as_any_other(marked: Marked) -> None:
+    script = "echo $$; sleep 1000 & exit 3"
+    with errand_boy.Popen(["sh", "-c", script], stdout=-1, tree="all", env=marked.env) as process:
+        assert int(process.communicate()[0]) == process.pid
+    assert process.returncode == 3
+    until(marked.are_gone)  # what the command leaves ends with it
+
+
+def test_drain_gives_what_the_command_leaves_time(marked: Marked) -> None:
+    script = "(sleep 0.2; echo late) & sleep 1000 & echo early"
+    done = errand_boy.run(
+        ["sh", "-c", script], stdout=-1, tree="all", drain=1.5, env=marked.env, text=True
+    )
+    assert done.stdout == "early\nlate\n"
+    until(marked.are_gone)
+
+
+def test_every_process_gets_the_signal(marked: Marked) -> None:
+    inner = "trap 'echo inner; exit' TERM; echo ready; while :; do sleep 0.01; done"
+    script = f"trap 'sleep 0.3; echo outer; exit 5' TERM; (setsid sh -c \"{inner}\" &); cat; cat"
+    with errand_boy.Popen(
+        ["sh", "-c", script], stdin=-1, stdout=-1, tree="all", env=marked.env
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        assert process.stop(((SIGTERM, 100), SIGKILL)) == 5
+        assert process.stdout.read() == b"inner\nouter\n"
+
+
+@pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt])
+def test_with_leaves_nothing(exception: type[BaseException], marked: Marked) -> None:
+    with (
+        pytest.raises(exception),
+        errand_boy.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env) as process,
+    ):
+        process.stdout.readline()
+        raise exception
+    assert process.returncode == -SIGKILL
+    until(marked.are_gone)
+
+
+def test_cancelled_call_returns_when_all_is_over(marked: Marked) -> None:
+    import errand_boy.asyncio as ours  # noqa: PLC0415
+
+    async def main() -> None:
+        args = ["sh", "-c", ESCAPES]
+        run = ours.run(args, stdout=subprocess.PIPE, tree="all", stop=STEPS, env=marked.env)
+        task = asyncio.ensure_future(run)
+        while len(marked.pids()) < 4:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not any(parent(pid) != os.getpid() for pid in marked.pids())
+
+    asyncio.run(main())
+    until(marked.are_gone)
+
+
+@pytest.mark.parametrize("which", ["supervisor", "guard", "helper"])
+def test_who_watches_is_killed(which: str, marked: Marked) -> None:
+    process = errand_boy.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env)
+    with process.stdout:
+        process.stdout.readline()
+        supervisor = parent(process.pid)
+        guard = parent(supervisor)
+        assert _helper.runner.current is not None
+        helper = _helper.runner.current.pid
+        assert parent(guard) == helper
+        os.kill({"supervisor": supervisor, "guard": guard, "helper": helper}[which], SIGKILL)
+        if which == "helper":
+            with pytest.raises(errand_boy.HelperDiedError):
+                process.wait()
+        else:
+            assert process.wait() == -SIGKILL
+    until(marked.are_gone)
+
+
+def test_killed_helper_of_the_daemon_leaves_nothing(tmp_path: Path) -> None:
+    with started_daemon(tmp_path) as daemon, pytest.MonkeyPatch.context() as monkeypatch:
+        marked = Marked(monkeypatch)
+        client = errand_boy.connect(daemon.path)
+        process = client.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env)
+        with process.stdout:
+            process.stdout.readline()
+            os.kill(parent(parent(parent(process.pid))), SIGKILL)
+            with pytest.raises(errand_boy.HelperDiedError):
+                process.wait()
+        until(marked.are_gone)
+        client.close()
+
+
+@pytest.mark.parametrize("option", ["tree='all'", "dies_with_caller=True"])
+def test_caller_is_killed(option: str, marked: Marked) -> None:
+    script = f"""
+import errand_boy, time
+process = errand_boy.Popen(["sh", "-c", "echo; exec sleep 1000"], stdout=-1, close_fds=True,
+                           start_new_session=True, {option})
+process.stdout.readline()
+report(process.pid)
+time.sleep(1000)
+"""
+    with started_script(script, "subprocess") as caller:
+        assert caller.stdout is not None
+        caller.stdout.readline()
+        caller.kill()
+        caller.wait()
+    until(marked.are_gone)
+
+
+def test_dies_with_caller_leaves_what_the_command_starts(marked: Marked) -> None:
+    script = "(setsid sleep 1000 &); exit 4"
+    assert errand_boy.call(["sh", "-c", script], dies_with_caller=True, env=marked.env) == 4
+    (left,) = marked.pids()
+    os.kill(left, SIGKILL)
+    until(marked.are_gone)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's processes are limited")
+def test_fork_bomb_is_gone(marked: Marked) -> None:
+    bomb = "$SIG{TERM} = $SIG{CHLD} = 'IGNORE'; while (1) { fork; }"
+    process = errand_boy.Popen(
+        ["perl", "-e", bomb],
+        user=61235,
+        group=61235,
+        extra_groups=[],
+        rlimits={"nproc": 40},
+        tree="all",
+        env=marked.env,
+    )
+    until(lambda: len(marked.pids()) > 20)
+    assert process.stop() == -SIGKILL
+    until(marked.are_gone)
+
+
+# -- the rest --
+
+
+def test_drain_keeps_what_was_read(marked: Marked) -> None:
+    script = "echo early; sleep 1000 & exit 3"
+    done = errand_boy.run(["sh", "-c", script], stdout=-1, drain=0.1, env=marked.env, text=True)
+    assert (done.returncode, done.stdout) == (3, "early\n")
+    (left,) = marked.pids()
+    os.kill(left, SIGKILL)
+    until(marked.are_gone)
+
+
+def test_output_of_the_last_moments_is_kept() -> None:
+    script = "trap 'echo bye; exit 4' TERM; echo hello; while :; do sleep 0.01; done"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        errand_boy.check_output(["sh", "-c", script], timeout=0.5, stop=((SIGTERM, 100), SIGKILL))
+    assert caught.value.output == b"hello\nbye\n"
+
+
+def test_stop_by_hand() -> None:
+    process = errand_boy.Popen(["sleep", "1000"])
+    assert process.stop() == -SIGKILL
+    assert process.stop() == -SIGKILL
+    assert errand_boy.Popen(["sleep", "1000"], stop=SIGTERM).stop() == -SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        (SIGTERM, ((SIGTERM, None),)),
+        (STEPS, ((SIGTERM, 0.1), (SIGKILL, None))),
+        (((SIGTERM, 5),), ((SIGTERM, 5), (SIGKILL, None))),
+        (((SIGTERM, 5), signal.SIGINT), ((SIGTERM, 5), (signal.SIGINT, None))),
+    ],
+)
+def test_steps(given: Any, steps: Any) -> None:
+    assert _ends.steps(given) == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"tree": "forest"}, "tree: 'forest' is none of process, group, cgroup, all"),
+        ({"stop": (SIGTERM, SIGKILL)}, "must say how many seconds"),
+        ({"stop": 0}, "stop: 0 is no signal"),
+        ({"stop": ()}, "stop: there is no signal"),
+        ({"drain": -1}, "drain: -1 is no number of seconds"),
+        ({"tree": "cgroup"}, "tree='cgroup' needs a cgroup="),
+    ],
+)
+def test_bad_values(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text.replace("(", r"\(")):
+        errand_boy.Popen(["true"], **options)
