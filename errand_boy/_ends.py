@@ -89,9 +89,9 @@ def signaller(stream: Stream, ends: Ends, given: Mapping[str, Any]) -> Callable[
 
     def send(number: int) -> None:
         if ends.tree == "cgroup":
-            from errand_boy import _stop  # noqa: PLC0415  only those who need it pay for it
+            from errand_boy import _cgroup  # noqa: PLC0415  only those who need it pay for it
 
-            _stop.signal_cgroup(given["cgroup"], number)
+            _cgroup.signal_all(given["cgroup"], number)
         elif stream.ended is None:
             stream.signal(pid, number)
 

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 
-from errand_boy import _native
+from errand_boy import _cgroup, _native
 from errand_boy._child import _reap, helper_child
 from errand_boy._ends import Ends
 from errand_boy._native import lib
@@ -55,7 +55,7 @@ class Target:
         """Send a signal to them."""
         process, child = self._process, self._child
         if self._tree == "cgroup":
-            signal_cgroup(self._cgroup, number)
+            _cgroup.signal_all(self._cgroup, number)
         elif process.returncode is not None:
             # Another group may have the number by now. Before Linux 6.9 there is no such call.
             with contextlib.suppress(OSError):
@@ -76,57 +76,6 @@ class Target:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
-
-
-def signal_cgroup(cgroup: Any, number: int) -> None:
-    """Send a signal to all processes in a cgroup and below; a path, or its directory's descriptor.
-
-    Raises OSError, and ValueError if this process is one of them.
-    """
-    is_path = isinstance(cgroup, (str, bytes, os.PathLike))
-    fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY) if is_path else os.dup(_number(cgroup))
-    try:
-        pids = _pids(fd)
-        if os.getpid() in pids:
-            raise ValueError(f"cgroup: {cgroup!r} has this process in it, and can't be ended")
-        if number == signal.SIGKILL:
-            with contextlib.suppress(FileNotFoundError):  # before Linux 5.14
-                _write(fd, "cgroup.kill", b"1")
-                return
-        for pid in pids:
-            with contextlib.suppress(OSError):  # it has just ended
-                pidfd = _native.pidfd_open(pid)
-                try:
-                    # Looked at again while the number cannot become another's unseen.
-                    if pid in _pids(fd):
-                        _native.pidfd_send_signal(pidfd, number, 0)
-                finally:
-                    os.close(pidfd)
-    finally:
-        os.close(fd)
-
-
-def _number(fd: Any) -> int:
-    return fd if isinstance(fd, int) else int(fd.fileno())
-
-
-def _write(directory: int, name: str, data: bytes) -> None:
-    fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        os.write(fd, data)
-    finally:
-        os.close(fd)
-
-
-def _pids(directory: int) -> set[int]:
-    """Return the processes of a cgroup, and of those below it."""
-    pids: set[int] = set()
-    for _, _, names, at in os.fwalk(".", dir_fd=directory):
-        if "cgroup.procs" in names:
-            fd = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
-            with open(fd, "rb") as file, contextlib.suppress(OSError):  # a threaded one
-                pids.update(map(int, file.read().split()))
-    return pids
 
 
 # -- the methods of process objects --
