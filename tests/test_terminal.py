@@ -593,7 +593,7 @@ ASYNCIO = """
         process.stdin.write(b"c\\n")
         rest = await process.stdout.read()
         returncode = await process.wait()
-        plain = await it.run(["sh", "-c", "cat; echo e >&2"], pty=True, 
+        plain = await it.run(["sh", "-c", "cat; echo e >&2"], pty=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             await it.run(["sleep", "1000"], pty=True, timeout=0.1)

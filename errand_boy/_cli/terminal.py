@@ -168,8 +168,8 @@ class _Session:
                 reading |= {fd} if shows else set()
                 reading |= {0} if self._reads_keys and len(self._typed) < _MOST_TYPED else set()
                 writing = {fd} if shows and self._typed else set()
-                # Others may have the terminal for long: when the command has ended, what is there is
-                # all that is shown.
+                # Others may have the terminal for long: when the command has ended, only what is
+                # there is shown.
                 readable, writable = wait_for(select, reading, writing, 0 if ended else None)
                 if ended and fd not in readable:
                     break

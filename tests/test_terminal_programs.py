@@ -1,0 +1,146 @@
+"""Programs that need a terminal, on a screen that pyte emulates."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE
+
+import errand_boy
+from errand_boy.terminal import wait_for
+
+pyte: Any = pytest.importorskip("pyte", reason="needs the package pyte")
+errand: Any = errand_boy
+select = importlib.import_module("select")
+
+
+class Screen:
+    """A program, and the screen that it writes on."""
+
+    def __init__(self, process: Any) -> None:
+        self.process = process
+        self.terminal = process.terminal
+        rows, columns = self.terminal.winsize
+        self.screen = pyte.Screen(columns, rows)
+        # Programs ask the terminal what it is, and where its cursor is.
+        self.screen.write_process_input = lambda text: self.terminal.write(text.encode())
+        self._stream = pyte.ByteStream(self.screen)
+
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self.screen.display]
+
+    def until(self, condition: Callable[[list[str]], Any]) -> None:
+        """Show what is written, until the lines are as they should be."""
+        while not condition(self.lines()):
+            readable, _ = wait_for(select, [self.terminal.fileno()], [], PATIENCE)
+            data = self.terminal.read(1 << 16) if readable else b""
+            assert data, "\n".join(self.lines())
+            self._stream.feed(data)
+
+    def has(self, text: str) -> None:
+        self.until(lambda lines: any(text in line for line in lines))
+
+    def type(self, text: str) -> None:
+        self.terminal.write(text.encode())
+
+    def end(self) -> int:
+        while data := self.terminal.read(1 << 16):
+            self._stream.feed(data)
+        status: int = self.process.wait(PATIENCE)
+        return status
+
+
+@contextmanager
+def program(argv: Sequence[str], size: tuple[int, int] = (24, 80)) -> Iterator[Screen]:
+    if shutil.which(argv[0]) is None:
+        pytest.skip(f"needs the package {argv[0].replace('top', 'procps')}")
+    environment = {**os.environ, "TERM": "linux", "LC_ALL": "C.UTF-8", "PS1": "prompt> "}
+    with errand.Popen(argv, pty=size, env=environment) as process:
+        yield Screen(process)
+
+
+def test_bash() -> None:
+    with program(["bash", "--norc", "--noprofile", "-i"]) as screen:
+        screen.has("prompt>")
+        screen.type("echo $((6 * 7))\r")
+        screen.until(lambda lines: "42" in lines)
+        screen.type("sleep 1000\r")
+        screen.until(lambda _: screen.terminal.foreground_pgid != screen.process.pid)
+        screen.type("\x03")
+        screen.until(lambda lines: any("^C" in line for line in lines))
+        screen.type("abc\x15echo $LINES $COLUMNS\r")
+        screen.until(lambda lines: "24 80" in lines)
+        screen.terminal.winsize = 20, 70
+        screen.screen.resize(20, 70)
+        screen.type("stty size\r")
+        screen.until(lambda lines: "20 70" in lines)
+        screen.type("exit 3\r")
+        assert screen.end() == 3
+
+
+def test_vim(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("first\nsecond\n")
+    with program(["vim", "-u", "NONE", "-N", "-n", str(path)]) as screen:
+        screen.until(lambda lines: lines[:4] == ["first", "second", "~", "~"])
+        screen.type("ihello \x1b")
+        screen.until(lambda lines: lines[0] == "hello first")
+        screen.terminal.winsize = 10, 40
+        screen.screen.resize(10, 40)
+        screen.type(":set lines? columns?\r")
+        screen.has("columns=40")
+        screen.type("\r:wq\r")
+        assert screen.end() == 0
+    assert path.read_text() == "hello first\nsecond\n"
+
+
+def test_less(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("".join(f"line {n}\n" for n in range(1000)))
+    with program(["less", str(path)], (10, 40)) as screen:
+        screen.until(lambda lines: lines[8] == "line 8")
+        screen.type(" ")
+        screen.until(lambda lines: lines[8] == "line 17")
+        screen.type("/line 500\r")
+        screen.until(lambda lines: lines[0] == "line 500")
+        screen.type("G")
+        screen.until(lambda lines: lines[8] == "line 999")
+        screen.type("q")
+        assert screen.end() == 0
+
+
+def test_top() -> None:
+    with program(["top", "-d", "1"]) as screen:
+        screen.until(lambda lines: lines[0].startswith("top - "))
+        screen.has("PID")
+        screen.type("q")
+        assert screen.end() == 0
+
+
+def test_python() -> None:
+    environment = "import os; os.environ.pop('PYTHONSTARTUP', None)"
+    with program([sys.executable, "-q", "-i", "-c", environment]) as screen:
+        screen.has(">>>")
+        screen.type("6 * 7\r")
+        screen.until(lambda lines: "42" in lines)
+        screen.type("while True: pass\r\r")
+        screen.has("...")
+        screen.terminal.intr()
+        screen.has("KeyboardInterrupt")
+        screen.type("import sys; sys.exit(5)\r")
+        assert screen.end() == 5
+
+
+def test_hang_up_ends_them() -> None:
+    with program(["bash", "--norc", "--noprofile", "-i"]) as screen:
+        screen.has("prompt>")
+    assert screen.process.returncode in (-signal.SIGHUP, 128 + signal.SIGHUP, 1)
