@@ -41,6 +41,7 @@ except ModuleNotFoundError as error:
         _text += "It can't be loaded from an archive such as a zipapp: shiv and pex unpack theirs"
     raise ImportError(_text, name=error.name) from error
 
+from errand_boy import _ways
 from errand_boy._functions import NAMES, rebind
 from errand_boy._popen import Popen
 from errand_boy._ways import helper_pid, start, stop
@@ -168,7 +169,7 @@ _LATER = {
     "Sandbox": "errand_boy.sandbox",
 }
 
-_default = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None  # the daemon's client
+_default = _ways.daemon = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None
 
 if not TYPE_CHECKING:  # to a type checker they are what the imports say
 

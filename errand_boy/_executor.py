@@ -9,8 +9,7 @@ import os
 import threading
 from collections import deque
 
-import errand_boy
-from errand_boy import _map
+from errand_boy import _map, _ways
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class Executor(concurrent.futures.Executor):
         refused = options.keys() & {"ordered", "halt", "check", "progress"}
         if refused:
             raise TypeError(f"an Executor has no option {', '.join(sorted(refused))}")
-        client = errand_boy._default if client is None else client
+        client = _ways.daemon if client is None else client
         self._client = client
         self._options = {**options, "max_workers": max_workers, "ordered": False}
         self._batch = self._make()
