@@ -97,7 +97,8 @@ ffibuilder.set_source(
     sources=SOURCES,
     depends=sorted(str(path.relative_to(CSRC.parent)) for path in CSRC.rglob("*.h")),
     include_dirs=["csrc"],
-    define_macros=[("_GNU_SOURCE", None)],
+    # The second as in Python.h, which only some of the sources include.
+    define_macros=[("_GNU_SOURCE", None), ("_FILE_OFFSET_BITS", "64")],
     # A new process that shares the caller's memory must not run the dynamic linker.
     extra_compile_args=["-std=c11", "-fvisibility=hidden"],
     extra_link_args=["-Wl,-z,relro,-z,now"],

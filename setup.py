@@ -45,6 +45,8 @@ HELPER_SOURCES = [
         "helper/streams",  # last: its large buffer lies behind what others touch
     )
 ]
+# The second as in Python.h: where a long has 32 bits, limits and offsets have 64 all the same.
+MACROS = [("_GNU_SOURCE", None), ("_FILE_OFFSET_BITS", "64")]
 COMPILE = ["-std=c11", "-fPIE", "-Wall", "-Wextra", "-fstack-protector"]
 # Fewer pages of its own: no tables for unwinding, no indirection that LINK resolves at once.
 COMPILE += ["-fno-asynchronous-unwind-tables", "-fno-unwind-tables"]
@@ -84,7 +86,7 @@ class BuildExt(build_ext):
         objects = self.compiler.compile(
             HELPER_SOURCES,
             output_dir=os.path.join(self.build_temp, "helper"),
-            macros=[("_GNU_SOURCE", None)],
+            macros=MACROS,
             include_dirs=["csrc"],
             extra_preargs=[*COMPILE, *next(filter(self.accepts, SMALL)), *flags],
             depends=[str(path) for path in Path("csrc").rglob("*.h")],
