@@ -26,13 +26,13 @@ _USAGE = {
 }
 
 
-def show(process: Any, argv: Sequence[str], form: str, cause: str) -> None:
+def show(process: Any, argv: Sequence[str], form: str, cause: str | None) -> None:
     """Write to standard error what is known of a process object whose command has ended."""
     text = _json(process, argv, cause) if form == "json" else _text(process, argv, cause)
     print(text, file=sys.stderr, flush=True)
 
 
-def _json(process: Any, argv: Sequence[str], cause: str) -> str:
+def _json(process: Any, argv: Sequence[str], cause: str | None) -> str:
     rusage = process.rusage
     return json.dumps(
         {
@@ -47,7 +47,7 @@ def _json(process: Any, argv: Sequence[str], cause: str) -> str:
     )
 
 
-def _text(process: Any, argv: Sequence[str], cause: str) -> str:
+def _text(process: Any, argv: Sequence[str], cause: str | None) -> str:
     code = process.returncode
     lines = [
         ("Command", shlex.join(argv)),
