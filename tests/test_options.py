@@ -213,11 +213,11 @@ CASES = {
 }
 
 ELSEWHERE = {  # not of what a command is given alone, and so not in this table
-    "dies_with_caller": "of its end",
-    "drain": "of its end",
+    "dies_with_caller": "of its end: tests/test_ends.py",
+    "drain": "of its end: tests/test_ends.py",
     "pty": "of its streams: tests/test_terminal.py",
-    "stop": "of its end",
-    "tree": "of its end",
+    "stop": "of its end: tests/test_ends.py",
+    "tree": "of its end: tests/test_ends.py",
 }
 
 Front = Callable[[list[str], Mapping[str, Any]], bytes]

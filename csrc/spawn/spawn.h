@@ -20,8 +20,9 @@ struct eb_start {
     uint64_t exec_ns; /* of CLOCK_MONOTONIC: when a polled one called execve */
     enum eb_stage stage;
     uint8_t member; /* as FAILED has it */
-    struct eb_supervisor *supervisor; /* whose guard `pid` is until `end`; the caller's to free when that has been waited for */
-    void *job; /* the implementation's own */
+    struct eb_supervisor
+        *supervisor; /* whose guard `pid` is until `end`; the caller's to free when that has been waited for */
+    void *job;       /* the implementation's own */
 };
 
 struct eb_spawner {

@@ -44,7 +44,7 @@ struct eb_job {
     gid_t group;
     bool prevents_dumps;
     bool by_thread;                    /* see spawn_job.c */
-    struct eb_supervisor *supervisor; /* above it, or NULL */
+    struct eb_supervisor *supervisor;  /* above it, or NULL */
     long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
     /* the maker's */
     struct eb_job *next;

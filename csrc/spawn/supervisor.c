@@ -29,10 +29,10 @@ static const unsigned long PROCESS = CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD;
 enum { LIVE, BUSY, REAPED }; /* of `gate`; BUSY: the helper is about to signal it */
 
 enum {
-    GUARD_PAGES = 64 << 10,  /* at least a page, whatever its size; below each stack */
-    GUARD_STACK = 64 << 10,  /* of each; two pages of it stay resident */
-    REAPS_PER_TURN = 256,    /* before those that are left are killed again */
-    TICK_NS = 20 * 1000000,  /* between looks at what does not end at once */
+    GUARD_PAGES = 64 << 10, /* at least a page, whatever its size; below each stack */
+    GUARD_STACK = 64 << 10, /* of each; two pages of it stay resident */
+    REAPS_PER_TURN = 256,   /* before those that are left are killed again */
+    TICK_NS = 20 * 1000000, /* between looks at what does not end at once */
     MOST_SPINS = 1000,
 };
 
@@ -55,8 +55,7 @@ static struct eb_supervisor *map(void)
     char *memory = mmap(NULL, MAPPING, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory == MAP_FAILED)
         return NULL;
-    if (mprotect(memory, GUARD_PAGES, PROT_NONE) != 0 ||
-        mprotect(memory + MAPPING / 2, GUARD_PAGES, PROT_NONE) != 0) {
+    if (mprotect(memory, GUARD_PAGES, PROT_NONE) != 0 || mprotect(memory + MAPPING / 2, GUARD_PAGES, PROT_NONE) != 0) {
         munmap(memory, MAPPING);
         return NULL;
     }

@@ -26,9 +26,9 @@ struct eb_supervisor {
     volatile int gate;                 /* enum of supervisor.c: whether the pid is still the command's */
     volatile int status;               /* of the command, when it has been waited for */
     struct rusage usage;
-    struct rusage tree;                /* of all that has been waited for, at the end */
-    volatile enum eb_cause cause;      /* for which it has been ended */
-    struct eb_watch *watch;            /* over its limits, or NULL */
+    struct rusage tree;           /* of all that has been waited for, at the end */
+    volatile enum eb_cause cause; /* for which it has been ended */
+    struct eb_watch *watch;       /* over its limits, or NULL */
     /* written by the helper */
     volatile uint64_t wanted; /* signals for the whole tree, bit n-1 for signal n */
     /* read by the others */
