@@ -33,6 +33,7 @@ enum {
     GUARD_STACK = 64 << 10, /* of each; two pages of it stay resident */
     REAPS_PER_TURN = 256,   /* before those that are left are killed again */
     TICK_NS = 20 * 1000000, /* between looks at what does not end at once */
+    PATIENCE_MS = 30,
     MOST_SPINS = 1000,
 };
 
@@ -188,10 +189,10 @@ static EB_BARE bool take_wanted(struct eb_supervisor *s, pid_t child, bool guard
     return (wanted & kill) != 0;
 }
 
-static EB_BARE bool end(const struct eb_supervisor *s, pid_t child, bool guards, unsigned round)
+static EB_BARE bool end(const struct eb_supervisor *s, pid_t child, bool guards, bool again)
 {
     if (s->all)
-        return eb_tree_kill(round > 0);
+        return eb_tree_kill(again);
     eb_raw(SYS_kill, guards && child != 0 ? child : s->command, SIGKILL, 0, 0);
     return true;
 }
@@ -210,7 +211,7 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
     bool ending = false;
     if (!guards && s->watch != NULL)
         hurry();
-    unsigned rounds = 0;
+    int64_t patient = -1; /* until then, those that were killed may be about to end */
     for (;;) {
         int64_t ns = -1;
         long r = reap(s, &child);
@@ -228,7 +229,9 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
             s->cause = eb_watch_look(s->watch, &ns);
             ending = s->cause != EB_CAUSE_NONE;
         }
-        if (ending && !end(s, child, guards, rounds++))
+        if (ending && patient < 0)
+            patient = now_ms() + PATIENCE_MS;
+        if (ending && !end(s, child, guards, now_ms() > patient))
             return; /* what is left has other ids */
         if (ending)
             ns = TICK_NS;
