@@ -22,13 +22,9 @@ from subprocess import (
     CompletedProcess,
     SubprocessError,
     TimeoutExpired,
-    call,
-    check_call,
-    check_output,
     getoutput,
     getstatusoutput,
     list2cmdline,
-    run,
 )
 
 try:
@@ -67,6 +63,7 @@ if TYPE_CHECKING:
     from errand_boy._policy import Retries
     from errand_boy._preexec import chain
     from errand_boy._result import Result
+    from errand_boy._signatures import Call, CheckOutput, Run
     from errand_boy.sandbox import Sandbox
 
 
@@ -171,7 +168,12 @@ _LATER = {
 
 _default = _ways.daemon = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None
 
-if not TYPE_CHECKING:  # to a type checker they are what the imports say
+if TYPE_CHECKING:
+    run: Run
+    call: Call
+    check_call: Call
+    check_output: CheckOutput
+else:
 
     def __getattr__(name: str) -> Any:
         if name in _LATER:  # only those who need it pay

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from errand_boy._address import Address
     from errand_boy._job import Command
     from errand_boy._result import Result
+    from errand_boy._signatures import Call, CheckOutput, Run
 else:
     AnyStr = str
 
@@ -134,12 +135,12 @@ class Client:
     list2cmdline = staticmethod(subprocess.list2cmdline)
 
     if TYPE_CHECKING:
-        call: Callable[..., int]
-        check_call: Callable[..., int]
-        check_output: Callable[..., Any]
+        call: Call
+        check_call: Call
+        check_output: CheckOutput
         getoutput: Callable[..., str]
         getstatusoutput: Callable[..., tuple[int, str]]
-        run: Callable[..., subprocess.CompletedProcess[Any]]
+        run: Run
 
     def __init__(self, address: Address) -> None:
         self.address = address

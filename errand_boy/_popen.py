@@ -13,9 +13,12 @@ from errand_boy._functions import original_popen, parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, AnyStr
+    from typing import Any, AnyStr, Literal, overload
+
+    from typing_extensions import Unpack
 
     from errand_boy._ends import Ends, Stop
+    from errand_boy._signatures import Args, File, Parameters, StrOrPath
     from errand_boy.terminal import Terminal
 
     _Base = subprocess.Popen
@@ -123,7 +126,113 @@ class Popen(WithEnds, WithTerminal, _Base[AnyStr], Verdict):
     _helper_child: HelperChild | None = None
     _more = _start.NOTHING  # settings that the standard library does not have
 
-    if not TYPE_CHECKING:  # a type checker knows the parameters of the standard library's
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            text: Literal[True],
+            encoding: str | None = None,
+            errors: str | None = None,
+            universal_newlines: bool | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            encoding: str,
+            text: bool | None = None,
+            errors: str | None = None,
+            universal_newlines: bool | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            errors: str,
+            text: bool | None = None,
+            encoding: str | None = None,
+            universal_newlines: bool | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            universal_newlines: Literal[True],
+            text: bool | None = None,
+            encoding: str | None = None,
+            errors: str | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[bytes],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            text: Literal[False] | None = None,
+            encoding: None = None,
+            errors: None = None,
+            universal_newlines: Literal[False] | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[Any],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            text: bool | None = None,
+            encoding: str | None = None,
+            errors: str | None = None,
+            universal_newlines: bool | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    else:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             if not _STANDARD.issuperset(kwargs):

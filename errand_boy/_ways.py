@@ -13,7 +13,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-daemon: Any = None  # the client of the one that ERRAND_BOY_SOCKET named when errand_boy was imported
+daemon: Any = (
+    None  # the client of the one that ERRAND_BOY_SOCKET named when errand_boy was imported
+)
 _helper_is_asked_for = False
 
 

@@ -141,7 +141,8 @@ def test_connections_are_used_again(client: Client, daemon: Daemon) -> None:
 
 def test_timeout_kills_and_has_the_output_so_far(client: Client, tmp_path: Path) -> None:
     script = f"echo $$ > {tmp_path}/pid; echo early; exec sleep 1000"
-    for options in ({}, {"text": True}):
+    choices: tuple[Any, ...] = ({}, {"text": True})
+    for options in choices:
         with pytest.raises(subprocess.TimeoutExpired) as caught:
             client.run(["sh", "-c", script], capture_output=True, timeout=0.5, **options)
         assert (caught.value.output, caught.value.stderr) == (b"early\n", None)

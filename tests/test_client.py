@@ -165,7 +165,7 @@ def test_preexec_fn(client: Client) -> None:
 
 @pytest.mark.root
 def test_ids(client: Client) -> None:
-    options = {"user": 12345, "group": 12346, "extra_groups": [12347]}
+    options: Any = {"user": 12345, "group": 12346, "extra_groups": [12347]}
     assert client.check_output(["id", "-u"], **options) == b"12345\n"
     assert client.check_output(["id", "-G"], **options) == b"12346 12347\n"
 

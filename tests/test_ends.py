@@ -109,7 +109,7 @@ def by_map(marked: Marked, tree: str, client: Any) -> bytes:
     (result,) = errand_boy.map([args], timeout=0.5, stop=STEPS, tree=tree, env=marked.env)
     assert isinstance(result.error, subprocess.TimeoutExpired)
     assert result.returncode == -SIGKILL
-    return result.stdout
+    return bytes(result.stdout)
 
 
 def by_greenlets(name: str) -> Callable[[Marked, str, Any], bytes]:

@@ -150,7 +150,7 @@ def test_zipapp_says_why_it_cannot_work(tmp_path: Path) -> None:
     archive = tmp_path / "application.pyz"
     zipapp.create_archive(application, archive)
     # Without site: an editable installation of it would help out.
-    command = [sys.executable, "-I", "-S", archive]
+    command: list[str | Path] = [sys.executable, "-I", "-S", archive]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 1
     assert "It can't be loaded from an archive such as a zipapp" in found.stderr.splitlines()[-1]

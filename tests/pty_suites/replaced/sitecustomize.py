@@ -1,6 +1,7 @@
 """Patches an interpreter that has this directory on its path, and has it fork for nothing else."""
 
 import sys
+from types import FrameType
 
 try:
     import errand_boy
@@ -15,7 +16,7 @@ except Exception as error:
 def _refuse(event: str, args: object) -> None:
     if event not in ("os.fork", "os.forkpty"):
         return
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         name = frame.f_code.co_filename
         if name.endswith("/multiprocessing/popen_fork.py"):  # of a test's own server
