@@ -198,7 +198,7 @@ def test_command_has_what_its_client_has(daemon: Daemon, tmp_path: Path) -> None
 def test_explicit_directory_umask_environment_and_descriptors(
     client: Client, tmp_path: Path
 ) -> None:
-    options = {"cwd": tmp_path, "umask": 0o77, "env": {"A": "b"}, "text": True}
+    options: Any = {"cwd": tmp_path, "umask": 0o77, "env": {"A": "b"}, "text": True}
     assert client.check_output("pwd; umask; echo $A", shell=True, **options) == (
         f"{tmp_path}\n0077\nb\n"
     )
