@@ -160,7 +160,7 @@ def internal_poll(original: Callable[..., int | None], process: Any) -> int | No
 
 
 def _exchange(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
-    """Do what `communicate` does, with the output so far in `_fileobj2output`, as subprocess has it."""
+    """Do what `communicate` does; `_fileobj2output` is the output so far, as subprocess has it."""
     chunks: dict[Any, list[bytes]] | None = vars(process).get("_fileobj2output")
     if chunks is None:
         chunks = {stream: [] for stream in (process.stdout, process.stderr) if stream is not None}

@@ -21,6 +21,8 @@ from daemon import started_daemon
 import errand_boy
 from errand_boy import _ends, _helper
 
+ours: Any = errand_boy  # subprocess's own types know no other options
+
 # Ignores SIGTERM, keeps its output, and has a descendant that forked twice and left the session.
 ESCAPES = """
 trap "" TERM
@@ -91,7 +93,7 @@ def expired(run: Callable[..., Any], marked: Marked, tree: str, **options: Any) 
 
 
 def by_run(marked: Marked, tree: str, client: Any) -> bytes:
-    return expired(errand_boy.run, marked, tree)
+    return expired(ours.run, marked, tree)
 
 
 def by_the_daemon(marked: Marked, tree: str, client: Any) -> bytes:
@@ -99,14 +101,16 @@ def by_the_daemon(marked: Marked, tree: str, client: Any) -> bytes:
 
 
 def by_asyncio(marked: Marked, tree: str, client: Any) -> bytes:
-    import errand_boy.asyncio as ours  # noqa: PLC0415
+    import errand_boy.asyncio as on_loops  # noqa: PLC0415
 
-    return expired(lambda *args, **options: asyncio.run(ours.run(*args, **options)), marked, tree)
+    return expired(
+        lambda *args, **options: asyncio.run(on_loops.run(*args, **options)), marked, tree
+    )
 
 
 def by_map(marked: Marked, tree: str, client: Any) -> bytes:
     args = ["sh", "-c", ESCAPES]
-    (result,) = errand_boy.map([args], timeout=0.5, stop=STEPS, tree=tree, env=marked.env)
+    (result,) = ours.map([args], timeout=0.5, stop=STEPS, tree=tree, env=marked.env)
     assert isinstance(result.error, subprocess.TimeoutExpired)
     assert result.returncode == -SIGKILL
     return bytes(result.stdout)
@@ -136,7 +140,8 @@ def by_celery(marked: Marked, tree: str, client: Any) -> bytes:
     args = ["sh", "-c", ESCAPES]
     outcome = celery.run_command(args, timeout=0.5, stop=[[15, 0.1], 9], tree=tree, env=marked.env)
     assert outcome["error"].startswith("TimeoutExpired")
-    return outcome["stdout"].encode()  # type: ignore[no-any-return]
+    output: str = outcome["stdout"]
+    return output.encode()
 
 
 def by_the_command_line(marked: Marked, tree: str, client: Any) -> bytes:
@@ -189,7 +194,7 @@ def test_tree_group_leaves_those_that_left_the_session(
 
 def test_command_is_as_any_other(marked: Marked) -> None:
     script = "echo $$; sleep 1000 & exit 3"
-    with errand_boy.Popen(["sh", "-c", script], stdout=-1, tree="all", env=marked.env) as process:
+    with ours.Popen(["sh", "-c", script], stdout=-1, tree="all", env=marked.env) as process:
         assert int(process.communicate()[0]) == process.pid
     assert process.returncode == 3
     until(marked.are_gone)  # what the command leaves ends with it
@@ -197,17 +202,19 @@ def test_command_is_as_any_other(marked: Marked) -> None:
 
 def test_drain_gives_what_the_command_leaves_time(marked: Marked) -> None:
     script = "(sleep 0.2; echo late) & sleep 1000 & echo early"
-    done = errand_boy.run(
+    done = ours.run(
         ["sh", "-c", script], stdout=-1, tree="all", drain=1.5, env=marked.env, text=True
     )
     assert done.stdout == "early\nlate\n"
     until(marked.are_gone)
 
 
-def test_every_process_gets_the_signal(marked: Marked) -> None:
-    inner = "trap 'echo inner; exit' TERM; echo ready; while :; do sleep 0.01; done"
-    script = f"trap 'sleep 0.3; echo outer; exit 5' TERM; (setsid sh -c \"{inner}\" &); cat; cat"
-    with errand_boy.Popen(
+def test_every_process_gets_the_signal(marked: Marked, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    inner = f"trap 'echo inner; : > {file}; exit' TERM; echo ready; while :; do sleep 0.01; done"
+    end = f"while [ ! -e {file} ]; do sleep 0.01; done; echo outer; exit 5"
+    script = f"trap '{end}' TERM; (setsid sh -c \"{inner}\" &); cat; cat"
+    with ours.Popen(
         ["sh", "-c", script], stdin=-1, stdout=-1, tree="all", env=marked.env
     ) as process:
         assert process.stdout.readline() == b"ready\n"
@@ -219,7 +226,7 @@ def test_every_process_gets_the_signal(marked: Marked) -> None:
 def test_with_leaves_nothing(exception: type[BaseException], marked: Marked) -> None:
     with (
         pytest.raises(exception),
-        errand_boy.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env) as process,
+        ours.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env) as process,
     ):
         process.stdout.readline()
         raise exception
@@ -228,11 +235,11 @@ def test_with_leaves_nothing(exception: type[BaseException], marked: Marked) -> 
 
 
 def test_cancelled_call_returns_when_all_is_over(marked: Marked) -> None:
-    import errand_boy.asyncio as ours  # noqa: PLC0415
+    import errand_boy.asyncio as on_loops  # noqa: PLC0415
 
     async def main() -> None:
         args = ["sh", "-c", ESCAPES]
-        run = ours.run(args, stdout=subprocess.PIPE, tree="all", stop=STEPS, env=marked.env)
+        run = on_loops.run(args, stdout=subprocess.PIPE, tree="all", stop=STEPS, env=marked.env)
         task = asyncio.ensure_future(run)
         while len(marked.pids()) < 4:
             await asyncio.sleep(0.01)
@@ -247,7 +254,7 @@ def test_cancelled_call_returns_when_all_is_over(marked: Marked) -> None:
 
 @pytest.mark.parametrize("which", ["supervisor", "guard", "helper"])
 def test_who_watches_is_killed(which: str, marked: Marked) -> None:
-    process = errand_boy.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env)
+    process = ours.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env)
     with process.stdout:
         process.stdout.readline()
         supervisor = parent(process.pid)
@@ -267,8 +274,8 @@ def test_who_watches_is_killed(which: str, marked: Marked) -> None:
 def test_killed_helper_of_the_daemon_leaves_nothing(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon, pytest.MonkeyPatch.context() as monkeypatch:
         marked = Marked(monkeypatch)
-        client = errand_boy.connect(daemon.path)
-        process = client.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env)
+        client: Any = errand_boy.connect(daemon.path)
+        process: Any = client.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env)
         with process.stdout:
             process.stdout.readline()
             os.kill(parent(parent(parent(process.pid))), SIGKILL)
@@ -298,7 +305,7 @@ time.sleep(1000)
 
 def test_dies_with_caller_leaves_what_the_command_starts(marked: Marked) -> None:
     script = "(setsid sleep 1000 &); exit 4"
-    assert errand_boy.call(["sh", "-c", script], dies_with_caller=True, env=marked.env) == 4
+    assert ours.call(["sh", "-c", script], dies_with_caller=True, env=marked.env) == 4
     (left,) = marked.pids()
     os.kill(left, SIGKILL)
     until(marked.are_gone)
@@ -307,7 +314,7 @@ def test_dies_with_caller_leaves_what_the_command_starts(marked: Marked) -> None
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's processes are limited")
 def test_fork_bomb_is_gone(marked: Marked) -> None:
     bomb = "$SIG{TERM} = $SIG{CHLD} = 'IGNORE'; while (1) { fork; }"
-    process = errand_boy.Popen(
+    process = ours.Popen(
         ["perl", "-e", bomb],
         user=61235,
         group=61235,
@@ -326,7 +333,7 @@ def test_fork_bomb_is_gone(marked: Marked) -> None:
 
 def test_drain_keeps_what_was_read(marked: Marked) -> None:
     script = "echo early; sleep 1000 & exit 3"
-    done = errand_boy.run(["sh", "-c", script], stdout=-1, drain=0.1, env=marked.env, text=True)
+    done = ours.run(["sh", "-c", script], stdout=-1, drain=0.1, env=marked.env, text=True)
     assert (done.returncode, done.stdout) == (3, "early\n")
     (left,) = marked.pids()
     os.kill(left, SIGKILL)
@@ -336,15 +343,15 @@ def test_drain_keeps_what_was_read(marked: Marked) -> None:
 def test_output_of_the_last_moments_is_kept() -> None:
     script = "trap 'echo bye; exit 4' TERM; echo hello; while :; do sleep 0.01; done"
     with pytest.raises(subprocess.TimeoutExpired) as caught:
-        errand_boy.check_output(["sh", "-c", script], timeout=0.5, stop=((SIGTERM, 100), SIGKILL))
+        ours.check_output(["sh", "-c", script], timeout=0.5, stop=((SIGTERM, 100), SIGKILL))
     assert caught.value.output == b"hello\nbye\n"
 
 
 def test_stop_by_hand() -> None:
-    process = errand_boy.Popen(["sleep", "1000"])
+    process = ours.Popen(["sleep", "1000"])
     assert process.stop() == -SIGKILL
     assert process.stop() == -SIGKILL
-    assert errand_boy.Popen(["sleep", "1000"], stop=SIGTERM).stop() == -SIGTERM
+    assert ours.Popen(["sleep", "1000"], stop=SIGTERM).stop() == -SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -373,4 +380,4 @@ def test_steps(given: Any, steps: Any) -> None:
 )
 def test_bad_values(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text.replace("(", r"\(")):
-        errand_boy.Popen(["true"], **options)
+        ours.Popen(["true"], **options)
