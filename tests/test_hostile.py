@@ -753,8 +753,15 @@ report([outcome, only_helper_left()])
     assert lines.read_text() in ("", "x\n")
 
 
-@pytest.mark.parametrize("manager", ["launcher", "runner"])
-def test_commands_of_a_helper_that_holds_many_descriptors(manager: str) -> None:
+@pytest.mark.parametrize(
+    ("manager", "run"),
+    [
+        ("launcher", "subprocess.run(command, input=text, capture_output=True)"),
+        ("runner", "next(subprocess.map([command], input=text))"),
+        ("runner", "subprocess.run(command, input=text, capture_output=True, tree='all')"),
+    ],
+)
+def test_commands_of_a_helper_that_holds_many_descriptors(manager: str, run: str) -> None:
     """Where a table is too large to be copied, a new process gets reserved numbers instead."""
     source = f"""
 from errand_boy import _helper as helper, _wire as protocol
@@ -775,10 +782,8 @@ script = "cat; ls /proc/self/fd; readlink /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/f
 wrong = []
 for number in range(50):
     text = str(number).encode()
-    if "{manager}" == "runner":
-        done = next(subprocess.map([["sh", "-c", script]], input=text))
-    else:
-        done = subprocess.run(["sh", "-c", script], input=text, capture_output=True)
+    command = ["sh", "-c", script]
+    done = {run}
     if done.stdout.split() != [text + b"0", *b"1 2 3 3".split()] or done.stderr:
         wrong.append(repr(done))
 try:

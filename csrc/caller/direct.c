@@ -120,7 +120,7 @@ void eb_direct_give(struct eb_direct *d)
 {
     if (is_pending(d)) {
         /* The caller is about to close what the child is to take over. */
-        eb_job_await_table(d->job, d->pid);
+        eb_job_await_table(d->job, &d->job->alive, d->pid);
         linger(d);
         return;
     }

@@ -163,7 +163,7 @@ static pid_t make_process(struct eb_job *job, struct eb_supervisor **supervisor)
     }
     if (files != 0) {
         if (pid > 0)
-            eb_job_await_table(job, pid);
+            eb_job_await_table(job, supervised ? &(*supervisor)->guard_alive : &job->alive, pid);
         restore_low(eb_request_sources(job->q) + 1);
     }
     return pid;

@@ -177,12 +177,12 @@ EB_BARE enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error)
     return forbidden && job->q->namespaces != 0 ? EB_STAGE_NAMESPACES : EB_STAGE_START;
 }
 
-void eb_job_await_table(const struct eb_job *job, pid_t pid)
+void eb_job_await_table(const struct eb_job *job, const volatile pid_t *alive, pid_t pid)
 {
     const struct timespec pause = {.tv_nsec = 10 * 1000 * 1000};
     int pauses = 100;
     while (__atomic_load_n(&job->shares_table, __ATOMIC_ACQUIRE) != 0 &&
-           __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) != 0) {
+           __atomic_load_n(alive, __ATOMIC_ACQUIRE) != 0) {
         if (syscall(SYS_futex, &job->shares_table, FUTEX_WAIT, 1, &pause, NULL, 0) == 0 || errno != ETIMEDOUT)
             continue; /* it has told, or a signal has come */
         if (--pauses == 0) {

@@ -61,9 +61,10 @@ pid_t eb_job_clone(struct eb_job *job, unsigned flags);
 
 /* What failed with -errno in eb_job_clone. */
 enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error);
-/* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory.  That takes it
- * microseconds; one that has been stopped is killed after a second, since it would get somebody else's. */
-void eb_job_await_table(const struct eb_job *job, pid_t pid);
+/* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory, so that the kernel
+ * has cleared `alive`.  That takes it microseconds; one that has been stopped is killed after a second, since it would
+ * get somebody else's. */
+void eb_job_await_table(const struct eb_job *job, const volatile pid_t *alive, pid_t pid);
 
 /* The new process. */
 int eb_child(void *job);
