@@ -253,8 +253,14 @@ def test_cancelled_call_returns_when_all_is_over(marked: Marked) -> None:
 
 
 @pytest.mark.parametrize("which", ["supervisor", "guard", "helper"])
-def test_who_watches_is_killed(which: str, marked: Marked) -> None:
-    process = ours.Popen(["sh", "-c", ESCAPES], stdout=-1, tree="all", env=marked.env)
+@pytest.mark.parametrize("option", ["tree", "dies_with_caller"])
+def test_who_watches_is_killed(which: str, option: str, marked: Marked) -> None:
+    given: dict[str, tuple[str, dict[str, Any]]] = {
+        "tree": (ESCAPES, {"tree": "all"}),
+        "dies_with_caller": ("echo; exec sleep 1000", {"dies_with_caller": True}),
+    }
+    script, options = given[option]
+    process = ours.Popen(["sh", "-c", script], stdout=-1, env=marked.env, **options)
     with process.stdout:
         process.stdout.readline()
         supervisor = parent(process.pid)

@@ -95,7 +95,8 @@ void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number)
     if (pid == 0 || !__atomic_compare_exchange_n(&s->gate, &live, BUSY, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
         return;
     (void)kill(group ? -pid : pid, number);
-    __atomic_store_n(&s->gate, LIVE, __ATOMIC_RELEASE);
+    int busy = BUSY; /* unless the supervisor has waited for this too long */
+    (void)__atomic_compare_exchange_n(&s->gate, &busy, LIVE, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
 void eb_supervisor_signal_all(struct eb_supervisor *s, int number)
@@ -212,18 +213,25 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
     if (!guards && s->watch != NULL)
         hurry();
     int64_t patient = -1; /* until then, those that were killed may be about to end */
+    int64_t next = 0;     /* when they are killed again, though not all that have ended have been waited for */
     for (;;) {
         int64_t ns = -1;
         long r = reap(s, &child);
         if (r == -ECHILD)
             return;
+        if (guards && child == 0 && s->command != 0 && __atomic_load_n(&s->gate, __ATOMIC_ACQUIRE) != REAPED) {
+            child = s->command; /* of the supervisor, which has been killed */
+            guards = false;
+            ending = true;
+        }
         if (child == 0 && !s->all)
             return; /* what the command has left behind is nobody's */
         if (eb_raw(SYS_getppid, 0, 0, 0, 0) != parent || take_wanted(s, child, guards))
             ending = true;
         if (child == 0 && !ending && drained < 0)
             drained = now_ms() + (guards ? 0 : s->drain_ms);
-        if (drained >= 0 && now_ms() >= drained)
+        const int64_t left = drained < 0 ? -1 : drained - now_ms(); /* once: it must not become negative below */
+        if (drained >= 0 && left <= 0)
             ending = true;
         if (!ending && !guards && s->watch != NULL) {
             s->cause = eb_watch_look(s->watch, &ns);
@@ -231,12 +239,16 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
         }
         if (ending && patient < 0)
             patient = now_ms() + PATIENCE_MS;
-        if (ending && !end(s, child, guards, now_ms() > patient))
-            return; /* what is left has other ids */
+        if (ending && (r == 0 || now_ms() >= next)) {
+            const int64_t begun = now_ms();
+            if (!end(s, child, guards, begun > patient))
+                return; /* what is left has other ids */
+            next = 2 * now_ms() - begun; /* among thousands that have ended, it takes long: no more than half the time */
+        }
         if (ending)
             ns = TICK_NS;
-        else if (drained >= 0 && (ns < 0 || (drained - now_ms()) * 1000000 < ns))
-            ns = (drained - now_ms()) * 1000000;
+        else if (drained >= 0 && (ns < 0 || left * 1000000 < ns))
+            ns = left * 1000000;
         if (r == 0)
             pause_ns(ns);
     }
@@ -296,11 +308,11 @@ static EB_BARE int supervisor(void *arg)
         /* The command's own pid must be known before its end can be. */
         r = child = eb_job_clone(s->job, 0);
         s->command = child > 0 ? child : 0;
-        close_all(s);
     }
     if (r < 0)
-        fail(s, r);
-    else
+        fail(s, r); /* while the pipe is open: after that, the job may be another command's */
+    close_all(s);
+    if (r >= 0)
         supervise(s, s->guard, child, false);
     eb_raw(SYS_getrusage, RUSAGE_CHILDREN, (long)&s->tree, 0, 0);
     if (s->watch != NULL && s->cause == EB_CAUSE_NONE)
