@@ -25,21 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = ["serve", *arguments]
     parser = argparse.ArgumentParser(
         prog="errand-boy",
-        description="Start commands without forking the process that wants them.",
+        description="Start commands without forking the process that asks for them.",
         epilog="errand-boy COMMAND --help has the options of each.",
     )
     parser.add_argument("--version", action="version", version=errand_boy.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
         "serve",
-        help="be the daemon; the default",
+        help="run the daemon (the default)",
         description="Listen on a Unix socket, or on that which systemd hands over, and start "
         "commands for this user and those whom the options name.",
     )
     add_serve_options(serve)
     run = commands.add_parser(
         "run",
-        help="run one command, with this terminal, and exit with its status",
+        help="run one command on this terminal, and exit with its status",
         usage="errand-boy run [option ...] [--] COMMAND [ARGUMENT ...]",
         description="Run a command by the daemon or, if none listens, as a child of this process. "
         "Signals are passed on. Exit status: the command's, 128 + N if signal N ended it; 127 if "
@@ -92,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return map.main(many, arguments[1:])
     status = commands.add_parser(
         "status",
-        help="tell what the daemon is doing",
-        description="Tell what the daemon is doing: its helpers, the live commands, totals, how "
+        help="show what the daemon is doing",
+        description="Show what the daemon is doing: its helpers, the live commands, totals, how "
         "long starts take. Exit status: 1 if none answers.",
     )
     add_socket(status)

@@ -17,7 +17,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module to `parser`."""
-    group = parser.add_argument_group("failing and going on")
+    group = parser.add_argument_group("when commands fail")
     group.add_argument(
         "--timeout",
         type=_timeout,

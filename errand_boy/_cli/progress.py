@@ -18,7 +18,7 @@ _TICK = 1.0  # seconds
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module to `parser`."""
-    group = parser.add_argument_group("looking on")
+    group = parser.add_argument_group("progress and reports")
     group.add_argument(
         "--progress",
         "--bar",

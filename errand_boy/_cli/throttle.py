@@ -25,7 +25,7 @@ _PAUSE = 0.5  # seconds between looks at the memory, for those that may have to 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module to `parser`."""
-    group = parser.add_argument_group("waiting")
+    group = parser.add_argument_group("when to start")
     group.add_argument(
         "--delay",
         type=seconds,
