@@ -1,6 +1,7 @@
 #include "helper/command.h"
 
 #include "helper/counters.h"
+#include "helper/rare.h"
 #include "helper/streams.h"
 #include "spawn/supervisor.h"
 
@@ -266,6 +267,7 @@ void eb_command_ended(struct eb_command *k)
 
 void eb_command_started(struct eb_command *k)
 {
+    static bool has_started;
     const bool polled = k->start.polled; /* its program may have run for long */
     helper.spawner->end(&k->start);
     helper.starting--;
@@ -282,6 +284,9 @@ void eb_command_started(struct eb_command *k)
     eb_count_time(((polled ? k->start.exec_ns : eb_clock_ns(CLOCK_MONOTONIC)) - k->begun_ns) / 1000);
     k->state = k->start.owner == EB_OWNER_HELPER ? EB_RUNNING : EB_OVER;
     report_start(k);
+    if (!has_started)
+        eb_drop_rare_text(); /* by now the rest of what a start needs is mapped */
+    has_started = true;
     if (k->connection == NULL && k->child != 0 && k->on_close)
         end_command(k);
 }

@@ -14,6 +14,7 @@
 #include "helper/command.h"
 #include "helper/control.h"
 #include "helper/frames.h"
+#include "helper/rare.h"
 #include "helper/streams.h"
 
 #include <errno.h>
@@ -554,6 +555,7 @@ void eb_serve(int signals, int caller)
         if (idle >= TRIM_MS) {
             /* At rest after a burst: what it took goes back. */
             eb_trim_heap();
+            eb_drop_rare_text();
             helper.spawner->trim();
             helper.needs_trim = false;
         } else if (n > 1) {
