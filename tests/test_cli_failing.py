@@ -92,6 +92,13 @@ def test_halt_done() -> None:
     assert b"halt=later,fail=1 is not" in done.stderr
 
 
+def test_halt_for_a_command_whose_output_outlives_it() -> None:
+    script = "sleep 600 & echo $!"
+    done = run("--halt", "now,fail=1", "--timeout", 1, "sh", "-c", script, ":::", 1)
+    os.kill(int(done.stdout), signal.SIGKILL)
+    assert (done.returncode, done.stderr.count(b"timed out")) == (1, 1)
+
+
 def test_halt_counts_shares_of_all_if_their_number_is_known() -> None:
     codes = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     script = ["sh", "-c", "echo; exit {}"]

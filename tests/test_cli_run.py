@@ -76,6 +76,11 @@ def test_no_command_is_an_error_of_usage() -> None:
     assert run("--").returncode == 2
 
 
+def test_a_limit_of_output_is_refused_since_nobody_would_count() -> None:
+    done = run("--limit", "output=1K", "--", "true")
+    assert (done.returncode, "errand-boy map" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_are_forwarded(number: signal.Signals) -> None:
     script = f"""

@@ -121,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.error("--timeout must not be negative")
     if options.timeout is not None and (options.pty or options.record is not None):
         run.error("--timeout can't be given with a terminal")
+    if "output" in wanted.get("limits", ()):
+        run.error("--limit output needs errand-boy map: here the command writes by itself")
     if options.pty or options.record is not None:
         from errand_boy._cli import terminal  # noqa: PLC0415
 

@@ -154,8 +154,8 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "limits": (
         "NAME=LIMIT",
         _own_limit,
-        "wall or cpu (seconds), memory, file_size (4K, 1G), processes or open_files, of it and all "
-        "that it starts; may be repeated",
+        "wall or cpu (seconds), memory, file_size (4K, 1G), processes, open_files, or of a map's "
+        "command output; of it and all that it starts; may be repeated",
     ),
     "namespaces": ("NAME,...", _listed, "namespaces of its own: user, net, pid, ..."),
     "nice": ("N", int, "what is added to its niceness"),

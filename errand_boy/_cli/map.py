@@ -261,6 +261,8 @@ def _run(
             watch.end()
     if work.halt.result is not None:
         code = work.halt.result.returncode
+        if code == 0 and work.halt.result.failed:  # it had ended, but its output was still open
+            return 1
         return code if code >= 0 else 128 - code
     return min(failed, _MOST_FAILED)
 
