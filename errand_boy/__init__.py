@@ -1,14 +1,16 @@
 """Starts commands at a cost that does not depend on the process that starts them.
 
-``import errand_boy as subprocess``: the same functions, constants and exceptions; every command is
-started without a fork, as this process's own child: in this process, or by a small C helper for
-`user`, `group` and `extra_groups`, after start(), or if ``ERRAND_BOY_SPAWN`` says so. If
-``ERRAND_BOY_SOCKET`` is in the environment when this is imported, commands are started by the
-daemon that listens there.
+``import errand_boy as subprocess``: the same functions, constants and exceptions. Every command is
+started without a fork: by this process, or by a small helper in C for `user`, `group` and
+`extra_groups`, for `limits`, ``tree="all"`` and `dies_with_caller`, after start(), or if
+``ERRAND_BOY_SPAWN`` says so. If ``ERRAND_BOY_SOCKET`` is in the environment when this is imported,
+commands are started by the daemon that listens there.
 
-``errand_boy.map`` runs many commands at once, ``errand_boy.connect`` returns the client of a
-daemon, ``errand_boy.patch`` makes a whole program start its commands so. errand_boy.asyncio,
-errand_boy.gevent, errand_boy.eventlet and errand_boy.celery wait as those frameworks do.
+Popen, run and the other functions also take the options that `Options` names: how the command ends,
+its limits, its sandbox, its terminal and so on. errand_boy.map and errand_boy.Executor run many
+commands at once, errand_boy.connect returns the client of a daemon, and errand_boy.patch makes a
+whole program start its commands through errand-boy. errand_boy.asyncio, errand_boy.gevent,
+errand_boy.eventlet and errand_boy.celery wait as those frameworks do.
 """
 
 from __future__ import annotations
