@@ -166,7 +166,7 @@ static void prepare_job(struct eb_direct *d)
         job->keeps_files = true;
         return;
     }
-    job->shares_table = 1;
+    job->shares_table = EB_SHARED;
     job->reopened = choose_reopened(&d->q, d->flags, &job->highest);
     if (job->reopened != 0)
         (void)snprintf(job->proc_fd, sizeof job->proc_fd, "/proc/%d/fd/", (int)d->maker);
@@ -242,7 +242,8 @@ static bool decide(struct eb_direct *d)
         prepare_job(d);
         return make_process(d) != 0;
     }
-    bool is_short = d->error == ENOMEM || d->error == EMFILE; /* for a table of descriptors */
+    /* For a table of descriptors; EAGAIN: it had none in time. */
+    bool is_short = d->error == ENOMEM || d->error == EMFILE || d->error == EAGAIN;
     if (d->error != 0 && d->stage == EB_STAGE_START && !is_short)
         d->error = ENOSYS;
     return true;

@@ -71,8 +71,7 @@ static EB_BARE long own_table(struct eb_job *job)
             job->reopened_fd = fd;
             q->sources[i] = (int)r;
         }
-    eb_tell_table(job);
-    return 0;
+    return eb_tell_table(job);
 }
 
 /* For a maker with handlers, which must not run here, and a kernel without CLONE_CLEAR_SIGHAND. */

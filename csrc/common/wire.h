@@ -29,7 +29,7 @@ enum {
     EB_MAX_FDS = 1 << 16,      /* descriptors of one request */
     EB_MAX_FDS_PER_SEND = 253, /* SCM_MAX_FD of the kernel */
     EB_MAX_RLIMITS = 16,
-    EB_MAX_PROCESSES = 4096, /* that LIMITS can be about: a larger tree is over its limit, whatever that is */
+    EB_MAX_PROCESSES = 4096,  /* that LIMITS can be about: a larger tree is over its limit, whatever that is */
     EB_MAX_GROUPS = 1 << 16,  /* NGROUPS_MAX */
     EB_MAX_AFFINITY = 1024,   /* bytes of a CPU mask: 8,192 CPUs, the kernel's limit */
     EB_MAX_REASON = 200,      /* bytes of a reason text */

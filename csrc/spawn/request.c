@@ -58,7 +58,8 @@ static const struct {
     [EB_TAG_OOM_SCORE_ADJ] = {"OOM_SCORE_ADJ", 4},
     [EB_TAG_ROOT] = {"ROOT", -1},
     [EB_TAG_CAPABILITIES] = {"CAPABILITIES", 8},
-    [EB_TAG_SUPERVISE] = {"SUPERVISE", 5},    [EB_TAG_LIMITS] = {"LIMITS", 28},
+    [EB_TAG_SUPERVISE] = {"SUPERVISE", 5},
+    [EB_TAG_LIMITS] = {"LIMITS", 28},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)

@@ -32,10 +32,14 @@ EB_BARE long eb_take_table(struct eb_job *job)
     return eb_raw(SYS_close_range, (long)job->highest + 1, ~0U, EB_CLOSE_RANGE_UNSHARE, 0);
 }
 
-EB_BARE void eb_tell_table(struct eb_job *job)
+EB_BARE long eb_tell_table(struct eb_job *job)
 {
-    __atomic_store_n(&job->shares_table, 0, __ATOMIC_RELEASE);
+    int shares = EB_SHARED;
+    if (!__atomic_compare_exchange_n(&job->shares_table, &shares, EB_OWN_TABLE, false, __ATOMIC_ACQ_REL,
+                                     __ATOMIC_RELAXED))
+        return -EAGAIN;
     eb_raw(SYS_futex, (long)&job->shares_table, FUTEX_WAKE, 1, 0);
+    return 0;
 }
 
 /* A copy of `fd` whose number is nobody's target, searched from `*least` on. */
@@ -309,7 +313,8 @@ EB_BARE int eb_child(void *arg)
     STEP(SIGNALS, set_signals(self, q));
     if (eb_has(q, EB_TAG_SETSID))
         STEP(SETSID, eb_raw(SYS_setsid, 0, 0, 0, 0));
-    if (eb_has(q, EB_TAG_PGROUP) && (self == NULL || q->pgroup != self->pgrp || job->supervisor != NULL || eb_has(q, EB_TAG_SETSID)))
+    if (eb_has(q, EB_TAG_PGROUP) &&
+        (self == NULL || q->pgroup != self->pgrp || job->supervisor != NULL || eb_has(q, EB_TAG_SETSID)))
         STEP(PGROUP, eb_raw(SYS_setpgid, 0, q->pgroup, 0, 0));
     if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
         STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, eb_carried(q, EB_TAG_CONTROLLING_TERMINAL), TIOCSCTTY, 0, 0));

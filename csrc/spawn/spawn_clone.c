@@ -111,9 +111,7 @@ static bool reserve(bool whole_block)
 static EB_BARE long take_table(struct eb_job *job)
 {
     long r = eb_take_table(job);
-    if (r == 0)
-        eb_tell_table(job);
-    return r;
+    return r == 0 ? eb_tell_table(job) : r;
 }
 
 /* The new process has its own table, or there is none: the reserved numbers are free again. */
@@ -146,7 +144,7 @@ static void lower_sources(struct eb_job *job, bool apart)
     if (job->pipe >= 0)
         job->pipe = low[count];
     job->highest = low[low_count - 1];
-    job->shares_table = 1;
+    job->shares_table = EB_SHARED;
     job->first = take_table;
 }
 

@@ -177,18 +177,24 @@ EB_BARE enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error)
     return forbidden && job->q->namespaces != 0 ? EB_STAGE_NAMESPACES : EB_STAGE_START;
 }
 
-void eb_job_await_table(const struct eb_job *job, const volatile pid_t *alive, pid_t pid)
+void eb_job_await_table(struct eb_job *job, const volatile pid_t *alive, pid_t pid)
 {
     const struct timespec pause = {.tv_nsec = 10 * 1000 * 1000};
-    int pauses = 100;
+    int pauses = 500, shares = EB_SHARED;
     while (__atomic_load_n(&job->shares_table, __ATOMIC_ACQUIRE) != 0 &&
            __atomic_load_n(alive, __ATOMIC_ACQUIRE) != 0) {
         if (syscall(SYS_futex, &job->shares_table, FUTEX_WAIT, 1, &pause, NULL, 0) == 0 || errno != ETIMEDOUT)
             continue; /* it has told, or a signal has come */
-        if (--pauses == 0) {
+        if (--pauses > 0)
+            continue;
+        /* From here on it goes no further, so that nobody takes its end for the program's. */
+        if (__atomic_compare_exchange_n(&job->shares_table, &shares, EB_LATE, false, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_RELAXED)) {
+            job->stage = EB_STAGE_START;
+            job->error = EAGAIN;
             (void)kill(pid, SIGKILL);
-            return;
         }
+        return;
     }
 }
 

@@ -12,6 +12,9 @@
 
 enum { EB_CLOSE_RANGE_UNSHARE = 1 << 1 };
 
+/* Of `shares_table`; EB_LATE: its maker has waited for too long, and it must end. */
+enum { EB_OWN_TABLE, EB_SHARED, EB_LATE };
+
 /* SIGKILL and SIGSTOP. */
 #define EB_NEVER_IGNORED ((uint64_t)1 << 8 | (uint64_t)1 << 18)
 
@@ -23,7 +26,7 @@ struct eb_job {
     volatile enum eb_stage stage;
     volatile uint8_t member;   /* of what the stage sets, that it is at */
     volatile pid_t alive;      /* not 0 while it uses its maker's memory; cleared, and woken, by the kernel */
-    volatile int shares_table; /* and its table of descriptors, or a name in it */
+    volatile int shares_table; /* EB_SHARED while it uses its maker's table of descriptors too, or a name in it */
     volatile pid_t made;       /* by a thread: its pid, or why there is none, as -errno; 0: not yet */
     volatile bool cannot_reopen;
     int reopened_fd;
@@ -62,9 +65,9 @@ pid_t eb_job_clone(struct eb_job *job, unsigned flags);
 /* What failed with -errno in eb_job_clone. */
 enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error);
 /* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory, so that the kernel
- * has cleared `alive`.  That takes it microseconds; one that has been stopped is killed after a second, since it would
- * get somebody else's. */
-void eb_job_await_table(const struct eb_job *job, const volatile pid_t *alive, pid_t pid);
+ * has cleared `alive`.  That takes it microseconds; one that has been stopped is killed after 5 seconds, since it would
+ * get somebody else's, and its start fails with EAGAIN. */
+void eb_job_await_table(struct eb_job *job, const volatile pid_t *alive, pid_t pid);
 
 /* The new process. */
 int eb_child(void *job);
@@ -72,7 +75,7 @@ int eb_child(void *job);
 /* In the new process: takes a table of its own, with the descriptors up to the job's `highest`: the kernel copies no
  * others.  Returns 0 or -errno.  Then, once nothing in the maker's table is needed, its maker is told. */
 long eb_take_table(struct eb_job *job);
-void eb_tell_table(struct eb_job *job);
+long eb_tell_table(struct eb_job *job);
 
 /* The kernel's sigaction. */
 struct eb_action {

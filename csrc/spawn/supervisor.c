@@ -243,7 +243,8 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
             const int64_t begun = now_ms();
             if (!end(s, child, guards, begun > patient))
                 return; /* what is left has other ids */
-            next = 2 * now_ms() - begun; /* among thousands that have ended, it takes long: no more than half the time */
+            next =
+                2 * now_ms() - begun; /* among thousands that have ended, it takes long: no more than half the time */
         }
         if (ending)
             ns = TICK_NS;

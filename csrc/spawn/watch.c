@@ -18,9 +18,9 @@
 enum {
     TICKS = 100, /* USER_HZ, the unit of /proc: the same on all architectures that we know */
     MOST_TEXT = 2048,
-    BYTES_PER_NS = 4,       /* that a CPU can fill */
-    NS_PER_FORK = 100000,   /* that it needs at least, with its exec or without */
-    LEAST_NS = 2000000,     /* between looks */
+    BYTES_PER_NS = 4,     /* that a CPU can fill */
+    NS_PER_FORK = 100000, /* that it needs at least, with its exec or without */
+    LEAST_NS = 2000000,   /* between looks */
     MOST_NS = 100000000,
     MOST_MAPPED = 64 << 20, /* bytes of files that a process has mapped */
 };

@@ -1,0 +1,19 @@
+"""Parts of a start that no command can be made to show."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_wire import COMPILER, CSRC, HERE, compile_c
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+
+
+def test_process_that_takes_no_table_of_descriptors_in_time(tmp_path: Path) -> None:
+    """Its maker waits for it no longer than some seconds, and nobody takes its end for a program's."""
+    sources = [*(CSRC / "spawn").glob("*.c"), *(CSRC / "common").glob("*.c")]
+    compile_c(tmp_path / "program", HERE / "c" / "await_table.c", *sources)
+    done = subprocess.run([tmp_path / "program"], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
