@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=number(float, 0.05),
         const=1.0,
         metavar="SECONDS",
-        help="a live screen, with rates, new after so many seconds (default: 1); needs rich",
+        help="a live screen, with rates, renewed after so many seconds (default: 1); needs rich",
     )
     options = parser.parse_args(arguments)
     if options.command == "serve":
@@ -200,7 +200,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         type=number(float, 0),
         metavar="SECONDS",
         default=60.0,
-        help="as root: what another user's helper waits for the next connection (default: 60)",
+        help="as root: how long another user's helper waits for a connection (default: 60)",
     )
     parser.add_argument(
         "--chdir",
@@ -232,7 +232,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         type=number(float, 0),
         metavar="SECONDS",
         default=30.0,
-        help="for commands to finish when SIGTERM or SIGINT has come (default: 30)",
+        help="how long commands may go on after SIGTERM or SIGINT (default: 30)",
     )
     parser.add_argument("--patience", type=number(float, 0), default=30.0, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -242,7 +242,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="the least that is logged, on standard error (default: info)",
+        help="the lowest level that is logged, on standard error (default: info)",
     )
     parser.add_argument(
         "--log-format",
@@ -271,7 +271,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--transport",
         choices=("unixsocket",),
         default="unixsocket",
-        help="for compatibility; there is one",
+        help="for compatibility; this is the only one",
     )
 
 

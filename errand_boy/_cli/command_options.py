@@ -148,7 +148,7 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "drain": (
         "SECONDS",
         float,
-        "how long its output, or with --tree all what it has started, goes on after its end",
+        "how long its output is read after its end, or with --tree all what it started goes on",
     ),
     "ionice": ("CLASS[:LEVEL]", _with_level, "realtime, best-effort or idle"),
     "limits": (
@@ -169,6 +169,6 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "signals_default": ("NAME,...", _signals, "signals that are not ignored"),
     "signals_ignored": ("NAME,...", _signals, "signals that are ignored"),
     "stop": ("SIGNAL[:SECONDS],...", _steps, "how it is ended: TERM:5,KILL (default: KILL)"),
-    "timer_slack": ("NANOSECONDS", int, "how late its timers may ring"),
+    "timer_slack": ("NANOSECONDS", int, "how late its timers may be"),
     "tree": ("process|group|cgroup|all", str, "what is ended with it"),
 }
