@@ -109,6 +109,8 @@ class BuildExt(build_ext):
         return self.builds([], options)
 
     def builds(self, compile_options: list[str], link_options: list[str]) -> bool:
+        # As setuptools does for the extension, but not for a program: what CFLAGS says may need it.
+        link_options = [*os.environ.get("LDFLAGS", "").split(), *link_options]
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "program.c")
             source.write_text("int main(void) { return 0; }\n")
