@@ -62,8 +62,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     return 0;
 }
 
-#ifdef STANDALONE
-
 static uint64_t state;
 
 /* xorshift64*: the same numbers everywhere. */
@@ -117,6 +115,15 @@ static size_t make(uint8_t *data, size_t size)
         [EB_TAG_SIGNALS_IGNORED] = 8,
         [EB_TAG_OOM_SCORE_ADJ] = 4,
         [EB_TAG_CAPABILITIES] = 8,
+        [EB_TAG_STREAMS] = 1,
+        [EB_TAG_ON_CLOSE] = 4,
+        [EB_TAG_NULL] = 1,
+        [EB_TAG_SIGDEFAULT] = 8,
+        [EB_TAG_TERMINAL] = 17,
+        [EB_TAG_NAMESPACES] = 4,
+        [EB_TAG_SOCKETS] = 1,
+        [EB_TAG_SUPERVISE] = 5,
+        [EB_TAG_LIMITS] = 28,
     };
     struct eb_writer w = eb_writer(data, size);
     for (uint8_t tag = 1; tag < EB_TAG_END; tag++) {
@@ -153,6 +160,20 @@ static size_t make(uint8_t *data, size_t size)
         data[below((uint32_t)(w.at - w.start))] = (uint8_t)(below(2) == 0 ? below(256) : below(3));
     return eb_written(&w) - (below(4) == 0 ? below((uint32_t)eb_written(&w) + 1) : 0);
 }
+
+#ifndef STANDALONE
+
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed);
+
+/* With all tags, which it would hardly come upon. */
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed)
+{
+    state = (uint64_t)seed * 2 + 1;
+    return below(8) == 0 ? make(data, most) : LLVMFuzzerMutate(data, size, most);
+}
+
+#else
 
 int main(int argc, char **argv)
 {
