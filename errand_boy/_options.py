@@ -146,7 +146,7 @@ def refusal(failed: Failed, given: Mapping[str, Any]) -> str:
     name = "cpu_affinity" if step == "affinity" else step
     value = given.get(name)
     if name == "tree":
-        return "a supervisor needs a helper that uses clone(2), and a /proc that lists children"
+        return "a supervisor needs clone(2), close_range(2), and a /proc that lists children"
     if name not in _TABLE or value is None:
         return text
     if name in _REFUSALS:

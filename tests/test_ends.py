@@ -277,6 +277,32 @@ def test_who_watches_is_killed(which: str, option: str, marked: Marked) -> None:
     until(marked.are_gone)
 
 
+# Refuses close_range(2) to the helper that it becomes, as a filter older than that does.
+FILTERED = """#!{python} -ISE
+import ctypes, os, struct, sys
+
+libc = ctypes.CDLL(None, use_errno=True)
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, 436), (0x06, 0, 0, 0x00050000 | 38), (0x06, 0, 0, 0x7FFF0000)]
+data = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.addressof(data)))
+if libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0:
+    os.execv({helper!r}, [{helper!r}, *sys.argv[1:]])
+"""
+
+
+def test_helper_without_close_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start fails: it would wait for a pipe that guard and supervisor cannot close."""
+    package = Path(errand_boy.__file__).parent
+    helper = os.environ.get("ERRAND_BOY_HELPER") or str(package / "errand-boy-helper")
+    wrapper = tmp_path / "helper"
+    wrapper.write_text(FILTERED.format(python=sys.executable, helper=helper))
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("ERRAND_BOY_HELPER", str(wrapper))
+    with pytest.raises(OSError, match=r"close_range\(2\)"):
+        ours.run(["true"], tree="all")
+    assert next(errand_boy.map([["true"]])).returncode == 0
+
+
 def test_killed_helper_of_the_daemon_leaves_nothing(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon, pytest.MonkeyPatch.context() as monkeypatch:
         marked = Marked(monkeypatch)

@@ -40,7 +40,8 @@ struct eb_supervisor {
 };
 
 /* Makes a guard, which makes a supervisor, which makes the command of `job`; `flags` are for the guard.  Returns
- * the guard, a child of the calling process, or -errno: ENOTSUP where /proc has no lists of children. */
+ * the guard, a child of the calling process, or -errno: ENOTSUP where /proc has no lists of children, or there is no
+ * close_range(2). */
 pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsigned flags);
 /* The guard has been waited for. */
 void eb_supervisor_free(struct eb_supervisor *s);
