@@ -216,16 +216,21 @@ class Tracker:
         self.room -= len(data)
         return data
 
+    def keep(self, process: Any, data: bytes) -> bytes:
+        """Return what may be kept of more output, and end the command if that is less."""
+        was_too_loud = self.is_too_loud
+        data = self.take(data)
+        if self.is_too_loud and not was_too_loud:
+            end(process)
+        return data
+
     def count(self, process: Any, *outputs: list[bytes] | None) -> None:
         """Count the pieces that have come, and end the command if they are too much."""
-        was_too_loud = self.is_too_loud
         for number, pieces in enumerate(outputs):
             if pieces is not None:
                 for i in range(self._counted[number], len(pieces)):
-                    pieces[i] = self.take(pieces[i])
+                    pieces[i] = self.keep(process, pieces[i])
                 self._counted[number] = len(pieces)
-        if self.is_too_loud and not was_too_loud:
-            end(process)
 
 
 def end(process: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import time
 
 from errand_boy._functions import CAPTURED
@@ -89,16 +88,10 @@ def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, A
     end = None if timeout is None else time.monotonic() + timeout
     while exchange.go_on(None if end is None else end - time.monotonic()):
         if end is not None and time.monotonic() >= end:
-            output, errors = exchange.output()
-            raise subprocess.TimeoutExpired(process.args, timeout or 0, output, errors)
+            raise process._expired[0](process.args, timeout or 0, *exchange.output())
     process.wait(None if end is None else max(0.0, end - time.monotonic()))
-    terminal = process.terminal
-    terminal.close()
-    output, errors = exchange.output()
-    if terminal.encoding is None:
-        return output, errors
-    encoding = terminal.encoding, terminal.errors
-    return to_text(output, *encoding), None if errors is None else to_text(errors, *encoding)
+    process.terminal.close()
+    return exchange.result()
 
 
 class _Exchange:
@@ -106,6 +99,7 @@ class _Exchange:
 
     def __init__(self, process: Any, input: Any) -> None:
         terminal: Terminal = process.terminal
+        self._process = process
         self._terminal = terminal
         self._pipe = process.stdin
         files = [terminal, *filter(None, (process.stdout, process.stderr))]
@@ -128,6 +122,14 @@ class _Exchange:
         """Return what has been read so far."""
         return bytes(self._output), None if self._errors is None else bytes(self._errors)
 
+    def result(self, is_whole: bool = True) -> tuple[Any, Any]:
+        """Return what has been read, as `communicate` does."""
+        output, errors = self.output()
+        if self._terminal.encoding is None:
+            return output, errors
+        how = self._terminal.encoding, self._terminal.errors or "strict", is_whole
+        return to_text(output, *how), None if errors is None else to_text(errors, *how)
+
     def go_on(self, seconds: float | None) -> bool:
         """Wait for so long, and move what can be moved; return whether more may come."""
         if not self._reading:
@@ -138,7 +140,8 @@ class _Exchange:
             file, got = self._reading[fd]
             data = read_some(fd, _CHUNK)
             if data:
-                got += data
+                limited = self._process._limited
+                got += data if limited is None else limited.keep(self._process, data)
             elif data is not None:
                 del self._reading[fd]
                 if self._into == fd:

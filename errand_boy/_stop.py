@@ -139,10 +139,10 @@ def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, A
         output = expired.output, expired.stderr
         if ends.is_given or process._is_one_shot:
             stop(process)
-            if process.stdout or process.stderr:
+            if process.stdout or process.stderr or process.terminal:
                 with contextlib.suppress(*process._expired):
                     process._exchange_output(None, ends.patience)
-            output = _so_far(process, process.stdout), _so_far(process, process.stderr)
+            output = _so_far(process)
             close(process)
         raise process._expired[0](process.args, timeout, *output) from None
 
@@ -168,15 +168,25 @@ def _drained(process: Any, input: Any, timeout: float | None, drain: float) -> t
 
 def _output(process: Any) -> tuple[Any, Any]:
     """Return what has been read, as `communicate` does."""
+    exchange = vars(process).get("_exchange")  # of one with a terminal, see _pty
+    if exchange is not None:
+        return exchange.result(is_whole=False)  # type: ignore[no-any-return]
     streams = process.stdout, process.stderr
-    out, errors = (_as_wanted(s, _so_far(process, s)) if s is not None else None for s in streams)
+    out, errors = (
+        None if stream is None else _as_wanted(stream, data)
+        for stream, data in zip(streams, _so_far(process), strict=True)
+    )
     return out, errors
 
 
-def _so_far(process: Any, stream: Any) -> bytes | None:
-    """Return what has been read of a stream, in bytes as TimeoutExpired has it."""
-    chunks = vars(process).get("_fileobj2output", {}).get(stream)
-    return b"".join(chunks) if chunks else None
+def _so_far(process: Any) -> tuple[bytes | None, bytes | None]:
+    """Return what has been read, in bytes as TimeoutExpired has it."""
+    exchange = vars(process).get("_exchange")
+    if exchange is not None:
+        return exchange.output()  # type: ignore[no-any-return]
+    chunks = vars(process).get("_fileobj2output", {})
+    out, errors = (b"".join(chunks.get(s, ())) or None for s in (process.stdout, process.stderr))
+    return out, errors
 
 
 def _as_wanted(stream: Any, data: bytes | None) -> Any:
@@ -188,12 +198,12 @@ def _as_wanted(stream: Any, data: bytes | None) -> Any:
 
 
 def close(process: Any) -> tuple[Any, Any]:
-    """Close the pipes, which others may hold for long, and return what has been read."""
+    """Close the pipes and the terminal, which others may hold; return what has been read."""
     if "_closed_output" not in vars(process):
         process._closed_output = _output(process)
     for moving in vars(process).get("_moving", ()):  # gevent's greenlets, which use them
         moving.kill()
-    for stream in (process.stdin, process.stdout, process.stderr):
+    for stream in (process.stdin, process.stdout, process.stderr, process.terminal):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()

@@ -90,8 +90,8 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # gevent has 
         execute_child(_Base._execute_child, self, *args)
 
     def _exchange_output(self, input: Any, timeout: float | None) -> tuple[Any, Any]:
-        # gevent's own gives no output before all of it has come.
-        if self._ends is None:
+        # gevent's own gives no output before all of it has come; a terminal's does.
+        if self._ends is None or self.terminal is not None:
             return super()._exchange_output(input, timeout)
         return _exchange(self, input, timeout)
 

@@ -81,51 +81,51 @@ def expired(run: Callable[..., Any], marked: Marked, tree: str, **options: Any) 
     with pytest.raises(subprocess.TimeoutExpired) as caught:
         run(
             ["sh", "-c", ESCAPES],
-            stdout=subprocess.PIPE,
             timeout=0.5,
             stop=STEPS,
             tree=tree,
             env=marked.env,
-            **options,
+            **(options or {"stdout": subprocess.PIPE}),
         )
     output: bytes = caught.value.output
     return output
 
 
-def by_run(marked: Marked, tree: str, client: Any) -> bytes:
-    return expired(ours.run, marked, tree)
+def by_run(marked: Marked, tree: str, client: Any, **options: Any) -> bytes:
+    return expired(ours.run, marked, tree, **options)
 
 
-def by_the_daemon(marked: Marked, tree: str, client: Any) -> bytes:
-    return expired(client.run, marked, tree)
+def by_the_daemon(marked: Marked, tree: str, client: Any, **options: Any) -> bytes:
+    return expired(client.run, marked, tree, **options)
 
 
-def by_asyncio(marked: Marked, tree: str, client: Any) -> bytes:
+def by_asyncio(marked: Marked, tree: str, client: Any, **options: Any) -> bytes:
     import errand_boy.asyncio as on_loops  # noqa: PLC0415
 
-    return expired(
-        lambda *args, **options: asyncio.run(on_loops.run(*args, **options)), marked, tree
-    )
+    def run(*args: Any, **options: Any) -> None:
+        asyncio.run(on_loops.run(*args, **options))
+
+    return expired(run, marked, tree, **options)
 
 
-def by_map(marked: Marked, tree: str, client: Any) -> bytes:
+def by_map(marked: Marked, tree: str, client: Any, **options: Any) -> bytes:
     args = ["sh", "-c", ESCAPES]
-    (result,) = ours.map([args], timeout=0.5, stop=STEPS, tree=tree, env=marked.env)
+    (result,) = ours.map([args], timeout=0.5, stop=STEPS, tree=tree, env=marked.env, **options)
     assert isinstance(result.error, subprocess.TimeoutExpired)
     assert result.returncode == -SIGKILL
     return bytes(result.stdout)
 
 
-def by_greenlets(name: str) -> Callable[[Marked, str, Any], bytes]:
-    def run(marked: Marked, tree: str, client: Any) -> bytes:
+def by_greenlets(name: str) -> Callable[..., bytes]:
+    def run(marked: Marked, tree: str, client: Any, **options: Any) -> bytes:
         pytest.importorskip(name)
         script = f"""
 import sys, warnings
 warnings.simplefilter("ignore")
 import errand_boy.{name} as ours
 try:
-    ours.run(["sh", "-c", sys.argv[2]], stdout=ours.PIPE, stderr=ours.DEVNULL,
-             timeout=0.5, stop=((15, 0.1), 9), tree=sys.argv[3])
+    ours.run(["sh", "-c", sys.argv[2]], timeout=0.5, stop=((15, 0.1), 9), tree=sys.argv[3],
+             **{options or dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)})
 except ours.TimeoutExpired as error:
     report(error.output.decode())
 """
@@ -154,7 +154,7 @@ def by_the_command_line(marked: Marked, tree: str, client: Any) -> bytes:
         return output
 
 
-FRONTS = {
+FRONTS: dict[str, Callable[..., bytes]] = {
     "run": by_run,
     "daemon": by_the_daemon,
     "asyncio": by_asyncio,
@@ -164,12 +164,37 @@ FRONTS = {
     "celery": by_celery,
     "errand-boy run": by_the_command_line,
 }
+NO_TERMINAL = ("celery", "errand-boy run")
 
 
 @pytest.mark.parametrize("front", FRONTS)
 def test_tree_all_leaves_nothing(front: str, marked: Marked, client: Any) -> None:
     assert FRONTS[front](marked, "all", client) == b"out\n"
     until(marked.are_gone)
+
+
+@pytest.mark.parametrize("front", [front for front in FRONTS if front not in NO_TERMINAL])
+@pytest.mark.parametrize("tree", ["all", "process"])
+def test_what_was_on_the_terminal_is_kept(
+    tree: str, front: str, marked: Marked, client: Any
+) -> None:
+    assert FRONTS[front](marked, tree, client, pty=True) == b"out\r\n"
+    if tree == "process":
+        for pid in until(lambda: [p for p in marked.pids() if os.getsid(p) in marked.pids()]):
+            os.kill(pid, SIGKILL)
+    until(marked.are_gone)
+
+
+@pytest.mark.parametrize("name", ["gevent", "eventlet"])
+def test_greenlets_without_a_time_out(name: str) -> None:
+    pytest.importorskip(name)
+    script = f"""
+import warnings
+warnings.simplefilter("ignore")
+import errand_boy.{name} as ours
+report(ours.run(["echo", "out"], stdout=-1, stop=15, drain=1).stdout.decode())
+"""
+    assert run_script(script, name) == "out\n"
 
 
 @pytest.mark.parametrize("front", FRONTS)
@@ -372,11 +397,46 @@ def test_drain_keeps_what_was_read(marked: Marked) -> None:
     until(marked.are_gone)
 
 
-def test_output_of_the_last_moments_is_kept() -> None:
+@pytest.mark.parametrize("pty", [False, True])
+def test_output_of_the_last_moments_is_kept(pty: bool) -> None:
     script = "trap 'echo bye; exit 4' TERM; echo hello; while :; do sleep 0.01; done"
     with pytest.raises(subprocess.TimeoutExpired) as caught:
-        ours.check_output(["sh", "-c", script], timeout=0.5, stop=((SIGTERM, 100), SIGKILL))
-    assert caught.value.output == b"hello\nbye\n"
+        ours.check_output(
+            ["sh", "-c", script], timeout=0.5, stop=((SIGTERM, 100), SIGKILL), pty=pty
+        )
+    assert caught.value.output.split() == [b"hello", b"bye"]
+
+
+@pytest.mark.parametrize("tree", ["process", "all"])
+def test_drain_of_a_terminal(tree: str, marked: Marked) -> None:
+    """Who ignores the hang-up can't write to it any more, but has it open."""
+    script = "trap '' HUP; printf $1; sleep 1000 & exit 3"
+    # A character that is cut is an error at the end only, to which tree="all" comes.
+    text = "early\\342\\202" if tree == "process" else "early"
+    before = os.listdir("/proc/self/fd")
+    args = ["sh", "-c", script, "sh", text]
+    done = ours.run(args, pty=True, drain=0.2, tree=tree, env=marked.env, encoding="utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "early", None)
+    errand_boy.stop()
+    assert os.listdir("/proc/self/fd") == before
+    for pid in marked.pids() if tree == "process" else ():
+        os.kill(pid, SIGKILL)
+    until(marked.are_gone)
+
+
+def test_stop_of_a_terminal_beside_a_pipe() -> None:
+    script = "echo shown; echo piped >&2; exec sleep 1000"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        ours.run(["sh", "-c", script], pty=True, stderr=-1, timeout=0.5, stop=SIGTERM)
+    assert (caught.value.output, caught.value.stderr) == (b"shown\r\n", b"piped\n")
+
+
+def test_more_on_a_terminal_than_the_limit(marked: Marked) -> None:
+    process = ours.Popen(["yes"], pty=True, limits={"output": 1000}, env=marked.env)
+    with process:
+        assert process.communicate()[0] == 333 * b"y\r\n" + b"y"
+    assert process.cause == "output"
+    until(marked.are_gone)
 
 
 def test_stop_by_hand() -> None:
