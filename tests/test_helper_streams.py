@@ -465,3 +465,94 @@ def test_silence_before_the_end_of_a_brief_command(pool: Pool) -> None:
     client.send(streamed("/bin/sh", "-c", script, streams=0b11, options=[COALESCE]))
     assert client.frame() == (lib.EB_STDOUT, b"early\n")
     assert converse(client, b"\n", brief=True) == (b"late\n", b"", 0)
+
+
+# -- a terminal --
+
+SETSID = option(lib.EB_TAG_SETSID)
+SHOWS_SIZES = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGWINCH])
+while True:
+    print(*os.get_terminal_size(0), flush=True)
+    if signal.sigtimedwait([signal.SIGWINCH], 60) is None:
+        break
+"""
+
+
+def terminal(rows: int, columns: int, flags: int = 0) -> bytes:
+    return option(lib.EB_TAG_TERMINAL, struct.pack("<4IB", rows, columns, 0, 0, flags))
+
+
+def winsize(*numbers: int) -> bytes:
+    return frame(lib.EB_WINSIZE, struct.pack("<4I", *numbers))
+
+
+def screen(client: Client, end: bytes) -> bytes:
+    """Return what is on the screen, up to `end`."""
+    shown = b""
+    while not shown.endswith(end):
+        kind, payload = client.frame()
+        assert kind == lib.EB_STDOUT and payload, (kind, payload, shown)
+        shown += payload
+    return shown
+
+
+SUPERVISE = option(lib.EB_TAG_SUPERVISE, struct.pack("<BI", 1, 0))
+
+
+@pytest.mark.parametrize("more", [(), (SUPERVISE,)], ids=["", "supervised"])
+def test_size_of_a_terminal(more: tuple[bytes, ...], pool: Pool) -> None:
+    client = pool.connect()
+    data = streamed(
+        sys.executable, "-c", SHOWS_SIZES, streams=0b1011, options=[SETSID, terminal(7, 9), *more]
+    )
+    pid = started(client, data)
+    assert screen(client, b"\r\n") == b"9 7\r\n"
+    client.send(winsize(30, 100, 5, 6) + winsize(31, 101, 0, 0))
+    assert screen(client, b"101 31\r\n").splitlines() in ([b"101 31"], [b"100 30", b"101 31"])
+    client.send(frame(lib.EB_STDIN, b"\x03"))  # what is typed comes to the command
+    assert screen(client, b"KeyboardInterrupt\r\n")
+    rest = dict([client.frame(), client.frame()])  # in either order
+    assert rest[lib.EB_STDOUT] == b""
+    assert rest[lib.EB_EXITED][:4] == struct.pack("<i", signal.SIGINT)
+    assert gone(pid)
+
+
+def test_size_that_comes_late_is_dropped(pool: Pool) -> None:
+    """So is one for a command that has no terminal, or when there is none."""
+    client = pool.connect()
+    client.send(winsize(1, 2, 3, 4))
+    data = streamed("/bin/sh", "-c", "stty size", streams=3, options=[SETSID, terminal(7, 9)])
+    started(client, data)
+    assert converse(client) == (b"7 9\r\n", b"", 0)
+    client.send(winsize(1, 2, 3, 4))
+    started(client, streamed("/bin/cat", streams=3))
+    client.send(winsize(1, 2, 3, 4))
+    assert converse(client, b"text") == (b"text", b"", 0)
+
+
+def test_size_of_another_length_is_refused(pool: Pool) -> None:
+    client = pool.connect()
+    client.send(frame(lib.EB_WINSIZE, bytes(8)))
+    assert client.refusal() == "WINSIZE with a payload of 8 bytes"
+
+
+@pytest.mark.parametrize(
+    ("streams", "options"), [(3, []), (1, [SETSID]), (2, [SETSID]), (0b1010, [SETSID])]
+)
+def test_terminal_that_cannot_be(streams: int, options: list[bytes], pool: Pool) -> None:
+    client = pool.connect()
+    client.send(streamed("/bin/true", streams=streams, options=[*options, terminal(7, 9)]))
+    assert "TERMINAL needs SETSID" in client.refusal()
+
+
+@pytest.mark.parametrize("more", [(), (SUPERVISE,)], ids=["", "supervised"])
+def test_end_of_the_connection_hangs_up(more: tuple[bytes, ...], pool: Pool) -> None:
+    client = pool.connect()
+    script = "trap 'exit 9' HUP; trap '' TERM; echo ready; while :; do sleep 0.01; done"
+    options = [SETSID, terminal(7, 9), option(lib.EB_TAG_ON_CLOSE, struct.pack("<I", 60000)), *more]
+    pid = started(client, streamed("/bin/sh", "-c", script, streams=3, options=options))
+    screen(client, b"ready\r\n")
+    client.sock.close()
+    assert gone(pid)

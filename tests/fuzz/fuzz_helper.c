@@ -404,11 +404,17 @@ static void put_strings(struct eb_writer *w, uint8_t tag, const char *one)
     eb_put_bytes(w, one, strlen(one) + 1);
 }
 
+static void put_empty(struct eb_writer *w, uint8_t tag)
+{
+    eb_put_u8(w, tag);
+    eb_put_u32(w, 0);
+}
+
 static void ask(struct client *c)
 {
     uint8_t payload[256];
     struct eb_writer w = eb_writer(payload, sizeof payload);
-    uint8_t what = next(), streams = next(), count = next() % 8, cut = next();
+    uint8_t what = next(), streams = next(), more = next(), count = more % 8, cut = next();
     put_strings(&w, EB_TAG_EXECUTABLES, "/x");
     put_strings(&w, EB_TAG_ARGV, "x");
     if (streams != 0) {
@@ -416,19 +422,29 @@ static void ask(struct client *c)
         eb_put_u32(&w, 1);
         eb_put_u8(&w, streams & 15);
     }
-    if (what & 1) {
-        eb_put_u8(&w, EB_TAG_COALESCE);
-        eb_put_u32(&w, 0);
+    if (streams & 16) {
+        put_empty(&w, EB_TAG_SETSID);
+        eb_put_u8(&w, EB_TAG_TERMINAL);
+        eb_put_u32(&w, 17);
+        for (int i = 0; i < 4; i++)
+            eb_put_u32(&w, cut);
+        eb_put_u8(&w, streams >> 5);
     }
+    if (more & 8) {
+        eb_put_u8(&w, EB_TAG_SUPERVISE);
+        eb_put_u32(&w, 5);
+        eb_put_u8(&w, more >> 4 & 1);
+        eb_put_u32(&w, cut);
+    }
+    if (what & 1)
+        put_empty(&w, EB_TAG_COALESCE);
     if (what & 2) {
         eb_put_u8(&w, EB_TAG_ON_CLOSE);
         eb_put_u32(&w, 4);
         eb_put_u32(&w, what & 4 ? 500 : EB_LIVES_ON);
     }
-    if (what & 8) {
-        eb_put_u8(&w, EB_TAG_CWD_FD);
-        eb_put_u32(&w, 0);
-    }
+    if (what & 8)
+        put_empty(&w, EB_TAG_CWD_FD);
     if (count > 0) {
         eb_put_u8(&w, EB_TAG_FDS);
         eb_put_u32(&w, 4u * count);
@@ -550,6 +566,8 @@ static void act(void)
     }
     case 4: {
         uint32_t size = 257u * next();
+        if (which & 64)
+            send_frame(c->fd, EB_WINSIZE, input, 16, 0, SIZE_MAX);
         send_frame(c->fd, EB_STDIN, input, size, 0, which & 128 ? next() : SIZE_MAX);
         break;
     }
