@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -357,6 +358,28 @@ time.sleep(1000)
         caller.stdout.readline()
         caller.kill()
         caller.wait()
+    until(marked.are_gone)
+
+
+def test_killed_caller_takes_only_the_command_with_it(marked: Marked) -> None:
+    script = """
+import errand_boy, time
+command = "(setsid sleep 1000 &); sleep 1000 & echo; exec sleep 1000"
+process = errand_boy.Popen(["sh", "-c", command], stdout=-1, dies_with_caller=True)
+process.stdout.readline()
+report(process.pid)
+time.sleep(1000)
+"""
+    with started_script(script, "subprocess") as caller:
+        assert caller.stdout is not None
+        supervisor = parent(json.loads(caller.stdout.readline()))
+        caller.kill()
+        caller.wait()
+    until(lambda: not Path(f"/proc/{supervisor}").exists())
+    left = marked.pids()
+    for process in left:
+        os.kill(process, SIGKILL)
+    assert len(left) == 2
     until(marked.are_gone)
 
 

@@ -186,8 +186,12 @@ static EB_BARE bool take_wanted(struct eb_supervisor *s, pid_t child, bool guard
     wanted = __atomic_exchange_n(&s->wanted, 0, __ATOMIC_ACQ_REL);
     const uint64_t kill = (uint64_t)1 << (SIGKILL - 1);
     for (int n = 1; n <= EB_SIGNALS; n++)
-        if ((wanted & ~kill) >> (n - 1) & 1)
+        if (!((wanted & ~kill) >> (n - 1) & 1))
+            continue;
+        else if (s->all)
             eb_tree_signal(n);
+        else if (child != 0) /* not yet waited for */
+            eb_raw(SYS_kill, child, n, 0, 0);
     return (wanted & kill) != 0;
 }
 

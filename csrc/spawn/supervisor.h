@@ -51,8 +51,8 @@ bool eb_supervisor_has_reaped(const struct eb_supervisor *s);
 /* Sends a signal to the command, or with `group` to the process group of that number.  It never meets another
  * process: once the command has been waited for, nothing is sent. */
 void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number);
-/* Sends a signal to every process of the tree; after SIGKILL nothing is left.  The guard must not have been waited
- * for. */
+/* Sends a signal to every process of the tree, after SIGKILL nothing is left; or to the command, if it is ended alone.
+ * The guard must not have been waited for. */
 void eb_supervisor_signal_all(struct eb_supervisor *s, int number);
 
 #endif
