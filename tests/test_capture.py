@@ -33,12 +33,17 @@ PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
 BOTH = "echo out; echo err >&2; exit 3"
 
 
+VERDICT = {"cause", "duration", "limits_by", "peak_memory", "rusage"}
+
+
 def outcome(library: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    """Return what subprocess says too; what only errand_boy says is there as a whole, or not."""
     try:
-        done: dict[str, Any] = vars(library.run(*args, **options))
+        found = dict(vars(library.run(*args, **options)))
     except Exception as error:
-        return {"raised": type(error), "text": str(error), **vars(error)}
-    return done
+        found = {"raised": type(error), "text": str(error), **vars(error)}
+    assert (found.keys() & VERDICT) in (VERDICT, set())
+    return {name: value for name, value in found.items() if name not in VERDICT}
 
 
 @pytest.mark.parametrize(
