@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from conftest import run_script, script_environment
+from conftest import run_script, script_environment, started_script, until
 
 pytest.importorskip("ptyprocess", reason="needs the package pexpect")
 pytest.importorskip("pexpect", reason="needs the package pexpect")
@@ -114,6 +115,47 @@ def test_a_function_of_ones_own_is_called_in_a_fork(tmp_path: Path) -> None:
     process.wait()
     process.close()
     assert path.exists()
+
+
+def test_killed_helper_leaves_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a child of this process, which goes on."""
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
+    errand_boy: Any = importlib.import_module("errand_boy")
+    process = ours.PtyProcess.spawn(["cat"], echo=False)
+    os.kill(errand_boy.helper_pid(), signal.SIGKILL)
+    process.write(b"text\n")
+    assert process.readline() == b"text\r\n"
+    process.sendeof()
+    assert process.wait() == 0
+    process.close()
+    again = ours.PtyProcess.spawn(["true"])  # another helper's
+    assert again.wait() == 0
+    again.close()
+    errand_boy.stop()
+
+
+@pytest.mark.parametrize("way", ["direct", "helper"])
+def test_killed_caller_leaves_nothing(way: str) -> None:
+    script = """
+        import errand_boy.ptyprocess
+        process = errand_boy.ptyprocess.PtyProcess.spawn(
+            ["sh", "-c", "sleep 1000 & echo $!; exec sleep 1000"]
+        )
+        print(process.pid, process.readline().decode(), flush=True)
+        sys.stdin.read()
+    """
+    with started_script(script, "errand_boy-helper" if way == "helper" else "errand_boy") as caller:
+        assert caller.stdout is not None
+        pids = [int(pid) for pid in caller.stdout.readline().split()]
+        caller.kill()
+        until(lambda: all(map(has_ended, pids)), "the end of what was in the terminal")
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # nobody's any more
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_patch_and_unpatch() -> None:

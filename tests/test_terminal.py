@@ -13,6 +13,7 @@ import termios
 import threading
 import tty
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from conftest import PATIENCE, run_script, started_script, until
 from daemon import Daemon, started_daemon
 
 import errand_boy
+from errand_boy import _helper
 from errand_boy import terminal as terminals
 from errand_boy.terminal import Pty, Terminal
 
@@ -529,6 +531,88 @@ def test_killed_client_hangs_up(way: str, daemon: Daemon) -> None:
         assert psutil.pid_exists(pid)
         client.kill()
         until(lambda: not psutil.pid_exists(pid) or is_zombie(pid), "the end of the command")
+
+
+# Two processes in the terminal, until the test writes to the FIFO $2.
+HOLDS = "sleep 1000 & echo $$ $! >$1.new; mv $1.new $1; echo shown; read x <$2; echo $x; exit 3"
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> tuple[list[str], Path, Path]:
+    """A command, the file that is there when it runs, with its pids, and a FIFO it reads from."""
+    pids, fifo = tmp_path / "pids", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    return ["sh", "-c", HOLDS, "sh", str(pids), str(fifo)], pids, fifo
+
+
+def pids_in(path: Path) -> list[int]:
+    until(path.exists, "the start of the command")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+@pytest.mark.parametrize("way", ["private", "daemon"])
+def test_killed_helper_of_map_leaves_nothing(
+    way: str, held: tuple[list[str], Path, Path], tmp_path: Path
+) -> None:
+    command, path, _ = held
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(started_daemon(tmp_path)) if way == "daemon" else None
+        source: Any = errand_boy if daemon is None else errand_boy.connect(daemon.path)
+        before = os.listdir("/proc/self/fd")
+        results = source.map([command, ["tty"]], pty=True, max_workers=1)
+        with ThreadPoolExecutor(1) as executor:
+            first = executor.submit(next, results)
+            pids = pids_in(path)
+            for helper in [owner_pid()] if daemon is None else daemon.helpers():
+                os.kill(helper, signal.SIGKILL)
+            assert isinstance(first.result(PATIENCE).error, errand_boy.HelperDiedError)
+        until(lambda: all(map(is_zombie, pids)), "the end of what was in the terminal")
+        (second,) = results  # another helper's
+        assert second.stdout.startswith(b"/dev/pts/")
+        if daemon is None:
+            errand_boy.stop()
+        else:
+            source.close()
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+def owner_pid() -> int:
+    assert _helper.runner.current is not None
+    return _helper.runner.current.pid
+
+
+def test_killed_daemon_leaves_what_map_runs(
+    held: tuple[list[str], Path, Path], tmp_path: Path
+) -> None:
+    command, path, fifo = held
+    with started_daemon(tmp_path) as daemon:
+        client: Any = errand_boy.connect(daemon.path)
+        results = client.map([command], pty=True)
+        with ThreadPoolExecutor(1) as executor:
+            first = executor.submit(next, results)
+            pids = pids_in(path)
+            daemon.stop(signal.SIGKILL)
+            fifo.write_text("told\n")
+            result = first.result(PATIENCE)
+        assert (result.stdout, result.returncode) == (b"shown\r\ntold\r\n", 3)
+        until(lambda: all(map(is_zombie, pids)), "the end of what was in the terminal")
+        client.close()
+
+
+@pytest.mark.parametrize("way", ["private", "daemon"])
+def test_killed_client_of_map_leaves_nothing(
+    way: str, held: tuple[list[str], Path, Path], daemon: Daemon
+) -> None:
+    command, path, _ = held
+    script = """
+        path, *command = sys.argv[2:]
+        source = subprocess.connect(path) if path else subprocess
+        list(source.map([command], pty=True))
+    """
+    with started_script(script, args=[daemon.path if way == "daemon" else "", *command]) as client:
+        pids = pids_in(path)
+        client.kill()
+        until(lambda: all(map(is_zombie, pids)), "the end of what was in the terminal")
 
 
 def is_zombie(pid: int) -> bool:
