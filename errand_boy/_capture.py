@@ -9,19 +9,17 @@ import time
 from collections.abc import Callable, Mapping
 from subprocess import CompletedProcess
 
-from errand_boy import _request, _wire
+from errand_boy import _request
 from errand_boy._child import VERDICT
 from errand_boy._native import lib
 from errand_boy._spool import Spool, coding, to_text
-from errand_boy._streamed import StreamedCommand
+from errand_boy._streamed import StreamedCommand, tracker, verdict
 from errand_boy._wire import Failed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from errand_boy._limits import Tracker
-    from errand_boy._stream import Ended
 
 _PIPE = subprocess.PIPE
 _INPUTS = (None, subprocess.DEVNULL)
@@ -76,11 +74,7 @@ def capture(
     text = None
     if get("text") or get("universal_newlines") or get("encoding") or get("errors"):
         text = coding(get("encoding"), get("errors"))
-    limited = None
-    if get("limits") is not None:
-        from errand_boy._limits import Limits, Tracker  # noqa: PLC0415
-
-        limited = Tracker(Limits(options["limits"]))
+    limited = tracker(options)
     spools = Spool(), Spool()
     begun = time.monotonic()
     is_late = False
@@ -108,34 +102,17 @@ def capture(
         raise
     if isinstance(end, Failed):
         raise _request.spawn_error(end, program, cwd, options)
-    verdict = _verdict(end, begun, is_late, limited)
+    known = verdict(end, begun, limited, is_late)
     if is_late:
         stdout, stderr = output(lambda spool: bytes(spool.data) or None)
         expired = subprocess.TimeoutExpired(args, time_limit or 0, stdout, stderr)
-        vars(expired).update(verdict)
+        vars(expired).update(known)
         raise expired
     stdout, stderr = output(lambda spool: to_text(spool.data, *text) if text else bytes(spool.data))
     pid = end.brief[1] if end.brief else command.pid
     done = CompletedProcess(args, end.returncode, stdout, stderr)
-    vars(done).update(verdict)
+    vars(done).update(known)
     return done, pid, end.usage
-
-
-def _verdict(end: Ended, begun: float, is_late: bool, limited: Tracker | None) -> dict[str, Any]:
-    """Return what Popen's attributes of these names would be."""
-    cause = "timeout" if is_late else None
-    peak = None
-    if limited is not None:
-        cause = cause or limited.cause(end.returncode, end.tree)
-        peak = limited.peak_memory(end.tree)
-    rusage = _wire.rusage(end.usage, end.tree)
-    return {
-        "cause": cause or ("exit" if end.returncode >= 0 else "signal"),
-        "duration": end.brief[0] / 1e6 if end.brief else time.monotonic() - begun,
-        "rusage": rusage,
-        "peak_memory": rusage.ru_maxrss * 1024 if peak is None else peak,
-        "limits_by": None if limited is None else "rlimits",
-    }
 
 
 def runner(client: Any, plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -228,9 +228,9 @@ def tell_verdict(process: Any, error: BaseException | None) -> None:
             error.cause = "timeout"  # type: ignore[attr-defined]
 
 
-def completed(args: Any, returncode: int, *output: Any) -> subprocess.CompletedProcess[Any]:
-    """Return a CompletedProcess; for the code of subprocess.run, whose process it takes."""
-    done = subprocess.CompletedProcess(args, returncode, *output)
+def completed(kind: type[Any], args: Any, returncode: int, *output: Any) -> Any:
+    """Return a CompletedProcess, `kind`; for the code of subprocess.run, whose process it takes."""
+    done = kind(args, returncode, *output)
     process = sys._getframe(1).f_locals.get("process")
     if process is not None:
         vars(done).update(verdict(process))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, ModuleType
 
 from errand_boy._child import completed
@@ -32,6 +33,7 @@ def one_shot(popen: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+ERRORS = ("SubprocessError", "CalledProcessError", "TimeoutExpired")  # those that are caught
 NAMES = ("call", "check_call", "check_output", "getoutput", "getstatusoutput", "run")
 
 
@@ -62,8 +64,8 @@ def _popen_of_a_copy() -> type[subprocess.Popen[Any]]:
     copy = ModuleType("subprocess")
     copy.__file__ = subprocess.__file__
     spec.loader.exec_module(copy)
-    for name in ("SubprocessError", "CalledProcessError", "TimeoutExpired"):
-        setattr(copy, name, getattr(subprocess, name))  # those that are caught
+    for name in ERRORS:
+        setattr(copy, name, getattr(subprocess, name))
     popen: type[subprocess.Popen[Any]] = copy.Popen
     return popen
 
@@ -86,7 +88,8 @@ def rebind(
         original: FunctionType = getattr(module, name)
         if not namespace:  # that of subprocess, or of gevent.subprocess
             namespace = {**original.__globals__, "Popen": one_shot(popen), "PIPE": CAPTURED}
-            namespace["CompletedProcess"] = completed
+            namespace.update((each, getattr(module, each)) for each in ERRORS)
+            namespace["CompletedProcess"] = partial(completed, namespace["CompletedProcess"])
         bound = FunctionType(
             original.__code__, namespace, name, original.__defaults__, original.__closure__
         )

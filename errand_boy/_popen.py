@@ -95,7 +95,30 @@ class WithEnds:
         super().__exit__(kind, *args)  # type: ignore[misc]
 
 
-class Popen(WithEnds, WithTerminal, _Base[AnyStr], Verdict):
+class WithVerdict(Verdict):
+    """What a Popen of any class says of its end, and what that takes.
+
+    The class notes in `_begun` when it starts the command, and in `_sent` which signal it sends.
+    """
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        return _child.try_wait(self, wait_flags)
+
+    def _handle_exitstatus(self, *args: Any, **kwargs: Any) -> None:
+        super()._handle_exitstatus(*args, **kwargs)  # type: ignore[misc]
+        _child.note_end(self)
+
+    def _check_timeout(self, endtime: Any, timeout: Any, *outputs: Any, **kwargs: Any) -> None:
+        if self._limited is not None:
+            self._limited.count(self, *outputs[:2])
+        super()._check_timeout(endtime, timeout, *outputs, **kwargs)  # type: ignore[misc]
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[misc]
+        _child.tell_verdict(self, raised[1])
+
+
+class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
     """subprocess.Popen whose child is started without a fork, at the same cost by any process.
 
     All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and
@@ -262,22 +285,6 @@ class Popen(WithEnds, WithTerminal, _Base[AnyStr], Verdict):
 
     def _wait(self, timeout: float | None) -> int:
         return _child.wait(_Stdlib._wait, self, timeout)
-
-    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        return _child.try_wait(self, wait_flags)
-
-    def _handle_exitstatus(self, sts: int, *args: Any, **kwargs: Any) -> None:
-        _Stdlib._handle_exitstatus(self, sts, *args, **kwargs)
-        _child.note_end(self)
-
-    def _check_timeout(self, endtime: Any, timeout: Any, *outputs: Any, **kwargs: Any) -> None:
-        if self._limited is not None:
-            self._limited.count(self, *outputs[:2])
-        _Stdlib._check_timeout(self, endtime, timeout, *outputs, **kwargs)
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        _child.tell_verdict(self, raised[1])
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""

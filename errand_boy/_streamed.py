@@ -6,10 +6,11 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 
-from errand_boy import _helper
+from errand_boy import _helper, _wire
 from errand_boy._child import ready
 from errand_boy._connection import Connection
 from errand_boy._frame import MOST_ATTEMPTS, acquire
@@ -33,6 +34,32 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 class CancelledError(Exception):
     """The command was cancelled."""
+
+
+def tracker(options: Mapping[str, Any]) -> Tracker | None:
+    """Return what keeps the `limits` of a streamed command, if it has any."""
+    if options.get("limits") is None:
+        return None
+    from errand_boy._limits import Limits, Tracker  # noqa: PLC0415  only those who need it pay
+
+    return Tracker(Limits(options["limits"]))
+
+
+def verdict(end: Ended, begun: float, limited: Tracker | None, is_late: bool) -> dict[str, Any]:
+    """Return what Popen's attributes of these names would be; `is_late`: its time was up."""
+    cause = "timeout" if is_late else None
+    peak = None
+    if limited is not None:
+        cause = cause or limited.cause(end.returncode, end.tree)
+        peak = limited.peak_memory(end.tree)
+    rusage = _wire.rusage(end.usage, end.tree)
+    return {
+        "cause": cause or ("exit" if end.returncode >= 0 else "signal"),
+        "duration": end.brief[0] / 1e6 if end.brief else time.monotonic() - begun,
+        "rusage": rusage,
+        "peak_memory": rusage.ru_maxrss * 1024 if peak is None else peak,
+        "limits_by": None if limited is None else "rlimits",
+    }
 
 
 class StreamedCommand:

@@ -26,13 +26,13 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.worker.request import Request as _TaskRequest
 from celery.worker.state import revoked
 
-from errand_boy import _ends, _helper, _native, _request, _wire
+from errand_boy import _ends, _helper, _native, _request
 from errand_boy._map import with_bar
 from errand_boy._native import lib
 from errand_boy._request import Request
 from errand_boy._spool import Spool
 from errand_boy._stream import Ended
-from errand_boy._streamed import CancelledError, StreamedCommand
+from errand_boy._streamed import CancelledError, StreamedCommand, tracker, verdict
 from errand_boy._wire import Failed
 from errand_boy.errors import HelperDiedError, HelperError
 
@@ -51,7 +51,8 @@ class Outcome(TypedDict):
     `stdout`, `stderr`: text. `truncated`: whether some of it is missing, for `max_output`.
     `stdout_file`, `stderr_file`: where all of a longer output is, on the worker's host, or None.
     `duration`: seconds from the request to the end.
-    `rusage`: the fields of resource.struct_rusage by name (seconds, KiB, counts), or None.
+    `cause`, `peak_memory`, `limits_by`: as Popen has them; None if it was not started, or its end
+    is not known. `rusage`: the fields of resource.struct_rusage by name (seconds, KiB, counts).
     `host`: of the worker; `worker`: its name with Celery; None where `returncode` is.
     `error`: None, or why there is no ordinary end, as text: the command could not be started, its
     time was up, its helper has died (`returncode` is then -9, and may not be the command's).
@@ -66,6 +67,9 @@ class Outcome(TypedDict):
     stdout_file: str | None
     stderr_file: str | None
     duration: float
+    cause: str | None
+    peak_memory: int | None
+    limits_by: str | None
     rusage: dict[str, float] | None
     host: str | None
     worker: str | None
@@ -87,8 +91,9 @@ class _Command:
     ) -> None:
         self._ends = _ends.of(options, "group")
         self._options = options
+        self._limited = tracker(options)
         self._streamed = StreamedCommand(
-            _helper.runner, request, streams, False, spools, input, self._on_started
+            _helper.runner, request, streams, False, spools, input, self._on_started, self._limited
         )
         self._grace = grace
         self._pidfd = -1
@@ -124,6 +129,10 @@ class _Command:
         finally:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
+
+    def verdict(self, end: Ended, begun: float) -> dict[str, Any]:
+        """Return what an Outcome says of the end."""
+        return verdict(end, begun, self._limited, self.timed_out)
 
     def _send(self, number: int) -> None:
         assert self._ends is not None
@@ -264,6 +273,7 @@ def run_command(
         _live.pop(name, None)
         for spool in spools:
             spool.close()
+    known = command.verdict(end, begun) if isinstance(end, Ended) else {}
     stdout, stderr = (spool.data.decode(encoding, errors) for spool in spools)
     if command.timed_out:
         error = subprocess.TimeoutExpired(args, timeout or 0)
@@ -284,7 +294,10 @@ def run_command(
         stdout_file=str(paths[0]) if spools[0].file else None,
         stderr_file=str(paths[1]) if spools[1].file else None,
         duration=time.monotonic() - begun,
-        rusage=_rusage(end) if isinstance(end, Ended) else None,
+        cause=known.get("cause"),
+        peak_memory=known.get("peak_memory"),
+        limits_by=known.get("limits_by"),
+        rusage={name: getattr(known["rusage"], name) for name in _USAGE} if known else None,
         host=socket.gethostname(),
         worker=self.request.hostname,
         error=None if error is None else f"{type(error).__name__}: {error}",
@@ -296,11 +309,6 @@ _USAGE = (
     *("ru_utime", "ru_stime", "ru_maxrss", "ru_minflt", "ru_majflt", "ru_inblock", "ru_oublock"),
     *("ru_nvcsw", "ru_nivcsw"),
 )
-
-
-def _rusage(end: Ended) -> dict[str, float]:
-    found = _wire.rusage(end.usage)
-    return {name: getattr(found, name) for name in _USAGE}
 
 
 def _request_for(
@@ -418,6 +426,9 @@ def _outcome(args: Any, index: int, meta: Mapping[str, Any]) -> Outcome:
         stdout_file=None,
         stderr_file=None,
         duration=0.0,
+        cause=None,
+        peak_memory=None,
+        limits_by=None,
         rusage=None,
         host=None,
         worker=None,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from eventlet.green.subprocess import (
 
 from errand_boy import _child, _driver, _start
 from errand_boy._functions import parameters, rebind
-from errand_boy._popen import WithEnds, WithTerminal
+from errand_boy._popen import WithEnds, WithTerminal, WithVerdict
 
 __all__ = [
     "DEVNULL",
@@ -52,7 +53,7 @@ _Base: Any = subprocess.Popen
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # eventlet has no types
+class Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  # eventlet has no types
     """eventlet.green.subprocess.Popen whose child is started as errand_boy.Popen's is.
 
     All parameters, methods and exceptions are eventlet's, and other greenlets run while a program
@@ -81,10 +82,19 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # eventlet ha
         super().__init__(*args, **kwargs)
 
     def _execute_child(self, *args: Any) -> None:
+        self._begun = time.monotonic()
         execute_child(_Base._execute_child, self, *args)
 
     def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:
         return _child.internal_poll(_Base._internal_poll, self, *args, **kwargs)
+
+    def _check_timeout(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._check_timeout(*args, **kwargs)
+        except self._expired as expired:
+            raise TimeoutExpired(
+                expired.cmd, expired.timeout, expired.output, expired.stderr
+            ) from None
 
     def wait(self, timeout: float | None = None, check_interval: float = 0.01) -> int:
         """Wait for the process to end, at most `timeout` seconds; return its return code.
@@ -95,6 +105,8 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # eventlet ha
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
+        if self.returncode is None:
+            self._sent = sig
         _child.send_signal(_Base.send_signal, self, sig)
 
 

@@ -31,10 +31,10 @@ from gevent.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _driver, _native, _start, _stop
+from errand_boy import _child, _driver, _native, _start, _stop
 from errand_boy._child import HelperChild, helper_child
 from errand_boy._functions import parameters, rebind
-from errand_boy._popen import WithEnds, WithTerminal
+from errand_boy._popen import WithEnds, WithTerminal, WithVerdict
 
 __all__ = [
     "DEVNULL",
@@ -64,7 +64,7 @@ _Base: Any = subprocess.Popen
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # gevent has no types
+class Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  # gevent has no types
     """gevent.subprocess.Popen whose child is started as errand_boy.Popen's, without a fork.
 
     All parameters, methods and exceptions are gevent's, and other greenlets run while a program is
@@ -87,6 +87,7 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # gevent has 
         super().__init__(*args, **kwargs)
 
     def _execute_child(self, *args: Any) -> None:
+        self._begun = time.monotonic()
         execute_child(_Base._execute_child, self, *args)
 
     def _exchange_output(self, input: Any, timeout: float | None) -> tuple[Any, Any]:
@@ -94,6 +95,10 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # gevent has 
         if self._ends is None or self.terminal is not None:
             return super()._exchange_output(input, timeout)
         return _exchange(self, input, timeout)
+
+    def _on_child(self, watcher: Any) -> None:
+        _child.note_end(self)  # those who wait are told next
+        super()._on_child(watcher)
 
     def _internal_poll(self) -> int | None:
         return internal_poll(_Base._internal_poll, self)
@@ -104,6 +109,8 @@ class Popen(WithEnds, WithTerminal, _Base):  # type: ignore[misc]  # gevent has 
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the process; does nothing if it is known to have ended."""
+        if self.returncode is None:
+            self._sent = sig
         send_signal(_Base.send_signal, self, sig)
 
 
@@ -165,7 +172,7 @@ def _exchange(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any
     if chunks is None:
         chunks = {stream: [] for stream in (process.stdout, process.stderr) if stream is not None}
         process._fileobj2output = chunks
-        process._moving = [gevent.spawn(_read, stream, into) for stream, into in chunks.items()]
+        process._moving = [gevent.spawn(_read, process, stream) for stream in chunks]
         if process.stdin is not None:
             process._moving.append(gevent.spawn(_write, process.stdin, input))
     end = None if timeout is None else time.monotonic() + timeout
@@ -180,11 +187,14 @@ def _exchange(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any
     return _stop.close(process)
 
 
-def _read(stream: Any, into: list[bytes]) -> None:
-    fd = stream.fileno()
+def _read(process: Any, stream: Any) -> None:
+    fd, chunks = stream.fileno(), process._fileobj2output
     with contextlib.suppress(OSError, ValueError):  # it has been closed
         while data := nb_read(fd, 1 << 16):
-            into.append(data)
+            chunks[stream].append(data)
+            if process._limited is not None:
+                outputs = chunks.get(process.stdout), chunks.get(process.stderr)
+                process._limited.count(process, *outputs)
 
 
 def _write(stream: Any, input: Any) -> None:

@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psutil
 import pytest
-from conftest import until
+from conftest import run_script, until
 
 import errand_boy
 import errand_boy.asyncio
@@ -84,10 +85,36 @@ def test_each_front(cause: str, client: Any) -> None:
     check(next(errand_boy.map([cast(Any, {"args": command, "limits": limits})])), cause)
     check(client.run(command, limits=limits, capture_output=True), cause)
     check(next(client.map([command], limits=limits)), cause)
+    celery = pytest.importorskip("errand_boy.celery")
+    outcome = celery.run_command(command, limits=limits)
+    check(SimpleNamespace(**outcome), cause)
+    assert len(outcome["stdout"]) <= 100 << 10
     for front in Popen, client.Popen:
         with front(command, limits=limits, stdout=subprocess.PIPE) as process:
             process.communicate()
         check(process, cause)
+
+
+@pytest.mark.parametrize("name", ["gevent", "eventlet"])
+def test_each_front_of_greenlets(name: str) -> None:
+    pytest.importorskip(name)
+    found = run_script(
+        """
+        ours = importlib.import_module(f"errand_boy.{sys.argv[2]}")
+        found = []
+        for command, limits in json.loads(sys.argv[3]):
+            done = ours.run(command, limits=limits, capture_output=True)
+            assert type(done) is ours.CompletedProcess
+            with ours.Popen(command, limits=limits, stdout=ours.PIPE) as process:
+                output, _ = process.communicate()
+            for each, size in (done, len(done.stdout)), (process, len(output)):
+                assert each.duration > 0 and each.peak_memory > 0 and size <= 100 << 10
+                found.append([each.cause, each.returncode == 0])
+        report(found)
+        """,
+        args=[name, json.dumps([(CAUSES[cause][0], limits_of(cause)) for cause in CAUSES])],
+    )
+    assert found == [[cause, cause == "exit"] for cause in CAUSES for _ in range(2)]
 
 
 @pytest.mark.parametrize("by", BY)

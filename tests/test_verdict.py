@@ -6,9 +6,11 @@ import asyncio
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from conftest import run_script
 
 import errand_boy
 import errand_boy.asyncio
@@ -44,6 +46,47 @@ def test_cause_of_each_front(script: str, cause: str, spawn: str, client: Any) -
         check(done, cause)
     check(client.run(command, capture_output=True), cause)
     check(client.run(command), cause)
+    celery = pytest.importorskip("errand_boy.celery")
+    outcome = celery.run_command(command)
+    check(SimpleNamespace(**{**outcome, "rusage": SimpleNamespace(**outcome["rusage"])}), cause)
+
+
+@pytest.mark.parametrize("name", ["gevent", "eventlet"])
+def test_cause_of_each_front_of_greenlets(name: str, spawn: str) -> None:
+    pytest.importorskip(name)
+    found = run_script(
+        """
+        ours = importlib.import_module(f"errand_boy.{sys.argv[2]}")
+        found = []
+
+        def tell(done):
+            usage = sys.argv[2] == "gevent" or done.rusage.ru_maxrss * 1024 == done.peak_memory > 0
+            assert done.duration > 0 and usage
+            found.append(done.cause)
+
+        for script in "exit 0", "exit 3", "kill -9 $$":
+            tell(ours.run(["sh", "-c", script]))
+            tell(ours.run(["sh", "-c", script], capture_output=True, timeout=60))
+        with ours.Popen(["sleep", "1000"]) as process:
+            assert (process.cause, process.duration, process.rusage) == (None, None, None)
+            process.terminate()
+        tell(process)
+        for options in {"timeout": 0.2}, {"timeout": 0.2, "stdout": ours.PIPE}:
+            try:
+                ours.run(["sh", "-c", "echo so far; exec sleep 1000"], **options)
+            except stdlib.TimeoutExpired as error:
+                tell(error)
+                assert error.output == (b"so far\\n" if "stdout" in options else None)
+        try:
+            ours.run(["false"], check=True)
+        except stdlib.CalledProcessError as error:
+            tell(error)
+        report(found)
+        """,
+        args=[name],
+    )
+    causes = ["exit"] * 4 + ["signal"] * 2 + ["client"] + ["timeout"] * 2 + ["exit"]
+    assert found == causes
 
 
 def test_before_the_end() -> None:
