@@ -58,7 +58,6 @@ class WithEnds:
     """What a Popen of any class has for its `stop`, `tree` and `drain`."""
 
     _ends: Ends | None = None  # if anything was said of how it is ended
-    _limited: Any = None  # a _limits.Tracker
     _expired: Any = (
         subprocess.TimeoutExpired,
     )  # what its waits may raise; the first is what it raises

@@ -271,7 +271,12 @@ def test_on_the_command_line() -> None:
     assert told["duration"] >= 0.2
     assert told["peak_memory"] > 0
     assert told["rusage"]["ru_utime"] >= 0
-    assert done.returncode == 128 + 9
+    assert done.returncode == 124
+    for limit, code in (("wall=0.2", 124), ("cpu=0.2", 128 + 9)):
+        script = f"exec {sys.executable} -m errand_boy run -t --limit {limit} -- "
+        script += "sh -c 'while :; do :; done'"
+        assert Popen(["sh", "-c", script], pty=True).wait() == code
+        assert Popen(["sh", "-c", script.replace(" -t ", " ")]).wait() == code
     command = [*command[:4], "--stats", "--", "false"]
     done = subprocess.run(command, stderr=subprocess.PIPE)
     assert done.returncode == 1

@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="run one command on this terminal, and exit with its status",
         usage="errand-boy run [option ...] [--] COMMAND [ARGUMENT ...]",
         description="Run a command by the daemon or, if none listens, as a child of this process. "
-        "Signals are passed on. Exit status: the command's, 128 + N if signal N ended it; 127 if "
-        "it was not found, 126 if it could not be started, 125 for what errand-boy itself could "
-        "not do.",
+        "Signals are passed on. Exit status: the command's, 128 + N if signal N ended it, as "
+        "signal 9 does for a limit; 124 for --timeout and --limit wall; 127 if it was not found, "
+        "126 if it could not be started, 125 for what errand-boy itself could not do.",
     )
     add_socket(run)
     command_options.add_options(run)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="end the command after so long, as --stop and --tree say; the exit status is 124 then",
+        help="end the command after so long, as --stop and --tree say",
     )
     run.add_argument(
         "--stats",

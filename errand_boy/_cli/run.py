@@ -42,7 +42,8 @@ def run(
 ) -> int:
     """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
 
-    After `timeout` seconds it is ended, and the status is 124, as that of timeout(1).
+    After `timeout` seconds it is ended, and the status is 124, as that of timeout(1); so is that of
+    one that is ended by its limit of `wall` seconds.
 
     The daemon runs it that listens at `socket`, or where daemons listen by default; if none does,
     it is a child of this process. `options` are Popen's; `stats` is the form in which standard
@@ -85,7 +86,12 @@ def run(
         from errand_boy._cli.stats import show  # noqa: PLC0415
 
         show(process, argv, stats, "timeout" if expired.is_set() else process.cause)
-    if expired.is_set():
+    return _EXPIRED if expired.is_set() else exit_status(process)
+
+
+def exit_status(process: _popen.Popen[Any]) -> int:
+    """Return the exit status that says how a command has ended."""
+    if process.cause == "timeout":  # its limit, wall
         return _EXPIRED
     status: int = process.returncode
     return status if status >= 0 else 128 - status

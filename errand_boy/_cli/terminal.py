@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errand_boy import _client, _popen
-from errand_boy._cli.run import start
+from errand_boy._cli.run import exit_status, start
 from errand_boy.terminal import (
     Pty,
     Terminal,
@@ -192,8 +192,7 @@ class _Session:
         if self._failure is not None:
             print(f"errand-boy: {self._failure.strerror}\r", file=sys.stderr)
             return 125
-        status: int = self._process.returncode
-        return status if status >= 0 else 128 - status
+        return exit_status(self._process)
 
     def _await_end(self, writer: int) -> None:
         try:
