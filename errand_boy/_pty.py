@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _STANDARD = ("stdin", "stdout", "stderr")
 _CHUNK = 1 << 16  # bytes
+_LOOK = 0.05  # seconds between looks whether somebody has opened the terminal again
 
 
 def construct(
@@ -116,6 +117,7 @@ class _Exchange:
             with contextlib.suppress(BrokenPipeError):
                 self._pipe.flush()
         self._rest = memoryview(data)
+        self._is_idle = False  # nobody has the terminal open, but the command may open /dev/tty
         self._end_input()
 
     def output(self) -> tuple[bytes, bytes | None]:
@@ -134,23 +136,39 @@ class _Exchange:
         """Wait for so long, and move what can be moved; return whether more may come."""
         if not self._reading:
             return False
+        has_ended = False
+        if self._is_idle:
+            has_ended = self._pause(_LOOK if seconds is None else max(0.0, min(_LOOK, seconds)))
+            seconds = 0
         writing = () if self._into is None else (self._into,)
         readable, writable = wait_for(self._terminal.select, self._reading, writing, seconds)
+        self._is_idle = False
         for fd in list(readable):
             file, got = self._reading[fd]
             data = read_some(fd, _CHUNK)
             if data:
                 limited = self._process._limited
                 got += data if limited is None else limited.keep(self._process, data)
+            elif data is not None and file is self._terminal and not has_ended:
+                self._is_idle = True
             elif data is not None:
                 del self._reading[fd]
-                if self._into == fd:
-                    self._into = None
                 if file is not self._terminal:  # a command that is about to end would get SIGHUP
                     file.close()
-        if self._into is not None and writable:
+        if writable and self._into is not None and not (self._is_idle and self._pipe is None):
             self._write(self._into)
         return bool(self._reading)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait for all but the terminal, which is idle; return whether the command has ended."""
+        reading = self._reading.keys() - {self._terminal.fileno()}
+        writing = () if self._into is None or self._pipe is None else (self._into,)
+        if reading or writing:
+            wait_for(self._terminal.select, reading, writing, seconds)
+        else:
+            with contextlib.suppress(*self._process._expired):
+                self._process.wait(seconds)
+        return self._process.poll() is not None
 
     def _write(self, fd: int) -> None:
         try:

@@ -179,7 +179,8 @@ def test_tree_all_leaves_nothing(front: str, marked: Marked, client: Any) -> Non
 def test_what_was_on_the_terminal_is_kept(
     tree: str, front: str, marked: Marked, client: Any
 ) -> None:
-    assert FRONTS[front](marked, tree, client, pty=True) == b"out\r\n"
+    # Of a whole tree the shell may be the last to end, and tell of it.
+    assert FRONTS[front](marked, tree, client, pty=True).splitlines()[0] == b"out"
     if tree == "process":
         for pid in until(lambda: [p for p in marked.pids() if os.getsid(p) in marked.pids()]):
             os.kill(pid, SIGKILL)

@@ -94,6 +94,43 @@ def test_all_redirected_and_still_a_controlling_terminal(starter: Any) -> None:
         assert process.communicate(timeout=PATIENCE) == (b"out\n", None)
 
 
+LATE = "head -c 1000000 /dev/zero >/dev/tty; echo out; exit 3"
+
+
+def test_communicate_when_it_is_opened_late(starter: Any) -> None:
+    """More than the kernel keeps is written to it, after all that are redirected were looked at."""
+    process = starter.Popen(
+        ["sh", "-c", "read x; " + LATE], pty=Pty(raw=True), stdin=stdlib.PIPE,
+        stdout=stdlib.PIPE, stderr=stdlib.STDOUT,
+    )  # fmt: skip
+    with process:
+        assert process.communicate(b"go\n", timeout=PATIENCE) == (b"out\n", None)
+    assert process.returncode == 3
+
+
+def test_communicate_when_it_is_opened_again(starter: Any, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    script = "exec </dev/null >/dev/null 2>&1; read x <$1; echo again >/dev/tty; " + LATE
+    with starter.Popen(["sh", "-c", script, "sh", str(fifo)], pty=Pty(raw=True)) as process:
+        with pytest.raises(stdlib.TimeoutExpired):
+            process.communicate(timeout=0.2)
+        fifo.write_bytes(b"go\n")
+        shown, _ = process.communicate(timeout=PATIENCE)
+        assert shown == b"again\n" + bytes(1000000)
+    assert process.returncode == 3
+
+
+def test_communicate_types_when_it_is_opened(starter: Any) -> None:
+    """As what asks for a password does."""
+    process = starter.Popen(
+        ["sh", "-c", "read x </dev/tty; echo got $x"], pty=True, stdin=stdlib.DEVNULL,
+        stdout=stdlib.PIPE, stderr=stdlib.PIPE,
+    )  # fmt: skip
+    with process:
+        assert process.communicate(b"word\n", timeout=PATIENCE) == (b"got word\n", b"")
+
+
 def test_nothing_of_it_is_inherited_by_others() -> None:
     with errand.Popen(["cat"], pty=True) as process:
         fd = process.terminal.fileno()
