@@ -20,7 +20,7 @@ from asyncio.log import logger
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from errand_boy import _driver, _ends, _native, _popen, _start, _stop
+from errand_boy import _child, _driver, _ends, _native, _popen, _start, _stop
 from errand_boy._asyncio_loop import drive, readers_of, take_turn
 from errand_boy._child import ready
 from errand_boy._connection import Connection
@@ -96,9 +96,8 @@ class Deferred(_popen.Popen[bytes]):
                     raise
         elif self.returncode is None and self._waitpid_lock.acquire(False):
             try:
-                pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+                pid, status = _child.wait_for(self, os.WNOHANG)
                 if pid:
-                    self._usage = usage
                     self._handle_exitstatus(status)
             except ChildProcessError:
                 logger.warning(

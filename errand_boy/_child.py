@@ -108,15 +108,18 @@ class HelperChild:
         connection = self.connection
         return connection is not None and connection.is_foreign()
 
-    def send_signal(self, pid: int, number: int) -> None:
-        """Send a signal to its pid, or to its process group, a negative pid. Raises OSError."""
+    def send_signal(self, pid: int, number: int, flags: int = 0) -> None:
+        """Send a signal to its pid, or to its process group, a negative pid. Raises OSError.
+
+        `flags` is 0, or EB_ENDS_GROUP as in the frame SIGNAL.
+        """
         if not 0 <= index(number) < signal.NSIG:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         connection = self.connection
         if connection is not None:
             with connection.lock:
                 if self.connection is not None:
-                    connection.send_signal(pid, number)
+                    connection.send_signal(pid, number | flags)
 
 
 def _not_ours() -> ChildProcessError:
@@ -149,6 +152,7 @@ class Verdict:
     _over: float | None = None
     _usage: Any = None
     _sent = 0  # the last signal that this object has sent
+    _ends_group = False  # what the command leaves of its process group is killed at its end
     _limited: Any = None  # a _limits.Tracker
 
     @property
@@ -274,9 +278,8 @@ def _poll(process: Any, _deadstate: int | None) -> int | None:
         return None
     try:
         if process.returncode is None:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            pid, status = wait_for(process, os.WNOHANG)
             if pid == process.pid:
-                process._usage = usage
                 process._handle_exitstatus(status)
     except OSError as error:
         if _deadstate is not None:
@@ -292,9 +295,20 @@ def _poll(process: Any, _deadstate: int | None) -> int | None:
 def try_wait(process: Any, flags: int) -> tuple[int, int]:
     """Wait for a child of this process; see subprocess.Popen._try_wait."""
     try:
-        pid, status, usage = os.wait4(process.pid, flags)
+        return wait_for(process, flags)
     except ChildProcessError:
         return process.pid, 0
+
+
+def wait_for(process: Any, flags: int) -> tuple[int, int]:
+    """Wait for a child of this process as os.waitpid does, and note what it has used."""
+    if process._ends_group:
+        # While the leader has not been waited for, the number of the group is its own.
+        options = os.WEXITED | os.WNOWAIT | (flags & os.WNOHANG)
+        if os.waitid(os.P_PID, process.pid, options) is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+    pid, status, usage = os.wait4(process.pid, flags)
     if pid:
         process._usage = usage
     return pid, status

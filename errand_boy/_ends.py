@@ -86,6 +86,7 @@ def of(given: Mapping[str, Any], tree: str = "process") -> Ends | None:
 def signaller(stream: Stream, ends: Ends, given: Mapping[str, Any]) -> Callable[[int], Any]:
     """Return what has signals sent to a streamed command, whose pid is known."""
     pid = {"process": stream.pid, "all": lib.EB_WHOLE_TREE}.get(ends.tree, -stream.pid)
+    flags = lib.EB_ENDS_GROUP if ends.tree == "group" else 0
 
     def send(number: int) -> None:
         if ends.tree == "cgroup":
@@ -93,7 +94,7 @@ def signaller(stream: Stream, ends: Ends, given: Mapping[str, Any]) -> Callable[
 
             _cgroup.signal_all(given["cgroup"], number)
         elif stream.ended is None:
-            stream.signal(pid, number)
+            stream.signal(pid, number | flags)
 
     return send
 

@@ -47,8 +47,9 @@ class Target:
         self._pidfd = -1
         self._cgroup: Any = process._more.get("cgroup") if ends.tree == "cgroup" else None
         if ends.tree == "group" and self._child is None:
-            with contextlib.suppress(OSError), _unreaped(process) as is_live:
-                if is_live:
+            process._ends_group = True
+            if "_waitpid_lock" not in vars(process):  # gevent's, whose loop waits for it
+                with contextlib.suppress(OSError):
                     self._pidfd = _native.pidfd_open(process.pid)
 
     def send(self, number: int) -> None:
@@ -64,7 +65,10 @@ class Target:
         elif self._tree == "process":
             process.send_signal(number)
         elif child is not None:
-            child.send_signal(lib.EB_WHOLE_TREE if self._tree == "all" else -process.pid, number)
+            if self._tree == "all":
+                child.send_signal(lib.EB_WHOLE_TREE, number)
+            else:
+                child.send_signal(-process.pid, number, lib.EB_ENDS_GROUP)
         else:
             with _unreaped(process) as is_live:
                 if is_live:

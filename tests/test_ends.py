@@ -216,6 +216,42 @@ def test_tree_group_leaves_those_that_left_the_session(
     until(marked.are_gone)
 
 
+@pytest.mark.parametrize("way", ["direct", "helper", "asyncio", "map", "daemon"])
+def test_what_a_group_leaves_is_killed(
+    way: str, marked: Marked, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader ends at the first signal, and another ignores it."""
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper" if way == "helper" else "direct")
+    script = "(trap '' TERM; echo; while :; do sleep 1000; done) & trap 'exit 3' TERM; "
+    args = ["sh", "-c", script + "while :; do wait; done"]
+    options: dict[str, Any] = {"tree": "group", "stop": ((SIGTERM, 1000), SIGKILL), "stdout": -1}
+    if way == "map":
+        del options["stdout"]
+        (result,) = ours.map([args], timeout=1, env=marked.env, **options)
+        assert result.returncode == 3
+    elif way == "asyncio":
+        expired_on_loops(args, marked, options)
+    else:
+        popen = client.Popen if way == "daemon" else ours.Popen
+        with popen(args, env=marked.env, **options) as process:
+            process.stdout.readline()
+            assert process.stop() == 3
+            assert process.stdout.read() == b""
+    until(marked.are_gone)
+
+
+def expired_on_loops(args: list[str], marked: Marked, options: dict[str, Any]) -> None:
+    import errand_boy.asyncio as on_loops  # noqa: PLC0415
+
+    async def main() -> None:
+        process: Any = await on_loops.create_subprocess_exec(*args, env=marked.env, **options)
+        await process.stdout.readline()
+        await process.stop()
+        assert process.returncode == 3
+
+    asyncio.run(main())
+
+
 # -- tree="all" --
 
 

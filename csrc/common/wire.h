@@ -36,6 +36,7 @@ enum {
     EB_WINDOW = 64 << 10,     /* bytes of STDIN on their way */
     EB_MAX_OUTPUT = 64 << 10, /* bytes of one STDOUT or STDERR */
     EB_WHOLE_TREE = -1,       /* a pid of SIGNAL */
+    EB_ENDS_GROUP = 1 << 8,   /* beside a signal's number */
 };
 
 enum eb_kind {
@@ -46,7 +47,8 @@ enum eb_kind {
     EB_SPAWN = 3,    /* options, see eb_tag */
     EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
                         negative of it: its process group, as for kill(2); or 0: the child, whichever it is; or -1: the
-                        whole tree of one with SUPERVISE */
+                        whole tree of one with SUPERVISE. With EB_ENDS_GROUP beside the number and the group as the pid,
+                        what is left of the group when the child ends gets SIGKILL */
     EB_STDIN = 10,   /* bytes for a streamed standard input; empty: its end */
     EB_WINSIZE = 11, /* u32 rows | u32 columns | u32 * 2: the same in pixels; of a TERMINAL, else dropped */
 

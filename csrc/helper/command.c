@@ -111,7 +111,7 @@ void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame)
     struct eb_reader r = eb_reader(frame->payload, frame->size);
     const struct eb_command *k = c->command;
     pid_t pid = (pid_t)eb_get_u32(&r), child = k != NULL ? k->child : 0;
-    int number = (int)eb_get_u32(&r);
+    int given = (int)eb_get_u32(&r), number = given & ~EB_ENDS_GROUP;
     eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
     if (child != 0 && k->start.supervisor != NULL) {
         if (pid == EB_WHOLE_TREE)
@@ -122,8 +122,17 @@ void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame)
     }
     /* Not yet waited for, so the pid is still its own.  A signal may cross with EXITED: then it is late,
      * as it would be with kill(2). */
+    if (child != 0 && pid == -child && (given & EB_ENDS_GROUP))
+        c->command->ends_group = helper.ends_groups = true;
     if (child != 0 && (pid == 0 || pid == child || pid == -child))
         (void)kill(pid != 0 ? pid : child, number);
+}
+
+void eb_command_end_group(pid_t pid)
+{
+    for (const struct eb_command *k = *child_bucket(pid); k != NULL; k = k->next_child)
+        if (k->child == pid && k->ends_group)
+            (void)kill(-pid, SIGKILL);
 }
 
 /* Signals the group of a dying command whose leader has been waited for.  By its pidfd, since another group

@@ -39,9 +39,10 @@ struct eb_command {
     enum eb_command_state state;
     struct eb_connection *connection; /* NULL: it has ended */
     uint32_t connection_id;
-    bool asked;    /* the server has been told WANT, and is owed DONE */
-    bool on_close; /* it is ended with the connection: SIGTERM, and SIGKILL after so long */
-    bool dying;    /* that has begun */
+    bool asked;      /* the server has been told WANT, and is owed DONE */
+    bool on_close;   /* it is ended with the connection: SIGTERM, and SIGKILL after so long */
+    bool dying;      /* that has begun */
+    bool ends_group; /* what it leaves of its process group gets SIGKILL */
     uint32_t on_close_ms;
     uint32_t tied_slot; /* where the server finds it, see counters.h */
     uint64_t kill_at;   /* of eb_now_ms: SIGKILL; 0: it has been sent */
@@ -85,6 +86,10 @@ void eb_command_orphan(struct eb_command *k);
 bool eb_command_lives(const struct eb_command *k);
 /* Signals its process group, or it alone if it leads none. */
 void eb_command_kill(const struct eb_command *k, int number);
+/* Kills what is left of the process group of a child that has ended, if that is to be; before it is waited for, so
+ * that the number is still the group's own. */
+void eb_command_end_group(pid_t pid);
+
 /* Kills a dying one when its time has come. */
 void eb_command_wake(struct eb_command *k, uint64_t now);
 

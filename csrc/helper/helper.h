@@ -47,6 +47,7 @@ struct eb_helper {
     /* Marks for the loop. */
     struct eb_connection *marked, **marked_end; /* those with something to be done; first in, first out */
     uint64_t next_wake; /* of eb_now_ms: when some object needs a look, at the latest; 0: never */
+    bool ends_groups;   /* a command's process group is to end with it, see eb_command_end_group */
     bool needs_trim;    /* several commands have been at work at once, and memory may be given back */
     bool full;          /* `max_tasks` have been started, and the server is to be told */
 };

@@ -222,6 +222,17 @@ static void look_at_polled(void)
     }
 }
 
+static pid_t wait_for_child(int *status, struct rusage *usage)
+{
+    siginfo_t info = {.si_pid = 0};
+    if (!helper.ends_groups)
+        return wait4(-1, status, WNOHANG, usage);
+    if (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid == 0)
+        return 0;
+    eb_command_end_group(info.si_pid);
+    return wait4(info.si_pid, status, WNOHANG, usage);
+}
+
 /* All that have ended are waited for before anything is told of them, since that may lead to new ones. */
 static void reap(void)
 {
@@ -229,7 +240,7 @@ static void reap(void)
     struct rusage usage;
     int status;
     pid_t pid;
-    while ((pid = wait4(-1, &status, WNOHANG, &usage)) > 0)
+    while ((pid = wait_for_child(&status, &usage)) > 0)
         if ((k = eb_command_reap(pid, status, &usage)) != NULL) {
             *last = k;
             last = &k->next_child;
