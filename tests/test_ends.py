@@ -252,6 +252,68 @@ def expired_on_loops(args: list[str], marked: Marked, options: dict[str, Any]) -
     asyncio.run(main())
 
 
+# -- tree="cgroup" --
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A new one, of version 2; no controllers are needed."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    found = next((Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"), None)
+    if found is None:
+        pytest.skip("no cgroup v2 is mounted")
+    path = found / f"errand-boy-test-{uuid.uuid4()}"
+    try:
+        path.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made in {found}: {error.strerror}")
+    yield path
+    until(lambda: not (path / "cgroup.procs").read_text(), "the end of all in the cgroup")
+    path.rmdir()
+
+
+@pytest.mark.parametrize("front", ["run", "daemon", "asyncio", "map", "gevent", "eventlet"])
+def test_tree_cgroup_leaves_nothing(front: str, marked: Marked, client: Any, cgroup: Path) -> None:
+    options: dict[str, Any] = {"cgroup": str(cgroup)}
+    if front != "map":
+        options["stdout"] = subprocess.PIPE
+    assert FRONTS[front](marked, "cgroup", client, **options) == b"out\n"
+    until(marked.are_gone)
+
+
+def test_what_a_cgroup_has_left_is_stopped_later(marked: Marked, cgroup: Path) -> None:
+    script = "setsid sleep 1000 & exit 3"
+    with ours.Popen(["sh", "-c", script], tree="cgroup", cgroup=cgroup, env=marked.env) as process:
+        assert process.wait() == 3
+        assert marked.pids()
+        assert process.stop() == 3
+    until(marked.are_gone)
+
+
+def test_every_process_of_a_cgroup_gets_the_steps(marked: Marked, cgroup: Path) -> None:
+    inner = "trap 'echo inner; exit' TERM; echo ready; while :; do sleep 0.01; done"
+    script = f'(setsid sh -c "{inner}" &); exec cat'
+    with ours.Popen(["sh", "-c", script], stdin=-1, stdout=-1, tree="cgroup", cgroup=cgroup,
+                    env=marked.env) as process:  # fmt: skip
+        assert process.stdout.readline() == b"ready\n"
+        assert process.stop(((SIGTERM, 1000), SIGKILL)) == -SIGTERM
+    until(marked.are_gone)
+
+
+def test_cgroup_of_ones_own_is_not_ended(cgroup: Path) -> None:
+    script = """
+    with open(sys.argv[2] + "/cgroup.procs", "w") as file:
+        file.write("0")
+    process = subprocess.Popen(["sleep", "1000"], tree="cgroup", cgroup=sys.argv[2])
+    try:
+        process.stop()
+    except ValueError as error:
+        report(str(error))
+    process.kill()
+    """
+    assert "has this process in it" in run_script(script, args=[cgroup])
+
+
 # -- tree="all" --
 
 
