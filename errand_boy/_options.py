@@ -129,7 +129,7 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
     if given.get("foreground") and not (has_session or has_group):
         raise ValueError("foreground needs start_new_session=True or a process_group")
     encoded = b"".join(options)
-    if not carried:
+    if not carried and "sandbox" not in given:  # which can't be copied
         _last = ({name: copy(value) for name, value in given.items()}, form, encoded)
     carried.sort(key=lambda pair: pair[0])
     return encoded, [fd for _, fd in carried]

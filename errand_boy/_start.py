@@ -144,6 +144,9 @@ def begin(
     process_group = given[22] if len(given) > 22 else -1  # Python 3.11
     settings = more
     if preexec_fn is not None:
+        if sys.is_finalizing():  # nothing can be imported any more; subprocess has the words for it
+            original(process, *given)
+            return None
         from errand_boy import _preexec  # noqa: PLC0415  only those who need it pay for it
 
         before = (cwd, umask, uid, gid, gids, start_new_session, process_group)

@@ -72,7 +72,7 @@ def test_without_roots_rights(public_dir: Path) -> None:
     """A process of another user gets the same, and an error that says what is missing."""
     source = """
         import errand_boy
-        errand_boy.run(["true"])
+        errand_boy.run(["true"], no_new_privs=True)  # nothing is imported after this
         os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
         libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, as if it had been executed so
         done = errand_boy.run(["id", "-u"], capture_output=True, namespaces={"user", "net"})
@@ -143,6 +143,7 @@ def test_refused_ones_leave_the_direct_way() -> None:
     source = """
         import errand_boy
         from errand_boy import _direct
+        errand_boy.run(["true"], no_new_privs=True)  # nothing is imported after this
         os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
         for _ in range(2):
             try:

@@ -85,6 +85,18 @@ EXCLUDED = (
         (3, 10),
         "patches the fork_exec of subprocess to write nonsense into the error pipe of its child",
     ),
+    Named(
+        "subprocess",
+        "test_stopped",
+        (3, 10),
+        "patches os.waitpid, and os.wait4 is called, which tells what was used too",
+    ),
+    Named(
+        "subprocess",
+        "test_pidfd_open_notification_without_immediate_reap",
+        (3, 15),
+        "patches os.waitpid, and os.wait4 is called, which tells what was used too",
+    ),
     *(
         Named(suite, *named)
         for suite in ("asyncio-loop", "uvloop")
