@@ -25,7 +25,7 @@ from errand_boy import _cgroups, _limits
 run, Popen = cast(Any, errand_boy.run), cast(Any, errand_boy.Popen)
 REPEAT = int(os.environ.get("ERRAND_BOY_REPEAT", "3"))
 
-LIMITS = {"wall": 30, "cpu": 0.5, "memory": "150M", "output": "100K", "processes": 10}
+LIMITS = {"wall": 30, "cpu": 30, "memory": "150M", "output": "100K", "processes": 10}
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 # Bounded, should the limit not hold.
 FORKS = "for i in $(seq 100); do sleep 1000 & done; wait"
@@ -33,7 +33,7 @@ CAUSES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "exit": (["true"], {}),
     "signal": (["sh", "-c", "kill -SEGV $$"], {}),
     "timeout": (["sleep", "1000"], {"wall": 0.2}),
-    "cpu": (["sh", "-c", "while :; do :; done"], {}),
+    "cpu": (["sh", "-c", "while :; do :; done"], {"cpu": 0.5}),
     "memory": (["tail", "/dev/zero"], {}),
     "output": (["yes"], {}),
     "processes": (["sh", "-c", FORKS], {}),
