@@ -121,7 +121,10 @@ def test_terminal_is_restored(script: str, status: int) -> None:
 
 
 def test_keys_reach_the_command() -> None:
-    script = "trap 'echo got it' INT; echo ready; sleep 1000; echo next; cat; echo end"
+    script = (
+        "trap 'echo got it; go=1' INT; echo ready; while [ -z $go ]; do sleep 0.01; done;"
+        "echo next; cat; echo end"
+    )
     with outer("sh", "-c", script) as user:
         user.until(b"ready")
         user.terminal.write(b"\x03")

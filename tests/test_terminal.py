@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import importlib
 import os
@@ -11,7 +12,6 @@ import subprocess as stdlib
 import sys
 import termios
 import threading
-import tty
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +43,15 @@ def starter(
     monkeypatch.setenv("ERRAND_BOY_SPAWN", request.param)
     yield errand_boy
     errand_boy.stop()
+
+
+def cfmakeraw(fd: int) -> None:
+    """Make a terminal raw by the C library; tty.setraw is not the same in all versions."""
+    libc = ctypes.CDLL(None)
+    attributes = ctypes.create_string_buffer(256)
+    assert libc.tcgetattr(fd, attributes) == 0
+    libc.cfmakeraw(attributes)
+    assert libc.tcsetattr(fd, termios.TCSANOW, attributes) == 0
 
 
 def read_until(terminal: Terminal, text: Any) -> Any:
@@ -189,7 +198,7 @@ def test_how_it_is_to_be(starter: Any) -> None:
     assert plain[3] & termios.ECHO and plain[3] & termios.ICANON
     assert quiet == [*plain[:3], plain[3] & ~termios.ECHO]
     master, slave = os.openpty()
-    tty.setraw(slave)
+    cfmakeraw(slave)
     assert raw == termios.tcgetattr(slave)[:4]
     given = termios.tcgetattr(slave)
     given[3] |= termios.ECHO
@@ -292,7 +301,7 @@ def test_echo(starter: Any) -> None:
 
 
 def test_intr_and_foreground_group(starter: Any) -> None:
-    script = "trap 'echo got it; exit 5' INT; echo ready; while :; do sleep 100; done"
+    script = "trap 'echo got it; exit 5' INT; echo ready; while :; do sleep 0.01; done"
     with starter.Popen(["sh", "-c", script], pty=True) as process:
         read_until(process.terminal, b"ready")
         assert process.terminal.foreground_pgid == process.pid
@@ -789,11 +798,11 @@ def test_wait_for_tells_reading_from_writing() -> None:
     os.close(master)
 
 
-def test_make_raw_is_what_the_standard_library_has() -> None:
+def test_make_raw_is_cfmakeraw() -> None:
     master, slave = terminals.open_pair(Pty())
     attributes = termios.tcgetattr(slave)
     terminals.make_raw(attributes)
-    tty.setraw(slave)
+    cfmakeraw(slave)
     assert attributes == termios.tcgetattr(slave)
     os.close(master)
     os.close(slave)
