@@ -26,6 +26,9 @@ _UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", *"KMGTP"))}
 _ENCODED = struct.Struct("<QQQI")
 _MOST = (1 << 63) - 1
 _SPARE = 200  # processes
+_ELSEWHERE = (
+    "for a command of map or of a daemon; make one for it, with limits, and name it by cgroup="
+)
 
 NAMES = ("wall", "cpu", "memory", "output", "processes", "file_size", "open_files")
 _SECONDS = ("wall", "cpu")
@@ -136,7 +139,7 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"limits_by: {by!r} is neither 'cgroup' nor 'rlimits'")
     if not isinstance(limits, Limits):
         if by == "cgroup":
-            raise _no_cgroup("for what a helper or a daemon runs by itself, as map does")
+            raise _no_cgroup(_ELSEWHERE)
         limits = Limits(limits)
     if given.get("tree") not in (None, "all"):
         raise ValueError(f"limits: they are for all that is started, not tree={given['tree']!r}")
@@ -158,7 +161,7 @@ def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, d
     if given.get("cgroup") is not None:
         raise ValueError("limits_by='cgroup' can't be given with a cgroup of your own")
     if not may_have_cgroup:
-        raise _no_cgroup("for what a helper or a daemon runs by itself, as map does")
+        raise _no_cgroup(_ELSEWHERE)
     from errand_boy import _cgroups  # noqa: PLC0415
 
     directory = _cgroups.directory()
