@@ -100,8 +100,7 @@ class WithVerdict(Verdict):
     The class notes in `_begun` when it starts the command, and in `_sent` which signal it sends.
     """
 
-    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        return _child.try_wait(self, wait_flags)
+    _try_wait = _child.try_wait
 
     def _handle_exitstatus(self, *args: Any, **kwargs: Any) -> None:
         super()._handle_exitstatus(*args, **kwargs)  # type: ignore[misc]
@@ -278,6 +277,20 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
         _start.execute(
             self, given, _Stdlib._execute_child, self._source, _driver.BLOCKING, self._more
         )
+
+    # Most commands need nothing of what the base classes do for some: a plain one is not to pay.
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """Write `input`, read all output, and wait for the end; see subprocess.Popen."""
+        if self._ends is self.terminal is self._helper_child is None:
+            return _Stdlib.communicate(self, input, timeout)  # type: ignore[no-any-return]
+        return super().communicate(input, timeout)
+
+    def __exit__(self, *raised: Any) -> None:
+        if raised[0] is self.terminal is None:
+            _Stdlib.__exit__(self, *raised)
+        else:
+            super().__exit__(*raised)
 
     def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:
         return _child.internal_poll(_Stdlib._internal_poll, self, *args, **kwargs)
