@@ -126,7 +126,7 @@ CASES = {
     ),
     "foreground": Case(
         ON_TERMINAL + ", 'foreground': True}",
-        ["sh", "-c", "ps -o pgid=,tpgid= -p $$"],
+        ["sh", "-c", "cut -d ' ' -f 5,8 /proc/$$/stat"],  # its group, the terminal's
         lambda text: len({*text.split()}) == 1,
     ),
     "ionice": Case(
