@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import index
 
 from errand_boy import _native, _wire
@@ -150,7 +150,9 @@ class Verdict:
 
     _begun: float | None = None
     _over: float | None = None
-    _usage: Any = None
+    _usage: bytes | resource.struct_rusage | None = (
+        None  # as wait4(2) has it, until it is asked for
+    )
     _sent = 0  # the last signal that this object has sent
     _ends_group = False  # what the command leaves of its process group is killed at its end
     _limited: Any = None  # a _limits.Tracker
@@ -182,8 +184,9 @@ class Verdict:
         child = helper_child(self)
         if child is not None and child.usage:
             return _wire.rusage(child.usage, child.tree)
-        usage: resource.struct_rusage | None = self._usage
-        return usage
+        if isinstance(self._usage, bytes):
+            self._usage = _wire.kernels_rusage(self._usage)
+        return self._usage
 
     @property
     def peak_memory(self) -> int | None:
@@ -232,11 +235,42 @@ def tell_verdict(process: Any, error: BaseException | None) -> None:
             error.cause = "timeout"  # type: ignore[attr-defined]
 
 
+class Told:
+    """A CompletedProcess that says what Popen does of the end; worked out when it is asked for."""
+
+    _end: tuple[Any, ...] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in VERDICT and self._end is not None:
+            told = Verdict()
+            vars(told).update(zip(_PLAIN_END, self._end, strict=True))
+            del self._end
+            vars(self).update(verdict(told))
+            return vars(self)[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __reduce__(self) -> Any:
+        """A copy, also in another process, is of the ordinary class, and says all of it."""
+        getattr(self, "cause", None)
+        return _copied, (type(self).__mro__[2], vars(self))
+
+
+def _copied(kind: Any, attributes: Mapping[str, Any]) -> Any:
+    done = kind.__new__(kind)
+    vars(done).update(attributes)
+    return done
+
+
+_PLAIN_END = ("returncode", "_sent", "_begun", "_over", "_usage")  # all that the verdict is made of
+
+
 def completed(kind: type[Any], args: Any, returncode: int, *output: Any) -> Any:
     """Return a CompletedProcess, `kind`; for the code of subprocess.run, whose process it takes."""
     done = kind(args, returncode, *output)
     process = sys._getframe(1).f_locals.get("process")
-    if process is not None:
+    if isinstance(process, Verdict) and process._limited is helper_child(process) is None:
+        done._end = (returncode, process._sent, process._begun, process._over, process._usage)
+    elif process is not None:
         vars(done).update(verdict(process))
     return done
 
@@ -308,7 +342,7 @@ def wait_for(process: Any, flags: int) -> tuple[int, int]:
         if os.waitid(os.P_PID, process.pid, options) is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-    pid, status, usage = os.wait4(process.pid, flags)
+    pid, status, usage = _native.wait4(process.pid, flags)
     if pid:
         process._usage = usage
     return pid, status

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from types import FunctionType, ModuleType
 
-from errand_boy._child import completed
+from errand_boy._child import Told, completed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +19,13 @@ class _Captured(int):
 
 
 CAPTURED = _Captured(subprocess.PIPE)
+
+
+def _told(kind: type[Any]) -> type[Any]:
+    """Return the class CompletedProcess with what is told of the end."""
+    return type(
+        kind.__name__, (Told, kind), {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    )
 
 
 def one_shot(popen: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +96,7 @@ def rebind(
         if not namespace:  # that of subprocess, or of gevent.subprocess
             namespace = {**original.__globals__, "Popen": one_shot(popen), "PIPE": CAPTURED}
             namespace.update((each, getattr(module, each)) for each in ERRORS)
-            namespace["CompletedProcess"] = partial(completed, namespace["CompletedProcess"])
+            namespace["CompletedProcess"] = partial(completed, _told(namespace["CompletedProcess"]))
         bound = FunctionType(
             original.__code__, namespace, name, original.__defaults__, original.__closure__
         )

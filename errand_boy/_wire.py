@@ -80,6 +80,17 @@ def rusage(usage: Sequence[int], tree: Sequence[int] = ()) -> resource.struct_ru
     )
 
 
+_RUSAGE = struct.Struct("18l")
+
+
+def kernels_rusage(usage: bytes) -> resource.struct_rusage:
+    """Return what wait4(2) has written, as the resource module has it."""
+    from resource import struct_rusage  # noqa: PLC0415
+
+    user, user_us, system, system_us, *rest = _RUSAGE.unpack_from(usage)
+    return struct_rusage((user + user_us / 1e6, system + system_us / 1e6, *rest))
+
+
 def stage_name(stage: int) -> str:
     """Return what a start was doing, as a word."""
     for name in dir(lib):

@@ -104,7 +104,7 @@ def test_each_front_of_greenlets(name: str) -> None:
         found = []
         for command, limits in json.loads(sys.argv[3]):
             done = ours.run(command, limits=limits, capture_output=True)
-            assert type(done) is ours.CompletedProcess
+            assert isinstance(done, ours.CompletedProcess)
             with ours.Popen(command, limits=limits, stdout=ours.PIPE) as process:
                 output, _ = process.communicate()
             for each, size in (done, len(done.stdout)), (process, len(output)):

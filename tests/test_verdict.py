@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import signal
 import subprocess
 import time
@@ -140,3 +142,13 @@ def test_somebody_else_waits_for_it() -> None:
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert (done.returncode, done.cause, done.rusage) == (0, "exit", None)
+
+
+def test_results_can_be_copied_and_pickled() -> None:
+    done = errand_boy.run(["sh", "-c", "echo a; exit 3"], capture_output=True)
+    for other in pickle.loads(pickle.dumps(done)), copy.deepcopy(done):
+        assert vars(other) == vars(done)
+        assert (other.cause, other.returncode, other.stdout) == ("exit", 3, b"a\n")
+        assert isinstance(other, subprocess.CompletedProcess)
+    with pytest.raises(AttributeError, match="'CompletedProcess' object has no attribute 'nope'"):
+        cast(Any, done).nope  # noqa: B018
