@@ -132,7 +132,7 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     """
     from errand_boy import _map  # noqa: PLC0415
 
-    return _map.map(commands, client=_default, **options)
+    return _map.map(commands, client=_ways.daemon, **options)
 
 
 def patch() -> None:
@@ -168,7 +168,7 @@ _LATER = {
     "Sandbox": "errand_boy.sandbox",
 }
 
-_default = _ways.daemon = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None
+_ways.daemon = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None
 
 if TYPE_CHECKING:
     run: Run
@@ -184,9 +184,9 @@ else:
             return getattr(import_module(_LATER[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    if _default is not None:
-        Popen = _default.Popen
-        globals().update((name, getattr(_default, name)) for name in NAMES)
+    if _ways.daemon is not None:
+        Popen = _ways.daemon.Popen
+        globals().update((name, getattr(_ways.daemon, name)) for name in NAMES)
     else:
         globals().update(rebind(Popen))
 

@@ -58,9 +58,8 @@ class WithEnds:
     """What a Popen of any class has for its `stop`, `tree` and `drain`."""
 
     _ends: Ends | None = None  # if anything was said of how it is ended
-    _expired: Any = (
-        subprocess.TimeoutExpired,
-    )  # what its waits may raise; the first is what it raises
+    # What its waits may raise; the first is what it raises.
+    _expired: Any = (subprocess.TimeoutExpired,)
     _is_one_shot = False  # run's or call's, which kill it for any exception
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
@@ -257,14 +256,11 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
     else:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            if not _STANDARD.issuperset(kwargs):
-                self._more = {**self._more, **_start.take_options(kwargs, _STANDARD)}
-                if "pty" in self._more:
-                    from errand_boy import _pty  # noqa: PLC0415  only those who need it pay for it
-
-                    _pty.construct(self, super().__init__, args, kwargs)
-                    return
-            super().__init__(*args, **kwargs)
+            construct = super().__init__
+            if _STANDARD.issuperset(kwargs) or not _start.take_options(
+                self, construct, _STANDARD, args, kwargs
+            ):
+                construct(*args, **kwargs)
 
         if sys.flags.warn_default_encoding:
             # EncodingWarning names the first caller that is not in subprocess's own file.

@@ -58,11 +58,27 @@ class Local:
 LOCAL: Local = Local()
 
 
-def take_options(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
-    """Remove the options that `standard` lacks from a constructor's keywords; return them."""
+def take_options(
+    process: Any,
+    construct: Callable[..., None],
+    standard: frozenset[str],
+    args: tuple[Any, ...],
+    given: dict[str, Any],
+) -> bool:
+    """Have `process` keep the options among its constructor's keywords, which lose them.
+
+    `standard` are the names that the constructor of its base, `construct`, knows itself. Return
+    whether that has been called: for a terminal it is called with other arguments.
+    """
     from errand_boy._options import take  # noqa: PLC0415  only those who need it pay for it
 
-    return take(given, standard)
+    process._more = {**process._more, **take(given, standard)}
+    if "pty" not in process._more:
+        return False
+    from errand_boy import _pty  # noqa: PLC0415
+
+    _pty.construct(process, construct, args, given)
+    return True
 
 
 class Owned(Local):

@@ -77,14 +77,11 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  
     _select = select
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if not _STANDARD.issuperset(kwargs):
-            self._more = _start.take_options(kwargs, _STANDARD)
-            if "pty" in self._more:
-                from errand_boy import _pty  # noqa: PLC0415  only those who need it pay for it
-
-                _pty.construct(self, super().__init__, args, kwargs)
-                return
-        super().__init__(*args, **kwargs)
+        construct = super().__init__
+        if _STANDARD.issuperset(kwargs) or not _start.take_options(
+            self, construct, _STANDARD, args, kwargs
+        ):
+            construct(*args, **kwargs)
 
     def _execute_child(self, *args: Any) -> None:
         self._begun = time.monotonic()
