@@ -27,7 +27,13 @@ SOURCES = [
         "caller/module",
     )
 ]
-HEADERS = ("common/wire.h", "caller/caller.h", "caller/spawn_frame.h", "caller/direct.h")
+HEADERS = (
+    "common/wire.h",
+    "common/ringfile.h",
+    "caller/caller.h",
+    "caller/spawn_frame.h",
+    "caller/direct.h",
+)
 
 FUNCTIONS = """
 struct eb_caller {
@@ -91,7 +97,7 @@ ffibuilder.set_source(
     "errand_boy._native",
     "#define PyInit__native eb_init_by_cffi\n"  # csrc/caller/module.c has the one that Python calls
     '#include "caller/direct.h"\n#include "caller/landlock.h"\n#include "caller/launch.h"\n'
-    '#include "caller/module.h"\n'
+    '#include "caller/module.h"\n#include "common/ringfile.h"\n'
     '#include "common/heap.h"\n#include "common/rawsys.h"\n'
     "#include <sys/prctl.h>\n#include <sys/socket.h>\n",
     sources=SOURCES,

@@ -35,6 +35,9 @@ enum {
     EB_MAX_REASON = 200,      /* bytes of a reason text */
     EB_WINDOW = 64 << 10,     /* bytes of STDIN on their way */
     EB_MAX_OUTPUT = 64 << 10, /* bytes of one STDOUT or STDERR */
+    EB_MAX_JOB = 4 << 10,     /* bytes of a JOB */
+    EB_MAX_NOTIFY = 64 << 10, /* bytes of a NOTIFY */
+    EB_MAX_WRITERS = 16,      /* connections that ATTACH to write to one job */
     EB_WHOLE_TREE = -1,       /* a pid of SIGNAL */
     EB_ENDS_GROUP = 1 << 8,   /* beside a signal's number */
 };
@@ -54,6 +57,16 @@ enum eb_kind {
 
     /* client to daemon, its first frame in place of HELLO */
     EB_STATUS = 5, /* u32 version; answered by STATUS_REPLY, then the daemon closes the connection */
+    EB_JOB = 12,   /* u32 version | u8 eb_job_operation | JSON; answered by JOB_REPLY.  After that of START, or of OPEN
+                      for a job that runs, the connection begins anew, with the job's keeper: NUL and HELLO */
+
+    /* client to a job's keeper, to which SPAWN, SIGNAL, STDIN and WINSIZE go too */
+    EB_NOTIFY = 13, /* options of a command that is run when the job is over; before SPAWN, and without descriptors */
+    EB_FOLLOW =
+        14, /* u64 first sequence that is wanted, 0: all that is kept | u64 * 2: bytes of standard output and error
+                       that the follower knows of, had or missed | u8 eb_follow; answered by PIECEs, CAUGHT_UP, and
+                       EXITED when the job is over */
+    EB_ATTACH = 15, /* u8 eb_attach | u32 * 4 of WINSIZE; 0 rows: none */
 
     /* helper to client */
     EB_SPAWNED = 16, /* i32 pid | u8 eb_owner */
@@ -70,8 +83,15 @@ enum eb_kind {
     EB_UNREAD = 30, /* empty; a private helper is about to end: it closes the connection after this, and has
                         read nothing that was sent since the connection's last command was over */
 
+    /* keeper to client, beside SPAWNED, FAILED, EXITED and CREDIT */
+    EB_PIECE = 33,      /* u64 sequence | u64 microseconds since 1970 | u8 stream, 1 or 2 | bytes */
+    EB_MISSED = 34,     /* u8 stream | u64: so many bytes of it were overwritten before the follower had them */
+    EB_CAUGHT_UP = 35,  /* empty: so far all has been sent; once for each FOLLOW */
+    EB_LOG_FAILED = 36, /* i32 errno: the log lacks output from here on, or is not rotated */
+
     /* daemon to client */
     EB_STATUS_REPLY = 23, /* JSON */
+    EB_JOB_REPLY = 37,    /* JSON */
 
     /* server to helper, on its control socket */
     EB_ADOPT = 2, /* u32 connection id | u8 eb_adopt; empty: 0 and 0.  One descriptor: a connection to serve */
@@ -101,6 +121,27 @@ enum eb_kind {
 enum eb_adopt {
     EB_ASK = 1,       /* each start waits for GRANT */
     EB_TELL_ENDS = 2, /* ENDED is told of each command, also of one that does not start */
+};
+
+/* What is asked for by a JOB. */
+enum eb_job_operation {
+    EB_JOB_START = 1,
+    EB_JOB_LIST = 2,
+    EB_JOB_OPEN = 3,
+    EB_JOB_REMOVE = 4,
+};
+
+/* Which output is followed. */
+enum eb_follow {
+    EB_FOLLOW_ON = 1,    /* also what is still to come; else CAUGHT_UP ends it */
+    EB_FOLLOW_NEW = 2,   /* not what is there already */
+    EB_FOLLOW_QUIET = 4, /* none: EXITED only */
+};
+
+/* How a connection is attached to a job. */
+enum eb_attach {
+    EB_ATTACH_WRITES = 1,
+    EB_ATTACH_REDRAWS = 2, /* the program is told that its terminal has changed */
 };
 
 /* Whose child the new process is, that is, who must wait for it. */
@@ -229,6 +270,8 @@ enum eb_stage {
     EB_STAGE_SANDBOX = 25,
     EB_STAGE_EXEC = 26,
     EB_STAGE_TREE = 27, /* before all others: /proc, or its lists of children, are missing */
+    EB_STAGE_LOG = 28,  /* before all others: a job's log can't be opened */
+    EB_STAGE_RING = 29, /* before all others: there is no room for a job's output */
 };
 
 /* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */
