@@ -1,10 +1,24 @@
-"""The results of one run of somebody else's tests, as the plugin `results` has written them."""
+"""Runs somebody else's tests, with errand_boy in place and without, and compares the results."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+HERE = Path(__file__).parent
+NOT_INSTALLED = 77
+ATTEMPTS = 3
+MOST_DOUBTFUL = 5  # tests
 
 
 class Results(NamedTuple):
@@ -16,9 +30,16 @@ class Results(NamedTuple):
     skipped: set[str]
     failed: dict[str, str]  # and why
 
+    def summary(self, what: str) -> str:
+        """Return one line about a run."""
+        return (
+            f"{what}: {len(self.passed) + len(self.failed)} ran, {len(self.passed)} passed, "
+            f"{len(self.skipped)} skipped by the suite, {len(self.failed)} failed"
+        )
+
 
 def read(path: Path) -> Results:
-    """Read what the plugin has written."""
+    """Read what the plugin `results` has written."""
     popen = running = ""
     failed: dict[str, str] = {}
     skipped: set[str] = set()
@@ -38,3 +59,101 @@ def read(path: Path) -> Results:
             ended.add(test)
     skipped -= failed.keys()
     return Results(popen, running, ended - skipped - failed.keys(), skipped, failed)
+
+
+def run_pytest(
+    directory: Path,
+    arguments: Sequence[str],
+    *,
+    packages: Sequence[str],
+    first: Path | None,
+    longest_test: float,
+    timeout: float,
+) -> tuple[Results, bool]:
+    """Run pytest in `directory`; return the tests' results, and whether it ended by itself.
+
+    Interpreters that the tests start find `packages` where this one has them, whatever virtual
+    environment they are of, and look into the directory `first` before. Of those named by the
+    arguments there may be no tests at all. Times are in seconds.
+    """
+    specs = [importlib.util.find_spec(name) for name in packages]
+    places = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
+    if first:
+        places.insert(0, str(first))
+    with tempfile.TemporaryDirectory() as name:
+        results = Path(name) / "results"
+        results.touch()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*places, str(HERE)]),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "SUITE_RESULTS": str(results),
+            "SUITE_LONGEST_TEST": str(longest_test),
+        }
+        command = [sys.executable, "-m", "pytest", "-p", "results", "-p", "no:cacheprovider"]
+        command += ["-c", "pytest.ini", "-q", "--tb=short", "-W", "ignore", *arguments]
+        # A file, not a pipe: what a test has left behind would hold it open.
+        with (Path(name) / "output").open("w+", errors="replace") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            try:
+                returncode = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                returncode = None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            found = read(results)
+            ended = returncode in (0, 1, 5)  # 1: tests have failed, 5: there are none
+            if returncode is None:
+                where = found.running or "pytest's end: what it waits for at exit does not come"
+                print(f"  gave up after {timeout:g} s, in {where}", flush=True)
+            elif not ended:
+                output.seek(0)
+                last = output.read().splitlines()[-20:]
+                print(f"  pytest ended with {returncode}:", *last, sep="\n    ", flush=True)
+        return found, ended
+
+
+def compare(
+    plain: Results,
+    ours: Results,
+    again: Callable[[Sequence[str]], Results],
+    how: str,
+    races: Sequence[str] = (),
+) -> bool:
+    """Print what differs between a run without and one with errand_boy; return whether all is well.
+
+    Some tests look at the whole machine or wait for so and so long, and fail now and then when
+    others use it. If few have failed `how` only, `again` runs them again: they have to pass each
+    time then, and those whose functions are named by `races`, once.
+    """
+    lost = plain.passed - ours.passed - ours.skipped - ours.failed.keys()
+    problems = {test: ours.failed[test] for test in ours.failed.keys() - plain.failed.keys()}
+    doubtful = sorted(problems) if len(problems) <= MOST_DOUBTFUL else []
+    passes: Counter[str] = Counter()
+    for _ in range(ATTEMPTS if doubtful else 0):
+        passes.update(again(doubtful).passed)
+    for test in doubtful:
+        if passes[test] >= (1 if test.rpartition("::")[2] in races else ATTEMPTS):
+            print(
+                f"  failed once, and passed {passes[test]} of {ATTEMPTS} times afterwards: {test}"
+            )
+            print("    " + problems.pop(test).replace("\n", "\n    "))
+    for test, text in sorted(problems.items()):
+        print(f"  failed {how} only: {test}")
+        print("    " + text.replace("\n", "\n    "))
+    for test in sorted(lost):
+        print(f"  no result {how}: {test}")
+    for test in sorted(ours.skipped & plain.passed):
+        print(f"  skipped by the suite {how} only: {test}")
+    print(f"{len(problems) + len(lost)} new failures {how}", flush=True)
+    return not problems and not lost

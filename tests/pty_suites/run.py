@@ -16,11 +16,9 @@ import importlib.util
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -28,16 +26,10 @@ from threading import Lock
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from foreign.suite import Results, read
+from foreign.suite import NOT_INSTALLED, Results, compare, run_pytest
 
-HERE = Path(__file__).parent
-FOREIGN = HERE.parent / "foreign"
-REPLACED = HERE / "replaced"
-
-NOT_INSTALLED = 77
+REPLACED = Path(__file__).parent / "replaced"
 LONGEST_TEST = 60  # seconds; the slowest takes twenty
-ATTEMPTS = 3
-MOST_DOUBTFUL = 5  # tests
 PROCESSES = 6
 PACKAGES = "ptyprocess", "pexpect"
 
@@ -53,82 +45,38 @@ def copy(sdist: Path, package: str, to: Path) -> None:
     (to / "conftest.py").write_text("import unittest\nunittest.makeSuite = lambda *_: None\n")
 
 
-def run_files(
-    top: Path, patched: bool, tests: Sequence[str], options: Sequence[str], timeout: float
-) -> tuple[Results, bool]:
-    """Run some tests in one process; return their results, and whether pytest ended by itself."""
-    # Their own interpreters have to find what is installed here.
-    names = ("errand_boy", *PACKAGES)
-    specs = [importlib.util.find_spec(name) for name in names]
-    places = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
-    if patched:
-        places.insert(0, str(REPLACED))
-    with tempfile.TemporaryDirectory() as directory:
-        results = Path(directory) / "results"
-        results.touch()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([*places, str(FOREIGN)]),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "SUITE_RESULTS": str(results),
-            "SUITE_LONGEST_TEST": str(LONGEST_TEST),
-        }
-        command = [sys.executable, "-m", "pytest", "-p", "results", "-p", "no:cacheprovider"]
-        command += ["-c", "pytest.ini", "-q", "--tb=short", "-W", "ignore", *options, *tests]
-        # A file, not a pipe: what a test has left behind would hold it open.
-        with (Path(directory) / "output").open("w+", errors="replace") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=top,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-            try:
-                returncode = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                returncode = None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            found = read(results)
-            if returncode is None:
-                print(f"  gave up after {timeout:g} s, in {found.running}", flush=True)
-            elif returncode not in (0, 1, 5):  # 1: tests have failed, 5: there are none
-                output.seek(0)
-                last = output.read().splitlines()[-20:]
-                print(f"  pytest ended with {returncode}:", *last, sep="\n    ", flush=True)
-        return found, returncode in (0, 1, 5)
-
-
 _port = Lock()
 
 
-def in_turn(group: Sequence[str]) -> Any:
+def in_turn(group: str) -> Any:
     """Return a lock for tests that listen at a port of their own: one at a time."""
-    return _port if "socket" in group[0] else contextlib.nullcontext()
+    return _port if "socket" in group else contextlib.nullcontext()
 
 
 def run(
-    sdist: Path, package: str, patched: bool, tests: Iterable[str], arguments: argparse.Namespace
+    sdist: Path, package: str, patched: bool, tests: Sequence[str], arguments: argparse.Namespace
 ) -> tuple[Results, bool]:
     """Run the tests once, in several processes; return all their results."""
     options = ["-k", arguments.expression] if arguments.expression else []
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(PROCESSES) as executor:
         top = Path(directory) / package
         copy(sdist, package, top)
-        groups = [[test] for test in tests] or [
-            [f"tests/{file.name}"]
+        groups = tests or [
+            f"tests/{file.name}"
             for file in sorted((top / "tests").glob("test_*.py"))
             if file.name not in LEFT_OUT
         ]
 
-        def run_group(group: Sequence[str]) -> tuple[Results, bool]:
+        def run_group(group: str) -> tuple[Results, bool]:
             with in_turn(group):
-                return run_files(top, patched, group, options, arguments.timeout)
+                return run_pytest(
+                    top,
+                    [*options, group],
+                    packages=("errand_boy", *PACKAGES),
+                    first=REPLACED if patched else None,
+                    longest_test=LONGEST_TEST,
+                    timeout=arguments.timeout,
+                )
 
         parts = list(executor.map(run_group, groups))
     passed: set[str] = set()
@@ -141,49 +89,25 @@ def run(
     return Results("", "", passed, skipped, failed), all(well for _, well in parts)
 
 
-def summary(package: str, what: str, results: Results) -> str:
-    """Return one line about a run."""
-    return (
-        f"{package} {metadata.version(package)}, Python {platform.python_version()}, {what}: "
-        f"{len(results.passed) + len(results.failed)} ran, {len(results.passed)} passed, "
-        f"{len(results.skipped)} skipped by the suite, {len(results.failed)} failed"
-    )
-
-
-def compare(sdist: Path, package: str, arguments: argparse.Namespace) -> bool:
+def try_package(sdist: Path, package: str, arguments: argparse.Namespace) -> bool:
     """Run one package's tests with and without the patch; return whether all is well."""
     with ThreadPoolExecutor(2) as executor:
         (plain, _), (ours, well) = executor.map(
             lambda patched: run(sdist, package, patched, (), arguments), (False, True)
         )
-    print(summary(package, "nothing patched", plain))
+    versions = f"{package} {metadata.version(package)}, Python {platform.python_version()}"
+    print(plain.summary(f"{versions}, nothing patched"))
     for test in sorted(plain.failed):
         print(f"  fails with nothing patched: {test}")
-    print(summary(package, "errand_boy.patch()", ours), flush=True)
+    print(ours.summary(f"{versions}, errand_boy.patch()"), flush=True)
     if not plain.passed:
         print("  no test passed with nothing patched")
         return False
-    lost = plain.passed - ours.passed - ours.skipped - ours.failed.keys()
-    problems = {test: ours.failed[test] for test in ours.failed.keys() - plain.failed.keys()}
-    # Many tests wait for so and so long, and fail now and then on a busy machine. They have to
-    # pass each time when they are run again.
-    doubtful = set(problems) if well and len(problems) <= MOST_DOUBTFUL else set()
-    for _ in range(ATTEMPTS):
-        if doubtful:
-            again, _ = run(sdist, package, True, sorted(doubtful), arguments)
-            doubtful &= again.passed
-    for test in sorted(doubtful):
-        print(f"  failed once, and passed {ATTEMPTS} times when run again: {test}")
-        print("    " + problems.pop(test).replace("\n", "\n    "))
-    for test, text in sorted(problems.items()):
-        print(f"  failed under the patch only: {test}")
-        print("    " + text.replace("\n", "\n    "))
-    for test in sorted(lost):
-        print(f"  no result under the patch: {test}")
-    for test in sorted(ours.skipped & plain.passed):
-        print(f"  skipped by the suite under the patch only: {test}")
-    print(f"{len(problems) + len(lost)} new failures under the patch", flush=True)
-    return well and not problems and not lost
+
+    def again(tests: Sequence[str]) -> Results:
+        return run(sdist, package, True, tests, arguments)[0]
+
+    return compare(plain, ours, again, "under the patch") and well
 
 
 def main() -> int:
@@ -204,7 +128,7 @@ def main() -> int:
         if not (sdist / "tests").is_dir():
             print(f"{package}'s tests are not here")
             return NOT_INSTALLED
-        well = compare(sdist, package, arguments) and well
+        well = try_package(sdist, package, arguments) and well
     return 0 if well else 1
 
 
