@@ -2,6 +2,7 @@
 
 #include "helper/counters.h"
 #include "helper/rare.h"
+#include "helper/stdio.h"
 #include "helper/streams.h"
 #include "spawn/supervisor.h"
 
@@ -36,39 +37,11 @@ static void add_child(struct eb_command *k, pid_t pid)
     *bucket = k;
 }
 
-/* Its process is the guard of a supervised command, whose end it is not. */
-static int take_end(const struct eb_command *k, int status, const struct rusage **usage)
-{
-    const struct eb_supervisor *s = k->start.supervisor;
-    if (s == NULL)
-        return status;
-    if (!eb_supervisor_has_reaped(s))
-        return SIGKILL; /* so has the guard been, and the supervisor is about to do it */
-    *usage = &s->usage;
-    return s->status;
-}
-
 static void forget_supervisor(struct eb_command *k)
 {
     if (k->start.supervisor != NULL)
         eb_supervisor_free(k->start.supervisor);
     k->start.supervisor = NULL;
-}
-
-static void keep_usage(struct eb_command *k, const struct rusage *u)
-{
-    const uint64_t fields[EB_USAGE_FIELDS] = {
-        (uint64_t)u->ru_utime.tv_sec * 1000000 + (uint64_t)u->ru_utime.tv_usec,
-        (uint64_t)u->ru_stime.tv_sec * 1000000 + (uint64_t)u->ru_stime.tv_usec,
-        (uint64_t)u->ru_maxrss,
-        (uint64_t)u->ru_minflt,
-        (uint64_t)u->ru_majflt,
-        (uint64_t)u->ru_inblock,
-        (uint64_t)u->ru_oublock,
-        (uint64_t)u->ru_nvcsw,
-        (uint64_t)u->ru_nivcsw,
-    };
-    memcpy(k->usage, fields, sizeof fields);
 }
 
 struct eb_command *eb_command_reap(pid_t pid, int status, const struct rusage *usage)
@@ -79,10 +52,9 @@ struct eb_command *eb_command_reap(pid_t pid, int status, const struct rusage *u
             *at = k->next_child;
             k->next_child = NULL;
             k->child = 0;
-            k->status = take_end(k, status, &usage);
+            k->end = eb_process_end(&k->start, status, usage);
             eb_tied_forget(k->tied_slot);
             k->tied_slot = 0;
-            keep_usage(k, usage);
             return k;
         }
     return NULL;
@@ -97,13 +69,8 @@ bool eb_command_lives(const struct eb_command *k)
 
 void eb_command_kill(const struct eb_command *k, int number)
 {
-    if (k->child > 0 && k->start.supervisor != NULL) {
-        eb_supervisor_signal_all(k->start.supervisor, number);
-        return;
-    }
-    /* Not yet waited for, so the pid is its own, and a group of that number can only be its. */
-    if (k->child > 0 && kill(-k->child, number) != 0)
-        (void)kill(k->child, number);
+    if (k->child > 0)
+        eb_process_kill(&k->start, k->child, number);
 }
 
 void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame)
@@ -112,20 +79,12 @@ void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame)
     const struct eb_command *k = c->command;
     pid_t pid = (pid_t)eb_get_u32(&r), child = k != NULL ? k->child : 0;
     int given = (int)eb_get_u32(&r), number = given & ~EB_ENDS_GROUP;
-    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
-    if (child != 0 && k->start.supervisor != NULL) {
-        if (pid == EB_WHOLE_TREE)
-            eb_supervisor_signal_all(k->start.supervisor, number);
-        else if (pid == 0 || pid == k->start.pid || pid == -k->start.pid)
-            eb_supervisor_signal(k->start.supervisor, pid < 0, number);
+    eb_channel_consume(&c->channel, EB_HEADER_SIZE + frame->size);
+    if (child == 0)
         return;
-    }
-    /* Not yet waited for, so the pid is still its own.  A signal may cross with EXITED: then it is late,
-     * as it would be with kill(2). */
-    if (child != 0 && pid == -child && (given & EB_ENDS_GROUP))
+    if (k->start.supervisor == NULL && pid == -child && (given & EB_ENDS_GROUP))
         c->command->ends_group = helper.ends_groups = true;
-    if (child != 0 && (pid == 0 || pid == child || pid == -child))
-        (void)kill(pid != 0 ? pid : child, number);
+    eb_process_signal(&k->start, child, pid, number);
 }
 
 void eb_command_end_group(pid_t pid)
@@ -223,37 +182,21 @@ static void report_start(const struct eb_command *k)
     bool failed = k->start.error != 0;
     if (k->connection == NULL || (k->connection->coalesces && !failed))
         return;
-    eb_put_u32(&w, failed && k->start.owner != EB_OWNER_CALLER ? 0 : (uint32_t)k->start.pid);
-    if (failed)
-        eb_put_u32(&w, (uint32_t)k->start.error);
-    eb_put_u8(&w, failed ? k->start.stage : k->start.owner);
-    if (failed)
-        eb_put_u8(&w, k->start.member);
+    eb_process_put_start(&w, &k->start);
     eb_reply(k->connection, failed ? EB_FAILED : EB_SPAWNED, payload, eb_written(&w));
 }
 
 static void report_end(const struct eb_command *k)
 {
-    uint8_t payload[4 + 10 * 8 + 4 + 1 + 3 * 8 + 4];
-    const struct eb_supervisor *s = k->start.supervisor;
+    uint8_t payload[EB_MOST_EXITED];
     struct eb_writer w = eb_writer(payload, sizeof payload);
-    eb_put_u32(&w, (uint32_t)k->status);
-    for (int i = 0; i < EB_USAGE_FIELDS; i++)
-        eb_put_u64(&w, k->usage[i]);
+    eb_process_put_end(&w, &k->end);
     if (k->connection->coalesces) {
         eb_put_u64(&w, (eb_clock_ns(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
         eb_put_u32(&w, (uint32_t)k->start.pid);
     }
-    if (s != NULL) {
-        uint64_t peak = (uint64_t)s->tree.ru_maxrss << 10;
-        if (s->watch != NULL && s->watch->peak_memory > peak)
-            peak = s->watch->peak_memory;
-        eb_put_u8(&w, s->cause);
-        eb_put_u64(&w, eb_watch_us(&s->tree.ru_utime));
-        eb_put_u64(&w, eb_watch_us(&s->tree.ru_stime));
-        eb_put_u64(&w, peak);
-        eb_put_u32(&w, s->watch != NULL ? s->watch->peak_processes : 0);
-    }
+    if (k->start.supervisor != NULL)
+        eb_process_put_tree(&w, k->start.supervisor);
     eb_reply(k->connection, EB_EXITED, payload, eb_written(&w));
 }
 
@@ -330,7 +273,7 @@ static struct eb_command *use_spare(struct eb_connection *c)
  * lost. */
 static void drop_fds(struct eb_command *k)
 {
-    struct eb_fds *fds = &k->connection->fds;
+    struct eb_fds *fds = &k->connection->channel.fds;
     uint32_t count = eb_request_fds(&k->request);
     if (fds->lost || fds->count < count)
         eb_fds_clear(fds);
@@ -354,7 +297,7 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     struct eb_frame taken = *frame;
     struct eb_command *k = use_spare(c);
     struct eb_request *q = &k->request;
-    k->bytes = eb_connection_take(c, &taken);
+    k->bytes = eb_channel_take(&c->channel, &taken);
     if (k->bytes == NULL) {
         eb_refuse(c, "out of memory");
         return;
@@ -364,11 +307,11 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
         eb_refuse(c, "malformed SPAWN: %s", reason);
     else if (error > 0)
         fail(k, error, EB_STAGE_EXEC);
-    else if (c->fds.lost)
+    else if (c->channel.fds.lost)
         fail(k, EMFILE, EB_STAGE_FDS);
-    else if (c->fds.count < eb_request_fds(q))
+    else if (c->channel.fds.count < eb_request_fds(q))
         eb_refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(q),
-                  (unsigned)c->fds.count);
+                  (unsigned)c->channel.fds.count);
     else if (!helper.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_COALESCE) || eb_has(q, EB_TAG_SUPERVISE)))
         /* It could not tell of the end. */
         eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
@@ -379,66 +322,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
         eb_refuse(c, "malformed SPAWN: option TERMINAL needs SETSID, and STREAMS with 0 and 1");
     else if (eb_has(q, EB_TAG_LIMITS) && !q->tree_all)
         eb_refuse(c, "malformed SPAWN: option LIMITS needs SUPERVISE with 1");
-    else if (c->tells_ends && (k->record = eb_record_new(q, &c->fds)) == NULL)
+    else if (c->tells_ends && (k->record = eb_record_new(q, &c->channel.fds)) == NULL)
         fail(k, ENOMEM, EB_STAGE_START); /* nothing runs of which nobody is told */
-}
-
-/* Where the request has no limit of this resource. */
-static void default_limit(struct eb_request *q, int resource, rlim_t soft)
-{
-    if (eb_limits(q, resource))
-        return;
-    struct rlimit *limit = &q->rlimits[resource];
-    *limit = helper.self.rlimits[resource];
-    limit->rlim_cur = soft < limit->rlim_max ? soft : limit->rlim_max;
-    q->limited |= (uint16_t)(1 << resource);
-}
-
-/* Completes what a request leaves open, where this process's own state is none to inherit: its signals, its
- * limit of files, and that of processes, which is as the last request had it (see adopt_nproc).  And what it may not exceed, its commands get as far as it may; else no start would
- * succeed where a daemon's limits are lower than its client's. */
-static void complete(struct eb_request *q)
-{
-    q->present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN;
-    if (!helper.pool)
-        return;
-    for (int i = 0; i < EB_MAX_RLIMITS && !helper.raises_limits; i++) {
-        struct rlimit *limit = &q->rlimits[i];
-        if (q->set_limits >> i & 1)
-            continue; /* asked for, and so refused rather than changed */
-        rlim_t most = helper.self.rlimits[i].rlim_max;
-        limit->rlim_max = limit->rlim_max < most ? limit->rlim_max : most;
-        limit->rlim_cur = limit->rlim_cur < limit->rlim_max ? limit->rlim_cur : limit->rlim_max;
-    }
-    if (!helper.raises_priority && q->nice < helper.self.nice)
-        q->nice = helper.self.nice;
-    default_limit(q, RLIMIT_NOFILE, helper.open_files);
-    default_limit(q, RLIMIT_NPROC, helper.self.rlimits[RLIMIT_NPROC].rlim_cur);
-}
-
-static int made_source(const struct eb_request *q, int target, const int ends[3])
-{
-    if (q->nulls >> target & 1)
-        return helper.null_fd;
-    return target == 2 && (q->streams & EB_JOINED) ? ends[1] : ends[target];
-}
-
-/* Gives each target its source: what was sent, or the end of a pipe. */
-static void place_sources(struct eb_request *q, const struct eb_fds *sent, const int ends[3])
-{
-    uint32_t next = 0;
-    for (uint32_t i = 0; i < eb_request_sources(q); i++)
-        if (i < q->target_count && eb_is_made(q, q->targets[i]))
-            q->sources[i] = made_source(q, q->targets[i], ends);
-        else
-            q->sources[i] = sent->at[next++];
-}
-
-static void close_ends(int ends[3])
-{
-    for (int i = 0; i < 3; i++)
-        if (ends[i] >= 0)
-            close(ends[i]);
 }
 
 void eb_command_begin(struct eb_command *k)
@@ -448,19 +333,21 @@ void eb_command_begin(struct eb_command *k)
     int ends[3] = {-1, -1, -1};
     if (q->streams != 0 && !eb_streams_make(c, q, ends)) {
         fail(k, errno, EB_STAGE_FDS);
-        close_ends(ends);
+        eb_stdio_close(ends);
         return;
     }
     if (q->nulls != 0 && helper.null_fd < 0 && (helper.null_fd = open("/dev/null", O_RDWR | O_CLOEXEC)) < 0) {
         int error = errno;
         if (q->streams != 0)
             eb_streams_abandon(c);
-        close_ends(ends);
+        eb_stdio_close(ends);
         fail(k, error, EB_STAGE_FDS);
         return;
     }
-    place_sources(q, &c->fds, ends);
-    complete(q);
+    eb_stdio_place(q, &c->channel.fds, ends, helper.null_fd);
+    q->present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN; /* our own are none to inherit */
+    if (helper.pool)
+        eb_self_complete(&helper.self, q);
     c->coalesces = eb_has(q, EB_TAG_COALESCE);
     bool given = eb_has(q, EB_TAG_ON_CLOSE), supervised = eb_has(q, EB_TAG_SUPERVISE);
     k->on_close = given ? q->on_close_ms != EB_LIVES_ON : q->streams != 0 || supervised;
@@ -473,7 +360,7 @@ void eb_command_begin(struct eb_command *k)
         helper.needs_trim = true;
     /* The new process has its own by now. */
     drop_fds(k);
-    close_ends(ends);
+    eb_stdio_close(ends);
     if (k->start.pid > 0 && k->start.owner == EB_OWNER_HELPER) {
         add_child(k, k->start.pid);
         if (helper.pool)

@@ -16,6 +16,7 @@
 #define EB_COMMAND_H
 
 #include "helper/connection.h"
+#include "helper/process.h"
 #include "helper/record.h"
 
 #include <sys/resource.h>
@@ -29,10 +30,7 @@ enum eb_command_state {
     EB_OVER,
 };
 
-enum {
-    EB_MOST_CMDLINE = 200,
-    EB_USAGE_FIELDS = 9, /* of EXITED */
-};
+enum { EB_MOST_CMDLINE = 200 };
 
 struct eb_command {
     enum eb_source source; /* EB_SOURCE_START */
@@ -49,10 +47,9 @@ struct eb_command {
     int group_fd;       /* the pidfd by which the group of a dying command is told when its leader has gone */
     struct eb_start start;
     /* What the start reads, up to its outcome: */
-    uint8_t *bytes; /* the memory of the frame */
-    pid_t child;    /* ours, and not yet waited for; 0: none */
-    int status;     /* of its process, when that has ended */
-    uint64_t usage[EB_USAGE_FIELDS];
+    uint8_t *bytes;           /* the memory of the frame */
+    pid_t child;              /* ours, and not yet waited for; 0: none */
+    struct eb_end end;        /* of its process, when it has been waited for */
     uint64_t begun_ns;        /* of CLOCK_MONOTONIC */
     uint64_t since_ms;        /* since 1970 */
     struct eb_record *record; /* the server is to be told of the end; allocated, the loop's to free; NULL: it is not */

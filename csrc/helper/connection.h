@@ -15,14 +15,14 @@
 #ifndef EB_CONNECTION_H
 #define EB_CONNECTION_H
 
-#include "common/fdpass.h"
+#include "common/channel.h"
 #include "helper/helper.h"
 
 struct eb_connection {
     enum eb_source source;            /* EB_SOURCE_CONNECTION */
     enum eb_source stream_sources[3]; /* EB_SOURCE_STDIN and its neighbours */
-    int fd;                           /* -1: closed */
-    uint32_t id;                      /* the server's number for it */
+    struct eb_channel channel;
+    uint32_t id; /* the server's number for it */
     bool control;
     bool asks;            /* each start needs a GRANT */
     bool tells_ends;      /* the server gets an ENDED for each command */
@@ -46,21 +46,10 @@ struct eb_connection {
     bool large_output;          /* the last command wrote much */
     uint64_t corked_until;      /* of eb_now_ms */
 
-    const struct ucred *only; /* who alone may ask for anything; NULL: whoever sends */
-    bool foreign;             /* something of what is not consumed came from another */
-    struct eb_fds fds;
-    uint8_t *in;
-    size_t in_at, in_size, in_capacity; /* in_size bytes from in_at on are not consumed */
-    uint8_t *out;
-    size_t out_size;
+    const struct ucred *only;              /* who alone may ask for anything; NULL: whoever sends */
+    bool foreign;                          /* something of what is not consumed came from another */
     struct eb_connection *next, *previous; /* among all; or `next` among the dead */
     struct eb_connection *next_marked;
-};
-
-struct eb_frame {
-    uint8_t kind;
-    const uint8_t *payload;
-    uint32_t size;
 };
 
 /* Makes a connection of the socket `fd`, one of helper.connections, and says HELLO.  NULL: memory is short, and `fd`
@@ -73,13 +62,6 @@ void eb_mark_closing(struct eb_connection *c);
 
 /* Reads once.  1: something came; 0: nothing now; -1: the peer is gone or memory is short. */
 int eb_connection_fill(struct eb_connection *c);
-/* 1: `frame` is the whole first one; 0: more is needed; -1: no frame of this protocol. */
-int eb_connection_frame(const struct eb_connection *c, struct eb_frame *frame);
-/* Removes the first `size` bytes. */
-void eb_connection_consume(struct eb_connection *c, size_t size);
-/* Removes the first frame, a whole one, and moves its payload to memory that is the caller's to free, which is
- * returned; NULL: memory is short. */
-uint8_t *eb_connection_take(struct eb_connection *c, struct eb_frame *frame);
 /* Sends a frame, or holds it back for a moment if the command's are to go together. */
 void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
 void eb_reply_u32(struct eb_connection *c, enum eb_kind kind, uint32_t number);

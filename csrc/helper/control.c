@@ -3,10 +3,8 @@
 #include "helper/command.h"
 #include "helper/counters.h"
 
-#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -32,13 +30,13 @@ void eb_tell_end(const struct eb_command *k)
     struct eb_writer w = eb_writer(payload, sizeof payload);
     eb_put_u32(&w, k->connection_id);
     eb_put_u32(&w, (uint32_t)k->start.pid);
-    eb_put_u32(&w, (uint32_t)k->status);
+    eb_put_u32(&w, (uint32_t)k->end.status);
     eb_put_u32(&w, (uint32_t)k->start.error);
     eb_put_u8(&w, k->start.error != 0 ? k->start.stage : 0);
     eb_put_u64(&w, k->since_ms);
     eb_put_u64(&w, k->begun_ns != 0 ? (eb_clock_ns(CLOCK_MONOTONIC) - k->begun_ns) / 1000 : 0);
     for (int i = 0; i < 3; i++) /* user and system time, peak resident set */
-        eb_put_u64(&w, k->usage[i]);
+        eb_put_u64(&w, k->end.usage[i]);
     eb_put_u32(&w, record->cwd_size);
     eb_put_bytes(&w, record->text, record->cwd_size);
     eb_put_u32(&w, record->argv_size);
@@ -85,7 +83,7 @@ void eb_on_query(struct eb_connection *control, const struct eb_frame *frame)
     }
     size_t size = eb_counters_size() + 4;
     uint32_t live = 0;
-    eb_connection_consume(control, EB_HEADER_SIZE + frame->size);
+    eb_channel_consume(&control->channel, EB_HEADER_SIZE + frame->size);
     for (const struct eb_command *k = helper.commands; k != NULL; k = k->next)
         if (eb_command_lives(k)) {
             live++;
@@ -111,12 +109,12 @@ void eb_on_query(struct eb_connection *control, const struct eb_frame *frame)
 void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
 {
     struct eb_reader r = eb_reader(frame->payload, frame->size);
-    struct eb_fds *fds = &control->fds;
+    struct eb_fds *fds = &control->channel.fds;
     struct eb_connection *c = NULL;
     const uint32_t id = eb_get_u32(&r); /* 0, if the frame is empty */
     const uint8_t flags = eb_get_u8(&r);
     const bool lost = fds->count == 0 && fds->lost;
-    eb_connection_consume(control, EB_HEADER_SIZE + frame->size);
+    eb_channel_consume(&control->channel, EB_HEADER_SIZE + frame->size);
     if (frame->size != 0 && frame->size != 5) {
         eb_refuse(control, "%s with a payload of %u bytes", "ADOPT", (unsigned)frame->size);
         return;
@@ -147,21 +145,21 @@ void eb_drain(void)
     /* A private helper's caller must not take one that ends for one that serves: its next ADOPT fails at once.
      * What it has sent is still read, and then the end. */
     if (!helper.pool && helper.control != NULL)
-        (void)shutdown(helper.control->fd, SHUT_RD);
+        (void)shutdown(helper.control->channel.fd, SHUT_RD);
     for (struct eb_connection *c = helper.connections; c != NULL; c = c->next)
         eb_mark(c);
 }
 
 void eb_on_drain(struct eb_connection *control, const struct eb_frame *frame)
 {
-    eb_connection_consume(control, EB_HEADER_SIZE + frame->size);
+    eb_channel_consume(&control->channel, EB_HEADER_SIZE + frame->size);
     eb_drain();
 }
 
 void eb_on_end(struct eb_connection *control, const struct eb_frame *frame)
 {
     int number = frame->payload[0];
-    eb_connection_consume(control, EB_HEADER_SIZE + frame->size);
+    eb_channel_consume(&control->channel, EB_HEADER_SIZE + frame->size);
     for (const struct eb_command *k = helper.commands; k != NULL; k = k->next)
         if (eb_command_lives(k)) {
             eb_command_kill(k, number);
@@ -179,7 +177,7 @@ void eb_on_grant(struct eb_connection *control, const struct eb_frame *frame)
 {
     struct eb_reader r = eb_reader(frame->payload, frame->size);
     uint32_t id = eb_get_u32(&r);
-    eb_connection_consume(control, EB_HEADER_SIZE + frame->size);
+    eb_channel_consume(&control->channel, EB_HEADER_SIZE + frame->size);
     for (struct eb_command *k = helper.commands; k != NULL; k = k->next)
         if (k->state == EB_WAITING && k->connection_id == id) {
             grant(k);

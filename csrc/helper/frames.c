@@ -16,7 +16,7 @@ static void on_hello(struct eb_connection *c, const struct eb_frame *frame)
         return;
     }
     c->greeted = true;
-    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
+    eb_channel_consume(&c->channel, EB_HEADER_SIZE + frame->size);
 }
 
 /* The states in which a connection takes frames: see connection.h. */
@@ -89,18 +89,18 @@ static bool is_admitted(struct eb_connection *c, const struct eb_frame *frame)
 bool eb_take_frame(struct eb_connection *c)
 {
     struct eb_frame frame = {0};
-    if (!c->opened && c->in_size > 0) {
-        c->opened = c->in[c->in_at] == 0;
+    if (!c->opened && c->channel.in_size > 0) {
+        c->opened = c->channel.in[c->channel.in_at] == 0;
         if (c->opened)
-            eb_connection_consume(c, 1);
+            eb_channel_consume(&c->channel, 1);
         else
             eb_refuse(c, "a framed connection starts with a NUL byte");
         return c->opened;
     }
-    int whole = eb_connection_frame(c, &frame);
+    int whole = eb_channel_frame(&c->channel, &frame);
     if (whole < 0)
         eb_refuse(c, "a frame of more than %d bytes", EB_MAX_FRAME);
-    if (whole < 0 || c->in_size < EB_HEADER_SIZE || !is_admitted(c, &frame) || whole == 0)
+    if (whole < 0 || c->channel.in_size < EB_HEADER_SIZE || !is_admitted(c, &frame) || whole == 0)
         return false;
     c->frame_deadline = 0; /* the next one has its own */
     rules[frame.kind].act(c, &frame);

@@ -1,7 +1,8 @@
 /*
  * What the parts of the helper share: what this process is, what it serves, and what they want of its loop.
  *
- * Calls go one way: main -> loop -> frames -> control -> command -> streams -> connection.  Only the loop has the epoll set,
+ * Calls go one way: main -> loop -> frames -> control -> command -> streams -> connection; stdio, process and self are
+ * shared with a job's keeper.  Only the loop has the epoll set,
  * closes what is watched, and frees connections and commands.  What another part wants of it, it leaves as a mark in
  * an object, or here, and the loop acts on that after it has returned.
  */
@@ -11,7 +12,7 @@
 #include <sys/socket.h>
 #include <time.h>
 
-#include "common/state.h"
+#include "helper/self.h"
 #include "spawn/spawn.h"
 
 /* What an epoll event points to: a member of an object, by which that is found. */
@@ -26,10 +27,8 @@ enum eb_source {
 };
 
 struct eb_helper {
-    struct eb_state self;                /* this process, as it was started but for its raised limit of open files */
-    uint64_t open_files;                 /* that limit as it was */
-    bool raises_limits, raises_priority; /* may exceed its own */
-    bool pool;                           /* one of a daemon's helpers, not a caller's own */
+    struct eb_self self;
+    bool pool; /* one of a daemon's helpers, not a caller's own */
     bool owns_children;
     struct ucred caller; /* of a private helper: whom it serves */
     uint64_t frame_timeout_ms;

@@ -21,7 +21,6 @@
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -44,12 +43,6 @@ static struct eb_command *polled; /* whose start is under way, and could not or 
 static struct eb_connection *dead_connections;
 static struct eb_command *dead_commands;
 
-void eb_fatal(const char *what)
-{
-    fprintf(stderr, "errand-boy-helper: %s: %s\n", what, strerror(errno));
-    _exit(1);
-}
-
 /* -- the epoll set -- */
 
 static bool watch_fd(int fd, uint32_t events, enum eb_source *source)
@@ -69,7 +62,7 @@ static bool watch(struct eb_connection *c, uint32_t events)
     if (c->watched && c->events == events)
         return true;
     struct epoll_event event = {.events = events, .data.ptr = &c->source};
-    if (epoll_ctl(epoll_fd, c->watched ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, c->fd, &event) != 0)
+    if (epoll_ctl(epoll_fd, c->watched ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, c->channel.fd, &event) != 0)
         return false;
     c->watched = true;
     c->events = events;
@@ -80,7 +73,7 @@ static bool watch(struct eb_connection *c, uint32_t events)
 static void unwatch(struct eb_connection *c)
 {
     if (c->watched)
-        unwatch_fd(c->fd);
+        unwatch_fd(c->channel.fd);
     c->watched = false;
 }
 
@@ -311,7 +304,7 @@ static void sweep(void)
 /* The rest of a frame must come in time. */
 static void set_frame_deadline(struct eb_connection *c)
 {
-    if (c->in_size == 0 || !eb_is_at_rest(c) || eb_is_blocked(c) || !helper.pool || c->control) {
+    if (c->channel.in_size == 0 || !eb_is_at_rest(c) || eb_is_blocked(c) || !helper.pool || c->control) {
         c->frame_deadline = 0;
     } else if (c->frame_deadline == 0) {
         c->frame_deadline = eb_now_ms() + helper.frame_timeout_ms;
@@ -322,7 +315,7 @@ static void set_frame_deadline(struct eb_connection *c)
 /* Has a connection closed over which nothing is under way, now that no command is taken any more. */
 static void close_if_at_rest(struct eb_connection *c)
 {
-    if (c->control || !eb_is_at_rest(c) || c->in_size > 0 || c->out_size > 0)
+    if (c->control || !eb_is_at_rest(c) || c->channel.in_size > 0 || c->channel.out_size > 0)
         return;
     /* A request may come between our last look and the close.  That the kernel tells its sender of unread bytes
      * is not enough where input followed the request: it may be the input alone that was not read. */
@@ -334,9 +327,9 @@ static void close_if_at_rest(struct eb_connection *c)
 /* While a command runs, what is left of a frame is none that descriptors go with. */
 static void check_fds(struct eb_connection *c)
 {
-    if (c->fds.count > 0 && (c->in_size == 0 || (!c->control && !eb_is_at_rest(c))))
-        eb_refuse(c, "%u descriptors that no frame names", (unsigned)c->fds.count);
-    else if (helper.pool && !c->control && c->fds.count > MOST_FDS)
+    if (c->channel.fds.count > 0 && (c->channel.in_size == 0 || (!c->control && !eb_is_at_rest(c))))
+        eb_refuse(c, "%u descriptors that no frame names", (unsigned)c->channel.fds.count);
+    else if (helper.pool && !c->control && c->channel.fds.count > MOST_FDS)
         eb_refuse(c, "more than %d descriptors", MOST_FDS);
 }
 
@@ -375,7 +368,7 @@ static void act_on_marks(void)
         struct eb_connection *c = helper.marked;
         helper.marked = c->next_marked;
         c->marked = false;
-        if (c->fd >= 0)
+        if (c->channel.fd >= 0)
             step(c);
     }
 }
@@ -384,7 +377,7 @@ static void act_on_marks(void)
 
 static void on_connection(struct eb_connection *c, uint32_t events)
 {
-    if (c->fd < 0)
+    if (c->channel.fd < 0)
         return;
     if (is_starting(c)) {
         /* More requests, or the peer's end: neither matters before this start is decided. */
@@ -413,7 +406,7 @@ static void on_connection(struct eb_connection *c, uint32_t events)
             eb_mark_closing(c);
             return;
         }
-        bool drained = c->in_size < c->in_capacity;
+        bool drained = eb_channel_is_drained(&c->channel);
         eb_mark(c);
         act_on_marks();
         if (drained)

@@ -5,7 +5,5 @@
 /* Serves until nothing is left to do.  `signals` is a signalfd, `caller` the caller's pidfd or -1.  Does not return when
  * the caller has ended. */
 void eb_serve(int signals, int caller);
-/* Ends the process with errno's message. */
-_Noreturn void eb_fatal(const char *what);
 
 #endif

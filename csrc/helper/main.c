@@ -24,12 +24,10 @@
 #include "spawn/slices.h"
 
 #include <fcntl.h>
-#include <linux/capability.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 enum {
@@ -38,50 +36,6 @@ enum {
     COUNTERS_FD = 4, /* a daemon's */
 };
 
-/* All signals stay blocked for good, so that none but SIGKILL ends the helper in the middle of something: what
- * is typed at the caller's terminal is not for it.  New processes start with none pending. */
-static int block_signals(bool private)
-{
-    sigset_t all, taken;
-    sigfillset(&all);
-    sigemptyset(&taken);
-    sigaddset(&taken, SIGCHLD);
-    if (private)
-        sigaddset(&taken, SIGTERM); /* from who ends all children of his, and waits for them */
-    /* An ignored SIGCHLD, inherited, would reap behind our back. */
-    if (sigprocmask(SIG_SETMASK, &all, NULL) != 0 || signal(SIGCHLD, SIG_DFL) == SIG_ERR)
-        eb_fatal("signals");
-    int fd = signalfd(-1, &taken, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (fd < 0)
-        eb_fatal("signalfd");
-    return fd;
-}
-
-/* Not by the user's id: root of a container often lacks them. */
-static bool capable(unsigned number)
-{
-    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {{0}};
-    return syscall(SYS_capget, &header, data) == 0 && (data[number / 32].effective >> number % 32 & 1) != 0;
-}
-
-/* What this process is, and what its commands inherit of it. */
-static void read_self(bool posix)
-{
-    struct rlimit files;
-    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
-        if (helper.open_files == 0)
-            helper.open_files = files.rlim_cur;
-        files.rlim_cur = posix ? helper.open_files : files.rlim_max; /* posix_spawn can't give another one */
-        (void)setrlimit(RLIMIT_NOFILE, &files);
-    }
-    helper.caller = (struct ucred){.pid = getppid(), .uid = getuid(), .gid = getgid()};
-    helper.raises_limits = capable(CAP_SYS_RESOURCE);
-    helper.raises_priority = capable(CAP_SYS_NICE);
-    eb_state_read_signals(&helper.self);
-    eb_state_read(&helper.self);
-}
-
 enum { PRIVATE, OWN_CHILDREN, POSIX_SPAWN, COUNTERS, FLAGS };
 static bool given[FLAGS];
 
@@ -89,7 +43,7 @@ static bool take_option(const char *option)
 {
     static const char flags[FLAGS][16] = {"--private", "--own-children", "--posix-spawn", "--counters"};
     static const char names[][18] = {"--open-files=", "--max-tasks=", "--frame-timeout="};
-    uint64_t *const values[] = {&helper.open_files, &helper.max_tasks, &helper.frame_timeout_ms};
+    uint64_t *const values[] = {&helper.self.open_files, &helper.max_tasks, &helper.frame_timeout_ms};
     for (int i = 0; i < FLAGS; i++)
         if (strcmp(option, flags[i]) == 0)
             return given[i] = true;
@@ -112,26 +66,22 @@ int main(int argc, char **argv)
             return 2;
         }
     const bool private = given[PRIVATE], posix = given[POSIX_SPAWN] || !EB_HAVE_RAW, counters = given[COUNTERS];
-    int last = private || counters ? CONTROL_FD + 1 : CONTROL_FD;
-    for (int fd = 0; fd <= last; fd++)
-        if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)
-            eb_fatal("descriptors 0 to 4");
-    /* What else the server was given is not for the commands. */
-    (void)syscall(SYS_close_range, last + 1, ~0u, 0);
+    eb_self_keep_descriptors(private || counters ? CONTROL_FD + 1 : CONTROL_FD);
     eb_become();
     if (!private && !eb_counters_keep(counters ? COUNTERS_FD : -1))
         eb_fatal("counters");
     if (!private && counters)
         close(COUNTERS_FD);
-    int signals = block_signals(private);
-    read_self(posix);
+    int signals = eb_self_block_signals(private); /* SIGTERM: from who ends all children of his, and waits for them */
+    eb_self_read(&helper.self, posix);
+    helper.caller = (struct ucred){.pid = getppid(), .uid = getuid(), .gid = getgid()};
     eb_shorten_slices();
     helper.pool = !private;
     helper.owns_children = !private || given[OWN_CHILDREN] || posix;
     helper.null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
-    helper.spawner = posix ? NULL : eb_spawner_clone(&helper.self, !helper.owns_children, helper.pool);
+    helper.spawner = posix ? NULL : eb_spawner_clone(&helper.self.state, !helper.owns_children, helper.pool);
     if (helper.spawner == NULL)
-        helper.spawner = eb_spawner_posix(&helper.self);
+        helper.spawner = eb_spawner_posix(&helper.self.state);
     if (eb_connection_new(CONTROL_FD, 0, 0, true) == NULL)
         eb_fatal("control socket");
     if ((private || eb_has_become()) && !eb_tell_ids())

@@ -1,9 +1,9 @@
 #include "helper/streams.h"
 
+#include "helper/stdio.h"
 #include "helper/terminal.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -53,22 +53,8 @@ bool eb_streams_make(struct eb_connection *c, const struct eb_request *q, int en
         eb_wake_by(s->lazy_until);
     }
     s->terminal = eb_has(q, EB_TAG_TERMINAL);
-    if (s->terminal && !eb_terminal_open(q, s->fds, ends))
-        goto failed;
-    for (int i = s->terminal ? 2 : 0; i < 3; i++) {
-        int pipe[2];
-        if (!(q->streams >> i & 1))
-            continue;
-        if (pipe2(pipe, O_CLOEXEC) != 0)
-            goto failed;
-        s->fds[i] = i == 0 ? pipe[1] : pipe[0];
-        ends[i] = i == 0 ? pipe[0] : pipe[1];
-        /* Each end has flags of its own: the command's stays blocking. */
-        if (fcntl(s->fds[i], F_SETFL, O_NONBLOCK) != 0)
-            goto failed;
-    }
-    return true;
-failed:
+    if (eb_stdio_open(q, s->fds, ends))
+        return true;
     eb_streams_abandon(c);
     return false;
 }
@@ -142,7 +128,7 @@ void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame)
     uint32_t size = frame->size;
     /* Late input, for a command that has ended meanwhile, is dropped. */
     if (s == NULL || s->ended) {
-        eb_connection_consume(c, EB_HEADER_SIZE + size);
+        eb_channel_consume(&c->channel, EB_HEADER_SIZE + size);
         return;
     }
     if (size > s->window) {
@@ -164,7 +150,7 @@ void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame)
         eb_mark_closing(c);
         return;
     }
-    eb_connection_consume(c, EB_HEADER_SIZE + size);
+    eb_channel_consume(&c->channel, EB_HEADER_SIZE + size);
     drain_input(c);
 }
 
@@ -174,7 +160,7 @@ void eb_on_winsize(struct eb_connection *c, const struct eb_frame *frame)
     /* Late, for one that has ended meanwhile, it is dropped. */
     if (s != NULL && s->terminal && is_open(s, 1))
         eb_terminal_resize(s->fds[1], frame->payload, frame->size);
-    eb_connection_consume(c, EB_HEADER_SIZE + frame->size);
+    eb_channel_consume(&c->channel, EB_HEADER_SIZE + frame->size);
 }
 
 /* -- output -- */

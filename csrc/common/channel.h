@@ -1,0 +1,43 @@
+/* Frames over a Unix stream socket: what has arrived of the next one, and what is still to be sent. */
+#ifndef EB_CHANNEL_H
+#define EB_CHANNEL_H
+
+#include "common/fdpass.h"
+
+struct eb_channel {
+    int fd; /* -1: closed */
+    struct eb_fds fds;
+    uint8_t *in;
+    size_t in_at, in_size, in_capacity; /* in_size bytes from in_at on are not consumed */
+    uint8_t *out;
+    size_t out_size;
+};
+
+struct eb_frame {
+    uint8_t kind;
+    const uint8_t *payload;
+    uint32_t size;
+};
+
+/* Reads once.  1: something came; 0: nothing now; -1: the peer is gone or memory is short.  `sender` as for eb_receive. */
+int eb_channel_fill(struct eb_channel *c, struct ucred *sender);
+/* Whether that has read all that was there. */
+bool eb_channel_is_drained(const struct eb_channel *c);
+/* 1: `frame` is the whole first one; 0: more is needed, but its kind and size are known if its header has come; -1: no
+ * frame of this protocol. */
+int eb_channel_frame(const struct eb_channel *c, struct eb_frame *frame);
+/* Removes the first `size` bytes. */
+void eb_channel_consume(struct eb_channel *c, size_t size);
+/* Removes the first frame, a whole one, and moves its payload to memory that is the caller's to free, which is
+ * returned; NULL: memory is short. */
+uint8_t *eb_channel_take(struct eb_channel *c, struct eb_frame *frame);
+/* Sends a frame, whose payload is in two parts, and keeps what the socket does not take; or keeps all of it, to `hold` it
+ * back.  False: the peer is gone or memory is short. */
+bool eb_channel_send(struct eb_channel *c, enum eb_kind kind, const void *first, size_t first_size, const void *second,
+                     size_t second_size, bool hold);
+/* Sends what has been kept.  False: the peer is gone. */
+bool eb_channel_flush(struct eb_channel *c);
+/* Closes the socket and all descriptors, frees all buffers. */
+void eb_channel_close(struct eb_channel *c);
+
+#endif

@@ -1,0 +1,35 @@
+/* The process of a command: signals for it, its end, and what is told of its start and its end. */
+#ifndef EB_PROCESS_H
+#define EB_PROCESS_H
+
+#include "spawn/spawn.h"
+
+#include <sys/resource.h>
+
+enum {
+    EB_USAGE_FIELDS = 9, /* of EXITED */
+    EB_MOST_EXITED = 4 + (EB_USAGE_FIELDS + 1) * 8 + 4 + 1 + 3 * 8 + 4,
+};
+
+struct eb_end {
+    int status;
+    uint64_t usage[EB_USAGE_FIELDS];
+};
+
+/* Sends what a SIGNAL says, `pid` and `number`, to a command whose process `child` has not been waited for; what is meant
+ * for another process is dropped. */
+void eb_process_signal(const struct eb_start *start, pid_t child, pid_t pid, int number);
+/* Signals its whole tree, its process group, or it alone if it leads none. */
+void eb_process_kill(const struct eb_start *start, pid_t child, int number);
+
+/* Its process has been waited for, with this result, which is that of a guard if it is supervised. */
+struct eb_end eb_process_end(const struct eb_start *start, int status, const struct rusage *usage);
+
+/* The payload of SPAWNED, or of FAILED if there is an error. */
+void eb_process_put_start(struct eb_writer *w, const struct eb_start *start);
+/* The beginning of the payload of EXITED. */
+void eb_process_put_end(struct eb_writer *w, const struct eb_end *end);
+/* What EXITED says of a supervised command's tree. */
+void eb_process_put_tree(struct eb_writer *w, const struct eb_supervisor *s);
+
+#endif

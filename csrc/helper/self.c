@@ -1,0 +1,100 @@
+#include "helper/self.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/signalfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "common/rawsys.h"
+
+void eb_fatal(const char *what)
+{
+    fprintf(stderr, "errand-boy-helper: %s: %s\n", what, strerror(errno));
+    _exit(1);
+}
+
+/* All stay blocked for good, so that none but SIGKILL ends this process in the middle of something: what is typed at
+ * the caller's terminal is not for it.  New processes start with none pending. */
+int eb_self_block_signals(bool ends)
+{
+    sigset_t all, taken;
+    sigfillset(&all);
+    sigemptyset(&taken);
+    sigaddset(&taken, SIGCHLD);
+    if (ends)
+        sigaddset(&taken, SIGTERM);
+    /* An ignored SIGCHLD, inherited, would reap behind our back. */
+    if (sigprocmask(SIG_SETMASK, &all, NULL) != 0 || signal(SIGCHLD, SIG_DFL) == SIG_ERR)
+        eb_fatal("signals");
+    int fd = signalfd(-1, &taken, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (fd < 0)
+        eb_fatal("signalfd");
+    return fd;
+}
+
+void eb_self_keep_descriptors(int last)
+{
+    for (int fd = 0; fd <= last; fd++)
+        if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)
+            eb_fatal("descriptors from 0 on");
+    /* What else the server was given is not for the commands. */
+    (void)syscall(SYS_close_range, last + 1, ~0u, 0);
+}
+
+/* Not by the user's id: root of a container often lacks them. */
+static bool capable(unsigned number)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {{0}};
+    return syscall(SYS_capget, &header, data) == 0 && (data[number / 32].effective >> number % 32 & 1) != 0;
+}
+
+void eb_self_read(struct eb_self *s, bool posix)
+{
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        if (s->open_files == 0)
+            s->open_files = files.rlim_cur;
+        files.rlim_cur = posix ? s->open_files : files.rlim_max; /* posix_spawn can't give another one */
+        (void)setrlimit(RLIMIT_NOFILE, &files);
+    }
+    s->raises_limits = capable(CAP_SYS_RESOURCE);
+    s->raises_priority = capable(CAP_SYS_NICE);
+    eb_state_read_signals(&s->state);
+    eb_state_read(&s->state);
+}
+
+/* Where the request has no limit of this resource. */
+static void default_limit(const struct eb_self *s, struct eb_request *q, int resource, rlim_t soft)
+{
+    if (eb_limits(q, resource))
+        return;
+    struct rlimit *limit = &q->rlimits[resource];
+    *limit = s->state.rlimits[resource];
+    limit->rlim_cur = soft < limit->rlim_max ? soft : limit->rlim_max;
+    q->limited |= (uint16_t)(1 << resource);
+}
+
+/* This process's own limit of files is none to inherit, and that of processes is as the last request had it (see
+ * adopt_nproc).  And what it may not exceed, its commands get as far as it may; else no start would succeed where a
+ * daemon's limits are lower than its client's. */
+void eb_self_complete(const struct eb_self *s, struct eb_request *q)
+{
+    for (int i = 0; i < EB_MAX_RLIMITS && !s->raises_limits; i++) {
+        struct rlimit *limit = &q->rlimits[i];
+        if (q->set_limits >> i & 1)
+            continue; /* asked for, and so refused rather than changed */
+        rlim_t most = s->state.rlimits[i].rlim_max;
+        limit->rlim_max = limit->rlim_max < most ? limit->rlim_max : most;
+        limit->rlim_cur = limit->rlim_cur < limit->rlim_max ? limit->rlim_cur : limit->rlim_max;
+    }
+    if (!s->raises_priority && q->nice < s->state.nice)
+        q->nice = s->state.nice;
+    default_limit(s, q, RLIMIT_NOFILE, s->open_files);
+    default_limit(s, q, RLIMIT_NPROC, s->state.rlimits[RLIMIT_NPROC].rlim_cur);
+}

@@ -1,0 +1,26 @@
+/* What this process is, and what its commands inherit of it. */
+#ifndef EB_SELF_H
+#define EB_SELF_H
+
+#include "common/state.h"
+#include "spawn/request.h"
+
+struct eb_self {
+    struct eb_state state;               /* as it was started, but for its raised limit of open files */
+    uint64_t open_files;                 /* that limit as it was */
+    bool raises_limits, raises_priority; /* may exceed its own */
+};
+
+/* Ends the process with errno's message. */
+_Noreturn void eb_fatal(const char *what);
+/* Blocks all signals for good, and returns a signalfd of SIGCHLD, and with `ends` of SIGTERM. */
+int eb_self_block_signals(bool ends);
+/* Has descriptors up to `last` closed by an exec, and closes all others. */
+void eb_self_keep_descriptors(int last);
+/* Fills `s`, whose `open_files` may be what has been asked for, and raises the limit of open files; but not if commands
+ * are started by posix_spawn. */
+void eb_self_read(struct eb_self *s, bool posix);
+/* Completes what a request of a daemon's client leaves open. */
+void eb_self_complete(const struct eb_self *s, struct eb_request *q);
+
+#endif

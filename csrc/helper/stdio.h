@@ -1,0 +1,15 @@
+/* The standard streams that a request has made for it: pipes, a terminal, /dev/null. */
+#ifndef EB_STDIO_H
+#define EB_STDIO_H
+
+#include "common/fdpass.h"
+#include "spawn/request.h"
+
+/* Makes the pipes and the terminal that STREAMS and TERMINAL name: ours, which don't block, and the command's; -1 is
+ * left elsewhere.  False: see errno; what has been opened is there. */
+bool eb_stdio_open(const struct eb_request *q, int ours[3], int theirs[3]);
+/* Gives each target of the request its source: what was sent, an end of those, or `null`, which is /dev/null. */
+void eb_stdio_place(struct eb_request *q, const struct eb_fds *sent, const int theirs[3], int null);
+void eb_stdio_close(int fds[3]);
+
+#endif
