@@ -83,21 +83,31 @@ def _with_original(function: Callable[..., Any]) -> Callable[..., Any]:
 # -- modules that may be loaded before or after --
 
 
+def _late(module: ModuleType, name: str) -> Callable[..., Any]:
+    """Return a function of a module of ours, which may be loading at this moment: its import of
+    the framework is then what has led here."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return getattr(module, name)(*args, **kwargs)
+
+    return function
+
+
 def _patch_eventlet(module: ModuleType) -> None:
     from errand_boy import eventlet  # noqa: PLC0415
 
-    _patch_class(module.Popen, eventlet.execute_child)
-    _replace(module.Popen, "wait", _with_original(eventlet.wait))
+    _patch_class(module.Popen, _late(eventlet, "execute_child"))
+    _replace(module.Popen, "wait", _with_original(_late(eventlet, "wait")))
     _patch_stdlib()
 
 
 def _patch_gevent(module: ModuleType) -> None:
     from errand_boy import gevent  # noqa: PLC0415
 
-    _replace(module.Popen, "_execute_child", _with_original(gevent.execute_child))
-    _replace(module.Popen, "_internal_poll", _with_original(gevent.internal_poll))
-    _replace(module.Popen, "send_signal", _with_original(gevent.send_signal))
-    _replace(module.Popen, "wait", _with_original(gevent.wait))
+    _replace(module.Popen, "_execute_child", _with_original(_late(gevent, "execute_child")))
+    _replace(module.Popen, "_internal_poll", _with_original(_late(gevent, "internal_poll")))
+    _replace(module.Popen, "send_signal", _with_original(_late(gevent, "send_signal")))
+    _replace(module.Popen, "wait", _with_original(_late(gevent, "wait")))
 
 
 async def _make_subprocess_transport(loop: Any, *args: Any, **kwargs: Any) -> Any:

@@ -164,6 +164,26 @@ print(json.dumps(out))
     assert done.stdout.strip() == expected, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("framework", ["gevent", "eventlet"])
+def test_our_module_loads_the_framework_after_patch(framework: str) -> None:
+    pytest.importorskip(framework)
+    out = run_script(
+        COUNT
+        + f"""
+import warnings
+warnings.simplefilter("ignore")
+errand_boy.patch()
+from errand_boy.{framework} import run
+from {framework}{".green" if framework == "eventlet" else ""} import subprocess as green
+out = [through_us(lambda: run(["true"]).returncode)]
+out.append(through_us(lambda: green.Popen(["sh", "-c", "exit 3"]).wait()))
+report(out)
+"""
+    )
+    assert out == [[0, 1], [3, 1]]
+
+
 def test_a_framework_that_is_loaded_later_and_undone() -> None:
     out = run_script(
         COUNT
