@@ -91,6 +91,23 @@ def classic_directory() -> str:
     return os.path.join(os.environ.get("TMPDIR") or "/tmp", f"errand-boy-{os.geteuid()}")
 
 
+def job_directory(kind: str) -> str:
+    """Return where a daemon of this user keeps files of jobs; `kind` is STATE or RUNTIME."""
+    given = os.environ.get(f"{kind}_DIRECTORY", "").partition(":")[0]  # systemd's, for a service
+    if given:
+        return os.path.join(given, "jobs")
+    if os.geteuid() == 0:
+        base = {"STATE": "/var/lib", "RUNTIME": _MACHINE}[kind]
+    elif kind == "STATE":
+        base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    else:
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        if not (runtime and _is_own(runtime)):
+            return os.path.join(classic_directory(), "jobs")
+        base = runtime
+    return os.path.join(base, "errand-boy", "jobs")
+
+
 def _places(classic: bool) -> list[str]:
     directories = [_MACHINE]
     runtime = os.environ.get("XDG_RUNTIME_DIR")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from errand_boy._address import Address
     from errand_boy._job import Command
+    from errand_boy._jobs import Job
     from errand_boy._result import Result
     from errand_boy._signatures import Call, CheckOutput, Run
 else:
@@ -181,6 +182,41 @@ class Client:
 
         return _map.map(commands, client=self, **options)
 
+    def start(self, args: Any, name: str | None = None, **options: Any) -> Job:
+        """Start a command that outlives this process, and return it as a Job when it runs.
+
+        `name`: letters, digits and ``._-``; by default the program's with the job's number. `ring`:
+        how many bytes of each output are kept (256 KiB). `log`: a file that gets all of it, renamed
+        to ``log.1`` and so on at `log_size` bytes, `log_count` of which are kept. `notify`: a
+        command that is run at the end, a string by the shell, with ERRAND_BOY_JOB, _NAME, _STATUS
+        and _CAUSE in its environment. `stdin`: None, nothing; PIPE: what those write who attach; or
+        a file. The other options are those of Popen, but for `stdout`; `tree` is "all" by default.
+
+        Raises what Popen does, NoDaemonError, and JobError with the daemon's reason.
+        """
+        from errand_boy import _jobs  # noqa: PLC0415
+
+        return _jobs.start(self, args, name, **options)
+
+    def job(self, job: str | int, *, uid: int | None = None) -> Job:
+        """Return the job of this number, or the newest of this name; `uid`: another user's.
+
+        Raises NoJobError, NoDaemonError and JobError.
+        """
+        from errand_boy import _jobs  # noqa: PLC0415
+
+        return _jobs.find(self, job, uid)
+
+    def jobs(self, all: bool = False, *, uid: int | str | None = None) -> list[Job]:
+        """Return the jobs that run, or `all`, with those that are over and kept.
+
+        `uid`: another user's, or "all": everybody's, for root and the daemon's own user. Raises
+        NoDaemonError and JobError.
+        """
+        from errand_boy import _jobs  # noqa: PLC0415
+
+        return _jobs.find_all(self, all, uid)
+
     # -- for Popen: what is asked of it is as in _start.Local --
 
     default_group = 0  # the command's own
@@ -262,7 +298,7 @@ class Client:
         return None
 
     def _connect(self, *, blocking: bool = True) -> Connection:
-        sock = self._socket(blocking)
+        sock = self.new_socket(blocking)
         try:
             connection = _Idle(sock, self)
             # If it is closed already, the reason is read where a reply is awaited.
@@ -273,7 +309,11 @@ class Client:
             raise
         return connection
 
-    def _socket(self, blocking: bool) -> socket.socket:
+    def new_socket(self, blocking: bool) -> socket.socket:
+        """Return a new connection of which nothing has been sent, for jobs too.
+
+        Raises NoDaemonError, RefusedError, BlockingIOError and other OSError.
+        """
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.setblocking(blocking)  # whatever socket.setdefaulttimeout says

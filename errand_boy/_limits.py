@@ -35,7 +35,7 @@ _SECONDS = ("wall", "cpu")
 _SIZES = ("memory", "output", "file_size")
 
 # What the supervisor says, by its number in the protocol.
-_CAUSES = {
+CAUSES = {
     lib.EB_CAUSE_TIMEOUT: "timeout",
     lib.EB_CAUSE_CPU: "cpu",
     lib.EB_CAUSE_MEMORY: "memory",
@@ -255,8 +255,8 @@ def cause(
 
     `tree` is as in Exited, or empty; `by_kernel` is the limit that its cgroup has enforced.
     """
-    if tree and tree[0] in _CAUSES:
-        return _CAUSES[tree[0]]
+    if tree and tree[0] in CAUSES:
+        return CAUSES[tree[0]]
     if by_kernel is not None and returncode != 0:
         return by_kernel
     if limits.cpu is not None and returncode == -signal.SIGXCPU:

@@ -65,6 +65,12 @@ def table(status: dict[str, Any]) -> str:
         + "".join(f", {name} {count}" for name, count in status["failures"].items()),
         f"{totals['helpers_lost']} helpers lost and {totals['commands_lost']} commands with them",
     ]
+    jobs = status["jobs"]
+    if jobs["jobs_running"] or jobs["jobs_over"]:
+        lines.append(
+            f"{jobs['jobs_running']} jobs running, {jobs['jobs_over']} over, "
+            f"their output in at most {jobs['ring_bytes'] >> 10} KiB"
+        )
     if latency["p50"] is not None:
         lines.append(f"starts took {latency['p50']:.0f} µs (p50), {latency['p99']:.0f} µs (p99)")
     lines += ["", f"{'HELPER':>8} {'UID':>6} {'KIB':>6} {'LIVE':>6} {'SERVED':>9} {'CLIENTS':>8}"]
@@ -140,6 +146,10 @@ def metrics(status: dict[str, Any]) -> str:
         ("commands_lost", "Commands that ran when their helper died."),
     ):
         metric(f"{name}_total", "counter", text, ("", totals[name]))
+    jobs = status["jobs"]
+    metric("jobs_running", "gauge", "Jobs that run.", ("", jobs["jobs_running"]))
+    metric("jobs_over", "gauge", "Jobs that are over and kept.", ("", jobs["jobs_over"]))
+    metric("job_ring_bytes", "gauge", "Room for the output of jobs.", ("", jobs["ring_bytes"]))
     failures = [(f'{{error="{name}"}}', n) for name, n in status["failures"].items()]
     metric("failed_total", "counter", "Commands that could not be started.", *failures)
     metric("helper_live", "gauge", "Live commands of a helper.", *of_helpers("live"))

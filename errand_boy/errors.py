@@ -28,6 +28,18 @@ class NoDaemonError(ErrandBoyError, ConnectionError):
     """No daemon listens where it was expected; the cause is the OSError of the attempt."""
 
 
+class JobError(ErrandBoyError, OSError):
+    """The daemon does not do what it was asked to do with a job; the message has the reason."""
+
+
+class NoJobError(JobError, LookupError):
+    """There is no job of this name or number, or none of this user's."""
+
+
+class JobLostError(HelperDiedError):
+    """A job's keeper was killed, or the machine went down: nobody knows how the job ended."""
+
+
 class SessionClosedError(ErrandBoyError):
     """A session of the classic interface was used after its end."""
 

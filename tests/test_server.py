@@ -407,11 +407,11 @@ def test_half_a_frame_and_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "reason"),
     [
-        (b"\0" + bytes(9), "must be HELLO or STATUS"),
-        (b"\0" + b"\xff" * 50, "must be HELLO or STATUS"),
+        (b"\0" + bytes(9), "must be HELLO, STATUS or JOB"),
+        (b"\0" + b"\xff" * 50, "must be HELLO, STATUS or JOB"),
         (b"\0" + _wire.HEADER.pack(4, lib.EB_HELLO) + b"\x63\0\0\0", "version 1 of the"),
         (b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + b"\x63\0\0\0", "version 1 of the"),
-        (b"\0" + _wire.HEADER.pack(4, lib.EB_SPAWN) + bytes(4), "must be HELLO or STATUS"),
+        (b"\0" + _wire.HEADER.pack(4, lib.EB_SPAWN) + bytes(4), "must be HELLO, STATUS or JOB"),
     ],
 )
 def test_garbage_is_refused(tmp_path: Path, first: bytes, reason: str) -> None:
@@ -889,5 +889,5 @@ def test_starts_beyond_the_rate_wait(tmp_path: Path) -> None:
             assert ended(connection) == 0
         (user,) = daemon.status()["users"]
         assert user["limits"]["starts_per_second"] == 20
-        assert "starts_per_second=20 burst=3\n" in _status.table(daemon.status())
+        assert "starts_per_second=20 burst=3 jobs=" in _status.table(daemon.status())
         connection.close()

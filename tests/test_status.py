@@ -20,6 +20,7 @@ from errand_boy._native import lib
 import errand_boy
 from errand_boy import _wire
 from errand_boy._daemon.helper import Helper
+from errand_boy._daemon.job_index import Index
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.options import Options
@@ -162,7 +163,7 @@ def test_answer_is_bounded() -> None:
         helper = cast(Helper, FakeHelper(report))
         pool._users[None].helpers.append(helper)
         pool.peers.update((n, (helper, peer)) for n in range(40_000))
-        value = of_pool(pool, {helper: report}, peer)
+        value = of_pool(pool, Index(loop, Options(socket="none"), pool), {helper: report}, peer)
     frame = _wire.frame(lib.EB_STATUS_REPLY, [json.dumps(value).encode()])
     assert len(frame) < 16 << 20
     assert len(value["commands"]) > 5_000

@@ -267,6 +267,18 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--pid-file", metavar="PATH", help="written when it listens, removed when it ends"
     )
     parser.add_argument(
+        "--job-state",
+        metavar="DIRECTORY",
+        help="where the journals of jobs are (default: jobs in $STATE_DIRECTORY, "
+        "/var/lib/errand-boy, or $XDG_STATE_HOME/errand-boy)",
+    )
+    parser.add_argument(
+        "--job-runtime",
+        metavar="DIRECTORY",
+        help="where their output is while they run and after, in memory if possible (default: jobs "
+        "in $RUNTIME_DIRECTORY, /run/errand-boy, or $XDG_RUNTIME_DIR/errand-boy)",
+    )
+    parser.add_argument(
         "-t",
         "--transport",
         choices=("unixsocket",),
@@ -304,7 +316,9 @@ def run_server(
     values = vars(options)
     kept = {name: value for name, value in values.items() if name not in ("command", "transport")}
     kept["socket"] = os.path.abspath(options.socket or _address.default_path(classic=classic))
-    for name in ("chdir", "limits", "pid_file"):
+    kept["job_state"] = options.job_state or _address.job_directory("STATE")
+    kept["job_runtime"] = options.job_runtime or _address.job_directory("RUNTIME")
+    for name in ("chdir", "limits", "pid_file", "job_state", "job_runtime"):
         if kept[name] is not None:
             kept[name] = os.path.abspath(kept[name])
     kept["version"] = errand_boy.__version__

@@ -16,6 +16,7 @@ from errand_boy._daemon.peer import Peer
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
 JOURNAL = "/run/systemd/journal/socket"
 
@@ -24,6 +25,7 @@ _SIZE = struct.Struct("<I")
 _INFO = 6  # LOG_INFO of syslog(3)
 _MOST_NAMES = 10_000
 _LATEST = 1 << 42  # milliseconds since 1970
+_OUTCOMES = ("error", "signal", "status", "lost")
 _SIGNALS = {number.value: number.name for number in signal.Signals}
 
 
@@ -125,18 +127,41 @@ class Audit:
             "system_time": ended.system_time,
             "max_rss_kib": ended.max_rss,
         }
-        fields = {name: value for name, value in fields.items() if value not in (None, "")}
-        if not self._tell_journal(fields):
-            if self._is_text:
-                fields["argv"] = _words(ended.argv)
-            self._log.info("command", **fields)
+        self._write("command", fields)
 
-    def _tell_journal(self, fields: dict[str, object]) -> bool:
+    def write_job(self, message: str, uid: int, entry: dict[str, Any]) -> None:
+        """Write a line of a job of user `uid`; `entry` is what its journal says."""
+        fields: dict[str, object] = {
+            "uid": uid,
+            "user": self._name(uid),
+            "client": entry.get("client"),
+            "job": entry["id"],
+            "name": entry["name"],
+            "pid": entry.get("pid"),
+            "argv": entry["argv"],
+            "cwd": entry["cwd"],
+            **_outcome_of_job(entry),
+            "since": _stamp(entry["started"]),
+        }
+        if "ended" in entry:
+            fields["duration"] = round(max(0, entry["ended"] - entry["started"]), 6)
+        self._write(message, fields)
+
+    def _write(self, message: str, fields: dict[str, object]) -> None:
+        fields = {name: value for name, value in fields.items() if value not in (None, "")}
+        if not self._tell_journal(message, fields):
+            if self._is_text:
+                argv = fields["argv"]
+                assert isinstance(argv, list)
+                fields["argv"] = _words(argv)
+            self._log.info(message, **fields)
+
+    def _tell_journal(self, message: str, fields: dict[str, object]) -> bool:
         """Send it; return False if nobody listens there."""
         if self._lost:
             fields = {**fields, "lost": self._lost}
         try:
-            self._journal.sendto(b"".join(_entry(fields)), self._path)
+            self._journal.sendto(b"".join(_entry(message, fields)), self._path)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError, PermissionError):
             return False
         except OSError:  # it does not keep up
@@ -158,14 +183,33 @@ class Audit:
         return self._names.get(uid)
 
 
-def _entry(fields: dict[str, object]) -> Iterator[bytes]:
+def _outcome_of_job(entry: dict[str, Any]) -> dict[str, object]:
+    """Return how it ended, as Ended.outcome does, or nothing while it runs."""
+    if "why" in entry:
+        return {"lost": entry["why"]}
+    if "failed" in entry:
+        error, stage = entry["failed"][:2]
+        return {"error": errno.errorcode.get(error, str(error)), "stage": _wire.stage_name(stage)}
+    if "status" not in entry:
+        return {}
+    status = entry["status"]
+    if os.WIFSIGNALED(status):
+        return {"signal": _SIGNALS.get(os.WTERMSIG(status), str(os.WTERMSIG(status)))}
+    return {"status": os.WEXITSTATUS(status)}
+
+
+def _entry(message: str, fields: dict[str, object]) -> Iterator[bytes]:
     """Yield the parts of an entry, as systemd's journal takes it from programs."""
     argv = fields["argv"]
     assert isinstance(argv, list)
     words = _words(argv)
     who = fields.get("user", fields["uid"])
-    how = next(f"{name} {fields[name]}" for name in ("error", "signal", "status") if name in fields)
-    yield _field("MESSAGE", f"{who}: {words} ({how})")
+    how = [f"{name} {fields[name]}" for name in _OUTCOMES if name in fields]
+    if "job" in fields:
+        outcome = "".join(how) or "runs"
+        yield _field("MESSAGE", f"{who}: {message} {fields['job']}, {words} ({outcome})")
+    else:
+        yield _field("MESSAGE", f"{who}: {words} ({how[0]})")
     yield _field("PRIORITY", _INFO)
     yield _field("SYSLOG_IDENTIFIER", "errand-boy")
     for name, value in fields.items():

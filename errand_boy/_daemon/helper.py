@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "errand-boy-helper")
-_CONTROL_FD, _FIGURES_FD = 3, 4
+_FIRST_FD = 3  # of those that a helper is given
 _LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
 _READ = 1 << 10  # bytes; a millisecond's work, if they are small frames
 _MOST_READ = 1 << 16  # of one frame
@@ -73,7 +73,9 @@ def start(options: Sequence[str], credentials: Credentials | None) -> Process:
             figures = open_memory("errand-boy-figures")
             undo.callback(os.close, figures)
             os.ftruncate(figures, FILE_SIZE)
-            pid = _spawn(options, credentials, theirs.fileno(), figures)
+            arguments = ["--counters", *options]
+            title = f"errand-boy: helper of {os.getpid()}"
+            pid = spawn(title, arguments, credentials, (theirs.fileno(), figures))
         undo.pop_all()
     with suppress(OSError):  # it has ended already
         ours.send(_wire.OPENING, socket.MSG_NOSIGNAL)
@@ -367,19 +369,23 @@ class Helper:
             return False
 
 
-def _spawn(
-    options: Sequence[str], credentials: Credentials | None, control: int, figures: int
+def spawn(
+    title: str, options: Sequence[str], credentials: Credentials | None, fds: Sequence[int]
 ) -> int:
-    arguments = [f"errand-boy: helper of {os.getpid()}", "--counters", *options]
+    """Start the helper's program, which gets `fds` from descriptor 3 on; return the pid.
+
+    It is to become the user of `credentials`. Raises OSError.
+    """
+    arguments = [title, *options]
     if credentials is not None:
         uid, gid, groups = credentials
         arguments += [f"--uid={uid}", f"--gid={gid}"]
         arguments += [f"--groups={word}" for word in _words(groups)]
     with ExitStack() as copies:
         actions = []
-        for fd, number in (control, _CONTROL_FD), (figures, _FIGURES_FD):
+        for number, fd in enumerate(fds, _FIRST_FD):
             # Out of the way of the numbers that they are to get.
-            copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIGURES_FD + 1)
+            copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD + len(fds))
             copies.callback(os.close, copy)
             actions.append((os.POSIX_SPAWN_DUP2, copy, number))
         # A session of its own: what the terminal sends is not for the commands.

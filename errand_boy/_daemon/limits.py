@@ -21,6 +21,9 @@ class Limits(NamedTuple):
     bytes: int = 128 << 20  # kept here for requests of the text protocol; with more, one is cut off
     starts_per_second: float = 0.0  # in the long run; the next ones wait
     burst: int = 1  # starts at once, after a time without
+    jobs: int = 256  # that run; one more is refused
+    kept_jobs: int = 100  # that are over; the oldest ones are removed
+    ring: int = 256 << 20  # bytes that the output of all of them may take
 
 
 class Holdings:

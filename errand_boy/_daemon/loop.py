@@ -10,6 +10,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 
+from errand_boy import _native
 from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.strangers import Closer
 from errand_boy._timers import Timer, Timers
@@ -20,6 +21,22 @@ _HALF_LIFE = 0.25  # seconds: of what the loop has done for somebody
 NEWCOMERS = -1  # owner of what is done for connections before it is known whose they are
 _SHARE = 4  # times what another owner has: all who connect wait for them
 URGENT = -2  # of what goes before all: signals
+
+
+class Pidfd:
+    """By what a selector tells of the end of a process. Raises OSError."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = int(_native.pidfd_open(pid))
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._fd)
+        self._fd = -1
 
 
 class _Source:
@@ -63,7 +80,7 @@ class Loop:
 
     def watch(
         self,
-        file: socket.socket | select.epoll,
+        file: socket.socket | select.epoll | Pidfd,
         events: int,
         callback: Callable[[int], None] | None = None,
         owner: int = 0,

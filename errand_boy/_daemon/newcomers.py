@@ -14,6 +14,7 @@ from errand_boy import _wire
 from errand_boy._daemon.loop import NEWCOMERS, Loop
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.strangers import peek
+from errand_boy._native import lib
 
 FIRST = 1 + _wire.HEADER.size + 4  # bytes that tell what a connection is
 _EDGES = 8  # of one turn
@@ -36,13 +37,19 @@ class Newcomer:
 
     def first(self) -> bytes | None:
         """Return the bytes that tell what it is, unread; b"" if it has gone, None if they lack."""
+        size = FIRST
         try:
-            first, self.has_descriptors = peek(self.sock, FIRST)
+            first, self.has_descriptors = peek(self.sock, size)
+            if len(first) == FIRST and first[0] == 0:
+                length, kind = _wire.HEADER.unpack_from(first, 1)
+                if kind == lib.EB_JOB and length <= lib.EB_MAX_JOB:  # with all of what is asked for
+                    size = 1 + _wire.HEADER.size + length
+                    first, self.has_descriptors = peek(self.sock, size)
         except BlockingIOError:
             return None
         except OSError:
             return b""
-        return None if first[:1] == b"\0" and len(first) < FIRST else first
+        return None if first[:1] == b"\0" and len(first) < size else first
 
 
 class Newcomers:

@@ -31,6 +31,8 @@ class Options:
         log_commands: str | None = None,
         no_new_privs: bool = False,
         pid_file: str | None = None,
+        job_state: str | None = None,
+        job_runtime: str | None = None,
         version: str = "",
     ) -> None:
         self.socket = socket
@@ -53,4 +55,6 @@ class Options:
         self.log_commands = log_commands
         self.no_new_privs = no_new_privs
         self.pid_file = pid_file
+        self.job_state = job_state
+        self.job_runtime = job_runtime
         self.version = version

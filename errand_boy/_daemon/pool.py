@@ -56,15 +56,15 @@ class Pool:
         self._loop = loop
         self._orphans = Orphans(loop)
         self._settings = options
-        self._audit = Audit(options.log_commands) if options.log_commands else None
+        self.audit = Audit(options.log_commands) if options.log_commands else None
         self._flags = (lib.EB_ASK if self.turns is not None else 0) | (
-            lib.EB_TELL_ENDS if self._audit is not None else 0
+            lib.EB_TELL_ENDS if self.audit is not None else 0
         )
         self._options = [f"--open-files={open_files}"]
         if os.environ.get("ERRAND_BOY_SPAWN") == "posix":  # where clone is forbidden
             self._options.append("--posix-spawn")
-        if options.max_child_tasks:
-            self._options.append(f"--max-tasks={options.max_child_tasks}")
+        most = options.max_child_tasks
+        self._more_options = [f"--max-tasks={most}"] if most else []  # that no keeper has
         self._is_root = os.geteuid() == 0
         self._own = Credentials.own()
         self._users: dict[Credentials | None, User] = {None: self._new_user(None)}
@@ -263,23 +263,31 @@ class Pool:
 
     # -- users --
 
+    def identity(self, peer: Peer) -> tuple[Credentials | None, list[str]]:
+        """Return the user whom a process that serves `peer` becomes, None: ours; its options."""
+        credentials = peer.credentials if self._is_root and peer.credentials != self._own else None
+        return credentials, self._options_of(credentials)
+
+    def _options_of(self, credentials: Credentials | None) -> list[str]:
+        # Where this process was started is its own user's business.
+        directory = self._settings.chdir or (None if credentials is None else "/")
+        return [*self._options, *([] if directory is None else [f"--chdir={directory}"])]
+
     def _new_user(self, credentials: Credentials | None) -> User:
         limits = self._settings
-        # Where this process was started is its own user's business.
-        directory = limits.chdir or (None if credentials is None else "/")
         return User(
             self._loop,
             credentials,
             limits.pool_size,
             limits.idle,
-            [*self._options, *([] if directory is None else [f"--chdir={directory}"])],
+            [*self._options_of(credentials), *self._more_options],
             self._on_frame,
             self._on_exit,
             limits.helper_patience,
         )
 
     def _user(self, peer: Peer) -> User:
-        credentials = peer.credentials if self._is_root and peer.credentials != self._own else None
+        credentials, _ = self.identity(peer)
         user = self._users.get(credentials)
         if user is None:
             assert credentials is not None
@@ -321,10 +329,10 @@ class Pool:
         elif kind == lib.EB_REFUSED:
             reason = payload.decode("utf-8", "replace")
             self._loop.complaints.warning("a helper refused", pid=helper.pid, reason=reason)
-        elif kind == lib.EB_ENDED and self._audit is not None:
+        elif kind == lib.EB_ENDED and self.audit is not None:
             ended = Ended(payload)
             if ended.connection in helper.connections:
-                self._audit.write(self.peers[ended.connection][1], ended)
+                self.audit.write(self.peers[ended.connection][1], ended)
         elif kind in (lib.EB_WANT, lib.EB_DONE, lib.EB_CLOSED):
             (connection,) = ID.unpack(payload)
             if connection in helper.connections:

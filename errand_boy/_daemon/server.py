@@ -18,10 +18,12 @@ from contextlib import suppress
 
 from errand_boy import _wire
 from errand_boy._daemon import status, strangers, text
+from errand_boy._daemon.job_index import Index
+from errand_boy._daemon.jobs import REQUEST, Jobs
 from errand_boy._daemon.listen import Listener
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.loop import NEWCOMERS, URGENT, Loop
-from errand_boy._daemon.newcomers import Newcomer, Newcomers
+from errand_boy._daemon.newcomers import FIRST, Newcomer, Newcomers
 from errand_boy._daemon.options import Options
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
@@ -41,6 +43,7 @@ ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ende
 _SETTLE = 5.0  # seconds for clients that have connected to ask for a command
 _TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
 _LAST_WAIT = 1.0  # seconds without accepting, and with it again, until a successor may take over
+_BUSY = 0.02  # seconds until a job's keeper may have time for one more connection
 _PAUSE = 0.1  # seconds without accepting, when descriptors are short
 _LONG_SHORTAGE = 1.0  # seconds: after that, those who wait are told one by one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
@@ -69,6 +72,8 @@ class Server:
         self.texts: set[text.TextConnection] = set()
         self._replies: set[status.Reply] = set()
         self.pool = Pool(self.loop, options, open_files)
+        self.jobs = Index(self.loop, options, self.pool)
+        self._job_requests = Jobs(self.loop, self.pool, self.jobs)
         self._newcomers = Newcomers(self.loop, self._serve, self._on_late)
         self._held: dict[int, int] = {}  # connections of a user whose sockets are open here
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -79,6 +84,7 @@ class Server:
         self._closing = False  # no more connections are accepted
         self.successor: Successor | None = None  # that waits until it can take over
         self._is_checking = False
+        self._busy: set[Newcomer] = set()  # whose jobs' keepers have had no time for them
         self._put_off: list[tuple[Newcomer, bytes]] = []  # for the successor, and their first bytes
         self._successor_timer: Timer | None = None
         self._is_leaving = False  # it can take over as soon as the last closes are over
@@ -91,6 +97,7 @@ class Server:
     def start(self) -> None:
         """Start the helpers, and listen. Raises LimitsError and OSError."""
         self.pool.start()
+        self.jobs.start()
         self._listen()
 
     def run(self) -> int | None:
@@ -256,9 +263,9 @@ class Server:
             self._serve_text(sock, peer)
         else:
             length, kind = _wire.HEADER.unpack_from(first, 1)
-            version = int.from_bytes(first[1 + _wire.HEADER.size :], "little")
-            if kind not in (lib.EB_HELLO, lib.EB_STATUS) or length != 4:
-                self._refuse(newcomer, first, "the first frame must be HELLO or STATUS")
+            version = int.from_bytes(first[1 + _wire.HEADER.size : FIRST], "little")
+            if not _may_be_first(kind, length):
+                self._refuse(newcomer, first, "the first frame must be HELLO, STATUS or JOB")
             elif version != lib.EB_VERSION:
                 self._refuse(
                     newcomer,
@@ -269,6 +276,9 @@ class Server:
             elif kind == lib.EB_STATUS:
                 self.log.debug("accepted", kind="status", pid=peer.pid, uid=peer.uid)
                 self._report(sock, peer, self.pool.helpers)
+            elif kind == lib.EB_JOB:
+                self.log.debug("accepted", kind="job", pid=peer.pid, uid=peer.uid)
+                self._serve_job(newcomer, first)
             else:
                 self.log.debug("accepted", kind="framed", pid=peer.pid, uid=peer.uid)
                 try:
@@ -291,6 +301,30 @@ class Server:
         with suppress(OSError):
             sock.send(answer, socket.MSG_NOSIGNAL)
         self.loop.closer.close(sock, read=True)  # what is closed unread is ECONNRESET to the peer
+
+    # -- jobs --
+
+    def _serve_job(self, newcomer: Newcomer, first: bytes) -> None:
+        """Do what is asked of jobs, now or when the job's keeper has time for it."""
+        request = first[1 + _wire.HEADER.size :]
+        try:
+            is_done = self._job_requests.serve(newcomer.sock, newcomer.peer, request)
+        except OSError as error:
+            self._refuse(newcomer, first, f"{error.filename or 'a job'}: {error.strerror}")
+        else:
+            if is_done:
+                self._let_go(newcomer.peer)
+                self.loop.closer.close(newcomer.sock)
+            elif time.monotonic() > newcomer.deadline:
+                self._refuse(newcomer, first, "the keeper of this job does not answer")
+            else:
+                self._busy.add(newcomer)
+                self.loop.call_later(_BUSY, lambda: self._retry(newcomer, first))
+
+    def _retry(self, newcomer: Newcomer, first: bytes) -> None:
+        if newcomer in self._busy:
+            self._busy.remove(newcomer)
+            self._serve_job(newcomer, first)
 
     # -- text --
 
@@ -324,7 +358,7 @@ class Server:
         return reply
 
     def _describe(self, reports: status.Reports, peer: Peer) -> dict[str, object]:
-        value = status.of_pool(self.pool, reports, peer)
+        value = status.of_pool(self.pool, self.jobs, reports, peer)
         value["totals"] = {
             "accepted": self.accepted,
             "refused": self.refused,
@@ -411,7 +445,8 @@ class Server:
     def state(self, keep: Keep) -> dict[str, Any]:
         """Return what the successor has to know, for `restore`."""
         assert self.successor is not None
-        newcomers = [*self._newcomers, *(newcomer for newcomer, _ in self._put_off)]
+        put_off = (newcomer for newcomer, _ in self._put_off)
+        newcomers = [*self._newcomers, *put_off, *self._busy]
         known = [(keep(one.sock.fileno()), one.refusal, one.deadline) for one in newcomers]
         replies = [reply.state(keep) for reply in self._replies]
         late = time.monotonic() + self.options.patience
@@ -439,6 +474,7 @@ class Server:
         self.refused = state["refused"]
         self._admitted = state["admitted"]
         self.pool.restore(state["pool"])
+        self.jobs.start()
         for fd, refusal, deadline in state["newcomers"]:
             self.loop.call(self._await_first, *self._restored(fd), refusal, deadline)
         for known in state["texts"]:
@@ -497,9 +533,12 @@ class Server:
             self._next_step = self._drain  # only if told to
 
     def _drain(self) -> None:
-        for newcomer in self._newcomers.clear():
+        newcomers = [*self._newcomers.clear(), *self._busy]
+        self._busy.clear()
+        for newcomer in newcomers:
             self._let_go(newcomer.peer)
             self.loop.closer.close(newcomer.sock)
+        self.jobs.close()
         self.pool.drain()
         self._schedule(self.options.grace, self._terminate)
 
@@ -532,6 +571,12 @@ class Server:
         ):
             self._advance()  # nobody is left who could ask for a command
         return self.pool.is_over and not (self.texts or self._replies)
+
+
+def _may_be_first(kind: int, length: int) -> bool:
+    if kind == lib.EB_JOB:
+        return REQUEST.size <= length <= int(lib.EB_MAX_JOB)
+    return kind in (lib.EB_HELLO, lib.EB_STATUS) and length == 4
 
 
 def _kind(first: bytes) -> int | None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from errand_boy import _wire
 from errand_boy._daemon.helper import Helper, Keep
+from errand_boy._daemon.job_index import Index
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.newcomers import FIRST
 from errand_boy._daemon.peer import Peer
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _ANSWER = 2.0  # seconds to wait for the helpers' reports
+_OF_JOBS = ("jobs_running", "jobs_over", "ring_bytes")
 _MOST_COMMANDS = lib.EB_MAX_FRAME // 2  # bytes of a reply, as JSON; the rest is far below that
 
 Reports = dict[Helper, Report]
@@ -121,8 +123,8 @@ def _may_see_all(peer: Peer) -> bool:
     return peer.uid in (0, os.geteuid())
 
 
-def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
-    """Return what `pool` does and has done, as `reports` and older ones tell.
+def of_pool(pool: Pool, jobs: Index, reports: Reports, peer: Peer) -> dict[str, Any]:
+    """Return what `pool` does and has done, as `reports` and older ones tell, and what `jobs` are.
 
     `peer` is told of the helpers and commands of others if it is root or this process's user.
     """
@@ -167,9 +169,11 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
             else:
                 left_out += 1
     failures = _failures(totals)
+    users = _users(pool, jobs, peer)
     return {
         "helpers": helpers,
-        "users": _users(pool, peer),
+        "users": users,
+        "jobs": {name: sum(user[name] for user in users) for name in _OF_JOBS},
         "commands": commands,
         "commands_left_out": left_out,
         "totals": {
@@ -189,9 +193,9 @@ def of_pool(pool: Pool, reports: Reports, peer: Peer) -> dict[str, Any]:
     }
 
 
-def _users(pool: Pool, peer: Peer) -> list[dict[str, Any]]:
-    """Return those who have connections or commands, and their limits, as far as `peer` may see."""
-    uids = set(pool.connections) | pool.holdings.users()
+def _users(pool: Pool, jobs: Index, peer: Peer) -> list[dict[str, Any]]:
+    """Return those who have anything here, and their limits, as far as `peer` may see."""
+    uids = set(pool.connections) | pool.holdings.users() | set(jobs.users())
     if pool.turns is not None:
         uids |= pool.turns.users()
     if not _may_see_all(peer):
@@ -203,6 +207,7 @@ def _users(pool: Pool, peer: Peer) -> list[dict[str, Any]]:
             "bytes": pool.holdings.of(uid),
             "running": None if pool.turns is None else pool.turns.running(uid),
             "waiting": None if pool.turns is None else pool.turns.waiting(uid),
+            **dict(zip(_OF_JOBS, jobs.figures(uid), strict=True)),
             "limits": pool.limits.of(uid)._asdict(),
         }
         for uid in sorted(uids)

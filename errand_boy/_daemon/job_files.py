@@ -1,0 +1,341 @@
+"""The files of jobs, in directories that the server alone may enter.
+
+Of job N of a user, ``STATE/UID/N.job`` is its journal, on disk; ``RUNTIME/UID/N.ring`` is its
+output, and ``N.sock`` where its keeper listens. The keeper gets their descriptors, and holds a lock
+on the journal for as long as it lives. It is a process of the user's: what it has written is
+checked as anything of a stranger's.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import stat
+from contextlib import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MOST_RING = 1 << 30  # bytes, of each stream
+MOST_READ = 64 << 10  # bytes of a journal; the server's line takes half of that at most
+_BACKLOG = 16  # connections that a keeper has not taken yet
+_NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OLD = os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | _OLD
+_LATEST = 1e12  # seconds since 1970
+_MOST_NUMBER = 1 << 64
+
+
+class JobsError(Exception):
+    """What was asked for is refused; the text says why, in one line."""
+
+    is_missing = False  # there is no such job
+
+
+def boot_id() -> str:
+    """Return what the kernel calls the time since the machine was started; "" without /proc."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+class Store:
+    """The two directories of all jobs. Raises OSError, and JobsError if another daemon has them."""
+
+    def __init__(self, state: str, runtime: str, *, create: bool) -> None:
+        self._state = self._runtime = -1
+        try:
+            self._state = _directory(state, create)
+            try:
+                fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise JobsError(
+                    f"another daemon keeps its jobs in {state}: give this one --job-state"
+                ) from None
+            self._runtime = _directory(runtime, create=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave the directories to another daemon."""
+        for fd in self._state, self._runtime:
+            if fd >= 0:
+                os.close(fd)
+        self._state = self._runtime = -1
+
+    def uids(self) -> list[int]:
+        """Return the users who have jobs."""
+        return sorted(int(name) for name in os.listdir(self._state) if name.isdecimal())
+
+    def of(self, uid: int) -> Files:
+        """Return the files of a user's jobs. Raises OSError."""
+        state = _enter(str(uid), self._state)
+        try:
+            return Files(uid, state, _enter(str(uid), self._runtime))
+        except BaseException:
+            os.close(state)
+            raise
+
+
+def _directory(path: str, create: bool) -> int:
+    """Open a directory of ours that is closed to others, and make it if it is missing."""
+    if create:
+        os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    return _checked(os.open(path, _DIRECTORY), path)
+
+
+def _enter(name: str, directory: int) -> int:
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=directory)
+    return _checked(os.open(name, _DIRECTORY, dir_fd=directory), name)
+
+
+def _checked(fd: int, path: str) -> int:
+    info = os.fstat(fd)
+    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
+        os.close(fd)
+        text = f"not a directory of user {os.geteuid()} with mode 0700"
+        raise PermissionError(errno.EPERM, text, path)
+    return fd
+
+
+class New:
+    """The open files of a new job: descriptors for its keeper."""
+
+    def __init__(self, journal: int, ring: int, listener: socket.socket) -> None:
+        self.journal = journal
+        self.ring = ring
+        self.listener = listener
+
+    def close(self) -> None:
+        """Leave them to the keeper."""
+        os.close(self.journal)
+        os.close(self.ring)
+        self.listener.close()
+
+
+class Files:
+    """Those of one user's jobs; `state` and `runtime` are directories, which stay open."""
+
+    def __init__(self, uid: int, state: int, runtime: int) -> None:
+        self.uid = uid
+        self._state = state
+        self._runtime = runtime
+
+    def close(self) -> None:
+        """Close the directories."""
+        os.close(self._state)
+        os.close(self._runtime)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of all jobs, ascending."""
+        names = (name.partition(".") for name in os.listdir(self._state))
+        return sorted(int(number) for number, _, kind in names if kind == "job" and _is_id(number))
+
+    def create(self, number: int, entry: dict[str, Any]) -> New:
+        """Make the files of a job, and write `entry`. Raises OSError; FileExistsError: it exists.
+
+        The journal is locked by the descriptor that is returned, and its copies.
+        """
+        journal = os.open(
+            f"{number}.job", os.O_WRONLY | os.O_APPEND | _NEW, 0o600, dir_fd=self._state
+        )
+        ring, listener = -1, socket.socket(socket.AF_UNIX)
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(journal, _line(entry))
+            for kind in "ring", "sock":  # left of a number that was lost on disk
+                self._unlink(number, kind)
+            ring = os.open(f"{number}.ring", os.O_RDWR | _NEW, 0o600, dir_fd=self._runtime)
+            listener.setblocking(False)
+            # Others can't enter the directory. So short a path always fits an address.
+            listener.bind(self._socket_path(number))
+            listener.listen(_BACKLOG)
+        except BaseException:
+            os.close(journal)
+            if ring >= 0:
+                os.close(ring)
+            listener.close()
+            self.remove(number)
+            raise
+        return New(journal, ring, listener)
+
+    def read(self, number: int) -> dict[str, Any]:
+        """Return what the journal of a job says. Raises OSError."""
+        fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self._state)
+        try:
+            data = os.read(fd, MOST_READ)
+        finally:
+            os.close(fd)
+        return {**_checked_entry(data), "id": number, "uid": self.uid}
+
+    def is_held(self, number: int) -> bool:
+        """Return whether the keeper of a job lives. Raises OSError."""
+        fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self._state)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def note(self, number: int, **values: object) -> None:
+        """Add a line to the journal of a job whose keeper has gone."""
+        with suppress(OSError):
+            fd = os.open(f"{number}.job", os.O_WRONLY | os.O_APPEND | _OLD, dir_fd=self._state)
+            try:
+                if os.fstat(fd).st_size < MOST_READ:
+                    os.write(fd, _line(values))
+            finally:
+                os.close(fd)
+
+    def open_ring(self, number: int) -> int:
+        """Return a new descriptor that can only be read. Raises OSError."""
+        return os.open(f"{number}.ring", os.O_RDONLY | _OLD, dir_fd=self._runtime)
+
+    def connect(self, number: int) -> socket.socket:
+        """Return a connection to the keeper of a job. Raises OSError; BlockingIOError: later."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            sock.connect(self._socket_path(number))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def leave(self, number: int) -> None:
+        """Remove what only a keeper needs."""
+        self._unlink(number, "sock")
+
+    def remove(self, number: int) -> None:
+        """Remove all files of a job."""
+        self._unlink(number, "sock")
+        self._unlink(number, "ring")
+        with suppress(OSError):
+            os.unlink(f"{number}.job", dir_fd=self._state)
+
+    def _socket_path(self, number: int) -> str:
+        return f"/proc/self/fd/{self._runtime}/{number}.sock"
+
+    def _unlink(self, number: int, kind: str) -> None:
+        with suppress(OSError):
+            os.unlink(f"{number}.{kind}", dir_fd=self._runtime)
+
+
+def _is_id(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and text[0] != "0"
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode("ascii") + b"\n"
+
+
+# -- what a journal may say --
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and -_MOST_NUMBER < value < _MOST_NUMBER
+
+
+def _is_time(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < _LATEST  # type: ignore[operator]
+
+
+def _is_name(value: object) -> bool:
+    return type(value) is str and NAME.fullmatch(value) is not None
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MOST_RING
+
+
+def _is_text(value: object) -> bool:
+    return type(value) is str
+
+
+def _are_steps(value: object) -> bool:
+    """Whether they are a `stop`: signals, each with the seconds until the next, or none."""
+    return type(value) is list and all(
+        type(step) is list
+        and len(step) == 2
+        and type(step[0]) is int
+        and 0 < step[0] <= 64
+        and (step[1] is None or _is_time(step[1]))
+        for step in value
+    )
+
+
+def _are_texts(value: object) -> bool:
+    return type(value) is list and all(map(_is_text, value))
+
+
+def _are_numbers(value: object) -> bool:
+    return type(value) is list and len(value) <= 16 and all(map(_is_number, value))
+
+
+_BY_SERVER = {
+    "name": _is_name,
+    "argv": _are_texts,
+    "cwd": _is_text,
+    "started": _is_time,
+    "boot_id": _is_text,
+    "pty": lambda value: type(value) is bool,
+    "ring": _is_size,
+    "log": _is_text,
+    "stop": _are_steps,
+    "whom": _is_text,
+    "client": _is_number,
+}
+_LATER = {
+    "pid": _is_number,
+    "keeper": _is_number,
+    "ended": _is_time,
+    "status": _is_number,
+    "usage": _are_numbers,
+    "tree": _are_numbers,
+    "cause": _is_number,
+    "bytes": _are_numbers,
+    "lost": _are_numbers,
+    "log_lost": _is_number,
+    "log_errno": _is_number,
+    "notify_errno": _is_number,
+    "failed": _are_numbers,
+    "why": lambda value: value in ("killed", "reboot"),
+    "seen": _is_time,
+}
+_DEFAULTS = {"name": "", "argv": [], "cwd": "", "started": 0, "boot_id": "", "ring": 0}
+
+
+def _checked_entry(data: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = dict(_DEFAULTS)
+    allowed = _BY_SERVER
+    for line in _lines(data):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):  # cut short, by a machine that went down say
+            values = None
+        if isinstance(values, dict):
+            for name, value in values.items():
+                if name in allowed and allowed[name](value):
+                    entry[name] = value
+        allowed = _LATER
+    return entry
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    lines = data.split(b"\n", 8)
+    yield from lines[:8]

@@ -1,0 +1,541 @@
+"""What a client does with jobs, as generators that say what they wait for.
+
+One yields a Wait, and goes on when that is over; those of `follow` and `attach` yield events too.
+`_jobs` waits by blocking its thread, `_asyncio_jobs` as its loop does.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from typing import NamedTuple
+
+from errand_boy import _follow, _request, _ring, _wire
+from errand_boy._connection import Connection
+from errand_boy._ends import Ends
+from errand_boy._follow import CaughtUp, Follower, Frames, Over
+from errand_boy._frame import acquire, check
+from errand_boy._native import lib
+from errand_boy.errors import (
+    HelperDiedError,
+    JobError,
+    JobLostError,
+    NoDaemonError,
+    NoJobError,
+    ProtocolError,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol, TypeAlias, TypeVar
+
+    from errand_boy._ends import Stop
+
+    class Client(Protocol):
+        """That of a daemon."""
+
+        path: str
+
+        def new_socket(self, blocking: bool) -> socket.socket:
+            """Return a new connection of which nothing has been sent."""
+
+    T = TypeVar("T")
+    Steps: TypeAlias = Generator["Wait", None, T]
+    Entry: TypeAlias = dict[str, Any]
+
+EVERYBODY = -1
+LIVE = ("running", "starting")
+USUAL_STOP = ((signal.SIGTERM, 10.0), signal.SIGKILL)
+
+_JOB = struct.Struct("<IB")
+_CHUNK = 1 << 16  # bytes
+_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between attempts
+_PATIENCE = 30.0  # seconds without progress
+_WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
+_MOST_WORDS = 2000  # bytes of a command, as the journal has it
+_MOST_CWD = 1000
+SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+_IDS = ("user", "group", "extra_groups")
+
+
+class Wait(NamedTuple):
+    """For a descriptor, -1: none, for so many seconds at most, None: without end."""
+
+    fd: int
+    writing: bool = False
+    seconds: float | None = None
+
+
+def pause(seconds: float) -> Steps[None]:
+    """Wait for a time."""
+    yield Wait(-1, seconds=seconds)
+
+
+# -- the daemon --
+
+
+def connect(client: Client) -> Steps[socket.socket]:
+    """Return a new connection. Raises NoDaemonError, RefusedError and OSError."""
+    while True:
+        try:
+            return client.new_socket(blocking=False)
+        except BlockingIOError:  # it has many others waiting
+            yield from pause(_PAUSE)
+
+
+def ask(
+    client: Client, operation: int, value: Mapping[str, Any]
+) -> Steps[tuple[Any, socket.socket, int]]:
+    """Ask the daemon; return its answer, the connection, and the descriptor with it or -1.
+
+    Raises JobError, NoJobError, NoDaemonError, RefusedError and OSError.
+    """
+    text = json.dumps({name: it for name, it in value.items() if it is not None}).encode("ascii")
+    payload = _JOB.pack(lib.EB_VERSION, operation) + text
+    if len(payload) > lib.EB_MAX_JOB:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+    sock = yield from connect(client)
+    fd = -1
+    try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has said why
+            yield from send(sock, b"\0" + _wire.frame(lib.EB_JOB, [payload]))
+        kind, data, fd = yield from _answer(sock, client.path)
+        if kind == lib.EB_REFUSED:
+            raise _wire.refusal(data.decode("utf-8", "replace"), greeted=False)
+        if kind != lib.EB_JOB_REPLY:
+            raise ProtocolError(errno.EPROTO, f"frame {kind} in answer to JOB")
+        reply = json.loads(data)
+        if "error" in reply:
+            raise (NoJobError if reply["missing"] else JobError)(errno.EINVAL, reply["error"])
+    except BaseException:
+        sock.close()
+        if fd >= 0:
+            os.close(fd)
+        raise
+    return reply, sock, fd
+
+
+def _answer(sock: socket.socket, path: str) -> Steps[tuple[int, bytes, int]]:
+    """Return kind and payload of one frame, and the descriptor with it or -1; read no more."""
+    data, fd = b"", -1
+    size = _wire.HEADER.size
+    while len(data) < size:
+        try:
+            part, fds = _receive(sock, size - len(data))
+        except BlockingIOError:
+            yield Wait(sock.fileno())
+            continue
+        except ConnectionResetError:
+            part, fds = b"", []
+        if fds:
+            fd = fds[0]
+        if not part:
+            raise NoDaemonError(errno.ECONNRESET, "the daemon ended before it answered", path)
+        data += part
+        if len(data) == _wire.HEADER.size:
+            size += _wire.HEADER.unpack(data)[0]
+    kind: int = data[_wire.HEADER.size - 1]
+    return kind, data[_wire.HEADER.size :], fd
+
+
+def _receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    fds = array.array("i")
+    space = socket.CMSG_SPACE(fds.itemsize)
+    data, messages, _, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in messages:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
+
+
+def send(sock: socket.socket, data: bytes) -> Steps[None]:
+    """Send all of it. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[sock.send(rest, SEND_FLAGS) :]
+        except BlockingIOError:
+            yield Wait(sock.fileno(), writing=True)
+
+
+def entries(client: Client, **wanted: Any) -> Steps[list[Entry]]:
+    """Return what the daemon says of jobs, as LIST has it."""
+    found: list[Entry] = []
+    after = None
+    while True:
+        reply, sock, fd = yield from ask(client, lib.EB_JOB_LIST, {**wanted, "after": after})
+        sock.close()
+        if fd >= 0:
+            os.close(fd)
+        found += reply["jobs"]
+        after = reply["next"]
+        if after is None:
+            return found
+
+
+def entry(client: Client, job: str | int, uid: int | None) -> Steps[Entry]:
+    """Return what the daemon says of one job."""
+    found = yield from entries(client, job=job, uid=uid, all=True)
+    return found[0]
+
+
+def user(wanted: int | str | None) -> int | None:
+    """Return whose jobs are meant: a user's number, or "all". Raises ValueError."""
+    if wanted == "all":
+        return EVERYBODY
+    if isinstance(wanted, str):
+        raise ValueError(f"uid must be a number or 'all', not {wanted!r}")
+    return wanted
+
+
+def remove(client: Client, job: int, uid: int) -> Steps[None]:
+    """Remove what is kept of a job that is over."""
+    _, sock, _ = yield from ask(client, lib.EB_JOB_REMOVE, {"job": job, "uid": uid})
+    sock.close()
+
+
+# -- the start --
+
+
+class Start:
+    """What is asked for. Raises TypeError, ValueError and OSError for what can't be."""
+
+    def __init__(
+        self,
+        args: Any,
+        name: str | None = None,
+        *,
+        ring: int | None = None,
+        log: str | bytes | os.PathLike[Any] | None = None,
+        log_size: int | None = None,
+        log_count: int | None = None,
+        notify: str | Sequence[Any] | None = None,
+        stdin: Any = None,
+        stderr: Any = None,
+        shell: bool = False,
+        executable: Any = None,
+        **options: Any,
+    ) -> None:
+        get = options.get
+        argv = _request.arguments(args, shell, executable)
+        self.program = argv[0] if executable is None else executable
+        self.options = options
+        self.cwd, self.env = get("cwd"), get("env")
+        sys.audit("subprocess.Popen", self.program, argv, self.cwd, self.env)
+        if get("tree") is None:
+            options["tree"] = "all"  # so that nothing is left behind a keeper that is killed
+        if get("tree") == "cgroup" or get("dies_with_caller"):
+            raise ValueError("tree='cgroup' and dies_with_caller can't be given for a job")
+        if stderr not in (None, subprocess.PIPE, subprocess.STDOUT):
+            raise ValueError("stderr of a job must be None, PIPE or STDOUT")
+        ends = Ends(get("stop"), get("tree"), get("drain"))
+        ids = _request.ids(*(options.pop(name, None) for name in _IDS))
+        _, self.request = _request.streamed(
+            _request.command(argv, self.program, self.env),
+            subprocess.DEVNULL if stdin is None else stdin,
+            subprocess.PIPE,
+            subprocess.PIPE if stderr is None else stderr,
+            brief=False,
+            **options,
+            **ids,
+        )
+        self._notify = notify
+        if notify is not None:
+            self._notification("", 0)  # to raise what is wrong with it now
+        self.wanted: Entry = {
+            "name": name,
+            "ring": ring,
+            "log": None if log is None else os.path.abspath(os.fsdecode(log)),
+            "log_size": log_size,
+            "log_count": log_count,
+            "argv": list(_words(map(os.fsdecode, argv))),
+            "cwd": os.fsdecode(self.cwd or os.getcwd())[:_MOST_CWD],
+            "pty": bool(get("pty")),
+            "stop": list(ends.steps) if ends.is_given else None,
+            "whom": ends.tree,
+        }
+
+    def _notification(self, name: str, number: int) -> bytes:
+        notify = self._notify
+        assert notify is not None
+        argv = _request.arguments(notify, isinstance(notify, str))
+        environment = {
+            **(os.environ if self.env is None else self.env),
+            "ERRAND_BOY_JOB": str(number),
+            "ERRAND_BOY_NAME": name,
+        }
+        what, _, _ = _request.settings(
+            env=environment, cwd=self.cwd or os.getcwd(), process_group=0
+        )
+        options = _request.command(argv, argv[0], self.env) + what
+        return _wire.frame(lib.EB_NOTIFY, [options, _wire.option(lib.EB_TAG_NULL, b"\7")])
+
+    def begin(self, name: str, number: int) -> bytes:
+        """Return what is sent before the request."""
+        return b"" if self._notify is None else self._notification(name, number)
+
+    def error(self, failed: _wire.Failed) -> OSError:
+        """Return what the failure raises."""
+        log = self.wanted["log"]
+        if failed.stage == lib.EB_STAGE_LOG:
+            return OSError(failed.errno, os.strerror(failed.errno), log)
+        return _request.spawn_error(failed, self.program, self.cwd, self.options)
+
+
+def _words(words: Any) -> Generator[str, None, None]:
+    """Yield the beginning of a command that a journal has room for."""
+    room = _MOST_WORDS
+    for word in words:
+        encoded = json.dumps(word)
+        if len(encoded) > room:
+            yield word[: room // 12] + "…"
+            return
+        room -= len(encoded) + 2
+        yield word
+
+
+def start(client: Client, wanted: Start) -> Steps[Entry]:
+    """Start a job; return what is known of it. Raises what Popen does, and what `ask` does."""
+    reply, sock, _ = yield from ask(client, lib.EB_JOB_START, wanted.wanted)
+    connection = Connection(sock)
+    sock.setblocking(False)
+    try:
+        pid = yield from _spawn(connection, wanted, reply)
+    except BaseException:
+        with contextlib.suppress(OSError):  # an exception that comes from outside
+            sock.send(_follow.signal(0, signal.SIGKILL), SEND_FLAGS)
+        raise
+    finally:
+        connection.close()
+    return {**wanted.wanted, **reply, "pid": pid, "state": "running", "started": time.time()}
+
+
+def _spawn(connection: Connection, wanted: Start, reply: Entry) -> Steps[int]:
+    sock = connection.sock
+    frames = Frames()
+    try:
+        yield from send(sock, _wire.OPENING + wanted.begin(reply["name"], reply["id"]))
+        spawn_frame = acquire()
+        try:
+            spawn_frame.connection = connection
+            check(spawn_frame.prepare(wanted.request, None, 0, _WITH_FS, connection))
+            for fd, writing in spawn_frame.sending():
+                yield Wait(fd, writing)
+        except OSError as error:
+            _request.name_program(error, wanted.program)
+            raise
+        finally:
+            spawn_frame.done()
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # it has said why
+    while True:
+        data = yield from _some(sock)
+        if not data:
+            raise HelperDiedError(errno.EPIPE, "the job's keeper ended before the command ran")
+        for kind, payload in frames.receive(data):
+            answer = _wire.reply(kind, payload)
+            if isinstance(answer, _wire.Failed):
+                raise wanted.error(answer)
+            if isinstance(answer, _wire.Spawned):
+                return answer.pid
+            raise ProtocolError(errno.EPROTO, f"frame {kind} in answer to SPAWN")
+
+
+def _some(sock: socket.socket) -> Steps[bytes]:
+    """Return what has come; b"" at the end of the connection."""
+    while True:
+        try:
+            return sock.recv(_CHUNK)
+        except BlockingIOError:
+            yield Wait(sock.fileno())
+        except ConnectionResetError:
+            return b""
+
+
+# -- a job that there is --
+
+
+class Course:
+    """One who follows a job: over a connection to its keeper, and another where that breaks.
+
+    `entry` is what was said of the job last. While there is a connection, `sock` is that.
+    """
+
+    def __init__(self, client: Client, job: int, uid: int, follower: Follower) -> None:
+        self._client = client
+        self._wanted = {"job": job, "uid": uid}
+        self.follower = follower
+        self.entry: Entry = {}
+        self.sock: socket.socket | None = None
+        self.greeting = b""  # sent over each connection, behind FOLLOW
+
+    def close(self) -> None:
+        """Follow no more."""
+        sock, self.sock = self.sock, None
+        if sock is not None:
+            sock.close()
+
+    def events(self) -> Generator[Any, None, None]:
+        """Yield what is told, and Waits, up to Over, or to CaughtUp for one who does not go on.
+
+        Raises NoJobError, HelperDiedError and what `ask` does.
+        """
+        seconds, since = _PAUSE, time.monotonic()
+        while True:
+            self.entry, sock, fd = yield from ask(self._client, lib.EB_JOB_OPEN, self._wanted)
+            if self.entry["state"] not in LIVE:
+                sock.close()
+                yield from self._rest(fd)
+                yield Over() if self.follower.goes_on else CaughtUp()
+                return
+            self.sock = sock
+            try:
+                for event in self._connected(sock):
+                    if not isinstance(event, Wait):
+                        seconds, since = _PAUSE, time.monotonic()
+                    yield event
+                    if isinstance(event, Over):
+                        return
+                    if isinstance(event, CaughtUp) and not self.follower.goes_on:
+                        return
+            finally:
+                self.close()
+            if time.monotonic() - since > _PATIENCE:
+                raise HelperDiedError(errno.EPIPE, "the job's keeper does not serve")
+            yield from pause(seconds)
+            seconds = min(2 * seconds, _LONGEST_PAUSE)
+
+    def _connected(self, sock: socket.socket) -> Generator[Any, None, None]:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # what came is to be read
+            yield from send(sock, self.follower.begin() + self.greeting)
+        while data := (yield from _some(sock)):
+            yield from self.follower.receive(data)
+
+    def _rest(self, fd: int) -> Generator[Any, None, None]:
+        """Yield what the file has, of descriptor `fd`."""
+        if fd < 0:
+            return
+        try:
+            yield from self.follower.replay(_ring.RingFile(fd))
+        except _ring.RingError as error:
+            raise JobError(errno.EIO, f"the output of job {self.entry['id']}: {error}") from None
+        finally:
+            os.close(fd)
+
+
+def until_over(
+    client: Client, job: int, uid: int, timeout: float | None, args: Any
+) -> Steps[Entry]:
+    """Return what is said of a job when it is over. Raises TimeoutExpired, JobLostError."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    found = yield from entry(client, job, uid)
+    if found["state"] not in LIVE:
+        return _known(found)
+    course = Course(client, job, uid, Follower(quiet=True))
+    for event in course.events():
+        if isinstance(event, Wait) and not (yield from _wait_until(event, deadline)):
+            course.close()
+            raise subprocess.TimeoutExpired(args, timeout or 0)
+    found = yield from entry(client, job, uid)
+    return _known(found)
+
+
+def _known(found: Entry) -> Entry:
+    """Return what is said of a job that is over, if its end is known. Raises JobLostError."""
+    if found["state"] == "lost":
+        why = {"reboot": "the machine went down"}.get(found.get("why", ""), "its keeper was killed")
+        raise JobLostError(errno.EPIPE, f"job {found['id']} is lost: {why}")
+    return found
+
+
+def _wait_until(wait: Wait, deadline: float | None) -> Steps[bool]:
+    """Wait, but not beyond a time; return whether that has not come."""
+    if deadline is None:
+        yield wait
+        return True
+    rest = max(0.0, deadline - time.monotonic())
+    if wait.seconds is None or rest < wait.seconds:
+        wait = wait._replace(seconds=rest)
+    yield wait
+    return time.monotonic() < deadline
+
+
+def target(found: Entry) -> tuple[int, int]:
+    """Return the pid for signals to what a job's `tree` says, and what is added to a number."""
+    whom = found.get("whom", "")
+    if whom == "all":
+        return lib.EB_WHOLE_TREE, 0
+    if whom == "group":
+        return -int(found["pid"]), lib.EB_ENDS_GROUP
+    return 0, 0
+
+
+def send_signal(client: Client, job: int, uid: int, number: int) -> Steps[None]:
+    """Have a signal sent to a job's command; does nothing if it is over. Raises ValueError."""
+    if not 0 <= number < signal.NSIG:
+        raise ValueError(f"{number!r} is no signal")
+    found, sock, fd = yield from ask(client, lib.EB_JOB_OPEN, {"job": job, "uid": uid})
+    with sock:
+        if fd >= 0:
+            os.close(fd)
+        if found["state"] not in LIVE:
+            return
+        # Its answer to the last frame says that it has read the others.
+        frames = _wire.OPENING + _follow.signal(0, number) + _follow.ask_whether_read()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            yield from send(sock, frames)
+            splitter = Frames()
+            while data := (yield from _some(sock)):
+                if any(kind == lib.EB_CAUGHT_UP for kind, _ in splitter.receive(data)):
+                    return
+
+
+def stop(client: Client, job: int, uid: int, given: Stop | None, tree: str | None) -> Steps[Entry]:
+    """End a job as its `stop` and `tree` say, or as these; return what is said of it then.
+
+    Raises ValueError, TypeError and JobLostError.
+    """
+    found = yield from entry(client, job, uid)
+    if tree is not None:
+        found["whom"] = tree
+    if given is None:
+        given = [number if s is None else (number, s) for number, s in found.get("stop", ())]
+    ends = Ends(given or USUAL_STOP, found.get("whom") or "process")
+    if found["state"] in LIVE:
+        yield from _stop(Course(client, job, uid, Follower(quiet=True)), found, ends)
+        found = yield from entry(client, job, uid)
+    return _known(found)
+
+
+def _stop(course: Course, found: Entry, ends: Ends) -> Steps[None]:
+    pid, flags = target(found)
+    unsent: list[bytes] = []
+    steps = ends.course(lambda number: unsent.append(_follow.signal(pid, number | flags)))
+    deadline: float | None = None
+    begun = False
+    try:
+        for event in course.events():
+            if not isinstance(event, Wait):
+                continue
+            if course.sock is not None and event.fd == course.sock.fileno() and not event.writing:
+                late = begun and deadline is not None and time.monotonic() >= deadline
+                if not begun or late:
+                    seconds = steps.send(False) if begun else next(steps)
+                    begun = True
+                    deadline = None if seconds is None else time.monotonic() + seconds
+                    data, unsent[:] = b"".join(unsent), []
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        yield from send(course.sock, data)
+            yield from _wait_until(event, deadline)
+    finally:
+        course.close()

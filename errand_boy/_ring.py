@@ -1,0 +1,105 @@
+"""The file in which a job's keeper has kept output, as csrc/common/ringfile.h defines it."""
+
+from __future__ import annotations
+
+import os
+import struct
+from heapq import merge
+
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import TypeAlias
+
+    # sequence, microseconds since 1970, stream (1 or 2), the position of the data, data
+    Record: TypeAlias = tuple[int, int, int, int, bytes]
+
+_HEAD = struct.Struct("=8sII")
+_STATE = struct.Struct("=5Q")
+_RECORD = struct.Struct("=QQI")
+_MAGIC = b"EBRING1\0"
+_CHUNK = 1 << 20  # bytes
+
+
+class RingError(Exception):
+    """The file is none of a keeper's; the text says why, in one line."""
+
+
+class RingFile:
+    """What is in the file of descriptor `fd`, whose keeper has ended.
+
+    It is a file of the user's: nothing in it is taken for true. Raises RingError and OSError.
+    """
+
+    def __init__(self, fd: int) -> None:
+        size = os.fstat(fd).st_size
+        header = os.pread(fd, lib.EB_RING_HEADER, 0)
+        self._rings: list[_Ring] = []
+        if not header:
+            return  # its keeper was killed before it had written any
+        try:
+            magic, header_size, count = _HEAD.unpack_from(header)
+            if (magic, header_size, count) != (_MAGIC, lib.EB_RING_HEADER, lib.EB_RINGS):
+                raise RingError("it is no file of rings")
+            for number in range(lib.EB_RINGS):
+                state = _STATE.unpack_from(header, _HEAD.size + number * _STATE.size)
+                ring = _Ring(fd, number + 1, size, *state)
+                self._rings.append(ring)
+        except struct.error:
+            raise RingError("its header is cut short") from None
+
+    def records(self, sequence: int = 0) -> Iterator[Record]:
+        """Yield those of both streams from `sequence` on, in their order."""
+        for record in merge(*(ring.records() for ring in self._rings)):
+            if record[0] >= sequence:
+                yield record
+
+
+class _Ring:
+    """One stream's."""
+
+    def __init__(
+        self,
+        fd: int,
+        stream: int,
+        size: int,
+        offset: int,
+        capacity: int,
+        head: int,
+        tail: int,
+        lost: int,
+    ) -> None:
+        if not (0 <= head - tail <= capacity and offset + capacity <= size):
+            raise RingError(f"its ring {stream} is impossible")
+        self._fd = fd
+        self._stream = stream
+        self._offset, self._capacity = offset, capacity
+        self._head, self._tail = head, tail
+        self.lost = lost
+
+    def records(self) -> Iterator[Record]:
+        at, position = self._tail, self.lost
+        while at < self._head:
+            sequence, time, length = _RECORD.unpack(self._read(at, _RECORD.size))
+            at += _RECORD.size
+            yield sequence, time, self._stream, position, self._read(at, length)
+            at += length
+            position += length
+
+    def _read(self, at: int, length: int) -> bytes:
+        if at + length > self._head:
+            raise RingError(f"a record of its ring {self._stream} is cut short")
+        parts = []
+        while length:
+            start = at % self._capacity
+            part = os.pread(
+                self._fd, min(length, self._capacity - start, _CHUNK), self._offset + start
+            )
+            if not part:
+                raise RingError("it is cut short")
+            parts.append(part)
+            at += len(part)
+            length -= len(part)
+        return b"".join(parts)
