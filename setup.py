@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 import tempfile
@@ -71,7 +72,7 @@ errand-boy is partly in C, and {} here. What builds it is in these packages:
     Fedora:         dnf install gcc glibc-devel python3-devel"""
 
 if sys.implementation.name != "cpython":
-    sys.exit("errand-boy is for CPython: its extension keeps the GIL while a command starts")
+    sys.exit("errand-boy is for CPython: its part in C uses what other Pythons do not have")
 
 
 class BuildExt(build_ext):
@@ -130,6 +131,21 @@ class BuildExt(build_ext):
         return True
 
 
+def long_description() -> str:
+    """Return the README with its links to this repository's files made absolute."""
+    (source,) = re.findall(r'^Source = "(.*)"$', Path("pyproject.toml").read_text(), re.MULTILINE)
+    package = Path("errand_boy/__init__.py").read_text()
+    (version,) = re.findall(r'^__version__ = "(.*)"$', package, re.MULTILINE)
+    commit = "main" if "dev" in version else f"v{version}"
+
+    def absolute(match: re.Match[str]) -> str:
+        kind = "raw" if match[1] else "blob"  # a picture is to be the picture, not a page about it
+        return f"{match[1]}{match[2]}({source}/{kind}/{commit}/{match[3]})"
+
+    link = r"(!?)(\[[^]]*\])\((?![a-z]+:|#)([^)\s]+)\)"
+    return re.sub(link, absolute, Path("README.md").read_text())
+
+
 # One wheel for 3.10 and all later. A free-threaded Python has no limited API before 3.15, and
 # another from then on: its wheel is for one version. cffi leaves the limited API out by itself.
 WHEEL = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
@@ -138,4 +154,6 @@ setup(
     cffi_modules=["build_ffi.py:ffibuilder"],
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": WHEEL},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
 )

@@ -32,8 +32,12 @@ from subprocess import (
 try:
     from errand_boy._native import lib as _lib  # noqa: F401  its error names what is missing
 except ModuleNotFoundError as error:
+    from sys import implementation as _implementation
+
     _text = f"errand_boy is partly in C, and that part is not here: {error}. "
-    if os.path.isdir(os.path.dirname(__file__)):
+    if _implementation.name != "cpython":
+        _text = f"errand_boy is for CPython, and this is {_implementation.name}"
+    elif os.path.isdir(os.path.dirname(__file__)):
         _text += "Install it with pip, or build it with python setup.py build_ext --inplace"
     else:
         _text += "It can't be loaded from an archive such as a zipapp: shiv and pex unpack theirs"

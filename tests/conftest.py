@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess as stdlib
 import sys
@@ -22,13 +23,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import psutil
 import pytest
 
-LONGEST_TEST = 80
 LONGEST_SCRIPT = 50
 PATIENCE = 30.0  # seconds; nothing takes so long
 
@@ -56,15 +55,14 @@ def report(value):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "root: needs the rights of root")
-    config.addinivalue_line("markers", "long: may take four times as long as others")
     config.addinivalue_line("markers", "portable: runs through the helper's posix_spawn as well")
-    # A background job of a shell without job control ignores them, and so would all that it starts.
-    for number, action in (
-        (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGQUIT, signal.SIG_DFL),
-    ):
+    # Inherited from nohup, or as a background job of a shell without job control. All that the
+    # tests start would ignore them too.
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # by Python itself
         if signal.getsignal(number) is signal.SIG_IGN:
+            action = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, action)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     # Python 3.13 starts some commands through posix_spawn, where its errors read differently.
     stdlib._USE_POSIX_SPAWN = False  # type: ignore[misc]
     if sys.platform == "linux":
@@ -151,21 +149,7 @@ def witness(pool: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
-    longest = LONGEST_TEST * (4 if request.node.get_closest_marker("long") else 1)
-
-    def expire(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"the test has run for {longest} seconds")
-
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(longest)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(deadline: None) -> Iterator[None]:
+def nothing_left_behind() -> Iterator[None]:
     me = psutil.Process()
     before = set(me.children(recursive=True))
     yield
@@ -187,6 +171,14 @@ def public_dir() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="errand-boy-") as name:
         os.chmod(name, 0o755)
         yield Path(name).resolve()
+
+
+def find_program(name: str, package: str | None = None, **options: bool) -> str:
+    """Return a program's path, or skip the test and say which of Debian's packages has it."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"needs {name}: apt-get install {package or name}", **options)
+    return path
 
 
 def until(condition: Callable[[], T], what: str = "what the test waits for") -> T:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, script_environment, until
+from conftest import PATIENCE, find_program, script_environment, until
 
 pytest.importorskip("celery", reason="Celery is not installed")
 
@@ -45,13 +44,11 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path, public_dir: Path) -> 
     if request.param == "filesystem":
         yield str(tmp_path)
         return
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed")
+    server_path = find_program("redis-server")
     pytest.importorskip("redis", reason="Redis's client is not installed")
     path = public_dir / "redis.sock"
     options = ["--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(public_dir)]
-    with subprocess.Popen([program, *options], stdout=subprocess.DEVNULL) as server:
+    with subprocess.Popen([server_path, *options], stdout=subprocess.DEVNULL) as server:
         try:
             until(path.exists, "the start of Redis")
             yield f"redis+socket://{path}"

@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, find_program, until
 
 from errand_boy import Result
 from errand_boy._cli import throttle
@@ -227,9 +227,7 @@ def test_resume_failed_runs_what_failed_and_what_is_missing(tmp_path: Path) -> N
 
 
 def test_log_that_parallel_wrote(tmp_path: Path) -> None:
-    parallel = shutil.which("parallel")
-    if parallel is None:
-        pytest.skip("needs Debian's package parallel")
+    parallel = find_program("parallel")
     log = tmp_path / "log"
     command = [parallel, "--will-cite", "--joblog", str(log), "exit", ":::", "0", "1"]
     environment = {**os.environ, "PARALLEL_HOME": str(tmp_path)}
@@ -433,7 +431,7 @@ def test_many_commands_make_no_large_report(tmp_path: Path) -> None:
     assert sum(bar[5] for bar in json.loads(found[1])) == 100_000
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 def test_browser_draws_the_report(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     big_report(path, 10_000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,11 @@ NOT_INSTALLED = 77
 LONGEST_SUITE = 300
 
 
+# The runner gives up by itself, with a traceback. This is for the case that it can't.
+@pytest.mark.timeout(LONGEST_SUITE + 20)
 @pytest.mark.parametrize("way", ["direct", "helper"])
 @pytest.mark.parametrize("suite", ["subprocess", "asyncio", "asyncio-loop", "uvloop"])
 def test_suite_passes_with_popen_replaced(suite: str, way: str, tmp_path: Path) -> None:
-    # The runner gives up by itself, with a traceback. These are for the case that it can't.
-    signal.alarm(LONGEST_SUITE + 20)
     command = [sys.executable, str(RUN), "--timeout", str(LONGEST_SUITE), suite]
     environment = script_environment()
     if way == "helper":

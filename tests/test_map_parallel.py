@@ -7,13 +7,12 @@ asked for, and is then given its command as one word.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import script_environment
+from conftest import find_program, script_environment
 
 LONGEST = 60  # seconds
 
@@ -217,8 +216,7 @@ def pair(line: str | tuple[str, str]) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not shutil.which("parallel"):
-        pytest.skip("needs GNU parallel: Debian's package parallel")
+    find_program("parallel")
     folder = tmp_path_factory.mktemp("programs")
     program = folder / "map"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m errand_boy map "$@"\n')

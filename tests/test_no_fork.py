@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess as stdlib
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import find_program, run_script
 
 SCRIPT = """
 start()
@@ -31,9 +30,8 @@ CALL = re.compile(r"^(?P<pid>\d+) +(?P<name>clone3?|v?fork)\((?P<args>.*)")
 
 
 def strace_refusal(out: Path) -> str | None:
-    if shutil.which("strace") is None:
-        return "strace is not there"
-    done = stdlib.run(["strace", "-f", "-o", out, "true"], capture_output=True, text=True)
+    strace = find_program("strace")
+    done = stdlib.run([strace, "-f", "-o", out, "true"], capture_output=True, text=True)
     return done.stderr.strip() if done.returncode else None
 
 

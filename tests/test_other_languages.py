@@ -11,32 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, find_program
 from daemon import Daemon
 
 CLIENTS = Path(__file__).parent.parent / "examples" / "clients"
 TEXT = {"text.js": ["node"], "text.pl": ["perl"], "text.sh": ["sh"]}
+PACKAGES = {"node": "nodejs"}
 DIALLERS = ["socat", "nc", "perl"]  # that text.sh has a use for
-
-
-def needs(program: str) -> None:
-    if shutil.which(program) is None:
-        pytest.skip(f"there is no {program}")
 
 
 @pytest.fixture(params=TEXT)
 def text(request: pytest.FixtureRequest) -> list[str]:
     name: str = request.param
-    for program in TEXT[name]:
-        needs(program)
+    for language in TEXT[name]:
+        find_program(language, PACKAGES.get(language))
     if name == "text.sh" and not any(map(shutil.which, DIALLERS)):
-        pytest.skip(f"there is none of {', '.join(DIALLERS)}")
+        pytest.skip(f"needs one of {', '.join(DIALLERS)}: apt-get install socat")
     return [*TEXT[name], str(CLIENTS / name)]
 
 
 @pytest.fixture
 def streams() -> list[str]:
-    needs("node")
+    find_program("node", PACKAGES["node"])
     return ["node", str(CLIENTS / "streams.js")]
 
 

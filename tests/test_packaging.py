@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import time
 import zipapp
+from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from conftest import find_program
 
 import errand_boy
 
@@ -59,10 +61,10 @@ def test_cffi_is_the_only_requirement() -> None:
     assert [text.partition(">")[0] for text in needed] == ["cffi"]
 
 
-@pytest.mark.skipif(not shutil.which("musl-gcc"), reason="needs musl-gcc, of musl-tools")
 def test_helper_and_the_callers_side_build_with_musl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    find_program("musl-gcc", "musl-tools")
     headers = tmp_path / "include"  # the kernel's alone
     headers.mkdir()
     multiarch = sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
@@ -72,14 +74,14 @@ def test_helper_and_the_callers_side_build_with_musl(
     compiler = ["musl-gcc", *options, "-idirafter", str(headers)]
     ours = [*ROOT.glob("csrc/caller/[!m]*.c")]  # module.c needs Python's headers
     subprocess.run([*compiler, "-fsyntax-only", *ours], cwd=ROOT, check=True)
-    program = tmp_path / "helper"
+    helper = tmp_path / "helper"
     sources = [
         path for part in ("helper", "common", "spawn") for path in ROOT.glob(f"csrc/{part}/*.c")
     ]
-    subprocess.run([*compiler, "-static", "-o", program, *sources], cwd=ROOT, check=True)
+    subprocess.run([*compiler, "-static", "-o", helper, *sources], cwd=ROOT, check=True)
 
     errand_boy.stop()
-    monkeypatch.setenv("ERRAND_BOY_HELPER", str(program))
+    monkeypatch.setenv("ERRAND_BOY_HELPER", str(helper))
     monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
     assert errand_boy.check_output(["echo", "one"]) == b"one\n"
     commands = [["echo", str(i)] for i in range(20)]
@@ -98,6 +100,34 @@ def tree(tmp_path: Path) -> Path:
     for name in ("csrc", "errand_boy"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "*-helper"))
     return copy
+
+
+def test_links_of_the_description_lead_somewhere_from_an_index_page(tree: Path) -> None:
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tree.parent)]
+    subprocess.run(command, cwd=tree, capture_output=True, check=True)
+    found = Parser().parsestr((tree.parent / "errand_boy.egg-info/PKG-INFO").read_text())
+    urls = dict(line.split(", ") for line in found.get_all("Project-URL", []))
+    assert {"Source", "Documentation", "Changelog", "Issues"} <= urls.keys()
+    links = re.findall(r"\]\(([^)]*)\)", str(found.get_payload()))
+    assert len(links) > 10
+    for link in links:
+        assert re.match("https?://|#", link), link
+        if link.startswith(urls["Source"]):
+            kind, commit, path = link.removeprefix(urls["Source"] + "/").split("/", 2)
+            assert (kind, commit) in {("blob", "main"), ("raw", "main")}
+            assert (kind == "raw") == path.endswith((".svg", ".png"))
+            assert (ROOT / path.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("command", [["-c", "import errand_boy"], ["setup.py", "build_ext"]])
+def test_pypy_is_refused(tree: Path, command: list[str]) -> None:
+    pypy = find_program("pypy3")
+    if "setup.py" in command and subprocess.run([pypy, "-c", "import setuptools"]).returncode:
+        pytest.skip("needs setuptools for PyPy: apt-get install python3-setuptools")
+    found = subprocess.run([pypy, *command], cwd=tree, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert re.search("errand.boy is for CPython", found.stderr.splitlines()[-1])
 
 
 def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -156,11 +186,11 @@ def test_zipapp_says_why_it_cannot_work(tmp_path: Path) -> None:
     assert "It can't be loaded from an archive such as a zipapp" in found.stderr.splitlines()[-1]
 
 
+@pytest.mark.timeout(600)  # it analyses for half a minute, where nothing else runs
 def test_application_made_by_pyinstaller(tmp_path: Path) -> None:
     pytest.importorskip("PyInstaller")
-    signal.alarm(600)  # it analyses for half a minute, where nothing else runs
-    program = tmp_path / "application.py"
-    program.write_text(
+    source = tmp_path / "application.py"
+    source.write_text(
         "import sys, errand_boy\n"
         "from errand_boy._cli.args import main\n"
         "if len(sys.argv) > 1:\n"
@@ -171,7 +201,7 @@ def test_application_made_by_pyinstaller(tmp_path: Path) -> None:
     )
     hooks = PACKAGE / "__pyinstaller"
     options = ["--noconfirm", "--log-level=ERROR", f"--additional-hooks-dir={hooks}"]
-    command = [sys.executable, "-m", "PyInstaller", *options, str(program)]
+    command = [sys.executable, "-m", "PyInstaller", *options, str(source)]
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
     application = tmp_path / "dist/application/application"

@@ -270,9 +270,9 @@ def test_terminado_and_ipython() -> None:
     assert run_script(script) == [3, "24 80\r\n"]
 
 
+@pytest.mark.timeout(LONGEST_SUITE + 20)
 @pytest.mark.parametrize("suite", ["ptyprocess", "pexpect"])
 def test_their_own_tests(suite: str, tmp_path: Path) -> None:
-    signal.alarm(LONGEST_SUITE + 20)
     output = tmp_path / "output"
     with output.open("w") as stream:
         returncode = subprocess.call(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_wire import COMPILER, CSRC, HERE, compile_c
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs cc: apt-get install gcc")
 
 
 def test_process_that_takes_no_table_of_descriptors_in_time(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, find_program
 
 import errand_boy
 from errand_boy.terminal import wait_for
@@ -61,8 +60,7 @@ class Screen:
 
 @contextmanager
 def program(argv: Sequence[str], size: tuple[int, int] = (24, 80)) -> Iterator[Screen]:
-    if shutil.which(argv[0]) is None:
-        pytest.skip(f"needs the package {argv[0].replace('top', 'procps')}")
+    find_program(argv[0], argv[0].replace("top", "procps"))
     environment = {**os.environ, "TERM": "linux", "LC_ALL": "C.UTF-8", "PS1": "prompt> "}
     with errand.Popen(argv, pty=size, env=environment) as process:
         yield Screen(process)

@@ -206,7 +206,7 @@ class Work:
                 self._check(number, other.Popen(self._command(number)).wait(PATIENCE))
 
 
-@pytest.mark.long
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("options", [[], ["--max-processes=3"], ["--max-child-tasks=50"]])
 def test_no_command_is_lost_and_none_runs_twice(tmp_path: Path, options: list[str]) -> None:
     file = tmp_path / "numbers"

@@ -23,7 +23,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1"}
 
 COMPILER = shutil.which("cc")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs cc: apt-get install gcc")
 
 
 def compile_c(target: Path, *arguments: str | Path) -> None:
