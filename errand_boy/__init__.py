@@ -31,17 +31,17 @@ from subprocess import (
 
 try:
     from errand_boy._native import lib as _lib  # noqa: F401  its error names what is missing
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     from sys import implementation as _implementation
 
-    _text = f"errand_boy is partly in C, and that part is not here: {error}. "
+    _text = f"errand_boy is partly in C, and that part is not here: {_error}. "
     if _implementation.name != "cpython":
         _text = f"errand_boy is for CPython, and this is {_implementation.name}"
     elif os.path.isdir(os.path.dirname(__file__)):
         _text += "Install it with pip, or build it with python setup.py build_ext --inplace"
     else:
         _text += "It can't be loaded from an archive such as a zipapp: shiv and pex unpack theirs"
-    raise ImportError(_text, name=error.name) from error
+    raise ImportError(_text, name=_error.name) from _error
 
 from errand_boy import _ways
 from errand_boy._functions import NAMES, rebind
@@ -59,7 +59,7 @@ from errand_boy.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
     from typing import Any
 
     from errand_boy._client import Client
@@ -69,8 +69,21 @@ if TYPE_CHECKING:
     from errand_boy._policy import Retries
     from errand_boy._preexec import chain
     from errand_boy._result import Result
-    from errand_boy._signatures import Call, CheckOutput, Run
+    from errand_boy._signatures import Call, CheckOutput, Map, Run
     from errand_boy.sandbox import Sandbox
+
+    def _overloaded(
+        function: Callable[..., Any],
+    ) -> Map[
+        Generator[Result[str], None, None],
+        Generator[Result[bytes], None, None],
+        Generator[Result[Any], None, None],
+    ]: ...
+
+else:
+
+    def _overloaded(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
 
 
 def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None = None) -> Client:
@@ -91,6 +104,7 @@ def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None 
     return _client.connect(path, peer_uid=peer_uid)
 
 
+@_overloaded
 def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result, None, None]:
     """Run commands, many at once, and yield a Result for each, which is a CompletedProcess.
 

@@ -26,9 +26,9 @@ class Address:
     __slots__ = ("is_default", "path", "peer_uid")
 
     def __init__(self, path: str, peer_uid: int | None = None, *, is_default: bool = False) -> None:
-        self.path = path
-        self.peer_uid = peer_uid
-        self.is_default = is_default
+        self.path: str = path
+        self.peer_uid: int | None = peer_uid
+        self.is_default: bool = is_default
 
     def check(self, sock: socket.socket) -> None:
         """Raise RefusedError if another user listens at the other end of `sock`.

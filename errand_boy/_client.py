@@ -22,13 +22,15 @@ from errand_boy.errors import NoDaemonError, RefusedError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
-    from typing import Any, AnyStr
+    from typing import Any, AnyStr, Literal, overload
+
+    from typing_extensions import Unpack
 
     from errand_boy._address import Address
-    from errand_boy._job import Command
     from errand_boy._jobs import Job
+    from errand_boy._parameters import Args, File, Parameters, StartParameters, StrOrPath
     from errand_boy._result import Result
-    from errand_boy._signatures import Call, CheckOutput, Run
+    from errand_boy._signatures import Call, CheckOutput, Map, Run
 else:
     AnyStr = str
 
@@ -86,6 +88,110 @@ class Popen(_popen.Popen[AnyStr]):
 
     _source: Client
 
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            text: Literal[True],
+            encoding: str | None = None,
+            errors: str | None = None,
+            universal_newlines: bool | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            encoding: str,
+            text: bool | None = None,
+            errors: str | None = None,
+            universal_newlines: bool | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            errors: str,
+            text: bool | None = None,
+            encoding: str | None = None,
+            universal_newlines: bool | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[str],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            universal_newlines: Literal[True],
+            text: bool | None = None,
+            encoding: str | None = None,
+            errors: str | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[bytes],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            text: Literal[False] | None = None,
+            encoding: None = None,
+            errors: None = None,
+            universal_newlines: Literal[False] | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Popen[Any],
+            args: Args,
+            bufsize: int = -1,
+            executable: StrOrPath | None = None,
+            stdin: File = None,
+            stdout: File = None,
+            stderr: File = None,
+            *,
+            text: bool | None = None,
+            encoding: str | None = None,
+            errors: str | None = None,
+            universal_newlines: bool | None = None,
+            **options: Unpack[Parameters],
+        ) -> None: ...
+
     def __init__(
         self,
         *args: Any,
@@ -133,7 +239,7 @@ class Client:
     CompletedProcess = subprocess.CompletedProcess
     SubprocessError = subprocess.SubprocessError
     TimeoutExpired = subprocess.TimeoutExpired
-    list2cmdline = staticmethod(subprocess.list2cmdline)
+    list2cmdline: Callable[[Iterable[StrOrPath]], str] = staticmethod(subprocess.list2cmdline)
 
     if TYPE_CHECKING:
         call: Call
@@ -141,15 +247,30 @@ class Client:
         check_output: CheckOutput
         getoutput: Callable[..., str]
         getstatusoutput: Callable[..., tuple[int, str]]
+        map: Map[
+            Generator[Result[str], None, None],
+            Generator[Result[bytes], None, None],
+            Generator[Result[Any], None, None],
+        ]
         run: Run
+        # In fact a class derived from it, which starts commands by this client.
+        Popen = Popen
+    else:
+
+        def map(self, commands: Any, **options: Any) -> Any:
+            """Run commands by the daemon, many at once, and yield a Result for each."""
+            from errand_boy import _map  # noqa: PLC0415
+
+            return _map.map(commands, client=self, **options)
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self.path = address.path
+        self.path: str = address.path
         self.owns_children = True
         self._idle: list[Connection] = []
-        self.Popen: type[Popen[Any]] = type("Popen", (Popen,), {"_source": self})
-        vars(self).update(rebind(self.Popen, wrap_run=partial(_capture.runner, self)))
+        popen = type("Popen", (Popen,), {"_source": self})
+        functions = rebind(popen, wrap_run=partial(_capture.runner, self))
+        vars(self).update(functions, Popen=popen)
 
     def __repr__(self) -> str:
         return f"<errand_boy client of {self.path}>"
@@ -174,15 +295,7 @@ class Client:
         except _status.NoAnswerError as error:
             raise NoDaemonError(errno.ENOTCONN, str(error)) from error
 
-    def map(
-        self, commands: Iterable[Command | None], **options: Any
-    ) -> Generator[Result, None, None]:
-        """Run commands by the daemon, many at once, and yield a Result for each."""
-        from errand_boy import _map  # noqa: PLC0415
-
-        return _map.map(commands, client=self, **options)
-
-    def start(self, args: Any, name: str | None = None, **options: Any) -> Job:
+    def start(self, args: Args, name: str | None = None, **options: Unpack[StartParameters]) -> Job:
         """Start a command that outlives this process, and return it as a Job when it runs.
 
         `name`: letters, digits and ``._-``; by default the program's with the job's number. `ring`:

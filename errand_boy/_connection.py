@@ -19,6 +19,7 @@ from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError
 
 TYPE_CHECKING = False  # typing takes milliseconds to import
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from typing import Any
 
 _NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
@@ -70,18 +71,18 @@ class Connection:
     def __init__(self, sock: socket.socket, pool: Any = None) -> None:
         info = os.fstat(sock.fileno())
         sock.settimeout(None)  # whatever socket.setdefaulttimeout says
-        self.sock = sock
+        self.sock: socket.socket = sock
         self.pool: Any = pool
         self._owner = os.getpid()
-        self.device = info.st_dev
-        self.inode = info.st_ino
+        self.device: int = info.st_dev
+        self.inode: int = info.st_ino
         self._buffer = bytearray(_BUFFER_SIZE + _HEADER_SIZE)  # zeros at the end
         self._size = 0  # of what has come into it
-        self.greeted = False
+        self.greeted: bool = False
         self.reply: Reply | None = None  # the last one, to the command that is being started
         # Held while a signal is sent to the live command, and while that one gives the connection
         # back. Reentrant: a handler of ours may signal the command of the code that it interrupts.
-        self.lock = threading.RLock()
+        self.lock: AbstractContextManager[Any] = threading.RLock()
         _connections.add(self)
 
     def close(self) -> None:

@@ -8,25 +8,37 @@ import errno
 import os
 import threading
 from collections import deque
+from types import GenericAlias
 
 from errand_boy import _map, _ways
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
-    from typing import Any, TypeAlias
+    from typing import Any, Generic, Literal, TypeAlias, overload
+
+    from typing_extensions import Unpack
 
     from errand_boy._batch import Batch
     from errand_boy._client import Client
-    from errand_boy._job import Job
-    from errand_boy._result import Result
+    from errand_boy._job import Command, Job
+    from errand_boy._parameters import ExecutorParameters, SubmitParameters
+    from errand_boy._result import OutputT, Result
 
-    _Base: TypeAlias = concurrent.futures.Future[Result]
+    _Future: TypeAlias = concurrent.futures.Future[Result[Any]]
+
+    class _Executor(concurrent.futures.Executor, Generic[OutputT]):
+        pass
+
 else:
-    _Base = concurrent.futures.Future
+    OutputT = str  # typing takes milliseconds to import
+    _Future = concurrent.futures.Future
+
+    class _Executor(concurrent.futures.Executor):
+        __class_getitem__ = classmethod(GenericAlias)
 
 
-class CommandFuture(_Base):
+class CommandFuture(_Future):
     """A concurrent.futures.Future of a Result, whose `cancel` ends the command if it runs.
 
     A command that is ended is sent SIGTERM, with its process group, and SIGKILL a second later.
@@ -34,7 +46,7 @@ class CommandFuture(_Base):
 
     # To the base class it is pending until the command has ended: what runs can't be cancelled.
 
-    def __init__(self, executor: Executor, job: Job, check: bool) -> None:
+    def __init__(self, executor: Executor[Any], job: Job, check: bool) -> None:
         super().__init__()
         self._executor = executor
         self._job = job
@@ -55,7 +67,7 @@ class CommandFuture(_Base):
         return self._has_begun and not self.done()
 
 
-class Executor(concurrent.futures.Executor):
+class Executor(_Executor[OutputT]):
     """A concurrent.futures.Executor of commands, not of Python's functions.
 
     `max_workers`: how many run at once; by default four for each CPU. `client` is that of a daemon,
@@ -63,6 +75,68 @@ class Executor(concurrent.futures.Executor):
     and `halt`. A thread drives them while there are some; like those of the standard library's
     executors it is waited for when the interpreter ends.
     """
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self: Executor[str],
+            max_workers: int | None = None,
+            *,
+            client: Client | None = None,
+            text: Literal[True],
+            encoding: str | None = None,
+            errors: str | None = None,
+            **options: Unpack[ExecutorParameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Executor[str],
+            max_workers: int | None = None,
+            *,
+            client: Client | None = None,
+            encoding: str,
+            text: bool | None = None,
+            errors: str | None = None,
+            **options: Unpack[ExecutorParameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Executor[str],
+            max_workers: int | None = None,
+            *,
+            client: Client | None = None,
+            errors: str,
+            text: bool | None = None,
+            encoding: str | None = None,
+            **options: Unpack[ExecutorParameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Executor[bytes],
+            max_workers: int | None = None,
+            *,
+            client: Client | None = None,
+            text: Literal[False] | None = None,
+            encoding: None = None,
+            errors: None = None,
+            **options: Unpack[ExecutorParameters],
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Executor[Any],
+            max_workers: int | None = None,
+            *,
+            client: Client | None = None,
+            text: bool | None = None,
+            encoding: str | None = None,
+            errors: str | None = None,
+            **options: Unpack[ExecutorParameters],
+        ) -> None: ...
 
     def __init__(
         self, max_workers: int | None = None, *, client: Client | None = None, **options: Any
@@ -86,8 +160,8 @@ class Executor(concurrent.futures.Executor):
         self._futures: dict[int, CommandFuture] = {}  # of the thread, by index
 
     def submit(  # type: ignore[override]
-        self, args: Any, /, *, check: bool = False, **options: Any
-    ) -> concurrent.futures.Future[Result]:
+        self, args: Command, /, *, check: bool = False, **options: Unpack[SubmitParameters]
+    ) -> concurrent.futures.Future[Result[OutputT]]:
         """Have a command run; return a Future of its Result, which is a CompletedProcess.
 
         `options` are those that errand_boy.map takes in a command's mapping. The Future raises what
@@ -117,15 +191,20 @@ class Executor(concurrent.futures.Executor):
         return future
 
     def map(  # type: ignore[override]
-        self, commands: Iterable[Any], /, **options: Any
-    ) -> Generator[Result, None, None]:
+        self,
+        commands: Iterable[Command],
+        /,
+        *,
+        check: bool = False,
+        **options: Unpack[SubmitParameters],
+    ) -> Generator[Result[OutputT], None, None]:
         """Have all of `commands` run now; yield their Results in order. `options` as for submit.
 
         Raises what the Future of one raises, in its turn. Closing the iterator cancels the others.
         """
-        futures = deque([self.submit(command, **options) for command in commands])
+        futures = deque([self.submit(command, check=check, **options) for command in commands])
 
-        def results() -> Generator[Result, None, None]:
+        def results() -> Generator[Result[OutputT], None, None]:
             try:
                 while futures:
                     yield futures.popleft().result()

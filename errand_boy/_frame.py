@@ -46,7 +46,7 @@ class SpawnFrame:
             raise MemoryError
         self._c: Any = ffi.gc(c, lib.eb_spawn_frame_free)
         self.connection: Connection | None = None
-        self.is_sent = True  # whole, by `prepare`, and so `done` has nothing to release
+        self.is_sent: bool = True  # whole, by `prepare`, and so `done` has nothing to release
 
     def read(self, start: Caller, helper: int) -> int:
         """Read the calling thread's state; return what was found, as csrc/caller has it."""

@@ -31,7 +31,7 @@ __all__ = ["Attachment", "Job", "JobResult", "LogFailed", "Missed", "Output"]
 _MOST_UNSENT = 1 << 16  # bytes of input
 
 
-class JobResult(subprocess.CompletedProcess):  # type: ignore[type-arg]
+class JobResult(subprocess.CompletedProcess[None]):
     """How a job has ended: as subprocess.CompletedProcess, without output, and as Popen tells.
 
     `cause`: "exit", "signal", or the limit for which it was ended. `duration`: in seconds.
@@ -263,7 +263,7 @@ class Attachment:
     ) -> None:
         self._job = job
         self.read_only = read_only
-        self.is_over = False
+        self.is_over: bool = False
         self._window = _four(window)
         self._skips = not history  # what was written before
         self._course = job._course()

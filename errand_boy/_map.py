@@ -12,7 +12,7 @@ from errand_boy._templates import DaemonSource, LocalSource
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, TypeVar
+    from typing import Any, TextIO, TypeVar
 
     from errand_boy._job import Command, Job
     from errand_boy._result import Result
@@ -73,28 +73,49 @@ def map(
     results = drive(make(commands, client, **options), check)
     if not progress:
         return results
-    return with_bar(results, len(commands) if isinstance(commands, Sized) else None)
+    return with_bar(results, commands)
 
 
-def with_bar(results: Generator[T, None, None], total: int | None) -> Generator[T, None, None]:
-    """Return `results`; on a terminal, with a line that counts them."""
-    from errand_boy import _progress  # noqa: PLC0415  only those who need it pay for it
+class Counter:
+    """A line on a terminal that counts results."""
+
+    def __init__(self, total: int | None, file: TextIO) -> None:
+        from errand_boy import _progress  # noqa: PLC0415  only those who need it pay for it
+
+        self._tally = _progress.Tally(total)
+        self._bar = _progress.Bar(self._tally, file)
+        self.close = self._bar.close
+        self._bar.show()
+
+    def count(self, result: Any) -> None:
+        """Take note of a result."""
+        self._tally.count(*_outcome(result))
+        self._bar.show()
+
+
+def bar_for(commands: Any) -> Counter | None:
+    """Return what shows the results of `commands`, or None if standard error is no terminal."""
+    from errand_boy import _progress  # noqa: PLC0415
 
     file = _progress.terminal()
-    if file is None:
-        return results
-    tally = _progress.Tally(total)
-    bar = _progress.Bar(tally, file)
+    return (
+        None
+        if file is None
+        else Counter(len(commands) if isinstance(commands, Sized) else None, file)
+    )
 
-    def counted() -> Generator[T, None, None]:
-        with contextlib.closing(bar), contextlib.closing(results):
-            bar.show()
-            for result in results:
-                tally.count(*_outcome(result))
-                bar.show()
-                yield result
 
-    return counted()
+def with_bar(results: Generator[T, None, None], commands: Any) -> Generator[T, None, None]:
+    """Return `results`; on a terminal, with a line that counts them."""
+    bar = bar_for(commands)
+    return results if bar is None else _counted(results, bar)
+
+
+def _counted(results: Generator[T, None, None], bar: Counter) -> Generator[T, None, None]:
+    with contextlib.closing(bar), contextlib.closing(results):
+        for result in results:
+            bar.count(result)
+            yield result
 
 
 def _outcome(result: Any) -> tuple[bool, float]:

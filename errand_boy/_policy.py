@@ -40,7 +40,7 @@ class Retries:
             raise ValueError("most must not be negative")
         if not (delay >= 0 and longest >= 0 and factor > 0 and 0 <= jitter <= 1):
             raise ValueError("delay and longest are seconds, factor is positive, jitter 0 to 1")
-        self.most = most
+        self.most: float = most
         self._times = delay, factor, longest, jitter
         self._only_if = only_if
 

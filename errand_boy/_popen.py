@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from errand_boy._ends import Ends, Stop
-    from errand_boy._signatures import Args, File, Parameters, StrOrPath
+    from errand_boy._parameters import Args, File, Parameters, StrOrPath
     from errand_boy.terminal import Terminal
 
     _Base = subprocess.Popen

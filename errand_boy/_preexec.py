@@ -29,7 +29,7 @@ class Chain:
     __slots__ = ("functions",)
 
     def __init__(self, functions: tuple[Callable[[], Any], ...]) -> None:
-        self.functions = functions
+        self.functions: tuple[Callable[[], Any], ...] = functions
 
     def __call__(self) -> None:
         for function in self.functions:

@@ -44,11 +44,11 @@ class Request:
         carried: Sequence[Any],
         flags: int,
     ) -> None:
-        self.options = options
-        self.standard = standard
-        self.others = others
-        self.carried = carried
-        self.flags = flags
+        self.options: bytes = options
+        self.standard: tuple[int, int, int] = standard
+        self.others: Sequence[int] = others
+        self.carried: Sequence[Any] = carried
+        self.flags: int = flags
 
 
 # -- the command --

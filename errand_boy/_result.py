@@ -11,13 +11,19 @@ from errand_boy import _wire
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import resource
-    from typing import Any
+    from typing import IO, Any
+
+    from typing_extensions import TypeVar
 
     from errand_boy._limits import Tracker
     from errand_boy._stream import Ended
 
+    OutputT = TypeVar("OutputT", default=Any)  # str or bytes
+else:
+    OutputT = str  # typing takes milliseconds to import
 
-class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
+
+class Result(subprocess.CompletedProcess[OutputT]):
     """What became of one command of `map`.
 
     `args`, `returncode`, `stdout` and `stderr` are those of subprocess.CompletedProcess, and
@@ -37,14 +43,14 @@ class Result(subprocess.CompletedProcess):  # type: ignore[type-arg]
     `stdout_file`, `stderr_file`: where all output is, if it was spooled; temporary files.
     """
 
-    index = 0
-    slot = 0
-    runs = 1
+    index: int = 0
+    slot: int = 0
+    runs: int = 1
     error: Exception | None = None
-    duration = 0.0
-    truncated = False
-    stdout_file: Any = None
-    stderr_file: Any = None
+    duration: float = 0.0
+    truncated: bool = False
+    stdout_file: IO[bytes] | None = None
+    stderr_file: IO[bytes] | None = None
     _begun = 0.0  # of the monotonic clock
     _end: Ended | None = None
     _limited: Tracker | None = None

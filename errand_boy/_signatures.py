@@ -1,4 +1,4 @@
-"""Parameters and results of what errand_boy takes over from subprocess, for type checkers only.
+"""What errand_boy's functions return for which parameters, for type checkers only.
 
 As typeshed has it, `text`, `encoding`, `errors` and `universal_newlines` decide between str and
 bytes. What is rarely given by position can be given by name only here.
@@ -6,65 +6,30 @@ bytes. What is rarely given by position can be given by name only here.
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import IO, Any, AnyStr, Literal, Protocol, TypeAlias, overload
+from collections.abc import Coroutine, Iterable
+from typing import Any, AnyStr, Literal, Protocol, TypeVar, overload
 
 from typing_extensions import Unpack
 
-from errand_boy._options import Options
+from errand_boy._job import Command
+from errand_boy._parameters import (
+    Args,
+    AsyncRunParameters,
+    Bytes,
+    CallParameters,
+    File,
+    Input,
+    MapParameters,
+    OutputParameters,
+    RunParameters,
+    StrOrPath,
+)
 
-StrOrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Args: TypeAlias = StrOrPath | Sequence[StrOrPath]
-File: TypeAlias = int | IO[Any] | None
-Input: TypeAlias = str | bytes | bytearray | memoryview | None
-
-
-class Parameters(Options, total=False):
-    """Those of subprocess.Popen that can't be given by position here, and the options."""
-
-    preexec_fn: Callable[[], object] | None
-    close_fds: bool
-    shell: bool
-    cwd: StrOrPath | None
-    env: Mapping[str, StrOrPath] | Mapping[bytes, StrOrPath] | None
-    startupinfo: Any
-    creationflags: int
-    restore_signals: bool
-    start_new_session: bool
-    pass_fds: Collection[int]
-    user: str | int | None
-    group: str | int | None
-    extra_groups: Iterable[str | int] | None
-    umask: int
-    pipesize: int
-    process_group: int | None
-
-
-class CallParameters(Parameters, total=False):
-    """Those of call and check_call."""
-
-    timeout: float | None
-    text: bool | None
-    encoding: str | None
-    errors: str | None
-    universal_newlines: bool | None
-
-
-class RunParameters(Parameters, total=False):
-    """Those of run that go beyond Popen's."""
-
-    capture_output: bool
-    check: bool
-    timeout: float | None
-
-
-class OutputParameters(Parameters, total=False):
-    """Those of check_output."""
-
-    timeout: float | None
+TextT_co = TypeVar("TextT_co", covariant=True)
+BytesT_co = TypeVar("BytesT_co", covariant=True)
+EitherT_co = TypeVar("EitherT_co", covariant=True)
 
 
 class Completed(subprocess.CompletedProcess[AnyStr]):
@@ -74,6 +39,7 @@ class Completed(subprocess.CompletedProcess[AnyStr]):
     duration: float
     rusage: resource.struct_rusage | None
     peak_memory: int | None
+    limits_by: str | None
 
 
 class Run(Protocol):
@@ -165,7 +131,7 @@ class Run(Protocol):
         encoding: None = None,
         errors: None = None,
         universal_newlines: Literal[False] | None = None,
-        input: bytes | bytearray | memoryview | None = None,
+        input: Bytes | None = None,
         **options: Unpack[RunParameters],
     ) -> Completed[bytes]: ...
 
@@ -272,7 +238,7 @@ class CheckOutput(Protocol):
         encoding: None = None,
         errors: None = None,
         universal_newlines: Literal[False] | None = None,
-        input: bytes | bytearray | memoryview | None = None,
+        input: Bytes | None = None,
         **options: Unpack[OutputParameters],
     ) -> bytes: ...
 
@@ -307,3 +273,162 @@ class Call(Protocol):
         stderr: File = None,
         **options: Unpack[CallParameters],
     ) -> int: ...
+
+
+class AsyncRun(Protocol):
+    """asyncio's run."""
+
+    @overload
+    def __call__(
+        self,
+        args: Args,
+        *,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
+        text: Literal[True],
+        encoding: str | None = None,
+        errors: str | None = None,
+        universal_newlines: bool | None = None,
+        input: str | None = None,
+        **options: Unpack[AsyncRunParameters],
+    ) -> Coroutine[Any, Any, Completed[str]]: ...
+
+    @overload
+    def __call__(
+        self,
+        args: Args,
+        *,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
+        encoding: str,
+        text: bool | None = None,
+        errors: str | None = None,
+        universal_newlines: bool | None = None,
+        input: str | None = None,
+        **options: Unpack[AsyncRunParameters],
+    ) -> Coroutine[Any, Any, Completed[str]]: ...
+
+    @overload
+    def __call__(
+        self,
+        args: Args,
+        *,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
+        errors: str,
+        text: bool | None = None,
+        encoding: str | None = None,
+        universal_newlines: bool | None = None,
+        input: str | None = None,
+        **options: Unpack[AsyncRunParameters],
+    ) -> Coroutine[Any, Any, Completed[str]]: ...
+
+    @overload
+    def __call__(
+        self,
+        args: Args,
+        *,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
+        universal_newlines: Literal[True],
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        input: str | None = None,
+        **options: Unpack[AsyncRunParameters],
+    ) -> Coroutine[Any, Any, Completed[str]]: ...
+
+    @overload
+    def __call__(
+        self,
+        args: Args,
+        *,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
+        text: Literal[False] | None = None,
+        encoding: None = None,
+        errors: None = None,
+        universal_newlines: Literal[False] | None = None,
+        input: Bytes | None = None,
+        **options: Unpack[AsyncRunParameters],
+    ) -> Coroutine[Any, Any, Completed[bytes]]: ...
+
+    @overload
+    def __call__(
+        self,
+        args: Args,
+        *,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        universal_newlines: bool | None = None,
+        input: Input = None,
+        **options: Unpack[AsyncRunParameters],
+    ) -> Coroutine[Any, Any, Completed[Any]]: ...
+
+
+class Map(Protocol[TextT_co, BytesT_co, EitherT_co]):
+    """map, which returns iterators of Result[str], Result[bytes] or either."""
+
+    @overload
+    def __call__(
+        self,
+        commands: Iterable[Command | None],
+        *,
+        text: Literal[True],
+        encoding: str | None = None,
+        errors: str | None = None,
+        **options: Unpack[MapParameters],
+    ) -> TextT_co: ...
+
+    @overload
+    def __call__(
+        self,
+        commands: Iterable[Command | None],
+        *,
+        encoding: str,
+        text: bool | None = None,
+        errors: str | None = None,
+        **options: Unpack[MapParameters],
+    ) -> TextT_co: ...
+
+    @overload
+    def __call__(
+        self,
+        commands: Iterable[Command | None],
+        *,
+        errors: str,
+        text: bool | None = None,
+        encoding: str | None = None,
+        **options: Unpack[MapParameters],
+    ) -> TextT_co: ...
+
+    @overload
+    def __call__(
+        self,
+        commands: Iterable[Command | None],
+        *,
+        text: Literal[False] | None = None,
+        encoding: None = None,
+        errors: None = None,
+        **options: Unpack[MapParameters],
+    ) -> BytesT_co: ...
+
+    @overload
+    def __call__(
+        self,
+        commands: Iterable[Command | None],
+        *,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        **options: Unpack[MapParameters],
+    ) -> EitherT_co: ...

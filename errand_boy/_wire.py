@@ -32,8 +32,8 @@ class Spawned:
     __slots__ = ("by_helper", "pid")
 
     def __init__(self, pid: int, by_helper: bool) -> None:
-        self.pid = pid
-        self.by_helper = by_helper
+        self.pid: int = pid
+        self.by_helper: bool = by_helper
 
 
 class Failed:
@@ -42,10 +42,10 @@ class Failed:
     __slots__ = ("errno", "member", "pid", "stage")
 
     def __init__(self, pid: int, error: int, stage: int, member: int = 0) -> None:
-        self.pid = pid
-        self.errno = error
-        self.stage = stage
-        self.member = member  # of what the stage sets, which was refused: a resource, say
+        self.pid: int = pid
+        self.errno: int = error
+        self.stage: int = stage
+        self.member: int = member  # of what the stage sets, which was refused: a resource, say
 
 
 class Exited:
@@ -57,8 +57,8 @@ class Exited:
     __slots__ = ("status", "tree", "usage")
 
     def __init__(self, status: int, *usage: int) -> None:
-        self.status = status
-        self.usage = usage
+        self.status: int = status
+        self.usage: tuple[int, ...] = usage
         self.tree: tuple[int, ...] = ()
 
 

@@ -13,20 +13,25 @@ import subprocess
 from asyncio import streams
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, SubprocessStreamProtocol
 from collections.abc import Callable, Coroutine
-from typing import IO, Any
+from typing import Any, Final
 
-from errand_boy import _asyncio_transport, _child
+from errand_boy import _asyncio_transport, _child, _spool
 from errand_boy._asyncio_transport import Deferred
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
-    from errand_boy import _client
+    from typing_extensions import Unpack
+
+    from errand_boy import _client, _map
     from errand_boy._batch import Batch
     from errand_boy._ends import Stop
     from errand_boy._job import Command
+    from errand_boy._parameters import ExecParameters, File, StrOrPath
     from errand_boy._result import Result
+    from errand_boy._signatures import AsyncRun, Map
+    from errand_boy.terminal import Terminal
 
 __all__ = [
     "DEVNULL",
@@ -45,7 +50,9 @@ _LIMIT: int = streams._DEFAULT_LIMIT  # type: ignore[attr-defined]
 
 
 class Process(asyncio.subprocess.Process):
-    """asyncio's own, and `stop`."""
+    """asyncio's own, with `stop`, and with `pty` a `terminal`."""
+
+    terminal: Terminal | None = None
 
     async def stop(self, stop: Stop | None = None) -> int:
         """End the command as its `stop` and `tree` say, or by other steps; return its return code.
@@ -61,23 +68,42 @@ class Process(asyncio.subprocess.Process):
 # -- the functions --
 
 
+if TYPE_CHECKING:
+
+    def _as_run(function: object) -> AsyncRun: ...
+
+    def _as_map(
+        function: object,
+    ) -> Map[
+        AsyncGenerator[Result[str], None],
+        AsyncGenerator[Result[bytes], None],
+        AsyncGenerator[Result[Any], None],
+    ]: ...
+
+else:
+
+    def _as_run(function: Any) -> Any:
+        return function
+
+    _as_map = _as_run
+
+
 class _Functions:
     """asyncio's functions of this kind, for one kind of Popen."""
 
-    daemon: _client.Client | None = None
-
-    def __init__(self, popen_class: type[Deferred]) -> None:
-        self.popen = popen_class
+    def __init__(self, popen_class: type[Deferred], daemon: _client.Client | None = None) -> None:
+        self.popen: type[Deferred] = popen_class
+        self.daemon: _client.Client | None = daemon
 
     async def create_subprocess_exec(
         self,
-        program: str | bytes | os.PathLike[Any],
-        *args: str | bytes | os.PathLike[Any],
-        stdin: int | IO[Any] | None = None,
-        stdout: int | IO[Any] | None = None,
-        stderr: int | IO[Any] | None = None,
+        program: StrOrPath,
+        *args: StrOrPath,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
         limit: int = _LIMIT,
-        **options: Any,
+        **options: Unpack[ExecParameters],
     ) -> Process:
         """Start a program; return what asyncio.create_subprocess_exec does.
 
@@ -87,23 +113,25 @@ class _Functions:
         With `pty`, the process also has a `terminal`. Its `stdin` and `stdout`, where they are not
         redirected, are streams to and from that; to close the first types the end of the input.
         """
-        _check(options, False)
-        return await self._create((program, *args), False, stdin, stdout, stderr, limit, options)
+        given: dict[str, Any] = {**options}
+        _check(given, False)
+        return await self._create((program, *args), False, stdin, stdout, stderr, limit, given)
 
     async def create_subprocess_shell(
         self,
         cmd: str | bytes,
-        stdin: int | IO[Any] | None = None,
-        stdout: int | IO[Any] | None = None,
-        stderr: int | IO[Any] | None = None,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
         limit: int = _LIMIT,
-        **options: Any,
+        **options: Unpack[ExecParameters],
     ) -> Process:
         """Start a shell command; else as create_subprocess_exec."""
         if not isinstance(cmd, (str, bytes)):
             raise ValueError("cmd must be a string")
-        _check(options, True)
-        return await self._create(cmd, True, stdin, stdout, stderr, limit, options)
+        given: dict[str, Any] = {**options}
+        _check(given, True)
+        return await self._create(cmd, True, stdin, stdout, stderr, limit, given)
 
     async def _create(
         self,
@@ -121,29 +149,37 @@ class _Functions:
             loop, protocol, args, shell, stdin, stdout, stderr, 0, popen=self.popen, **options
         )
         process = Process(transport, protocol, loop)
-        process.terminal = transport.terminal  # type: ignore[attr-defined]
+        process.terminal = transport.terminal
         return process
 
+    @_as_run
     async def run(
         self,
         args: Any,
         *,
-        input: bytes | None = None,
+        input: Any = None,
         capture_output: bool = False,
         timeout: float | None = None,
         check: bool = False,
         shell: bool = False,
-        stdin: int | IO[Any] | None = None,
-        stdout: int | IO[Any] | None = None,
-        stderr: int | IO[Any] | None = None,
+        stdin: File = None,
+        stdout: File = None,
+        stderr: File = None,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        universal_newlines: bool | None = None,
         limit: int = _LIMIT,
         **options: Any,
-    ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command to its end, as subprocess.run does, in bytes.
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command to its end, as subprocess.run does.
+
+        Input and output are bytes, or text if `text`, `encoding`, `errors` or `universal_newlines`
+        says so. An `input` of the other type raises TypeError, before anything is started.
 
         `timeout` is in seconds: after it the command is ended as `stop` and `tree` say, and
-        TimeoutExpired has what it wrote until then. If the call is cancelled, that is done too, and
-        waited for.
+        TimeoutExpired has what it wrote until then, in bytes. If the call is cancelled, that is
+        done too, and waited for.
         """
         if input is not None:
             if stdin is not None:
@@ -155,6 +191,10 @@ class _Functions:
                 raise ValueError("stdout and stderr arguments may not be used with capture_output.")
             if not options.get("pty"):
                 stdout = stderr = PIPE
+        codec: tuple[str, str] | None = None
+        if text or encoding or errors or universal_newlines:
+            codec = _spool.coding(encoding, errors)
+        data = _encoded(input, codec)
         _check(options, shell)
         command = args if shell or not isinstance(args, (str, bytes, os.PathLike)) else (args,)
         process = await self._create(command, shell, stdin, stdout, stderr, limit, options)
@@ -176,7 +216,7 @@ class _Functions:
         async def everything() -> None:
             parts = reading()
             if process.stdin is not None and not process.stdin.is_closing():
-                parts.append(process._feed_stdin(input or b""))  # type: ignore[attr-defined]
+                parts.append(process._feed_stdin(data))  # type: ignore[attr-defined]
             moving = asyncio.gather(*parts)
             try:
                 if ends is not None and ends.drain is not None:
@@ -192,9 +232,13 @@ class _Functions:
                 with contextlib.suppress(asyncio.CancelledError):
                     await moving
 
-        def output() -> list[bytes | None]:
-            streams = zip((process.stdout, process.stderr), got, strict=True)
-            return [None if stream is None else b"".join(data) for stream, data in streams]
+        def output(codec: tuple[str, str] | None = None) -> list[Any]:
+            parts: list[Any] = []
+            for stream, pieces in zip((process.stdout, process.stderr), got, strict=True):
+                whole = b"".join(pieces)
+                text: Any = whole if codec is None else _spool.to_text(whole, *codec)
+                parts.append(None if stream is None else text)
+            return parts
 
         try:
             await asyncio.wait_for(everything(), timeout)
@@ -214,15 +258,21 @@ class _Functions:
             raise
         assert process.returncode is not None
         if check and process.returncode:
-            failed = subprocess.CalledProcessError(process.returncode, args, *output())
+            failed = subprocess.CalledProcessError(process.returncode, args, *output(codec))
             _child.tell_verdict(started, failed)
             raise failed
-        done = subprocess.CompletedProcess(args, process.returncode, *output())
+        done = subprocess.CompletedProcess(args, process.returncode, *output(codec))
         vars(done).update(_child.verdict(started))
         return done
 
+    @_as_map
     def map(
-        self, commands: Iterable[Command | None], *, check: bool = False, **options: Any
+        self,
+        commands: Iterable[Command | None],
+        *,
+        check: bool = False,
+        progress: bool = False,
+        **options: Any,
     ) -> AsyncGenerator[Result, None]:
         """Run commands, many at once, and yield a Result for each, as errand_boy.map.
 
@@ -231,7 +281,22 @@ class _Functions:
         """
         from errand_boy import _map  # noqa: PLC0415  only those who need it pay for it
 
-        return _drive(_map.make(commands, self.daemon, **options), check)
+        results = _drive(_map.make(commands, self.daemon, **options), check)
+        bar = _map.bar_for(commands) if progress else None
+        return results if bar is None else _counted(results, bar)
+
+
+def _encoded(input: Any, codec: tuple[str, str] | None) -> bytes | memoryview:
+    """Return what a command is to read. Raises TypeError."""
+    if input is None:
+        return b""
+    if isinstance(input, str) and codec is not None:
+        return input.encode(*codec)
+    if isinstance(input, str):
+        raise TypeError("input must be bytes, not str; or give text=True, encoding= or errors=")
+    if codec is not None:
+        raise TypeError(f"input must be str with text=True, not {type(input).__name__}")
+    return memoryview(input).cast("B")
 
 
 def _check(options: dict[str, Any], shell: bool) -> None:
@@ -251,9 +316,8 @@ class Client(_Functions):
     """
 
     def __init__(self, client: _client.Client) -> None:
-        super().__init__(type("Popen", (Deferred, client.Popen), {}))
-        self.daemon = client
-        self.path = client.path
+        super().__init__(type("Popen", (Deferred, client.Popen), {}), client)
+        self.path: str = client.path
 
     def __repr__(self) -> str:
         return f"<errand_boy asyncio client of {self.path}>"
@@ -264,6 +328,16 @@ def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None 
     from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
 
     return Client(_client.connect(path, peer_uid=peer_uid))
+
+
+async def _counted(
+    results: AsyncGenerator[Result, None], bar: _map.Counter
+) -> AsyncGenerator[Result, None]:
+    with contextlib.closing(bar):
+        async with contextlib.aclosing(results):
+            async for result in results:
+                bar.count(result)
+                yield result
 
 
 async def _drive(batch: Batch, check: bool) -> AsyncGenerator[Result, None]:
@@ -312,8 +386,8 @@ async def _drive(batch: Batch, check: bool) -> AsyncGenerator[Result, None]:
         batch.close()
 
 
-_functions = connect() if os.environ.get("ERRAND_BOY_SOCKET") else _Functions(Deferred)
-create_subprocess_exec = _functions.create_subprocess_exec
-create_subprocess_shell = _functions.create_subprocess_shell
-run = _functions.run
-map = _functions.map
+_functions: _Functions = connect() if os.environ.get("ERRAND_BOY_SOCKET") else _Functions(Deferred)
+create_subprocess_exec: Final = _functions.create_subprocess_exec
+create_subprocess_shell: Final = _functions.create_subprocess_shell
+run: Final = _functions.run
+map: Final = _functions.map

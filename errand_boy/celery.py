@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from billiard.process import current_process
 from celery import group, shared_task
@@ -37,6 +37,9 @@ from errand_boy._wire import Failed
 from errand_boy.errors import HelperDiedError, HelperError
 
 __all__ = ["Outcome", "map", "run_command"]
+
+if TYPE_CHECKING:
+    from errand_boy._celery_types import Task
 
 Command: TypeAlias = "Sequence[str] | str | Mapping[str, Any]"
 
@@ -200,9 +203,15 @@ class _CommandRequest(_TaskRequest):  # type: ignore[misc]  # Celery has no type
             self._announce_revoked("terminated", True, signal, False)
 
 
-@shared_task(  # type: ignore[untyped-decorator]
-    bind=True, name="errand_boy.run_command", Request=_CommandRequest
-)
+if TYPE_CHECKING:
+
+    def _task(function: object) -> Task[Outcome]: ...
+
+else:
+    _task = shared_task(bind=True, name="errand_boy.run_command", Request=_CommandRequest)
+
+
+@_task
 def run_command(
     self: Any,
     args: Sequence[str] | str,
@@ -383,7 +392,7 @@ def map(
         kwargs = {**options, **given}
         tasks.append(app.signature(run_command.name, (args,), kwargs, dict(send or {})))
     outcomes = _outcomes(app, tasks, ordered, within, interval)
-    return with_bar(outcomes, len(tasks)) if progress else outcomes
+    return with_bar(outcomes, tasks) if progress else outcomes
 
 
 def _outcomes(

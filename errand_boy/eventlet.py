@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import eventlet
 from eventlet import hubs
@@ -53,7 +53,7 @@ _Base: Any = subprocess.Popen
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  # eventlet has no types
+class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  # eventlet has no types
     """eventlet.green.subprocess.Popen whose child is started as errand_boy.Popen's is.
 
     All parameters, methods and exceptions are eventlet's, and other greenlets run while a program
@@ -107,13 +107,20 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  
         _child.send_signal(_Base.send_signal, self, sig)
 
 
-_functions = rebind(Popen, subprocess)
-call = _functions["call"]
-check_call = _functions["check_call"]
-check_output = _functions["check_output"]
-getoutput = _functions["getoutput"]
-getstatusoutput = _functions["getstatusoutput"]
-run = _functions["run"]
+if TYPE_CHECKING:  # they are called in the same way
+    from errand_boy._popen import Popen
+    from errand_boy._signatures import Call, CheckOutput, Run
+
+    call: Call
+    check_call: Call
+    check_output: CheckOutput
+    getoutput: Callable[..., str]
+    getstatusoutput: Callable[..., tuple[int, str]]
+    run: Run
+else:
+    Popen = _Popen
+    Popen.__name__ = Popen.__qualname__ = "Popen"
+    globals().update(rebind(Popen, subprocess))
 
 
 def execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent.os
 from gevent import select, subprocess
@@ -64,7 +64,7 @@ _Base: Any = subprocess.Popen
 _STANDARD = parameters(_Base.__init__)
 
 
-class Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  # gevent has no types
+class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  # gevent has no types
     """gevent.subprocess.Popen whose child is started as errand_boy.Popen's, without a fork.
 
     All parameters, methods and exceptions are gevent's, and other greenlets run while a program is
@@ -111,13 +111,20 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  
         send_signal(_Base.send_signal, self, sig)
 
 
-_functions = rebind(Popen, subprocess)
-call = _functions["call"]
-check_call = _functions["check_call"]
-check_output = _functions["check_output"]
-getoutput = _functions["getoutput"]
-getstatusoutput = _functions["getstatusoutput"]
-run = _functions["run"]
+if TYPE_CHECKING:  # they are called in the same way
+    from errand_boy._popen import Popen
+    from errand_boy._signatures import Call, CheckOutput, Run
+
+    call: Call
+    check_call: Call
+    check_output: CheckOutput
+    getoutput: Callable[..., str]
+    getstatusoutput: Callable[..., tuple[int, str]]
+    run: Run
+else:
+    Popen = _Popen
+    Popen.__name__ = Popen.__qualname__ = "Popen"
+    globals().update(rebind(Popen, subprocess))
 
 
 # -- for a gevent.subprocess.Popen of any class; `original` is the method that it has --

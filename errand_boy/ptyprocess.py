@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ptyprocess
 from ptyprocess import PtyProcessError
@@ -22,24 +22,33 @@ from errand_boy.terminal import Pty
 __all__ = ["PtyProcess", "PtyProcessError", "PtyProcessUnicode"]
 
 
+if TYPE_CHECKING:
+    from errand_boy._ptyprocess_types import PtyProcess as _Bytes
+    from errand_boy._ptyprocess_types import PtyProcessUnicode as _Text
+else:
+    _Bytes, _Text = ptyprocess.PtyProcess, ptyprocess.PtyProcessUnicode
+
+
 class _Spawn:
-    @classmethod
-    def spawn(cls, *args: Any, **kwargs: Any) -> Any:
-        """Start a program on a new terminal; see ptyprocess.PtyProcess.spawn.
+    if not TYPE_CHECKING:
 
-        It is a child of this process. `preexec_fn` is as in errand_boy.Popen, and those of pexpect
-        (`ignore_sighup`) and terminado are known too; any other is called in a fork of this
-        process, with a warning.
-        Raises OSError also for a `cwd` that can't be entered.
-        """
-        return spawn(super().spawn, cls, *args, **kwargs)  # type: ignore[misc]
+        @classmethod
+        def spawn(cls, *args: Any, **kwargs: Any) -> Any:
+            """Start a program on a new terminal; see ptyprocess.PtyProcess.spawn.
+
+            It is a child of this process. `preexec_fn` is as in errand_boy.Popen, and those of
+            pexpect (`ignore_sighup`) and terminado are known too; any other is called in a fork of
+            this process, with a warning.
+            Raises OSError also for a `cwd` that can't be entered.
+            """
+            return spawn(super().spawn, cls, *args, **kwargs)
 
 
-class PtyProcess(_Spawn, ptyprocess.PtyProcess):  # type: ignore[misc]  # it has no types
+class PtyProcess(_Spawn, _Bytes):
     """ptyprocess.PtyProcess whose program is started without a fork."""
 
 
-class PtyProcessUnicode(_Spawn, ptyprocess.PtyProcessUnicode):  # type: ignore[misc]
+class PtyProcessUnicode(_Spawn, _Text):
     """ptyprocess.PtyProcessUnicode whose program is started without a fork."""
 
 

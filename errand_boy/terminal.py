@@ -53,7 +53,7 @@ class Pty:
         ypixel: int = 0,
         termios: Sequence[Any] | None = None,
     ) -> None:
-        self.size = _size((rows, columns, xpixel, ypixel))
+        self.size: tuple[int, int, int, int] = _size((rows, columns, xpixel, ypixel))
         self.echo = echo
         self.raw = raw
         self.termios = termios
@@ -211,7 +211,7 @@ class Terminal:
             decoder = codecs.getincrementaldecoder(encoding)(errors or "strict")
             self._decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
         self._nothing: Any = b"" if encoding is None else ""
-        self.at_end = False
+        self.at_end: bool = False
 
     def __repr__(self) -> str:
         where = "closed" if self.closed else f"fd={self.fileno()}"

@@ -304,7 +304,7 @@ def test_errors_of_shell_commands(run: Runner) -> None:
         with pytest.raises(ValueError, match="cmd must be a string"):
             await ours.create_subprocess_shell(["true"])  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="shell must be True"):
-            await ours.create_subprocess_shell("true", shell=False)
+            await ours.create_subprocess_shell("true", shell=False)  # type: ignore[call-arg]
 
     run(main)
 
@@ -842,9 +842,51 @@ def test_run(run: Runner, spawn: str, unchanged: None) -> None:
             await ours.run(["true"], capture_output=True, stdout=ours.PIPE)
         with pytest.raises(ValueError, match="input"):
             await ours.run(["true"], input=b"", stdin=ours.PIPE)
-        with pytest.raises(ValueError, match="text"):
-            await ours.run(["true"], text=True)
         assert (await ours.run("true")).args == "true"
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"text": True},
+        {"universal_newlines": True},
+        {"encoding": "latin-1"},
+        {"encoding": "utf-16", "errors": "ignore"},
+        {"errors": "replace"},
+    ],
+    ids=str,
+)
+def test_run_in_text_mode(run: Runner, mode: dict[str, Any]) -> None:
+    undecodable = r"\344" if "errors" in mode else ""
+    script = rf"cat; printf 'one\r\ntwo\rthree{undecodable}' >&2; exit 3"
+    expected = subprocess.run(script, shell=True, input="é\n", capture_output=True, **mode)
+
+    async def main() -> None:
+        done = await ours.run(script, shell=True, input="é\n", capture_output=True, **mode)
+        assert (done.stdout, done.stderr) == (expected.stdout, expected.stderr)
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            await ours.run(script, shell=True, input="é\n", stdout=ours.PIPE, check=True, **mode)
+        assert (failed.value.stdout, failed.value.stderr) == (expected.stdout, None)
+        assert (await ours.run(["cat"], input=None, stdout=ours.PIPE, **mode)).stdout == ""
+
+    run(main)
+
+
+def test_run_with_input_of_the_wrong_type(run: Runner, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match="input must be bytes, not str; or give text=True"):
+            await ours.run(["touch", trace], input="abc")
+        with pytest.raises(TypeError, match="input must be str with text=True, not bytes"):
+            await ours.run(["touch", trace], input=b"abc", text=True)
+        with pytest.raises(TypeError):
+            await ours.run(["touch", trace], input=7)  # type: ignore[call-overload]
+        assert not trace.exists()
+        for data in bytearray(b"abc"), memoryview(b"abc"):
+            assert (await ours.run(["cat"], input=data, stdout=ours.PIPE)).stdout == b"abc"
 
     run(main)
 

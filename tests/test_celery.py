@@ -308,7 +308,7 @@ def test_outcome() -> None:
     outcome = run_command("echo out; echo err >&2; exit 3", shell=True)
     assert (outcome["stdout"], outcome["stderr"]) == ("out\n", "err\n")
     assert (outcome["returncode"], outcome["error"]) == (3, None)
-    assert outcome["rusage"]["ru_maxrss"] > 0
+    assert outcome["rusage"]["ru_maxrss"] > 0  # type: ignore[index]
     assert outcome["duration"] > 0
     assert outcome["host"] == socket.gethostname()
     assert json.loads(json.dumps(outcome)) == outcome
@@ -331,7 +331,7 @@ def test_environment_and_directory(tmp_path: Path) -> None:
 
 def test_own_session() -> None:
     outcome = run_command("ps -o pid=,pgid=,sid= -p $$", shell=True)
-    pid, group, session = outcome["stdout"].split()
+    pid, group, session = outcome["stdout"].split()  # type: ignore[union-attr]
     assert pid == group == session
 
 
@@ -341,7 +341,7 @@ def test_output_is_bounded_or_kept(tmp_path: Path) -> None:
     outcome = run_command(["seq", "100000"], max_output=10, output_dir=str(tmp_path))
     assert (outcome["stdout"], outcome["truncated"]) == ("1\n2\n3\n4\n5\n", False)
     assert outcome["stderr_file"] is None
-    lines = Path(outcome["stdout_file"]).read_text().split()
+    lines = Path(outcome["stdout_file"]).read_text().split()  # type: ignore[arg-type]
     assert lines == [str(i) for i in range(1, 100_001)]
 
 

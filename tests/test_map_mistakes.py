@@ -69,11 +69,11 @@ def test_undecodable_output_is_no_success() -> None:
 
 def test_bad_options() -> None:
     with pytest.raises(TypeError, match="max_workers must be a number, not '2'"):
-        errand_boy.map([["true"]], max_workers="2")
+        errand_boy.map([["true"]], max_workers="2")  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"map\(\) has no option max_worker \(but max_workers\)"):
-        errand_boy.map([["true"]], max_worker=2)
+        errand_boy.map([["true"]], max_worker=2)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"has no option no_new_priv \(but no_new_privs\)"):
-        errand_boy.map([["true"]], no_new_priv=True)
+        errand_boy.map([["true"]], no_new_priv=True)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="has no option cwdd"):
         list(errand_boy.map([{"args": ["true"], "cwdd": "/"}]))
 
@@ -87,7 +87,11 @@ ID = "id -u; id -g; id -G"
 @pytest.mark.root
 def test_user_and_group() -> None:
     nobody = pwd.getpwnam("nobody")
-    given = {"user": "nobody", "group": nobody.pw_gid, "extra_groups": [7, "daemon"]}
+    given: dict[str, Any] = {
+        "user": "nobody",
+        "group": nobody.pw_gid,
+        "extra_groups": [7, "daemon"],
+    }
     expected = f"{nobody.pw_uid}\n{nobody.pw_gid}\n{nobody.pw_gid} 1 7\n"
     commands: list[Any] = [ID, {"args": ID, "user": 1, "extra_groups": []}]
     first, second = errand_boy.map(commands, shell=True, text=True, **given)
@@ -111,7 +115,7 @@ def test_user_that_is_none() -> None:
     with pytest.raises(KeyError):
         errand_boy.map([["true"]], user="no such user")
     with pytest.raises(TypeError, match="user must be a string or an integer"):
-        errand_boy.map([["true"]], user=1.5)
+        errand_boy.map([["true"]], user=1.5)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="can't be negative"):
         errand_boy.map([["true"]], group=-1)
     with pytest.raises(TypeError, match="extra_groups must be a list"):

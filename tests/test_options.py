@@ -287,7 +287,9 @@ def by_asyncio_shell(command: list[str], options: Mapping[str, Any]) -> bytes:
 
 
 def by_asyncio_run(command: list[str], options: Mapping[str, Any]) -> bytes:
-    return asyncio.run(run_by_asyncio(command, stdout=subprocess.PIPE, **options)).stdout
+    done = asyncio.run(run_by_asyncio(command, stdout=subprocess.PIPE, **options))
+    assert isinstance(done.stdout, bytes)
+    return done.stdout
 
 
 # In this process, once for each way of starting.

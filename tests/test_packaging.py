@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import time
 import zipapp
+import zipfile
 from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,25 @@ def test_helper_is_an_executable_in_the_package() -> None:
 
 def test_types_are_announced() -> None:
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_type_checkers_follow_an_editable_installation(tmp_path: Path) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("needs setuptools 77")
+    for name in "pyproject.toml", "README.md", "LICENSE":  # without setup.py, nothing is compiled
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(PACKAGE, tmp_path / "errand_boy", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; build_meta.build_editable('wheels')"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV"))}
+    (tmp_path / "wheels").mkdir()
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, env=env, check=True, capture_output=True
+    )
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        (pth,) = (name for name in file.namelist() if name.endswith(".pth"))
+        assert file.read(pth).decode().strip() == str(tmp_path)  # a path, and no code
 
 
 def test_version_is_the_packages() -> None:

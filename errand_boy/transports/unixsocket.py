@@ -78,10 +78,12 @@ class Ended(subprocess.Popen[bytes]):
     def __init__(
         self, done: subprocess.CompletedProcess[Any], pid: int, usage: tuple[int, ...]
     ) -> None:
-        self.args = done.args
-        self.returncode = done.returncode
-        self.pid = pid
-        self.stdin = self.stdout = self.stderr = None
+        self.args: Any = done.args
+        self.returncode: int = done.returncode
+        self.pid: int = pid
+        self.stdin: None = None
+        self.stdout: None = None
+        self.stderr: None = None
         self._communication_started = False
         self._usage = usage
 

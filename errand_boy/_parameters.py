@@ -1,0 +1,139 @@
+"""The parameters of errand_boy's functions, as types for type checkers only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import IO, Any, TypeAlias
+
+from errand_boy._options import Options
+from errand_boy._policy import Retries
+
+StrOrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Args: TypeAlias = StrOrPath | Sequence[StrOrPath]
+File: TypeAlias = int | IO[Any] | None
+Bytes: TypeAlias = bytes | bytearray | memoryview
+Input: TypeAlias = str | Bytes | None
+
+
+class CommandParameters(Options, total=False):
+    """Those that every command can have."""
+
+    cwd: StrOrPath | None
+    env: Mapping[str, StrOrPath] | Mapping[bytes, StrOrPath] | None
+    restore_signals: bool
+    start_new_session: bool
+    user: str | int | None
+    group: str | int | None
+    extra_groups: Iterable[str | int] | None
+    umask: int
+    process_group: int | None
+
+
+class ProcessParameters(CommandParameters, total=False):
+    """Those that every process object's command can have."""
+
+    preexec_fn: Callable[[], object] | None
+    close_fds: bool
+    startupinfo: Any
+    creationflags: int
+    pass_fds: Collection[int]
+    pipesize: int
+    # Of a daemon's commands. The module's own functions are a daemon's with ERRAND_BOY_SOCKET.
+    kill_on_client_exit: bool
+    kill_grace: float
+
+
+class ExecParameters(ProcessParameters, total=False):
+    """Those of asyncio's functions that start a process."""
+
+    executable: StrOrPath | None
+
+
+class Parameters(ProcessParameters, total=False):
+    """Those of subprocess.Popen that can't be given by position here, and the options."""
+
+    shell: bool
+
+
+class CallParameters(Parameters, total=False):
+    """Those of call and check_call."""
+
+    timeout: float | None
+    text: bool | None
+    encoding: str | None
+    errors: str | None
+    universal_newlines: bool | None
+
+
+class RunParameters(Parameters, total=False):
+    """Those of run that go beyond Popen's."""
+
+    capture_output: bool
+    check: bool
+    timeout: float | None
+
+
+class OutputParameters(Parameters, total=False):
+    """Those of check_output."""
+
+    timeout: float | None
+
+
+class AsyncRunParameters(ExecParameters, total=False):
+    """Those of asyncio's run."""
+
+    shell: bool
+    capture_output: bool
+    check: bool
+    timeout: float | None
+    limit: int
+
+
+class StartParameters(CommandParameters, total=False):
+    """Those of a client's start."""
+
+    executable: StrOrPath | None
+    log: StrOrPath | None
+    log_count: int | None
+    log_size: int | None
+    notify: str | Sequence[StrOrPath] | None
+    ring: int | None
+    shell: bool
+    stderr: int | None
+    stdin: File
+
+
+class JobParameters(CommandParameters, total=False):
+    """Those of one command of many."""
+
+    input: Input
+    retries: int | Retries | None
+    shell: bool
+
+
+class SubmitParameters(JobParameters, total=False):
+    """Those of one command of an Executor, but `check`."""
+
+    timeout: float | None
+
+
+class ExecutorParameters(JobParameters, total=False):
+    """Those of an Executor that do not decide between str and bytes."""
+
+    capture_output: bool
+    stdout: File
+    stderr: File
+    max_output: int | None
+    spool: bool
+    timeout: float | str | None
+
+
+class MapParameters(ExecutorParameters, total=False):
+    """Those of map that do not decide between str and bytes."""
+
+    check: bool
+    halt: str
+    max_workers: int | None
+    ordered: bool
+    progress: bool
