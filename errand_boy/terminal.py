@@ -173,6 +173,11 @@ def wait_for(
     )
 
 
+def _is_kernels(select: Any) -> bool:
+    """Return whether a thread that waits in the kernel holds up nobody but itself."""
+    return type(getattr(select, "poll", None)) is type(len)  # else a hub's class, or none
+
+
 @contextmanager
 def non_blocking(fd: int) -> Iterator[None]:
     """Have writes return when there is no more room."""
@@ -260,10 +265,13 @@ class Terminal:
             return self._nothing.join(parts)
         if size == 0:
             return self._nothing
+        blocks = _is_kernels(self.select)
         while True:
-            wait_for(self.select, [self.fileno()], [])
+            if not blocks:
+                wait_for(self.select, [self.fileno()], [])
             data = read_some(self.fileno(), size)
             if data is None:
+                blocks = False
                 continue
             text = self.decode(data)
             if text or not data:
