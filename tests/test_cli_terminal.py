@@ -238,6 +238,19 @@ def test_helper_that_dies(by: str, tmp_path: Path) -> None:
         assert b"helper ended" in user.seen
 
 
+def test_daemon_that_is_killed(by: str, tmp_path: Path) -> None:
+    """What is on the terminal doesn't pass through the daemon, nor does the exit status."""
+    if by != "daemon":
+        pytest.skip("a command that is started here has no daemon")
+    with started_daemon(tmp_path) as own:
+        with outer("--socket", own.path, "sh", "-c", "echo ready; read x; echo $x; exit 3") as user:
+            user.until(b"ready")
+            own.stop(signal.SIGKILL)
+            user.terminal.write(b"text\r")
+            assert user.end() == 3
+        assert user.seen.endswith(b"text\r\ntext\r\n")
+
+
 def test_recording(tmp_path: Path) -> None:
     path = tmp_path / "cast"
     script = "echo ready; read x; printf '\\342\\202\\254\\n'; echo end"

@@ -579,6 +579,26 @@ def test_killed_client_hangs_up(way: str, daemon: Daemon) -> None:
         until(lambda: not psutil.pid_exists(pid) or is_zombie(pid), "the end of the command")
 
 
+@pytest.mark.parametrize("way", ["here", "daemon"])
+def test_killed_client_with_asyncio_hangs_up(way: str, daemon: Daemon) -> None:
+    script = """
+        import asyncio
+        from errand_boy import asyncio as it
+        async def main():
+            source = it.connect(sys.argv[2]) if sys.argv[2] else it
+            process = await source.create_subprocess_exec("sleep", "1000", pty=True)
+            print(process.pid, flush=True)
+            await asyncio.Event().wait()
+        asyncio.run(main())
+    """
+    with started_script(script, args=[daemon.path if way == "daemon" else ""]) as client:
+        assert client.stdout is not None
+        pid = int(client.stdout.readline())
+        assert psutil.pid_exists(pid)
+        client.kill()
+        until(lambda: not psutil.pid_exists(pid) or is_zombie(pid), "the end of the command")
+
+
 # Two processes in the terminal, until the test writes to the FIFO $2.
 HOLDS = "sleep 1000 & echo $$ $! >$1.new; mv $1.new $1; echo shown; read x <$2; echo $x; exit 3"
 

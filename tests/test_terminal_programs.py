@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
+import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from conftest import PATIENCE, find_program
+from conftest import PATIENCE, find_program, script_environment, until
 
 import errand_boy
 from errand_boy.terminal import wait_for
@@ -20,6 +22,10 @@ from errand_boy.terminal import wait_for
 pyte: Any = pytest.importorskip("pyte", reason="needs the package pyte")
 errand: Any = errand_boy
 select = importlib.import_module("select")
+
+# Nothing of the user's; the size that it knows is in the status line.
+SIZE = "set laststatus=2 statusline=%{&lines}x%{&columns}"
+VIM = ["vim", "-u", "NONE", "-N", "-n", "-c", SIZE]
 
 
 class Screen:
@@ -59,9 +65,12 @@ class Screen:
 
 
 @contextmanager
-def program(argv: Sequence[str], size: tuple[int, int] = (24, 80)) -> Iterator[Screen]:
+def program(
+    argv: Sequence[str], size: tuple[int, int] = (24, 80), **variables: str
+) -> Iterator[Screen]:
     find_program(argv[0], argv[0].replace("top", "procps"))
-    environment = {**os.environ, "TERM": "linux", "LC_ALL": "C.UTF-8", "PS1": "prompt> "}
+    environment = {**script_environment(), "TERM": "linux", "LC_ALL": "C.UTF-8", "PS1": "prompt> "}
+    environment.update(variables)
     with errand.Popen(argv, pty=size, env=environment) as process:
         yield Screen(process)
 
@@ -72,7 +81,8 @@ def test_bash() -> None:
         screen.type("echo $((6 * 7))\r")
         screen.until(lambda lines: "42" in lines)
         screen.type("sleep 1000\r")
-        screen.until(lambda _: screen.terminal.foreground_pgid != screen.process.pid)
+        # Before its exec, the new process still has bash's handler of SIGINT.
+        until(lambda: psutil.Process(screen.terminal.foreground_pgid).name() == "sleep")
         screen.type("\x03")
         screen.until(lambda lines: any("^C" in line for line in lines))
         screen.type("abc\x15echo $LINES $COLUMNS\r")
@@ -88,17 +98,70 @@ def test_bash() -> None:
 def test_vim(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("first\nsecond\n")
-    with program(["vim", "-u", "NONE", "-N", "-n", str(path)]) as screen:
+    with program([*VIM, str(path)]) as screen:
         screen.until(lambda lines: lines[:4] == ["first", "second", "~", "~"])
         screen.type("ihello \x1b")
         screen.until(lambda lines: lines[0] == "hello first")
         screen.terminal.winsize = 10, 40
         screen.screen.resize(10, 40)
-        screen.type(":set lines? columns?\r")
-        screen.has("columns=40")
-        screen.type("\r:wq\r")
+        screen.has("10x40")
+        screen.type(":wq\r")
         assert screen.end() == 0
     assert path.read_text() == "hello first\nsecond\n"
+
+
+def replayed(path: Path) -> Any:
+    """Return the screen of a recording at its end."""
+    header, *events = map(json.loads, path.read_text().splitlines())
+    screen = pyte.Screen(header["width"], header["height"])
+    stream = pyte.Stream(screen)
+    for _, kind, data in events:
+        if kind == "o":
+            stream.feed(data)
+        else:
+            columns, rows = map(int, data.split("x"))
+            screen.resize(rows, columns)
+    return screen
+
+
+def look(screen: Any) -> list[Any]:
+    """Return all that can be seen: characters with colours, and the cursor."""
+    lines = [
+        [screen.buffer[row][column] for column in range(screen.columns)]
+        for row in range(screen.lines)
+    ]
+    return [screen.columns, screen.lines, screen.cursor.x, screen.cursor.y, lines]
+
+
+def test_recording_is_what_was_on_the_screen(tmp_path: Path) -> None:
+    """In vim, with colours, beyond ASCII, and with another size; a player shows the same."""
+    find_program("vim")
+    cast, text = tmp_path / "cast", tmp_path / "text.py"
+    text.write_text("def first():\n    return 'größer als €'\n")
+    command = [sys.executable, "-m", "errand_boy", "run", "--record", str(cast)]
+    no_daemon = str(tmp_path / "none")
+    with program(
+        [*command, *VIM, "-c", "syntax on", str(text)], (12, 60), ERRAND_BOY_SOCKET=no_daemon
+    ) as screen:
+        screen.has("größer als €")
+        screen.type("Ox = 'ж'\x1b")
+        screen.has("x = 'ж'")
+        screen.terminal.winsize = 10, 40
+        screen.screen.resize(10, 40)
+        screen.has("10x40")
+        # The screen from before vim does not come back: it ends by a signal that it can't handle.
+        (vim_process,) = psutil.Process(screen.process.pid).children()
+        vim_process.kill()
+        assert screen.end() == 128 + signal.SIGKILL
+        assert any("größer" in line for line in screen.lines())
+        assert look(replayed(cast)) == look(screen.screen)
+    if shutil.which("asciinema") is None:
+        return
+    # What a player writes, with the resizing that players leave to who looks.
+    player = ["asciinema", "play", "--speed", "1000", str(cast)]
+    with program(player, (10, 40), HOME=str(tmp_path)) as played:
+        assert played.end() == 0
+        assert played.lines() == screen.lines()
 
 
 def test_less(tmp_path: Path) -> None:
