@@ -3,8 +3,8 @@
 ``import errand_boy as subprocess``: the same functions, constants and exceptions. Every command is
 started without a fork: by this process, or by a small helper in C for `user`, `group` and
 `extra_groups`, for `limits`, ``tree="all"`` and `dies_with_caller`, after start(), or if
-``ERRAND_BOY_SPAWN`` says so. If ``ERRAND_BOY_SOCKET`` is in the environment when this is imported,
-commands are started by the daemon that listens there.
+``ERRAND_BOY_SPAWN`` says so. If ``ERRAND_BOY_SOCKET`` is in the environment when this module is
+imported, the daemon that listens there starts the commands.
 
 Popen, run and the other functions also take the options that `Options` names: how the command ends,
 its limits, its sandbox, its terminal and so on. errand_boy.map and errand_boy.Executor run many
@@ -87,17 +87,19 @@ else:
 
 
 def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None = None) -> Client:
-    """Return the client of the daemon that listens at `path`, or where daemons listen by default.
+    """Return a client of the daemon that listens at `path`, or at the default path.
 
-    It has the functions, constants and exceptions of subprocess, and all of its commands are the
-    daemon's. The default is ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in
-    ``$XDG_RUNTIME_DIR`` if that is the user's own directory, else in ``/run``; there too if only
-    that has a socket. Threads may share the client, and so may forked processes.
+    The client has the functions, constants and exceptions of subprocess, and the daemon runs its
+    commands. The default path is ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in
+    ``$XDG_RUNTIME_DIR`` if that directory belongs to the user, else in ``/run``; also in ``/run``
+    if only that has a socket. Threads may share the client, and so may forked processes.
 
-    Nothing is sent before the first command. That raises NoDaemonError if nobody listens, and
-    RefusedError if the daemon does not serve this user; also if who listens is not user `peer_uid`
-    or, at a default path and without `peer_uid`, neither this user nor root. Whoever listens at a
-    path that is named, here or by ``$ERRAND_BOY_SOCKET``, is trusted.
+    Nothing is sent before the first command, which raises
+
+    - NoDaemonError if nobody listens;
+    - RefusedError if the daemon does not serve this user, or if the listener is not the user
+      `peer_uid`. Without `peer_uid`, the listener at a default path must be this user or root;
+      at a path that is named, here or by ``$ERRAND_BOY_SOCKET``, any listener is trusted.
     """
     from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
 
@@ -106,47 +108,55 @@ def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None 
 
 @_overloaded
 def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result, None, None]:
-    """Run commands, many at once, and yield a Result for each, which is a CompletedProcess.
+    """Run many commands at once, and yield a Result, which is a CompletedProcess, for each.
 
-    `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and, for
-    that command, `input`, `timeout`, `retries`, `shell`, `cwd`, `env`, `umask`,
-    `start_new_session`, `process_group`, `restore_signals`, `user`, `group`, `extra_groups` and
-    those of `Options`. A string is a program's name, without arguments. They are taken as results
-    are: an endless iterator will do. What it raises is raised when the results of the commands
-    before that have been taken. None from it means that there is no command now, but that results
-    may lead to some: the iterator is asked again when a command has ended and when a result has
-    been taken, and None is the end once nothing runs and all results are taken.
+    `commands` is an iterable of
 
-    `max_workers`: how many run at once; by default four for each CPU.
-    `ordered` (true): results come in the order of the commands, else as the commands end.
-    `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as
-    subprocess.run has them, but that output is captured unless `stdout` or `stderr` is given or
-    `capture_output` is false, and that standard input is /dev/null without `input`.
-    `timeout` may also be a share of the median of what the others took, ``"200%"``.
-    `retries`: how often a command that fails is run again, as a number or a Retries.
-    `halt`: when to end early: ``"never"``; ``"soon,fail=N"`` starts no more commands when N have
-    failed, ``"now,fail=N"`` ends what runs too, which has no results; ``success=N`` and ``done=N``
-    count the others and all, and ``N%`` is a share of all commands if `commands` has a length, else
-    of those that have ended, of which there must be three.
-    `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`, `user`,
-    `group`, `extra_groups` and those of `Options`: as Popen has them, for the commands whose
-    mappings say nothing else.
-    `max_output`: bytes of each output that are kept; with `spool`, all of a longer one is in a
-    temporary file.
-    `check`: raise at the first Result that is no success. Else a command that can't be started is a
-    Result too. `progress`: show a bar on a terminal, if tqdm is installed.
+    - argument lists, or with ``shell=True`` strings;
+    - strings, each of which is the name of a program without arguments;
+    - mappings with `args` and, for this command only, `input`, `timeout`, `retries`, `shell`,
+      `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`, `user`,
+      `group`, `extra_groups` or any of `Options`;
+    - None, which means that there is no command now, but that results may lead to some. The
+      iterator is asked again when a command has ended and when a result has been taken. The map
+      ends if it gives None when nothing runs and all results have been taken.
+
+    Commands are taken from it as results are taken, so it may be endless. If it raises an
+    exception, the map raises that after the results of the commands before.
+
+    The keywords are
+
+    - `max_workers`: how many commands run at once; by default four for each CPU.
+    - `ordered` (true): yield the results in the order of the commands; if false, as they end.
+    - `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as in
+      subprocess.run, except that output is captured unless `stdout` or `stderr` is given or
+      `capture_output` is false, and that without `input` standard input is /dev/null. `timeout`
+      may also be a percentage of the median duration of the others, such as ``"200%"``.
+    - `retries`: how often a command that fails is run again, as a number or a Retries.
+    - `halt`: when to end early. ``"never"`` is the default; ``"soon,fail=N"`` starts no more
+      commands when N have failed; ``"now,fail=N"`` also ends those that run, which have no
+      results. ``success=N`` counts commands that succeed, ``done=N`` all that end. ``N%`` is a
+      share of all commands if `commands` has a length, else of at least three that have ended.
+    - `max_output`: how many bytes of each output are kept. With `spool`, a temporary file has
+      all of a longer output.
+    - `check`: raise an exception at the first Result that is not a success. Without it, a command
+      that can't be started has a Result too.
+    - `progress`: show a bar on a terminal, if tqdm is installed.
+    - `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`,
+      `user`, `group`, `extra_groups` and those of `Options`: as in Popen, for all commands whose
+      mappings don't say otherwise.
 
     Each command leads a process group of its own, unless `process_group` or `start_new_session`
-    says otherwise; after its `timeout` that group is killed. Closing the iterator ends what runs:
-    its process group gets SIGTERM, and SIGKILL a second later; and so does the end of this process.
+    says otherwise, and that group is killed at its `timeout`. When the iterator is closed or this
+    process ends, the groups that run get SIGTERM, and SIGKILL a second later.
 
-    The commands are started by a private helper, or if ``ERRAND_BOY_SOCKET`` was set at import by
-    the daemon. The environment, the limits and so on are those of the first command's start, the
-    working directory and umask too if it is a daemon that runs them. A change of this process's ids
-    goes for the next command, one of its capabilities for those that are started 5 ms later. In a
-    process forked from this one, the iterator raises ChildProcessError.
+    A private helper starts the commands or, if ``ERRAND_BOY_SOCKET`` was set at import, the daemon.
+    Environment, limits and so on are those of this process when the first command is started; with
+    a daemon, working directory and umask too. If this process changes its ids, that applies to the
+    next command; a change of its capabilities applies 5 ms later. In a process forked from this
+    one, the iterator raises ChildProcessError.
 
-    Raises HelperError if there is no helper; by a daemon, NoDaemonError and RefusedError.
+    Raises HelperError if there is no helper; with a daemon, NoDaemonError and RefusedError.
     """
     from errand_boy import _map  # noqa: PLC0415
 
@@ -154,12 +164,13 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
 
 
 def patch() -> None:
-    """Make the process's own subprocess.Popen start commands through errand-boy from now on.
+    """Make the standard library's subprocess.Popen start commands through errand-boy.
 
-    That goes for all that uses the class, whenever it has imported it, and for the Popen of gevent
-    and of eventlet, asyncio's loops and uvloop, be they loaded before or after. os.system, os.fork,
-    os.posix_spawn and multiprocessing are left alone, and no command goes to a daemon, whatever
-    ``ERRAND_BOY_SOCKET`` says. Calling it again has no effect; unpatch() undoes it.
+    This covers all code that uses the class, whenever it has imported it; the Popen of gevent and
+    of eventlet, asyncio's loops and uvloop, whether they are loaded before or after; ptyprocess and
+    pty.spawn. os.system, os.fork, os.posix_spawn and multiprocessing stay as they are. No command
+    goes to a daemon, whatever ``ERRAND_BOY_SOCKET`` says. Calling patch() again has no effect;
+    unpatch() undoes it.
     """
     from errand_boy import _patching  # noqa: PLC0415
 
@@ -169,8 +180,8 @@ def patch() -> None:
 def unpatch() -> None:
     """Undo what patch() did.
 
-    Where the helper owns the children (not on an ordinary Linux), those that were started under
-    patch() should have been waited for.
+    Where a helper owns the children (with ``ERRAND_BOY_SPAWN=posix``, for example), wait for those
+    that were started under patch() before.
     """
     from errand_boy import _patching  # noqa: PLC0415
 

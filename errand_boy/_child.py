@@ -136,16 +136,16 @@ def helper_child(process: Any) -> HelperChild | None:
 
 
 class Verdict:
-    """What Popen says of the command's end; all are None until that is known.
+    """What Popen tells about the command's end. All attributes are None until that is known.
 
-    `cause`: "exit"; "signal", if one ended it; "client", if that was sent by this object; or for
-    which of its limits it was ended: "timeout", "cpu", "memory", "output" or "processes".
-    `duration`: seconds from the start until the end was noticed.
-    `rusage`: a resource.struct_rusage: what the command, and the children that it has waited for,
-    have used. With `limits` or ``tree="all"`` it is what all has used that it has started.
-    `peak_memory`: bytes. Of several processes, that of the largest, or with `limits` what they had
-    at the same time, as far as that was seen. A command that this process has started itself is
-    taken to have had what this process had then, if that is more; `limits` avoid that.
+    - `cause`: "exit"; "signal" if one ended it; "client" if this object sent that signal; or the
+      limit that it exceeded: "timeout", "cpu", "memory", "output" or "processes".
+    - `duration`: seconds from the start until the end was noticed.
+    - `rusage`: a resource.struct_rusage of the command and the children that it has waited for.
+      With `limits` or ``tree="all"`` it is about everything that the command has started.
+    - `peak_memory`: bytes. Of several processes it is the peak of the largest or, with `limits`,
+      what they had at the same time, as far as that was seen. Without `limits`, a command that
+      this process has started itself has at least what this process had then.
     """
 
     _begun: float | None = None
@@ -159,7 +159,7 @@ class Verdict:
 
     @property
     def cause(self) -> str | None:
-        """Why the command has ended."""
+        """Why the command ended."""
         returncode: int | None = vars(self).get("returncode")
         if returncode is None:
             return None
@@ -173,14 +173,14 @@ class Verdict:
 
     @property
     def duration(self) -> float | None:
-        """How long it took, in seconds."""
+        """How long the command took, in seconds."""
         if self._begun is None or self._over is None:
             return None
         return self._over - self._begun
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
-        """What it has used."""
+        """What the command has used."""
         child = helper_child(self)
         if child is not None and child.usage:
             return _wire.rusage(child.usage, child.tree)
@@ -190,7 +190,7 @@ class Verdict:
 
     @property
     def peak_memory(self) -> int | None:
-        """The most memory that it had, in bytes."""
+        """The most memory that the command had, in bytes."""
         rusage = self.rusage
         if rusage is None:
             return None
@@ -201,7 +201,7 @@ class Verdict:
 
     @property
     def limits_by(self) -> str | None:
-        """What enforces its limits: "cgroup" or "rlimits", with a supervisor; None: it has none."""
+        """What enforces its limits: "cgroup", "rlimits" (a supervisor), or None without limits."""
         if self._limited is None:
             return None
         return "cgroup" if self._limited.limits.by_cgroup else "rlimits"
@@ -377,7 +377,7 @@ def wait(original: Callable[..., int], process: Any, timeout: float | None) -> i
 
 
 def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
-    """Send a signal to the process; does nothing if it is known to have ended."""
+    """Send a signal to the process; do nothing if it is known to have ended."""
     child = helper_child(process)
     if child is None:
         if not _send_signal(process, sig):

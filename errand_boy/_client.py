@@ -72,18 +72,20 @@ class _Idle(Connection):
 
 
 class Popen(_popen.Popen[AnyStr]):
-    """subprocess.Popen whose child is started, owned and waited for by a helper of the daemon's.
+    """subprocess.Popen whose child is started, owned and waited for by a helper of the daemon.
 
-    Parameters, methods and exceptions are those of subprocess.Popen, but:
+    Parameters, methods and exceptions are those of subprocess.Popen, except that
 
-    - The child leads a process group of its own, unless `start_new_session` or `process_group` says
-      something else.
-    - With `kill_on_client_exit`, the child's process group gets SIGTERM when this process ends, and
-      SIGKILL `kill_grace` seconds later. Else it lives on. An object that is dropped before its
-      child has ended keeps its connection, in the standard library's list of such objects.
-    - `preexec_fn` must be one that is known: see docs/options.md.
-    - `wait`, `poll` and `communicate` raise HelperDiedError when the helper has gone, and with it
-      the exit status; in a process forked from the one that started the command, ChildProcessError.
+    - the child leads a process group of its own, unless `start_new_session` or `process_group` says
+      something else;
+    - with `kill_on_client_exit`, the child's process group gets SIGTERM when this process ends, and
+      SIGKILL `kill_grace` seconds later; without it, the child lives on. (An object that is dropped
+      before its child has ended keeps its connection, in the standard library's list of such
+      objects.);
+    - a `preexec_fn` must be known: docs/migrate-from-preexec_fn.md lists those that are;
+    - `wait`, `poll` and `communicate` raise HelperDiedError if the helper has ended and the exit
+      status is lost, and ChildProcessError in a process forked from the one that started the
+      command.
     """
 
     _source: Client
@@ -204,13 +206,13 @@ class Popen(_popen.Popen[AnyStr]):
         super().__init__(*args, **kwargs)
 
     def send_group_signal(self, sig: int) -> None:
-        """Send a signal to the child's process group; does nothing if it is known to have ended."""
+        """Send a signal to the child's process group; do nothing if it is known to have ended."""
         child = self._helper_child
         if child is not None and self.poll() is None:
             child.send_signal(-self.pid, sig)
 
     def _exchange_output(self, input: Any, timeout: float | None) -> tuple[Any, Any]:
-        """As subprocess has it, but a helper that dies is noticed, though the pipes stay open."""
+        """Do as subprocess does, but notice if the helper dies while the pipes stay open."""
         if not (self.stdin or self.stdout or self.stderr):
             return super()._exchange_output(input, timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -227,9 +229,9 @@ class Popen(_popen.Popen[AnyStr]):
 
 
 class Client:
-    """The functions, constants and exceptions of subprocess, for commands of one daemon's.
+    """The functions, constants and exceptions of subprocess, for commands of one daemon.
 
-    `path` is the daemon's socket.
+    `path` is the path of the daemon's socket.
     """
 
     PIPE = subprocess.PIPE
@@ -258,7 +260,7 @@ class Client:
     else:
 
         def map(self, commands: Any, **options: Any) -> Any:
-            """Run commands by the daemon, many at once, and yield a Result for each."""
+            """Have the daemon run many commands at once; see errand_boy.map."""
             from errand_boy import _map  # noqa: PLC0415
 
             return _map.map(commands, client=self, **options)
@@ -276,7 +278,7 @@ class Client:
         return f"<errand_boy client of {self.path}>"
 
     def close(self) -> None:
-        """Close the connections that no command uses; the next command makes a new one."""
+        """Close the connections that no command uses. The next command opens a new one."""
         while self._idle:
             try:
                 self._idle.pop().close()
@@ -284,7 +286,7 @@ class Client:
                 return
 
     def status(self) -> dict[str, Any]:
-        """Return what the daemon says of itself, as `errand-boy status --json` prints it.
+        """Return the daemon's own figures, as `errand-boy status --json` prints them.
 
         Raises NoDaemonError, with the reason, if there is no answer.
         """

@@ -41,10 +41,11 @@ else:
 class CommandFuture(_Future):
     """A concurrent.futures.Future of a Result, whose `cancel` ends the command if it runs.
 
-    A command that is ended is sent SIGTERM, with its process group, and SIGKILL a second later.
+    The process group of the command then gets SIGTERM, and SIGKILL a second later.
     """
 
-    # To the base class it is pending until the command has ended: what runs can't be cancelled.
+    # The base class takes it for pending until the command has ended, because it does not cancel
+    # what runs.
 
     def __init__(self, executor: Executor[Any], job: Job, check: bool) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class CommandFuture(_Future):
         self._has_begun = False
 
     def cancel(self) -> bool:
-        """Cancel it, and end the command; return False if it has ended already."""
+        """Cancel the command, ending it if it runs; return False if it has ended already."""
         if self.cancelled():
             return True
         if not super().cancel():
@@ -63,17 +64,20 @@ class CommandFuture(_Future):
         return True
 
     def running(self) -> bool:
-        """Return whether the command runs."""
+        """Return whether the command is running."""
         return self._has_begun and not self.done()
 
 
 class Executor(_Executor[OutputT]):
-    """A concurrent.futures.Executor of commands, not of Python's functions.
+    """A concurrent.futures.Executor that runs commands, not functions.
 
-    `max_workers`: how many run at once; by default four for each CPU. `client` is that of a daemon,
-    which runs them. `options` are those of errand_boy.map for all of the commands, but `ordered`
-    and `halt`. A thread drives them while there are some; like those of the standard library's
-    executors it is waited for when the interpreter ends.
+    - `max_workers`: how many commands run at once; by default four for each CPU.
+    - `client`: that of a daemon, which then runs the commands.
+    - `options`: those of errand_boy.map, for all commands, except `ordered`, `halt`, `check` and
+      `progress`.
+
+    A thread drives the commands while there are any. The interpreter waits for it at its end, as it
+    does for the threads of the standard library's executors.
     """
 
     if TYPE_CHECKING:
@@ -164,10 +168,11 @@ class Executor(_Executor[OutputT]):
     ) -> concurrent.futures.Future[Result[OutputT]]:
         """Have a command run; return a Future of its Result, which is a CompletedProcess.
 
-        `options` are those that errand_boy.map takes in a command's mapping. The Future raises what
-        subprocess.run would: OSError, TimeoutExpired, with `check` CalledProcessError; and
-        HelperDiedError, HelperError. Its `cancel` ends the command, also when it runs. Raises
-        RuntimeError after shutdown, TypeError and ValueError.
+        `options` are those that errand_boy.map takes in a command's mapping. The Future raises the
+        exceptions of subprocess.run (OSError, TimeoutExpired, with `check` CalledProcessError), and
+        HelperDiedError and HelperError. Its `cancel` ends the command even if it runs.
+
+        Raises RuntimeError after shutdown, and TypeError and ValueError for bad arguments.
         """
         if callable(args):
             raise TypeError("an errand_boy.Executor runs commands, not functions")
@@ -198,9 +203,10 @@ class Executor(_Executor[OutputT]):
         check: bool = False,
         **options: Unpack[SubmitParameters],
     ) -> Generator[Result[OutputT], None, None]:
-        """Have all of `commands` run now; yield their Results in order. `options` as for submit.
+        """Submit all of `commands` now, with the `options` of submit; yield their Results in order.
 
-        Raises what the Future of one raises, in its turn. Closing the iterator cancels the others.
+        If the Future of a command raises an exception, this raises it in the command's turn.
+        Closing the iterator cancels the other commands.
         """
         futures = deque([self.submit(command, check=check, **options) for command in commands])
 

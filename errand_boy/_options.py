@@ -1,7 +1,7 @@
 """The options of commands that subprocess lacks: the one list of their names, checks and encodings.
 
-Each is a line of `Options`, which all front ends take their names from, and one of `_TABLE`. Where
-the kernel can refuse one, its step in wire.h has its name. CONTRIBUTING.md has the whole recipe.
+Each has a line in `Options`, where all front ends get the names, and one in `_TABLE`. If the
+kernel can refuse an option, its step in wire.h has its name. CONTRIBUTING.md has the whole recipe.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ else:
 
 
 class Options(TypedDict, total=False):
-    """What each is, and what it needs, is in docs/options.md."""
+    """The options of commands that subprocess lacks. docs/options.md explains each of them."""
 
     capabilities: Collection[str] | None
     cgroup: str | os.PathLike[str] | int | HasFileno | None
@@ -70,10 +70,10 @@ _ENDS = frozenset(("stop", "tree", "drain", "dies_with_caller"))  # together the
 
 
 def take(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
-    """Remove the options from a function's keywords, and return those that say something.
+    """Remove the options from a function's keywords, and return those that are not None or False.
 
-    `standard` are the names that the function knows itself; for any other, and so for one that is
-    misspelt, it raises its own TypeError.
+    `standard` are the names that the function knows itself. Any other name, such as a misspelt
+    option, stays, and the function raises its own TypeError for it.
     """
     taken = {}
     for name in [name for name in given if name not in standard and name in NAMES]:
@@ -86,9 +86,9 @@ def take(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
 def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tuple[bytes, list[Any]]:
     """Return options of a request, and the descriptors that they carry, in their order there.
 
-    `has_session`: the command leads a session; `has_group`: it is in a group that it was told.
+    `has_session`: the command leads a session; `has_group`: its process group is given.
     A descriptor is a number, or an object with a `fileno`, which must live until it has been used.
-    Raises TypeError for what is no option, and TypeError, ValueError and OSError for a bad value.
+    Raises TypeError for an unknown option, and TypeError, ValueError and OSError for a bad value.
     """
     global _last
     form = has_session, has_group

@@ -17,11 +17,15 @@ _MOST_DURATIONS = 999  # of which a median is taken
 
 
 class Retries:
-    """How often `map` runs a command again that has failed, and when.
+    """How often and when `map` runs a failed command again.
 
-    `most`: runs after the first. `delay`: seconds from a failure to the next run; after each
-    further failure it is `factor` times as long, `longest` at most. `jitter`: the share of a delay
-    that is random, from 0 to 1. `only_if`: called with the Result, says whether to run it again.
+    - `most`: how many runs there may be after the first.
+    - `delay`: seconds from the failure to the next run. After each further failure it is `factor`
+      times as long, but at most `longest` seconds.
+    - `jitter`: the share of a delay that is random, from 0 to 1.
+    - `only_if`: is called with the Result, and returns whether to run the command again.
+
+    Raises ValueError for a negative number, and for a `jitter` above 1.
     """
 
     __slots__ = ("_only_if", "_times", "most")
@@ -45,7 +49,7 @@ class Retries:
         self._only_if = only_if
 
     def delay(self, runs: int, result: Result) -> float | None:
-        """Return how long to wait for the next run after so many; None: there is to be none."""
+        """Return the seconds to wait after so many runs, or None if there is to be no other."""
         if runs > self.most or not (self._only_if is None or self._only_if(result)):
             return None
         seconds, factor, longest, jitter = self._times
@@ -62,7 +66,7 @@ class Retries:
 
 
 def retries(given: int | Retries | None) -> Retries | None:
-    """Return what `map`'s argument of this name stands for. Raises TypeError and ValueError."""
+    """Return the `retries` of `map` as a Retries or None. Raises TypeError and ValueError."""
     if given is None or isinstance(given, Retries):
         return given
     if not isinstance(given, (int, float)):
@@ -71,12 +75,12 @@ def retries(given: int | Retries | None) -> Retries | None:
 
 
 class Halt:
-    """When to start no more commands (soon), or to end at once those that run (now).
+    """When to start no more commands (soon), or to end those that run at once (now).
 
-    `policy`: ``never``, or ``soon`` or ``now``, a comma, and ``fail=N``, ``success=N`` or
-    ``done=N``, for so many that have failed, have not, or have ended. ``N%`` is a share of all
-    commands if their number is known, else of those that have ended, of which there must be three.
-    Raises ValueError for what is none of these.
+    `policy` is ``never``; or ``soon`` or ``now``, a comma, and ``fail=N``, ``success=N`` or
+    ``done=N``: when N commands have failed, have succeeded, or have ended. ``N%`` is a share of all
+    commands if their number is known, else of at least three that have ended.
+    Raises ValueError for any other policy.
     """
 
     def __init__(self, policy: str) -> None:

@@ -1,4 +1,4 @@
-"""Popen: the standard library's, but for how the child is started."""
+"""Popen: the standard library's, except for the step that starts the child."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _STANDARD = parameters(_Base.__init__)
 
 
 class WithTerminal:
-    """What a Popen of any class has for its `pty`."""
+    """The part of every Popen class that deals with `pty`."""
 
     terminal: Terminal | None = None
     _select: Any = select  # the module, or what a framework has in its place
@@ -55,15 +55,15 @@ class WithTerminal:
 
 
 class WithEnds:
-    """What a Popen of any class has for its `stop`, `tree` and `drain`."""
+    """The part of every Popen class that deals with `stop`, `tree` and `drain`."""
 
-    _ends: Ends | None = None  # if anything was said of how it is ended
-    # What its waits may raise; the first is what it raises.
+    _ends: Ends | None = None  # None if none of the three was given
+    # What its waits may raise. The methods here raise the first.
     _expired: Any = (subprocess.TimeoutExpired,)
-    _is_one_shot = False  # run's or call's, which kill it for any exception
+    _is_one_shot = False  # made by run or call, which kill it at any exception
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
-        """As subprocess has it; with `stop`, the command is ended when the time is up."""
+        """Do as subprocess.Popen.communicate; with `stop`, end the command at the time-out."""
         if self._ends is None:
             return self._exchange_output(input, timeout)
         return _start.stopping().communicate(self, input, timeout)  # type: ignore[no-any-return]
@@ -74,9 +74,9 @@ class WithEnds:
     def stop(self, stop: Stop | None = None) -> int:
         """End the command as its `stop` and `tree` say, or by other steps; return its return code.
 
-        Without both, that is SIGKILL for the process alone. Returns when it has ended and has been
-        waited for; if nothing ends it, and SIGKILL is not among the steps, that may be never.
-        Raises ValueError and TypeError for bad steps, and what `wait` does.
+        Without these, only the process itself gets SIGKILL. This waits for the end; if SIGKILL is
+        not among the steps and nothing else ends the command, it waits for ever. Raises ValueError
+        and TypeError for bad steps, and the exceptions of `wait`.
         """
         return _start.stopping().stop(self, stop)  # type: ignore[no-any-return]
 
@@ -94,7 +94,7 @@ class WithEnds:
 
 
 class WithVerdict(Verdict):
-    """What a Popen of any class says of its end, and what that takes.
+    """The part of every Popen class that tells how the command ended.
 
     The class notes in `_begun` when it starts the command, and in `_sent` which signal it sends.
     """
@@ -116,31 +116,31 @@ class WithVerdict(Verdict):
 
 
 class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
-    """subprocess.Popen whose child is started without a fork, at the same cost by any process.
+    """subprocess.Popen whose child is started without a fork, at the same cost from any process.
 
     All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and
-    on Linux the child is a child of this process. It is started in this process; by a helper if
+    on Linux the child is a child of this process. This process starts it. A helper does so if
     `user`, `group` or `extra_groups` is given, after errand_boy.start(), or if the environment
-    variable ``ERRAND_BOY_SPAWN`` says so; and the standard library's way where the system lacks
-    what is needed. A wait with a time-out ends when the child does.
+    variable ``ERRAND_BOY_SPAWN`` says so. Where the system lacks what is needed, the standard
+    library starts the child. A wait with a time-out returns when the child ends.
 
-    A `preexec_fn` that is known (docs/options.md lists them; `errand_boy.chain` joins several) is
-    replaced by options that do the same; any other function runs the standard library's way, by a
-    fork of this process, with a warning.
+    A `preexec_fn` that is known (docs/migrate-from-preexec_fn.md lists them; `errand_boy.chain`
+    joins several) is replaced by options that do the same. Any other function runs in a fork of
+    this process, as in subprocess, with a warning.
 
-    With `pty`, the command has a new terminal, which is the controlling terminal of a session of
-    its own, and is in the place of those standard streams that are not redirected; `terminal` is
-    then this process's side of it, see errand_boy.terminal and docs/terminals.md. It is true, the
-    (rows, columns), or a terminal.Pty. `communicate` types the input, and returns what is on it.
+    With `pty`, the command leads a session of its own with a new terminal, which takes the place of
+    those standard streams that are not redirected. `pty` is True, (rows, columns), or a
+    terminal.Pty. `terminal` is then this process's side of the terminal: see errand_boy.terminal.
+    `communicate` types the input, and returns what the command shows on the terminal.
 
-    It also has the options of `errand_boy.Options`, which docs/options.md explains. They can't be
-    given with a `preexec_fn` that forks (ValueError); where the system lacks what is needed, or
-    with ``ERRAND_BOY_SPAWN=posix``, the constructor raises OSError (ENOTSUP).
+    The other options are those of `errand_boy.Options`, which docs/options.md explains. Together
+    with a `preexec_fn` that forks they raise ValueError; where the system lacks what is needed, or
+    with ``ERRAND_BOY_SPAWN=posix``, they raise OSError (ENOTSUP).
 
-    Where a helper is needed, the constructor also raises HelperError if there is none, and
-    HelperDiedError if it ends in the middle of a start. ``ERRAND_BOY_SPAWN=direct`` makes it raise
-    OSError (ENOTSUP, ENOSYS) for what can't be started in this process; a value that is unknown
-    makes it raise ValueError.
+    Where a helper is needed, the constructor raises HelperError if there is none, and
+    HelperDiedError if it ends during the start. With ``ERRAND_BOY_SPAWN=direct`` it raises OSError
+    (ENOTSUP, ENOSYS) for what can't be started in this process, and for an unknown value of that
+    variable ValueError.
     """
 
     _source: Any = _start.LOCAL

@@ -1,7 +1,7 @@
-"""A `preexec_fn` that is known, as the parameters and options that do the same without a fork.
+"""Replaces a known `preexec_fn` by parameters and options that do the same without a fork.
 
-Known are functions of os, resource and signal, in functools.partial with their arguments, and what
-`chain` makes of several. Any other, or with other arguments, is the standard library's to run.
+Known are functions of os, resource and signal, in functools.partial with their arguments, and
+chains of these. The standard library runs any other function, and these with other arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# Those of Popen that functions set, beside options; `begin` has them by these names.
+# The parameters of Popen that functions set, in addition to options, by the names in `begin`.
 PARAMETERS = ("cwd", "umask", "uid", "gid", "gids", "start_new_session", "process_group")
 
 
@@ -37,10 +37,11 @@ class Chain:
 
 
 def chain(*functions: Callable[[], Any]) -> Chain:
-    """Return a `preexec_fn` that calls the functions in turn.
+    """Return a `preexec_fn` that calls `functions` in turn.
 
-    If all of them are known (docs/options.md lists them), Popen starts the command without a fork,
-    as with the options that do the same.
+    If all of them are known (docs/migrate-from-preexec_fn.md lists them), Popen uses the options
+    that do the same, and starts the command without a fork. Raises TypeError for what can't be
+    called.
     """
     for function in functions:
         if not callable(function):
@@ -51,7 +52,7 @@ def chain(*functions: Callable[[], Any]) -> Chain:
 def translate(function: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return `given`, which has PARAMETERS and options, with what a `preexec_fn` would change.
 
-    None if it is not known, or would fail.
+    Return None if the function is not known, or would fail.
     """
     wanted = dict(given)
     known = _known_functions()
@@ -71,7 +72,7 @@ def translate(function: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def substitutes(function: Any) -> list[str]:
-    """Return the names of the options that do what a function seems to do."""
+    """Return the names of the options that do what `function` seems to do."""
     names: dict[str, None] = {}
     for called, _ in _calls(function):
         code = getattr(called, "__code__", None)

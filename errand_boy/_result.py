@@ -1,4 +1,4 @@
-"""What becomes of a command of `map`."""
+"""The results of `map`."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ else:
 
 
 class Result(subprocess.CompletedProcess[OutputT]):
-    """What became of one command of `map`.
+    """How one command of `map` ended.
 
-    `args`, `returncode`, `stdout` and `stderr` are those of subprocess.CompletedProcess, and
+    It has `args`, `returncode`, `stdout` and `stderr` as subprocess.CompletedProcess, and
 
-    `index`: which command it was, from 0. `slot`: which of those that run at the same time, from 1.
-    `runs`: how often it has been run, which is more than once only with `retries`; the rest is of
-    the last run.
-    `error`: None, or why there is no ordinary end: the OSError or ValueError for which the command
-    could not be started (`returncode` is then 127 if it was not found, else 126),
-    subprocess.TimeoutExpired, UnicodeError (what can't be decoded is then escaped in the output, in
-    the error's `object` there are the bytes, and `returncode` is 125 if it would be 0), or
-    HelperDiedError (`returncode` is then -9, and may not be the command's).
-    `started`: seconds since 1970, and `duration`: seconds from the start to the end.
-    `rusage`: a resource.struct_rusage, or None if it did not end by itself or by a signal.
-    `cause` and `peak_memory`: as Popen has them; None if it was not started.
-    `truncated`: whether output is missing, for `max_output`.
-    `stdout_file`, `stderr_file`: where all output is, if it was spooled; temporary files.
+    - `index`: which command it was, from 0; `slot`: which of those that run at the same time,
+      from 1.
+    - `runs`: how often it was run. Only with `retries` is that more than once; all else is about
+      the last run.
+    - `error`: None, or why the command has no ordinary end: the OSError or ValueError of its start
+      (`returncode` is then 127 if it was not found, else 126); subprocess.TimeoutExpired;
+      UnicodeError (the output then has escapes for what can't be decoded, the error's `object` has
+      the bytes, and `returncode` is 125 if it would be 0); or HelperDiedError (`returncode` is then
+      -9, and may not be the command's).
+    - `started`, in seconds since 1970, and `duration`, in seconds from the start to the end.
+    - `rusage`: a resource.struct_rusage, or None if it did not end by itself or by a signal.
+    - `cause` and `peak_memory`, as Popen has them; None if it was not started.
+    - `truncated`: whether output is missing because of `max_output`.
+    - `stdout_file`, `stderr_file`: temporary files with all of the output, if it was spooled.
     """
 
     index: int = 0
@@ -62,22 +63,22 @@ class Result(subprocess.CompletedProcess[OutputT]):
 
     @property
     def failed(self) -> bool:
-        """Whether it is no success: check_returncode() raises."""
+        """Whether it failed, so that check_returncode() raises an exception."""
         return self.returncode != 0 or self.error is not None
 
     @property
     def started(self) -> float:
-        """When the command was started."""
+        """When the command was started, in seconds since 1970."""
         return time.time() - time.monotonic() + self._begun
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
-        """What the command, and the children it waited for, have used."""
+        """What the command and the children that it waited for have used."""
         return None if self._end is None else _wire.rusage(self._end.usage, self._end.tree)
 
     @property
     def cause(self) -> str | None:
-        """Why the command has ended."""
+        """Why the command ended: "exit", "signal", "timeout", or the limit that it exceeded."""
         if isinstance(self.error, subprocess.TimeoutExpired):
             return "timeout"
         if self._end is None:
@@ -90,7 +91,7 @@ class Result(subprocess.CompletedProcess[OutputT]):
 
     @property
     def peak_memory(self) -> int | None:
-        """The most memory that it had, in bytes."""
+        """The most memory that the command had, in bytes."""
         if self._limited is not None and self._end is not None:
             peak = self._limited.peak_memory(self._end.tree)
             if peak is not None:
@@ -100,7 +101,7 @@ class Result(subprocess.CompletedProcess[OutputT]):
 
     @property
     def limits_by(self) -> str | None:
-        """What enforces its limits: "rlimits", with a supervisor; None: it has none."""
+        """What enforced its limits: "rlimits" with a supervisor, or None if it had no limits."""
         return None if self._limited is None else "rlimits"
 
     def close(self) -> None:
@@ -117,7 +118,7 @@ class Result(subprocess.CompletedProcess[OutputT]):
 
 
 class Results:
-    """Those that nobody has taken yet, in the order of the commands or of their ends."""
+    """The results that nobody has taken yet, in the order of the commands or of their ends."""
 
     def __init__(self, ordered: bool) -> None:
         self.taken = 0

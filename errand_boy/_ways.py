@@ -22,9 +22,9 @@ _helper_is_asked_for = False
 def way(with_ids: bool) -> str:
     """Return how the next command is to be started: "direct", "helper" or "subprocess".
 
-    `with_ids`: it gets other ids than this process has. In a process that shares memory that would
-    make the memory undumpable, and here it is the caller's. "subprocess" is the standard library's
-    own way, for systems that have neither of the others.
+    `with_ids`: it gets other ids than this process has. If a process that shares memory changes its
+    ids, the memory becomes undumpable, and in the direct way that is the caller's memory.
+    "subprocess" is the standard library's own way, for systems that have neither of the others.
     """
     mode = os.environ.get("ERRAND_BOY_SPAWN")
     if mode is None:
@@ -47,11 +47,11 @@ def way(with_ids: bool) -> str:
 
 
 def start() -> None:
-    """Have a helper start all further commands of this process, until stop(); start it now.
+    """Start a helper now, and have it start all further commands of this process, until stop().
 
-    A command that is started by a helper has a peak memory (`ru_maxrss`) of its own. Otherwise the
-    kernel counts that of the process that started it, as with subprocess. A helper that is started
-    early, while the process is small and single-threaded, starts fastest. Raises HelperError.
+    Only a command that a helper starts has a peak memory (`ru_maxrss`) of its own; otherwise the
+    kernel counts the peak of the process that started it, as with subprocess. The helper starts
+    fastest while this process is small and single-threaded. Raises HelperError.
     """
     global _helper_is_asked_for
     from errand_boy import _helper  # noqa: PLC0415  most processes need none
@@ -62,13 +62,12 @@ def start() -> None:
 
 
 def stop() -> None:
-    """End the helper, if there is one, and wait for it.
+    """End the helper, if there is one, and wait for its end.
 
-    Further commands are started in this process again; one that needs a helper, or a map, starts a
-    new one. Useful before ``os.exec*`` of a set-user-ID program: Linux ignores that bit while
-    another process shares the working directory, as the helper does. A helper that has commands of
-    its own, those of a `map` that has not come to its end, stays until they end, but shares nothing
-    with this process any more.
+    This process then starts further commands itself; a command that needs a helper, or a map,
+    starts a new one. Call this before ``os.exec*`` of a set-user-ID program: Linux ignores that bit
+    while another process shares the working directory, as the helper does. A helper that still has
+    commands of a `map` stays until they end, but shares nothing with this process any more.
     """
     global _helper_is_asked_for
     _helper_is_asked_for = False
@@ -78,7 +77,7 @@ def stop() -> None:
 
 
 def helper_pid() -> int | None:
-    """Return the pid of the helper that starts commands as this process's children, or None."""
+    """Return the pid of the helper that starts children of this process, or None without one."""
     helper = sys.modules.get("errand_boy._helper")
     current = None if helper is None else helper.launcher.current
     return None if current is None else current.pid

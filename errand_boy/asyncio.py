@@ -1,7 +1,7 @@
-"""asyncio's subprocesses, on any loop: the start is awaited, and the end arrives by pidfd.
+"""asyncio's subprocesses, on any loop: the start is awaited, and a pidfd tells of the end.
 
 ``create_subprocess_exec``, ``create_subprocess_shell`` and ``run`` start commands as
-errand_boy.Popen does, in this process or by a helper. No thread is used, and no SIGCHLD handler.
+errand_boy.Popen does, in this process or by a helper. They use no thread and no SIGCHLD handler.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ _LIMIT: int = streams._DEFAULT_LIMIT  # type: ignore[attr-defined]
 
 
 class Process(asyncio.subprocess.Process):
-    """asyncio's own, with `stop`, and with `pty` a `terminal`."""
+    """asyncio's own Process, with `stop` and, with `pty`, a `terminal`."""
 
     terminal: Terminal | None = None
 
     async def stop(self, stop: Stop | None = None) -> int:
         """End the command as its `stop` and `tree` say, or by other steps; return its return code.
 
-        If this is cancelled, SIGKILL is sent at once. It does not return before the command has
-        been waited for.
+        This returns when the command has been waited for. If it is cancelled, SIGKILL is sent at
+        once.
         """
         await self._transport.stop(stop)  # type: ignore[attr-defined]
         assert self.returncode is not None
@@ -105,13 +105,14 @@ class _Functions:
         limit: int = _LIMIT,
         **options: Unpack[ExecParameters],
     ) -> Process:
-        """Start a program; return what asyncio.create_subprocess_exec does.
+        """Start a program; return a Process, as asyncio.create_subprocess_exec does.
 
-        `limit` is the size (bytes) of each stream's buffer, the options are those of
+        `limit` is the size of each stream's buffer in bytes; the options are those of
         errand_boy.Popen. If the call is cancelled, the program is not started, or is killed.
 
-        With `pty`, the process also has a `terminal`. Its `stdin` and `stdout`, where they are not
-        redirected, are streams to and from that; to close the first types the end of the input.
+        With `pty`, the process has a `terminal`. Its `stdin` and `stdout`, where they are not
+        redirected, are streams to and from the terminal; closing `stdin` types the end of the
+        input.
         """
         given: dict[str, Any] = {**options}
         _check(given, False)
@@ -126,7 +127,7 @@ class _Functions:
         limit: int = _LIMIT,
         **options: Unpack[ExecParameters],
     ) -> Process:
-        """Start a shell command; else as create_subprocess_exec."""
+        """Start a shell command; otherwise like create_subprocess_exec."""
         if not isinstance(cmd, (str, bytes)):
             raise ValueError("cmd must be a string")
         given: dict[str, Any] = {**options}
@@ -177,9 +178,9 @@ class _Functions:
         Input and output are bytes, or text if `text`, `encoding`, `errors` or `universal_newlines`
         says so. An `input` of the other type raises TypeError, before anything is started.
 
-        `timeout` is in seconds: after it the command is ended as `stop` and `tree` say, and
-        TimeoutExpired has what it wrote until then, in bytes. If the call is cancelled, that is
-        done too, and waited for.
+        After `timeout` seconds the command is ended as `stop` and `tree` say, and TimeoutExpired is
+        raised with the output so far, in bytes. If the call is cancelled, the command is ended too,
+        before the call returns.
         """
         if input is not None:
             if stdin is not None:
@@ -274,10 +275,10 @@ class _Functions:
         progress: bool = False,
         **options: Any,
     ) -> AsyncGenerator[Result, None]:
-        """Run commands, many at once, and yield a Result for each, as errand_boy.map.
+        """Run many commands at once, and yield a Result for each, as errand_boy.map does.
 
-        Commands are started while the iterator is awaited only. One that is left early should be
-        closed (``contextlib.aclosing``), which ends what runs.
+        Commands are started only while the iterator is awaited. If you leave it early, close it
+        (``contextlib.aclosing``), which ends the commands that run.
         """
         from errand_boy import _map  # noqa: PLC0415  only those who need it pay for it
 
@@ -300,7 +301,7 @@ def _encoded(input: Any, codec: tuple[str, str] | None) -> bytes | memoryview:
 
 
 def _check(options: dict[str, Any], shell: bool) -> None:
-    """Refuse what asyncio does: the streams carry bytes, without buffers of a file's."""
+    """Refuse what asyncio refuses: the streams carry bytes, and have no buffers like files."""
     # The words are asyncio's (BaseEventLoop.subprocess_exec).
     wanted = {"universal_newlines": False, "shell": shell, "bufsize": 0, "text": False}
     for name, value in {**wanted, "encoding": None, "errors": None}.items():
@@ -311,8 +312,8 @@ def _check(options: dict[str, Any], shell: bool) -> None:
 class Client(_Functions):
     """The same functions, for commands that a daemon starts; see errand_boy.connect.
 
-    Their options are those of that client's Popen. When the helper that owns a command has gone,
-    its `wait` and `communicate` raise HelperDiedError.
+    The options are those of that client's Popen. `wait` and `communicate` raise HelperDiedError if
+    the helper that owns the command has ended.
     """
 
     def __init__(self, client: _client.Client) -> None:

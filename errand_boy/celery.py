@@ -47,19 +47,24 @@ _PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
 
 
 class Outcome(TypedDict):
-    """What became of a command; it is the result of the task, and so made of JSON's types.
+    """How a command ended: the result of the task, made of JSON's types.
 
-    `args`: the command. `returncode`: as subprocess has it; 127 or 126 if the command could not be
-    started, None from `map` if the task has failed or was revoked.
-    `stdout`, `stderr`: text. `truncated`: whether some of it is missing, for `max_output`.
-    `stdout_file`, `stderr_file`: where all of a longer output is, on the worker's host, or None.
-    `duration`: seconds from the request to the end.
-    `cause`, `peak_memory`, `limits_by`: as Popen has them; None if it was not started, or its end
-    is not known. `rusage`: the fields of resource.struct_rusage by name (seconds, KiB, counts).
-    `host`: of the worker; `worker`: its name with Celery; None where `returncode` is.
-    `error`: None, or why there is no ordinary end, as text: the command could not be started, its
-    time was up, its helper has died (`returncode` is then -9, and may not be the command's).
-    `index`: the command's place among those of `map`, from 0, or None.
+    - `args`: the command.
+    - `returncode`: as in subprocess; 127 or 126 if the command could not be started; None from
+      `map` if the task has failed or was revoked.
+    - `stdout`, `stderr`: text.
+    - `truncated`: whether some of the output is missing because of `max_output`.
+    - `stdout_file`, `stderr_file`: the files on the worker's host that have all of a longer output,
+      or None.
+    - `duration`: seconds from the request to the end.
+    - `cause`, `peak_memory`, `limits_by`: as Popen has them; None if the command was not started or
+      its end is not known.
+    - `rusage`: the fields of resource.struct_rusage by name (seconds, KiB, counts).
+    - `host`, `worker`: the worker's host, and its name in Celery; None if `returncode` is None.
+    - `error`: None, or a text that says why there is no ordinary end: the command could not be
+      started, its time was up, or its helper died (`returncode` is then -9, and may not be the
+      command's).
+    - `index`: the command's place among those of `map`, from 0, or None.
     """
 
     args: Any
@@ -233,18 +238,21 @@ def run_command(
 ) -> Outcome:
     """Run a command on the worker that takes the task, through errand-boy; return its Outcome.
 
-    `args`, `shell`, `cwd`, `env`, `encoding`, `errors`: as subprocess.run has them. Standard input
-    is `input`, or else /dev/null. The command leads a session and process group of its own.
-    `options` are those of docs/options.md, of JSON's types.
+    The command leads a session and a process group of its own.
 
-    `timeout`: seconds after which the process group gets SIGTERM; `grace`: seconds from any SIGTERM
-    to SIGKILL. A soft time limit, revoke(terminate=True) and the end of the worker process send
-    SIGTERM too. In a pool other than prefork, both time limits of the task are kept here.
-    `max_output`: bytes of each output that the result holds; with `output_dir`, a directory on the
-    worker's host, all of a longer one is kept there, in a file named after the task.
-    `retries`: how often a command without success is run again, after `retry_delay` seconds.
-    `check`: fail the task if the command can't be started, is timed out or returns other than 0,
-    with the exception of subprocess.run(check=True).
+    - `args`, `shell`, `cwd`, `env`, `encoding`, `errors`: as in subprocess.run.
+    - `input`: the standard input; without it, /dev/null.
+    - `timeout`: seconds after which the process group gets SIGTERM. A soft time limit,
+      revoke(terminate=True) and the end of the worker process send SIGTERM too. In pools other than
+      prefork, run_command itself keeps both time limits of the task.
+    - `grace`: seconds from any SIGTERM to SIGKILL.
+    - `max_output`: how many bytes of each output the result holds.
+    - `output_dir`: a directory on the worker's host, where a file named after the task has all of a
+      longer output.
+    - `retries`: how often a command that fails is run again, after `retry_delay` seconds.
+    - `check`: fail the task if the command can't be started, exceeds its time or returns another
+      status than 0, with the exception of subprocess.run(check=True).
+    - `options`: those of docs/options.md, as JSON's types.
     """
     argv = _request.arguments(args, shell)
     streams, request = _request_for(argv, input is not None, cwd, env, grace, options)
@@ -373,16 +381,18 @@ def map(
 ) -> Iterator[Outcome]:
     """Run commands on all of `app`'s workers, and yield an Outcome for each.
 
-    `commands`: argument lists, or with ``shell=True`` strings, or mappings with `args` and options
-    of `run_command` for that command. `options` are those for all. They are all sent at once.
-    `ordered`: outcomes come in the order of the commands, else as the commands end.
-    `progress`: show a bar on a terminal, if tqdm is installed.
-    `within`: seconds after which celery.exceptions.TimeoutError is raised if an outcome is missing.
-    `interval`: seconds between looks, for result backends that can't tell by themselves.
-    `send`: options of Celery's apply_async, such as `queue` or `soft_time_limit`.
+    - `commands`: argument lists; or with ``shell=True`` strings; or mappings with `args` and options
+      of `run_command` for that command. All of them are sent at once.
+    - `options`: options of `run_command` for all commands.
+    - `ordered`: yield outcomes in the order of the commands; if false, as the commands end.
+    - `progress`: show a bar on a terminal, if tqdm is installed.
+    - `within`: seconds after which celery.exceptions.TimeoutError is raised if an outcome is
+      missing.
+    - `interval`: seconds between polls, for result backends that have to be polled.
+    - `send`: options of Celery's apply_async, such as `queue` or `soft_time_limit`.
 
-    Each outcome is forgotten by the result backend when it comes. Closing the iterator revokes what
-    is left, and ends what runs.
+    Outcomes are removed from the result backend as they are yielded. Closing the iterator revokes
+    the tasks that are left, and ends the commands that run.
     """
     tasks = []
     for command in commands:

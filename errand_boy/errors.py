@@ -1,31 +1,31 @@
-"""The project's own exceptions; where the standard library has one, that is raised instead."""
+"""errand-boy's own exceptions, for errors for which the standard library has none."""
 
 
 class ErrandBoyError(Exception):
-    """Base of all of errand-boy's own exceptions."""
+    """The base class of errand-boy's own exceptions."""
 
 
 class HelperError(ErrandBoyError, OSError):
-    """The helper could not be started or did not do what it was asked; no command was started."""
+    """The helper could not be started, or failed; no command was started."""
 
 
 class HelperDiedError(HelperError):
     """The helper ended while it was starting a command, or while it owned a live one.
 
-    The command may or may not have been started; it was not, and will not be, started twice.
+    The command may have been started. It is never started twice.
     """
 
 
 class ProtocolError(ErrandBoyError, OSError):
-    """The other side sent something that is not the protocol, or refused what was sent."""
+    """The other side broke the protocol, or refused a frame."""
 
 
 class RefusedError(ProtocolError, PermissionError):
-    """The daemon does not serve this client, or is somebody else's; the message has the reason."""
+    """The daemon does not serve this client, or belongs to another user; the message says why."""
 
 
 class NoDaemonError(ErrandBoyError, ConnectionError):
-    """No daemon listens where it was expected; the cause is the OSError of the attempt."""
+    """No daemon listens at the path in the message; ``__cause__`` is the OSError of the attempt."""
 
 
 class JobError(ErrandBoyError, OSError):
@@ -41,8 +41,8 @@ class JobLostError(HelperDiedError):
 
 
 class SessionClosedError(ErrandBoyError):
-    """A session of the classic interface was used after its end."""
+    """A session of the classic interface was used after it was closed."""
 
 
 class NotServedError(Exception):
-    """Internal: a helper has gone without having read a request, which another may be sent."""
+    """Internal: a helper ended without having read a request, so another helper may get it."""

@@ -1,7 +1,8 @@
-"""eventlet's subprocess, started through errand-boy: the hub waits for no start.
+"""eventlet.green.subprocess with children that errand-boy starts: no start holds up the hub.
 
 ``Popen``, ``run``, ``call``, ``check_call``, ``check_output``, ``getoutput`` and
-``getstatusoutput`` are eventlet.green.subprocess's own but for how the child is started.
+``getstatusoutput`` are those of eventlet.green.subprocess, except for the step that starts the
+child.
 """
 
 from __future__ import annotations
@@ -96,12 +97,12 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
     def wait(self, timeout: float | None = None, check_interval: float = 0.01) -> int:
         """Wait for the process to end, at most `timeout` seconds; return its return code.
 
-        Raises TimeoutExpired. `check_interval` (seconds) counts only where the system has no pidfd.
+        Raises TimeoutExpired. `check_interval` (seconds) is used only if the system has no pidfd.
         """
         return wait(_Base.wait, self, timeout, check_interval)
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal to the process; does nothing if it is known to have ended."""
+        """Send a signal to the process; do nothing if it is known to have ended."""
         if self.returncode is None:
             self._sent = sig
         _child.send_signal(_Base.send_signal, self, sig)

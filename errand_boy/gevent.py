@@ -1,7 +1,7 @@
-"""gevent's subprocess, started through errand-boy: the hub waits for no start.
+"""gevent.subprocess with children that errand-boy starts, so that no start holds up the hub.
 
 ``Popen``, ``run``, ``call``, ``check_call``, ``check_output``, ``getoutput`` and
-``getstatusoutput`` are gevent.subprocess's own but for how the child is started.
+``getstatusoutput`` are those of gevent.subprocess, except for the step that starts the child.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
     """gevent.subprocess.Popen whose child is started as errand_boy.Popen's, without a fork.
 
     All parameters, methods and exceptions are gevent's, and other greenlets run while a program is
-    slow to execute. On Linux the child is a child of this
-    process, for which gevent's own watchers wait. Other than gevent's, it may be used in threads
-    whose hub is not the main one. `preexec_fn` is as in errand_boy.Popen.
+    slow to execute. On Linux the child is a child of this process, and gevent's own watchers wait
+    for it. Unlike gevent's, this class may be used in threads whose hub is not the main one.
+    `preexec_fn` is as in errand_boy.Popen.
     """
 
     _more = _start.NOTHING
@@ -105,7 +105,7 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
         return wait(_Base.wait, self, *args, **kwargs)
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal to the process; does nothing if it is known to have ended."""
+        """Send a signal to the process; do nothing if it is known to have ended."""
         if self.returncode is None:
             self._sent = sig
         send_signal(_Base.send_signal, self, sig)

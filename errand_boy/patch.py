@@ -1,6 +1,6 @@
-"""``python -m errand_boy.patch script.py args…``: runs a program under errand_boy.patch().
+"""``python -m errand_boy.patch script.py args…`` runs a program under errand_boy.patch().
 
-``-m module`` in the place of the script runs a module.
+With ``-m module`` in place of the script it runs a module.
 """
 
 from __future__ import annotations

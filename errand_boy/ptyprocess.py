@@ -1,7 +1,8 @@
-"""ptyprocess's classes, whose programs are started without a fork of this process.
+"""The classes of ptyprocess, with programs that are started without a fork of this process.
 
-``PtyProcess`` and ``PtyProcessUnicode`` are ptyprocess's own but for `spawn`. errand_boy.patch()
-has ptyprocess itself start so, and with it pexpect, terminado, IPython and Jupyter.
+``PtyProcess`` and ``PtyProcessUnicode`` are those of ptyprocess, except for `spawn`. After
+errand_boy.patch(), ptyprocess itself does the same, and with it pexpect, terminado, IPython and
+Jupyter.
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ class _Spawn:
         def spawn(cls, *args: Any, **kwargs: Any) -> Any:
             """Start a program on a new terminal; see ptyprocess.PtyProcess.spawn.
 
-            It is a child of this process. `preexec_fn` is as in errand_boy.Popen, and those of
-            pexpect (`ignore_sighup`) and terminado are known too; any other is called in a fork of
-            this process, with a warning.
-            Raises OSError also for a `cwd` that can't be entered.
+            The program is a child of this process. A `preexec_fn` is treated as in
+            errand_boy.Popen; those of pexpect (`ignore_sighup`) and terminado are known too. Raises
+            OSError, also for a `cwd` that can't be entered.
             """
             return spawn(super().spawn, cls, *args, **kwargs)
 
@@ -63,7 +63,7 @@ def spawn(
     dimensions: tuple[int, int] = (24, 80),
     pass_fds: Sequence[int] = (),
 ) -> Any:
-    """Return what `cls.spawn` does; `original` is the class's own, for what needs a fork."""
+    """Do as `cls.spawn`; `original` is the class's own method, for what needs a fork."""
     function = None if preexec_fn is None else _known(preexec_fn)
     if (function is None and preexec_fn is not None) or not _forkpty.can_start():
         if preexec_fn is not None:

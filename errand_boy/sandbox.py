@@ -1,8 +1,8 @@
-"""A place for a command that is not trusted: which files it may use, which network, and no more.
+"""A sandbox for commands that are not trusted: which files and which network they may use.
 
-The walls are the kernel's: Landlock for files, TCP ports, signals and abstract sockets, and a small
-seccomp filter for every other kind of socket. They need no rights, hold for all that the command
-starts, and can't be taken down. docs/running-untrusted.md tells what they don't keep out.
+The kernel enforces it: Landlock for files, TCP ports, signals and abstract sockets, and a small
+seccomp filter for every other kind of socket. That needs no privileges, holds for all that the
+command starts, and can't be undone. docs/running-untrusted.md says what is not covered.
 """
 
 from __future__ import annotations
@@ -60,34 +60,32 @@ _warned: set[tuple[str, ...]] = set()
 
 
 class Sandbox:
-    """What a command may use; for `sandbox=` of Popen, run, map and all others.
+    """What a command may use; for `sandbox=` of Popen, run, map and the other functions.
 
-    `read`, `write`, `execute`: files, and directories with all beneath them. To read is also to
-    list directories. To write is to change, create, rename and remove, but not to read. What may
-    be executed may be read. Nothing else can be opened, whoever owns it; an execution needs
-    `execute` for the program, for its interpreter, and for the libraries of both. `system` adds
-    those of the distribution: /usr, /lib and their like, to be executed, and some files
-    of /etc and /dev, to be read.
+    - `read`, `write`, `execute`: files, and directories with all that is in them. Reading includes
+      listing directories. Writing means changing, creating, renaming and removing, but not reading.
+      What may be executed may be read. Nothing else can be opened, whoever owns it. A program
+      needs `execute` for itself, for its interpreter, and for the libraries of both.
+    - `system`: the programs and libraries of the distribution may be executed (/usr, /lib and their
+      like), and some files of /etc and /dev may be read.
+    - `network`: False, and the command can make Unix sockets only; a mapping with lists of TCP
+      ports as `connect`, `bind` or both, and it can make TCP sockets too, for these ports only; or
+      True, and it can make any socket.
+    - `strict`: raise OSError (ENOTSUP) if the kernel can't do all of this. If false, a
+      RuntimeWarning says once what is not in force, and `missing` lists it.
 
-    `network`: False, so that the command can make no sockets but Unix ones; a mapping with
-    `connect` or `bind` or both, TCP ports, so that it can make TCP sockets too, for these only; or
-    True, all.
+    Signals and abstract Unix sockets reach only processes of the same sandbox; ioctl(2) on a device
+    fails unless the device was open before. The command and what it starts gain no privileges, and
+    can use neither io_uring nor keyrings.
 
-    Signals and abstract Unix sockets reach processes of the sandbox only, ioctl(2) on devices fails
-    unless they were opened before. The command and what it starts gain no privileges, use no
-    io_uring and no keyrings.
-
-    `strict`: raise OSError (ENOTSUP) if the kernel can't do all of this; else one RuntimeWarning
-    says what isn't in force, and `missing` has it.
-
-    Paths are opened when the object is made: it is about the files and directories that are there
-    then, and raises OSError for one that isn't. Keep the object for the next command: that saves
-    most of what it costs.
+    The paths are opened when the object is made, so it is about the files and directories that
+    exist then; a path that does not exist raises OSError. Keep the object for further commands,
+    which saves most of its cost.
     """
 
     __slots__ = ("_arguments", "_ruleset", "missing", "sockets")
 
-    missing: tuple[str, ...]  # what isn't in force
+    missing: tuple[str, ...]  # what is not in force
     sockets: int | None  # as SOCKETS of a request has it; None: any
 
     def __init__(
@@ -130,7 +128,7 @@ class Sandbox:
                 os.close(self._ruleset)
 
     def fileno(self) -> int:
-        """Return the ruleset's descriptor, or -1 where the kernel has no Landlock."""
+        """Return the ruleset's descriptor, or -1 if the kernel has no Landlock."""
         return self._ruleset
 
     def _complain(self, version: int, strict: bool) -> None:

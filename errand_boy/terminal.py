@@ -1,6 +1,6 @@
-"""The caller's side of a command's terminal: what Popen has as `terminal` with ``pty=``.
+"""The caller's side of a command's terminal, which Popen has as `terminal` with ``pty=``.
 
-What is written is typed at the terminal, and what is read would be on its screen.
+Writing to it types at the terminal; reading from it returns what would be on the screen.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ _NO_CHARACTER = b"\0"  # _POSIX_VDISABLE
 
 
 class Pty:
-    """What a new terminal is to be like, for the `pty` of Popen.
+    """The properties of a new terminal, for the `pty` of Popen.
 
-    `rows` and `columns` are its size, `xpixel` and `ypixel` the same in pixels (0: not known).
-    `echo`: what is typed is shown; by default it is. `raw`: nothing that is typed has a meaning to
-    the terminal, and nothing is translated, as after cfmakeraw(3). `termios`: its attributes, as
-    termios.tcgetattr returns them, before these two. Raises ValueError for a size that no terminal
-    has.
+    - `rows`, `columns`: its size; `xpixel`, `ypixel`: its size in pixels, or 0 if that is unknown.
+    - `echo`: whether the terminal shows what is typed; by default it does.
+    - `raw`: the terminal interprets and translates nothing, as after cfmakeraw(3).
+    - `termios`: its attributes, as from termios.tcgetattr, before `echo` and `raw` are applied.
+
+    Raises ValueError for a size that no terminal can have.
     """
 
     def __init__(
@@ -63,12 +64,12 @@ class Pty:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its attributes are those that the kernel gives a new one."""
+        """Whether it has the attributes that the kernel gives a new terminal."""
         return self.echo is None and not self.raw and self.termios is None
 
 
 def as_pty(given: Any) -> Pty:
-    """Return what the `pty` of Popen stands for. Raises TypeError and ValueError."""
+    """Return the `pty` of Popen as a Pty. Raises TypeError and ValueError."""
     if given is True:
         return Pty()
     if isinstance(given, Pty):
@@ -82,7 +83,7 @@ def open_pair(pty: Pty) -> tuple[int, int]:
     """Open a new terminal; return the caller's side and the command's.
 
     No other process inherits either, not even one that another thread forks meanwhile. Raises
-    OSError, ENOSPC where the system has as many as it may.
+    OSError, with ENOSPC if the system has as many terminals as it may.
     """
     master = slave = -1
     try:
@@ -116,7 +117,7 @@ def _set_attributes(fd: int, pty: Pty) -> None:
 
 
 def make_raw(attributes: list[Any]) -> None:
-    """Change what tcgetattr returned as cfmakeraw(3) does."""
+    """Change attributes from tcgetattr as cfmakeraw(3) does."""
     attributes[0] &= ~(
         termios.IGNBRK
         | termios.BRKINT
@@ -155,7 +156,7 @@ def get_size(fd: int) -> tuple[int, int, int, int]:
 def wait_for(
     select: Any, reading: Collection[int], writing: Collection[int], seconds: float | None = None
 ) -> tuple[Collection[int], Collection[int]]:
-    """Wait for descriptors, for so long at most; return those to be read, and to be written.
+    """Wait for descriptors, up to a time; return those that can be read, and can be written.
 
     `select` is the module of that name, or what gevent or eventlet has in its place.
     """
@@ -180,7 +181,7 @@ def _is_kernels(select: Any) -> bool:
 
 @contextmanager
 def non_blocking(fd: int) -> Iterator[None]:
-    """Have writes return when there is no more room."""
+    """Make writes return when there is no more room."""
     blocking = os.get_blocking(fd)
     os.set_blocking(fd, False)
     try:
@@ -190,12 +191,12 @@ def non_blocking(fd: int) -> Iterator[None]:
 
 
 class Terminal:
-    """The caller's side of a terminal. A context manager; `close` at its end.
+    """The caller's side of a terminal. It is a context manager, which closes it.
 
-    In text mode `read` returns str and `write` takes it: `encoding` and `errors` are as for open(),
-    and a line that is read ends in a newline, as with Popen's pipes.
+    In text mode `read` returns str and `write` takes str. `encoding` and `errors` are as for
+    open(), and lines that are read end in a newline, as with Popen's pipes.
 
-    `at_end`: `read` has come to the end.
+    `at_end` says whether `read` has come to the end.
 
     `fd` is its own from now on; `select` is as for `wait_for`.
     """
@@ -234,7 +235,7 @@ class Terminal:
         self.close()
 
     def close(self) -> None:
-        """Hang up: the command's session gets SIGHUP, and its reads end. Again has no effect."""
+        """Hang up: the command's session gets SIGHUP, and its reads end. May be called again."""
         self._file.close()
 
     @property
@@ -253,10 +254,10 @@ class Terminal:
     # -- what is on the screen, and what is typed --
 
     def read(self, size: int = -1) -> Any:
-        """Return what the command has written, `size` bytes at most; wait until there is some.
+        """Return what the command has written, at most `size` bytes; wait until there is some.
 
-        It is empty at the end: nobody has the terminal open any more. Without `size`, return all up
-        to the end. In text mode it is what `size` bytes stand for.
+        The result is empty at the end, when no process has the terminal open any more. Without
+        `size`, return everything up to the end. In text mode, decode at most `size` bytes.
         """
         if size is None or size < 0:
             parts = []
@@ -278,15 +279,15 @@ class Terminal:
                 return text
 
     def decode(self, data: bytes) -> Any:
-        """Return what `data`, the next bytes that were read, stand for; b"" is the end."""
+        """Decode `data`, the next bytes that were read; b"" means the end."""
         self.at_end = not data
         return data if self._decoder is None else self._decoder.decode(data, final=not data)
 
     def write(self, data: Any) -> int:
-        """Type `data`, all of it; return its length. Waits while the command reads nothing.
+        """Type all of `data`; return its length. Waits while the command does not read.
 
-        A line of more than 4,095 bytes is cut by the kernel, unless the terminal is raw; what is
-        typed when the command has gone is lost. Raises OSError.
+        The kernel cuts a line of more than 4,095 bytes, unless the terminal is raw. What is typed
+        after the command has ended is lost. Raises OSError.
         """
         self._write(self.encode(data))
         return len(data)
@@ -299,18 +300,18 @@ class Terminal:
                 rest = rest[write_some(fd, rest) :]
 
     def encode(self, data: Any) -> bytes:
-        """Return what is to be written for `data`. Raises TypeError."""
+        """Return the bytes to write for `data`. Raises TypeError."""
         if self.encoding is not None:
             encoded: bytes = data.encode(self.encoding, self.errors or "strict")
             return encoded
         return bytes(memoryview(data).cast("B"))
 
     def eof(self) -> None:
-        """Type ^D, or what the terminal has in its place: at the beginning of a line, its end."""
+        """Type ^D, or the terminal's own character for it, which ends the input after a newline."""
         self._type(termios.VEOF)
 
     def intr(self) -> None:
-        """Type ^C, or what the terminal has in its place: SIGINT for the foreground group."""
+        """Type ^C, or the terminal's own character for it: the foreground group gets SIGINT."""
         self._type(termios.VINTR)
 
     def _type(self, which: int) -> None:
@@ -319,7 +320,7 @@ class Terminal:
             self._write(character)
 
     def end_of_input(self, at_line_start: bool) -> bytes:
-        """Return what is typed to end the input: nothing where that has no meaning."""
+        """Return the bytes that end the input; none where the terminal does not read lines."""
         attributes = self.attributes()
         character: bytes = attributes[_CC][termios.VEOF]
         if not attributes[_LFLAG] & termios.ICANON or character == _NO_CHARACTER:
@@ -330,10 +331,10 @@ class Terminal:
 
     @property
     def winsize(self) -> tuple[int, int]:
-        """Its rows and columns. When they are set, the foreground group gets SIGWINCH.
+        """The rows and columns. When they are set, the foreground group gets SIGWINCH.
 
-        It may be set to four numbers too, of which the last two are its width and height in pixels;
-        else these stay. Raises OSError, and ValueError for what can't be a size.
+        With four numbers, the last two set the width and height in pixels; with two, these stay.
+        Raises OSError, and ValueError for an impossible size.
         """
         return get_size(self.fileno())[:2]
 
@@ -344,12 +345,12 @@ class Terminal:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Its width and height in pixels; 0 where they are not known."""
+        """The width and height in pixels; 0 if they are not known."""
         return get_size(self.fileno())[2:]
 
     @property
     def echo(self) -> bool:
-        """Whether it shows what is typed."""
+        """Whether the terminal shows what is typed. May be set."""
         return bool(self.attributes()[_LFLAG] & termios.ECHO)
 
     @echo.setter
@@ -361,11 +362,11 @@ class Terminal:
 
     @property
     def foreground_pgid(self) -> int:
-        """The process group that has the terminal's keys; 0 if there is none. Raises OSError."""
+        """The process group that gets what is typed; 0 if there is none. Raises OSError."""
         return os.tcgetpgrp(self.fileno())
 
     def attributes(self) -> list[Any]:
-        """Return what termios.tcgetattr does, of the command's side. Raises OSError."""
+        """Return the attributes of the command's side, as termios.tcgetattr. Raises OSError."""
         try:
             return termios.tcgetattr(self.fileno())  # Linux tells, and sets, those of that side
         except termios.error as error:
@@ -373,7 +374,7 @@ class Terminal:
 
 
 def read_some(fd: int, size: int) -> bytes | None:
-    """Return what there is, b"" at the end, or None: nothing now. Raises OSError."""
+    """Return what there is, b"" at the end, or None if there is nothing now. Raises OSError."""
     try:
         return os.read(fd, size)
     except BlockingIOError:
@@ -385,7 +386,7 @@ def read_some(fd: int, size: int) -> bytes | None:
 
 
 def write_some(fd: int, data: memoryview) -> int:
-    """Write what there is room for; return how much that was. Raises OSError."""
+    """Write as much as there is room for; return how much that was. Raises OSError."""
     try:
         return os.write(fd, data)
     except BlockingIOError:

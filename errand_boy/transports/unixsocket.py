@@ -1,4 +1,4 @@
-"""errand-boy's classic interface, of 2014, to the daemon's client."""
+"""The interface of errand-boy 0.3, of 2014, on top of the daemon's client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEXT = ("text", "universal_newlines", "encoding", "errors")
 
 
 class UNIXSocketTransport:
-    """The daemon at `socket_path`, or where daemons listen by default."""
+    """A client of the daemon at `socket_path`, or at the default path."""
 
     def __init__(self, socket_path: str | os.PathLike[str] | None = None) -> None:
         self._client = _client.connect(socket_path, classic=True)
@@ -34,8 +34,8 @@ class UNIXSocketTransport:
     ) -> tuple[_client.Popen[Any] | Ended, Any, Any]:
         """Run a shell command line with `input`; return its process, output and error output.
 
-        Both are text, unless the options, which are Popen's, say otherwise. Raises
-        subprocess.TimeoutExpired after `timeout` seconds, and kills the command.
+        The options are those of Popen. Both outputs are text, unless the options say otherwise.
+        After `timeout` seconds the command is killed and subprocess.TimeoutExpired is raised.
         """
         if input is None:
             options.setdefault("stdin", subprocess.DEVNULL)
@@ -52,10 +52,10 @@ class UNIXSocketTransport:
         return process, stdout, stderr
 
     def Popen(self, command_string: Any, **options: Any) -> _client.Popen[Any]:
-        """Start a shell command line, its standard streams pipes of text; return its process.
+        """Start a shell command line whose standard streams are pipes of text; return its process.
 
-        The options are those of the client's Popen, and go before all this. A list is a command of
-        its own, without a shell.
+        The options are those of the client's Popen, and override all this. A list is run without a
+        shell.
         """
         self._complete(command_string, options)
         return self._client.Popen(command_string, **options)
@@ -73,7 +73,7 @@ class UNIXSocketTransport:
 
 
 class Ended(subprocess.Popen[bytes]):
-    """The process of a command that has ended. As of any such Popen, its methods do nothing."""
+    """The process of a command that has ended, so that its methods do nothing."""
 
     def __init__(
         self, done: subprocess.CompletedProcess[Any], pid: int, usage: tuple[int, ...]
@@ -89,7 +89,7 @@ class Ended(subprocess.Popen[bytes]):
 
     @property
     def rusage(self) -> struct_rusage:
-        """What it and those it waited for have used."""
+        """What the command and the children that it waited for have used."""
         return _wire.rusage(self._usage)
 
     def send_group_signal(self, sig: int) -> None:
@@ -97,7 +97,7 @@ class Ended(subprocess.Popen[bytes]):
 
 
 class Session:
-    """The daemon's client, until it is closed."""
+    """A use of the daemon's client, until it is closed."""
 
     def __init__(self, client: Client) -> None:
         self._client: Client | None = client
@@ -110,12 +110,12 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """End the session; the processes that it started go on."""
+        """Close the session. Processes that it has started go on."""
         self._client = None
 
     @property
     def subprocess(self) -> Face:
-        """What stands for the module subprocess. Raises SessionClosedError."""
+        """An object in place of the module subprocess. Raises SessionClosedError."""
         self._open_client()
         return Face(self)
 
