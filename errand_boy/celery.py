@@ -381,8 +381,8 @@ def map(
 ) -> Iterator[Outcome]:
     """Run commands on all of `app`'s workers, and yield an Outcome for each.
 
-    - `commands`: argument lists; or with ``shell=True`` strings; or mappings with `args` and options
-      of `run_command` for that command. All of them are sent at once.
+    - `commands`: argument lists; or with ``shell=True`` strings; or mappings with `args` and
+      options of `run_command` for that command. All of them are sent at once.
     - `options`: options of `run_command` for all commands.
     - `ordered`: yield outcomes in the order of the commands; if false, as the commands end.
     - `progress`: show a bar on a terminal, if tqdm is installed.

@@ -55,7 +55,7 @@ _STANDARD = parameters(_Base.__init__)
 
 
 class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  # eventlet has no types
-    """eventlet.green.subprocess.Popen whose child is started as errand_boy.Popen's is.
+    """eventlet.green.subprocess.Popen whose child is started as in errand_boy.Popen.
 
     All parameters, methods and exceptions are eventlet's, and other greenlets run while a program
     is slow to execute. On Linux the child is a child of this process. `preexec_fn` is as in

@@ -65,7 +65,7 @@ _STANDARD = parameters(_Base.__init__)
 
 
 class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc]  # gevent has no types
-    """gevent.subprocess.Popen whose child is started as errand_boy.Popen's, without a fork.
+    """gevent.subprocess.Popen whose child is started without a fork, as in errand_boy.Popen.
 
     All parameters, methods and exceptions are gevent's, and other greenlets run while a program is
     slow to execute. On Linux the child is a child of this process, and gevent's own watchers wait
