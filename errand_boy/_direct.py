@@ -43,15 +43,28 @@ def pauses() -> Iterator[float]:
         pause = min(pause * 1.25, 0.02)
 
 
-_works: bool = lib.eb_direct_works()  # a filter that comes later is met by a start
+def _look() -> str | None:
+    if not lib.EB_HAVE_RAW:
+        return "errand-boy can't use clone(2) on this processor, only on x86-64 and aarch64"
+    if not lib.eb_direct_works():
+        return "close_range(2) is missing or forbidden here: it came with Linux 5.9"
+    return None
+
+
+_missing = _look()  # a filter that comes later is met by a start
+
+
+def missing() -> str | None:
+    """Return what the system lacks or forbids, in words; None for nothing, as far as is known."""
+    return _missing
 
 
 def works() -> bool:
     """Return whether the system has all that is needed, as far as that is known."""
-    return _works
+    return _missing is None
 
 
 def give_up() -> None:
     """Take note that a start has met a kernel or a filter that lacks something."""
-    global _works
-    _works = False
+    global _missing
+    _missing = "a seccomp filter forbids clone(2) or close_range(2)"

@@ -320,7 +320,8 @@ def _by_the_standard_library(
     process: Any, given: tuple[Any, ...], original: Callable[..., None], more: Mapping[str, Any]
 ) -> None:
     if more:
-        raise OSError(errno.ENOTSUP, f"{_names(more)} can't be given on this system")
+        text = f"{_names(more)} can't be given on this system: {_direct.missing()}"
+        raise OSError(errno.ENOTSUP, text)
     original(process, *given)
 
 

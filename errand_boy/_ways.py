@@ -40,9 +40,9 @@ def way(with_ids: bool) -> str:
             "user=, group= and extra_groups= need a helper, which ERRAND_BOY_SPAWN=direct forbids"
         )
         raise OSError(errno.ENOTSUP, text)
-    if not _direct.works():
-        text = "ERRAND_BOY_SPAWN=direct needs Linux 5.9 on x86-64 or aarch64, and no seccomp filter"
-        raise OSError(errno.ENOSYS, f"{text} that refuses clone or close_range")
+    if missing := _direct.missing():
+        text = f"ERRAND_BOY_SPAWN=direct can't be obeyed: {missing}"
+        raise OSError(errno.ENOSYS, text)
     return "direct"
 
 

@@ -204,7 +204,7 @@ async def start():
     try:
         process = await errand_boy.asyncio.create_subprocess_exec("cat", stdin=-1, stdout=-1)
     except OSError as error:
-        return "no seccomp filter" in str(error)
+        return "a seccomp filter forbids" in str(error)
     out, _ = await process.communicate(b"x")
     return [process.returncode, out.decode()]
 async def main():
@@ -235,19 +235,32 @@ except OSError as error:
     assert seen == [True, True]
 
 
-def test_forced_way_that_is_not_to_be_had() -> None:
-    text = run_script(
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_error_names_what_is_missing(moment: str) -> None:
+    """For who has asked for this way, or for options that the standard library does not have."""
+    texts = run_script(
         f"""{REFUSING}
 import errno
+if {moment!r} == "after":
+    import errand_boy
 refuse(CLOSE_RANGE, errno.ENOSYS)
-os.environ["ERRAND_BOY_SPAWN"] = "direct"
-try:
-    subprocess.run(["true"])
-except OSError as error:
-    report(str(error))
-"""
+import errand_boy
+texts = []
+for environment, options in ({{"ERRAND_BOY_SPAWN": "direct"}}, {{}}), ({{}}, {{"nice": 1}}):
+    os.environ.update(environment)
+    try:
+        errand_boy.run(["true"], **options)
+    except OSError as error:
+        texts.append(str(error))
+    os.environ.pop("ERRAND_BOY_SPAWN", None)
+report(texts)
+""",
+        "subprocess",
     )
-    assert "ERRAND_BOY_SPAWN=direct needs" in text
+    missing = "close_range(2)" if moment == "before" else "a seccomp filter forbids clone(2)"
+    forced, option = texts
+    assert f"ERRAND_BOY_SPAWN=direct can't be obeyed: {missing}" in forced
+    assert f"nice= can't be given on this system: {missing}" in option
 
 
 # -- descriptors --

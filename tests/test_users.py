@@ -130,8 +130,9 @@ def test_another_users_group_and_roots_own_are_told_apart(public_dir: Path) -> N
 WITH_A_KEY = """
 import ctypes, os, sys
 syscall = ctypes.CDLL(None).syscall
-assert syscall(250, 1, None) > 0  # keyctl(KEYCTL_JOIN_SESSION_KEYRING)
-assert syscall(248, b"user", b"of-the-daemon", b"secret", 6, -3) > 0  # add_key
+keyctl, add_key = (250, 248) if os.uname().machine == "x86_64" else (219, 217)
+assert syscall(keyctl, 1, None) > 0  # KEYCTL_JOIN_SESSION_KEYRING
+assert syscall(add_key, b"user", b"of-the-daemon", b"secret", 6, -3) > 0
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
