@@ -33,18 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve = commands.add_parser(
         "serve",
         help="run the daemon (the default)",
-        description="Listen on a Unix socket, or on that which systemd hands over, and start "
-        "commands for this user and those whom the options name.",
+        description="Listen on a Unix socket, or on the one that systemd hands over, and start "
+        "commands for this user and for those that the options allow.",
     )
     add_serve_options(serve)
     run = commands.add_parser(
         "run",
         help="run one command on this terminal, and exit with its status",
         usage="errand-boy run [option ...] [--] COMMAND [ARGUMENT ...]",
-        description="Run a command by the daemon or, if none listens, as a child of this process. "
-        "Signals are passed on. Exit status: the command's, 128 + N if signal N ended it, as "
-        "signal 9 does for a limit; 124 for --timeout and --limit wall; 127 if it was not found, "
-        "126 if it could not be started, 125 for what errand-boy itself could not do.",
+        description="Have the daemon run a command or, if none listens, run it as a child of this "
+        "process. Signals are passed on. The exit status is that of the command; 128 + N if "
+        "signal N ended it (signal 9 for a limit); 124 after --timeout or --limit wall; 127 if "
+        "the command was not found; 126 if it could not be started; 125 if errand-boy itself "
+        "failed.",
     )
     add_socket(run)
     command_options.add_options(run)
@@ -52,25 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="end the command after so long, as --stop and --tree say",
+        help="end the command after SECONDS, as --stop and --tree say",
     )
     run.add_argument(
         "--stats",
         nargs="?",
         choices=stats.FORMS,
         const=stats.FORMS[0],
-        help="say on standard error why it has ended and what it has used, as time -v or as JSON",
+        help="write to standard error why the command ended and what it used, like time -v or as "
+        "JSON",
     )
     run.add_argument(
         "-t",
         "--pty",
         action="store_true",
-        help="give the command a terminal of its own, and show that on this one",
+        help="give the command a terminal of its own, and show it on this one",
     )
     run.add_argument(
         "--record",
         metavar="FILE",
-        help="the same, and write what is on it to FILE, as asciicast v2",
+        help="the same, and record what is shown in FILE, as asciicast v2",
     )
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
     many = commands.add_parser(
@@ -79,10 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         usage="errand-boy map [option ...] [--] [COMMAND [ARGUMENT ...]] "
         "[::: ARGUMENT ...] [:::: FILE ...]",
         description="Run a command for each line of standard input, or for each argument that is "
-        "given, and write the output of each at its end; without COMMAND, each line is a command. "
-        "A private helper runs them, and they read /dev/null. Exit status: how many failed, 101 "
-        "for more than 100; after a halt, that of the command which led to it, 128 + N if signal N "
-        "ended it; 125 for what errand-boy itself could not do.",
+        "given, and write the output of each command when it ends. Without COMMAND, each line is "
+        "a command. A private helper runs the commands, whose standard input is /dev/null. The "
+        "exit status is the number of commands that failed, or 101 for more than 100; after a "
+        "halt, that of the command that caused it (128 + N if signal N ended it); 125 if "
+        "errand-boy itself failed.",
         allow_abbrev=False,
     )
     if arguments[0] == "map":
@@ -93,20 +96,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = commands.add_parser(
         "status",
         help="show what the daemon is doing",
-        description="Show what the daemon is doing: its helpers, the live commands, totals, how "
-        "long starts take. Exit status: 1 if none answers.",
+        description="Show what the daemon is doing: its helpers, its live commands, totals, and "
+        "how long starts take. The exit status is 1 if no daemon answers.",
     )
     add_socket(status)
     form = status.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="for programs")
-    form.add_argument("--metrics", action="store_true", help="in Prometheus's text form")
+    form.add_argument("--json", action="store_true", help="write JSON, for programs")
+    form.add_argument("--metrics", action="store_true", help="write Prometheus's text format")
     form.add_argument(
         "--watch",
         nargs="?",
         type=number(float, 0.05),
         const=1.0,
         metavar="SECONDS",
-        help="a live screen, with rates, renewed after so many seconds (default: 1); needs rich",
+        help="show a live screen, with rates, every SECONDS (default: 1); needs rich",
     )
     options = parser.parse_args(arguments)
     if options.command == "serve":
@@ -156,21 +159,22 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         type=number(int, 1),
         metavar="N",
         default=len(os.sched_getaffinity(0)),
-        help="helpers of each user (default: the number of CPUs that it may use)",
+        help="how many helpers each user has (default: the number of CPUs that the daemon may use)",
     )
     parser.add_argument(
         "--max-accepts",
         type=count,
         metavar="N",
         default=0,
-        help="end after so many connections, when what runs has finished (default: 0, no limit)",
+        help="end after N connections, when the running commands have finished (default: 0, no "
+        "limit)",
     )
     parser.add_argument(
         "--max-child-tasks",
         type=count,
         metavar="N",
         default=0,
-        help="replace a helper after so many commands (default: 0, never)",
+        help="replace a helper after N commands (default: 0, never)",
     )
     parser.add_argument(
         "--allow-uid",
@@ -178,7 +182,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="USER",
         default=[],
-        help="who may use it besides the daemon's own user; repeatable",
+        help="a user who may use the daemon, in addition to its own user; repeatable",
     )
     parser.add_argument(
         "--allow-gid",
@@ -186,14 +190,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="GROUP",
         default=[],
-        help="a group whose members may use it; repeatable",
+        help="a group whose members may use the daemon; repeatable",
     )
     parser.add_argument(
         "--max-users",
         type=number(int, 1),
         metavar="N",
         default=256,
-        help="as root: others who may be served at the same time (default: 256)",
+        help="as root: how many other users are served at the same time (default: 256)",
     )
     parser.add_argument(
         "--idle",
@@ -206,14 +210,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--chdir",
         metavar="DIRECTORY",
         help="the working directory of commands whose client names none (default: / for other "
-        "users of a daemon of root, else where the daemon was started)",
+        "users of root's daemon, else the directory where the daemon was started)",
     )
     parser.add_argument(
         "--max-processes",
         type=count,
         metavar="N",
         default=0,
-        help="commands at a time; the others wait (default: 0, no limit)",
+        help="how many commands run at a time; the others wait (default: 0, no limit)",
     )
     parser.add_argument(
         "--max-processes-per-user",
@@ -225,14 +229,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limits",
         metavar="FILE",
-        help="limits of each user, read again on SIGHUP",
+        help="a file with the limits of each user, read again on SIGHUP",
     )
     parser.add_argument(
         "--grace",
         type=number(float, 0),
         metavar="SECONDS",
         default=30.0,
-        help="how long commands may go on after SIGTERM or SIGINT (default: 30)",
+        help="how long commands may go on after the daemon gets SIGTERM or SIGINT (default: 30)",
     )
     parser.add_argument("--patience", type=number(float, 0), default=30.0, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -242,48 +246,52 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="the lowest level that is logged, on standard error (default: info)",
+        help="the lowest level to log on standard error (default: info)",
     )
     parser.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
-        help="json: an object a line (default: text)",
+        help="text, or JSON with one object for each line (default: text)",
     )
     parser.add_argument(
         "--log-commands",
         nargs="?",
         choices=("text", "json"),
         const="text",
-        help="a line for each command: who, what, where, how it ended, what it used; to systemd's "
-        "journal, or on standard error in this form (default of it: text)",
+        help="log a line for each command: who, what, where, how it ended, what it used; to "
+        "systemd's journal, or else to standard error in this format (default: text)",
     )
     parser.add_argument(
         "--no-new-privs",
         action="store_true",
-        help="for daemon, helpers and commands: set-user-ID programs do not gain rights",
+        help="let no command gain rights, as by a set-user-ID program; also the daemon and its "
+        "helpers",
     )
     parser.add_argument(
-        "--pid-file", metavar="PATH", help="written when it listens, removed when it ends"
+        "--pid-file",
+        metavar="PATH",
+        help="write the pid to PATH when the daemon listens; the file is removed when it ends",
     )
     parser.add_argument(
         "--job-state",
         metavar="DIRECTORY",
-        help="where the journals of jobs are (default: jobs in $STATE_DIRECTORY, "
+        help="where the journals of jobs are kept (default: jobs in $STATE_DIRECTORY, "
         "/var/lib/errand-boy, or $XDG_STATE_HOME/errand-boy)",
     )
     parser.add_argument(
         "--job-runtime",
         metavar="DIRECTORY",
-        help="where their output is while they run and after, in memory if possible (default: jobs "
-        "in $RUNTIME_DIRECTORY, /run/errand-boy, or $XDG_RUNTIME_DIR/errand-boy)",
+        help="where the output of jobs is kept while they run and afterwards, in memory if "
+        "possible (default: jobs in $RUNTIME_DIRECTORY, /run/errand-boy, or "
+        "$XDG_RUNTIME_DIR/errand-boy)",
     )
     parser.add_argument(
         "-t",
         "--transport",
         choices=("unixsocket",),
         default="unixsocket",
-        help="for compatibility; this is the only one",
+        help="the only transport; for compatibility",
     )
 
 

@@ -25,7 +25,7 @@ ABSENT = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them to `parser`."""
-    group = parser.add_argument_group("what the command gets (see docs/options.md)")
+    group = parser.add_argument_group("options of the command (see docs/options.md)")
     for name, (metavar, parse, text) in _FORMS.items():
         spelling = _SPELLINGS.get(name, name.replace("_", "-"))
         kind: dict[str, Any] = {"action": "store_true"}
@@ -141,34 +141,47 @@ _SPELLINGS = {"limits": "limit", "rlimits": "rlimit"}
 
 # Of each: what its value is called (None: it has none), what reads that, and its help.
 _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
-    "capabilities": ("NAME,...", _listed, "the only capabilities that it keeps"),
-    "cgroup": ("DIRECTORY", str, "the cgroup that it is born in"),
-    "cpu_affinity": ("N,N-N", _cpus, "the CPUs that it may use"),
-    "dies_with_caller": (None, str, "it is killed when errand-boy is"),
+    "capabilities": ("NAME,...", _listed, "the only capabilities that the command keeps"),
+    "cgroup": ("DIRECTORY", str, "the cgroup that the command starts in"),
+    "cpu_affinity": ("N,N-N", _cpus, "the CPUs that the command may use"),
+    "dies_with_caller": (None, str, "kill the command when errand-boy is killed"),
     "drain": (
         "SECONDS",
         float,
-        "how long its output is read after its end, or with --tree all what it started goes on",
+        "how long to read output after the command's end; with --tree all, how long its "
+        "descendants may go on",
     ),
-    "ionice": ("CLASS[:LEVEL]", _with_level, "realtime, best-effort or idle"),
+    "ionice": ("CLASS[:LEVEL]", _with_level, "the I/O priority: realtime, best-effort or idle"),
     "limits": (
         "NAME=LIMIT",
         _own_limit,
-        "wall or cpu (seconds), memory, file_size (4K, 1G), processes, open_files, or of a map's "
-        "command output; of it and all that it starts; may be repeated",
+        "a limit of the command and all that it starts: wall or cpu (seconds), memory, file_size "
+        "(4K, 1G), processes, open_files or, with map, output; repeatable",
     ),
-    "namespaces": ("NAME,...", _listed, "namespaces of its own: user, net, pid, ..."),
-    "nice": ("N", int, "what is added to its niceness"),
-    "no_new_privs": (None, str, "no execution gives it privileges"),
-    "oom_score_adj": ("N", int, "-1000 to 1000: who is killed first when memory is short"),
-    "rlimits": ("NAME=SOFT[:HARD]", _rlimit, "a resource limit; may be repeated"),
-    "root": ("DIRECTORY", str, "its root directory, by chroot(2)"),
-    "sandbox": ("read=PATH|...", _box, "what it may use, and nothing else; may be repeated"),
-    "scheduler": ("POLICY[:N]", _with_level, "other, batch, idle, fifo or rr"),
-    "signals_blocked": ("NAME,...", _signals, "the signals that are blocked, and no others"),
-    "signals_default": ("NAME,...", _signals, "signals that are not ignored"),
-    "signals_ignored": ("NAME,...", _signals, "signals that are ignored"),
-    "stop": ("SIGNAL[:SECONDS],...", _steps, "how it is ended: TERM:5,KILL (default: KILL)"),
-    "timer_slack": ("NANOSECONDS", int, "how late its timers may be"),
-    "tree": ("process|group|cgroup|all", str, "what is ended with it"),
+    "namespaces": ("NAME,...", _listed, "give the command new namespaces: user, net, pid, ..."),
+    "nice": ("N", int, "add N to the niceness"),
+    "no_new_privs": (None, str, "let the command gain no privileges by what it executes"),
+    "oom_score_adj": ("N", int, "-1000 to 1000; the highest is killed first when memory is short"),
+    "rlimits": ("NAME=SOFT[:HARD]", _rlimit, "a resource limit; repeatable"),
+    "root": ("DIRECTORY", str, "the root directory, by chroot(2)"),
+    "sandbox": ("read=PATH|...", _box, "what the command may use, and nothing else; repeatable"),
+    "scheduler": (
+        "POLICY[:N]",
+        _with_level,
+        "the scheduling policy: other, batch, idle, fifo or rr",
+    ),
+    "signals_blocked": ("NAME,...", _signals, "the only signals that are blocked"),
+    "signals_default": ("NAME,...", _signals, "signals that have their default action"),
+    "signals_ignored": ("NAME,...", _signals, "signals that the command ignores"),
+    "stop": (
+        "SIGNAL[:SECONDS],...",
+        _steps,
+        "the signals that end the command, as TERM:5,KILL (default: KILL)",
+    ),
+    "timer_slack": ("NANOSECONDS", int, "how late timers may be"),
+    "tree": (
+        "process|group|cgroup|all",
+        str,
+        "which processes get them (default: process; with map, group)",
+    ),
 }

@@ -22,45 +22,45 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=_timeout,
         metavar="TIME",
-        help="kill a command's process group after so many seconds (2m, 1.5h, 1d), or so much of "
-        "the median of the others (200%%); it has failed",
+        help="kill a command's process group after TIME, in seconds (or 2m, 1.5h, 1d) or as a "
+        "share of the median duration of the others (200%%); the command has failed then",
     )
     group.add_argument(
         "--retries",
         type=number(int, 0),
         metavar="N",
-        help="run a command up to N times until it succeeds; 0: as often as it takes",
+        help="run a command up to N times until it succeeds; 0: without a limit",
     )
     group.add_argument(
         "--retry-delay",
         type=seconds,
         metavar="TIME",
         default=0.0,
-        help="wait so long before the second run, twice as long before the third, and so on, up to "
-        "a minute",
+        help="wait TIME before the second run, twice as long before the third, and so on, up to a "
+        "minute",
     )
     group.add_argument(
         "--halt",
         default="never",
         metavar="POLICY",
-        help="when to end early: never (the default), soon,fail=N (start no more commands when N "
-        "have failed) or now,fail=N (end what runs too); success=N and done=N count the others "
-        "and all; N%% is a share of all commands if their number is known, else of those that "
-        "have ended, of which there must be three",
+        help="when to end early: never (the default); soon,fail=N, to start no more commands when "
+        "N have failed; now,fail=N, to end those that run too. success=N counts those that "
+        "succeed, done=N all that end. N%% is a share of all commands if their number is known, "
+        "else of at least three that have ended",
     )
     group.add_argument(
         "--joblog",
         metavar="FILE",
-        help="a line for each command, at its end: GNU parallel's columns, and the peak resident "
-        "set in KiB",
+        help="write a line to FILE when a command ends: GNU parallel's columns, and the peak "
+        "resident set in KiB",
     )
     group.add_argument(
-        "--resume", action="store_true", help="skip the commands whose numbers the job log has"
+        "--resume", action="store_true", help="skip the commands whose numbers are in the job log"
     )
     group.add_argument(
         "--resume-failed",
         action="store_true",
-        help="the same, but run those again that failed",
+        help="the same, but run failed commands again",
     )
 
 

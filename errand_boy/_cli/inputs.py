@@ -31,9 +31,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module to `parser`."""
     group = parser.add_argument_group(
         "where arguments come from",
-        "Behind COMMAND, `::: ARGUMENT ...` gives arguments, and `:::: FILE ...` files that have "
-        "one on each line; without any of these and -a, standard input has them. Several sources "
-        "are crossed; one that begins with `:::+` or `::::+` is linked to the one before it.",
+        "After COMMAND, `::: ARGUMENT ...` gives arguments, and `:::: FILE ...` files with one "
+        "argument on each line. Without these and -a, they come from standard input. Several "
+        "sources are combined in all ways; one that begins with `:::+` or `::::+` is linked to "
+        "the one before it.",
     )
     group.add_argument(
         "-a",
@@ -41,49 +42,55 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="take arguments from the lines of FILE, - for standard input; repeatable. +FILE is "
-        "linked to the source before",
+        help="take arguments from the lines of FILE (-: standard input); repeatable. +FILE is "
+        "linked to the source before it",
     )
-    group.add_argument("-0", "--null", action="store_true", help="lines end with NUL")
+    group.add_argument("-0", "--null", action="store_true", help="lines end with a NUL byte")
     group.add_argument(
-        "-d", "--delimiter", metavar="C", help=r"lines end with this character; \n, \t, \0"
+        "-d",
+        "--delimiter",
+        metavar="C",
+        help="lines end with the character C, which may be \\n, \\t or \\0",
     )
     group.add_argument(
         "-r",
         "--no-run-if-empty",
         action="store_true",
-        help="skip blank lines; else one is an empty argument",
+        help="skip blank lines, which are empty arguments otherwise",
     )
-    group.add_argument(
-        "-E", "--eof", metavar="LINE", help="take no lines from the one that is this on"
-    )
+    group.add_argument("-E", "--eof", metavar="LINE", help="take no more lines when LINE comes")
     group.add_argument(
         "--trim",
         choices=("n", "l", "r", "lr", "rl"),
         default="n",
-        help="remove white space on the left and right of arguments",
+        help="remove white space on the left (l) or right (r) of arguments",
     )
-    group.add_argument("--link", "--xapply", action="store_true", help="link all sources")
+    group.add_argument(
+        "--link",
+        "--xapply",
+        action="store_true",
+        help="link all sources, in place of combining them",
+    )
     group.add_argument(
         "-C",
         "--colsep",
         metavar="REGEXP",
-        help="divide lines into columns here (a regular expression of Python's)",
+        help="divide lines into columns where REGEXP, in Python's syntax, matches",
     )
     group.add_argument(
         "--csv",
         action="store_true",
-        help="lines are CSV, and may have line ends within quotes; --colsep is the delimiter then",
+        help="lines are CSV, with line ends allowed in quotes; --colsep is the delimiter then",
     )
     group.add_argument(
         "--header",
         metavar=":",
-        help="`:` - the first of each source names the columns, for {NAME}. With --pipe, also a "
-        "number of lines; they come first in each block",
+        help="with `:`, the first line of each source names the columns, for {NAME}. With --pipe, "
+        "`:` or a number of lines, which come first in each block",
     )
-    group.add_argument("--arg-sep", default=":::", metavar="WORD", help="in the place of :::")
+    group.add_argument("--arg-sep", default=":::", metavar="WORD", help="use WORD in place of :::")
     group.add_argument(
-        "--arg-file-sep", default="::::", metavar="WORD", help="in the place of ::::"
+        "--arg-file-sep", default="::::", metavar="WORD", help="use WORD in place of ::::"
     )
 
 

@@ -25,9 +25,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--max-procs",
         metavar="N",
         default="100%",
-        help="N commands at a time, the CPUs that it may use and N more (+N) or less (-N), N%% of "
-        "them, as many as possible (0), or a file that says one of these and is read again when "
-        "a command ends (default: 100%%)",
+        help="how many commands run at a time: N; the number of CPUs and N more (+N) or less "
+        "(-N); N%% of the CPUs; as many as possible (0); or a file that says one of these and is "
+        "read again when a command ends (default: 100%%)",
     )
 
 

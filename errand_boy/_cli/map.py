@@ -45,8 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `errand-boy map` to `parser`."""
     add_socket(
         parser,
-        "have the daemon that listens here run the commands (default: $ERRAND_BOY_SOCKET, else a "
-        "private helper)",
+        "have the daemon that listens at PATH run the commands (default: $ERRAND_BOY_SOCKET, else "
+        "a private helper)",
     )
     modules = inputs, template, packing, jobs, output, failing, throttle, progress, pipe
     for module in (*modules, command_options):

@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-k",
         "--keep-order",
         action="store_true",
-        help="write output in the order of the commands, not of the ends",
+        help="write output in the order of the commands, not as they end",
     )
     form = group.add_mutually_exclusive_group()
     form.add_argument(
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="group",
         default="group",
-        help="write a command's output at its end (the default)",
+        help="write a command's output when it ends (the default)",
     )
     form.add_argument(
         "--line-buffer",
@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="grouping",
         action="store_const",
         const="lines",
-        help="write each line when it is whole",
+        help="write each line when it is complete",
     )
     form.add_argument(
         "-u",
@@ -61,33 +61,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="grouping",
         action="store_const",
         const="none",
-        help="let the commands write by themselves; parts of lines may be mixed",
+        help="let the commands write themselves, which may mix parts of lines",
     )
     group.add_argument(
-        "--tag", action="store_true", help="begin each line with the arguments and a TAB"
+        "--tag", action="store_true", help="begin each line with the arguments and a tab"
     )
     group.add_argument(
-        "--tagstring", metavar="STRING", help="begin each line with STRING, replaced as in COMMAND"
+        "--tagstring",
+        metavar="STRING",
+        help="begin each line with STRING, in which {} and so on are replaced as in COMMAND",
     )
     group.add_argument(
         "--results",
         metavar="DIRECTORY",
-        help="write output to files stdout and stderr in DIRECTORY/1/ARGUMENT/2/ARGUMENT..., with "
-        "the names of a header in the place of numbers; a name with {} or the like in it is that "
-        "of the directory if it ends in /, else of the file itself, with .err added for errors",
+        help="write output to the files stdout and stderr in DIRECTORY/1/ARGUMENT/2/ARGUMENT..., "
+        "with the names of a header in place of numbers. If DIRECTORY has {} or the like in it, "
+        "it names the directory if it ends in /, else the file itself, with .err added for errors",
     )
     group.add_argument(
         "--files",
         action="store_true",
-        help="write the name of a file with the output of each, not the output",
+        help="write the name of a file with each command's output in place of the output",
     )
-    group.add_argument("--tmpdir", metavar="DIRECTORY", help="where such files are")
+    group.add_argument("--tmpdir", metavar="DIRECTORY", help="the directory of these files")
     group.add_argument("-v", action="store_true", help="write each command before its output")
     group.add_argument(
         "-t",
         "--verbose",
         action="store_true",
-        help="write each command to standard error when it is started",
+        help="write each command to standard error when it starts",
     )
 
 

@@ -30,8 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="max_args",
         type=number(int, 0),
         metavar="N",
-        help="so many arguments for each command, {1} to {N}; 0: none of the one that it is for. "
-        "With --pipe, so many records",
+        help="give each command N arguments, {1} to {N}; 0: one command for each argument, which "
+        "it does not get. With --pipe, give it N records",
     )
     group.add_argument(
         "-L",
@@ -39,36 +39,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="max_lines",
         type=number(int, 1),
         metavar="N",
-        help="so many lines for each command",
+        help="give each command N lines",
     )
     group.add_argument(
         "-m",
         dest="pack",
         action="store_const",
         const="m",
-        help="as many as an argument list can hold; the last of them are shared out to all that "
-        "run at once",
+        help="give each command as many arguments as fit; the last ones are shared out among all "
+        "that run at once",
     )
     group.add_argument(
         "-X",
         dest="pack",
         action="store_const",
         const="X",
-        help="the same, and a word with {} in it is repeated whole for each argument",
+        help="the same, and repeat a word that has {} in it for each argument",
     )
     group.add_argument(
         "--xargs",
         dest="pack",
         action="store_const",
         const="xargs",
-        help="as -m, but the last are not shared out",
+        help="like -m, but don't share out the last ones",
     )
     group.add_argument(
         "-s",
         "--max-chars",
         type=number(int, 1),
         metavar="N",
-        help="bytes of a command that is packed, at most (default: what the system allows)",
+        help="how many bytes a packed command may have (default: what the system allows)",
     )
 
 

@@ -26,26 +26,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module to `parser`."""
     group = parser.add_argument_group(
         "blocks",
-        "Standard input is divided, and each block is a command's standard input, in the place of "
-        "arguments.",
+        "Standard input is divided into blocks. Each is the standard input of a command, in place "
+        "of arguments.",
     )
-    group.add_argument("--pipe", action="store_true", help="do this")
+    group.add_argument("--pipe", action="store_true", help="divide standard input into blocks")
     group.add_argument(
         "--pipe-part",
         "--pipepart",
         action="store_true",
-        help="do this with the file of -a, of which each block is read when its command starts",
+        help="divide the file of -a, and read each block when its command starts",
     )
     group.add_argument(
         "--block",
         metavar="SIZE",
         default="1M",
-        help="bytes of a block, about; with the units K, M, G, or k, m, g for powers of 1000; with "
-        "--pipe-part, -N: as many that each slot gets N blocks (default: 1M)",
+        help="how many bytes a block has, about, with the units K, M, G, or k, m, g for powers of "
+        "1000; with --pipe-part, -N: so many that each slot gets N blocks (default: 1M)",
     )
-    group.add_argument("--recend", metavar="STRING", help=r"what ends a record (default: \n)")
+    group.add_argument("--recend", metavar="STRING", help="the end of a record (default: \\n)")
     group.add_argument(
-        "--recstart", metavar="STRING", help="what begins a record; blocks end before it"
+        "--recstart", metavar="STRING", help="the beginning of a record; blocks end before it"
     )
 
 

@@ -23,22 +23,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--progress",
         "--bar",
         action="store_true",
-        help="if standard error is a terminal, show how many are done and have failed, the rate, "
-        "and the time left if the number of commands is known; with tqdm's bar if it is installed",
+        help="on a terminal (standard error), show how many commands are done and have failed, "
+        "the rate, and the time left if their number is known; with a bar if tqdm is installed",
     )
     group.add_argument(
         "--eta",
         action="store_true",
-        help="the same, and read all of the input before, so that their number is known",
+        help="the same, and read all of the input first to know that number",
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="write the commands, one a line, and run none"
+        "--dry-run", action="store_true", help="write the commands, one on each line, and run none"
     )
     group.add_argument(
         "--html",
         metavar="FILE",
-        help="write a report at the end: when each command ran, how long they took, the slowest, "
-        "and what failed; one file for a browser",
+        help="write a report for a browser at the end: when each command ran, how long they took, "
+        "the slowest ones, and what failed",
     )
 
 

@@ -82,17 +82,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module to `parser`."""
     group = parser.add_argument_group(
         "the command",
-        "{} in it is replaced by the argument, {.} without its extension, {/} without its "
-        "directory, {//} by the directory, {/.} by the basename without extension, {#} by the "
-        "command's number, {%} by its slot; {N} by the argument of source, column or position N "
-        "({-N}: from the end), {NAME} by that of a column which --header has named, and {N.}, "
-        "{NAME/} and so on. Without any of these, the arguments come last.",
+        "In COMMAND, {} is replaced by the argument, {.} by the argument without its extension, "
+        "{/} without its directory, {//} by the directory, {/.} by the basename without "
+        "extension, {#} by the command's number, and {%} by its slot. {N} is replaced by the "
+        "argument of source, column or position N ({-N}: from the end), and {NAME} by that of a "
+        "column that --header names; there are {N.}, {NAME/} and so on, too. Without any of "
+        "these, the arguments come last.",
     )
     group.add_argument(
         "--shell",
         action="store_true",
-        help="COMMAND is a shell command, and so is a line of input without COMMAND. What replaces "
-        "{} in it is one word, so leave {} outside quotes. ARGUMENTs are quoted",
+        help="COMMAND is a shell command; without COMMAND, each line of input is one. What "
+        "replaces {} in it is one word, so put {} outside quotes. ARGUMENTs are quoted",
     )
     for option, short, name, place in _RENAMED:
         names = [option, short] if short else [option]
@@ -100,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             *names,
             dest=name,
             metavar="STRING",
-            help=f"in the place of {place.decode()}".replace("%", "%%"),
+            help=f"in place of {place.decode()}".replace("%", "%%"),
         )
     for option in ("--plus", "-q", "--quote"):  # of GNU parallel: so it is always
         group.add_argument(option, dest="ignored", action="store_true", help=argparse.SUPPRESS)

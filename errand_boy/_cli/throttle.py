@@ -31,25 +31,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         metavar="TIME",
         default=0.0,
-        help="leave so much time between two starts",
+        help="let TIME pass between two starts",
     )
     group.add_argument(
         "--load",
         metavar="N",
-        help="start no command while N or more processes of the system want to run; N%% is a share "
-        "of the CPUs",
+        help="start no command while N or more processes of the system want to run; N%% is "
+        "relative to the number of CPUs",
     )
     group.add_argument(
         "--memfree",
         type=size,
         metavar="SIZE",
-        help="start no command while less memory than that is available (512M, 2G)",
+        help="start no command while less memory than SIZE (512M, 2G) is available",
     )
     group.add_argument(
         "--memsuspend",
         type=size,
         metavar="SIZE",
-        help="the same; and have the youngest commands pause, one after another, until as much is "
+        help="the same, and pause the youngest commands, one after another, until as much is "
         "available again; the oldest goes on",
     )
 
