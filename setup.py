@@ -50,6 +50,17 @@ HELPER_SOURCES = [
         "spawn/spawn_posix",
         "spawn/supervisor",
         "spawn/watch",
+        "keeper/main",
+        "keeper/loop",
+        "keeper/frames",
+        "keeper/command",
+        "keeper/notify",
+        "keeper/attach",
+        "keeper/follow",
+        "keeper/client",
+        "keeper/log",
+        "keeper/journal",
+        "keeper/ring",
     )
 ]
 # The second as in Python.h: where a long has 32 bits, limits and offsets have 64 all the same.

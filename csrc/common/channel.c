@@ -1,6 +1,7 @@
 #include "common/channel.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -139,6 +140,14 @@ bool eb_channel_send(struct eb_channel *c, enum eb_kind kind, const void *first,
         return keep(c, head + sent, head_size - sent) && keep(c, second, second_size);
     sent -= head_size;
     return sent == second_size || keep(c, (const uint8_t *)second + sent, second_size - sent);
+}
+
+void eb_channel_refuse(struct eb_channel *c, const char *format, va_list arguments)
+{
+    char reason[EB_MAX_REASON];
+    int length = vsnprintf(reason, sizeof reason, format, arguments);
+    size_t size = length < (int)sizeof reason ? (size_t)length : sizeof reason - 1;
+    (void)eb_channel_send(c, EB_REFUSED, reason, size, NULL, 0, false);
 }
 
 bool eb_channel_flush(struct eb_channel *c)

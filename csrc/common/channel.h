@@ -4,6 +4,8 @@
 
 #include "common/fdpass.h"
 
+#include <stdarg.h>
+
 struct eb_channel {
     int fd; /* -1: closed */
     struct eb_fds fds;
@@ -35,6 +37,9 @@ uint8_t *eb_channel_take(struct eb_channel *c, struct eb_frame *frame);
  * back.  False: the peer is gone or memory is short. */
 bool eb_channel_send(struct eb_channel *c, enum eb_kind kind, const void *first, size_t first_size, const void *second,
                      size_t second_size, bool hold);
+/* Sends REFUSED with a reason, if the socket takes it: who sends what he may not is owed no more. */
+__attribute__((format(printf, 2, 0))) void eb_channel_refuse(struct eb_channel *c, const char *format,
+                                                             va_list arguments);
 /* Sends what has been kept.  False: the peer is gone. */
 bool eb_channel_flush(struct eb_channel *c);
 /* Closes the socket and all descriptors, frees all buffers. */

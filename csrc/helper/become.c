@@ -139,7 +139,7 @@ static void close_standard(void)
     close(null);
 }
 
-void eb_become(void)
+void eb_become(bool opens)
 {
     if (user.given) {
         set_login_uid();
@@ -161,7 +161,7 @@ void eb_become(void)
     if (user.given) {
         close_standard();
         /* As an exec would set it: a program that its user may not read stays closed to him. */
-        if (access("/proc/self/exe", R_OK) == 0)
+        if (opens && access("/proc/self/exe", R_OK) == 0)
             (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
     }
 }

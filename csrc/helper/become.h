@@ -12,8 +12,9 @@
  *   --chdir=PATH      the working directory
  */
 bool eb_become_option(const char *argument);
-/* Does what they say.  Ends the process with a message if any of it fails. */
-void eb_become(void);
+/* Does what they say.  Ends the process with a message if any of it fails.  With `opens` the user may look into this
+ * process then, as into a program that he has executed. */
+void eb_become(bool opens);
 /* Whether there was a --uid. */
 bool eb_has_become(void);
 

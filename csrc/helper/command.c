@@ -195,8 +195,10 @@ static void report_end(const struct eb_command *k)
         eb_put_u64(&w, (eb_clock_ns(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
         eb_put_u32(&w, (uint32_t)k->start.pid);
     }
-    if (k->start.supervisor != NULL)
-        eb_process_put_tree(&w, k->start.supervisor);
+    if (k->start.supervisor != NULL) {
+        const struct eb_tree_usage tree = eb_process_tree(k->start.supervisor);
+        eb_process_put_tree(&w, &tree);
+    }
     eb_reply(k->connection, EB_EXITED, payload, eb_written(&w));
 }
 
@@ -294,6 +296,7 @@ static void fail(struct eb_command *k, int error, enum eb_stage stage)
 void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
 {
     char reason[EB_MAX_REASON];
+    const char *objection;
     struct eb_frame taken = *frame;
     struct eb_command *k = use_spare(c);
     struct eb_request *q = &k->request;
@@ -318,10 +321,8 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
                   q->streams != 0              ? "STREAMS"
                   : eb_has(q, EB_TAG_COALESCE) ? "COALESCE"
                                                : "SUPERVISE");
-    else if (eb_has(q, EB_TAG_TERMINAL) && ((q->streams & 3) != 3 || !eb_has(q, EB_TAG_SETSID)))
-        eb_refuse(c, "malformed SPAWN: option TERMINAL needs SETSID, and STREAMS with 0 and 1");
-    else if (eb_has(q, EB_TAG_LIMITS) && !q->tree_all)
-        eb_refuse(c, "malformed SPAWN: option LIMITS needs SUPERVISE with 1");
+    else if ((objection = eb_process_objection(q)) != NULL)
+        eb_refuse(c, "malformed SPAWN: %s", objection);
     else if (c->tells_ends && (k->record = eb_record_new(q, &c->channel.fds)) == NULL)
         fail(k, ENOMEM, EB_STAGE_START); /* nothing runs of which nobody is told */
 }

@@ -1,7 +1,6 @@
 #include "helper/connection.h"
 
 #include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -12,18 +11,6 @@ enum {
 };
 
 struct eb_helper helper;
-
-uint64_t eb_clock_ns(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
-uint64_t eb_now_ms(void)
-{
-    return eb_clock_ns(CLOCK_MONOTONIC) / 1000000;
-}
 
 void eb_wake_by(uint64_t when)
 {
@@ -149,14 +136,13 @@ void eb_reply_u32(struct eb_connection *c, enum eb_kind kind, uint32_t number)
 
 void eb_refuse(struct eb_connection *c, const char *format, ...)
 {
-    char reason[EB_MAX_REASON];
     va_list arguments;
     va_start(arguments, format);
-    int length = vsnprintf(reason, sizeof reason, format, arguments);
-    va_end(arguments);
     c->coalesces = false;
     eb_uncork(c);
-    eb_reply(c, EB_REFUSED, reason, length < (int)sizeof reason ? (size_t)length : sizeof reason - 1);
+    if (!c->closing)
+        eb_channel_refuse(&c->channel, format, arguments);
+    va_end(arguments);
     eb_mark_closing(c);
 }
 

@@ -10,8 +10,8 @@
 #define EB_HELPER_H
 
 #include <sys/socket.h>
-#include <time.h>
 
+#include "common/clock.h"
 #include "helper/self.h"
 #include "spawn/spawn.h"
 
@@ -53,8 +53,6 @@ struct eb_helper {
 
 extern struct eb_helper helper;
 
-uint64_t eb_clock_ns(clockid_t clock);
-uint64_t eb_now_ms(void); /* of CLOCK_MONOTONIC */
 /* Has the objects looked at then, or a few milliseconds later. */
 void eb_wake_by(uint64_t when);
 

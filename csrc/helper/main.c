@@ -11,6 +11,7 @@
  *   --counters        descriptor 4 is a file in memory, for the counters
  *   --open-files=N    the soft limit of open files for commands whose request has none
  *   --uid=N and others: whose process it becomes, see become.h
+ *   --job             as the first: it is a job's keeper, see keeper/main.c
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
  * socket is at its end and the last connection has gone; a private one also on SIGTERM, when what it does
@@ -21,6 +22,7 @@
 #include "helper/control.h"
 #include "helper/counters.h"
 #include "helper/loop.h"
+#include "keeper/main.h"
 #include "spawn/slices.h"
 
 #include <fcntl.h>
@@ -59,6 +61,8 @@ static bool take_option(const char *option)
 
 int main(int argc, char **argv)
 {
+    if (argc > 1 && strcmp(argv[1], "--job") == 0)
+        return eb_keeper_main(argc, argv);
     helper.frame_timeout_ms = 30000;
     for (int i = 1; i < argc; i++)
         if (!take_option(argv[i]) && !eb_become_option(argv[i])) {
@@ -67,7 +71,7 @@ int main(int argc, char **argv)
         }
     const bool private = given[PRIVATE], posix = given[POSIX_SPAWN] || !EB_HAVE_RAW, counters = given[COUNTERS];
     eb_self_keep_descriptors(private || counters ? CONTROL_FD + 1 : CONTROL_FD);
-    eb_become();
+    eb_become(true);
     if (!private && !eb_counters_keep(counters ? COUNTERS_FD : -1))
         eb_fatal("counters");
     if (!private && counters)

@@ -4,6 +4,15 @@
 
 #include <signal.h>
 
+const char *eb_process_objection(const struct eb_request *q)
+{
+    if (eb_has(q, EB_TAG_TERMINAL) && ((q->streams & 3) != 3 || !eb_has(q, EB_TAG_SETSID)))
+        return "option TERMINAL needs SETSID, and STREAMS with 0 and 1";
+    if (eb_has(q, EB_TAG_LIMITS) && !q->tree_all)
+        return "option LIMITS needs SUPERVISE with 1";
+    return NULL;
+}
+
 void eb_process_signal(const struct eb_start *start, pid_t child, pid_t pid, int number)
 {
     if (start->supervisor != NULL) {
@@ -72,14 +81,23 @@ void eb_process_put_end(struct eb_writer *w, const struct eb_end *end)
         eb_put_u64(w, end->usage[i]);
 }
 
-void eb_process_put_tree(struct eb_writer *w, const struct eb_supervisor *s)
+struct eb_tree_usage eb_process_tree(const struct eb_supervisor *s)
 {
-    uint64_t peak = (uint64_t)s->tree.ru_maxrss << 10;
-    if (s->watch != NULL && s->watch->peak_memory > peak)
-        peak = s->watch->peak_memory;
-    eb_put_u8(w, s->cause);
-    eb_put_u64(w, eb_watch_us(&s->tree.ru_utime));
-    eb_put_u64(w, eb_watch_us(&s->tree.ru_stime));
-    eb_put_u64(w, peak);
-    eb_put_u32(w, s->watch != NULL ? s->watch->peak_processes : 0);
+    const uint64_t peak = (uint64_t)s->tree.ru_maxrss << 10, seen = s->watch != NULL ? s->watch->peak_memory : 0;
+    return (struct eb_tree_usage){
+        .cause = s->cause,
+        .user_us = eb_watch_us(&s->tree.ru_utime),
+        .system_us = eb_watch_us(&s->tree.ru_stime),
+        .peak = seen > peak ? seen : peak,
+        .processes = s->watch != NULL ? s->watch->peak_processes : 0,
+    };
+}
+
+void eb_process_put_tree(struct eb_writer *w, const struct eb_tree_usage *tree)
+{
+    eb_put_u8(w, (uint8_t)tree->cause);
+    eb_put_u64(w, tree->user_us);
+    eb_put_u64(w, tree->system_us);
+    eb_put_u64(w, tree->peak);
+    eb_put_u32(w, tree->processes);
 }

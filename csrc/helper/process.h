@@ -16,6 +16,16 @@ struct eb_end {
     uint64_t usage[EB_USAGE_FIELDS];
 };
 
+/* What a supervisor has seen of a command's tree: times in microseconds, memory in bytes. */
+struct eb_tree_usage {
+    enum eb_cause cause;
+    uint64_t user_us, system_us, peak;
+    uint32_t processes;
+};
+
+/* Why a request can't be started by who owns its children, in a sentence; NULL: it can. */
+const char *eb_process_objection(const struct eb_request *q);
+
 /* Sends what a SIGNAL says, `pid` and `number`, to a command whose process `child` has not been waited for; what is meant
  * for another process is dropped. */
 void eb_process_signal(const struct eb_start *start, pid_t child, pid_t pid, int number);
@@ -30,6 +40,7 @@ void eb_process_put_start(struct eb_writer *w, const struct eb_start *start);
 /* The beginning of the payload of EXITED. */
 void eb_process_put_end(struct eb_writer *w, const struct eb_end *end);
 /* What EXITED says of a supervised command's tree. */
-void eb_process_put_tree(struct eb_writer *w, const struct eb_supervisor *s);
+struct eb_tree_usage eb_process_tree(const struct eb_supervisor *s);
+void eb_process_put_tree(struct eb_writer *w, const struct eb_tree_usage *tree);
 
 #endif

@@ -1,0 +1,12 @@
+/* Which frame may come from whom, and who acts on it. */
+#ifndef EB_KEEPER_FRAMES_H
+#define EB_KEEPER_FRAMES_H
+
+#include "keeper/client.h"
+
+/* Whether it is time for more of its frames. */
+bool eb_client_takes_frames(const struct eb_client *c);
+/* Acts on the frames that have come whole. */
+void eb_client_take_frames(struct eb_client *c);
+
+#endif

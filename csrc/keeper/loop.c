@@ -1,0 +1,277 @@
+/*
+ * One round of the loop:
+ *
+ *   1. Each client has its turn: its frames are acted on, and it is sent what there is for it.  Who is done with is
+ *      closed and freed, here alone, so that no event of a round points to one that is gone.
+ *   2. What else is due is done, and all descriptors are watched for what is wanted of them now.
+ *   3. Each event goes to its owner.  The command's output goes to its followers at once.
+ *   4. The processes that have ended are waited for.
+ */
+#include "keeper/loop.h"
+
+#include "common/heap.h"
+#include "keeper/attach.h"
+#include "keeper/command.h"
+#include "keeper/follow.h"
+#include "keeper/frames.h"
+#include "keeper/notify.h"
+
+#include <errno.h>
+#include <stddef.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+enum {
+    TRIM_MS = 100,          /* without an event, after which memory is given back */
+    RETRY_MS = 100,         /* what failed for lack of memory or descriptors */
+    SPARE_CONNECTIONS = 16, /* beyond EB_MOST_CLIENTS: of the server, and of those who are told of that */
+};
+
+static int epoll_fd;
+
+static void unwatch(struct eb_watched *w)
+{
+    if (w->fd >= 0)
+        (void)epoll_ctl(epoll_fd, EPOLL_CTL_DEL, w->fd, NULL);
+    w->fd = -1;
+}
+
+/* Watches `fd` for `events`, 0 for a hang-up only.  False: memory or the user's number of watches is exhausted. */
+static bool watch(struct eb_watched *w, int fd, uint32_t events, const enum eb_keeper_source *source)
+{
+    if (w->fd == fd && w->events == events)
+        return true;
+    struct epoll_event event = {.events = events, .data.ptr = (void *)(uintptr_t)source};
+    if (epoll_ctl(epoll_fd, w->fd == fd ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) != 0)
+        return false;
+    *w = (struct eb_watched){.fd = fd, .events = events};
+    return true;
+}
+
+/* -- clients -- */
+
+static void refuse_late(struct eb_client *c)
+{
+    eb_client_refuse(c, "the rest of a frame has not come in %llu ms", (unsigned long long)keeper.frame_timeout_ms);
+}
+
+/* What has been begun must come in time. */
+static void check_deadline(struct eb_client *c, uint64_t now)
+{
+    const bool asks = c->kind == EB_CLIENT_STARTER && keeper.state == EB_KEEPER_NEW;
+    if (!eb_client_takes_frames(c) || !(c->channel.in_size > 0 || !c->greeted || asks)) {
+        c->deadline = 0;
+        return;
+    }
+    if (c->deadline == 0)
+        c->deadline = now + keeper.frame_timeout_ms;
+    if (now >= c->deadline)
+        refuse_late(c);
+    else
+        eb_keeper_wake_by(c->deadline);
+}
+
+static bool is_done_with(const struct eb_client *c, uint64_t now)
+{
+    const bool over = keeper.state == EB_KEEPER_OVER;
+    if (c->broken || (over && now >= keeper.over_ms + keeper.linger_ms))
+        return true;
+    if (c->gone)
+        return c->typed_size == 0;
+    return !eb_client_is_blocked(c) && (c->closing || (over && keeper.exited_size == 0));
+}
+
+static void close_client(struct eb_client *c)
+{
+    const bool attached = c->attached;
+    unwatch(&c->watch);
+    eb_client_free(c);
+    if (attached)
+        eb_attach_fit();
+}
+
+static void take_turn(struct eb_client *c, uint64_t now)
+{
+    eb_client_take_frames(c);
+    const bool behind = eb_follow(c);
+    check_deadline(c, now);
+    if (is_done_with(c, now)) {
+        close_client(c);
+        return;
+    }
+    const bool blocked = eb_client_is_blocked(c);
+    if (!blocked && !eb_client_takes_frames(c))
+        unwatch(&c->watch); /* its end is reported, whatever it is watched for */
+    else if (!watch(&c->watch, c->channel.fd, blocked ? EPOLLOUT : EPOLLIN | (behind ? EPOLLOUT : 0u), &c->source))
+        eb_keeper_wake_by(now + RETRY_MS);
+}
+
+static void on_client(struct eb_client *c)
+{
+    if (eb_client_is_blocked(c)) {
+        if (!eb_channel_flush(&c->channel))
+            c->broken = true;
+    } else if (eb_client_takes_frames(c)) {
+        struct ucred sender;
+        int got = eb_channel_fill(&c->channel, &sender);
+        c->gone = got < 0;
+    }
+}
+
+static void accept_server(void)
+{
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+    int fd = accept4(EB_LISTENER_FD, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0)
+        return;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == keeper.server)
+        (void)eb_client_new(fd, EB_CLIENT_SERVER);
+    else
+        close(fd);
+}
+
+/* -- descriptors -- */
+
+static const enum eb_keeper_source sources[EB_KEEPER_CLIENT] = {
+    EB_KEEPER_SIGNALS, EB_KEEPER_LISTENER, EB_KEEPER_START,  EB_KEEPER_NOTIFY,
+    EB_KEEPER_STDIN,   EB_KEEPER_STDOUT,   EB_KEEPER_STDERR,
+};
+static struct eb_watched watches[EB_KEEPER_CLIENT];
+
+static void want(enum eb_keeper_source source, bool wanted, int fd, uint32_t events)
+{
+    struct eb_watched *w = &watches[source];
+    if (!wanted || w->fd != fd)
+        unwatch(w);
+    if (wanted && !watch(w, fd, events, &sources[source]))
+        eb_keeper_wake_by(eb_now_ms() + RETRY_MS);
+}
+
+static void watch_all(int signals)
+{
+    want(EB_KEEPER_SIGNALS, true, signals, EPOLLIN);
+    want(EB_KEEPER_LISTENER, keeper.count < EB_MOST_CLIENTS + SPARE_CONNECTIONS, EB_LISTENER_FD, EPOLLIN);
+    want(EB_KEEPER_START, keeper.state == EB_KEEPER_STARTING, keeper.start.done_fd, 0);
+    want(EB_KEEPER_NOTIFY, eb_notify_fd() >= 0, eb_notify_fd(), 0);
+    for (int i = 0; i < 3; i++) {
+        const bool wanted = eb_keeper_has(i) && (i == 0 ? eb_attach_has_typed() : keeper.hung_until == 0);
+        want(EB_KEEPER_STDIN + (unsigned)i, wanted && keeper.state == EB_KEEPER_RUNNING, keeper.fds[i],
+             i == 0 ? EPOLLOUT : EPOLLIN);
+        if (keeper.fds[i] >= 0 && (keeper.over >> i & 1)) {
+            close(keeper.fds[i]);
+            keeper.fds[i] = -1;
+        }
+    }
+}
+
+static void dispatch(const enum eb_keeper_source *source, bool *signalled)
+{
+    switch (*source) {
+    case EB_KEEPER_SIGNALS:
+        *signalled = true;
+        break;
+    case EB_KEEPER_LISTENER:
+        accept_server();
+        break;
+    case EB_KEEPER_START:
+        unwatch(&watches[*source]); /* new processes hold copies of it, which would keep it in the set */
+        if (keeper.state == EB_KEEPER_STARTING)
+            eb_kept_started();
+        break;
+    case EB_KEEPER_NOTIFY:
+        unwatch(&watches[*source]);
+        eb_notify_started();
+        break;
+    case EB_KEEPER_STDIN:
+        eb_attach_write();
+        break;
+    case EB_KEEPER_STDOUT:
+    case EB_KEEPER_STDERR:
+        if (eb_keeper_has((int)(*source - EB_KEEPER_STDIN)))
+            eb_kept_read((int)(*source - EB_KEEPER_STDIN));
+        break;
+    case EB_KEEPER_CLIENT:
+        on_client((struct eb_client *)((uintptr_t)source - offsetof(struct eb_client, source)));
+        break;
+    }
+}
+
+static void take_signals(int signals)
+{
+    struct signalfd_siginfo info;
+    while (read(signals, &info, sizeof info) > 0)
+        ;
+    unwatch(&watches[EB_KEEPER_START]); /* the end of a process tells the outcome of its start, and closes that */
+    eb_kept_reap();
+}
+
+/* -- the end -- */
+
+static bool has(enum eb_client_kind kind)
+{
+    const struct eb_client *c = keeper.clients;
+    while (c != NULL && c->kind != kind)
+        c = c->next;
+    return c != NULL;
+}
+
+static bool is_done(void)
+{
+    if (keeper.state == EB_KEEPER_NEW)
+        return !has(EB_CLIENT_STARTER) && (keeper.adopted || !has(EB_CLIENT_SERVER));
+    return keeper.state == EB_KEEPER_OVER && !has(EB_CLIENT_STARTER) && !has(EB_CLIENT_VISITOR) && eb_notify_fd() < 0;
+}
+
+static void trim(void)
+{
+    eb_ring_trim();
+    eb_trim_heap();
+    keeper.spawner->trim();
+}
+
+void eb_keeper_serve(int signals)
+{
+    struct epoll_event events[32];
+    uint64_t busy = 0; /* of eb_now_ms: the last event, if memory has not been given back since */
+    for (int i = 0; i < EB_KEEPER_CLIENT; i++)
+        watches[i].fd = -1;
+    epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (epoll_fd < 0)
+        eb_fatal("epoll");
+    for (;;) {
+        bool signalled = false;
+        const uint64_t now = eb_now_ms();
+        keeper.wake = 0;
+        for (struct eb_client *c = keeper.clients, *next; c != NULL; c = next) {
+            next = c->next;
+            take_turn(c, now);
+        }
+        if (is_done())
+            break;
+        eb_kept_wake(now);
+        eb_attach_wake(now);
+        watch_all(signals);
+        if (keeper.state == EB_KEEPER_OVER)
+            eb_keeper_wake_by(keeper.over_ms + keeper.linger_ms);
+        if (busy != 0 && now >= busy + TRIM_MS) {
+            trim();
+            busy = 0;
+        }
+        if (busy != 0)
+            eb_keeper_wake_by(busy + TRIM_MS);
+        int n = epoll_wait(epoll_fd, events, sizeof events / sizeof *events,
+                           keeper.wake == 0    ? -1
+                           : keeper.wake > now ? (int)(keeper.wake - now)
+                                               : 0);
+        if (n < 0 && errno != EINTR)
+            eb_fatal("epoll_wait");
+        if (n > 0)
+            busy = now;
+        for (int i = 0; i < n; i++)
+            dispatch(events[i].data.ptr, &signalled);
+        if (signalled)
+            take_signals(signals);
+    }
+}

@@ -1,0 +1,275 @@
+#include "keeper/ring.h"
+
+#include "common/wire.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+_Static_assert(sizeof(struct eb_ring_header) <= EB_RING_HEADER, "the header has a page");
+
+static int file;
+static struct eb_ring_header header;
+static uint64_t added[EB_RINGS]; /* bytes of output */
+static uint64_t sequence;        /* the last one's */
+static size_t most;
+static uint8_t buffer[EB_MAX_OUTPUT];
+
+/* The newest record while the buffer has its data: most readers want that one. */
+static struct {
+    const struct eb_ring_state *ring; /* NULL: there is none */
+    uint64_t at, time_us;
+    uint32_t size;
+} newest;
+
+static struct eb_ring_state *ring_of(int stream)
+{
+    return &header.rings[stream - 1];
+}
+
+/* -- the file -- */
+
+static bool write_all(const void *data, size_t size, uint64_t offset)
+{
+    ssize_t n;
+    do
+        n = pwrite(file, data, size, (off_t)offset);
+    while (n < 0 && errno == EINTR);
+    if (n >= 0 && (size_t)n < size)
+        errno = ENOSPC;
+    return n == (ssize_t)size;
+}
+
+static bool put(const struct eb_ring_state *r, uint64_t at, const uint8_t *data, size_t size)
+{
+    uint64_t place = at % r->capacity;
+    size_t first = size < r->capacity - place ? size : (size_t)(r->capacity - place);
+    return write_all(data, first, r->offset + place) &&
+           (first == size || write_all(data + first, size - first, r->offset));
+}
+
+static bool get(const struct eb_ring_state *r, uint64_t at, uint8_t *data, size_t size)
+{
+    uint64_t place = at % r->capacity;
+    size_t first = size < r->capacity - place ? size : (size_t)(r->capacity - place);
+    return pread(file, data, first, (off_t)(r->offset + place)) == (ssize_t)first &&
+           (first == size || pread(file, data + first, size - first, (off_t)r->offset) == (ssize_t)(size - first));
+}
+
+/* In its page, which the file has since it was made: it can't fail for lack of room, and no kill cuts it short. */
+static void put_state(const struct eb_ring_state *r)
+{
+    (void)write_all(r, sizeof *r, (uint64_t)((const char *)r - (const char *)&header));
+}
+
+static bool put_record(const struct eb_ring_state *r, const uint8_t *head, size_t size)
+{
+    const uint64_t place = r->head % r->capacity;
+    if (place + EB_RING_RECORD + size > r->capacity)
+        return put(r, r->head, head, EB_RING_RECORD) && put(r, r->head + EB_RING_RECORD, buffer, size);
+    struct iovec parts[] = {{(void *)(uintptr_t)head, EB_RING_RECORD}, {buffer, size}};
+    ssize_t n;
+    do
+        n = pwritev(file, parts, 2, (off_t)(r->offset + place));
+    while (n < 0 && errno == EINTR);
+    return n == (ssize_t)(EB_RING_RECORD + size);
+}
+
+/* Returns the size of the record at `at`; 0: there is none that makes sense, since somebody else has written there. */
+static uint32_t get_head(const struct eb_ring_state *r, uint64_t at, uint64_t *number, uint64_t *time_us)
+{
+    uint8_t head[EB_RING_RECORD];
+    if (!get(r, at, head, sizeof head))
+        return 0;
+    uint32_t size;
+    memcpy(number, head, 8);
+    memcpy(time_us, head + 8, 8);
+    memcpy(&size, head + 16, 4);
+    return size <= most && at + EB_RING_RECORD + size <= r->head ? size : 0;
+}
+
+bool eb_ring_make(int fd, uint64_t capacity, unsigned streams)
+{
+    file = fd;
+    memcpy(header.magic, EB_RING_MAGIC, sizeof header.magic);
+    header.size = EB_RING_HEADER;
+    header.count = EB_RINGS;
+    uint64_t offset = EB_RING_HEADER;
+    for (int i = 0; i < EB_RINGS; i++)
+        if (streams >> (i + 1) & 1) {
+            header.rings[i] = (struct eb_ring_state){.offset = offset, .capacity = capacity};
+            offset += capacity;
+        }
+    most = capacity / 4 < sizeof buffer ? (size_t)(capacity / 4) : sizeof buffer;
+    return write_all(&header, sizeof header, 0);
+}
+
+size_t eb_ring_most(void)
+{
+    return most;
+}
+
+uint8_t *eb_ring_buffer(void)
+{
+    newest.ring = NULL;
+    return buffer;
+}
+
+void eb_ring_trim(void)
+{
+    const uintptr_t page = (uintptr_t)getpagesize();
+    const uintptr_t start = ((uintptr_t)buffer + page - 1) & ~(page - 1),
+                    end = (uintptr_t)(buffer + sizeof buffer) & ~(page - 1);
+    newest.ring = NULL;
+    if (start < end)
+        (void)madvise((void *)start, end - start, MADV_DONTNEED);
+}
+
+/* -- what is added -- */
+
+/* Empties a ring.  The next record begins at the start of the ring, where pages of the file are most likely there. */
+static void lose_all(struct eb_ring_state *r, uint64_t before)
+{
+    r->head = r->tail = (r->head + r->capacity - 1) / r->capacity * r->capacity;
+    r->lost = before;
+    put_state(r);
+}
+
+static void make_room(struct eb_ring_state *r, size_t needed, uint64_t before)
+{
+    const uint64_t tail = r->tail;
+    while (r->head - r->tail + needed > r->capacity) {
+        uint64_t number, time_us;
+        uint32_t size = get_head(r, r->tail, &number, &time_us);
+        if (size == 0) {
+            lose_all(r, before);
+            return;
+        }
+        r->tail += EB_RING_RECORD + size;
+        r->lost += size;
+    }
+    if (r->tail != tail)
+        put_state(r);
+}
+
+void eb_ring_add(int stream, size_t size)
+{
+    struct eb_ring_state *r = ring_of(stream);
+    const uint32_t length = (uint32_t)size;
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    const uint64_t time_us = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+    const uint64_t before = added[stream - 1];
+    uint8_t head[EB_RING_RECORD];
+    sequence++;
+    added[stream - 1] += size;
+    memcpy(head, &sequence, 8);
+    memcpy(head + 8, &time_us, 8);
+    memcpy(head + 16, &length, 4);
+    make_room(r, sizeof head + size, before);
+    newest.ring = NULL;
+    if (!put_record(r, head, size)) {
+        lose_all(r, before);
+        if (!put_record(r, head, size)) {
+            lose_all(r, before + size);
+            return;
+        }
+    }
+    newest.ring = r;
+    newest.at = r->head;
+    newest.time_us = time_us;
+    newest.size = length;
+    r->head += sizeof head + size;
+    put_state(r);
+}
+
+uint64_t eb_ring_added(int stream)
+{
+    return added[stream - 1];
+}
+
+uint64_t eb_ring_lost(int stream)
+{
+    return ring_of(stream)->lost;
+}
+
+/* -- cursors -- */
+
+/* Has it be where something is, and the head of that record known.  False: there is none. */
+static bool settle(struct eb_cursor_ring *c, const struct eb_ring_state *r)
+{
+    if (c->passed < r->lost) {
+        c->missed += r->lost - c->passed;
+        c->passed = r->lost;
+        c->at = r->tail;
+        c->size = 0;
+    }
+    if (c->at == r->head)
+        return false;
+    if (c->size != 0)
+        return true;
+    if (newest.ring == r && newest.at == c->at) {
+        c->sequence = sequence;
+        c->time_us = newest.time_us;
+        c->size = newest.size;
+    } else if ((c->size = get_head(r, c->at, &c->sequence, &c->time_us)) == 0) {
+        c->missed += added[r - header.rings] - c->passed;
+        c->passed = added[r - header.rings];
+        c->at = r->head;
+        return false;
+    }
+    return true;
+}
+
+static void move_on(struct eb_cursor_ring *c)
+{
+    c->at += EB_RING_RECORD + c->size;
+    c->passed += c->size;
+    c->size = 0;
+}
+
+void eb_cursor_end(struct eb_cursor *c)
+{
+    for (int i = 0; i < EB_RINGS; i++)
+        c->rings[i] = (struct eb_cursor_ring){.at = header.rings[i].head, .passed = added[i]};
+}
+
+void eb_cursor_start(struct eb_cursor *c, uint64_t first, const uint64_t known[EB_RINGS])
+{
+    for (int i = 0; i < EB_RINGS; i++) {
+        const struct eb_ring_state *r = &header.rings[i];
+        struct eb_cursor_ring *at = &c->rings[i];
+        *at = (struct eb_cursor_ring){.at = r->tail, .passed = r->lost};
+        while (settle(at, r) && at->sequence < first)
+            move_on(at);
+        at->missed = at->passed > known[i] ? at->passed - known[i] : 0;
+    }
+}
+
+int eb_cursor_next(struct eb_cursor *c)
+{
+    int stream = 0;
+    for (int i = 0; i < EB_RINGS; i++)
+        if (settle(&c->rings[i], &header.rings[i]) &&
+            (stream == 0 || c->rings[i].sequence < c->rings[stream - 1].sequence))
+            stream = i + 1;
+    return stream;
+}
+
+const uint8_t *eb_cursor_take(struct eb_cursor *c, int stream)
+{
+    struct eb_cursor_ring *at = &c->rings[stream - 1];
+    const struct eb_ring_state *r = ring_of(stream);
+    bool got = newest.ring == r && newest.at == at->at;
+    if (!got) {
+        newest.ring = NULL;
+        got = get(r, at->at + EB_RING_RECORD, buffer, at->size);
+    }
+    if (!got)
+        at->missed += at->size;
+    move_on(at);
+    return got ? buffer : NULL;
+}
