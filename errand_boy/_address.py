@@ -48,7 +48,7 @@ class Address:
             expected = " or ".join(map(str, sorted(trusted, reverse=True)))
             raise RefusedError(
                 errno.EPERM,
-                f"user {uid} listens here, where user {expected} should: nothing was sent",
+                f"user {uid} listens here, not user {expected}: nothing was sent",
                 self.path,
             )
 

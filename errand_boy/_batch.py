@@ -140,7 +140,7 @@ class Batch:
         if isinstance(commands, Sized):
             self.halt.total = len(commands)
         elif self.halt.needs_total and self.halt.total is None:
-            raise ValueError("done=N% of how many? commands must have a length")
+            raise ValueError("halt: done=N% needs commands that have a length")
         share = Timeout(timeout) if isinstance(timeout, str) else None
         self.jobs = Jobs(
             self._options,
@@ -212,7 +212,7 @@ class Batch:
     def fill(self) -> None:
         """Start what may be started."""
         if self._owner != os.getpid():
-            text = "another process started the commands, before a fork"
+            text = "the commands were started in another process, before a fork"
             raise ChildProcessError(errno.ECHILD, text)
         self._is_dry = False
         while self._live < self._most and (self._gate is None or self._may_start(self._gate)):

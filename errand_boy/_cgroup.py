@@ -23,7 +23,7 @@ def signal_all(cgroup: Any, number: int) -> None:
     try:
         pids = _pids(fd)
         if os.getpid() in pids:
-            raise ValueError(f"cgroup: {cgroup!r} has this process in it, and can't be ended")
+            raise ValueError(f"cgroup: {cgroup!r} contains this process, so it can't be ended")
         if number == signal.SIGKILL:
             with contextlib.suppress(FileNotFoundError):  # before Linux 5.14
                 _write(fd, "cgroup.kill", b"1")

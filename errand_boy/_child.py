@@ -123,7 +123,9 @@ class HelperChild:
 
 
 def _not_ours() -> ChildProcessError:
-    return ChildProcessError(errno.ECHILD, "another process started the command, before a fork")
+    return ChildProcessError(
+        errno.ECHILD, "the command was started in another process, before a fork"
+    )
 
 
 def helper_child(process: Any) -> HelperChild | None:

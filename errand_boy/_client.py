@@ -446,7 +446,7 @@ class Client:
             raise
         except PermissionError as error:
             sock.close()
-            text = "the daemon's socket is not for this user"
+            text = "this user may not connect to the daemon's socket"
             raise RefusedError(error.errno, text, self.path) from error
         except OSError as error:
             sock.close()

@@ -44,9 +44,9 @@ class Ends:
 
     def __init__(self, stop: Any = None, tree: str | None = None, drain: Any = None) -> None:
         if tree is not None and tree not in TREES:
-            raise ValueError(f"tree: {tree!r} is none of {', '.join(TREES)}")
+            raise ValueError(f"tree: {tree!r} is not one of {', '.join(TREES)}")
         if drain is not None and not 0 <= drain <= _MOST_DRAIN:
-            raise ValueError(f"drain: {drain!r} is no number of seconds")
+            raise ValueError(f"drain: {drain!r} is not a number of seconds")
         self.is_given = stop is not None
         self.steps = KILL if stop is None else steps(stop)
         self.tree = tree or "process"
@@ -106,19 +106,19 @@ def steps(stop: Any) -> tuple[Step, ...]:
     for position, step in enumerate(given):
         number, seconds = (step, None) if isinstance(step, int) else step
         if not 0 < number < signal.NSIG:
-            raise ValueError(f"stop: {number!r} is no signal")
+            raise ValueError(f"stop: {number!r} is not a signal")
         if seconds is None and position + 1 < len(given):
             raise ValueError(
                 f"stop: {step!r} must say how many seconds it is given before the next: "
                 "((SIGTERM, 5), SIGKILL)"
             )
         if seconds is not None and not 0 <= seconds < float("inf"):
-            raise ValueError(f"stop: {seconds!r} is no number of seconds")
+            raise ValueError(f"stop: {seconds!r} is not a number of seconds")
         result.append((int(number), seconds))
         if number == signal.SIGKILL:  # nothing can be left to be done
             break
     if not result:
-        raise ValueError("stop: there is no signal")
+        raise ValueError("stop: at least one signal is needed")
     number, seconds = result[-1]
     if number == signal.SIGKILL:
         result[-1] = number, None

@@ -147,7 +147,7 @@ class Executor(_Executor[OutputT]):
     ) -> None:
         refused = options.keys() & {"ordered", "halt", "check", "progress"}
         if refused:
-            raise TypeError(f"an Executor has no option {', '.join(sorted(refused))}")
+            raise TypeError(f"unexpected option of an Executor: {', '.join(sorted(refused))}")
         client = _ways.daemon if client is None else client
         self._client = client
         self._options = {**options, "max_workers": max_workers, "ordered": False}
@@ -177,7 +177,7 @@ class Executor(_Executor[OutputT]):
         if callable(args):
             raise TypeError("an errand_boy.Executor runs commands, not functions")
         if self._owner != os.getpid():
-            text = "another process made this executor, before a fork"
+            text = "this executor was made in another process, before a fork"
             raise ChildProcessError(errno.ECHILD, text)
         with self._lock:
             if self._is_shut:

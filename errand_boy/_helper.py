@@ -168,7 +168,7 @@ class Helper:
         try:
             frame = _frame(self._control.sock, _START)
         except TimeoutError:
-            text = f"the helper has not said in {_START:.0f} seconds that it is there"
+            text = f"the helper did not report within {_START:.0f} seconds"
             raise HelperError(errno.ETIMEDOUT, text, path) from None
         if frame is None:
             self._check_end(path, errors)
@@ -196,7 +196,7 @@ class Helper:
             said = os.read(errors, _MOST_SAID).decode(errors="replace").strip()
         except BlockingIOError:
             said = ""
-        text = f"the helper has ended as soon as it was started, {self._manager.how_it_ended()}"
+        text = f"the helper ended as soon as it was started, {self._manager.how_it_ended()}"
         raise HelperError(errno.ENOEXEC, f"{text}: {said}" if said else text, path)
 
     def fits(self, fresh: Helper | None) -> bool:
@@ -368,7 +368,7 @@ class HelperManager:
     def how_it_ended(self) -> str:
         """Tell in words how its last helper has ended."""
         if self.last_end is None:
-            return "and nobody has told how"
+            return "for an unknown reason"
         code = os.waitstatus_to_exitcode(self.last_end)
         return f"by signal {-code}" if code < 0 else f"with exit status {code}"
 

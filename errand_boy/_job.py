@@ -35,7 +35,9 @@ def check_several(commands: Any, shell: bool) -> None:
     does, so ["ls", "-l"] can only be meant as one.
     """
     if isinstance(commands, (str, bytes)):
-        raise TypeError(f"commands must be several, as in [[{commands!r}]], not {commands!r}")
+        raise TypeError(
+            f"commands must be an iterable of commands, as in [[{commands!r}]], not {commands!r}"
+        )
     if shell or not isinstance(commands, (list, tuple)) or not commands:
         return
     if isinstance(commands[0], str):

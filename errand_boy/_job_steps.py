@@ -483,7 +483,7 @@ def target(found: Entry) -> tuple[int, int]:
 def send_signal(client: Client, job: int, uid: int, number: int) -> Steps[None]:
     """Have a signal sent to a job's command; does nothing if it is over. Raises ValueError."""
     if not 0 <= number < signal.NSIG:
-        raise ValueError(f"{number!r} is no signal")
+        raise ValueError(f"{number!r} is not a signal")
     found, sock, fd = yield from ask(client, lib.EB_JOB_OPEN, {"job": job, "uid": uid})
     with sock:
         if fd >= 0:

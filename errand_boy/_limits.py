@@ -60,7 +60,7 @@ class Limits:
         self.by_cgroup = False  # which enforces what it can
         unknown = given.keys() - set(NAMES)
         if unknown:
-            raise ValueError(f"limits: {min(unknown)!r} is none of {', '.join(NAMES)}")
+            raise ValueError(f"limits: {min(unknown)!r} is not one of {', '.join(NAMES)}")
         for name in NAMES:
             value = given.get(name)
             setattr(self, name, None if value is None else _number(name, value))
@@ -108,7 +108,7 @@ def size(value: Any) -> int:
     if isinstance(value, str):
         found = _SIZE.fullmatch(value.strip())
         if found is None:
-            raise ValueError(f"{value!r} is no size: such as 4096, 64K, 10M or 1.5G")
+            raise ValueError(f"{value!r} is not a size such as 4096, 64K, 10M or 1.5G")
         return int(float(found[1]) * _UNITS[found[2].upper()])
     return int(value)
 
@@ -116,7 +116,7 @@ def size(value: Any) -> int:
 def _number(name: str, value: Any) -> float | int:
     try:
         if isinstance(value, bool):
-            raise ValueError(f"{value!r} is no number")
+            raise ValueError(f"{value!r} is not a number")
         if name in _SIZES:
             number: float | int = size(value)
         else:
@@ -142,7 +142,7 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
             raise _no_cgroup(_ELSEWHERE)
         limits = Limits(limits)
     if given.get("tree") not in (None, "all"):
-        raise ValueError(f"limits: they are for all that is started, not tree={given['tree']!r}")
+        raise ValueError(f"limits count all that is started, so tree can't be {given['tree']!r}")
     expanded = {name: value for name, value in given.items() if name != "limits_by"}
     rlimits = {**limits.rlimits(), **(given.get("rlimits") or {})}
     return {**expanded, "limits": limits, "tree": "all", "rlimits": rlimits or None}
@@ -170,13 +170,13 @@ def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, d
         limits.by_cgroup = True
         expanded["cgroup"] = tracker.cgroup
     elif by == "cgroup":
-        raise _no_cgroup("here, which takes a cgroup v2 with the controllers memory and pids in "
-                         "which this process may make others")  # fmt: skip
+        raise _no_cgroup("here: that needs a cgroup v2 with the controllers memory and pids, in "
+                         "which this process may make cgroups")  # fmt: skip
     return tracker, expanded
 
 
 def _no_cgroup(where: str) -> OSError:
-    return OSError(errno.ENOTSUP, f"limits_by='cgroup': there is no cgroup {where}")
+    return OSError(errno.ENOTSUP, f"limits_by='cgroup': no cgroup can be had {where}")
 
 
 class Tracker:

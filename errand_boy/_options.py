@@ -104,7 +104,7 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
         if name in _ENDS:
             continue
         if name not in _TABLE:
-            raise TypeError(f"there is no option {name}")
+            raise TypeError(f"unknown option {name}")
         tag, make = _TABLE[name]
         content = None if value is None or value is False else make(value)
         if content is None:
@@ -187,7 +187,7 @@ def _number(name: str, least: int, most: int, form: str) -> Callable[[Any], byte
 
 def _checked(name: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: {value!r} is no integer")
+        raise TypeError(f"{name}: {value!r} is not an integer")
     if not least <= value <= most:
         raise ValueError(f"{name}: {value!r} is not in {least} to {most}")
     return value
@@ -197,7 +197,7 @@ def _signals(name: str) -> Callable[[Any], bytes]:
     def encode(value: Iterable[Any]) -> bytes:
         numbers = {_checked(name, number, 1, 64) for number in value}
         if name != "signals_blocked" and numbers & {signal.SIGKILL, signal.SIGSTOP}:
-            raise ValueError(f"{name}: SIGKILL and SIGSTOP have no other action than their own")
+            raise ValueError(f"{name}: the action of SIGKILL and SIGSTOP can't be changed")
         return struct.pack("<Q", sum(1 << number - 1 for number in numbers))
 
     return encode
@@ -220,7 +220,7 @@ _POLICIES = {"other": 0, "fifo": 1, "rr": 2, "batch": 3, "idle": 5}  # as linux/
 def _scheduler(value: Any) -> bytes:
     policy, priority = value if isinstance(value, (tuple, list)) else (value, 0)
     if policy not in _POLICIES:
-        raise ValueError(f"scheduler: {policy!r} is none of {', '.join(_POLICIES)}")
+        raise ValueError(f"scheduler: {policy!r} is not one of {', '.join(_POLICIES)}")
     real_time = policy in ("fifo", "rr")
     _checked(f"scheduler: {policy}: priority", priority, *((1, 99) if real_time else (0, 0)))
     return struct.pack("<II", _POLICIES[policy], priority)
@@ -234,7 +234,7 @@ def _ionice(value: Any) -> bytes:
         value if isinstance(value, (tuple, list)) else (value, 4 if value != "idle" else 0)
     )
     if name not in _CLASSES:
-        raise ValueError(f"ionice: {name!r} is none of {', '.join(_CLASSES)}")
+        raise ValueError(f"ionice: {name!r} is not one of {', '.join(_CLASSES)}")
     return struct.pack("<I", _CLASSES[name] << 13 | _checked(f"ionice: {name}: level", level, 0, 7))
 
 
@@ -257,12 +257,12 @@ _CAPABILITIES = (  # by their numbers, in linux/capability.h
 
 def _capabilities(value: Iterable[str]) -> bytes:
     if isinstance(value, str):
-        raise TypeError(f"capabilities: {value!r} is no collection of names")
+        raise TypeError(f"capabilities: {value!r} is not a collection of names")
     kept = 0
     for name in value:
         plain = name.lower().removeprefix("cap_")
         if plain not in _CAPABILITIES:
-            raise ValueError(f"capabilities: {name!r} is none of {', '.join(_CAPABILITIES)}")
+            raise ValueError(f"capabilities: {name!r} is not one of {', '.join(_CAPABILITIES)}")
         kept |= 1 << _CAPABILITIES.index(plain)
     return struct.pack("<Q", kept)
 
@@ -284,7 +284,7 @@ def _rlimits(value: Mapping[str, Any]) -> bytes:
     entries = []
     for name, limit in value.items():
         if name not in RESOURCES:
-            raise ValueError(f"rlimits: {name!r} is none of {', '.join(RESOURCES)}")
+            raise ValueError(f"rlimits: {name!r} is not one of {', '.join(RESOURCES)}")
         pair = limit if isinstance(limit, (tuple, list)) else (limit, limit)
         if len(pair) != 2 or not all(isinstance(n, int) and -1 <= n < 1 << 64 for n in pair):
             raise ValueError(
@@ -330,7 +330,7 @@ def _namespaces(value: Collection[str]) -> bytes | None:
     names = set(value)
     unknown = names - _NAMESPACES.keys()
     if unknown:
-        raise ValueError(f"namespaces: {min(unknown)!r} is none of {', '.join(_NAMESPACES)}")
+        raise ValueError(f"namespaces: {min(unknown)!r} is not one of {', '.join(_NAMESPACES)}")
     return struct.pack("<I", sum(_NAMESPACES[name] for name in names)) if names else None
 
 
@@ -377,7 +377,7 @@ def _terminal(value: Any) -> bytes:
 
     pty = as_pty(value)
     if pty.termios is not None:
-        raise ValueError("pty: the termios of a terminal that a helper opens can't be given")
+        raise ValueError("pty: termios can't be given for a terminal that a helper opens")
     flags = lib.EB_RAW * pty.raw | lib.EB_NO_ECHO * (pty.echo is False)
     return struct.pack("<4IB", *pty.size, flags)
 

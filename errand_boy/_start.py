@@ -88,7 +88,7 @@ class Owned(Local):
         way = _ways.way(with_ids)
         if way == "subprocess" or os.environ.get("ERRAND_BOY_SPAWN") == "direct":
             text = "tree='all' and dies_with_caller=True need a helper"
-            raise OSError(errno.ENOTSUP, f"{text}, which is not to be had here")
+            raise OSError(errno.ENOTSUP, f"{text}, which can't be had here")
         return "helper"
 
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:

@@ -48,7 +48,7 @@ def fetch(address: Address, timeout: float = 10.0) -> dict[str, Any]:
     if kind == lib.EB_REFUSED:
         raise NoAnswerError(f"the daemon on {path} refused: {payload.decode('utf-8', 'replace')}")
     if kind != lib.EB_STATUS_REPLY or len(payload) != length:
-        raise NoAnswerError(f"what answers on {path} is no errand-boy of this version")
+        raise NoAnswerError(f"what answers on {path} is not errand-boy, or another version of it")
     value: dict[str, Any] = json.loads(payload)
     return value
 

@@ -365,4 +365,4 @@ class Stream:
 
 
 def _unexpected(kind: int) -> ProtocolError:
-    return ProtocolError(errno.EPROTO, f"frame {kind}, which may not come now")
+    return ProtocolError(errno.EPROTO, f"unexpected frame {kind}")

@@ -210,7 +210,7 @@ def _ports(network: Any) -> dict[str, list[int]] | None:
     for name, numbers in ports.items():
         for port in numbers:
             if not isinstance(port, int) or not 0 <= port <= 0xFFFF:
-                raise ValueError(f"sandbox: network: {name}: {port!r} is no TCP port")
+                raise ValueError(f"sandbox: network: {name}: {port!r} is not a TCP port")
     return ports
 
 

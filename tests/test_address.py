@@ -155,7 +155,7 @@ def test_nothing_is_sent_to_another_user_at_the_classic_path(public_dir: Path) -
         environment = json.dumps({"XDG_RUNTIME_DIR": "/none", "TMPDIR": str(public_dir)})
         ((name, text),) = run_script(ASK, args=[65534, environment, "classic"])
         assert name == "RefusedError"
-        assert "user 2001 listens here, where user 65534 or 0 should" in text
+        assert "user 2001 listens here, not user 65534 or 0" in text
         assert received() == 0
 
 
@@ -169,7 +169,7 @@ def test_commands_ask_nothing_of_another_user(public_dir: Path, command: list[st
         argv = [sys.executable, "-m", "errand_boy", *command]
         done = subprocess.run(argv, env=environment, capture_output=True, text=True)
         assert done.returncode
-        assert "user 2001 listens here, where user 0 should" in done.stderr
+        assert "user 2001 listens here, not user 0" in done.stderr
         assert received() == 0
 
 
@@ -188,6 +188,6 @@ def test_user_and_root_may_listen_at_a_default_path(public_dir: Path) -> None:
 def test_who_must_listen_can_be_named(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:
         assert errand_boy.connect(daemon.path, peer_uid=0).call(["true"]) == 0
-        with pytest.raises(RefusedError, match="user 0 listens here, where user 2001 should"):
+        with pytest.raises(RefusedError, match="user 0 listens here, not user 2001"):
             errand_boy.connect(daemon.path, peer_uid=2001).call(["true"])
         assert errand_boy.connect(daemon.path).call(["true"]) == 0

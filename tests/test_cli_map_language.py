@@ -115,7 +115,7 @@ def test_file_that_says_no_number(tmp_path: Path) -> None:
     file.write_text("many\n")
     done = run("-j", str(file), "echo", ":::", "1")
     assert done.returncode == 2
-    assert b"says no number of commands" in done.stderr
+    assert b"contains no number of commands" in done.stderr
 
 
 def test_slots_are_one_command_s_each(tmp_path: Path) -> None:

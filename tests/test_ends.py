@@ -311,7 +311,7 @@ def test_cgroup_of_ones_own_is_not_ended(cgroup: Path) -> None:
         report(str(error))
     process.kill()
     """
-    assert "has this process in it" in run_script(script, args=[cgroup])
+    assert "contains this process" in run_script(script, args=[cgroup])
 
 
 # -- tree="all" --
@@ -584,11 +584,11 @@ def test_steps(given: Any, steps: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"tree": "forest"}, "tree: 'forest' is none of process, group, cgroup, all"),
+        ({"tree": "forest"}, "tree: 'forest' is not one of process, group, cgroup, all"),
         ({"stop": (SIGTERM, SIGKILL)}, "must say how many seconds"),
-        ({"stop": 0}, "stop: 0 is no signal"),
-        ({"stop": ()}, "stop: there is no signal"),
-        ({"drain": -1}, "drain: -1 is no number of seconds"),
+        ({"stop": 0}, "stop: 0 is not a signal"),
+        ({"stop": ()}, "stop: at least one signal is needed"),
+        ({"drain": -1}, "drain: -1 is not a number of seconds"),
         ({"tree": "cgroup"}, "tree='cgroup' needs a cgroup="),
     ],
 )

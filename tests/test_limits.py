@@ -209,13 +209,13 @@ def test_its_caller_ends() -> None:
 
 def test_bad_limits() -> None:
     for given, words in (
-        ({"walls": 1}, "limits: 'walls' is none of wall, cpu"),
+        ({"walls": 1}, "limits: 'walls' is not one of wall, cpu"),
         ({"wall": 0}, "limits: wall: 0 is out of range"),
         ({"wall": "soon"}, "limits: wall: could not convert"),
-        ({"memory": "1 gig"}, "limits: memory: '1 gig' is no size"),
+        ({"memory": "1 gig"}, "limits: memory: '1 gig' is not a size"),
         ({"processes": 5000}, "limits: processes: 5000 is not from 1 to 4096"),
         ({"output": -1}, "limits: output: -1 is out of range"),
-        ({"cpu": True}, "limits: cpu: True is no number"),
+        ({"cpu": True}, "limits: cpu: True is not a number"),
     ):
         with pytest.raises(ValueError, match=words):
             run(["true"], limits=given)
@@ -223,7 +223,9 @@ def test_bad_limits() -> None:
             list(errand_boy.map([["true"]], limits=given))
     with pytest.raises(ValueError, match="limits_by: 'luck' is neither"):
         run(["true"], limits={"wall": 1}, limits_by="luck")
-    with pytest.raises(ValueError, match="they are for all that is started, not tree='group'"):
+    with pytest.raises(
+        ValueError, match="limits count all that is started, so tree can't be 'group'"
+    ):
         run(["true"], limits={"wall": 1}, tree="group")
 
 
@@ -233,11 +235,11 @@ def test_a_cgroup_that_is_required(client: Any, monkeypatch: pytest.MonkeyPatch)
         lambda: client.run(["true"], **given),
         lambda: list(errand_boy.map([["true"]], check=True, **given)),
     ):
-        with pytest.raises(OSError, match="limits_by='cgroup': there is no cgroup") as caught:
+        with pytest.raises(OSError, match="limits_by='cgroup': no cgroup can be had") as caught:
             function()
         assert caught.value.errno == errno.ENOTSUP
     monkeypatch.setattr(_cgroups, "directory", lambda: None)
-    with pytest.raises(OSError, match="limits_by='cgroup': there is no cgroup here") as caught:
+    with pytest.raises(OSError, match="limits_by='cgroup': no cgroup can be had here") as caught:
         run(["true"], limits={"wall": 1}, limits_by="cgroup")
     assert caught.value.errno == errno.ENOTSUP
     assert run(["true"], limits={"wall": 1}).limits_by == "rlimits"
@@ -285,4 +287,4 @@ def test_on_the_command_line() -> None:
     command = [*command[:4], "--limit", "memory=lots", "--", "true"]
     done = subprocess.run(command, stderr=subprocess.PIPE)
     assert done.returncode == 2
-    assert b"limits: memory: 'lots' is no size" in done.stderr
+    assert b"limits: memory: 'lots' is not a size" in done.stderr

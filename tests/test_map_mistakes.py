@@ -42,7 +42,7 @@ def test_one_command_in_the_place_of_several(commands: Any) -> None:
 
 @pytest.mark.parametrize("commands", ["ls -l", b"ls"])
 def test_string_in_the_place_of_several(commands: Any) -> None:
-    with pytest.raises(TypeError, match="commands must be several"):
+    with pytest.raises(TypeError, match="commands must be an iterable"):
         errand_boy.map(commands)
 
 

@@ -131,7 +131,7 @@ def script_under(source: str, under: list[str]) -> Any:
 
 
 def test_bad_namespaces() -> None:
-    with pytest.raises(ValueError, match="namespaces: 'time' is none of cgroup, ipc, mount"):
+    with pytest.raises(ValueError, match="namespaces: 'time' is not one of cgroup, ipc, mount"):
         run(["true"], namespaces={"time"})
     with pytest.raises(TypeError, match="namespaces: 'net' must be a set"):
         run(["true"], namespaces="net")

@@ -799,8 +799,8 @@ def test_file_of_limits(tmp_path: Path) -> None:
     for text, reason in (
         ("{", "Expecting"),
         ("[]", "not an object"),
-        ('{"nobody-has": {}}', "there is no user nobody-has"),
-        ('{"default": {"command": 1}}', "there is no limit 'command'"),
+        ('{"nobody-has": {}}', "unknown user nobody-has"),
+        ('{"default": {"command": 1}}', "unknown limit 'command'"),
         ('{"default": {"commands": -1}}', "commands cannot be -1"),
         ('{"default": {"commands": 1.5}}', "commands cannot be 1.5"),
         ('{"default": {"starts_per_second": true}}', "cannot be True"),

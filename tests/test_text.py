@@ -330,7 +330,7 @@ def test_longest_errors(daemon: Daemon) -> None:
 
 
 def test_nul_in_command_line(daemon: Daemon) -> None:
-    assert refusal(ask(daemon, b"echo \0")) == b"a command line holds no NUL byte\n"
+    assert refusal(ask(daemon, b"echo \0")) == b"a command line must not hold a NUL byte\n"
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])

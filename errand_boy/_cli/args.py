@@ -303,7 +303,7 @@ def _user(text: str) -> int:
     try:
         return pwd.getpwnam(text).pw_uid
     except KeyError:
-        raise argparse.ArgumentTypeError(f"there is no user {text}") from None
+        raise argparse.ArgumentTypeError(f"unknown user {text}") from None
 
 
 def _group(text: str) -> int:
@@ -314,7 +314,7 @@ def _group(text: str) -> int:
     try:
         return grp.getgrnam(text).gr_gid
     except KeyError:
-        raise argparse.ArgumentTypeError(f"there is no group {text}") from None
+        raise argparse.ArgumentTypeError(f"unknown group {text}") from None
 
 
 def run_server(

@@ -68,7 +68,7 @@ def seconds(text: str) -> float:
     """Return the seconds that a time on the command line means."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([smhd]?)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text} is no time: 10, 2m, 1.5h, 1d")
+        raise argparse.ArgumentTypeError(f"{text} is not a time such as 10, 2m, 1.5h or 1d")
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -104,4 +104,4 @@ def set_total(policy: Halt, source: Source) -> None:
         source.read_all()
     policy.total = source.total
     if policy.needs_total and policy.total is None:
-        raise UsageError("--halt done=N%: of how many is not known")
+        raise UsageError("--halt done=N% needs a known number of commands")

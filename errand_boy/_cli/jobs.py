@@ -62,7 +62,7 @@ class Jobs:
             self.count = 0
             self.read()
             if not self.count:
-                raise ValueError(f"{text} says no number of commands") from None
+                raise ValueError(f"{text} contains no number of commands") from None
 
     def read(self) -> bool:
         """Read the file again if it has changed; return whether the number has.

@@ -110,10 +110,12 @@ class Output:
         self.captures = options.grouping != "none"
         tagged = options.tag or options.tagstring is not None
         if not self.captures and (tagged or options.results or options.files):
-            raise UsageError("with --ungroup there is no --tag, --tagstring, --results or --files")
+            raise UsageError(
+                "--ungroup can't be combined with --tag, --tagstring, --results or --files"
+            )
         self._lines = options.grouping == "lines"
         if self._lines and (options.results or options.files):
-            raise UsageError("with --line-buffer there is no --results or --files")
+            raise UsageError("--line-buffer can't be combined with --results or --files")
         self._in_order = options.keep_order
         self._files_only = options.files
         self._names_command = options.v

@@ -68,7 +68,7 @@ class Ended:
         except ValueError as error:
             raise struct.error(*error.args) from None
         if since > _LATEST:
-            raise struct.error("ENDED is of the far future")
+            raise struct.error("ENDED is from the far future")
         self.since = since / 1000
         self.duration, self.user_time, self.system_time = (time / 1e6 for time in times)
         cwd, at = _text(payload, _FIXED.size)

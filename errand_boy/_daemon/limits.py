@@ -46,7 +46,7 @@ class Holdings:
         held = self.of(uid) + size
         most = self._limits(uid).bytes
         if held > most > 0:
-            raise OSError(errno.EDQUOT, f"this user's requests hold {most} bytes at most")
+            raise OSError(errno.EDQUOT, f"the requests of this user may hold at most {most} bytes")
         self._held[uid] = held
 
     def give_back(self, uid: int, size: int) -> None:
@@ -111,15 +111,15 @@ def _uid(name: str) -> int:
     try:
         return pwd.getpwnam(name).pw_uid
     except KeyError:
-        raise ValueError(f"there is no user {name}") from None
+        raise ValueError(f"unknown user {name}") from None
 
 
 def _with(base: Limits, value: Any) -> Limits:
     if not isinstance(value, dict):
-        raise ValueError(f"not an object: {value!r}")
+        raise ValueError(f"{value!r} is not an object")
     for name, number in value.items():
         if name not in Limits._fields:
-            raise ValueError(f"there is no limit {name!r}")
+            raise ValueError(f"unknown limit {name!r}")
         is_whole = name != "starts_per_second"
         kinds = int if is_whole else (int, float)
         if isinstance(number, bool) or not isinstance(number, kinds) or not 0 <= number < 1e9:

@@ -165,7 +165,7 @@ def _passed() -> Listener | None:
     if pid != str(os.getpid()) or count is None:
         return None
     if count != "1":
-        raise ListenError(f"systemd handed over {count} sockets: one is served")
+        raise ListenError(f"systemd handed over {count} sockets; the daemon takes exactly one")
     try:
         sock = socket.socket(fileno=_FIRST_PASSED)
         path = sock.getsockname()
@@ -173,7 +173,7 @@ def _passed() -> Listener | None:
     except OSError as error:
         raise ListenError(f"the descriptor from systemd: {error.strerror}") from None
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
-        raise ListenError("the socket from systemd is no listening Unix stream socket")
+        raise ListenError("the socket from systemd is not a listening Unix stream socket")
     return Listener(sock, os.fsdecode(path), None, None)
 
 

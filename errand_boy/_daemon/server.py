@@ -255,7 +255,7 @@ class Server:
         elif newcomer.refusal:
             self._refuse(newcomer, first, newcomer.refusal)
         elif newcomer.has_descriptors and _kind(first) != lib.EB_HELLO:
-            self._refuse(newcomer, first, "descriptors are for requests in frames")
+            self._refuse(newcomer, first, "only requests in frames may carry descriptors")
         elif first[0] != 0 and self._awaits_texts():
             self._put_off.append((newcomer, first))
         elif first[0] != 0:

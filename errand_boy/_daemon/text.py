@@ -107,7 +107,7 @@ class _Request:
             if len(self.line) > _LONGEST_LINE:
                 self._refuse(f"a command line has at most {_LONGEST_LINE} bytes")
             elif 0 in part:
-                self._refuse("a command line holds no NUL byte")
+                self._refuse("a command line must not hold a NUL byte")
         elif self.input.size + len(part) > _MOST_INPUT:
             self._refuse(f"the input has at most {_MOST_INPUT} bytes")
         else:

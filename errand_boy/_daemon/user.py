@@ -156,7 +156,7 @@ class User:
 
     def _start_one(self) -> Helper:
         if len(self.helpers) >= _MOST_HELPERS:
-            raise OSError(f"this user has {_MOST_HELPERS} helpers, with live commands")
+            raise OSError(f"this user has {_MOST_HELPERS} helpers already, all with live commands")
         helper = self._add(start(self._options, self.credentials))
         self._loop.log.debug("helper started", pid=helper.pid, user=self._name())
         return helper
