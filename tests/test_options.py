@@ -584,7 +584,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ionice": ("idle", 8)}, ValueError, "ionice: idle: level: 8 is not in 0 to 7"),
     ({"timer_slack": -1}, ValueError, "timer_slack: -1 is not in 0 to "),
     ({"oom_score_adj": 1001}, ValueError, "oom_score_adj: 1001 is not in -1000 to 1000"),
-    ({"signals_ignored": [9]}, ValueError, "signals_ignored: the action of SIGKILL no other"),
+    ({"signals_ignored": [9]}, ValueError, "signals_ignored: the action of SIGKILL"),
     ({"signals_blocked": [65]}, ValueError, "signals_blocked: 65 is not in 1 to 64"),
     ({"signals_default": {2}, "signals_ignored": {2}}, ValueError, "2 can't be in both"),
     ({"capabilities": "kill"}, TypeError, "capabilities: 'kill' is not a collection of names"),

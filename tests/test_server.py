@@ -804,7 +804,7 @@ def test_file_of_limits(tmp_path: Path) -> None:
         ('{"default": {"commands": -1}}', "commands cannot be -1"),
         ('{"default": {"commands": 1.5}}', "commands cannot be 1.5"),
         ('{"default": {"starts_per_second": true}}', "cannot be True"),
-        ('{"0": 5}', "not an object: 5"),
+        ('{"0": 5}', "5 is not an object"),
     ):
         file.write_text(text)
         with pytest.raises(LimitsError, match=reason):
