@@ -141,6 +141,8 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
       all of a longer output.
     - `check`: raise an exception at the first Result that is not a success. Without it, a command
       that can't be started has a Result too.
+    - `on`: a Celery app, or an errand_boy.celery.Cluster, whose workers run the commands.
+      `max_workers` is then how many tasks are sent at a time, by default 1,000; see docs/celery.md.
     - `progress`: show a bar on a terminal, if tqdm is installed.
     - `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`,
       `user`, `group`, `extra_groups` and those of `Options`: as in Popen, for all commands whose
@@ -156,7 +158,8 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     next command; a change of its capabilities applies 5 ms later. In a process forked from this
     one, the iterator raises ChildProcessError.
 
-    Raises HelperError if there is no helper; with a daemon, NoDaemonError and RefusedError.
+    Raises HelperError if there is no helper; with a daemon, NoDaemonError and RefusedError;
+    with `on`, ConnectionError.
     """
     from errand_boy import _map  # noqa: PLC0415
 

@@ -141,7 +141,9 @@ class Jobs:
         self._timeout = timeout
         self._retries = _policy.retries(retries)
         self._shell = shell
-        self._max_output = max_output
+        # Bytes of each that are kept at all; None: all of them.
+        self.max_output = None if spool else max_output
+        self._most_in_memory = max_output
         self._open_file: Callable[[], IO[bytes]] | None = _temporary_file if spool else None
         # Called with a command's index and 0 or 1, for what takes its output in a Spool's place.
         self.open_output: Callable[[int, int], Any] | None = None
@@ -198,7 +200,7 @@ class Jobs:
         output = job.outputs[number]
         if output is None:
             if self.open_output is None:
-                output = Spool(self._max_output, self._open_file)
+                output = Spool(self._most_in_memory, self._open_file)
             else:
                 output = self.open_output(job.index, number)
             job.outputs[number] = output
@@ -209,7 +211,7 @@ class Jobs:
         result = Result(job.args, ended.returncode)
         result._end = ended
         result._limited = job.limited
-        self._put_output(result, job)
+        self.put_output(result, job)
         if job.timed_out:
             result.error = subprocess.TimeoutExpired(
                 job.args, job.timeout or 0, result.stdout, result.stderr
@@ -227,11 +229,12 @@ class Jobs:
     def without_end(self, job: Job, returncode: int, error: Exception) -> Result:
         """Return the result of a command whose end is not known."""
         result = Result(job.args, returncode)
-        self._put_output(result, job)
+        self.put_output(result, job)
         result.error = error
         return result
 
-    def _put_output(self, result: Result, job: Job) -> None:
+    def put_output(self, result: Result, job: Job) -> None:
+        """Have a result hold what `write` has kept of its command's output."""
         for number, output in enumerate(job.outputs):
             if not self._captured[number]:
                 continue

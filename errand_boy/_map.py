@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import select
 from collections.abc import Generator, Iterable, Sized
+from functools import partial
 
 from errand_boy._batch import Batch
+from errand_boy._channels import Channels
 from errand_boy._templates import DaemonSource, LocalSource
 
 TYPE_CHECKING = False
@@ -14,10 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TextIO, TypeVar
 
+    from errand_boy._batch import Runner
     from errand_boy._job import Command, Job
     from errand_boy._result import Result
 
     T = TypeVar("T")
+
+
+MOST_SENT = 1000  # tasks of Celery's at a time, unless said otherwise
 
 
 def waiter(batch: Batch) -> Callable[[float | None], Iterable[int]]:
@@ -56,9 +62,26 @@ def drive(batch: Batch, check: bool = False) -> Generator[Result, None, None]:
         batch.close()
 
 
-def make(commands: Iterable[Command | Job | None], client: Any = None, **options: Any) -> Batch:
+def make(
+    commands: Iterable[Command | Job | None],
+    client: Any = None,
+    *,
+    on: Any = None,
+    max_workers: int | None = None,
+    **options: Any,
+) -> Batch:
     """Return the batch for `map`'s arguments."""
-    return Batch(LocalSource() if client is None else DaemonSource(client), commands, **options)
+    runner: Callable[[Batch], Runner]
+    if on is None:
+        source = LocalSource() if client is None else DaemonSource(client)
+        runner = partial(Channels, source)
+    else:
+        from errand_boy import _cluster  # noqa: PLC0415  it imports Celery
+
+        cluster = on if isinstance(on, _cluster.Cluster) else _cluster.Cluster(on)
+        runner = partial(_cluster.Tasks, cluster)
+        max_workers = MOST_SENT if max_workers is None else max_workers
+    return Batch(runner, commands, max_workers=max_workers, **options)
 
 
 def map(

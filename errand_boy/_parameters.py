@@ -127,6 +127,7 @@ class ExecutorParameters(JobParameters, total=False):
     max_output: int | None
     spool: bool
     timeout: float | str | None
+    on: Any  # a Celery app or a Cluster
 
 
 class MapParameters(ExecutorParameters, total=False):

@@ -30,8 +30,9 @@ class Result(subprocess.CompletedProcess[OutputT]):
 
     - `index`: which command it was, from 0; `slot`: which of those that run at the same time,
       from 1.
-    - `runs`: how often it was run. Only with `retries` is that more than once; all else is about
-      the last run.
+    - `runs`: how often it was run. That is more than once with `retries`, or if Celery gave it to
+      another worker when one had gone; all else is about the last run.
+    - `host`: with `on` that of the worker, else None.
     - `error`: None, or why the command has no ordinary end: the OSError or ValueError of its start
       (`returncode` is then 127 if it was not found, else 126); subprocess.TimeoutExpired;
       UnicodeError (the output then has escapes for what can't be decoded, the error's `object` has
@@ -47,6 +48,7 @@ class Result(subprocess.CompletedProcess[OutputT]):
     index: int = 0
     slot: int = 0
     runs: int = 1
+    host: str | None = None
     error: Exception | None = None
     duration: float = 0.0
     truncated: bool = False

@@ -27,6 +27,7 @@ from celery.worker.request import Request as _TaskRequest
 from celery.worker.state import revoked
 
 from errand_boy import _ends, _helper, _native, _request
+from errand_boy._cluster import TASK, Cluster
 from errand_boy._map import with_bar
 from errand_boy._native import lib
 from errand_boy._request import Request
@@ -36,7 +37,7 @@ from errand_boy._streamed import CancelledError, StreamedCommand, tracker, verdi
 from errand_boy._wire import Failed
 from errand_boy.errors import HelperDiedError, HelperError
 
-__all__ = ["Outcome", "map", "run_command"]
+__all__ = ["Cluster", "Outcome", "map", "run_command"]
 
 if TYPE_CHECKING:
     from errand_boy._celery_types import Task
@@ -56,7 +57,7 @@ class Outcome(TypedDict):
     - `truncated`: whether some of the output is missing because of `max_output`.
     - `stdout_file`, `stderr_file`: the files on the worker's host that have all of a longer output,
       or None.
-    - `duration`: seconds from the request to the end.
+    - `started`: seconds since 1970, and `duration`: seconds from the request to the end.
     - `cause`, `peak_memory`, `limits_by`: as Popen has them; None if the command was not started or
       its end is not known.
     - `rusage`: the fields of resource.struct_rusage by name (seconds, KiB, counts).
@@ -64,6 +65,8 @@ class Outcome(TypedDict):
     - `error`: None, or a text that says why there is no ordinary end: the command could not be
       started, its time was up, or its helper died (`returncode` is then -9, and may not be the
       command's).
+    - `errno`: the number of that error if it has one, or None.
+    - `redelivered`: whether the broker gave the task to a worker before, which may have run it.
     - `index`: the command's place among those of `map`, from 0, or None.
     """
 
@@ -74,6 +77,7 @@ class Outcome(TypedDict):
     truncated: bool
     stdout_file: str | None
     stderr_file: str | None
+    started: float | None
     duration: float
     cause: str | None
     peak_memory: int | None
@@ -82,6 +86,8 @@ class Outcome(TypedDict):
     host: str | None
     worker: str | None
     error: str | None
+    errno: int | None
+    redelivered: bool
     index: int | None
 
 
@@ -213,7 +219,7 @@ if TYPE_CHECKING:
     def _task(function: object) -> Task[Outcome]: ...
 
 else:
-    _task = shared_task(bind=True, name="errand_boy.run_command", Request=_CommandRequest)
+    _task = shared_task(bind=True, name=TASK, Request=_CommandRequest, track_started=True)
 
 
 @_task
@@ -310,6 +316,7 @@ def run_command(
         truncated=any(spool.truncated for spool in spools),
         stdout_file=str(paths[0]) if spools[0].file else None,
         stderr_file=str(paths[1]) if spools[1].file else None,
+        started=time.time() - time.monotonic() + begun,
         duration=time.monotonic() - begun,
         cause=known.get("cause"),
         peak_memory=known.get("peak_memory"),
@@ -318,6 +325,8 @@ def run_command(
         host=socket.gethostname(),
         worker=self.request.hostname,
         error=None if error is None else f"{type(error).__name__}: {error}",
+        errno=getattr(error, "errno", None),
+        redelivered=bool((self.request.delivery_info or {}).get("redelivered")),
         index=None,
     )
 
@@ -444,6 +453,7 @@ def _outcome(args: Any, index: int, meta: Mapping[str, Any]) -> Outcome:
         truncated=False,
         stdout_file=None,
         stderr_file=None,
+        started=None,
         duration=0.0,
         cause=None,
         peak_memory=None,
@@ -452,5 +462,7 @@ def _outcome(args: Any, index: int, meta: Mapping[str, Any]) -> Outcome:
         host=None,
         worker=None,
         error=f"{type(result).__name__}: {result}" if result else meta["status"],
+        errno=None,
+        redelivered=False,
         index=index,
     )

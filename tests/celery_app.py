@@ -46,7 +46,7 @@ def make_app(broker: str) -> Any:
     app = Celery("celery_app", include=["errand_boy.celery"], set_as_current=False)
     app.conf.update(
         broker_connection_retry_on_startup=True,
-        task_acks_late=True,
+        task_acks_late="CELERY_TEST_EARLY" not in os.environ,
         task_reject_on_worker_lost=True,
         worker_hijack_root_logger=False,
     )

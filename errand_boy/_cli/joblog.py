@@ -78,7 +78,7 @@ class JobLog:
         code = result.returncode
         fields = (
             seq,
-            ":",  # the local host
+            result.host or ":",  # the local host
             f"{result.started:.3f}",
             f"{result.duration:10.3f}",
             0,

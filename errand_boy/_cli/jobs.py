@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _JOBS = re.compile(r"\s*([+-]?)([0-9]+)(%?)\s*")
 _OTHERS = 64  # descriptors that are left for other than connections
 _MOST = 1 << 14
+DEFAULT = "100%"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-P",
         "--max-procs",
         metavar="N",
-        default="100%",
         help="how many commands run at a time: N; the number of CPUs and N more (+N) or less "
         "(-N); N%% of the CPUs; as many as possible (0); or a file that says one of these and is "
         "read again when a command ends (default: 100%%)",

@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 from errand_boy import _map
 from errand_boy._batch import NOT_NOW, Batch
 from errand_boy._cli import (
+    cluster,
     command_options,
     failing,
     inputs,
@@ -48,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "have the daemon that listens at PATH run the commands (default: $ERRAND_BOY_SOCKET, else "
         "a private helper)",
     )
-    modules = inputs, template, packing, jobs, output, failing, throttle, progress, pipe
+    modules = inputs, template, packing, jobs, output, failing, throttle, progress, pipe, cluster
     for module in (*modules, command_options):
         module.add_options(parser)
 
@@ -105,8 +106,11 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     policy = failing.halt(options)
     if (options.resume or options.resume_failed) and options.joblog is None:
         raise UsageError("--resume and --resume-failed need a --joblog")
+    workers = cluster.of(options)
     try:
-        count = jobs.Jobs(options.jobs)
+        count = jobs.Jobs(
+            options.jobs or (jobs.DEFAULT if workers is None else str(_map.MOST_SENT))
+        )
     except ValueError as error:
         raise UsageError(f"--jobs: {error}") from None
     given = inputs.Inputs(options, words)
@@ -139,7 +143,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         out = output.Output(options, given.names, renamed, commands.origins)
         work = _map.make(
             commands,
-            client=_client(options),
+            client=_client(options) if workers is None else None,
+            on=workers,
             max_workers=count.count,
             shell=options.shell,
             ordered=options.keep_order,
@@ -160,6 +165,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         if source.total is not None:
             watch.total = source.total - (log.count if log else 0)
         return _run(work, source, commands, out, count, log, watch, options)
+    except cluster.Interrupted as interrupted:
+        cluster.end_by(interrupted)
     except ErrandBoyError as error:
         where = getattr(error, "filename", None)
         text = getattr(error, "strerror", None) or str(error)
@@ -240,10 +247,12 @@ def _run(
     work.open_output = out.open_output
     if out.notes_starts or _pipes(options):
         commands.on_made = on_made
-    # To die of these is enough: the helper ends what runs when it sees our end.
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
-            signal.signal(number, signal.SIG_DFL)
+    if options.celery is not None:
+        cluster.take_signals()
+    else:  # to die of these is enough: the helper ends what runs when it sees our end
+        for number in (signal.SIGINT, signal.SIGPIPE):
+            if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
+                signal.signal(number, signal.SIG_DFL)
     results = _drive(work, source)
     with contextlib.closing(work):
         out.before_writing = watch.clear
@@ -251,6 +260,8 @@ def _run(
         try:
             for result in results:
                 out.write(result)
+                for note in cluster.notes(result) if options.celery else ():
+                    output.tell(result, note)
                 del origins[result.index]
         except UsageError as error:  # of a line of the input
             watch.clear()

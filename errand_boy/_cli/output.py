@@ -213,8 +213,7 @@ class Output:
             why: Any = result.error
             why = "timed out" if isinstance(why, TimeoutExpired) else why
             why = getattr(why, "strerror", None) or why
-            text = f"errand-boy: {os.fsdecode(written(result.args))}: {why}\n"
-            sys.stderr.buffer.write(os.fsencode(text))
+            tell(result, why)
         sys.stderr.buffer.flush()
         if self._lines and self._in_order:
             self._turn = index + 1
@@ -229,6 +228,12 @@ class Output:
             assert path is not None
             sys.stdout.buffer.write(path + b"\n")
         self._files.forget(origin)
+
+
+def tell(result: Result, what: object) -> None:
+    """Say something of a command, on standard error."""
+    text = f"errand-boy: {os.fsdecode(written(result.args))}: {what}\n"
+    sys.stderr.buffer.write(os.fsencode(text))
 
 
 def _nothing() -> None:

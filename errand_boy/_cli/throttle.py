@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import argparse
 
     from errand_boy._batch import Batch
-    from errand_boy._channel import Channel
     from errand_boy._job import Job
 
 _INTERVAL = 0.1  # seconds between looks at what the kernel counts
@@ -109,22 +108,19 @@ class Pauses:
     def __init__(self, batch: Batch, least: int) -> None:
         self._batch = batch
         self._least = least
-        self._paused: dict[Job, Channel] = {}
+        self._paused: list[Job] = []
         batch.timers.after(_PAUSE, self._look)
 
     def _look(self) -> None:
         running = self._batch.running()
-        left = {job for job, _ in running}
-        self._paused = {job: channel for job, channel in self._paused.items() if job in left}
-        awake = [pair for pair in running if pair[0] not in self._paused]
+        self._paused = [job for job in self._paused if job in running]
+        awake = [job for job in running if job not in self._paused]
         if available_memory() < self._least:
             if len(awake) > 1:
-                job, channel = awake[-1]
-                self._batch.signal_group(channel, signal.SIGSTOP)
-                self._paused[job] = channel
+                self._batch.signal_group(awake[-1], signal.SIGSTOP)
+                self._paused.append(awake[-1])
         elif self._paused:
-            job, channel = self._paused.popitem()
-            self._batch.signal_group(channel, signal.SIGCONT)
+            self._batch.signal_group(self._paused.pop(), signal.SIGCONT)
         self._batch.timers.after(_PAUSE, self._look)
 
 

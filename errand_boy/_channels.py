@@ -1,0 +1,263 @@
+"""The commands of one `map` that a helper runs: which over which connection."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import time
+from io import BytesIO
+
+from errand_boy import _helper, _request
+from errand_boy._channel import Channel
+from errand_boy._ending import Ending
+from errand_boy._expiry import Expiry
+from errand_boy._frame import MOST_ATTEMPTS
+from errand_boy._native import lib
+from errand_boy._stream import Ended, Lost, Output, Started
+from errand_boy._templates import Templates
+from errand_boy._wire import Failed
+from errand_boy.errors import ErrandBoyError, HelperDiedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from errand_boy._batch import Batch
+    from errand_boy._job import Job
+    from errand_boy._result import Result
+    from errand_boy._templates import Source
+
+_CHUNK = 2 * lib.EB_MAX_OUTPUT  # bytes
+_DONTWAIT = socket.MSG_DONTWAIT
+
+
+class Channels:
+    """Runs the commands of `batch`, each over a connection of `source`."""
+
+    def __init__(self, source: Source, batch: Batch) -> None:
+        self._source = source
+        self._batch = batch
+        self._options = batch.options
+        self._jobs = batch.jobs
+        self._templates = Templates(source, batch.options, *batch.outputs)
+        self._has_shares = batch.share is not None
+        self._without_pids = batch.share is None and not batch.with_pids
+        self._drains = batch.options.get("drain") is not None
+        self._channels: dict[int, Channel] = {}
+        self._idle: list[Channel] = []
+        self._generation = 0  # of channels
+        self._ending = Ending(batch.timers, batch.options, self._send, self._on_killed)
+        self._expiry = Expiry(batch.timers, self._expire, batch.share)
+        # recv() would allocate as much each time, which may be a system call or three.
+        self._buffer = memoryview(bytearray(_CHUNK))
+
+    def start(self, job: Job) -> None:
+        """Start a command. Raises what is wrong for all of them."""
+        while job.attempts < MOST_ATTEMPTS:
+            if self._source.changed():
+                self._renew()
+            job.begin()
+            # The time of one that waits for its turn in a daemon begins with the news of its start.
+            brief = job.timeout is None and self._without_pids
+            if job.options is not None or self._drains:
+                brief = brief and not self._ending.drains(job)
+            template = None
+            try:
+                template = self._templates.get(job.options, job.input is not None, brief)
+                request = template.frame(job.argv)
+                channel = self._idle.pop() if self._idle else self._connect()
+            except (OSError, ValueError, IndexError) as error:
+                if isinstance(error, ErrandBoyError):
+                    raise
+                if template is None and job.options is None and isinstance(error, ValueError):
+                    raise  # it is wrong for all of them
+                if not self._batch.put_off(job, getattr(error, "errno", None)):
+                    self._finish(job, self._jobs.failed(job, error))
+                return
+            if channel is None:
+                continue
+            channel.job = job
+            input = BytesIO(job.input or b"") if template.streams & 1 else None
+            channel.stream.begin(template.streams, brief, request, input)
+            self._send(channel, template.fds)
+            return
+        raise _helper.ends_at_once(_helper.runner)
+
+    def on_ready(self, fd: int) -> None:
+        """Move data over a channel."""
+        channel = self._channels.get(fd)
+        if channel is None:
+            return
+        stream = channel.stream
+        if stream.unsent:
+            self._send(channel)
+        try:
+            size = channel.sock.recv_into(self._buffer, 0, _DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._on_lost(channel, stream.end(isinstance(error, ConnectionResetError)))
+            return
+        if not size:
+            self._on_lost(channel, stream.end())
+            return
+        data = self._buffer[:size]
+        job = channel.job
+        if job is not None and (ended := stream.receive_end(data)) is not None:
+            channel.job = None
+            self._release(channel)
+            self._finish(job, self._jobs.ended(job, ended))
+            return
+        for event in stream.receive(data):
+            if type(event) is Lost:
+                self._on_lost(channel, event)
+                return
+            job = channel.job
+            assert job is not None
+            if type(event) is Ended:
+                self._over(channel, self._jobs.ended(job, event))
+                if not stream.is_free:  # the rest is of those who hold its output
+                    return
+            elif type(event) is Output:
+                self._jobs.write(job, event.number, event.data)
+                if job.limited is not None and job.limited.is_too_loud:
+                    stream.signal(lib.EB_WHOLE_TREE, signal.SIGKILL)
+            elif type(event) is Started:
+                job.begun = time.monotonic()
+                self._expiry.begin(channel, job)
+            elif type(event) is Failed:
+                if event.stage <= lib.EB_STAGE_FDS and self._batch.put_off(job, event.errno):
+                    channel.job = None
+                    self._drop(channel)  # it takes a descriptor of the helper's
+                    return
+                options = self._options if job.options is None else job.options
+                why = _request.spawn_error(event, job.argv[0], options["cwd"], options)
+                self._over(channel, self._jobs.failed(job, why))
+        if stream.unsent and channel.job is not None:
+            self._send(channel)
+        if stream.ended is not None and channel.job is not None:
+            self._ending.drain(channel, channel.job)
+
+    def running(self) -> list[Job]:
+        """Return the commands that run, by the time of their start; needs `with_pids`."""
+        jobs = [c.job for c in self._channels.values() if c.job is not None and c.stream.pid]
+        return sorted(jobs, key=lambda job: job.begun)
+
+    def signal_group(self, job: Job, number: int) -> None:
+        """Send a signal to the process group of a command; needs `with_pids`."""
+        for channel in self._channels.values():
+            if channel.job is job and channel.stream.pid:
+                channel.stream.signal(-channel.stream.pid, number)
+                self._send(channel)
+
+    def stop(self, now: bool) -> None:
+        """Abandon what runs, if `now`."""
+        if now:
+            for channel in list(self._channels.values()):
+                self._abandon(channel)
+
+    def abandon(self, index: int) -> None:
+        """End a command, if it runs."""
+        for channel in list(self._channels.values()):
+            if channel.job is not None and channel.job.index == index:
+                self._abandon(channel)
+
+    def close(self) -> None:
+        """End what still runs: its process group gets SIGTERM, and SIGKILL a second later."""
+        for channel in list(self._channels.values()):
+            self._batch.unwatch(channel.fd)
+            connection = channel.connection
+            if channel.stream.is_free and channel.generation == self._generation:
+                connection.greeted = channel.stream.greeted
+                connection.give_back()
+            else:
+                connection.close()
+        self._channels.clear()
+        self._idle.clear()
+        self._templates.forget()
+
+    # -- channels --
+
+    def _connect(self) -> Channel | None:
+        connection = self._source.connect()
+        if connection is None:
+            return None
+        channel = Channel(connection, self._generation)
+        self._channels[channel.fd] = channel
+        self._batch.watch(channel.fd, False)
+        return channel
+
+    def _renew(self) -> None:
+        """Let go of what belongs to a former helper, or to who this process was."""
+        self._generation += 1
+        while self._idle:
+            self._drop(self._idle.pop())
+        self._templates.forget()
+
+    def _release(self, channel: Channel) -> None:
+        """Keep a channel for another command, if it may carry one."""
+        if channel.stream.is_free and channel.generation == self._generation:
+            self._idle.append(channel)
+        else:
+            self._drop(channel)
+
+    def _send(self, channel: Channel, fds: Sequence[int] = ()) -> None:
+        if channel.send(fds):
+            self._batch.watch(channel.fd, channel.awaits_room)
+
+    def _drop(self, channel: Channel) -> None:
+        if self._channels.pop(channel.fd, None) is not None:
+            self._batch.unwatch(channel.fd)
+        channel.connection.close()
+
+    # -- the course of one --
+
+    def _expire(self, channel: Channel, job: Job) -> None:
+        job.timed_out = True
+        self._ending.end(channel, job)
+
+    def _on_killed(self, channel: Channel, job: Job, ended: Ended) -> None:
+        self._over(channel, self._jobs.ended(job, ended))
+
+    def _over(self, channel: Channel, result: Result) -> None:
+        job = channel.job
+        assert job is not None
+        channel.job = None
+        self._release(channel)
+        self._finish(job, result)
+
+    def _finish(self, job: Job, result: Result) -> None:
+        now = time.monotonic()
+        brief = None if result._end is None else result._end.brief
+        result.duration = now - job.begun if brief is None else brief[0] / 1e6
+        result._begun = now - result.duration
+        if job.timer is not None or self._has_shares:
+            self._expiry.end(job, result)
+        self._batch.finish(job, result)
+
+    def _abandon(self, channel: Channel) -> None:
+        """End the command of a channel, if it has one, without a result."""
+        job, channel.job = channel.job, None
+        if job is not None:
+            self._expiry.end(job)
+            self._drop(channel)
+            self._batch.abandoned(job)
+
+    def _on_lost(self, channel: Channel, lost: Lost) -> None:
+        job, channel.job = channel.job, None
+        if job is None and channel in self._idle:
+            self._idle.remove(channel)
+        self._drop(channel)
+        if job is not None:
+            self._expiry.end(job)
+            if lost.may_resend:
+                # A helper that is short of descriptors closes what it can't take.
+                is_short = not channel.stream.greeted and self._source.is_there()
+                if not (is_short and self._batch.put_off(job, errno.EMFILE)):
+                    self._batch.start_again(job)
+                return
+        if not isinstance(lost.error, HelperDiedError):
+            raise lost.error
+        if job is not None:
+            self._finish(job, self._jobs.without_end(job, -signal.SIGKILL, lost.error))

@@ -1,0 +1,93 @@
+"""The workers of a Celery app, for `errand-boy map`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from errand_boy._cli.parsing import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+    from types import FrameType
+    from typing import Any
+
+    from errand_boy._result import Result
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this module to `parser`."""
+    group = parser.add_argument_group("on other machines (see docs/celery.md)")
+    group.add_argument(
+        "--celery",
+        metavar="APP",
+        help="have the workers of this Celery app run the commands (module or module:app, as for "
+        "celery -A); -j is how many tasks are sent at a time then (default: 1000)",
+    )
+    group.add_argument("--celery-queue", metavar="NAME", help="the queue that the tasks go to")
+
+
+def of(options: argparse.Namespace) -> Any:
+    """Return the Cluster that the options ask for, or None. Raises UsageError."""
+    if options.celery is None:
+        if options.celery_queue is not None:
+            raise UsageError("--celery-queue is for --celery")
+        return None
+    if options.socket:
+        raise UsageError("the commands are run by a daemon or by Celery's workers, not both")
+    if options.memsuspend:
+        raise UsageError("--memsuspend is for commands on this machine")
+    if options.grouping == "none":
+        raise UsageError("with --celery output comes with the end of a command: no --ungroup")
+    try:
+        from celery.app.utils import find_app  # noqa: PLC0415
+
+        from errand_boy._cluster import Cluster  # noqa: PLC0415
+    except ImportError as error:
+        raise UsageError(f"--celery needs Celery ({error}): pip install celery") from None
+    sys.path.insert(0, os.getcwd())
+    try:
+        app = find_app(options.celery)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"--celery {options.celery}: {error}") from None
+    queue = options.celery_queue
+    try:
+        return Cluster(app, send=None if queue is None else {"queue": queue})
+    except TypeError:
+        raise UsageError(f"--celery {options.celery} is no Celery app") from None
+
+
+class Interrupted(BaseException):
+    """A signal asks for the end; `number` says which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def notes(result: Result) -> Iterator[str]:
+    """Yield what there is to be said of a command that a worker has run."""
+    if result.truncated:
+        yield "what it wrote beyond 16 MiB is lost"
+    if getattr(result, "is_again", False):
+        yield "Celery has run it again, since a worker had gone"
+
+
+def take_signals() -> None:
+    """Have signals that end this process raise Interrupted, since its tasks would go on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def end_by(interrupted: Interrupted) -> None:
+    """End this process by the signal."""
+    signal.signal(interrupted.number, signal.SIG_DFL)
+    signal.raise_signal(interrupted.number)
