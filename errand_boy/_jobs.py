@@ -14,6 +14,7 @@ from errand_boy._child import ready
 from errand_boy._follow import CaughtUp, Credit, Follower, LogFailed, Missed, Output, Over
 from errand_boy._job_steps import Course, Start, Wait
 from errand_boy._limits import CAUSES
+from errand_boy._modes import Past
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Attachment", "Job", "JobResult", "LogFailed", "Missed", "Output"]
 
 _MOST_UNSENT = 1 << 16  # bytes of input
+_NO_WINDOW = (0, 0, 0, 0)
 
 
 class JobResult(subprocess.CompletedProcess[None]):
@@ -120,6 +122,19 @@ class Known:
         return None if status is None else os.waitstatus_to_exitcode(status)
 
     @property
+    def cause(self) -> str | None:
+        """Why it is over, as JobResult has it, or why it is lost: "killed" or "reboot"."""
+        if self.state == "lost":
+            return str(self._entry.get("why", "killed"))
+        return None if self.returncode is None else JobResult(self._entry).cause
+
+    @property
+    def ended(self) -> float | None:
+        """When it ended."""
+        ended: float | None = self._entry.get("ended")
+        return ended
+
+    @property
     def has_terminal(self) -> bool:
         """Whether its standard streams are a terminal."""
         return bool(self._entry.get("pty"))
@@ -189,7 +204,8 @@ class Job(Known):
 
         `window`: rows and columns of the screen on which it is shown, if it has a terminal; that
         gets the smallest size of all who are attached, and what is on it is drawn anew. `history`:
-        what was written before comes first; by default not so for a terminal.
+        what was written before comes first; by default, for a terminal, only what a screen needs:
+        the modes that are on, and the last lines unless the program fills the screen.
         """
         if history is None:
             history = not self.has_terminal
@@ -265,9 +281,9 @@ class Attachment:
         self.read_only = read_only
         self.is_over: bool = False
         self._window = _four(window)
-        self._skips = not history  # what was written before
+        self._past = None if history else Past()  # until all is told that was written before
         self._course = job._course()
-        self._course.greeting = self._greeting()
+        self._course.greeting = _follow.attach(self._flags(), _NO_WINDOW)
         self._steps: Generator[Any, None, None] = self._course.events()
         self._waits: Wait | None = None
         self._come: deque[Output | Missed] = deque()
@@ -321,11 +337,19 @@ class Attachment:
         """Whether `write` would wait now."""
         return len(self._unsent) >= _MOST_UNSENT
 
-    def _greeting(self) -> bytes:
-        flags = 0 if self.read_only else lib.EB_ATTACH_WRITES
-        if self._job.has_terminal and self._window[0]:
-            flags |= lib.EB_ATTACH_REDRAWS
-        return _follow.attach(flags, self._window)
+    def _flags(self) -> int:
+        return 0 if self.read_only else int(lib.EB_ATTACH_WRITES)
+
+    def _catch_up(self) -> None:
+        """Begin to look, with a window: what is drawn anew for that is not part of the past."""
+        past, self._past = self._past, None
+        if past is not None and self._job.has_terminal:
+            shown = past.shown(self._window[0])
+            if shown:
+                self._come.append(Output(1, time.time(), shown))
+        if self._window != _NO_WINDOW:
+            flags = self._flags() | (lib.EB_ATTACH_REDRAWS if self._job.has_terminal else 0)
+            self._outbox += _follow.attach(flags, self._window)
 
     def read_some(self, seconds: float | None = 0.0) -> Output | Missed | None:
         """Return what comes next, waiting so long at most (None: without end), or None.
@@ -393,7 +417,6 @@ class Attachment:
     @winsize.setter
     def winsize(self, size: Sequence[int]) -> None:
         self._window = _four(size)
-        self._course.greeting = self._greeting()
         self._outbox += _follow.winsize(self._window)
         self._send()
 
@@ -409,14 +432,21 @@ class Attachment:
                 self._waits = event
                 return
             if isinstance(event, CaughtUp):
-                self._skips = False
+                self._catch_up()
+                self._send()
+                self._waits = None
+                if self._come:
+                    return
             elif isinstance(event, Over):
                 self.is_over = True
                 self._waits = None
             elif isinstance(event, Credit):
                 self._room += event.size
                 self._send()
-            elif isinstance(event, (Output, Missed)) and not self._skips:
+            elif isinstance(event, (Output, Missed)) and self._past is not None:
+                if isinstance(event, Output):
+                    self._past.feed(event.data)
+            elif isinstance(event, (Output, Missed)):
                 self._come.append(event)
                 self._waits = None
                 return

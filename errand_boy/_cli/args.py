@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import errand_boy
 from errand_boy import _address
-from errand_boy._cli import command_options, stats
-from errand_boy._cli.parsing import add_socket, number
+from errand_boy._cli import command_options, detached, stats
+from errand_boy._cli.parsing import add_socket, number, user
 
-_COMMANDS = ("serve", "run", "map", "status")
+_COMMANDS = ("serve", "run", "map", "status", *detached.COMMANDS)
 _GIVEN = ("-h", "--help", "--version")
 
 
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="the same, and record what is shown in FILE, as asciicast v2",
     )
+    detached.add_run_options(run)
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
     many = commands.add_parser(
         "map",
@@ -111,7 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help="show a live screen, with rates, every SECONDS (default: 1); needs rich",
     )
+    detached.add_parsers(commands)
     options = parser.parse_args(arguments)
+    if options.command in detached.COMMANDS:
+        return detached.main(options)
     if options.command == "serve":
         return run_server(serve, options)
     if options.command == "status":
@@ -126,6 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.error("--timeout can't be given with a terminal")
     if "output" in wanted.get("limits", ()):
         run.error("--limit output needs errand-boy map: here the command writes by itself")
+    if options.detach:
+        if options.timeout is not None or options.stats or options.record is not None:
+            run.error("--timeout, --stats and --record can't be given with --detach")
+        return detached.start(argv, options, wanted)
+    alone = [name for name in detached.ONLY_DETACHED if getattr(options, name)]
+    if alone:
+        run.error(f"--{alone[0].replace('_', '-')} needs --detach")
     if options.pty or options.record is not None:
         from errand_boy._cli import terminal  # noqa: PLC0415
 
@@ -178,7 +189,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allow-uid",
-        type=_user,
+        type=user,
         action="append",
         metavar="USER",
         default=[],
@@ -293,17 +304,6 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default="unixsocket",
         help="the only transport; for compatibility",
     )
-
-
-def _user(text: str) -> int:
-    import pwd  # noqa: PLC0415
-
-    if text.isdecimal():
-        return int(text)
-    try:
-        return pwd.getpwnam(text).pw_uid
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"unknown user {text}") from None
 
 
 def _group(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from errand_boy import _options
 
@@ -23,10 +23,13 @@ ABSENT = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add them to `parser`."""
-    group = parser.add_argument_group("options of the command (see docs/options.md)")
-    for name, (metavar, parse, text) in _FORMS.items():
+def add_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Add them to `parser`, or only those of these names."""
+    group: argparse._ActionsContainer = parser
+    if names is None:
+        group = parser.add_argument_group("options of the command (see docs/options.md)")
+    for name in names or _FORMS:
+        metavar, parse, text = _FORMS[name]
         spelling = _SPELLINGS.get(name, name.replace("_", "-"))
         kind: dict[str, Any] = {"action": "store_true"}
         if metavar is not None:
@@ -40,7 +43,7 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     """Return those that were given, as Popen's keywords."""
     found = {}
     for name in _FORMS:
-        value = getattr(options, _PREFIX + name)
+        value = getattr(options, _PREFIX + name, None)
         if value is not None and value is not False:
             found[name] = _REPEATED[name](value) if name in _REPEATED else value
     return found

@@ -31,3 +31,15 @@ def number(of: type[int] | type[float], least: float) -> Callable[[str], float]:
 
     parse.__name__ = "number"  # for argparse's own message
     return parse
+
+
+def user(text: str) -> int:
+    """Return a user's number, for argparse's `type`."""
+    import pwd  # noqa: PLC0415
+
+    if text.isdecimal():
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"unknown user {text}") from None

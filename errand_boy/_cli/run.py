@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from errand_boy._jobs import JobResult
+
 _EXPIRED = 124  # the exit status
 
 # What a supervisor or a user sends to one process; the terminal sends its own to the whole group.
@@ -89,11 +91,11 @@ def run(
     return _EXPIRED if expired.is_set() else exit_status(process)
 
 
-def exit_status(process: _popen.Popen[Any]) -> int:
+def exit_status(ended: _popen.Popen[Any] | JobResult) -> int:
     """Return the exit status that says how a command has ended."""
-    if process.cause == "timeout":  # its limit, wall
+    if ended.cause == "timeout":  # its limit, wall
         return _EXPIRED
-    status: int = process.returncode
+    status: int = ended.returncode
     return status if status >= 0 else 128 - status
 
 
@@ -107,16 +109,21 @@ def start(argv: Sequence[str], socket: str | None, **options: Any) -> _popen.Pop
             return errand_boy.connect(socket).Popen(argv, **options)
         except errand_boy.NoDaemonError:
             return _popen.Popen(argv, **options)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
+        return failure(error, argv)
+
+
+def failure(error: OSError | ValueError, argv: Sequence[str]) -> int:
+    """Say on standard error why a command could not be started; return the exit status."""
+    if not isinstance(error, OSError):
         print(f"errand-boy: {error}", file=sys.stderr)
         return 125
-    except OSError as error:
-        if isinstance(error, errand_boy.ErrandBoyError):
-            print(f"errand-boy: {error.strerror}", file=sys.stderr)
-            return 125
-        print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
-        missing = isinstance(error, FileNotFoundError) and error.filename is not None
-        return 127 if missing else 126
+    if isinstance(error, errand_boy.ErrandBoyError):
+        print(f"errand-boy: {error.strerror}", file=sys.stderr)
+        return 125
+    print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
+    missing = isinstance(error, FileNotFoundError) and error.filename is not None
+    return 127 if missing else 126
 
 
 def _await_end(

@@ -54,9 +54,9 @@ def run(
     `record`, what is on it goes into a file of that name too, in the form of asciicast v2.
     `options` are Popen's.
     """
-    outer = _Outer()
+    outer = Outer()
     ignored = {n for n in _FORWARDED if signal.getsignal(n) is signal.SIG_IGN}
-    with _signals(_HANDLED - ignored) as arrived:
+    with catching(_HANDLED - ignored) as arrived:
         recording = None
         try:
             if record is not None:
@@ -81,7 +81,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _signals(numbers: set[signal.Signals]) -> Iterator[int]:
+def catching(numbers: set[signal.Signals]) -> Iterator[int]:
     """Have signals written, a byte each, to a pipe; what is yielded is its other end."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
@@ -96,10 +96,14 @@ def _signals(numbers: set[signal.Signals]) -> Iterator[int]:
         os.close(writer)
 
 
-class _Outer:
-    """The terminal that this process has, if it has one. A context manager: raw within."""
+class Outer:
+    """The terminal that this process has, if it has one. A context manager: raw within.
 
-    def __init__(self) -> None:
+    With `interrupts`, ^C and ^Z keep their meaning there.
+    """
+
+    def __init__(self, *, interrupts: bool = False) -> None:
+        self._interrupts = interrupts
         self.saved = None
         with contextlib.suppress(termios.error):
             self.saved = termios.tcgetattr(0)
@@ -118,6 +122,8 @@ class _Outer:
         if self.saved is not None:
             attributes = [*self.saved]
             make_raw(attributes)
+            if self._interrupts:
+                attributes[3] |= termios.ISIG
             self._set(attributes)
 
     def __exit__(self, *_: object) -> None:
@@ -138,7 +144,7 @@ class _Session:
     def __init__(
         self,
         process: _popen.Popen[Any],
-        outer: _Outer,
+        outer: Outer,
         arrived: int,
         recording: Recording | None,
     ) -> None:

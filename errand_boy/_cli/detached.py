@@ -1,0 +1,388 @@
+"""Commands that outlive their client: `errand-boy run --detach`, and what is done with them."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import errand_boy
+from errand_boy._cli import command_options
+from errand_boy._cli.parsing import add_socket, number, user
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from errand_boy._jobs import Job
+
+COMMANDS = ("ps", "attach", "logs", "wait", "stop", "rm")
+
+_EXPIRED = 124  # the exit status
+_FAILED = 125
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_STREAMS = {1: "standard output", 2: "standard error"}
+_NAME = "its name or number; of several with one name, the newest is meant"
+
+
+# -- the options --
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of `errand-boy run` that are about jobs."""
+    group = parser.add_argument_group("commands that go on without this one (see docs/jobs.md)")
+    group.add_argument(
+        "-d",
+        "--detach",
+        action="store_true",
+        help="print the command's name and number when it runs, and leave it to the daemon",
+    )
+    text = "what it is called (default: the program's name and the number)"
+    group.add_argument("--name", help=text)
+    group.add_argument(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="its standard input is what those type who attach (default: nothing, or the terminal)",
+    )
+    group.add_argument(
+        "--ring",
+        type=_size,
+        metavar="SIZE",
+        help="how much of each output is kept (default: 256K)",
+    )
+    group.add_argument("--log", metavar="FILE", help="write all its output to FILE, too")
+    group.add_argument(
+        "--log-size", type=_size, metavar="SIZE", help="rename FILE to FILE.1 when it is as large"
+    )
+    text = "how many of these are kept"
+    group.add_argument("--log-count", type=number(int, 0), metavar="N", help=text)
+    group.add_argument(
+        "--notify",
+        metavar="COMMAND",
+        help="a line for the shell, run at the end, with ERRAND_BOY_JOB, ERRAND_BOY_NAME, "
+        "ERRAND_BOY_STATUS and ERRAND_BOY_CAUSE in its environment",
+    )
+
+
+_START = ("name", "ring", "log", "log_size", "log_count", "notify")
+ONLY_DETACHED = ("interactive", *_START)
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the commands on jobs to those of the command line."""
+
+    def add(name: str, text: str, more: str = "", **options: Any) -> argparse.ArgumentParser:
+        description = f"{text[0].upper()}{text[1:]}.{more}"
+        parser: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=description, **options
+        )
+        add_socket(parser)
+        return parser
+
+    ps = add("ps", "list the commands that run detached")
+    ps.add_argument("-a", "--all", action="store_true", help="also those that are over")
+    form = ps.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("-q", "--quiet", action="store_true", help="the names only")
+    _add_user(ps, "another user's, or everybody's: all; root may")
+
+    attach = add(
+        "attach",
+        "show a detached command here, and type to it",
+        " With a terminal, this one is in raw mode, and the command's has the smallest size of "
+        "all that are attached. Exit status: the command's, if it ends meanwhile; 0 after the "
+        "keys to detach.",
+    )
+    attach.add_argument("job", metavar="JOB", help=_NAME)
+    attach.add_argument("-r", "--read-only", action="store_true", help="only look")
+    attach.add_argument(
+        "--detach-keys",
+        metavar="KEYS",
+        default=os.environ.get("ERRAND_BOY_DETACH_KEYS", "^P^Q"),
+        help="what leaves it, such as ^P^Q, ctrl-a,d or none (default: "
+        "$ERRAND_BOY_DETACH_KEYS, else ^P^Q)",
+    )
+    _add_user(attach)
+
+    logs = add("logs", "write what a detached command has written")
+    logs.add_argument("job", metavar="JOB", help=_NAME)
+    logs.add_argument("-f", "--follow", action="store_true", help="also what is still to come")
+    logs.add_argument(
+        "--since",
+        type=_moment,
+        metavar="WHEN",
+        help="only what was written since then: 90, 10m, 2h or 1d ago, or 2026-11-25T20:15",
+    )
+    text = "of what is there, only the last N lines"
+    logs.add_argument("-n", "--tail", type=number(int, 0), metavar="N", help=text)
+    text = "put the time before each line"
+    logs.add_argument("-t", "--timestamps", action="store_true", help=text)
+    _add_user(logs)
+
+    wait = add(
+        "wait",
+        "wait for detached commands",
+        " Exit status: that of the last, as run has it; 124 if --timeout is over; 125 if nobody "
+        "knows how it ended.",
+    )
+    wait.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
+    text = "how long at most, for all of them"
+    wait.add_argument("--timeout", type=number(float, 0), metavar="SECONDS", help=text)
+    _add_user(wait)
+
+    stop = add(
+        "stop",
+        "end detached commands",
+        " By default as --stop and --tree of run said, else by SIGTERM and, ten seconds later, "
+        "SIGKILL.",
+    )
+    stop.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
+    command_options.add_options(stop, ("stop", "tree"))
+    _add_user(stop)
+
+    rm = add("rm", "forget detached commands that are over, and their output")
+    rm.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
+    _add_user(rm)
+
+
+def _add_user(parser: argparse.ArgumentParser, text: str = "whose it is; root may") -> None:
+    parser.add_argument("--user", type=_user if "all" in text else user, help=text)
+
+
+def _user(text: str) -> int | str:
+    return text if text == "all" else user(text)
+
+
+def _size(text: str) -> int:
+    unit = _BYTES.get(text[-1:].upper())
+    return int(text) if unit is None else int(float(text[:-1]) * unit)
+
+
+def _moment(text: str) -> float:
+    unit = _UNITS.get(text[-1:])
+    try:
+        return time.time() - (float(text) if unit is None else float(text[:-1]) * unit)
+    except ValueError:
+        return datetime.datetime.fromisoformat(text).timestamp()
+
+
+# -- what they do --
+
+
+def start(argv: Sequence[str], options: argparse.Namespace, wanted: Mapping[str, Any]) -> int:
+    """Start a command that goes on without this one; return the exit status."""
+    from errand_boy._cli.run import failure  # noqa: PLC0415
+
+    more: dict[str, Any] = {name: getattr(options, name) for name in _START}
+    if options.pty:
+        from errand_boy._cli.terminal import Outer  # noqa: PLC0415
+        from errand_boy.terminal import Pty  # noqa: PLC0415
+
+        outer = Outer()
+        more["pty"] = Pty(*outer.size()[:2], termios=outer.saved)
+    elif options.interactive:
+        more["stdin"] = errand_boy.PIPE
+    try:
+        job = errand_boy.connect(options.socket).start(argv, **more, **wanted)
+    except (OSError, ValueError) as error:
+        return failure(error, argv)
+    print(job.name, job.id, flush=True)
+    return 0
+
+
+def main(options: argparse.Namespace) -> int:
+    """Do what one of COMMANDS is to do; return the exit status."""
+    try:
+        return _HANDLERS[options.command](options)
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (OSError, ValueError) as error:
+        text = error.strerror if isinstance(error, OSError) else None
+        print(f"errand-boy: {text or error}", file=sys.stderr)
+        return _FAILED
+
+
+def find(options: argparse.Namespace, name: str) -> Job:
+    """Return a job. Raises what Client.job does."""
+    job = int(name) if name.isdecimal() else name
+    return errand_boy.connect(options.socket).job(job, uid=options.user)
+
+
+def _ps(options: argparse.Namespace) -> int:
+    jobs = errand_boy.connect(options.socket).jobs(options.all, uid=options.user)
+    if options.quiet:
+        print(*dict.fromkeys(job.name for job in jobs), sep="\n", end="\n" if jobs else "")
+    elif options.json:
+        print(json.dumps([_described(job) for job in jobs], indent=2))
+    else:
+        with_user = options.user == "all"
+        head = ("NAME", "ID", *["USER"] * with_user, "STATE", "STARTED", "TIME", "COMMAND")
+        _print_table([head, *(_row(job, with_user) for job in jobs)])
+    return 0
+
+
+def _described(job: Job) -> dict[str, Any]:
+    return {
+        "name": job.name,
+        "id": job.id,
+        "uid": job.uid,
+        "pid": job.pid,
+        "args": job.args,
+        "terminal": job.has_terminal,
+        "state": job.state,
+        "cause": job.cause,
+        "returncode": job.returncode,
+        "started": job.started,
+        "ended": job.ended,
+    }
+
+
+def _row(job: Job, with_user: bool) -> tuple[str, ...]:
+    seconds = (time.time() if job.ended is None else job.ended) - job.started
+    return (
+        job.name,
+        str(job.id),
+        *[_user_name(job.uid)] * with_user,
+        _state(job),
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started)),
+        "" if job.state == "lost" else _duration(seconds),
+        shlex.join(job.args),
+    )
+
+
+def _state(job: Job) -> str:
+    code = job.returncode
+    if job.state != "ended" or code is None:
+        return job.state if job.cause is None else f"{job.state}: {job.cause}"
+    if job.cause not in ("exit", "signal"):
+        return f"limit: {job.cause}"
+    if code >= 0:
+        return f"exit {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def _user_name(uid: int) -> str:
+    import pwd  # noqa: PLC0415
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def _attach(options: argparse.Namespace) -> int:
+    from errand_boy._cli.attach import run  # noqa: PLC0415
+
+    job = find(options, options.job)
+    if job.state not in ("running", "starting"):
+        print(f"errand-boy: {job.name} is over: see errand-boy logs {job.name}", file=sys.stderr)
+        return _FAILED
+    return run(job, options.read_only, options.detach_keys)
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from errand_boy._jobs import Missed  # noqa: PLC0415
+
+    job = find(options, options.job)
+    at_start = dict.fromkeys(_STREAMS, True)
+    for event in job.logs(options.follow, options.since, options.tail):
+        if isinstance(event, Missed):
+            print_missed(event)
+            continue
+        data = event.data
+        if options.timestamps and data:
+            moment = datetime.datetime.fromtimestamp(event.time).astimezone()
+            stamp = moment.isoformat(timespec="milliseconds").encode() + b" "
+            begins, at_start[event.stream] = at_start[event.stream], data.endswith(b"\n")
+            lines = data.splitlines(keepends=True)
+            data = stamp * begins + stamp.join(lines)
+        write_all(event.stream, data)
+    return 0
+
+
+def print_missed(event: Any) -> None:
+    """Say that output has been lost to whom it is shown."""
+    where = _STREAMS[event.stream]
+    print(f"errand-boy: {event.size} bytes of {where} are not kept any more", file=sys.stderr)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it, also to what does not block. Raises OSError."""
+    import select  # noqa: PLC0415
+
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
+
+
+def _wait(options: argparse.Namespace) -> int:
+    from errand_boy._cli.run import exit_status  # noqa: PLC0415
+
+    end = None if options.timeout is None else time.monotonic() + options.timeout
+    status = 0
+    for name in options.jobs:
+        job = find(options, name)
+        try:
+            done = job.wait(None if end is None else max(0.0, end - time.monotonic()))
+        except errand_boy.TimeoutExpired:
+            print(f"errand-boy: {job.name} has not ended", file=sys.stderr)
+            return _EXPIRED
+        status = exit_status(done)
+    return status
+
+
+def _stop(options: argparse.Namespace) -> int:
+    wanted = command_options.given(options)
+    for name in options.jobs:
+        find(options, name).stop(**wanted)
+    return 0
+
+
+def _rm(options: argparse.Namespace) -> int:
+    for name in options.jobs:
+        find(options, name).remove()
+    return 0
+
+
+_HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "ps": _ps,
+    "attach": _attach,
+    "logs": _logs,
+    "wait": _wait,
+    "stop": _stop,
+    "rm": _rm,
+}
