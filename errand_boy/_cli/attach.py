@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 
-from errand_boy._cli.detached import print_missed, write_all
 from errand_boy._cli.run import exit_status
 from errand_boy._cli.terminal import Outer, catching
 from errand_boy._jobs import Attachment, Job, Missed
@@ -21,6 +20,7 @@ _CHUNK = 1 << 12  # bytes that are typed at once
 _LOOK = 0.05  # seconds, while there is no descriptor to wait for
 _HELD = 0.5  # seconds that the first of the keys to detach is kept back
 _KEY = re.compile(r"(?:ctrl-|\^)(?P<control>.)|(?P<plain>[^,])|,", re.IGNORECASE | re.DOTALL)
+_STREAMS = {1: "standard output", 2: "standard error"}
 _LEAVING = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
 
@@ -81,6 +81,22 @@ def run(job: Job, read_only: bool, keys: str) -> int:
     except JobLostError as error:
         print(f"errand-boy: {error.strerror}", file=sys.stderr)
         return 125
+
+
+def print_missed(event: Any) -> None:
+    """Say that output has been lost to whom it is shown."""
+    where = _STREAMS[event.stream]
+    print(f"errand-boy: {event.size} bytes of {where} are not kept any more", file=sys.stderr)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it, also to what does not block. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
 
 
 class _Session:

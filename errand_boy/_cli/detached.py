@@ -28,7 +28,6 @@ _EXPIRED = 124  # the exit status
 _FAILED = 125
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_STREAMS = {1: "standard output", 2: "standard error"}
 _NAME = "its name or number; of several with one name, the newest is meant"
 
 
@@ -312,10 +311,11 @@ def _attach(options: argparse.Namespace) -> int:
 
 
 def _logs(options: argparse.Namespace) -> int:
+    from errand_boy._cli.attach import print_missed, write_all  # noqa: PLC0415
     from errand_boy._jobs import Missed  # noqa: PLC0415
 
     job = find(options, options.job)
-    at_start = dict.fromkeys(_STREAMS, True)
+    at_start = {1: True, 2: True}
     for event in job.logs(options.follow, options.since, options.tail):
         if isinstance(event, Missed):
             print_missed(event)
@@ -329,24 +329,6 @@ def _logs(options: argparse.Namespace) -> int:
             data = stamp * begins + stamp.join(lines)
         write_all(event.stream, data)
     return 0
-
-
-def print_missed(event: Any) -> None:
-    """Say that output has been lost to whom it is shown."""
-    where = _STREAMS[event.stream]
-    print(f"errand-boy: {event.size} bytes of {where} are not kept any more", file=sys.stderr)
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of it, also to what does not block. Raises OSError."""
-    import select  # noqa: PLC0415
-
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except BlockingIOError:
-            select.select([], [fd], [])
 
 
 def _wait(options: argparse.Namespace) -> int:
