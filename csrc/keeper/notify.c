@@ -11,7 +11,7 @@
 enum { ADDED = 2 };
 
 static uint8_t *bytes; /* the request; NULL: there is none */
-static uint32_t size;
+static uint32_t bytes_size;
 static struct eb_request request;
 static char **environment;
 static char texts[ADDED][48];
@@ -32,7 +32,7 @@ void eb_on_notify(struct eb_client *c, const struct eb_frame *frame)
     else if (error > 0 || (bytes = malloc(frame->size)) == NULL)
         eb_client_refuse(c, "out of memory");
     else
-        memcpy(bytes, frame->payload, size = frame->size);
+        memcpy(bytes, frame->payload, bytes_size = frame->size);
     eb_request_free(&request);
 }
 
@@ -48,7 +48,15 @@ static void finish(int error)
     bytes = NULL;
 }
 
-/* Its environment, with what it is told in front: a name that is there twice has the first value. */
+static bool is_told(const char *entry)
+{
+    for (int i = 0; i < ADDED; i++)
+        if (strncmp(entry, texts[i], strcspn(texts[i], "=") + 1) == 0)
+            return true;
+    return false;
+}
+
+/* Adds what it is told to its environment. */
 static bool extend(int status, const char *cause)
 {
     size_t count = 0;
@@ -59,10 +67,12 @@ static bool extend(int status, const char *cause)
         return false;
     (void)snprintf(texts[0], sizeof texts[0], "ERRAND_BOY_STATUS=%d", status);
     (void)snprintf(texts[1], sizeof texts[1], "ERRAND_BOY_CAUSE=%s", cause);
-    for (int i = 0; i < ADDED; i++)
-        environment[i] = texts[i];
+    size_t size = 0;
     for (size_t i = 0; i < count; i++)
-        environment[ADDED + i] = request.env[i];
+        if (!is_told(request.env[i]))
+            environment[size++] = request.env[i];
+    for (int i = 0; i < ADDED; i++)
+        environment[size++] = texts[i];
     request.env = environment;
     return true;
 }
@@ -74,7 +84,7 @@ void eb_notify_begin(int status, const char *cause)
     char reason[EB_MAX_REASON];
     if (bytes == NULL)
         return;
-    if (eb_request_parse(&request, bytes, size, reason) != 0 || !extend(status, cause)) {
+    if (eb_request_parse(&request, bytes, bytes_size, reason) != 0 || !extend(status, cause)) {
         finish(ENOMEM);
         return;
     }
