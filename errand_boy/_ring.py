@@ -20,6 +20,7 @@ _HEAD = struct.Struct("=8sII")
 _STATE = struct.Struct("=5Q")
 _RECORD = struct.Struct("=QQI")
 _MAGIC = b"EBRING1\0"
+_MOST_CAPACITY = 1 << 30  # bytes
 _CHUNK = 1 << 20  # bytes
 
 
@@ -34,7 +35,6 @@ class RingFile:
     """
 
     def __init__(self, fd: int) -> None:
-        size = os.fstat(fd).st_size
         header = os.pread(fd, lib.EB_RING_HEADER, 0)
         self._rings: list[_Ring] = []
         if not header:
@@ -45,7 +45,7 @@ class RingFile:
                 raise RingError("it is no file of rings")
             for number in range(lib.EB_RINGS):
                 state = _STATE.unpack_from(header, _HEAD.size + number * _STATE.size)
-                ring = _Ring(fd, number + 1, size, *state)
+                ring = _Ring(fd, number + 1, *state)
                 self._rings.append(ring)
         except struct.error:
             raise RingError("its header is cut short") from None
@@ -64,14 +64,13 @@ class _Ring:
         self,
         fd: int,
         stream: int,
-        size: int,
         offset: int,
         capacity: int,
         head: int,
         tail: int,
         lost: int,
     ) -> None:
-        if not (0 <= head - tail <= capacity and offset + capacity <= size):
+        if not 0 <= head - tail <= capacity <= _MOST_CAPACITY:
             raise RingError(f"its ring {stream} is impossible")
         self._fd = fd
         self._stream = stream
