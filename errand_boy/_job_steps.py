@@ -368,7 +368,8 @@ def _some(sock: socket.socket) -> Steps[bytes]:
 class Course:
     """One who follows a job: over a connection to its keeper, and another where that breaks.
 
-    `entry` is what was said of the job last. While there is a connection, `sock` is that.
+    `entry` is what was said of the job last. While there is a connection, `sock` is that, and
+    `has_begun` whether FOLLOW and the greeting have been sent.
     """
 
     def __init__(self, client: Client, job: int, uid: int, follower: Follower) -> None:
@@ -377,11 +378,14 @@ class Course:
         self.follower = follower
         self.entry: Entry = {}
         self.sock: socket.socket | None = None
+        self.has_begun = False
+        self.connections = 0
         self.greeting = b""  # sent over each connection, behind FOLLOW
 
     def close(self) -> None:
         """Follow no more."""
         sock, self.sock = self.sock, None
+        self.has_begun = False
         if sock is not None:
             sock.close()
 
@@ -399,6 +403,7 @@ class Course:
                 yield Over() if self.follower.goes_on else CaughtUp()
                 return
             self.sock = sock
+            self.connections += 1
             try:
                 for event in self._connected(sock):
                     if not isinstance(event, Wait):
@@ -418,6 +423,7 @@ class Course:
     def _connected(self, sock: socket.socket) -> Generator[Any, None, None]:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # what came is to be read
             yield from send(sock, self.follower.begin() + self.greeting)
+        self.has_begun = True
         while data := (yield from _some(sock)):
             yield from self.follower.receive(data)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from errand_boy import _client, _map
+    from errand_boy._asyncio_jobs import Job
     from errand_boy._batch import Batch
     from errand_boy._ends import Stop
     from errand_boy._job import Command
@@ -318,7 +319,37 @@ class Client(_Functions):
 
     def __init__(self, client: _client.Client) -> None:
         super().__init__(type("Popen", (Deferred, client.Popen), {}), client)
+        self._client: _client.Client = client
         self.path: str = client.path
+
+    async def start(self, args: Any, name: str | None = None, **options: Any) -> Job:
+        """Start a command that outlives this process, and return it as a Job when it runs.
+
+        Its options are those of errand_boy's Client.start. If the call is cancelled, the command is
+        not started, or is killed.
+        """
+        from errand_boy import _asyncio_jobs  # noqa: PLC0415  only those who need it pay for it
+
+        return await _asyncio_jobs.start(self._client, args, name, **options)
+
+    async def job(self, job: str | int, *, uid: int | None = None) -> Job:
+        """Return the job of this number, or the newest of this name; `uid`: another user's.
+
+        Raises NoJobError, NoDaemonError and JobError.
+        """
+        from errand_boy import _asyncio_jobs  # noqa: PLC0415  only those who need it pay for it
+
+        return await _asyncio_jobs.find(self._client, job, uid)
+
+    async def jobs(self, all: bool = False, *, uid: int | str | None = None) -> list[Job]:
+        """Return the jobs that run, or `all`, with those that are over and kept.
+
+        `uid`: another user's, or "all": everybody's, for root and the daemon's own user. Raises
+        NoDaemonError and JobError.
+        """
+        from errand_boy import _asyncio_jobs  # noqa: PLC0415  only those who need it pay for it
+
+        return await _asyncio_jobs.find_all(self._client, all, uid)
 
     def __repr__(self) -> str:
         return f"<errand_boy asyncio client of {self.path}>"

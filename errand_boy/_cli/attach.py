@@ -108,7 +108,7 @@ class _Session:
         self._arrived = arrived
         self._keys = keys
         self._held_until: float | None = None
-        self._has_terminal = attachment.job.has_terminal
+        self._has_terminal = attachment.has_terminal
         self._modes = Modes()
         self._reads_keys = True
         self._left: int | None = None

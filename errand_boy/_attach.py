@@ -1,0 +1,217 @@
+"""One who is attached to a job, whoever waits: what comes of it, and what is sent to it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+
+from errand_boy import _follow, _job_steps, _wire
+from errand_boy._follow import CaughtUp, Credit, Missed, Output, Over
+from errand_boy._job_steps import Course, Wait
+from errand_boy._modes import Past
+from errand_boy._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_NO_WINDOW = (0, 0, 0, 0)
+MOST_UNSENT = 1 << 16  # bytes of input
+_MOST_COME = 64  # pieces of output
+
+
+class Attached:
+    """The terminal of a job, or its standard streams, for one who is attached to it.
+
+    `is_over`: the job is, and all has been read.
+    """
+
+    def __init__(
+        self,
+        course: Course,
+        read_only: bool,
+        window: Sequence[int] | None,
+        *,
+        has_terminal: bool,
+        history: bool | None,
+    ) -> None:
+        self.read_only = read_only
+        self.is_over: bool = False
+        self.has_terminal = has_terminal
+        self._window = _four(window)
+        if history is None:
+            history = not has_terminal
+        self._past = None if history else Past()  # until all is told that was written before
+        self._course = course
+        self._course.greeting = _follow.attach(self._flags(), _NO_WINDOW)
+        self._steps: Generator[Any, None, None] = self._course.events()
+        self._waits: Wait | None = None
+        self._come: deque[Output | Missed] = deque()
+        self._unsent = bytearray()  # input
+        self._room = int(lib.EB_WINDOW)  # for input on its way
+        self._outbox = b""
+        self._ends_input = False
+        self._connections = 0
+
+    def close(self) -> None:
+        """Detach."""
+        self._steps.close()
+        self._course.close()
+        self.is_over = True
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more will come."""
+        return self.is_over
+
+    def fileno(self) -> int:
+        """Return the descriptor; -1 while there is none."""
+        sock = self._course.sock
+        return -1 if sock is None else sock.fileno()
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether the descriptor has to be writable for what is to be sent."""
+        return bool(self._outbox)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `write` would wait now."""
+        return len(self._unsent) >= MOST_UNSENT
+
+    @property
+    def winsize(self) -> tuple[int, ...]:
+        """The rows and columns of the screen on which it is shown."""
+        return self._window[:2]
+
+    @winsize.setter
+    def winsize(self, size: Sequence[int]) -> None:
+        self._window = _four(size)
+        self._outbox += _follow.winsize(self._window)
+        self._send()
+
+    def end_input(self) -> None:
+        """End the standard input, for all who are attached; type that at a terminal."""
+        self._check_writes()
+        self._ends_input = True
+        self._send()
+
+    def send_signal(self, sig: int) -> None:
+        """Send a signal to the job's command."""
+        self._outbox += _follow.signal(0, sig)
+        self._send()
+
+    # -- for who waits --
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it is attached, or has been."""
+        return self._course.has_begun or bool(self._come) or self.is_over
+
+    def _feed(self, data: bytes) -> None:
+        self._check_writes()
+        self._unsent += data
+        self._send()
+
+    def _check_writes(self) -> None:
+        if self.read_only:
+            raise ValueError("attached to read only")
+
+    def _flags(self) -> int:
+        return 0 if self.read_only else int(lib.EB_ATTACH_WRITES)
+
+    def _catch_up(self) -> None:
+        """Begin to look, with a window: what is drawn anew for that is not part of the past."""
+        past, self._past = self._past, None
+        if past is not None and self.has_terminal:
+            shown = past.shown(self._window[0])
+            if shown:
+                self._come.append(Output(1, time.time(), shown))
+        if self._window != _NO_WINDOW:
+            flags = self._flags() | (lib.EB_ATTACH_REDRAWS if self.has_terminal else 0)
+            self._outbox += _follow.attach(flags, self._window)
+        self._send()
+
+    def _next_wait(self) -> Wait | None:
+        """Move what can be moved; return what is to be waited for, None: something has come."""
+        come = len(self._come)
+        self._send()
+        self._advance()
+        waits = self._waits
+        if len(self._come) > come or self.is_over or waits is None:
+            return None
+        if waits.fd >= 0 and self._outbox:
+            waits = waits._replace(writing=True)
+        return waits
+
+    def _take(self, size: int = -1) -> Output | Missed | None:
+        """Return what has come, with `size` bytes at most, or None."""
+        if not self._come:
+            return None
+        event = self._come.popleft()
+        if isinstance(event, Output) and 0 <= size < len(event.data):
+            self._come.appendleft(event._replace(data=event.data[size:]))
+            return event._replace(data=event.data[:size])
+        return event
+
+    def _advance(self) -> None:
+        """Take what has come, without waiting."""
+        if len(self._come) >= _MOST_COME:  # by `write`, whose caller should read
+            raise BlockingIOError(errno.EAGAIN, "output has to be read before input is written")
+        self._waits = None
+        while (event := self._next_event()) is not None:
+            if isinstance(event, Wait):
+                self._waits = event
+                return
+            if isinstance(event, CaughtUp):
+                self._catch_up()
+                if self._come:
+                    return
+            elif isinstance(event, Over):
+                break
+            elif isinstance(event, Credit):
+                self._room += event.size
+                self._send()
+            elif self._past is not None:
+                if isinstance(event, Output):
+                    self._past.feed(event.data)
+            elif isinstance(event, (Output, Missed)):
+                self._come.append(event)
+                return
+        self.is_over = True
+
+    def _next_event(self) -> Any:
+        try:
+            return next(self._steps, None)
+        except BaseException:
+            self.close()
+            raise
+
+    def _send(self) -> None:
+        """Send what there is room for."""
+        course = self._course
+        if self._connections != course.connections:
+            self._connections = course.connections
+            self._outbox, self._room = b"", int(lib.EB_WINDOW)
+        if self._unsent and self._room and not self._outbox:
+            data = bytes(self._unsent[: min(self._room, MOST_UNSENT)])
+            del self._unsent[: len(data)]
+            self._room -= len(data)
+            self._outbox += _wire.frame(lib.EB_STDIN, [data])
+        if self._ends_input and not self._unsent:
+            self._ends_input = False
+            self._outbox += _wire.frame(lib.EB_STDIN, [])
+        sock = course.sock
+        if sock is None or not course.has_begun or not self._outbox:
+            return
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            self._outbox = self._outbox[sock.send(self._outbox, _job_steps.SEND_FLAGS) :]
+
+
+def _four(size: Sequence[int] | None) -> tuple[int, int, int, int]:
+    rows, columns, *pixels = size or (0, 0)
+    xpixel, ypixel = pixels or (0, 0)
+    return rows, columns, xpixel, ypixel

@@ -1,0 +1,158 @@
+"""What is said of a job, and of how it has ended; what is shown of its output."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from errand_boy import _follow, _wire
+from errand_boy._follow import CaughtUp, Follower, Missed, Output, Over
+from errand_boy._job_steps import Course
+from errand_boy._limits import CAUSES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import resource
+    from typing import Any
+
+    from errand_boy._job_steps import Client, Entry
+
+
+class JobResult(subprocess.CompletedProcess[None]):
+    """How a job has ended: as subprocess.CompletedProcess, without output, and as Popen tells.
+
+    `cause`: "exit", "signal", or the limit for which it was ended. `duration`: in seconds.
+    `rusage`: a resource.struct_rusage. `peak_memory`: in bytes. `bytes`: how many it has written to
+    its standard output and its standard error.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(entry["argv"], os.waitstatus_to_exitcode(entry["status"]))
+        self._entry = entry
+
+    @property
+    def cause(self) -> str:
+        """Why it has ended."""
+        by_limit = CAUSES.get(self._entry.get("cause", 0))
+        return by_limit or ("exit" if self.returncode >= 0 else "signal")
+
+    @property
+    def duration(self) -> float:
+        """How long it took, in seconds."""
+        return max(0.0, float(self._entry["ended"] - self._entry["started"]))
+
+    @property
+    def rusage(self) -> resource.struct_rusage:
+        """What it has used."""
+        tree = self._entry.get("tree", ())
+        return _wire.rusage(self._entry["usage"], (0, *tree) if tree else ())
+
+    @property
+    def peak_memory(self) -> int:
+        """The most memory that it had, in bytes."""
+        tree = self._entry.get("tree", ())
+        return int(tree[2]) if tree else self.rusage.ru_maxrss * 1024
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """How much it has written."""
+        first, second = self._entry.get("bytes", (0, 0))
+        return first, second
+
+
+class Known:
+    """What was said of a job last, which `status` renews.
+
+    `id`: its number among those of user `uid`; `name`; `args`: its command, or the beginning of a
+    long one; `pid`: the command's, None before it runs; `started`: seconds since 1970;
+    `state`: "starting", "running", "ended", or "lost", when its keeper was killed or the machine
+    went down; `returncode`: as Popen has it, None while it is not known.
+    """
+
+    def __init__(self, client: Client, entry: Entry) -> None:
+        self._client = client
+        self._entry = entry
+        self.id: int = entry["id"]
+        self.uid: int = entry["uid"]
+        self.name: str = entry["name"]
+
+    def __repr__(self) -> str:
+        return f"<errand_boy job {self.id} {self.name} {self.state}>"
+
+    @property
+    def args(self) -> list[str]:
+        """Its command."""
+        return list(self._entry["argv"])
+
+    @property
+    def pid(self) -> int | None:
+        """The command's."""
+        pid: int | None = self._entry.get("pid")
+        return pid
+
+    @property
+    def started(self) -> float:
+        """When."""
+        return float(self._entry["started"])
+
+    @property
+    def state(self) -> str:
+        """What has become of it."""
+        return str(self._entry["state"])
+
+    @property
+    def returncode(self) -> int | None:
+        """How it has ended."""
+        status = self._entry.get("status")
+        return None if status is None else os.waitstatus_to_exitcode(status)
+
+    @property
+    def cause(self) -> str | None:
+        """Why it is over, as JobResult has it, or why it is lost: "killed" or "reboot"."""
+        if self.state == "lost":
+            return str(self._entry.get("why", "killed"))
+        return None if self.returncode is None else JobResult(self._entry).cause
+
+    @property
+    def ended(self) -> float | None:
+        """When it ended."""
+        ended: float | None = self._entry.get("ended")
+        return ended
+
+    @property
+    def has_terminal(self) -> bool:
+        """Whether its standard streams are a terminal."""
+        return bool(self._entry.get("pty"))
+
+    def _course(self, *, quiet: bool = False, goes_on: bool = True) -> Course:
+        follower = Follower(quiet=quiet, goes_on=goes_on)
+        return Course(self._client, self.id, self.uid, follower)
+
+
+class Chooser:
+    """Which of the events `logs` yields."""
+
+    def __init__(self, since: float | None, tail: int | None) -> None:
+        self._since = since
+        self._tail = tail
+        self._kept: list[Any] = []  # until all that was there is known
+
+    def take(self, event: Any) -> list[Any]:
+        """Return what is to be yielded now."""
+        if isinstance(event, (CaughtUp, Over)):
+            return self.rest()
+        if isinstance(event, Output):
+            if self._since is not None and event.time < self._since:
+                return []
+        elif not isinstance(event, Missed):
+            return []
+        if self._tail is None:
+            return [event]
+        self._kept.append(event)
+        return []
+
+    def rest(self) -> list[Any]:
+        """Return what has been kept back."""
+        tail, self._tail = self._tail, None
+        kept, self._kept = self._kept, []
+        return [] if tail is None else _follow.last_lines(kept, tail)
