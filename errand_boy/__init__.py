@@ -51,7 +51,10 @@ from errand_boy.errors import (
     ErrandBoyError,
     HelperDiedError,
     HelperError,
+    JobError,
+    JobLostError,
     NoDaemonError,
+    NoJobError,
     ProtocolError,
     RefusedError,
     SessionClosedError,
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from errand_boy._client import Client
     from errand_boy._executor import Executor
     from errand_boy._job import Command
+    from errand_boy._jobs import Job, JobResult, Missed, Output
     from errand_boy._options import Options
     from errand_boy._policy import Retries
     from errand_boy._preexec import chain
@@ -193,7 +197,11 @@ def unpatch() -> None:
 
 _LATER = {
     "Executor": "errand_boy._executor",
+    "Job": "errand_boy._jobs",
+    "JobResult": "errand_boy._jobs",
+    "Missed": "errand_boy._jobs",
     "Options": "errand_boy._options",
+    "Output": "errand_boy._jobs",
     "Result": "errand_boy._result",
     "Retries": "errand_boy._policy",
     "chain": "errand_boy._preexec",
@@ -234,8 +242,15 @@ __all__ = [
     "Executor",
     "HelperDiedError",
     "HelperError",
+    "Job",
+    "JobError",
+    "JobLostError",
+    "JobResult",
+    "Missed",
     "NoDaemonError",
+    "NoJobError",
     "Options",
+    "Output",
     "Popen",
     "ProtocolError",
     "RefusedError",
