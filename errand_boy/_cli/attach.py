@@ -83,7 +83,7 @@ def run(job: Job, read_only: bool, keys: str) -> int:
         return 125
 
 
-def print_missed(event: Any) -> None:
+def print_missed(event: Missed) -> None:
     """Say that output has been lost to whom it is shown."""
     where = _STREAMS[event.stream]
     print(f"errand-boy: {event.size} bytes of {where} are not kept any more", file=sys.stderr)
