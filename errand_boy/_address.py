@@ -52,6 +52,18 @@ class Address:
                 self.path,
             )
 
+    def nobody(self) -> str:
+        """Return what to say where no daemon listens: how to start one."""
+        from shlex import quote  # noqa: PLC0415  it brings re
+
+        command = f"errand-boy serve --socket {quote(self.path)}"
+        directory = os.path.dirname(self.path)
+        if not os.path.isdir(directory):
+            command = f"mkdir -p {quote(directory)} && {command}"
+        elif not os.access(directory, os.W_OK):
+            command = f"as a user who may write in {directory}: {command}"
+        return f"no errand-boy daemon listens here; to start one: {command}"
+
 
 def credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return the pid, user id and group id of the other end, as the kernel noted them.

@@ -295,7 +295,7 @@ class Client:
         try:
             return _status.fetch(self.address)
         except _status.NoAnswerError as error:
-            raise NoDaemonError(errno.ENOTCONN, str(error)) from error
+            raise NoDaemonError(errno.ENOTCONN, str(error)) from None
 
     def start(self, args: Args, name: str | None = None, **options: Unpack[StartParameters]) -> Job:
         """Start a command that outlives this process, and return it as a Job when it runs.
@@ -436,11 +436,7 @@ class Client:
             self.address.check(sock)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
             sock.close()
-            text = (
-                "no errand-boy daemon listens here: start one with `errand-boy serve --socket`, "
-                "or give another path or ERRAND_BOY_SOCKET"
-            )
-            raise NoDaemonError(error.errno, text, self.path) from error
+            raise NoDaemonError(error.errno, self.address.nobody(), self.path) from None
         except RefusedError:
             sock.close()
             raise
@@ -452,7 +448,7 @@ class Client:
             sock.close()
             if error.errno is None:  # "AF_UNIX path too long"
                 text = f"{error}: at most 107 bytes"
-                raise NoDaemonError(errno.ENAMETOOLONG, text, self.path) from error
+                raise NoDaemonError(errno.ENAMETOOLONG, text, self.path) from None
             raise
         except BaseException:
             sock.close()

@@ -70,7 +70,7 @@ class Cluster:
             raise TypeError(f"on must be a Celery app or an errand_boy.celery.Cluster, not {app!r}")
         self.app = app
         self.send = dict(send or {})
-        self.interval = interval
+        self.interval: float = interval
 
 
 class RemoteResult(Result):

@@ -30,7 +30,7 @@ def fetch(address: Address, timeout: float = 10.0) -> dict[str, Any]:
             address.check(sock)
             sock.sendall(request, socket.MSG_NOSIGNAL)
         except (FileNotFoundError, ConnectionRefusedError):
-            raise NoAnswerError(f"no daemon listens on {path}") from None
+            raise NoAnswerError(f"{path}: {address.nobody()}") from None
         except BrokenPipeError:
             pass  # refused: it has said why
         except OSError as error:

@@ -19,8 +19,14 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
+try:
+    from celery import group, shared_task
+except ModuleNotFoundError as _error:
+    if _error.name != "celery":
+        raise
+    _text = "errand_boy.celery needs Celery: pip install 'errand-boy[celery]'"
+    raise ModuleNotFoundError(_text, name="celery") from None
 from billiard.process import current_process
-from celery import group, shared_task
 from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.exceptions import Ignore, SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.worker.request import Request as _TaskRequest

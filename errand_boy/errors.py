@@ -25,7 +25,12 @@ class RefusedError(ProtocolError, PermissionError):
 
 
 class NoDaemonError(ErrandBoyError, ConnectionError):
-    """No daemon listens at the path in the message; ``__cause__`` is the OSError of the attempt."""
+    """No daemon listens at `filename`; `errno` is that of the attempt to reach it."""
+
+    def __str__(self) -> str:
+        if self.filename is None:
+            return super().__str__()
+        return f"{self.filename}: {self.strerror}"
 
 
 class JobError(ErrandBoyError, OSError):

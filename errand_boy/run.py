@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from errand_boy._cli import args
+from errand_boy._cli import args, serve
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m errand_boy.run",
+        description="Be the daemon, as errand-boy serve; or, with COMMAND, have a shell run it, as "
+        "errand-boy run -- sh -c COMMAND, with the same exit status. Where users have no "
+        "$XDG_RUNTIME_DIR, all but root listen in errand-boy-UID in $TMPDIR or /tmp.",
+    )
+    parser.add_argument(
+        "command_line", nargs="?", metavar="COMMAND", help="a line for /bin/sh, as one argument"
+    )
+    serve.add_options(parser, or_local=True)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve, or run the command line that is given; return its exit status."""
     args.open_standard_streams()
-    parser = argparse.ArgumentParser(
-        prog="python -m errand_boy.run",
-        description="Be the daemon, or, with a command line, run that through it. Where users "
-        "have no $XDG_RUNTIME_DIR, all but root listen in errand-boy-UID in $TMPDIR or /tmp.",
-    )
-    parser.add_argument("command_line", nargs="?", metavar="COMMAND")
-    args.add_serve_options(parser)
-    options = parser.parse_args(arguments)
-    command = options.command_line
-    del options.command_line
+    reader = parser()
+    options = reader.parse_args(arguments)
+    command, local = options.command_line, options.local
+    del options.command_line, options.local
     if command is None:
-        return args.run_server(parser, options, classic=True)
-    return _run(command, options.socket)
+        if local:
+            reader.error("--local needs a command")
+        return serve.run_server(reader, options, classic=True)
+    from errand_boy._cli.run import run  # noqa: PLC0415
 
-
-def _run(command: str, path: str | None) -> int:
-    from errand_boy.transports.unixsocket import UNIXSocketTransport  # noqa: PLC0415
-
-    try:
-        transport = UNIXSocketTransport(path)
-        process, stdout, stderr = transport.run_cmd(command, text=False)
-    except OSError as error:
-        print(f"errand-boy: {error.strerror or error}", file=sys.stderr)
-        return 125
-    sys.stdout.buffer.write(stdout)
-    sys.stderr.buffer.write(stderr)
-    status: int = process.returncode
-    return status if status >= 0 else 128 - status
+    by: str | Literal[False] | None = False if local else options.socket
+    return run(["/bin/sh", "-c", command], by, classic=True)
 
 
 if __name__ == "__main__":

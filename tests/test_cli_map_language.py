@@ -10,7 +10,7 @@ import pty
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -38,9 +38,7 @@ def run(
 
 
 def parsed(*arguments: str) -> tuple[Namespace, list[str]]:
-    parser = ArgumentParser(allow_abbrev=False)
-    cli_map.add_options(parser)
-    return cli_map.parse(parser, arguments)
+    return cli_map.parse(cli_map.parser("errand-boy map"), arguments)
 
 
 # -- where the options end --
@@ -467,9 +465,7 @@ def test_page_names_options_that_there_are() -> None:
     page = Path(__file__).parent.parent / "docs" / "map.md"
     if not page.exists():
         pytest.skip("the tests run without the documentation")
-    parser = ArgumentParser(allow_abbrev=False)
-    cli_map.add_options(parser)
-    known = {option for action in parser._actions for option in action.option_strings}
+    known = {option for action in cli_map.parser("errand-boy map")._actions for option in action.option_strings}
     rows = [row.split(" | ") for row in page.read_text().splitlines() if row.startswith("| `")]
     assert len(rows) > 60
     for _, ours, *_ in rows:

@@ -31,8 +31,12 @@ def by(
     request: pytest.FixtureRequest, daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     name: str = request.param
-    path = daemon.path if name == "daemon" else str(tmp_path / "none")
-    monkeypatch.setenv("ERRAND_BOY_SOCKET", path)
+    if name == "daemon":
+        monkeypatch.setenv("ERRAND_BOY_SOCKET", daemon.path)
+    else:  # nobody listens at the default path
+        monkeypatch.delenv("ERRAND_BOY_SOCKET", raising=False)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        (tmp_path / "errand-boy.sock").touch()
     return name
 
 

@@ -465,13 +465,13 @@ def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(NoDaemonError, match="errand-boy serve") as caught:
         errand_boy.connect(path).run(["true"])
     assert isinstance(caught.value, ConnectionError)
-    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    assert caught.value.errno == errno.ENOENT
     assert caught.value.filename == str(path)
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
     with pytest.raises(NoDaemonError) as caught:
         errand_boy.connect(path).run(["true"])
-    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+    assert caught.value.errno == errno.ECONNREFUSED
     with pytest.raises(NoDaemonError, match="107 bytes"):
         errand_boy.connect(tmp_path / ("x" * 200)).run(["true"])
 
@@ -635,7 +635,7 @@ def test_status(client: Client, daemon: Daemon, tmp_path: Path) -> None:
     value = client.status()
     assert value["pid"] == daemon.process.pid
     assert value["totals"]["started"] > 0
-    with pytest.raises(NoDaemonError, match="no daemon listens"):
+    with pytest.raises(NoDaemonError, match="no errand-boy daemon listens"):
         errand_boy.connect(tmp_path / "none").status()
 
 

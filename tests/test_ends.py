@@ -146,7 +146,7 @@ def by_celery(marked: Marked, tree: str, client: Any) -> bytes:
 
 
 def by_the_command_line(marked: Marked, tree: str, client: Any) -> bytes:
-    command = [sys.executable, "-m", "errand_boy", "run", "--socket", "/nonexistent"]
+    command = [sys.executable, "-m", "errand_boy", "run", "--local"]
     command += ["--timeout", "0.5", "--stop", "TERM:0.1,KILL", "--tree", tree, "sh", "-c", ESCAPES]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=marked.env) as process:
         assert process.stdout is not None

@@ -299,4 +299,4 @@ sys.exit(5)
         assert done.stdout == "[0, 1] ['a', '-b'] __main__\n", done.stderr
         assert done.returncode == 5
     done = stdlib.run(python, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("usage:")
+    assert done.returncode == 2 and done.stderr.startswith("usage:")

@@ -143,9 +143,13 @@ def test_classic_spelling(tmp_path: Path) -> None:
     assert done.returncode == 125
     assert done.stderr.startswith(b"errand-boy: ")
     assert done.stderr.count(b"\n") == 1
+    done = subprocess.run([*run[:-1], "--local", "cat; exit 3"], **options, input=b"in")  # type: ignore[call-overload]
+    assert (done.stdout, done.returncode) == (b"in", 3)
 
 
-@pytest.mark.parametrize("module", [["errand_boy"], ["errand_boy.run", "-t", "unixsocket"]])
+@pytest.mark.parametrize(
+    "module", [["errand_boy", "serve"], ["errand_boy.run", "-t", "unixsocket"]]
+)
 def test_plain_spellings_serve(tmp_path: Path, module: list[str]) -> None:
     path = str(tmp_path / "socket")
     command = [sys.executable, "-m", *module, "--socket", path]

@@ -104,7 +104,10 @@ def test_commands_whose_output_is_captured_have_latencies(tmp_path: Path) -> Non
 def test_nobody_listens(tmp_path: Path) -> None:
     done = cli("--socket", str(tmp_path / "none"))
     assert done.returncode == 1
-    assert done.stderr == f"errand-boy: no daemon listens on {tmp_path}/none\n"
+    assert done.stderr == (
+        f"errand-boy: {tmp_path}/none: no errand-boy daemon listens here; to start one: "
+        f"errand-boy serve --socket {tmp_path}/none\n"
+    )
 
 
 def test_helper_that_does_not_answer(tmp_path: Path) -> None:

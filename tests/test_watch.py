@@ -97,7 +97,7 @@ def test_screen_follows_the_daemon(tmp_path: Path) -> None:
 def test_daemon_that_goes_and_comes(tmp_path: Path) -> None:
     path = str(tmp_path / "absent.sock")
     with watching(path) as terminal:
-        terminal.read_until("no daemon listens on")
+        terminal.read_until("no errand-boy daemon listens here")
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.process.wait(PATIENCE) == 0
 

@@ -14,15 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import errand_boy
 from errand_boy._cli import command_options
-from errand_boy._cli.parsing import add_socket, number, user
+from errand_boy._cli.parsing import add_socket, message, number, user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from errand_boy._jobs import Job
-
-COMMANDS = ("ps", "attach", "logs", "wait", "stop", "rm")
 
 _EXPIRED = 124  # the exit status
 _FAILED = 125
@@ -75,81 +73,70 @@ _START = ("name", "ring", "log", "log_size", "log_count", "notify")
 ONLY_DETACHED = ("interactive", *_START)
 
 
-def add_parsers(commands: Any) -> None:
-    """Add the commands on jobs to those of the command line."""
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return what reads the command line of a command on jobs."""
+    command = prog.rpartition(" ")[2]
+    add_options, handler, description = _COMMANDS[command]
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.set_defaults(handler=handler)
+    add_socket(parser)
+    add_options(parser)
+    return parser
 
-    def add(name: str, text: str, more: str = "", **options: Any) -> argparse.ArgumentParser:
-        description = f"{text[0].upper()}{text[1:]}.{more}"
-        parser: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=description, **options
-        )
-        add_socket(parser)
-        return parser
 
-    ps = add("ps", "list the commands that run detached")
-    ps.add_argument("-a", "--all", action="store_true", help="also those that are over")
-    form = ps.add_mutually_exclusive_group()
+def _ps_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-a", "--all", action="store_true", help="also those that are over")
+    form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("-q", "--quiet", action="store_true", help="the names only")
-    _add_user(ps, "another user's, or everybody's: all; root may")
+    _add_user(parser, "another user's, or everybody's: all; root may")
 
-    attach = add(
-        "attach",
-        "show a detached command here, and type to it",
-        " With a terminal, this one is in raw mode, and the command's has the smallest size of "
-        "all that are attached. Exit status: the command's, if it ends meanwhile; 0 after the "
-        "keys to detach.",
-    )
-    attach.add_argument("job", metavar="JOB", help=_NAME)
-    attach.add_argument("-r", "--read-only", action="store_true", help="only look")
-    attach.add_argument(
+
+def _attach_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", help=_NAME)
+    parser.add_argument("-r", "--read-only", action="store_true", help="only look")
+    parser.add_argument(
         "--detach-keys",
         metavar="KEYS",
         default=os.environ.get("ERRAND_BOY_DETACH_KEYS", "^P^Q"),
         help="what leaves it, such as ^P^Q, ctrl-a,d or none (default: "
         "$ERRAND_BOY_DETACH_KEYS, else ^P^Q)",
     )
-    _add_user(attach)
+    _add_user(parser)
 
-    logs = add("logs", "write what a detached command has written")
-    logs.add_argument("job", metavar="JOB", help=_NAME)
-    logs.add_argument("-f", "--follow", action="store_true", help="also what is still to come")
-    logs.add_argument(
+
+def _logs_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", help=_NAME)
+    parser.add_argument("-f", "--follow", action="store_true", help="also what is still to come")
+    parser.add_argument(
         "--since",
         type=_moment,
         metavar="WHEN",
         help="only what was written since then: 90, 10m, 2h or 1d ago, or 2026-11-25T20:15",
     )
     text = "of what is there, only the last N lines"
-    logs.add_argument("-n", "--tail", type=number(int, 0), metavar="N", help=text)
+    parser.add_argument("-n", "--tail", type=number(int, 0), metavar="N", help=text)
     text = "put the time before each line"
-    logs.add_argument("-t", "--timestamps", action="store_true", help=text)
-    _add_user(logs)
+    parser.add_argument("-t", "--timestamps", action="store_true", help=text)
+    _add_user(parser)
 
-    wait = add(
-        "wait",
-        "wait for detached commands",
-        " Exit status: that of the last, as run has it; 124 if --timeout is over; 125 if nobody "
-        "knows how it ended.",
-    )
-    wait.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
+
+def _wait_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
     text = "how long at most, for all of them"
-    wait.add_argument("--timeout", type=number(float, 0), metavar="SECONDS", help=text)
-    _add_user(wait)
+    parser.add_argument("--timeout", type=number(float, 0), metavar="SECONDS", help=text)
+    _add_user(parser)
 
-    stop = add(
-        "stop",
-        "end detached commands",
-        " By default as --stop and --tree of run said, else by SIGTERM and, ten seconds later, "
-        "SIGKILL.",
-    )
-    stop.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
-    command_options.add_options(stop, ("stop", "tree"))
-    _add_user(stop)
 
-    rm = add("rm", "forget detached commands that are over, and their output")
-    rm.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
-    _add_user(rm)
+def _stop_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
+    command_options.add_options(parser, ("stop", "tree"))
+    _add_user(parser)
+
+
+def _rm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
+    _add_user(parser)
 
 
 def _add_user(parser: argparse.ArgumentParser, text: str = "whose it is; root may") -> None:
@@ -197,18 +184,18 @@ def start(argv: Sequence[str], options: argparse.Namespace, wanted: Mapping[str,
     return 0
 
 
-def main(options: argparse.Namespace) -> int:
-    """Do what one of COMMANDS is to do; return the exit status."""
+def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Do what the command is to do; return the exit status."""
+    options = parser.parse_args(arguments)
     try:
-        return _HANDLERS[options.command](options)
-    except BrokenPipeError:  # nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
+        status: int = options.handler(options)
+        return status
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (OSError, ValueError) as error:
-        text = error.strerror if isinstance(error, OSError) else None
-        print(f"errand-boy: {text or error}", file=sys.stderr)
+        print(f"errand-boy: {message(error)}", file=sys.stderr)
         return _FAILED
 
 
@@ -360,11 +347,28 @@ def _rm(options: argparse.Namespace) -> int:
     return 0
 
 
-_HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "ps": _ps,
-    "attach": _attach,
-    "logs": _logs,
-    "wait": _wait,
-    "stop": _stop,
-    "rm": _rm,
+_Handler = Callable[[argparse.Namespace], int]
+_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], _Handler, str]] = {
+    "ps": (_ps_options, _ps, "List the commands that run detached."),
+    "attach": (
+        _attach_options,
+        _attach,
+        "Show a detached command here, and type to it. With a terminal, this one is in raw mode, "
+        "and the command's has the smallest size of all that are attached. Exit status: the "
+        "command's, if it ends meanwhile; 0 after the keys to detach.",
+    ),
+    "logs": (_logs_options, _logs, "Write what a detached command has written."),
+    "wait": (
+        _wait_options,
+        _wait,
+        "Wait for detached commands. Exit status: that of the last, as run has it; 124 if "
+        "--timeout is over; 125 if nobody knows how it ended.",
+    ),
+    "stop": (
+        _stop_options,
+        _stop,
+        "End detached commands. By default as --stop and --tree of run said, else by SIGTERM and, "
+        "ten seconds later, SIGKILL.",
+    ),
+    "rm": (_rm_options, _rm, "Forget detached commands that are over, and their output."),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -26,13 +27,12 @@ from errand_boy._cli import (
 )
 from errand_boy._cli.commands import Commands
 from errand_boy._cli.joblog import JobLog, written
-from errand_boy._cli.parsing import UsageError, add_socket
+from errand_boy._cli.parsing import UsageError, add_socket, message
 from errand_boy._result import Result
 from errand_boy.errors import ErrandBoyError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     from typing import Any
 
     from errand_boy._cli.commands import Origin
@@ -42,16 +42,30 @@ _MOST_FAILED = 101  # the exit status for so many, or more
 _TROUBLE = 125  # the exit status for what errand-boy itself could not do
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `errand-boy map` to `parser`."""
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return what reads the command line, but for `:::` and what follows."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="errand-boy map [option ...] [--] [COMMAND [ARGUMENT ...]] "
+        "[::: ARGUMENT ...] [:::: FILE ...]",
+        description="Run a command for each line of standard input, or for each argument that is "
+        "given, and write the output of each command when it ends. Without COMMAND, each line is "
+        "a command. A private helper runs the commands, whose standard input is /dev/null. The "
+        "exit status is the number of commands that failed, or 101 for more than 100; after a "
+        "halt, that of the command that caused it (128 + N if signal N ended it); 125 if "
+        "errand-boy itself failed.",
+        allow_abbrev=False,
+    )
     add_socket(
         parser,
         "have the daemon that listens at PATH run the commands (default: $ERRAND_BOY_SOCKET, else "
         "a private helper)",
+        or_local=True,
     )
     modules = inputs, template, packing, jobs, output, failing, throttle, progress, pipe, cluster
     for module in (*modules, command_options):
         module.add_options(parser)
+    return parser
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
@@ -168,9 +182,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     except cluster.Interrupted as interrupted:
         cluster.end_by(interrupted)
     except ErrandBoyError as error:
-        where = getattr(error, "filename", None)
-        text = getattr(error, "strerror", None) or str(error)
-        print(f"errand-boy: {text}{f': {where}' if where else ''}", file=sys.stderr)
+        print(f"errand-boy: {message(error)}", file=sys.stderr)
     except OSError as error:
         print(f"errand-boy: {error}", file=sys.stderr)
     return _TROUBLE
@@ -182,7 +194,7 @@ def _pipes(options: argparse.Namespace) -> bool:
 
 def _client(options: argparse.Namespace) -> Any:
     path = options.socket or os.environ.get("ERRAND_BOY_SOCKET")
-    if not path:
+    if options.local or not path:
         return None
     from errand_boy import _client  # noqa: PLC0415
 

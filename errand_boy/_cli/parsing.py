@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 
 _WHERE = (
@@ -15,9 +16,24 @@ class UsageError(ValueError):
     """What was asked for makes no sense."""
 
 
-def add_socket(parser: argparse.ArgumentParser, text: str = _WHERE) -> None:
-    """Add --socket to `parser`, with that help."""
-    parser.add_argument("--socket", metavar="PATH", help=text)
+def add_socket(
+    parser: argparse.ArgumentParser, text: str = _WHERE, *, or_local: bool = False
+) -> None:
+    """Add --socket to `parser`, with that help; and --local, which asks no daemon."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--socket", metavar="PATH", help=text)
+    if or_local:
+        group.add_argument(
+            "--local", action="store_true", help="ask no daemon, but start commands from here"
+        )
+
+
+def message(error: BaseException) -> str:
+    """Return what an exception says, for a line on standard error."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return str(error)
 
 
 def number(of: type[int] | type[float], least: float) -> Callable[[str], float]:

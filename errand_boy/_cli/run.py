@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import errand_boy
 from errand_boy import _client, _popen
+from errand_boy._cli.parsing import message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
     from errand_boy._jobs import JobResult
 
@@ -37,19 +38,22 @@ _JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
 
 def run(
     argv: Sequence[str],
-    socket: str | None = None,
+    socket: str | Literal[False] | None = None,
     options: Mapping[str, Any] | None = None,
     timeout: float | None = None,
     stats: str | None = None,
+    *,
+    classic: bool = False,
 ) -> int:
     """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
 
     After `timeout` seconds it is ended, and the status is 124, as that of timeout(1); so is that of
     one that is ended by its limit of `wall` seconds.
 
-    The daemon runs it that listens at `socket`, or where daemons listen by default; if none does,
-    it is a child of this process. `options` are Popen's; `stats` is the form in which standard
-    error gets what it has used, or None.
+    The daemon runs it that listens at `socket` or at ``$ERRAND_BOY_SOCKET``; without both, that
+    which listens where daemons do by default, and if none does, or if `socket` is false, it is a
+    child of this process. `options` are Popen's; `stats` is the form in which standard
+    error gets what it has used, or None. `classic`: daemons listen where those of 2014 do.
     """
     early: list[int] = []
     # What is ignored (nohup, a shell's background job) stays so, for the command too.
@@ -57,7 +61,7 @@ def run(
     forwarded = {n for n in candidates if signal.getsignal(n) is not signal.SIG_IGN}
     for number in forwarded:
         signal.signal(number, lambda number, frame: early.append(number))
-    process = start(argv, socket, **(options or {}))
+    process = start(argv, socket, classic=classic, **(options or {}))
     if isinstance(process, int):
         return process
     if not isinstance(process, _client.Popen):
@@ -82,7 +86,7 @@ def run(
             _forward(process, info.si_signo)
     waiter.join()
     for failure in failures:
-        print(f"errand-boy: {failure.strerror}", file=sys.stderr)
+        print(f"errand-boy: {message(failure)}", file=sys.stderr)
         return 125
     if stats is not None:
         from errand_boy._cli.stats import show  # noqa: PLC0415
@@ -99,16 +103,27 @@ def exit_status(ended: _popen.Popen[Any] | JobResult) -> int:
     return status if status >= 0 else 128 - status
 
 
-def start(argv: Sequence[str], socket: str | None, **options: Any) -> _popen.Popen[Any] | int:
-    """Start a command by the daemon, or if none listens here; return it.
+def start(
+    argv: Sequence[str],
+    socket: str | Literal[False] | None,
+    *,
+    classic: bool = False,
+    **options: Any,
+) -> _popen.Popen[Any] | int:
+    """Start a command by who is to run it, see `run`; return it.
 
     If that fails, say why on standard error, and return the exit status.
     """
     try:
-        try:
-            return errand_boy.connect(socket).Popen(argv, **options)
-        except errand_boy.NoDaemonError:
-            return _popen.Popen(argv, **options)
+        if socket is not False:
+            client = _client.connect(socket, classic=classic)
+            try:
+                return client.Popen(argv, **options)
+            except errand_boy.NoDaemonError:
+                # Whoever names a daemon wants its rights and its limits, not this process's.
+                if not client.address.is_default:
+                    raise
+        return _popen.Popen(argv, **options)
     except (OSError, ValueError) as error:
         return failure(error, argv)
 
@@ -119,7 +134,7 @@ def failure(error: OSError | ValueError, argv: Sequence[str]) -> int:
         print(f"errand-boy: {error}", file=sys.stderr)
         return 125
     if isinstance(error, errand_boy.ErrandBoyError):
-        print(f"errand-boy: {error.strerror}", file=sys.stderr)
+        print(f"errand-boy: {message(error)}", file=sys.stderr)
         return 125
     print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
     missing = isinstance(error, FileNotFoundError) and error.filename is not None

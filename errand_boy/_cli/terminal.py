@@ -14,7 +14,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from errand_boy import _client, _popen
 from errand_boy._cli.run import exit_status, start
@@ -44,7 +44,7 @@ _HANDLED = {*_FORWARDED, signal.SIGWINCH, signal.SIGTSTP}
 
 def run(
     argv: Sequence[str],
-    socket: str | None = None,
+    socket: str | Literal[False] | None = None,
     record: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> int:

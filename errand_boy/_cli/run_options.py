@@ -1,0 +1,89 @@
+"""The command line of `errand-boy run`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from errand_boy._cli import command_options, detached, stats
+from errand_boy._cli.parsing import add_socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="errand-boy run [option ...] [--] COMMAND [ARGUMENT ...]",
+        description="Have the daemon run a command or, if none listens at a default path, run it "
+        "as a child of this process. Signals are passed on. The exit status is that of the "
+        "command; 128 + N if signal N ended it (signal 9 for a limit); 124 after --timeout or "
+        "--limit wall; 127 if the command was not found; 126 if it could not be started; 125 if "
+        "errand-boy itself failed, as when it does not reach the daemon that --socket or "
+        "$ERRAND_BOY_SOCKET names.",
+    )
+    add_socket(parser, or_local=True)
+    command_options.add_options(parser)
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the command after SECONDS, as --stop and --tree say",
+    )
+    parser.add_argument(
+        "--stats",
+        nargs="?",
+        choices=stats.FORMS,
+        const=stats.FORMS[0],
+        help="write to standard error why the command ended and what it used, like time -v or as "
+        "JSON",
+    )
+    parser.add_argument(
+        "-t",
+        "--pty",
+        action="store_true",
+        help="give the command a terminal of its own, and show it on this one",
+    )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="the same, and record what is shown in FILE, as asciicast v2",
+    )
+    detached.add_run_options(parser)
+    parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
+    return parser
+
+
+def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Run the command; return the exit status."""
+    options = parser.parse_args(arguments)
+    argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
+    if not argv:
+        parser.error("which command?")
+    wanted = command_options.given(options)
+    if options.timeout is not None and not options.timeout >= 0:
+        parser.error("--timeout must not be negative")
+    if options.timeout is not None and (options.pty or options.record is not None):
+        parser.error("--timeout can't be given with a terminal")
+    if "output" in wanted.get("limits", ()):
+        parser.error("--limit output needs errand-boy map: here the command writes by itself")
+    if options.detach:
+        if options.timeout is not None or options.stats or options.record is not None:
+            parser.error("--timeout, --stats and --record can't be given with --detach")
+        if options.local:
+            parser.error("--local can't be given with --detach: a daemon keeps the command")
+        return detached.start(argv, options, wanted)
+    alone = [name for name in detached.ONLY_DETACHED if getattr(options, name)]
+    if alone:
+        parser.error(f"--{alone[0].replace('_', '-')} needs --detach")
+    by: str | Literal[False] | None = False if options.local else options.socket
+    if options.pty or options.record is not None:
+        from errand_boy._cli import terminal  # noqa: PLC0415
+
+        return terminal.run(argv, by, options.record, wanted)
+    from errand_boy._cli.run import run  # noqa: PLC0415
+
+    return run(argv, by, wanted, options.timeout, options.stats)

@@ -1,0 +1,218 @@
+"""The daemon: `errand-boy serve`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import errand_boy
+from errand_boy import _address
+from errand_boy._cli.parsing import add_socket, number, user
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Listen on a Unix socket, or on the one that systemd hands over, and start "
+        "commands for this user and for those that the options allow.",
+    )
+    add_options(parser)
+    return parser
+
+
+def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Become the daemon; return only for an error."""
+    return run_server(parser, parser.parse_args(arguments))
+
+
+def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> None:
+    """Add the daemon's options to `parser`."""
+    add_socket(parser, or_local=or_local)
+    count = number(int, 0)
+    parser.add_argument(
+        "--pool-size",
+        type=number(int, 1),
+        metavar="N",
+        default=len(os.sched_getaffinity(0)),
+        help="how many helpers each user has (default: the number of CPUs that the daemon may use)",
+    )
+    parser.add_argument(
+        "--max-accepts",
+        type=count,
+        metavar="N",
+        default=0,
+        help="end after N connections, when the running commands have finished (default: 0, no "
+        "limit)",
+    )
+    parser.add_argument(
+        "--max-child-tasks",
+        type=count,
+        metavar="N",
+        default=0,
+        help="replace a helper after N commands (default: 0, never)",
+    )
+    parser.add_argument(
+        "--allow-uid",
+        type=user,
+        action="append",
+        metavar="USER",
+        default=[],
+        help="a user who may use the daemon, in addition to its own user; repeatable",
+    )
+    parser.add_argument(
+        "--allow-gid",
+        type=_group,
+        action="append",
+        metavar="GROUP",
+        default=[],
+        help="a group whose members may use the daemon; repeatable",
+    )
+    parser.add_argument(
+        "--max-users",
+        type=number(int, 1),
+        metavar="N",
+        default=256,
+        help="as root: how many other users are served at the same time (default: 256)",
+    )
+    parser.add_argument(
+        "--idle",
+        type=number(float, 0),
+        metavar="SECONDS",
+        default=60.0,
+        help="as root: how long another user's helper waits for a connection (default: 60)",
+    )
+    parser.add_argument(
+        "--chdir",
+        metavar="DIRECTORY",
+        help="the working directory of commands whose client names none (default: / for other "
+        "users of root's daemon, else the directory where the daemon was started)",
+    )
+    parser.add_argument(
+        "--max-processes",
+        type=count,
+        metavar="N",
+        default=0,
+        help="how many commands run at a time; the others wait (default: 0, no limit)",
+    )
+    parser.add_argument(
+        "--max-processes-per-user",
+        type=count,
+        metavar="N",
+        default=0,
+        help="the same for each user (default: 0, no limit)",
+    )
+    parser.add_argument(
+        "--limits",
+        metavar="FILE",
+        help="a file with the limits of each user, read again on SIGHUP",
+    )
+    parser.add_argument(
+        "--grace",
+        type=number(float, 0),
+        metavar="SECONDS",
+        default=30.0,
+        help="how long commands may go on after the daemon gets SIGTERM or SIGINT (default: 30)",
+    )
+    parser.add_argument("--patience", type=number(float, 0), default=30.0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--helper-patience", type=number(float, 0), default=30.0, help=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="the lowest level to log on standard error (default: info)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="text, or JSON with one object for each line (default: text)",
+    )
+    parser.add_argument(
+        "--log-commands",
+        nargs="?",
+        choices=("text", "json"),
+        const="text",
+        help="log a line for each command: who, what, where, how it ended, what it used; to "
+        "systemd's journal, or else to standard error in this format (default: text)",
+    )
+    parser.add_argument(
+        "--no-new-privs",
+        action="store_true",
+        help="let no command gain rights, as by a set-user-ID program; also the daemon and its "
+        "helpers",
+    )
+    parser.add_argument(
+        "--pid-file",
+        metavar="PATH",
+        help="write the pid to PATH when the daemon listens; the file is removed when it ends",
+    )
+    parser.add_argument(
+        "--job-state",
+        metavar="DIRECTORY",
+        help="where the journals of jobs are kept (default: jobs in $STATE_DIRECTORY, "
+        "/var/lib/errand-boy, or $XDG_STATE_HOME/errand-boy)",
+    )
+    parser.add_argument(
+        "--job-runtime",
+        metavar="DIRECTORY",
+        help="where the output of jobs is kept while they run and afterwards, in memory if "
+        "possible (default: jobs in $RUNTIME_DIRECTORY, /run/errand-boy, or "
+        "$XDG_RUNTIME_DIR/errand-boy)",
+    )
+    parser.add_argument(
+        "-t",
+        "--transport",
+        choices=("unixsocket",),
+        default="unixsocket",
+        help="the only transport; for compatibility",
+    )
+
+
+def _group(text: str) -> int:
+    import grp  # noqa: PLC0415
+
+    if text.isdecimal():
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"unknown group {text}") from None
+
+
+def run_server(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, *, classic: bool = False
+) -> int:
+    """Become the daemon that `options` describe; does not return but for an error."""
+    values = vars(options)
+    kept = {name: value for name, value in values.items() if name != "transport"}
+    kept["socket"] = os.path.abspath(options.socket or _address.default_path(classic=classic))
+    kept["job_state"] = options.job_state or _address.job_directory("STATE")
+    kept["job_runtime"] = options.job_runtime or _address.job_directory("RUNTIME")
+    for name in ("chdir", "limits", "pid_file", "job_state", "job_runtime"):
+        if kept[name] is not None:
+            kept[name] = os.path.abspath(kept[name])
+    kept["version"] = errand_boy.__version__
+    program = os.path.join(os.path.dirname(errand_boy.__file__), "_daemon", "serve.py")
+    if getattr(sys, "frozen", False) or not sys.executable or not os.path.isfile(program):
+        # sys.executable would be the application, which would run once more.
+        parser.error(
+            "the daemon needs a Python interpreter and errand_boy as files, and this program is "
+            "frozen: install errand-boy with pip, and start its daemon"
+        )
+    argument = json.dumps({"path": _safe_path(), "options": kept})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The same process, so that its supervisor finds it, but without what this command line took.
+    os.execv(sys.executable, [sys.executable, "-I", "-S", program, argument])
+
+
+def _safe_path() -> list[str]:
+    """Return sys.path without the directory of the script, or, with -m, the current one."""
+    is_safe = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+    return [path for path in sys.path[0 if is_safe else 1 :] if path]

@@ -1,0 +1,53 @@
+"""What the daemon is doing: `errand-boy status`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from errand_boy import _address, _status
+from errand_boy._cli.parsing import add_socket, number
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Show what the daemon is doing: its helpers, its live commands, totals, and "
+        "how long starts take. The exit status is 1 if no daemon answers.",
+    )
+    add_socket(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="write JSON, for programs")
+    form.add_argument("--metrics", action="store_true", help="write Prometheus's text format")
+    form.add_argument(
+        "--watch",
+        nargs="?",
+        type=number(float, 0.05),
+        const=1.0,
+        metavar="SECONDS",
+        help="show a live screen, with rates, every SECONDS (default: 1); needs rich",
+    )
+    return parser
+
+
+def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    """Show it; return the exit status."""
+    options = parser.parse_args(arguments)
+    address = _address.find(options.socket)
+    if options.watch is not None:
+        from errand_boy._cli import watch  # noqa: PLC0415
+
+        return watch.run(address, options.watch)
+    try:
+        value = _status.fetch(address)
+    except _status.NoAnswerError as error:
+        print(f"errand-boy: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(value, indent=2))
+    else:
+        sys.stdout.write(_status.metrics(value) if options.metrics else _status.table(value))
+    return 0
