@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conftest import PATIENCE
+from conftest import PATIENCE, until
 from errand_boy._native import lib
 from wire import HELPER, Client, Exited, Spawned, frame, option, pair, request, u32
 
@@ -174,29 +175,31 @@ class Keeper:
         self.status: int | None = None
         self.control.sendall(_wire.OPENING)
         if hands_over:
-            self.starter = self._hand_over(self.control)
+            self.starter = self.hand_over(self.control)
 
-    def _hand_over(self, server: socket.socket) -> Visitor:
+    def hand_over(self, server: socket.socket, opening: bytes = _wire.OPENING) -> Visitor:
         ours, theirs = pair()
         with theirs:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", theirs.fileno()))]
             server.sendmsg([frame(lib.EB_ADOPT)], rights)
         client = Visitor(ours)
         self.clients.append(client)
-        client.send(_wire.OPENING)
+        with suppress(BrokenPipeError):  # it has been refused already
+            client.send(opening)
         return client
 
     def dial(self) -> socket.socket:
         server = socket.socket(socket.AF_UNIX)
+        server.setblocking(False)
+        until(lambda: server.connect_ex(self.address) != errno.EAGAIN)  # its queue is full
         server.settimeout(PATIENCE)
-        server.connect(self.address)
         return server
 
     def visitor(self, *frames: bytes) -> Visitor:
         """A client that comes later, and has been greeted."""
         with self.dial() as server:
             server.sendall(_wire.OPENING)
-            client = self._hand_over(server)
+            client = self.hand_over(server)
         assert client.frame() == HELLO
         for data in frames:
             client.send(data)

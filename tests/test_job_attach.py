@@ -64,8 +64,9 @@ def test_last_words_of_one_that_has_gone_arrive(keeper: Keeper) -> None:
     """More than a pipe holds."""
     step = keeper.steps("read x; wc -c", streams=3)
     for _ in range(4):
-        visitor = keeper.visitor(attach(WRITES))
-        visitor.send(typed(bytes(WINDOW)))
+        visitor = keeper.visitor(attach(WRITES), typed(bytes(WINDOW)), follow())
+        while visitor.frame()[0] != lib.EB_CAUGHT_UP:  # then it has been taken
+            pass
         visitor.sock.close()
     ender = keeper.visitor(attach(WRITES), typed(), follow(flags=ON))
     step()

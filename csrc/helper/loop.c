@@ -32,7 +32,8 @@
 enum {
     READS_PER_TURN = 16, /* of one connection, before the others have theirs */
     MOST_FDS = 1024,     /* that a daemon's client may have sent for its next request */
-    TRIM_MS = 100,       /* without an event, after which memory is given back */
+    TRIM_MS = 100,       /* without an event, after which memory is given back, */
+    KEPT_STARTS = 1,     /* but for that of so many starts */
     START_TICK_MS = 40,  /* poll interval for starts that no descriptor reports */
 };
 
@@ -560,7 +561,7 @@ void eb_serve(int signals, int caller)
             /* At rest after a burst: what it took goes back. */
             eb_trim_heap();
             eb_drop_rare_text();
-            helper.spawner->trim();
+            helper.spawner->trim(KEPT_STARTS);
             helper.needs_trim = false;
         } else if (n > 1) {
             helper.needs_trim = true;

@@ -21,7 +21,7 @@
 enum {
     READS_PER_TURN = 8,
     LAST_READ = 1 << 20, /* bytes, of each stream, when the command has ended: no pipe holds more */
-    HUNG_MS = 100,       /* poll interval for a terminal that nobody has open */
+    HUNG_MS = 100,       /* poll interval for what nothing tells of: that a terminal is opened again */
     BUSY_READS = 16,     /* full ones in a row, after which a larger pipe pays */
     BUSY_PIPE = 256 << 10,
 };
@@ -194,6 +194,10 @@ static size_t read_some(int number)
 {
     const size_t most = eb_ring_most();
     uint8_t *buffer = eb_ring_buffer();
+    if (buffer == NULL) { /* memory is short */
+        keeper.hung_until = eb_now_ms() + HUNG_MS;
+        return 0;
+    }
     ssize_t n = read(keeper.fds[number], buffer, most);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;

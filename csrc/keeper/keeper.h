@@ -58,7 +58,7 @@ struct eb_keeper {
     bool terminal;       /* 0 and 1 are two descriptors of one */
     int fds[3];          /* ours of the command's standard streams; -1: none, or closed */
     uint8_t over;        /* a mark for the loop, bit n: close that one */
-    uint64_t hung_until; /* of eb_now_ms: nobody has the terminal open, and it is looked at again then; 0: not so */
+    uint64_t hung_until; /* of eb_now_ms: no output can be read before; 0: it can */
     struct eb_start start;
     pid_t child; /* not yet waited for; 0: none */
     uint8_t exited[EB_MOST_EXITED];

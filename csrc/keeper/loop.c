@@ -119,17 +119,16 @@ static void on_client(struct eb_client *c)
     }
 }
 
-static void accept_server(void)
+static void accept_servers(void)
 {
-    struct ucred peer;
-    socklen_t size = sizeof peer;
-    int fd = accept4(EB_LISTENER_FD, NULL, NULL, SOCK_CLOEXEC);
-    if (fd < 0)
-        return;
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == keeper.server)
-        (void)eb_client_new(fd, EB_CLIENT_SERVER);
-    else
-        close(fd);
+    for (int fd, i = 0; i < SPARE_CONNECTIONS && (fd = accept4(EB_LISTENER_FD, NULL, NULL, SOCK_CLOEXEC)) >= 0; i++) {
+        struct ucred peer;
+        socklen_t size = sizeof peer;
+        if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == keeper.server)
+            (void)eb_client_new(fd, EB_CLIENT_SERVER);
+        else
+            close(fd);
+    }
 }
 
 /* -- descriptors -- */
@@ -173,7 +172,7 @@ static void dispatch(const enum eb_keeper_source *source, bool *signalled)
         *signalled = true;
         break;
     case EB_KEEPER_LISTENER:
-        accept_server();
+        accept_servers();
         break;
     case EB_KEEPER_START:
         unwatch(&watches[*source]); /* new processes hold copies of it, which would keep it in the set */
@@ -228,7 +227,7 @@ static void trim(void)
 {
     eb_ring_trim();
     eb_trim_heap();
-    keeper.spawner->trim();
+    keeper.spawner->trim(0);
 }
 
 void eb_keeper_serve(int signals)

@@ -31,7 +31,7 @@
 
 enum { LEAST_RING = 4 << 10, MOST_RING = 1 << 30 };
 
-/* Not initialized here: none of it is to be in the pages that a helper changes. */
+/* Not initialized here, lest it be in a page that helpers change. */
 struct eb_keeper keeper;
 
 static bool take_number(const char *option)

@@ -16,7 +16,7 @@ static struct eb_ring_header header;
 static uint64_t added[EB_RINGS]; /* bytes of output */
 static uint64_t sequence;        /* the last one's */
 static size_t most;
-static uint8_t buffer[EB_MAX_OUTPUT];
+static uint8_t *buffer; /* NULL: not now */
 
 /* The newest record while the buffer has its data: most readers want that one. */
 static struct {
@@ -103,7 +103,7 @@ bool eb_ring_make(int fd, uint64_t capacity, unsigned streams)
             header.rings[i] = (struct eb_ring_state){.offset = offset, .capacity = capacity};
             offset += capacity;
         }
-    most = capacity / 4 < sizeof buffer ? (size_t)(capacity / 4) : sizeof buffer;
+    most = capacity / 4 < EB_MAX_OUTPUT ? (size_t)(capacity / 4) : EB_MAX_OUTPUT;
     return write_all(&header, sizeof header, 0);
 }
 
@@ -115,17 +115,19 @@ size_t eb_ring_most(void)
 uint8_t *eb_ring_buffer(void)
 {
     newest.ring = NULL;
+    if (buffer == NULL) {
+        void *made = mmap(NULL, EB_MAX_OUTPUT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        buffer = made != MAP_FAILED ? made : NULL;
+    }
     return buffer;
 }
 
 void eb_ring_trim(void)
 {
-    const uintptr_t page = (uintptr_t)getpagesize();
-    const uintptr_t start = ((uintptr_t)buffer + page - 1) & ~(page - 1),
-                    end = (uintptr_t)(buffer + sizeof buffer) & ~(page - 1);
     newest.ring = NULL;
-    if (start < end)
-        (void)madvise((void *)start, end - start, MADV_DONTNEED);
+    if (buffer != NULL)
+        munmap(buffer, EB_MAX_OUTPUT);
+    buffer = NULL;
 }
 
 /* -- what is added -- */
@@ -264,10 +266,8 @@ const uint8_t *eb_cursor_take(struct eb_cursor *c, int stream)
     struct eb_cursor_ring *at = &c->rings[stream - 1];
     const struct eb_ring_state *r = ring_of(stream);
     bool got = newest.ring == r && newest.at == at->at;
-    if (!got) {
-        newest.ring = NULL;
-        got = get(r, at->at + EB_RING_RECORD, buffer, at->size);
-    }
+    if (!got)
+        got = eb_ring_buffer() != NULL && get(r, at->at + EB_RING_RECORD, buffer, at->size);
     if (!got)
         at->missed += at->size;
     move_on(at);

@@ -23,9 +23,9 @@ struct eb_cursor {
 bool eb_ring_make(int fd, uint64_t capacity, unsigned streams);
 /* The most that a record takes. */
 size_t eb_ring_most(void);
-/* Memory for so much.  What is read or written by the others changes it. */
+/* Memory for so much, which cursors use too; NULL: memory is short. */
 uint8_t *eb_ring_buffer(void);
-/* Gives the memory back, for as long as it is not used. */
+/* Gives it back, until it is asked for again. */
 void eb_ring_trim(void);
 
 /* Adds a record of the buffer's first `size` bytes.  What finds no room is lost, and counted. */

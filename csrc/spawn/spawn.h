@@ -34,8 +34,8 @@ struct eb_spawner {
     bool (*is_decided)(const struct eb_start *start);
     /* Once the outcome is known: gives it, and releases what the start held. */
     void (*end)(struct eb_start *start);
-    /* Gives back what is kept for many starts at once. */
-    void (*trim)(void);
+    /* Gives back what is kept for later starts, but for the memory of so many. */
+    void (*trim)(unsigned kept);
 };
 
 /* Linux: clone(2) without CLONE_VFORK, so that a slow exec holds up nobody.  With `parent`, new processes

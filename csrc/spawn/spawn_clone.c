@@ -26,11 +26,10 @@
 #include <unistd.h>
 
 enum {
-    SPARE_STACKS = 1, /* two pages of each stay resident */
-    SPARE_STACKS_BUSY = 32,
-    BLOCK = 64, /* so many descriptors the kernel copies at least */
-    FEW = 12,   /* 0 to 2, the pipe, and what tags carry */
-    HIGH = 512, /* from this number on, a table is too large to be copied: 0.1 µs for each */
+    SPARE_STACKS = 32, /* at most; two pages of each stay resident */
+    BLOCK = 64,        /* so many descriptors the kernel copies at least */
+    FEW = 12,          /* 0 to 2, the pipe, and what tags carry */
+    HIGH = 512,        /* from this number on, a table is too large to be copied: 0.1 µs for each */
 };
 
 static const struct eb_state *self;
@@ -69,7 +68,7 @@ static void free_job(struct eb_job *job)
     if (job->alive != 0) {
         job->next = lingering;
         lingering = job;
-    } else if (spare_count < SPARE_STACKS_BUSY) {
+    } else if (spare_count < SPARE_STACKS) {
         job->next = spare;
         spare = job;
         spare_count++;
@@ -78,9 +77,9 @@ static void free_job(struct eb_job *job)
     }
 }
 
-static void trim(void)
+static void trim(unsigned kept)
 {
-    while (spare_count > SPARE_STACKS) {
+    while (spare_count > kept) {
         struct eb_job *job = spare;
         spare = job->next;
         spare_count--;

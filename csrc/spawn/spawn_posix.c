@@ -237,8 +237,9 @@ static void end(struct eb_start *start)
     (void)start; /* the outcome was there at once */
 }
 
-static void trim(void)
+static void trim(unsigned kept)
 {
+    (void)kept;
 }
 
 const struct eb_spawner *eb_spawner_posix(const struct eb_state *state)

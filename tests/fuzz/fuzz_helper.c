@@ -271,8 +271,9 @@ static void end(struct eb_start *start)
     start->stage = EB_STAGE_EXEC;
 }
 
-static void trim(void)
+static void trim(unsigned kept)
 {
+    (void)kept;
 }
 
 static const struct eb_spawner spawner = {.begin = begin, .is_decided = is_decided, .end = end, .trim = trim};

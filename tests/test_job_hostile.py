@@ -1,0 +1,257 @@
+"""What a job's keeper makes of clients that break the rules, and of other users; what it costs."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import until
+from daemon import acting_as
+from errand_boy._native import lib
+from keeper import SUPERVISED, Keeper, Piece, follow, job, keeping, shell, text
+from wire import frame, option, pair, u32
+
+from errand_boy import _wire
+
+ON, QUIET = lib.EB_FOLLOW_ON, lib.EB_FOLLOW_QUIET
+SLEEP = job("/bin/sleep", "100", options=[SUPERVISED])
+MOST = 256
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Iterator[Keeper]:
+    with keeping(tmp_path) as it:
+        yield it
+
+
+def lives(keeper: Keeper) -> bool:
+    return keeper.follower(flags=QUIET).pieces() == []
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"\0" + frame(lib.EB_HELLO, u32(99)), "speaks version 1 of the protocol, not 99"),
+        (b"\0" + frame(lib.EB_FOLLOW, bytes(25)), "the first frame must be HELLO"),
+        (b"\0" + frame(lib.EB_HELLO), "the first frame must be HELLO with a version"),
+        (b"GET / HTTP/1.1\r\n", "a framed connection starts with a NUL byte"),
+        (_wire.OPENING + SLEEP, "SPAWN is not for this connection"),
+        (_wire.OPENING + frame(lib.EB_ADOPT), "ADOPT is not for this connection"),
+        (_wire.OPENING + frame(lib.EB_NOTIFY, b"a"), "NOTIFY is not for this connection"),
+        (_wire.OPENING + frame(200), "unknown frame kind 200"),
+        (_wire.OPENING + frame(0), "unknown frame kind 0"),
+        (_wire.OPENING + frame(lib.EB_HELLO, u32(1)), "unknown frame kind 1"),
+        (_wire.OPENING + frame(lib.EB_FOLLOW, bytes(24)), "FOLLOW with a payload of 24 bytes"),
+        (_wire.OPENING + frame(lib.EB_SIGNAL, bytes(9)), "SIGNAL with a payload of 9 bytes"),
+        (_wire.OPENING + _wire.HEADER.pack(1 << 31, lib.EB_STDIN), "a frame of more than"),
+        (_wire.OPENING + _wire.HEADER.pack(1 << 20, lib.EB_STDIN), "STDIN with a payload of"),
+    ],
+)
+def test_garbage(keeper: Keeper, data: bytes, reason: str) -> None:
+    keeper.start(SLEEP)
+    with keeper.dial() as server:
+        server.sendall(_wire.OPENING)
+        visitor = keeper.hand_over(server, opening=data)
+    assert visitor.frame()[0] == lib.EB_HELLO
+    assert reason in visitor.refusal()
+    assert lives(keeper)
+
+
+def test_random_frames(keeper: Keeper) -> None:
+    """None of which is a signal that ends the job."""
+    keeper.start(job("/bin/cat", streams=3, options=[SUPERVISED]))
+    chance = random.Random(1)
+    kinds = [lib.EB_FOLLOW, lib.EB_ATTACH, lib.EB_WINSIZE, lib.EB_SIGNAL, 99, 0]
+    sizes = {lib.EB_FOLLOW: 25, lib.EB_ATTACH: 17, lib.EB_WINSIZE: 16, lib.EB_SIGNAL: 8}
+    for _ in range(300):
+        visitor = keeper.visitor()
+        for _ in range(chance.randrange(1, 10)):
+            kind = chance.choice(kinds)
+            size = sizes.get(kind, 3) if chance.random() < 0.9 else chance.randrange(30)
+            payload = chance.randbytes(size) if kind != lib.EB_SIGNAL else bytes(size)
+            data = frame(kind, payload)[: None if chance.random() < 0.95 else 7]
+            with suppress(BrokenPipeError, ConnectionResetError):
+                visitor.send(data)
+        visitor.sock.close()
+    assert lives(keeper)
+
+
+def test_half_a_frame_is_waited_for_so_long(tmp_path: Path) -> None:
+    with keeping(tmp_path, "--frame-timeout=300") as keeper:
+        keeper.start(SLEEP)
+        idle = keeper.visitor()
+        half = keeper.visitor(frame(lib.EB_SIGNAL, bytes(8))[:-1])
+        assert half.refusal() == "the rest of a frame has not come in 300 ms"
+        with keeper.dial() as server:
+            server.sendall(_wire.OPENING)
+            silent = keeper.hand_over(server, opening=b"\0")
+        assert silent.frame()[0] == lib.EB_HELLO
+        assert silent.refusal() == "the rest of a frame has not come in 300 ms"
+        idle.send(follow(flags=QUIET))
+        assert idle.pieces() == []
+
+
+def test_request_that_does_not_come(tmp_path: Path) -> None:
+    with keeping(tmp_path, "--frame-timeout=300") as keeper:
+        assert keeper.starter.frame()[0] == lib.EB_HELLO
+        assert keeper.starter.refusal() == "the rest of a frame has not come in 300 ms"
+        assert keeper.wait() == 0
+
+
+def test_descriptors_that_no_frame_names(keeper: Keeper) -> None:
+    keeper.start(SLEEP)
+    visitor = keeper.visitor()
+    before = keeper.descriptors()
+    with open(os.devnull) as null:
+        visitor.send(follow(flags=QUIET), [null.fileno()] * 200)
+    assert visitor.refusal() == "200 descriptors that no frame names"
+    until(lambda: keeper.descriptors() <= before)
+
+
+def test_thousand_connections(keeper: Keeper) -> None:
+    keeper.start(SLEEP)
+    before = keeper.descriptors()
+    refused = 0
+    clients = []
+    for _ in range(1000):
+        with keeper.dial() as server:
+            server.sendall(_wire.OPENING)
+            clients.append(keeper.hand_over(server))
+    for client in clients:
+        assert client.frame()[0] == lib.EB_HELLO
+        with suppress(BrokenPipeError):
+            client.send(follow(flags=QUIET))
+        kind, payload = client.frame()
+        if kind == lib.EB_REFUSED:
+            refused += 1
+            assert payload == b"this job has %d connections, which is the most" % MOST
+    assert 1000 - MOST <= refused <= 1000 - MOST + 20
+    assert keeper.descriptors() < before + MOST + 20
+    for client in clients:
+        client.sock.close()
+    until(lambda: keeper.descriptors() == before)
+    assert lives(keeper)
+
+
+def test_server_that_sends_nothing_sensible(keeper: Keeper) -> None:
+    """It is another process of the same user: so it harms itself."""
+    keeper.start(SLEEP)
+    for data in b"\0", b"", b"x" * 100, _wire.OPENING + frame(lib.EB_ADOPT), _wire.OPENING + SLEEP:
+        with keeper.dial() as server:
+            with suppress(BrokenPipeError):
+                server.sendall(data)
+            server.shutdown(socket.SHUT_WR)
+            while server.recv(1000):
+                pass
+    assert lives(keeper)
+
+
+@pytest.mark.root
+def test_another_user_hands_over_nothing(public_dir: Path) -> None:
+    with keeping(public_dir) as keeper:
+        keeper.start(SLEEP)
+        os.chmod(keeper.address, 0o777)
+        with acting_as(65534, 65534, []):
+            server = keeper.dial()
+        ours, theirs = pair()
+        with server, ours:
+            with theirs, suppress(BrokenPipeError):
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", theirs.fileno()))]
+                server.sendmsg([_wire.OPENING + frame(lib.EB_ADOPT)], rights)
+            with suppress(ConnectionResetError):
+                assert ours.recv(1) == b""
+        assert lives(keeper)
+
+
+@pytest.mark.root
+def test_keeper_is_the_user_and_hidden_from_him(public_dir: Path) -> None:
+    """He can neither reach its files nor trace it; and its command is his."""
+    uid, gid = 12345, 12346
+    with keeping(
+        public_dir, f"--uid={uid}", f"--gid={gid}", "--groups=5,6", "--chdir=/tmp"
+    ) as keeper:
+        step = keeper.steps("id -u; id -g; id -G; pwd; echo $ERRAND_BOY_TEST; read x")
+        follower = keeper.follower()
+        assert follower.until(b"/tmp\n\n").split() == b"12345 12346 12346 5 6 /tmp".split()
+        status = Path(f"/proc/{keeper.pid}/status").read_text()
+        assert "Uid:\t12345\t12345\t12345\t12345" in status
+        assert "CapEff:\t0000000000000000" in status
+        with acting_as(uid, gid, []), pytest.raises(PermissionError):
+            os.listdir(f"/proc/{keeper.pid}/fd")
+        step()
+        assert follower.exit_status() == 0
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("tag", "value", "script"),
+    [
+        (lib.EB_TAG_OOM_SCORE_ADJ, struct.pack("<i", 500), "cat /proc/self/oom_score_adj"),
+        (lib.EB_TAG_NAMESPACES, u32(0x10000000), "id -u"),
+    ],
+)
+def test_options_that_need_a_file_in_proc(
+    public_dir: Path, tag: int, value: bytes, script: str
+) -> None:
+    with keeping(public_dir, "--uid=12345", "--gid=12345") as keeper:
+        keeper.start(shell(f"{script}; sleep 100", options=[option(tag, value), SUPERVISED]))
+        assert keeper.follower().until(b"\n") in (b"500\n", b"12345\n")
+        with acting_as(12345, 12345, []), pytest.raises(PermissionError):
+            os.listdir(f"/proc/{keeper.pid}/fd")
+
+
+# What it costs
+
+
+def test_private_memory(tmp_path: Path) -> None:
+    """With followers, at rest after much output: not much more than that of sleep(1), 112 KiB.
+
+    72 of these are the C library's and the dynamic linker's.
+    """
+    (tmp_path / "other").mkdir()
+    with keeping(tmp_path) as keeper, keeping(tmp_path / "other") as other:
+        other.start(SLEEP)
+        step = keeper.steps(
+            "read x; head -c 20000000 /dev/zero; echo end; sleep 100",
+            streams=2,
+            options=[SUPERVISED],
+        )
+        followers = [keeper.follower() for _ in range(10)]
+        step()
+        for follower in followers:
+            while (answer := follower.output()) is None or not (
+                isinstance(answer, Piece) and answer.data.endswith(b"end\n")
+            ):
+                pass
+        until(lambda: keeper.private_kib() <= 128, f"rest, not {keeper.private_kib()} KiB,")
+        print(f"private memory: {keeper.private_kib()} KiB")
+
+
+def test_it_sleeps_when_there_is_nothing_to_do(keeper: Keeper) -> None:
+    """Whatever its clients leave: one half closed, one that does not read, one that is gone."""
+    step = keeper.steps(
+        "read x; head -c 1000000 /dev/zero; echo end >&2; sleep 100", options=[SUPERVISED]
+    )
+    stopped = keeper.follower()
+    half = keeper.follower()
+    half.sock.shutdown(socket.SHUT_WR)
+    watcher = keeper.follower()
+    watcher.sock.close()
+    step()
+    until(lambda: text(keeper.kept(), 2) == b"end\n")
+    until(lambda: rests(keeper), "that the keeper sleeps")
+    assert stopped.sock.recv(1)
+
+
+def rests(keeper: Keeper) -> bool:
+    """Whether it has used no CPU time for a while, in which it would have used much."""
+    before = Path(f"/proc/{keeper.pid}/schedstat").read_text().split()[2]
+    select.select([], [], [], 0.3)
+    return before == Path(f"/proc/{keeper.pid}/schedstat").read_text().split()[2]
