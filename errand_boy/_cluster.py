@@ -69,7 +69,7 @@ class Cluster:
         if not isinstance(app, Celery):
             raise TypeError(f"on must be a Celery app or an errand_boy.celery.Cluster, not {app!r}")
         self.app = app
-        self.send = dict(send or {})
+        self.send: dict[str, Any] = dict(send or {})
         self.interval: float = interval
 
 

@@ -21,7 +21,7 @@ from errand_boy._connection import Connection, close_all
 from errand_boy._frame import MOST_ATTEMPTS, Caller, SpawnFrame, acquire, check, forget
 from errand_boy._native import ffi, lib
 from errand_boy._request import Request
-from errand_boy.errors import HelperError
+from errand_boy.errors import SEE_DOCTOR, HelperError
 
 _MOST_IDLE = 32  # connections kept for later
 
@@ -344,7 +344,7 @@ def _not_started(error: int, step: str, path: str) -> HelperError:
         return HelperError(error, text, path)
     if error in (errno.EPERM, errno.EACCES, errno.ENOSYS):
         text += ". The kernel lacks this call (errand-boy needs Linux 5.9), or a seccomp filter"
-        text += " refuses it"
+        text += f" refuses it{SEE_DOCTOR}"
     return HelperError(error, text)
 
 

@@ -378,8 +378,8 @@ class Course:
         self.follower = follower
         self.entry: Entry = {}
         self.sock: socket.socket | None = None
-        self.has_begun = False
-        self.connections = 0
+        self.has_begun: bool = False
+        self.connections: int = 0
         self.greeting = b""  # sent over each connection, behind FOLLOW
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import sys
 
 from errand_boy._child import helper_child
 from errand_boy._native import lib
+from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, d
 
 
 def _no_cgroup(where: str) -> OSError:
-    return OSError(errno.ENOTSUP, f"limits_by='cgroup': no cgroup can be had {where}")
+    return OSError(errno.ENOTSUP, f"limits_by='cgroup': no cgroup can be had {where}{SEE_DOCTOR}")
 
 
 class Tracker:

@@ -15,6 +15,7 @@ from copy import copy
 
 from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def refusal(failed: Failed, given: Mapping[str, Any]) -> str:
     name = "cpu_affinity" if step == "affinity" else step
     value = given.get(name)
     if name == "tree":
-        return "a supervisor needs clone(2), close_range(2), and a /proc that lists children"
+        text = "a supervisor needs clone(2), close_range(2), and a /proc that lists children"
+        return text + SEE_DOCTOR
     if name not in _TABLE or value is None:
         return text
     if name in _REFUSALS:
@@ -342,9 +344,10 @@ def _namespaces_refused(value: Collection[str], failed: Failed) -> str:
     if failed.errno in (errno.EPERM, errno.EACCES):
         if "user" not in set(value):
             return f'{names}: {text}: without root\'s rights, "user" must be among them'
-        return f"{names}: {text}: this machine forbids it, by a sysctl, a filter or AppArmor"
+        text += ": this machine forbids it, by a sysctl, a filter or AppArmor"
+        return f"{names}: {text}{SEE_DOCTOR}"
     if failed.errno == errno.EINVAL:
-        return f"{names}: {text}: this kernel lacks one of them"
+        return f"{names}: {text}: this kernel lacks one of them{SEE_DOCTOR}"
     return f"{names}: {text}"
 
 

@@ -15,6 +15,7 @@ from operator import index
 
 from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -330,6 +331,7 @@ def spawn_error(
     if failed.stage == lib.EB_STAGE_START and failed.errno in (errno.EPERM, errno.ENOSYS):
         text += ": the system forbids clone(2) as the helper calls it; ERRAND_BOY_SPAWN=posix, in "
         text += "the environment of this process or of the daemon, has it call posix_spawn"
+        text += SEE_DOCTOR
         return OSError(failed.errno, text)
     if more:
         from errand_boy import _options  # noqa: PLC0415  only those who need it pay for it

@@ -18,6 +18,7 @@ from errand_boy._driver import BLOCKING, Driver
 from errand_boy._native import lib
 from errand_boy._request import Request
 from errand_boy._wire import Failed
+from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Owned(Local):
         way = _ways.way(with_ids)
         if way == "subprocess" or os.environ.get("ERRAND_BOY_SPAWN") == "direct":
             text = "tree='all' and dies_with_caller=True need a helper"
-            raise OSError(errno.ENOTSUP, f"{text}, which can't be had here")
+            raise OSError(errno.ENOTSUP, f"{text}, which can't be had here{SEE_DOCTOR}")
         return "helper"
 
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
@@ -320,7 +321,7 @@ def _by_the_standard_library(
     process: Any, given: tuple[Any, ...], original: Callable[..., None], more: Mapping[str, Any]
 ) -> None:
     if more:
-        text = f"{_names(more)} can't be given on this system: {_direct.missing()}"
+        text = f"{_names(more)} can't be given on this system: {_direct.missing()}{SEE_DOCTOR}"
         raise OSError(errno.ENOTSUP, text)
     original(process, *given)
 

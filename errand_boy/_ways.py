@@ -8,6 +8,7 @@ import sys
 
 from errand_boy import _direct
 from errand_boy._native import lib
+from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,9 +42,19 @@ def way(with_ids: bool) -> str:
         )
         raise OSError(errno.ENOTSUP, text)
     if missing := _direct.missing():
-        text = f"ERRAND_BOY_SPAWN=direct can't be obeyed: {missing}"
+        text = f"ERRAND_BOY_SPAWN=direct can't be obeyed: {missing}{SEE_DOCTOR}"
         raise OSError(errno.ENOSYS, text)
     return "direct"
+
+
+def reason() -> str:
+    """Return in words what decides how the next command without other ids is started."""
+    mode = os.environ.get("ERRAND_BOY_SPAWN")
+    if mode is not None:
+        return f"ERRAND_BOY_SPAWN={mode} says so"
+    if _helper_is_asked_for and lib.EB_HAVE_RAW:
+        return "errand_boy.start() was called"
+    return _direct.missing() or "this system has all that it needs"
 
 
 def start() -> None:

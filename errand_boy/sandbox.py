@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 from errand_boy._native import lib
+from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,8 +105,7 @@ class Sandbox:
         ports = _ports(network)
         self._arguments = {**given, "network": network, "system": system, "strict": strict}
         version = max(0, lib.eb_landlock_version())
-        needs = _NEEDS if ports is None else (*_NEEDS, _PORTS)
-        self.missing = tuple(what for least, what in needs if version < least)
+        self.missing = missing(version, with_ports=ports is not None)
         if self.missing:
             self._complain(version, strict)
         self.sockets = None if network is True else lib.EB_SOCKETS_UNIX
@@ -138,7 +138,8 @@ class Sandbox:
         if not version:
             text = f"this kernel has no Landlock, or it is off: nothing covers {self.missing[0]}"
         if strict:
-            raise OSError(_ENOTSUP, f"sandbox: {text}; with strict=False the rest is in force")
+            text += f"; with strict=False the rest is in force{SEE_DOCTOR}"
+            raise OSError(_ENOTSUP, f"sandbox: {text}")
         if self.missing not in _warned:
             _warned.add(self.missing)
             warnings.warn(f"sandbox: {text}", RuntimeWarning, stacklevel=3)
@@ -212,6 +213,12 @@ def _ports(network: Any) -> dict[str, list[int]] | None:
             if not isinstance(port, int) or not 0 <= port <= 0xFFFF:
                 raise ValueError(f"sandbox: network: {name}: {port!r} is not a TCP port")
     return ports
+
+
+def missing(version: int, *, with_ports: bool = True) -> tuple[str, ...]:
+    """Return what Landlock of this version does not cover."""
+    needs = (*_NEEDS, _PORTS) if with_ports else _NEEDS
+    return tuple(what for least, what in needs if version < least)
 
 
 def of(value: Any) -> Sandbox:

@@ -465,7 +465,11 @@ def test_page_names_options_that_there_are() -> None:
     page = Path(__file__).parent.parent / "docs" / "map.md"
     if not page.exists():
         pytest.skip("the tests run without the documentation")
-    known = {option for action in cli_map.parser("errand-boy map")._actions for option in action.option_strings}
+    known = {
+        option
+        for action in cli_map.parser("errand-boy map")._actions
+        for option in action.option_strings
+    }
     rows = [row.split(" | ") for row in page.read_text().splitlines() if row.startswith("| `")]
     assert len(rows) > 60
     for _, ours, *_ in rows:

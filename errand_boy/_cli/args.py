@@ -30,6 +30,7 @@ COMMANDS = {
     "rm": ("detached", "forget detached commands that are over, and their output"),
     "serve": ("serve", "run the daemon"),
     "status": ("status", "show what the daemon is doing"),
+    "doctor": ("doctor", "show what works on this system, and how commands are started"),
 }
 
 SUMMARY = "Start commands without forking the process that asks for them."
