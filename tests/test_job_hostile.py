@@ -15,7 +15,7 @@ import pytest
 from conftest import until
 from daemon import acting_as
 from errand_boy._native import lib
-from keeper import SUPERVISED, Keeper, Piece, follow, job, keeping, shell, text
+from keeper import SUPERVISED, Keeper, follow, job, keeping, shell, text
 from wire import frame, option, pair, u32
 
 from errand_boy import _wire
@@ -205,33 +205,6 @@ def test_options_that_need_a_file_in_proc(
         assert keeper.follower().until(b"\n") in (b"500\n", b"12345\n")
         with acting_as(12345, 12345, []), pytest.raises(PermissionError):
             os.listdir(f"/proc/{keeper.pid}/fd")
-
-
-# What it costs
-
-
-def test_private_memory(tmp_path: Path) -> None:
-    """With followers, at rest after much output: not much more than that of sleep(1), 112 KiB.
-
-    72 of these are the C library's and the dynamic linker's.
-    """
-    (tmp_path / "other").mkdir()
-    with keeping(tmp_path) as keeper, keeping(tmp_path / "other") as other:
-        other.start(SLEEP)
-        step = keeper.steps(
-            "read x; head -c 20000000 /dev/zero; echo end; sleep 100",
-            streams=2,
-            options=[SUPERVISED],
-        )
-        followers = [keeper.follower() for _ in range(10)]
-        step()
-        for follower in followers:
-            while (answer := follower.output()) is None or not (
-                isinstance(answer, Piece) and answer.data.endswith(b"end\n")
-            ):
-                pass
-        until(lambda: keeper.private_kib() <= 128, f"rest, not {keeper.private_kib()} KiB,")
-        print(f"private memory: {keeper.private_kib()} KiB")
 
 
 def test_it_sleeps_when_there_is_nothing_to_do(keeper: Keeper) -> None:

@@ -96,7 +96,9 @@ def test_helper_and_the_callers_side_build_with_musl(
     subprocess.run([*compiler, "-fsyntax-only", *ours], cwd=ROOT, check=True)
     helper = tmp_path / "helper"
     sources = [
-        path for part in ("helper", "common", "spawn") for path in ROOT.glob(f"csrc/{part}/*.c")
+        path
+        for part in ("helper", "keeper", "common", "spawn")
+        for path in ROOT.glob(f"csrc/{part}/*.c")
     ]
     subprocess.run([*compiler, "-static", "-o", helper, *sources], cwd=ROOT, check=True)
 
