@@ -349,6 +349,21 @@ def test_no_room_for_the_ring(keeper: Keeper) -> None:
     assert keeper.journal()["lost"] == [len(total) - len(kept), 0]
 
 
+def test_who_keeps_up_misses_nothing_for_lack_of_room(keeper: Keeper) -> None:
+    """Though the ring is begun anew again and again."""
+    resource.prlimit(keeper.pid, resource.RLIMIT_FSIZE, (4096 + 3000, resource.RLIM_INFINITY))
+    script = "i=0; while [ $i -lt 40 ]; do printf %0500d $i; read x; i=$((i+1)); done"
+    step = keeper.steps(script, streams=2)
+    follower = keeper.follower()
+    for i in range(40):
+        assert follower.until(b"%0500d" % i) == b"%0500d" % i
+        step()
+    assert follower.exit_status() == 0
+    kept = text(keeper.kept())
+    assert 0 < len(kept) <= 3000
+    assert keeper.journal()["lost"] == [40 * 500 - len(kept), 0]
+
+
 def test_no_room_for_the_header_of_the_ring(keeper: Keeper) -> None:
     resource.prlimit(keeper.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     assert keeper.starter.frame() == HELLO

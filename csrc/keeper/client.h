@@ -38,6 +38,7 @@ struct eb_client {
     enum eb_following follows;
     bool follows_on; /* also what is still to come */
     bool caught_up;  /* has been told so */
+    int log_error;   /* of which it has been told */
     struct eb_cursor cursor;
 
     bool attached, writes;

@@ -213,7 +213,7 @@ static size_t read_some(int number)
     int error = eb_log_add(buffer, (size_t)n);
     if (error != 0) {
         eb_journal_add("{\"log_errno\": %d}", error);
-        eb_follow_tell_log(error);
+        keeper.log_error = error;
     }
     full_reads[number] = (size_t)n == most ? full_reads[number] + 1 : 0;
     return (size_t)n;

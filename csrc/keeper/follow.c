@@ -34,6 +34,15 @@ static void tell_missed(struct eb_client *c)
     }
 }
 
+static void tell_log(struct eb_client *c)
+{
+    uint8_t payload[4];
+    struct eb_writer w = eb_writer(payload, sizeof payload);
+    eb_put_u32(&w, (uint32_t)keeper.log_error);
+    eb_client_send(c, EB_LOG_FAILED, payload, sizeof payload);
+    c->log_error = keeper.log_error;
+}
+
 /* From the buffer, not from the file by sendfile(2): that would put pages into the socket which are overwritten before
  * they have been received. */
 static void send_piece(struct eb_client *c, int stream)
@@ -54,6 +63,8 @@ bool eb_follow(struct eb_client *c)
     const bool started = keeper.state == EB_KEEPER_RUNNING || keeper.state == EB_KEEPER_OVER;
     if (c->closing || c->broken || c->gone || !started)
         return false;
+    if (c->follows != EB_FOLLOWS_NOTHING && c->log_error != keeper.log_error && !eb_client_is_blocked(c))
+        tell_log(c);
     for (int i = 0; c->follows == EB_FOLLOWS_OUTPUT; i++) {
         if (eb_client_is_blocked(c))
             return false;
@@ -86,14 +97,4 @@ void eb_follow_all(void)
 {
     for (struct eb_client *c = keeper.clients; c != NULL; c = c->next)
         (void)eb_follow(c);
-}
-
-void eb_follow_tell_log(int error)
-{
-    uint8_t payload[4];
-    struct eb_writer w = eb_writer(payload, sizeof payload);
-    eb_put_u32(&w, (uint32_t)error);
-    for (struct eb_client *c = keeper.clients; c != NULL; c = c->next)
-        if (c->kind != EB_CLIENT_SERVER && c->follows != EB_FOLLOWS_NOTHING)
-            eb_client_send(c, EB_LOG_FAILED, payload, sizeof payload);
 }

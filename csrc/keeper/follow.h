@@ -9,7 +9,5 @@ void eb_on_follow(struct eb_client *c, const struct eb_frame *frame);
 bool eb_follow(struct eb_client *c);
 /* The same for all. */
 void eb_follow_all(void);
-/* Tells all that the log has failed. */
-void eb_follow_tell_log(int error);
 
 #endif

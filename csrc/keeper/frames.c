@@ -7,7 +7,10 @@
 
 #include <unistd.h>
 
-enum { MOST_FDS = 1024 /* with a SPAWN */ };
+enum {
+    MOST_FDS = 1024,     /* with a SPAWN */
+    FRAMES_PER_TURN = 8, /* a FOLLOW may have all records looked at */
+};
 
 static void on_hello(struct eb_client *c, const struct eb_frame *frame)
 {
@@ -130,10 +133,12 @@ static void check_fds(struct eb_client *c)
         eb_client_refuse(c, "more than %d descriptors", MOST_FDS);
 }
 
-void eb_client_take_frames(struct eb_client *c)
+bool eb_client_take_frames(struct eb_client *c)
 {
-    while (eb_client_takes_frames(c) && take_frame(c))
-        ;
+    for (int i = 0; eb_client_takes_frames(c) && take_frame(c); i++)
+        if (i == FRAMES_PER_TURN)
+            return true;
     if (eb_client_takes_frames(c))
         check_fds(c);
+    return false;
 }

@@ -6,7 +6,7 @@
 
 /* Whether it is time for more of its frames. */
 bool eb_client_takes_frames(const struct eb_client *c);
-/* Acts on the frames that have come whole. */
-void eb_client_take_frames(struct eb_client *c);
+/* Acts on frames that have come whole, a bounded number at a time.  Returns whether there may be more. */
+bool eb_client_take_frames(struct eb_client *c);
 
 #endif

@@ -68,6 +68,7 @@ struct eb_keeper {
     struct eb_client *clients;
     unsigned count;
     bool adopted;  /* the first of them, but for the server, has come */
+    int log_error; /* errno, of which followers are to be told; 0: none */
     uint64_t wake; /* of eb_now_ms: when a round is due, at the latest; 0: never; set anew in each round */
 };
 

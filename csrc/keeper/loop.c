@@ -93,7 +93,8 @@ static void close_client(struct eb_client *c)
 
 static void take_turn(struct eb_client *c, uint64_t now)
 {
-    eb_client_take_frames(c);
+    if (eb_client_take_frames(c))
+        eb_keeper_wake_by(now);
     const bool behind = eb_follow(c);
     check_deadline(c, now);
     if (is_done_with(c, now)) {

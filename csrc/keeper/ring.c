@@ -203,7 +203,7 @@ uint64_t eb_ring_lost(int stream)
 /* Has it be where something is, and the head of that record known.  False: there is none. */
 static bool settle(struct eb_cursor_ring *c, const struct eb_ring_state *r)
 {
-    if (c->passed < r->lost) {
+    if (c->at < r->tail || c->passed < r->lost) {
         c->missed += r->lost - c->passed;
         c->passed = r->lost;
         c->at = r->tail;
