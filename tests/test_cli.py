@@ -67,7 +67,7 @@ def test_each_help_shows_its_own_options(name: str) -> None:
 
 @pytest.mark.parametrize("name", args.COMMANDS)
 def test_an_unknown_option_shows_the_subcommands_usage(name: str) -> None:
-    done = run(name, "--no-such-option", "x")
+    done = run(name, "--no-such-option", "bash")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"usage: errand-boy {name} ")
     assert "--no-such-option" in done.stderr

@@ -30,6 +30,8 @@ COMMANDS = {
     "rm": ("detached", "forget detached commands that are over, and their output"),
     "serve": ("serve", "run the daemon"),
     "status": ("status", "show what the daemon is doing"),
+    "completion": ("completion", "write a completion of this command line for a shell"),
+    "man": ("man", "write the manual page"),
     "doctor": ("doctor", "show what works on this system, and how commands are started"),
 }
 
