@@ -107,7 +107,9 @@ class Attachment(Attached):
         """Wait until it is attached."""
         try:
             while not self.is_begun:
-                await self._move()
+                waits = self._next_wait()
+                if waits is not None and not self.is_begun:
+                    await wait(waits)
         except BaseException:
             self.close()
             raise

@@ -46,7 +46,7 @@ class Attached:
             history = not has_terminal
         self._past = None if history else Past()  # until all is told that was written before
         self._course = course
-        self._course.greeting = _follow.attach(self._flags(), _NO_WINDOW)
+        self._course.greeting = self._greeting()
         self._steps: Generator[Any, None, None] = self._course.events()
         self._waits: Wait | None = None
         self._come: deque[Output | Missed] = deque()
@@ -109,7 +109,7 @@ class Attached:
     @property
     def is_begun(self) -> bool:
         """Whether it is attached, or has been."""
-        return self._course.has_begun or bool(self._come) or self.is_over
+        return (self._course.has_begun and self._past is None) or self.is_over
 
     def _feed(self, data: bytes) -> None:
         self._check_writes()
@@ -120,19 +120,23 @@ class Attached:
         if self.read_only:
             raise ValueError("attached to read only")
 
-    def _flags(self) -> int:
-        return 0 if self.read_only else int(lib.EB_ATTACH_WRITES)
+    def _greeting(self) -> bytes:
+        """Return an ATTACH. What is drawn anew for a window must not be taken for the past."""
+        flags = 0 if self.read_only else int(lib.EB_ATTACH_WRITES)
+        if self._past is not None:
+            return _follow.attach(flags, _NO_WINDOW)
+        if self.has_terminal and self._window != _NO_WINDOW:
+            flags |= lib.EB_ATTACH_REDRAWS
+        return _follow.attach(flags, self._window)
 
     def _catch_up(self) -> None:
-        """Begin to look, with a window: what is drawn anew for that is not part of the past."""
+        """Begin to look, with a window."""
         past, self._past = self._past, None
-        if past is not None and self.has_terminal:
-            shown = past.shown(self._window[0])
-            if shown:
-                self._come.append(Output(1, time.time(), shown))
-        if self._window != _NO_WINDOW:
-            flags = self._flags() | (lib.EB_ATTACH_REDRAWS if self.has_terminal else 0)
-            self._outbox += _follow.attach(flags, self._window)
+        if past is None:
+            return
+        if self.has_terminal and (shown := past.shown(self._window[0])):
+            self._come.append(Output(1, time.time(), shown))
+        self._outbox += self._greeting()
         self._send()
 
     def _next_wait(self) -> Wait | None:
@@ -185,17 +189,18 @@ class Attached:
 
     def _next_event(self) -> Any:
         try:
-            return next(self._steps, None)
+            event = next(self._steps, None)
         except BaseException:
             self.close()
             raise
+        if self._connections != self._course.connections:
+            self._connections = self._course.connections
+            self._outbox, self._room = b"", int(lib.EB_WINDOW)
+        return event
 
     def _send(self) -> None:
         """Send what there is room for."""
         course = self._course
-        if self._connections != course.connections:
-            self._connections = course.connections
-            self._outbox, self._room = b"", int(lib.EB_WINDOW)
         if self._unsent and self._room and not self._outbox:
             data = bytes(self._unsent[: min(self._room, MOST_UNSENT)])
             del self._unsent[: len(data)]

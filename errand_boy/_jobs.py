@@ -113,7 +113,7 @@ class Attachment(Attached):
         try:
             while not self.is_begun:
                 waits = self._next_wait()
-                if waits is not None:
+                if waits is not None and not self.is_begun:
                     wait(waits)
         except BaseException:
             self.close()

@@ -180,7 +180,8 @@ class Jobs:
         with keeper:
             take()
             self._reply(sock, entry)
-            _hand_over(keeper, sock)
+            with suppress(OSError):  # it has just ended: the client will ask again
+                _hand_over(keeper, sock)
         return True
 
     def _reply_over(self, sock: socket.socket, user: User, job: Job, entry: dict[str, Any]) -> None:
