@@ -34,13 +34,14 @@ _TRY_AGAIN = 5.0  # seconds
 class Job:
     """One that there is."""
 
-    __slots__ = ("is_held", "is_removed", "name", "number", "pidfd", "size")
+    __slots__ = ("is_held", "is_removed", "name", "number", "over_at", "pidfd", "size")
 
     def __init__(self, number: int, name: str, size: int) -> None:
         self.number = number
         self.name = name
         self.size = size  # bytes that its rings may have
         self.is_held = True  # its keeper is not known to have ended
+        self.over_at = 0.0  # of time.time()
         self.is_removed = False  # as soon as that has
         self.pidfd: Pidfd | None = None
 
@@ -55,6 +56,11 @@ class User:
 
     def running(self) -> list[Job]:
         return [job for job in self.jobs.values() if job.is_held]
+
+    def over(self) -> list[Job]:
+        """Return those that are over, the first to end first."""
+        jobs = (job for job in self.jobs.values() if not job.is_held)
+        return sorted(jobs, key=lambda job: job.over_at)
 
     def size(self) -> int:
         return sum(job.size for job in self.jobs.values())
@@ -221,14 +227,15 @@ class Index:
         except JobsError:  # somebody has removed its journal
             self.remove(user, job)
             return
+        now = round(time.time(), 6)
+        job.over_at = entry.get("ended", entry.get("seen", now))
         if "seen" not in entry:
-            self._tell(files, entry)
+            self._tell(files, entry, now)
         if job.is_removed or "pid" not in entry:  # it did not start, and its client has been told
             self.remove(user, job)
 
-    def _tell(self, files: Files, entry: dict[str, Any]) -> None:
+    def _tell(self, files: Files, entry: dict[str, Any], now: float) -> None:
         """Note in the journal that the end has been seen, and tell the log and the audit."""
-        now = round(time.time(), 6)
         if "pid" not in entry:
             pass  # its files are about to be removed
         elif entry["state"] == "lost":
@@ -244,7 +251,7 @@ class Index:
     def _prune(self, user: User) -> None:
         """Remove the oldest of those that are over, if there are too many."""
         most = self._limits.of(user.files.uid).kept_jobs
-        over = [job for job in user.jobs.values() if not job.is_held]
+        over = user.over()
         for job in over[: max(0, len(over) - most)] if most else ():
             self.remove(user, job)
 

@@ -273,11 +273,10 @@ class Jobs:
                 f"the output of user {user.files.uid}'s jobs may take {limits.ring} bytes, "
                 f"{held} of which are taken: a smaller ring= or a larger limit would do"
             )
-        for job in list(user.jobs.values()):
+        for job in user.over():
             if user.size() + size <= limits.ring:
                 break
-            if not job.is_held:
-                self._index.remove(user, job)
+            self._index.remove(user, job)
 
     def _new_name(self, user: User, wanted: object, argv: list[str], number: int) -> str:
         if wanted is not None:
