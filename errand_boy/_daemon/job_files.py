@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+WHOMS = "", "process", "group", "all"  # what a stop is for: as `tree` has it
 MOST_RING = 1 << 30  # bytes, of each stream
 MOST_READ = 64 << 10  # bytes of a journal; the server's line takes half of that at most
 _BACKLOG = 16  # connections that a keeper has not taken yet
@@ -267,8 +268,8 @@ def _is_text(value: object) -> bool:
     return type(value) is str
 
 
-def _are_steps(value: object) -> bool:
-    """Whether they are a `stop`: signals, each with the seconds until the next, or none."""
+def are_steps(value: object) -> bool:
+    """Return whether they are a `stop`: signals, each with the seconds until the next, or none."""
     return type(value) is list and all(
         type(step) is list
         and len(step) == 2
@@ -296,8 +297,8 @@ _BY_SERVER = {
     "pty": lambda value: type(value) is bool,
     "ring": _is_size,
     "log": _is_text,
-    "stop": _are_steps,
-    "whom": _is_text,
+    "stop": are_steps,
+    "whom": lambda value: value in WHOMS,
     "client": _is_number,
 }
 _LATER = {

@@ -18,7 +18,7 @@ from functools import partial
 
 from errand_boy import _wire
 from errand_boy._daemon.helper import spawn
-from errand_boy._daemon.job_files import MOST_RING, NAME, JobsError, New
+from errand_boy._daemon.job_files import MOST_RING, NAME, WHOMS, JobsError, New, are_steps
 from errand_boy._daemon.job_index import LIVE, Index, Job, User
 from errand_boy._daemon.strangers import receive
 from errand_boy._native import lib
@@ -207,6 +207,13 @@ class Jobs:
         argv = _checked(wanted, "argv", list, [])
         if not all(isinstance(word, str) for word in argv):
             raise JobsError("argv must be strings")
+        stop = _checked(wanted, "stop", list, [])
+        if not are_steps(stop):
+            raise JobsError("stop must be signals, each with the seconds until the next")
+        whom = _checked(wanted, "whom", str, "")
+        if whom not in WHOMS:
+            raise JobsError(f"whom must be one of {', '.join(WHOMS[1:])}")
+        log = _log_options(wanted)
         entry = {
             "id": user.last + 1,
             "name": "",
@@ -218,8 +225,8 @@ class Jobs:
             "pty": _checked(wanted, "pty", bool, False),
             "ring": ring,
             "log": _checked(wanted, "log", str, ""),
-            "stop": _checked(wanted, "stop", list, []),
-            "whom": _checked(wanted, "whom", str, ""),
+            "stop": stop,
+            "whom": whom,
             "client": peer.pid,
         }
         size = lib.EB_RING_HEADER + ring * (1 if entry["pty"] else 2)
@@ -236,7 +243,7 @@ class Jobs:
         job = Job(number, name, size)
         try:
             self._reply(sock, {"id": number, "name": name, "uid": peer.uid})
-            pid = self._spawn(peer, ring, _log_options(wanted), sock, files)
+            pid = self._spawn(peer, ring, log, sock, files)
         except BaseException:
             user.files.remove(number)
             raise
@@ -321,7 +328,11 @@ def _log_options(wanted: dict[str, Any]) -> list[str]:
     path = _checked(wanted, "log", str, "")
     if not path:
         return []
-    if path[0] != "/" or "\0" in path:
+    try:
+        is_path = path[0] == "/" and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
         raise JobsError("log must be an absolute path")
     options = [f"--log={path}"]
     for name in "log_size", "log_count":

@@ -1,0 +1,91 @@
+"""What the server makes of requests about jobs that are malformed, and of journals that lie."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemon import Daemon, started_daemon
+from errand_boy._native import lib
+
+from errand_boy import _wire
+
+START, LIST = lib.EB_JOB_START, lib.EB_JOB_LIST
+OPEN, REMOVE = lib.EB_JOB_OPEN, lib.EB_JOB_REMOVE
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    places = "--job-state", tmp_path / "state", "--job-runtime", tmp_path / "run"
+    with started_daemon(tmp_path, *places) as daemon:
+        yield daemon
+
+
+def answer(daemon: Daemon, operation: int, request: str) -> dict[str, Any]:
+    """Return the one answer, after which the daemon ends the connection."""
+    payload = struct.pack("<IB", lib.EB_VERSION, operation) + request.encode()
+    data = b""
+    with daemon.socket() as sock:
+        sock.sendall(b"\0" + _wire.frame(lib.EB_JOB, [payload]))
+        while part := sock.recv(1 << 16):
+            data += part
+    length, kind = _wire.HEADER.unpack_from(data)
+    assert (length, kind) == (len(data) - _wire.HEADER.size, lib.EB_JOB_REPLY), data
+    reply: dict[str, Any] = json.loads(data[_wire.HEADER.size :])
+    return reply
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("operation", "request_text", "reason"),
+    [
+        (START, "", "the request is no JSON object"),
+        (START, "[]", "the request is no JSON object"),
+        (START, nested(1900), "the request is no JSON object"),
+        (START, '{"argv": "a"}', "argv must be of type list"),
+        (START, '{"argv": [1]}', "argv must be strings"),
+        (START, '{"ring": NaN}', "ring must be of type int"),
+        (START, '{"ring": true}', "ring must be of type int"),
+        (START, '{"name": "a\\n2026 ended"}', "a name has 1 to 64 letters"),
+        (START, '{"name": "\\ud800"}', "a name has 1 to 64 letters"),
+        (START, '{"log": "a"}', "log must be an absolute path"),
+        (START, '{"log": "/\\u0000"}', "log must be an absolute path"),
+        (START, '{"log": "/\\ud800"}', "log must be an absolute path"),
+        (START, '{"log": "/a", "log_size": -1}', "log_size: -1 is out of range"),
+        (START, '{"log": "/a", "log_count": 1e3}', "log_count must be of type int"),
+        (START, '{"whom": "everybody"}', "whom must be one of"),
+        (START, '{"stop": [[15, NaN]]}', "stop must be signals"),
+        (START, '{"stop": [15]}', "stop must be signals"),
+        (LIST, '{"after": [1, 2, 3]}', "after must be two numbers"),
+        (LIST, '{"after": [true, 1]}', "after must be two numbers"),
+        (LIST, '{"uid": "0"}', "uid must be a number"),
+        (LIST, '{"uid": 4294967296}', "uid must be a number"),
+        (OPEN, f'{{"job": "{"9" * 4000}"}}', "there is no job 9999"),
+        (OPEN, '{"job": NaN}', "there is no job nan"),
+        (OPEN, '{"job": "\\u00b2"}', "there is no job"),
+        (OPEN, '{"job": -1, "uid": -1}', "there is no job -1"),
+        (REMOVE, '{"job": null}', "there is no job None"),
+        (99, "{}", "there is no operation 99"),
+    ],
+)
+def test_malformed(daemon: Daemon, operation: int, request_text: str, reason: str) -> None:
+    assert reason in answer(daemon, operation, request_text)["error"]
+    assert "internal error" not in daemon.log()
+    assert answer(daemon, LIST, '{"all": true}') == {"jobs": [], "next": None}
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"), [(START, "stop"), (START, "name"), (START, "argv"), (OPEN, "job")]
+)
+def test_nested_at_the_limit_of_the_stack(daemon: Daemon, operation: int, name: str) -> None:
+    """What can just be decoded may be too deep to be encoded, or to be shown."""
+    for depth in *range(900, 1000, 7), 1500:
+        assert answer(daemon, operation, f'{{"{name}": {nested(depth)}}}').keys() >= {"error"}
+    assert "internal error" not in daemon.log()
