@@ -1,0 +1,326 @@
+"""Jobs outlive their client, the daemon's upgrade and its end; what is lost is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, until
+from daemon import Daemon, started_daemon
+from jobs import (
+    await_output,
+    end_all,
+    files,
+    is_live,
+    keeper_of,
+    keepers,
+    keeping_jobs,
+    kill_keeper,
+    text,
+)
+
+import errand_boy
+from errand_boy import JobLostError
+from errand_boy._client import Client
+from errand_boy._jobs import Missed, Output
+
+FEW = 30
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[Callable[[], Any]]:
+    """Start daemons, one after another, for the same jobs."""
+
+    @contextmanager
+    def daemon() -> Iterator[tuple[Daemon, Client]]:
+        options = "--job-state", tmp_path / "state", "--job-runtime", tmp_path / "run"
+        with started_daemon(tmp_path, *options, "--log-commands") as started:
+            client = errand_boy.connect(started.path)
+            yield started, client
+            client.close()
+
+    yield daemon
+    end_all(tmp_path)
+
+
+def upgrade(daemon: Daemon) -> None:
+    daemon.process.send_signal(signal.SIGUSR2)
+    assert daemon.notify.recv(100).startswith(b"RELOADING=1")
+    assert daemon.notify.recv(100) == b"READY=1"
+
+
+def kill(daemon: Daemon) -> None:
+    daemon.process.kill()
+    daemon.process.wait(PATIENCE)
+
+
+def waiting(path: Path, more: str = "exit 5") -> list[str]:
+    """Return a command that writes a line, and another when somebody writes one to `path`."""
+    os.mkfifo(path)
+    return ["/bin/sh", "-c", f"echo begin; cat {path}; {more}"]
+
+
+def test_upgrade(places: Callable[[], Any], tmp_path: Path) -> None:
+    with places() as (daemon, client):
+        job = client.start(waiting(tmp_path / "fifo"), name="kept")
+        events = job.logs(follow=True)
+        assert next(events) is not None
+        found: list[int] = []
+        waiter = threading.Thread(target=lambda: found.append(job.wait(PATIENCE).returncode))
+        waiter.start()
+        upgrade(daemon)
+        assert client.job("kept").state == "running"
+        until(lambda: daemon.status()["jobs"]["jobs_running"] == 1)
+        (tmp_path / "fifo").write_bytes(b"end\n")
+        assert [event.data for event in events if isinstance(event, Output)] == [b"end\n"]
+        waiter.join(PATIENCE)
+        assert found == [5]
+        until(lambda: daemon.status()["jobs"]["jobs_running"] == 0)
+        assert daemon.log().count("job ended") == 1
+        job.remove()
+        until(lambda: not files(tmp_path))
+
+
+def test_killed_daemon(places: Callable[[], Any], tmp_path: Path) -> None:
+    """Its followers notice nothing; the next one finds the jobs."""
+    with places() as (daemon, client):
+        job = client.start(waiting(tmp_path / "fifo"), name="kept")
+        over = client.start(["true"], name="over")
+        over.wait(PATIENCE)
+        events = job.logs(follow=True)
+        assert next(events) is not None
+        kill(daemon)
+        with pytest.raises(errand_boy.NoDaemonError):
+            client.jobs()
+    with places() as (daemon, client):
+        found = client.job("kept")
+        assert (found.state, found.id, found.pid) == ("running", job.id, job.pid)
+        assert client.job("over").returncode == 0
+        with found.attach(read_only=True) as attachment:
+            assert attachment.read() == b"begin\n"
+            (tmp_path / "fifo").write_bytes(b"end\n")
+            assert attachment.read() == b"end\n"
+            assert attachment.read() == b""
+        assert [event.data for event in events if isinstance(event, Output)] == [b"end\n"]
+        assert found.wait(PATIENCE).returncode == 5
+        until(lambda: daemon.status()["jobs"]["jobs_running"] == 0)
+        assert client.start(["true"], name="next").id > over.id
+        until(lambda: daemon.status()["jobs"]["jobs_running"] == 0)
+        assert daemon.log().count("job ended") == 3
+
+
+def test_end_without_a_daemon(places: Callable[[], Any], tmp_path: Path) -> None:
+    with places() as (daemon, client):
+        client.start(waiting(tmp_path / "fifo"), name="kept")
+        (keeper,) = keepers(tmp_path)
+        assert daemon.stop() == 0
+    (tmp_path / "fifo").write_bytes(b"end\n")
+    until(lambda: not is_live(keeper.pid))
+    for _ in range(2):
+        with places() as (daemon, client):
+            job = client.job("kept")
+            assert job.wait(0).returncode == 5
+            assert text(job) == b"begin\nend\n"
+            until(lambda: daemon.status()["jobs"]["jobs_over"] == 1)
+            assert daemon.log().count("job ended") == 1  # of all daemons, once
+            assert client.jobs() == []
+            assert daemon.stop() == 0
+
+
+def test_stopped_while_no_daemon_knew_it(places: Callable[[], Any], tmp_path: Path) -> None:
+    with places() as (daemon, client):
+        client.start(waiting(tmp_path / "fifo"), name="kept")
+        kill(daemon)
+    with places() as (_, client):
+        assert client.job("kept").stop().returncode == -signal.SIGTERM
+        client.job("kept").remove()
+        until(lambda: not files(tmp_path))
+
+
+def test_killed_keeper(tmp_path: Path) -> None:
+    with keeping_jobs(tmp_path) as (daemon, client):
+        job = client.start(
+            ["/bin/sh", "-c", "seq 1000; setsid sleep 1000 & exec sleep 1000"], name="x"
+        )
+        await_output(job, b"1000\n")
+        events = job.logs(follow=True)
+        before = next(events)
+        pid = job.pid
+        assert isinstance(before, Output) and pid is not None
+        kill_keeper(job)
+        assert job.status()["state"] == "lost"
+        assert job.status()["why"] == "killed"
+        until(lambda: not is_live(pid))  # and with it all that it had started
+        for act in job.wait, job.stop:
+            with pytest.raises(JobLostError, match=f"job {job.id} is lost: .*killed"):
+                act()
+        rest = b"".join(event.data for event in events if isinstance(event, Output))
+        numbers = b"".join(b"%d\n" % n for n in range(1, 1001))
+        assert before.data + rest == text(job) == numbers
+        until(lambda: "a job is lost" in daemon.log())
+        with job.attach(read_only=True) as attachment:
+            assert attachment.read(5) == b"1\n2\n3"
+        assert job.returncode is None
+        assert client.start(["true"], name="x").wait(PATIENCE).returncode == 0  # the name is free
+        job.remove()
+        client.job("x").remove()
+        until(lambda: not files(tmp_path))
+
+
+def test_killed_keeper_leaves_whole_records(tmp_path: Path) -> None:
+    """Whenever it is killed, what is kept is what was written, without a gap."""
+    with keeping_jobs(tmp_path) as (_, client):
+        for attempt in range(8):
+            job = client.start(["seq", "1", "100000000"], ring=16 << 10)
+            until(lambda job=job: text(job) != b"")  # type: ignore[misc]
+            select_for(0.003 * attempt)
+            kill_keeper(job)
+            events = list(job.logs())
+            data = b"".join(event.data for event in events if isinstance(event, Output))
+            assert sum(isinstance(event, Missed) for event in events) <= 1
+            lines = data.split(b"\n")[1:-1]
+            first = int(lines[0])
+            assert lines == [b"%d" % n for n in range(first, first + len(lines))]
+            job.remove()
+
+
+def select_for(seconds: float) -> None:
+    """Let a command run on for a while."""
+    threading.Event().wait(seconds)
+
+
+def test_killed_with_the_daemon(places: Callable[[], Any], tmp_path: Path) -> None:
+    with places() as (daemon, client):
+        job = client.start(waiting(tmp_path / "fifo"), name="both")
+        await_output(job, b"begin\n")
+        keeper = keeper_of(job)
+        kill(daemon)
+        keeper.kill()
+        until(lambda: not is_live(keeper.pid))
+    with places() as (daemon, client):
+        assert client.job("both").status()["why"] == "killed"
+        assert text(client.job("both")) == b"begin\n"
+        until(lambda: daemon.status()["jobs"]["jobs_over"] == 1)
+
+
+def test_another_boot(places: Callable[[], Any], tmp_path: Path) -> None:
+    """After that there are no rings, and no locks; a list still says what has been running."""
+    with places() as (daemon, client):
+        job = client.start(waiting(tmp_path / "fifo"), name="build")
+        over = client.start(["true"], name="over")
+        over.wait(PATIENCE)
+        assert daemon.stop() == 0
+    end_all(tmp_path)
+    for path in (tmp_path / "run" / str(os.geteuid())).iterdir():
+        path.unlink()
+    journal = tmp_path / "state" / str(os.geteuid()) / f"{job.id}.job"
+    first, *rest = journal.read_text().splitlines()
+    entry = {**json.loads(first), "boot_id": "another"}
+    journal.write_text("\n".join([json.dumps(entry), *rest]) + "\n")
+    with places() as (daemon, client):
+        assert client.jobs() == []
+        found, other = client.jobs(all=True)
+        assert (found.name, found.state, found.args) == ("build", "lost", job.args)
+        assert found.status()["why"] == "reboot"
+        assert (other.name, other.state, other.returncode) == ("over", "ended", 0)
+        assert list(found.logs()) == list(other.logs()) == []
+        with pytest.raises(JobLostError, match="the machine went down"):
+            found.wait()
+        for one in found, other:
+            one.remove()
+        until(lambda: not files(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"\0" * 4096, b"[1]\n", b"[" * 60_000, b'{"name": 5, "ring": -1}\n{"pid": "x"}\n'],
+)
+def test_damaged_journal(places: Callable[[], Any], tmp_path: Path, damage: bytes) -> None:
+    """It harms nobody else."""
+    with places() as (daemon, client):
+        job, other = client.start(["true"]), client.start(["true"], name="other")
+        job.wait(PATIENCE)
+        other.wait(PATIENCE)
+        kill(daemon)
+    until(lambda: not keepers(tmp_path))
+    journal = tmp_path / "state" / str(os.geteuid()) / f"{job.id}.job"
+    journal.write_bytes(damage)
+    with places() as (daemon, client):
+        assert client.job("other").returncode == 0
+        assert [known.id for known in client.jobs(all=True)] == [other.id]
+        assert client.start(["true"]).wait(PATIENCE).returncode == 0
+        assert "internal error" not in daemon.log()
+
+
+@pytest.mark.parametrize("damage", ["magic", "head", "record", "short", "empty"])
+def test_damaged_ring(tmp_path: Path, damage: str) -> None:
+    with keeping_jobs(tmp_path) as (_, client):
+        job = client.start(["seq", "1000"])
+        job.wait(PATIENCE)
+        ring = tmp_path / "run" / str(os.geteuid()) / f"{job.id}.ring"
+        data = bytearray(ring.read_bytes())
+        if damage == "magic":
+            data[:4] = b"oops"
+        elif damage == "head":
+            data[32:40] = b"\xff" * 8
+        elif damage == "record":
+            data[4096 + 16 : 4096 + 20] = b"\xff" * 4
+        elif damage == "short":
+            del data[5000:]
+        else:
+            data.clear()
+        ring.write_bytes(data)
+        if damage == "empty":
+            assert list(job.logs()) == []
+        else:
+            with pytest.raises(errand_boy.JobError, match=f"the output of job {job.id}"):
+                list(job.logs())
+
+
+def test_keeper_that_does_not_answer(tmp_path: Path) -> None:
+    """A stopped one holds up its own clients only, and they are told in time."""
+    with keeping_jobs(tmp_path, "--patience", "1") as (_, client):
+        job = client.start(["sleep", "1000"])
+        other = client.start(["sleep", "1000"])
+        keeper = keeper_of(job)
+        keeper.suspend()
+        threads, refused = [], []
+
+        def follow() -> None:
+            try:
+                list(job.logs())
+            except errand_boy.RefusedError as error:
+                refused.append(str(error))
+
+        for _ in range(40):
+            threads.append(threading.Thread(target=follow))
+            threads[-1].start()
+        until(lambda: refused)
+        assert "does not answer" in refused[0]
+        assert job.status()["state"] == "running"
+        assert other.stop().returncode == -signal.SIGTERM
+        keeper.resume()
+        for thread in threads:
+            thread.join(PATIENCE)
+        job.stop()
+
+
+@pytest.mark.long
+def test_many_jobs_with_followers_while_the_daemon_changes(
+    places: Callable[[], Any], tmp_path: Path
+) -> None:
+    """What tests/soak_jobs.py does with a thousand."""
+    from soak_jobs import Soak  # noqa: PLC0415
+
+    soak = Soak(tmp_path, jobs=FEW, upgrades=3, kills=2, seed=random.randrange(1 << 30))
+    soak.run()
+    assert soak.wrong == [], soak
+    until(lambda: not keepers(tmp_path))
