@@ -28,7 +28,8 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
-LONGEST_SCRIPT = 50
+LONGEST_SCRIPT = 50  # seconds; the longest test is in pyproject.toml
+INTERVAL = 5
 PATIENCE = 30.0  # seconds; nothing takes so long
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ def report(value):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "root: needs the rights of root")
+    config.addinivalue_line("markers", "slow: takes long, as a test that tests/slow.txt names")
     config.addinivalue_line("markers", "portable: runs through the helper's posix_spawn as well")
     # Inherited from nohup, or as a background job of a shell without job control. All that the
     # tests start would ignore them too.
@@ -71,6 +73,15 @@ def pytest_configure(config: pytest.Config) -> None:
         ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    slow = set((here / "slow.txt").read_text().split())
+    for item in items:
+        name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+        if item.path.parent == here and not slow.isdisjoint((item.path.name, name)):
+            item.add_marker("slow")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("root") and os.geteuid() != 0:
         pytest.skip("needs the rights of root")
@@ -82,6 +93,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if any(mark.name == "portable" for mark in metafunc.definition.iter_markers()):
             names.append("errand_boy-posix")
         metafunc.parametrize("subprocess", names, indirect=True)
+
+
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_timeout_set_timer() -> Iterator[Any]:
+    """Interrupt what a test that has taken too long does then, such as waiting for a command."""
+    yield
+    left, _ = signal.getitimer(signal.ITIMER_REAL)
+    signal.setitimer(signal.ITIMER_REAL, left, INTERVAL)
 
 
 @pytest.fixture

@@ -182,3 +182,31 @@ def test_error_names_dev_null_where_there_is_none() -> None:
     with started_script(source, under=without("/dev")) as process:
         out, err = process.communicate(timeout=50)
     assert json.loads(out) == [errno.ENOENT, "/dev/null"], err
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("implementation", ["subprocess", "errand_boy", "errand_boy-helper"])
+def test_process_group_of_another_pid_namespace(implementation: str) -> None:
+    """As for what enters a container: its own group has no number there, and getpgrp says 0."""
+    source = """
+    start()
+    mine = os.getpgrp()
+    found = []
+    for options in {}, {"start_new_session": True}, *([{"process_group": 0}] if NEW else []):
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, **options) as process:
+            found.append([os.getpgid(process.pid) == process.pid, os.getpgid(process.pid) == mine])
+    if subprocess is not stdlib:
+        for tree in "group", "all":
+            with subprocess.Popen(["cat"], stdin=subprocess.PIPE, tree=tree) as process:
+                found.append(os.getpgid(process.pid) == process.pid)
+    report([mine, found])
+    """
+    source = source.replace("NEW", str(sys.version_info >= (3, 11)))
+    under = ["unshare", "--pid", "--fork", "--mount-proc"]
+    with started_script(source, implementation, under=under) as process:
+        out, err = process.communicate(timeout=50)
+    own, callers = [True, False], [False, True]
+    expected: list[object] = [callers, own, own] if sys.version_info >= (3, 11) else [callers, own]
+    if implementation != "subprocess":
+        expected += [True, True]
+    assert json.loads(out) == [0, expected], err

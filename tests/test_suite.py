@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 
@@ -16,7 +19,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
-INNER = """
+RESETS = """
 import signal, subprocess
 def test_command_can_be_ended():
     for number in signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1:
@@ -26,11 +29,40 @@ def test_command_can_be_ended():
 """
 
 
+STUCK = """
+import subprocess, pytest
+@pytest.mark.timeout(1)
+def test_that_waits_for_ever():
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        process.wait()
+"""
+
+
+def run(source: str, directory: Path, *under: str) -> subprocess.CompletedProcess[str]:
+    """Run a test with the conftest.py of these."""
+    test = directory / "test_inner.py"
+    test.write_text(source)
+    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "conftest", "-c", "/dev/null"]
+    command = [*under, sys.executable, *options, str(test)]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=70)
+
+
 def test_ignored_and_blocked_signals_are_not_for_what_the_tests_start(tmp_path: Path) -> None:
     """As under nohup, where those that wait for the end by a SIGHUP would wait for ever."""
-    inner = tmp_path / "test_inner.py"
-    inner.write_text(INNER)
-    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "conftest", "-c", "/dev/null"]
-    command = [sys.executable, "-c", IGNORING, sys.executable, *pytest, str(inner)]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
+    done = run(RESETS, tmp_path, sys.executable, "-c", IGNORING)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_test_lasts_for_ever(tmp_path: Path) -> None:
+    """Not even one that waits for a command after it has been interrupted."""
+    pytest.importorskip("pytest_timeout")
+    done = run(STUCK, tmp_path)
+    assert done.returncode == 1
+    assert "Timeout (>1.0s) from pytest-timeout" in done.stdout
+
+
+def test_slow_tests_are_there() -> None:
+    for name in (HERE / "slow.txt").read_text().split():
+        file, _, function = name.partition("::")
+        text = (HERE / file).read_text()
+        assert not function or re.search(rf"^(async )?def {function}\(", text, re.MULTILINE), name

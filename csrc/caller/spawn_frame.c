@@ -47,7 +47,7 @@ static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags,
     }
     put_option(w, EB_TAG_SIGIGN, 8);
     eb_put_u64(w, s->sigign);
-    if (flags & EB_WITH_PGROUP) {
+    if (flags & EB_WITH_PGROUP && s->pgrp != 0) { /* none of this pid namespace: the helper is in it too */
         put_option(w, EB_TAG_PGROUP, 4);
         eb_put_u32(w, (uint32_t)s->pgrp);
     }

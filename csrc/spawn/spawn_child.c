@@ -313,9 +313,12 @@ EB_BARE int eb_child(void *arg)
     STEP(SIGNALS, set_signals(self, q));
     if (eb_has(q, EB_TAG_SETSID))
         STEP(SETSID, eb_raw(SYS_setsid, 0, 0, 0, 0));
-    if (eb_has(q, EB_TAG_PGROUP) &&
-        (self == NULL || q->pgroup != self->pgrp || job->supervisor != NULL || eb_has(q, EB_TAG_SETSID)))
+    /* A helper whose own group is of another pid namespace sees 0 as its number. */
+    if (eb_has(q, EB_TAG_PGROUP) && (self == NULL || q->pgroup == 0 || q->pgroup != self->pgrp ||
+                                     job->supervisor != NULL || eb_has(q, EB_TAG_SETSID)))
         STEP(PGROUP, eb_raw(SYS_setpgid, 0, q->pgroup, 0, 0));
+    else if (!eb_has(q, EB_TAG_PGROUP) && !eb_has(q, EB_TAG_SETSID) && job->supervisor != NULL)
+        STEP(PGROUP, eb_raw(SYS_setpgid, 0, 0, 0, 0)); /* not its supervisor's */
     if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
         STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, eb_carried(q, EB_TAG_CONTROLLING_TERMINAL), TIOCSCTTY, 0, 0));
     if (eb_has(q, EB_TAG_TERMINAL))

@@ -101,7 +101,8 @@ static int add_attributes(const struct eb_request *q, posix_spawnattr_t *attribu
     }
     if (eb_has(q, EB_TAG_SETSID))
         flags |= POSIX_SPAWN_SETSID;
-    if (error == 0 && eb_has(q, EB_TAG_PGROUP) && (q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID))) {
+    if (error == 0 && eb_has(q, EB_TAG_PGROUP) &&
+        (q->pgroup == 0 || q->pgroup != self->pgrp || eb_has(q, EB_TAG_SETSID))) {
         error = posix_spawnattr_setpgroup(attributes, q->pgroup);
         flags |= POSIX_SPAWN_SETPGROUP;
     }
