@@ -1,4 +1,4 @@
-"""Where a daemon listens, and whose it must be."""
+"""Where a daemon listens, and to whom it must belong."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CREDENTIALS = struct.Struct("iII")
 class Address:
     """The path of a daemon's socket, and who may be trusted to listen there.
 
-    That is whoever does, where somebody has named the path; at a default one the user and root;
-    and with `peer_uid` that user alone.
+    At a path that somebody has named, any listener is trusted; at a default path, the user and
+    root; with `peer_uid`, only that user.
     """
 
     __slots__ = ("is_default", "path", "peer_uid")
@@ -33,8 +33,8 @@ class Address:
     def check(self, sock: socket.socket) -> None:
         """Raise RefusedError if another user listens at the other end of `sock`.
 
-        To be called when it is connected, before anything is sent: a check of the path would tell
-        of a moment before that.
+        Call it after connecting and before sending anything. A check of the path would be about an
+        earlier moment.
         """
         own = os.geteuid()
         if self.peer_uid is not None:
@@ -83,7 +83,7 @@ def find(
 ) -> Address:
     """Return the address of the daemon at `path`, else at ``$ERRAND_BOY_SOCKET``, else by default.
 
-    By default it is the user's own daemon, or the machine's where only that has a socket.
+    By default it is the user's own daemon, or the machine's if only that has a socket.
     """
     path = path or os.environ.get("ERRAND_BOY_SOCKET")
     if path:
@@ -94,7 +94,7 @@ def find(
 
 
 def default_path(*, classic: bool = False) -> str:
-    """Return where a daemon of this user listens if nobody says otherwise."""
+    """Return the path where a daemon of this user listens by default."""
     return os.environ.get("ERRAND_BOY_SOCKET") or _places(classic)[0]
 
 

@@ -1,4 +1,4 @@
-"""What starts need of an asyncio loop: turns, many readers, and a driver of their steps."""
+"""How starts use an asyncio loop: turns, many readers, and a driver of their steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 _STARTS_IN_A_TURN = 4
 
-# Those that are awaited. When a coroutine is found to be garbage, with its loop, its start can only
-# be concluded if the connection has not been finalized before.
+# The starts that are awaited. If a coroutine becomes garbage together with its loop, its start can
+# be concluded only if the connection has not been finalized before.
 _driven: dict[int, Any] = {}
 
 
 async def drive(steps: Any) -> None:
-    """Run the steps of a start to their end (see _start). Raises what they do."""
+    """Run the steps of a start to their end (see _start). Raises the exceptions of the steps."""
     loop = asyncio.get_running_loop()
     _driven[id(steps)] = steps
     try:
@@ -49,7 +49,7 @@ async def _ready(loop: asyncio.AbstractEventLoop, fd: int, writing: bool) -> Non
 
 
 class _Turns:
-    """Spreads the starts of a loop over its turns: many at once must leave time for others."""
+    """Spreads the starts of a loop over its turns: many at once must leave time for other tasks."""
 
     def __init__(self) -> None:
         self._count = 0  # in this turn
@@ -95,7 +95,7 @@ async def take_turn(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class _Readers:
-    """A loop's add_reader and remove_reader, for less: the loop watches one epoll for all.
+    """A cheaper add_reader and remove_reader: the loop watches one epoll for all descriptors.
 
     The loop alone holds this object for long. So what waits in a loop that has been closed and
     forgotten is found to be garbage.
@@ -104,7 +104,7 @@ class _Readers:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._epoll = select.epoll()
         self._calls: dict[int, Callable[[], Any]] = {}
-        # In no context, since the loop would keep that of the first start.
+        # Without a context, because the loop would keep that of the first start.
         contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._look)
 
     def add_reader(self, fd: int, call: Callable[[], Any]) -> None:
@@ -112,7 +112,7 @@ class _Readers:
         self._epoll.register(fd, select.EPOLLIN)
 
     def remove_reader(self, fd: int) -> None:
-        # To close it would not do: a forked process may have a copy.
+        # Closing it would not be enough: a forked process may have a copy.
         if self._calls.pop(fd, None) is not None:
             with contextlib.suppress(OSError):  # it has been closed under us
                 self._epoll.unregister(fd)

@@ -25,13 +25,13 @@ from errand_boy._asyncio_loop import drive, readers_of, take_turn
 from errand_boy._child import ready
 from errand_boy._connection import Connection
 
-_UNKNOWN = 255  # asyncio's own word for a child that somebody else has waited for
+_UNKNOWN = 255  # asyncio's own return code for a child that somebody else has waited for
 _MOMENT = 1.0  # seconds that a cancelled start waits for its command's end
 
 _cancelled_starts: set[_CancelledStart] = set()
 
-# Of live commands, by the id of their HelperChild. When a command is found to be garbage, with its
-# loop, it can only be ended if the connection has not been finalized before.
+# The connections of live commands, by the id of their HelperChild. If a command becomes garbage
+# together with its loop, it can be ended only if the connection has not been finalized before.
 _in_use: dict[int, Connection] = {}
 
 
@@ -56,7 +56,7 @@ class Deferred(_popen.Popen[bytes]):
         self._steps = _start.begin(self, given, original, self._source, _DRIVER, self._more)
 
     async def begin(self) -> _Watch:
-        """Start the command. Raises what the constructor of subprocess.Popen does."""
+        """Start the command. Raises the exceptions of the constructor of subprocess.Popen."""
         loop = asyncio.get_running_loop()
         given, steps = self._given, self._steps
         self._given, self._steps = (), None
@@ -133,7 +133,7 @@ class _Watch:
         """From now on: call `ended` with the return code, once."""
         self._ended = ended
         if self._fd >= 0:
-            # As the loop's own would: what follows is in the context of the start.
+            # As the loop's own watcher would: the callbacks run in the context of the start.
             look = functools.partial(contextvars.copy_context().run, self._look)
             readers_of(self._loop).add_reader(self._fd, look)
         connection, self._connection = self._connection, None
@@ -142,7 +142,7 @@ class _Watch:
 
     def _on_end(self) -> None:
         _in_use.pop(id(self._process._helper_child), None)
-        # Whoever has read of it, nothing more will come for the loop to see.
+        # Whoever has read the news of the end, the loop will get no more.
         if self._looking != threading.get_ident():
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._look)
@@ -189,14 +189,14 @@ class _CancelledStart:
             loop.call_soon_threadsafe(self._go_on)
 
     async def wait(self) -> None:
-        """Wait for its end, but not for long. Does not mind to be cancelled once more."""
+        """Wait a short time for its end, even if cancelled again."""
         end = time.monotonic() + _MOMENT
         while not self._over.done() and (rest := end - time.monotonic()) > 0:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([self._over], timeout=rest)
 
     def _go_on(self, fd: int = -1) -> None:
-        """Conclude the start, as far as that does not wait; then await the command's end."""
+        """Conclude the start, as far as possible without waiting; then await the command's end."""
         readers = readers_of(self.loop)
         if fd >= 0:
             readers.remove_reader(fd)
@@ -232,7 +232,7 @@ class _CancelledStart:
             self._over.set_result(None)
 
     def end_without_loop(self, timeout: float) -> None:
-        """Do what can be done within so many seconds."""
+        """Do as much as can be done within some seconds."""
         end = time.monotonic() + timeout
         while (fd := self._next()) >= 0:
             if not ready(fd, max(0.0, end - time.monotonic())):
@@ -281,7 +281,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
 
     def _connect_pipes(self, waiter: asyncio.Future[Any] | None) -> Coroutine[Any, Any, None]:
         # A loop that is closed before this has begun leaves a warning that it was never awaited.
-        # Whoever keeps the warning keeps the coroutine, which must not keep the command alive.
+        # What keeps the warning keeps the coroutine, which must not keep the command alive.
         assert waiter is not None
         return _connect(weakref.ref(self), weakref.ref(waiter))
 
@@ -290,7 +290,9 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         try:
             await super()._connect_pipes(waiter)
         except RuntimeError:
-            if self._loop.is_closed():  # asyncio's tells `waiter` of GeneratorExit too, in vain
+            if (
+                self._loop.is_closed()
+            ):  # asyncio's own would pass GeneratorExit to `waiter`, in vain
                 return
             raise
         if self._closed or self._pending_calls is not None:  # closed meanwhile, or it failed
@@ -303,7 +305,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
                     file.close()
 
     def _pipe_connection_lost(self, fd: int, exc: BaseException | None) -> None:
-        # EIO is the way in which a terminal tells of its end.
+        # A terminal reports its end by EIO.
         if self._started.terminal is not None and getattr(exc, "errno", 0) == errno.EIO:
             exc = None
         super()._pipe_connection_lost(fd, exc)
@@ -313,7 +315,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         if self._exited is not None and not self._exited.done():
             self._exited.set_result(None)
         if self._started.lost is not None:
-            self.close()  # its pipes, which the command may hold for long
+            self.close()  # its pipes, which the command may hold for a long time
 
     def _call_connection_lost(self, exc: BaseException | None) -> None:
         super()._call_connection_lost(exc)
@@ -321,7 +323,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
 
     def close(self) -> None:
         super().close()
-        if self._returncode is None:  # else the streams may have something left of it
+        if self._returncode is None:  # else the streams may still have some of its output
             self._close_terminal()
 
     def _close_terminal(self) -> None:
@@ -332,7 +334,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
             self._started.terminal.close()
 
     async def exited(self, seconds: float | None = None) -> bool:
-        """Wait for the process alone, and not for the ends of its pipes.
+        """Wait for the process only, not for the ends of its pipes.
 
         Return whether it has ended, within so many seconds if they are given.
         """
@@ -345,7 +347,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
     async def stop(self, given: Any = None) -> None:
         """End the command, as Popen.stop does. If this is cancelled, it gets SIGKILL at once.
 
-        Whatever comes, this does not return before the command has been waited for.
+        In any case this returns only when the command has been waited for.
         """
         process = self._started
         ends: _ends.Ends = process._ends or _ends.Ends()
@@ -393,7 +395,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         self.send_signal(signal.SIGKILL)
 
     def abandon(self) -> None:
-        """End the command though nothing may be awaited any more."""
+        """End the command, when nothing can be awaited any more."""
         self._closed = True
         with contextlib.suppress(OSError):
             self._started.kill()

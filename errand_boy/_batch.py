@@ -1,4 +1,4 @@
-"""The commands of one `map`: which are started when, and what became of them."""
+"""The commands of one `map`: when which is started, and what the results are."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from errand_boy._timers import Timer
 
     class Gate(Protocol):
-        """What says when commands may be started."""
+        """Decides when commands may be started."""
 
         def closed_for(self, live: int) -> float:
-            """Return in how many seconds to ask again; 0: one may be started now."""
+            """Return 0 if a command may be started now, else in how many seconds to ask again."""
 
         def count_start(self) -> None:
             """Take note that one has been started."""
 
     class Runner(Protocol):
-        """What runs the commands of a Batch, which it tells of each by one of these.
+        """Runs the commands of a Batch, and reports each to it by one of these calls.
 
         `Batch.finish`: it is over. `Batch.start_again`: it was not started, and is to be given
         again. `Batch.put_off`: the same, for want of descriptors. `Batch.abandoned`: it has no
@@ -44,19 +44,19 @@ if TYPE_CHECKING:
         """
 
         def start(self, job: Job) -> None:
-            """Start a command. Raises what is wrong for all of them."""
+            """Start a command. Raises errors that concern all commands."""
 
         def on_ready(self, fd: int) -> None:
-            """Do what is to be done for a descriptor that the batch was told to watch."""
+            """Handle a descriptor that is ready, and that the batch was told to watch."""
 
         def running(self) -> list[Job]:
-            """Return the commands that are known to run, by the time of their start."""
+            """Return the commands that are known to run, in the order of their starts."""
 
         def signal_group(self, job: Job, number: int) -> None:
             """Send a signal to the process group of a command that runs."""
 
         def stop(self, now: bool) -> None:
-            """Abandon what has not begun yet, and `now` what runs."""
+            """Abandon the commands that have not begun and, with `now`, those that run."""
 
         def abandon(self, index: int) -> None:
             """End a command, if it is one of those given."""
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
             """End what still runs."""
 
 
-NOT_NOW = object()  # from an iterator of commands: none yet, but the driver knows when to ask
+NOT_NOW = object()  # from an iterator of commands: none now; the driver knows when to ask
 
 _LEAST_AHEAD = 64  # commands
 _PER_CPU = 4  # workers
@@ -176,7 +176,7 @@ class Batch:
         self._failure: Exception | None = None  # of the iterator's, for when its turn comes
         self._exhausted = False
         self._stopped = False
-        self._is_dry = False  # there are no commands, unless results lead to some
+        self._is_dry = False  # there are no commands now, but results may lead to some
         self._gate = gate
         self._gate_timer: Timer | None = None
         self._live = 0
@@ -196,7 +196,7 @@ class Batch:
 
     @property
     def max_workers(self) -> int:
-        """How many run at once, at most."""
+        """How many commands run at once, at most."""
         return self._most
 
     @max_workers.setter
@@ -206,7 +206,7 @@ class Batch:
 
     @property
     def next_slot(self) -> int:
-        """The slot of the command that is taken next: the smallest that no other has."""
+        """The slot of the next command: the smallest that no other has."""
         return self._slots[0] if self._slots else self._most_slots + 1
 
     @property
@@ -291,7 +291,7 @@ class Batch:
     # -- the runner's side --
 
     def finish(self, job: Job, result: Result) -> None:
-        """Take the result of a command that has ended."""
+        """Accept the result of a command that has ended."""
         self._live -= 1
         result.index = job.index
         result.slot = job.slot
@@ -306,12 +306,12 @@ class Batch:
         self._put(result)
 
     def start_again(self, job: Job) -> None:
-        """Have a command started that was not, as soon as may be."""
+        """Start a command again, as soon as possible, that was not started."""
         self._live -= 1
         self._waiting.append(job)
 
     def put_off(self, job: Job, error: int | None) -> bool:
-        """Go on with fewer at once, if it is descriptors that are short; else return False."""
+        """Go on with fewer commands at once, if descriptors are short; else return False."""
         if self._live == 1 or error not in (errno.EMFILE, errno.ENFILE):
             return False
         self._most = self._live - 1
@@ -325,7 +325,7 @@ class Batch:
         self._free(job)
 
     def _next(self) -> Job | None:
-        """Return the next command, unless there is none, or enough of them are ahead."""
+        """Return the next command, or None if there is none or enough results are waiting."""
         while not self._exhausted and self._given - self._results.taken < self._ahead:
             try:
                 command: Any = next(self._commands)
@@ -347,7 +347,7 @@ class Batch:
         return None
 
     def _may_start(self, gate: Gate) -> bool:
-        """Return whether a command may be started now; else come back when to ask again."""
+        """Return whether a command may be started now; if not, set a timer to ask again."""
         seconds = gate.closed_for(self._live)
         if not seconds:
             return True
@@ -369,7 +369,7 @@ class Batch:
         job.slot = 0
 
     def _put_back(self, job: Job, result: Result, delay: float) -> None:
-        """Have a command run again, after so many seconds."""
+        """Have a command run again, after some seconds."""
         if job.last is not None:
             job.last.close()
         job.last = result

@@ -1,4 +1,4 @@
-"""A daemon's commands whose output is wanted whole: it comes with their end, in one message."""
+"""A daemon's commands whose output is captured: it comes with their end, in one message."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def capture(
 ) -> tuple[CompletedProcess[Any], int, tuple[int, ...]]:
     """Run a command of `client`'s daemon to its end, and that of its output.
 
-    Return what run() does, the pid, and what was used, in the order of wire.h. Raises what Popen
-    and `communicate` do. After `time_limit` seconds the command is killed, and TimeoutExpired has
+    Return the result of run(), the pid, and the usage in the order of wire.h. Raises as Popen
+    and `communicate`. After `time_limit` seconds the command is killed, and TimeoutExpired has
     what it wrote until then.
     """
     get = options.get
@@ -62,7 +62,7 @@ def capture(
     argv = _request.arguments(args, get("shell", False), executable)
     program = argv[0] if executable is None else executable
     sys.audit("subprocess.Popen", program, argv, cwd, env)
-    # The time of one that waits for its turn in the daemon begins with the news of its start.
+    # For a command that waits for its turn in the daemon, the time begins with its start.
     brief = time_limit is None
     streams, request = _request.streamed(
         _request.command(argv, program, env),

@@ -32,7 +32,7 @@ def signal_all(cgroup: Any, number: int) -> None:
             with contextlib.suppress(OSError):  # it has just ended
                 pidfd = _native.pidfd_open(pid)
                 try:
-                    # Looked at again while the number cannot become another's unseen.
+                    # Check again, now that the number can't go to another process unnoticed.
                     if pid in _pids(fd):
                         _native.pidfd_send_signal(pidfd, number, 0)
                 finally:

@@ -1,8 +1,8 @@
 """A cgroup for each command, with its limits and its counters, where this process may make one.
 
-That takes cgroup v2 and a directory of it that is delegated to this user, or root's rights: the
-cgroup of this process, or the one above, with its controllers for memory and processes enabled, or
-such that they can be. ``ERRAND_BOY_CGROUP`` names another one.
+That needs cgroup v2, and a directory of it that is delegated to this user, or root's rights. The
+directory is the cgroup of this process, or the one above, if its controllers for memory and
+processes are enabled or can be. ``ERRAND_BOY_CGROUP`` names another one.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def _candidates() -> list[str]:
 
 
 def _is_usable(path: str) -> bool:
-    """Return whether cgroups with the controllers can be made there, and enable these if need be.
+    """Return whether cgroups with the controllers can be made there; enable these if necessary.
 
-    The kernel refuses that where processes are, but at the root: then it must have been done, for
-    a directory above this process's own.
+    The kernel refuses that, except at the root, in a cgroup with processes. Then it must have been
+    done before, in a directory above this process's own.
     """
     try:
         if not _CONTROLLERS.issubset(_read(path, "cgroup.controllers").split()):
@@ -138,7 +138,7 @@ class Cgroup:
                     return
                 with contextlib.suppress(OSError):
                     self.kill()
-                select.select([], [], [], pause)  # nothing that can be awaited tells of it
+                select.select([], [], [], pause)  # there is nothing to wait on for this
                 pause *= 2
             else:
                 return
@@ -160,7 +160,7 @@ def _write(path: str, name: str, text: str) -> None:
 
 
 def _counters(path: str, name: str) -> dict[str, int]:
-    """Return the numbers of a flat keyed file, or nothing where there is no such file."""
+    """Return the numbers of a flat keyed file; none if there is no such file."""
     try:
         lines = _read(path, name).splitlines()
     except OSError:

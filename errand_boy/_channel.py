@@ -1,4 +1,4 @@
-"""A connection of `map`'s, and the command that runs over it."""
+"""A connection of a `map`, and the command that runs over it."""
 
 from __future__ import annotations
 

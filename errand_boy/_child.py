@@ -1,9 +1,9 @@
 """A started command: its end, and signals to it, for a process object of any class.
 
 The classes keep their state as subprocess.Popen does: `pid`, `returncode`, `_waitpid_lock`. A child
-of this process needs nothing else. The pid is its own until it has been waited for, and nobody does
-that without the lock; so who holds the lock may send it a signal, or open a pidfd. A child that a
-helper owns is a HelperChild, which the object has as `_helper_child`.
+of this process needs nothing else. The pid belongs to it until it has been waited for, and nobody
+waits without the lock; so the holder of the lock may send it a signal, or open a pidfd. If a helper
+owns the child, it is a HelperChild, which the object has as `_helper_child`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LONGEST = 3600.0  # seconds, of one wait: poll(2) takes no more than 24 days, a
 def ready(fd: int, seconds: float | None, *, reading: bool = True, writing: bool = False) -> bool:
     """Wait until `fd` is readable, or writable, or has failed; return whether it is.
 
-    The process's select module waits: under gevent and eventlet others go on.
+    The process's select module waits, so under gevent and eventlet other greenlets run.
     """
     if not hasattr(select, "poll"):  # eventlet has taken it away; its select knows no limit
         return any(select.select([fd] if reading else [], [fd] if writing else [], [], seconds))
@@ -49,11 +49,11 @@ def ready(fd: int, seconds: float | None, *, reading: bool = True, writing: bool
 
 
 class HelperChild:
-    """A command that a helper owns: signals go over the connection, and the end comes over it.
+    """A command that a helper owns: signals and the news of its end go over the connection.
 
     `status` is its wait status, once it is known to have ended, and `usage` what it used, as in
-    Exited. `lost` is why nobody knows how it ended: then it counts as killed. `on_end` is called by
-    the thread that reads of the end, when the process object has its return code.
+    Exited. `lost` is the reason why its end is not known; it counts as killed then. The thread
+    that reads the news of the end calls `on_end`, when the process object has its return code.
     """
 
     __slots__ = ("connection", "lost", "on_end", "status", "tree", "usage")
@@ -68,10 +68,10 @@ class HelperChild:
         self.on_end: Callable[[], Any] | None = None
 
     def wait(self, timeout: float | None) -> None:
-        """Wait for the end, at most `timeout` seconds. One thread at a time may.
+        """Wait for the end, at most `timeout` seconds. Only one thread at a time may do so.
 
-        Raises TimeoutError, ChildProcessError in a process forked since the start, and where the
-        end is lost HelperDiedError or another OSError.
+        Raises TimeoutError; ChildProcessError in a process forked since the start; and if the end
+        is lost, HelperDiedError or another OSError.
         """
         connection = self.connection
         if connection is None:
@@ -99,12 +99,12 @@ class HelperChild:
     def _end(self, status: int) -> None:
         assert self.connection is not None
         self.status = status
-        # Once it is back, another command's request may be on its way over the connection.
+        # Once it is given back, another command's request may use the connection.
         with self.connection.lock:
             self.connection = None
 
     def is_foreign(self) -> bool:
-        """Return whether another process started it, of which this one is a fork."""
+        """Return whether it was started in another process, from which this one was forked."""
         connection = self.connection
         return connection is not None and connection.is_foreign()
 
@@ -129,12 +129,12 @@ def _not_ours() -> ChildProcessError:
 
 
 def helper_child(process: Any) -> HelperChild | None:
-    """Return what a helper owns, or None for a child of this process."""
+    """Return the HelperChild of a command that a helper owns; None for a child of this process."""
     child: HelperChild | None = vars(process).get("_helper_child")
     return child
 
 
-# -- what has become of it --
+# -- how it ended --
 
 
 class Verdict:
@@ -230,7 +230,7 @@ def note_end(process: Any) -> None:
 
 
 def tell_verdict(process: Any, error: BaseException | None) -> None:
-    """Have an exception that a `with` statement of run() ends by tell what is known."""
+    """Add what is known to an exception that leaves a `with` statement of run()."""
     if isinstance(error, subprocess.SubprocessError):
         vars(error).update(verdict(process))
         if isinstance(error, subprocess.TimeoutExpired):
@@ -238,7 +238,7 @@ def tell_verdict(process: Any, error: BaseException | None) -> None:
 
 
 class Told:
-    """A CompletedProcess that says what Popen does of the end; worked out when it is asked for."""
+    """A CompletedProcess that tells about the end as Popen does, computed when asked for."""
 
     _end: tuple[Any, ...] | None = None
 
@@ -309,7 +309,7 @@ def internal_poll(
 
 
 def _poll(process: Any, _deadstate: int | None) -> int | None:
-    """Do what subprocess's own does, but have its usage too."""
+    """Do as subprocess's own, but get the usage too."""
     if not process._waitpid_lock.acquire(False):
         return None
     try:
@@ -389,7 +389,7 @@ def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
 
 
 def _await_end(process: Any, child: HelperChild, timeout: float | None) -> None:
-    """Wait for the end of what a helper owns. Call it with the lock held; raises as `wait` does."""
+    """Wait for the end of a helper's command. Call it with the lock held. Raises as `wait` does."""
     if process.returncode is not None:
         return
     try:
@@ -412,7 +412,7 @@ def wait_by_pidfd(
     """Wait for the end of `process`, as _wait of subprocess.Popen does, but without polling.
 
     `timeout` is in seconds; `until_readable` waits for so long for a descriptor. Raises
-    TimeoutExpired. Returns False, at once, where no pidfd can be had.
+    TimeoutExpired. Returns False at once if no pidfd can be had.
     """
     if process.returncode is not None:
         return True
@@ -444,10 +444,10 @@ def wait_by_pidfd(
 
 
 def _send_signal(process: Any, sig: int) -> bool:
-    """Send a signal to `process` if it has not ended; return False, without that, if it may have.
+    """Send a signal to `process` and return True; if it may have ended, only return False.
 
-    That is while the lock is held, by another thread that is about to wait for the child, or by the
-    code that a handler of this thread has interrupted.
+    It may have ended while the lock is held by another thread that is about to wait for it, or by
+    the code that a signal handler of this thread has interrupted.
     """
     if not process._waitpid_lock.acquire(False):
         return False

@@ -42,7 +42,7 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def close_all() -> None:
-    """Close the copies that a forked process has of its parent's connections."""
+    """Close the copies of the parent's connections in a forked process."""
     for connection in list(_connections):
         connection.close()
 
@@ -50,8 +50,8 @@ def close_all() -> None:
 class Connection:
     """A socket whose other end a helper serves, one command at a time.
 
-    `pool` is where it goes between commands: a helper of this process, or the client of a daemon.
-    (Their modules stand above this one, so that no type can be named here.)
+    `pool` has it between commands: a helper of this process, or the client of a daemon. (Their
+    modules import this one, so their types can't be named here.)
     """
 
     __slots__ = (
@@ -81,23 +81,23 @@ class Connection:
         self.greeted: bool = False
         self.reply: Reply | None = None  # the last one, to the command that is being started
         # Held while a signal is sent to the live command, and while that one gives the connection
-        # back. Reentrant: a handler of ours may signal the command of the code that it interrupts.
+        # back. It is reentrant: a signal handler may signal the command of the code it interrupts.
         self.lock: AbstractContextManager[Any] = threading.RLock()
         _connections.add(self)
 
     def close(self) -> None:
-        """Close the socket, unless its descriptor has become somebody else's."""
+        """Close the socket, unless its number now belongs to another file."""
         if not self.is_ours():
             self.sock.detach()
             return
         if self._owner == os.getpid():
-            # Forked processes may hold copies, which must not keep the helper.
+            # Copies in forked processes must not keep the helper alive.
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
     def give_back(self) -> None:
-        """Return it to its pool: its last command has ended or is the caller's own child."""
+        """Return it to its pool, when its last command has ended or is the caller's own child."""
         self.reply = None
         self.pool.take_back(self)
 
@@ -106,7 +106,7 @@ class Connection:
         self.pool.discard(self)
 
     def is_ours(self) -> bool:
-        """Return whether the descriptor still is the socket that it was."""
+        """Return whether the descriptor is still the same socket."""
         try:
             info = os.fstat(self.sock.fileno())
         except OSError:
@@ -114,17 +114,17 @@ class Connection:
         return (info.st_dev, info.st_ino) == (self.device, self.inode)
 
     def is_foreign(self) -> bool:
-        """Return whether it was made by another process, of which this one is a fork."""
+        """Return whether it was made in another process, from which this one was forked."""
         return self._owner != os.getpid()
 
     def open(self) -> None:
-        """Send the connection's first bytes. Raises BrokenPipeError if the helper has gone."""
+        """Send the connection's first bytes. Raises BrokenPipeError if the helper has ended."""
         self.sock.sendall(_wire.OPENING, _NOSIGNAL)
 
     def send(self, frame: bytes | memoryview, fds: Sequence[int] = ()) -> None:
         """Send one frame, or the rest of one, with its descriptors.
 
-        Raises NotServedError if the helper has gone, ProtocolError with its reason if it refused
+        Raises NotServedError if the helper has ended, ProtocolError with its reason if it refused
         the connection, and OSError for descriptors that cannot be sent.
         """
         data = memoryview(frame)
@@ -142,16 +142,16 @@ class Connection:
             raise
 
     def _raise_unserved(self) -> None:
-        # What was sent is not a whole request, so nothing has been run.
+        # The request was not sent in full, so no command has run.
         try:
             self.receive()
         except HelperDiedError:
             raise NotServedError from None
 
     def send_some(self, data: memoryview, fds: Sequence[int]) -> int:
-        """Send what the socket takes without waiting, and all descriptors; return how many bytes.
+        """Send what the socket takes without waiting, and all descriptors; return the bytes sent.
 
-        Raises BlockingIOError if it takes nothing now, and what `send` does.
+        Raises BlockingIOError if none can be sent now, and the exceptions of `send`.
         """
         try:
             return self.sock.sendmsg([data], _rights(fds), _NOSIGNAL | socket.MSG_DONTWAIT)
@@ -162,14 +162,14 @@ class Connection:
     def send_signal(self, pid: int, number: int) -> None:
         """Have a signal sent to the live command, or with its negative pid to its process group.
 
-        A helper that has gone is for the receiver of replies to notice, maybe in another thread.
+        The receiver of replies, maybe another thread, notices if the helper has ended.
         """
         frame = _wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)])
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.sock.sendall(frame, _NOSIGNAL)
 
     def has_received(self) -> bool:
-        """Return whether a part of the next reply is here, of which the socket does not tell."""
+        """Return whether the buffer has part of the next reply, which the socket does not show."""
         return self._size > 0
 
     def receive(self, timeout: float | None = None) -> Reply:
@@ -205,14 +205,14 @@ class Connection:
         return reply
 
     def answer(self, timeout: float | None = None) -> Spawned | Failed:
-        """Return the answer to a request; else as `receive`. Raises ProtocolError for another."""
+        """Return the answer to a request, as `receive`. Raises ProtocolError for another reply."""
         reply = self.receive(timeout)
         if isinstance(reply, Exited):
             raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
         return reply
 
     def take_other(self, kind: int, payload: bytes) -> None:
-        """Take a frame that is no answer to a request.
+        """Handle a frame that is not an answer to a request.
 
         Raises NotServedError, RefusedError and ProtocolError.
         """
@@ -239,7 +239,7 @@ class Connection:
             raise TimeoutError from None
         except ConnectionResetError:
             # The kernel says so when the other end was closed with bytes that nobody read
-            # (unix_release_sock): then the request was never whole on the other side.
+            # (unix_release_sock). Then the other side never had the whole request.
             raise NotServedError from None
         finally:
             if deadline is not None:

@@ -1,4 +1,4 @@
-"""How a start waits: blocking this thread, or as an event loop or a hub of greenlets does.
+"""How a start waits: by blocking this thread, or as an event loop or a hub of greenlets does.
 
 A start is a generator. It yields what it waits for: a time in seconds (a float), or a descriptor
 and whether it is to be writable, else readable. A driver waits, and goes on. When the generator is
