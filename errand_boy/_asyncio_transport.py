@@ -290,9 +290,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         try:
             await super()._connect_pipes(waiter)
         except RuntimeError:
-            if (
-                self._loop.is_closed()
-            ):  # asyncio's own would pass GeneratorExit to `waiter`, in vain
+            if self._loop.is_closed():  # asyncio's would pass GeneratorExit to `waiter`
                 return
             raise
         if self._closed or self._pending_calls is not None:  # closed meanwhile, or it failed

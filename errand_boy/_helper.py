@@ -48,7 +48,7 @@ def _open_program() -> tuple[int, int, int]:
     try:
         fd = os.open(_EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
     except OSError:
-        return -1, 0, 0  # the attempt to start it will say why
+        return -1, 0, 0  # starting it will show why
     if fd < _FIRST_FREE:  # a standard stream that is closed stays so
         low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
         os.close(low)
@@ -69,14 +69,14 @@ def _program_fd() -> int:
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:
-    """Return our end of a connection, and the helper's, which tells who has sent what it reads."""
+    """Return our end of a connection and the helper's, which reports who has sent what it reads."""
     # Where gevent or eventlet has replaced them, sockets would let others run, and gevent's loop
     # reap the command, before its pid is known.
     classes = _socket.socket.__subclasses__()
     native: type[socket.socket]
     native = next(c for c in classes if c.__module__ == "socket")  # type: ignore[assignment]
     ours, theirs = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
-    # Before anything is sent: the kernel notes the sender only where somebody wants to know.
+    # Before anything is sent: the kernel records the sender only if the receiver asks for it.
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return ours, theirs
 
@@ -110,7 +110,7 @@ def _ids_after_exec() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]
 
 
 class Helper:
-    """A running helper process, and the connections to it that are not in use."""
+    """A running helper process, and the connections to it that no command uses."""
 
     def __init__(self, manager: HelperManager) -> None:
         self._manager = manager
@@ -150,7 +150,7 @@ class Helper:
         manager.last_end = None
         self.shares_fs: bool = share_fs[0] != 0
         self.owns_children = False  # until a reply says so
-        self._stays = False  # retired, it lives on with its commands
+        self._stays = False  # it is retired, but lives on with its commands
         self.idle: list[Connection] = []
         self._control = Connection(ours)
         try:
@@ -164,7 +164,7 @@ class Helper:
             os.close(errors)
 
     def _check_ids(self, path: str, errors: int) -> None:
-        # What an execution does to the ids depends on the kernel, and on the program's mode.
+        # How an exec changes the ids depends on the kernel, and on the program's mode.
         try:
             frame = _frame(self._control.sock, _START)
         except TimeoutError:
@@ -186,11 +186,11 @@ class Helper:
                 )
 
     def _check_end(self, path: str, errors: int) -> None:
-        """Raise HelperError if it has ended by itself: so would the next one."""
+        """Raise HelperError if it has ended by itself, since the next one would do so too."""
         has_ended = self.ended(_GRACE)
         status = self._manager.last_end if has_ended else None
         if status is None or not os.WIFEXITED(status):
-            return  # somebody has killed it: connect() will tell
+            return  # somebody has killed it: connect() will notice
         os.set_blocking(errors, False)  # others may have copies of the other end
         try:
             said = os.read(errors, _MOST_SAID).decode(errors="replace").strip()
@@ -200,7 +200,7 @@ class Helper:
         raise HelperError(errno.ENOEXEC, f"{text}: {said}" if said else text, path)
 
     def fits(self, fresh: Helper | None) -> bool:
-        """Return whether the calling thread may use it; `fresh` is one that it has just started."""
+        """Return whether the calling thread may use it; `fresh` is a helper it has just started."""
         spawn_frame = acquire()
         try:
             found = spawn_frame.read(self.caller, self.pid if self.shares_fs else 0)
@@ -209,14 +209,14 @@ class Helper:
         return _fits(found, self is fresh)
 
     def connect(self) -> Connection | None:
-        """Return a new connection; None if the helper has gone."""
+        """Return a new connection; None if the helper has ended."""
         ours, theirs = _socketpair()
         connection = Connection(ours, self)
         try:
             with theirs:
                 rights = struct.pack("i", theirs.fileno())
                 if self._control.is_ours():
-                    # So small a message is sent whole, whatever other threads send.
+                    # A message this small is sent in full, whatever other threads send.
                     self._control.sock.sendmsg(
                         [_wire.HEADER.pack(0, lib.EB_ADOPT)],
                         [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
@@ -237,7 +237,7 @@ class Helper:
         return None
 
     def is_there(self) -> bool:
-        """Return whether it has not ended, as far as its connections tell."""
+        """Return whether it is alive, as far as its connections show."""
         try:
             return bool(self._control.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
@@ -265,7 +265,7 @@ class Helper:
                 self.idle.pop().close()
 
     def retire(self) -> None:
-        """Have it take no more requests, and end when those that it has are done."""
+        """Have it take no more requests, and end when its current ones are done."""
         self._close_idle()
         if self._owner != os.getpid():
             self._control.close()
@@ -275,7 +275,7 @@ class Helper:
             with contextlib.suppress(OSError):  # it has ended
                 self._control.sock.shutdown(socket.SHUT_WR)
         else:
-            # Closed under us, so it can't be told to end, and forked processes may have copies that
+            # Closed under us: it can't be told to end, and copies in forked processes may be what
             # keep it.
             self._kill()
             self._control.close()
@@ -295,11 +295,11 @@ class Helper:
                 _, status = os.waitpid(self.pid, 0)
             self._manager.last_end = status
         self._control.close()
-        self._owner = 0  # its pid may be another's now
+        self._owner = 0  # its pid may belong to another process now
         return True
 
     def _ends(self, grace: float) -> bool:
-        """Wait for its end, or for its word that it stays; return whether it ends."""
+        """Wait for its end, or for its message that it stays; return whether it ends."""
         if self._stays:
             return False
         deadline = time.monotonic() + grace
@@ -320,7 +320,7 @@ class Helper:
                 return True
         finally:
             os.close(pidfd)
-        # One start takes long, or the helper has been stopped. Its commands it must not lose.
+        # A start takes long, or the helper has been stopped. It must not lose its commands.
         return not self.owns_children and self._kill()
 
     def _kill(self) -> bool:
@@ -366,7 +366,7 @@ class HelperManager:
         self.last_end: int | None = None  # of its last helper: the wait status, where known
 
     def how_it_ended(self) -> str:
-        """Tell in words how its last helper has ended."""
+        """Return in words how its last helper ended."""
         if self.last_end is None:
             return "for an unknown reason"
         code = os.waitstatus_to_exitcode(self.last_end)
@@ -375,9 +375,9 @@ class HelperManager:
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
         """Prepare `request` for a helper that fits the calling thread; return its connection.
 
-        `spawn_frame` has it too, for an exception that comes in from outside: the request may
-        have been sent by then. Raises HelperError if no helper can be started, and OSError for
-        a lack of descriptors or a request that is too long (E2BIG).
+        `spawn_frame` keeps the connection for the case of an exception from outside, when the
+        request may have been sent. Raises HelperError if no helper can be started, and OSError
+        for a lack of descriptors or a request that is too long (E2BIG).
         """
         fresh: Helper | None = None
         if _unreaped:
@@ -435,7 +435,7 @@ class HelperManager:
         raise ends_at_once(self)
 
     def dismiss(self, helper: Helper) -> None:
-        """Let go of `helper`, if it is the current one."""
+        """Forget `helper`, if it is the current one."""
         with _lock:
             if helper is self.current:
                 self.retire()
@@ -455,7 +455,7 @@ class HelperManager:
             return self.current
 
     def retire(self) -> None:
-        """Have none. Call it with the lock held."""
+        """Retire the current helper. Call it with the lock held."""
         helper, self.current = self.current, None
         if helper is not None:
             helper.retire()
@@ -467,7 +467,7 @@ runner = HelperManager(own_children=True)  # runs commands of its own, whose str
 
 
 def _reap(grace: float = 0.0) -> None:
-    """Wait for the retired helpers; end those that own no children and are there after `grace`."""
+    """Wait for the retired helpers; kill those that own no children and live after `grace`."""
     for helper in _unreaped[:]:
         if helper.ended(grace):
             with contextlib.suppress(ValueError):  # a signal handler was here first
@@ -489,7 +489,7 @@ def stop() -> None:
 
 def _after_fork() -> None:
     global _lock
-    # The parent's helpers are not ours; a lock may be held by a thread that exists no more.
+    # The parent's helpers are not ours, and a lock may be held by a thread that no longer exists.
     _lock = threading.RLock()
     _unreaped.clear()
     launcher.current = runner.current = None

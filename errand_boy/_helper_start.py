@@ -60,7 +60,7 @@ def by_helper(process: Any, request: Request, source: Any, driver: Driver) -> Ou
                 connection.give_back()
             return reply if isinstance(reply, Failed) else None
     text = "the helper ends as soon as it is asked to start a command"
-    how = getattr(source, "how_it_ended", None)  # a daemon's source does not know
+    how = getattr(source, "how_it_ended", None)  # a daemon's source has no such method
     raise HelperError(errno.EPIPE, text if how is None else f"{text}, {how()}")
 
 
@@ -70,12 +70,12 @@ def _answer(connection: Connection, driver: Driver) -> Generator[Wait, None, Spa
         return connection.answer()
     while True:
         yield connection.sock.fileno(), False
-        with contextlib.suppress(TimeoutError):  # only a part of it has come
+        with contextlib.suppress(TimeoutError):  # only a part of it has arrived
             return connection.answer(0.0)
 
 
 def _take(process: Any, connection: Connection, reply: Reply) -> None:
-    """Make the outcome the process's own; calling it again has no effect."""
+    """Store the outcome in the process object. Calling it again has no effect."""
     if isinstance(reply, Spawned):
         if reply.by_helper and helper_child(process) is None:
             process._helper_child = HelperChild(connection)
@@ -89,24 +89,26 @@ def _take(process: Any, connection: Connection, reply: Reply) -> None:
 def _interrupt(
     process: Any, connection: Connection, is_sent: bool, source: Any, driver: Driver
 ) -> None:
-    """Have what became of a request whose start was interrupted, if anything may have."""
-    if not is_sent and not driver.blocking:  # exact, since the exception came while it waited
+    """Deal with a request whose start was interrupted, if its command may be running."""
+    if (
+        not is_sent and not driver.blocking
+    ):  # known exactly, since the exception came while it waited
         connection.close()
     elif source.is_daemon and not driver.ends_interrupted:
-        # The outcome, which might be long in coming where commands wait for their turn, is of no
-        # use: the child is not ours to wait for. One that waits for its turn is withdrawn by this.
+        # The outcome may take long, where commands wait for their turn, and is not needed, since
+        # we don't wait for the child. This withdraws a command that waits for its turn.
         connection.close()
     else:
         driver.conclude(process, _conclude(process, connection, driver))
 
 
 def _conclude(process: Any, connection: Connection, driver: Driver) -> Steps:
-    """Take the outcome after all: a child must be waited for."""
+    """Receive the outcome after all, because a child must be waited for."""
     try:
         reply = connection.reply
         if reply is None:
             if driver.blocking:
-                # The helper answers what came whole, then closes: this wait is bounded.
+                # The helper answers complete requests, and then closes; so this wait is bounded.
                 connection.sock.shutdown(socket.SHUT_WR)
             reply = yield from _answer(connection, driver)
         _take(process, connection, reply)

@@ -1,4 +1,4 @@
-"""The commands of one `map`: what each is, and the result that is made of it."""
+"""The commands of one `map`, and their results."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 _PLAIN = (list, tuple)
 _IDS = ("user", "group", "extra_groups")
-_UNDECODABLE = 125  # as a return code, where the command's own says success
+_UNDECODABLE = 125  # the return code, where the command's own would say success
 
 
 def check_several(commands: Any, shell: bool) -> None:
-    """Raise TypeError for what is one command in the place of several.
+    """Raise TypeError for one command in place of several.
 
-    A list of strings is several: ["true", "false"]. But no program's name begins as an option
-    does, so ["ls", "-l"] can only be meant as one.
+    A list of strings is several commands: ["true", "false"]. But no program's name begins like an
+    option, so ["ls", "-l"] must be meant as one.
     """
     if isinstance(commands, (str, bytes)):
         raise TypeError(
@@ -50,7 +50,7 @@ def check_several(commands: Any, shell: bool) -> None:
 
 
 def unknown_options(names: Iterable[str], known: Iterable[str]) -> TypeError:
-    """Return the error for options that there are not, with those that are probably meant."""
+    """Return the error for unknown options, with those that are probably meant."""
     from difflib import get_close_matches  # noqa: PLC0415
 
     all_known = [*known, *_request.own_options()]
@@ -62,7 +62,7 @@ def unknown_options(names: Iterable[str], known: Iterable[str]) -> TypeError:
 
 
 class Job:
-    """A command, and what is known of it while it runs."""
+    """A command, and what is known about it while it runs."""
 
     __slots__ = (
         "args",
@@ -102,7 +102,7 @@ class Job:
         self.last: Result | None = None  # of a run that failed, while there is to be another
 
     def begin(self) -> None:
-        """Be as before anything was sent or received."""
+        """Reset it to the state before anything was sent or received."""
         if self.limited is not None:
             self.limited = type(self.limited)(self.limited.limits)
         self.attempts += 1
@@ -113,7 +113,7 @@ class Job:
 
 
 class Jobs:
-    """Makes a Job of each command; `options` are settings' of those that have none of their own."""
+    """Makes a Job of each command; `options` apply to commands that have none of their own."""
 
     def __init__(
         self,
@@ -141,11 +141,11 @@ class Jobs:
         self._timeout = timeout
         self._retries = _policy.retries(retries)
         self._shell = shell
-        # Bytes of each that are kept at all; None: all of them.
+        # How many bytes of each output are kept at all; None: all of them.
         self.max_output = None if spool else max_output
         self._most_in_memory = max_output
         self._open_file: Callable[[], IO[bytes]] | None = _temporary_file if spool else None
-        # Called with a command's index and 0 or 1, for what takes its output in a Spool's place.
+        # Is called with a command's index and 0 or 1; returns what takes its output, like a Spool.
         self.open_output: Callable[[int, int], Any] | None = None
 
     def make(self, index: int, command: Command) -> Job:
@@ -186,7 +186,7 @@ class Jobs:
         return job
 
     def _merged(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return all options of a command whose mapping has these."""
+        """Return all options of a command, with those of its mapping."""
         ids = _request.ids(*(given.pop(name, None) for name in _IDS))
         unknown = _request.unknown(given.keys() - self.options.keys() - ids.keys())
         if unknown:
@@ -234,7 +234,7 @@ class Jobs:
         return result
 
     def put_output(self, result: Result, job: Job) -> None:
-        """Have a result hold what `write` has kept of its command's output."""
+        """Put the output that `write` has kept into a result."""
         for number, output in enumerate(job.outputs):
             if not self._captured[number]:
                 continue
@@ -258,7 +258,7 @@ class Jobs:
         try:
             return output.text(self._encoding, self._errors)
         except UnicodeError as error:
-            # subprocess would raise it; here it must not be taken for a success, nor stop the rest.
+            # subprocess would raise it. Here it must not count as a success, nor stop the others.
             result.error = error
             result.returncode = result.returncode or _UNDECODABLE
             return output.text(self._encoding, "backslashreplace")

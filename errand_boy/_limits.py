@@ -1,4 +1,4 @@
-"""Limits of a command and of all that it starts, and what has become of it: its verdict."""
+"""Limits of a command and of all that it starts, and its verdict: why it ended."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = ("wall", "cpu", "memory", "output", "processes", "file_size", "open_file
 _SECONDS = ("wall", "cpu")
 _SIZES = ("memory", "output", "file_size")
 
-# What the supervisor says, by its number in the protocol.
+# What the supervisor reports, by its number in the protocol.
 CAUSES = {
     lib.EB_CAUSE_TIMEOUT: "timeout",
     lib.EB_CAUSE_CPU: "cpu",
@@ -71,7 +71,7 @@ class Limits:
             )
 
     def encode(self) -> bytes:
-        """Return what the supervisor is told."""
+        """Return the value for the supervisor."""
         wall, cpu = (
             0 if value is None else max(1, round(value * 1e6)) for value in (self.wall, self.cpu)
         )
@@ -82,11 +82,11 @@ class Limits:
         """Return the resource limits of each process."""
         found = {}
         if self.cpu is not None:
-            # The supervisor is exact; this is for when it is late.
+            # The supervisor is exact; this limit is in case that it is late.
             seconds = math.ceil(self.cpu) + 1
             found["cpu"] = (seconds, seconds + 1)
         if self.processes is not None and not self.by_cgroup and os.geteuid() != 0:
-            # It counts all of the user's, so this only bounds how far a tree gets ahead of the
+            # It counts all of the user's processes, so it only bounds how far a tree is ahead of the
             # supervisor; it does not bind root.
             most = _processes() + 4 * self.processes + _SPARE
             found["nproc"] = (most, most)
@@ -105,7 +105,7 @@ def _processes() -> int:
 
 
 def size(value: Any) -> int:
-    """Return the bytes that a number, or a text such as "1.5G", says. Raises ValueError."""
+    """Return a number of bytes for a number or a text such as "1.5G". Raises ValueError."""
     if isinstance(value, str):
         found = _SIZE.fullmatch(value.strip())
         if found is None:
@@ -124,16 +124,16 @@ def _number(name: str, value: Any) -> float | int:
             number = float(value) if name in _SECONDS else int(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"limits: {name}: {error}") from None
-    # Of the rest, nothing can be run with none.
+    # With a limit of 0, nothing could run.
     if not (0 if name in ("output", "file_size") else 1e-6) <= number <= _MOST:
         raise ValueError(f"limits: {name}: {value!r} is out of range")
     return number
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with what `limits` among them mean for the others. Raises ValueError.
+    """Return options with those that follow from `limits`. Raises ValueError.
 
-    Where nobody has called `prepare` before, there is no cgroup.
+    Without a call of `prepare` before, there is no cgroup.
     """
     limits, by = given["limits"], given.get("limits_by")
     if by not in (None, "cgroup", "rlimits"):
@@ -150,7 +150,7 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, dict[str, Any]]:
-    """Return what is to know of the end of a command with such options, and these expanded.
+    """Return the Tracker for a command with such options, and the options expanded.
 
     Raises ValueError, and OSError if a cgroup is required and can't be had.
     """
@@ -181,7 +181,7 @@ def _no_cgroup(where: str) -> OSError:
 
 
 class Tracker:
-    """What is known of a command that has limits, by whoever waits for it."""
+    """What the process that waits for a command with limits knows about it."""
 
     __slots__ = ("_by_kernel", "_counted", "_peak", "cgroup", "is_too_loud", "limits", "room")
 
@@ -195,24 +195,24 @@ class Tracker:
         self._peak: int | None = None
 
     def finish(self) -> None:
-        """Take what the cgroup tells, and remove it; calling it again has no effect."""
+        """Read the cgroup's figures, and remove it. Calling it again has no effect."""
         if self.cgroup is not None:
             self._by_kernel, self._peak = self.cgroup.exceeded(), self.cgroup.peak()
             self.cgroup.close()
             self.cgroup = None
 
     def cause(self, returncode: int, tree: Sequence[int]) -> str | None:
-        """Return the limit for which the command has ended, or None; `tree` is as in Exited."""
+        """Return the limit that the command exceeded, or None; `tree` is as in Exited."""
         if self.is_too_loud:
             return "output"
         return cause(returncode, tree, self.limits, self._by_kernel)
 
     def peak_memory(self, tree: Sequence[int]) -> int | None:
-        """Return the bytes that all had at the same time, if that is known."""
+        """Return the most bytes that all had at the same time, or None if that is not known."""
         return self._peak if self._peak is not None else peak_memory(tree)
 
     def take(self, data: bytes) -> bytes:
-        """Return what may be kept of more output; if that is less, it is too much."""
+        """Return the part of more output that may be kept; if less than all, it is too much."""
         size = len(data)
         if size > self.room:
             data = data[: self.room]
@@ -221,7 +221,7 @@ class Tracker:
         return data
 
     def keep(self, process: Any, data: bytes) -> bytes:
-        """Return what may be kept of more output, and end the command if that is less."""
+        """Return the part of more output that may be kept; if it is less, end the command."""
         was_too_loud = self.is_too_loud
         data = self.take(data)
         if self.is_too_loud and not was_too_loud:
@@ -229,7 +229,7 @@ class Tracker:
         return data
 
     def count(self, process: Any, *outputs: list[bytes] | None) -> None:
-        """Count the pieces that have come, and end the command if they are too much."""
+        """Count the pieces that have come, and end the command if they exceed the limit."""
         for number, pieces in enumerate(outputs):
             if pieces is not None:
                 for i in range(self._counted[number], len(pieces)):
@@ -245,14 +245,14 @@ def end(process: Any) -> None:
 
 
 def peak_memory(tree: Sequence[int]) -> int | None:
-    """Return what EXITED says of that; `tree` may be empty."""
+    """Return the figure in EXITED, or None; `tree` may be empty."""
     return tree[3] if tree else None
 
 
 def cause(
     returncode: int, tree: Sequence[int], limits: Limits, by_kernel: str | None = None
 ) -> str | None:
-    """Return the limit for which a command has ended, or None.
+    """Return the limit that a command exceeded, or None.
 
     `tree` is as in Exited, or empty; `by_kernel` is the limit that its cgroup has enforced.
     """

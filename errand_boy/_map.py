@@ -1,4 +1,4 @@
-"""Many commands at once: their pipes, their waiting and their reaping are the helper's work."""
+"""Many commands at once. The helper does the pipes, the waiting and the reaping."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_SENT = 1000  # tasks of Celery's at a time, unless said otherwise
 
 
 def waiter(batch: Batch) -> Callable[[float | None], Iterable[int]]:
-    """Watch what `batch` says; return a function that waits, and returns what is ready."""
+    """Watch the descriptors of `batch`; return a function that waits, and returns those ready."""
     watched: dict[int, bool] = {}
     if hasattr(select, "poll"):
         poll = select.poll()
@@ -117,7 +117,7 @@ class Counter:
 
 
 def bar_for(commands: Any) -> Counter | None:
-    """Return what shows the results of `commands`, or None if standard error is no terminal."""
+    """Return a progress bar for `commands`, or None if standard error is not a terminal."""
     from errand_boy import _progress  # noqa: PLC0415
 
     file = _progress.terminal()
@@ -129,7 +129,7 @@ def bar_for(commands: Any) -> Counter | None:
 
 
 def with_bar(results: Generator[T, None, None], commands: Any) -> Generator[T, None, None]:
-    """Return `results`; on a terminal, with a line that counts them."""
+    """Return `results`; on a terminal, show a line that counts them."""
     bar = bar_for(commands)
     return results if bar is None else _counted(results, bar)
 

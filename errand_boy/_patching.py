@@ -1,4 +1,4 @@
-"""Makes the Popen of others start through errand-boy, by a method of their class."""
+"""Makes other Popen classes start commands through errand-boy, by replacing their methods."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def unpatch() -> None:
 
 
 def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Put into a class or a module what `replacement` returns when called with what was there."""
+    """Replace a member of a class or a module by what `replacement` returns for it."""
     if (owner, name) in _originals:
         return
     original = getattr(owner, name)
@@ -49,8 +49,8 @@ def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
 
 def _patch_stdlib() -> None:
-    # eventlet loads copies of the module, and puts a class derived from a copy's in the place of
-    # the original: other modules may have imported each of them.
+    # eventlet loads copies of the module, and replaces the original class by one derived from a
+    # copy's; other modules may have imported any of them.
     for owner in {_popen._Base, subprocess.Popen, *object.__subclasses__()}:
         if (owner.__module__, owner.__name__) == ("subprocess", "Popen"):
             _patch_class(owner, _execute_child)
@@ -84,8 +84,10 @@ def _with_original(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _late(module: ModuleType, name: str) -> Callable[..., Any]:
-    """Return a function of a module of ours, which may be loading at this moment: its import of
-    the framework is then what has led here."""
+    """Return a function that calls one of our module's, looked up at the call.
+
+    The module may be only half loaded now, if its own import of the framework has led here.
+    """
 
     def function(*args: Any, **kwargs: Any) -> Any:
         return getattr(module, name)(*args, **kwargs)
@@ -222,7 +224,7 @@ def _execute_with(loader: Any, patch_module: Callable[[ModuleType], None]) -> No
         if _finder in sys.meta_path:
             patch_module(module)
 
-    loader.exec_module = exec_module  # of one module only: finders make a loader for each
+    loader.exec_module = exec_module  # for one module only: finders make a loader for each
 
 
 _finder: Any = _Finder()

@@ -34,7 +34,7 @@ class WithTerminal:
     """The part of every Popen class that deals with `pty`."""
 
     terminal: Terminal | None = None
-    _select: Any = select  # the module, or what a framework has in its place
+    _select: Any = select  # the module, or a framework's replacement
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
         """Write `input`, read all output, and wait for the end; see subprocess.Popen."""
@@ -48,7 +48,7 @@ class WithTerminal:
         if self.terminal is None:
             super().__exit__(*args)  # type: ignore[misc]
             return
-        if not self.terminal.at_end:  # else SIGHUP might meet a command that is about to end
+        if not self.terminal.at_end:  # otherwise SIGHUP might hit a command that is about to end
             self.terminal.close()
         super().__exit__(*args)  # type: ignore[misc]
         self.terminal.close()
@@ -274,7 +274,7 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
             self, given, _Stdlib._execute_child, self._source, _driver.BLOCKING, self._more
         )
 
-    # Most commands need nothing of what the base classes do for some: a plain one is not to pay.
+    # Most commands need nothing that the base classes do for a few: plain ones must not pay for it.
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
         """Write `input`, read all output, and wait for the end; see subprocess.Popen."""

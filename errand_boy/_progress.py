@@ -1,4 +1,4 @@
-"""How far a `map` has come: done, failed, rate, and what is left of the time."""
+"""The progress of a `map`: done, failed, rate, and the time left."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TextIO
 
-_INTERVAL = 0.1  # seconds between two showings
+_INTERVAL = 0.1  # seconds between two updates
 _CLEAR = "\r\x1b[K"
 
 
 class Tally:
-    """What has ended up to now; `total` is None if it is not known."""
+    """Counts what has ended; `total` is None if it is not known."""
 
     def __init__(self, total: int | None = None) -> None:
         self.total = total
@@ -44,7 +44,7 @@ class Tally:
         return text if left is None else f"{text}, ETA {_clock(left)}"
 
     def _left(self, elapsed: float) -> float | None:
-        """Return the seconds to come, if they can be told."""
+        """Return the seconds left, or None if they can't be estimated."""
         if self.total is None or not self.done:
             return None
         left = max(0, self.total - self.done)
@@ -114,7 +114,7 @@ class _Tqdm:
 
 
 class Bar:
-    """A line on a terminal that tells of `tally`, with tqdm's bar if that is installed."""
+    """A line on a terminal that shows `tally`, with tqdm's bar if that is installed."""
 
     def __init__(self, tally: Tally, file: TextIO) -> None:
         self._line: _Line | _Tqdm
@@ -128,7 +128,7 @@ class Bar:
         self._is_there = False
 
     def show(self, at_once: bool = False) -> None:
-        """Show it, but not too often."""
+        """Update it, but not too often."""
         now = time.monotonic()
         if at_once or now >= self._next:
             self._next = now + _INTERVAL

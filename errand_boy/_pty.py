@@ -1,4 +1,4 @@
-"""A Popen with a terminal: the command's side goes to the start, the caller's to its user."""
+"""A Popen with a terminal: the command gets one side of it, the caller the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _STANDARD = ("stdin", "stdout", "stderr")
 _CHUNK = 1 << 16  # bytes
-_LOOK = 0.05  # seconds between looks whether somebody has opened the terminal again
+_LOOK = 0.05  # seconds between checks whether a process has opened the terminal again
 
 
 def construct(
@@ -35,7 +35,7 @@ def construct(
     args: tuple[Any, ...],
     options: dict[str, Any],
 ) -> None:
-    """Run the constructor of a Popen of any class that was given a `pty`.
+    """Run the constructor of a Popen of any class, for one with a `pty`.
 
     Those standard streams of the command that are not redirected are the terminal, and so are those
     that run() would capture.
@@ -70,7 +70,7 @@ def construct(
 
 
 def is_text(process: Any) -> bool:
-    """Return whether a Popen is in text mode; gevent's knows what is empty then."""
+    """Return whether a Popen is in text mode; gevent's class knows its empty string then."""
     known = vars(process)
     return bool(known.get("text_mode")) or known.get("_communicate_empty_value") == ""
 
@@ -96,7 +96,7 @@ def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, A
 
 
 class _Exchange:
-    """What communicate() has left to do, also after a time-out."""
+    """The rest of the work of a communicate(), also after a time-out."""
 
     def __init__(self, process: Any, input: Any) -> None:
         terminal: Terminal = process.terminal
@@ -117,7 +117,7 @@ class _Exchange:
             with contextlib.suppress(BrokenPipeError):
                 self._pipe.flush()
         self._rest = memoryview(data)
-        self._is_idle = False  # nobody has the terminal open, but the command may open /dev/tty
+        self._is_idle = False  # no process has the terminal open, but the command may open /dev/tty
         self._end_input()
 
     def output(self) -> tuple[bytes, bytes | None]:
@@ -133,7 +133,7 @@ class _Exchange:
         return to_text(output, *how), None if errors is None else to_text(errors, *how)
 
     def go_on(self, seconds: float | None) -> bool:
-        """Wait for so long, and move what can be moved; return whether more may come."""
+        """Wait up to a time, and move data; return whether more may come."""
         if not self._reading:
             return False
         has_ended = False
@@ -160,7 +160,7 @@ class _Exchange:
         return bool(self._reading)
 
     def _pause(self, seconds: float) -> bool:
-        """Wait for all but the terminal, which is idle; return whether the command has ended."""
+        """Wait for all except the terminal, which is idle; return whether the command ended."""
         reading = self._reading.keys() - {self._terminal.fileno()}
         writing = () if self._into is None or self._pipe is None else (self._into,)
         if reading or writing:

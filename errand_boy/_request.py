@@ -1,6 +1,6 @@
 """Popen's arguments as a request: what `args`, `shell`, `env`, `cwd` and the others mean.
 
-The only place that says so, for the commands of all front ends.
+This is the only place that interprets them, for all front ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INT_MAX = 0x7FFFFFFF
 
 
 class Request:
-    """What is asked for.
+    """A command that is to be started.
 
     `options` are encoded; `standard` are the descriptors for the child's 0 to 2, -1 where it
     inherits its parent's; `others`, ascending, keep their numbers; `carried` are those of options,
@@ -57,7 +57,7 @@ class Request:
 
 def arguments(args: Any, shell: bool, executable: Any = None) -> list[Any]:
     """Return the argument list that `args` stands for. Raises TypeError."""
-    if isinstance(args, (list, tuple)):  # first, since to tell the others takes longer
+    if isinstance(args, (list, tuple)):  # first, because the other checks take longer
         args = list(args)
     elif isinstance(args, (str, bytes)):
         args = [args]
@@ -84,7 +84,7 @@ def programs(name: bytes, path: Callable[[], Iterable[bytes]]) -> bytes:
     """Return the option for the programs to try in turn for `name`, as execvp(3) does."""
     found = [name]
     if b"/" not in name:
-        # A longer name is too long all the same, and many times too long to send.
+        # A longer name is too long in any case, and sending it many times would be too much.
         found = [os.path.join(directory, name[:_PATH_MAX]) for directory in path()]
     return _wire.strings(lib.EB_TAG_EXECUTABLES, found)
 
@@ -154,7 +154,7 @@ def settings(
 
 
 def unknown(names: Set[str]) -> Set[str]:
-    """Return which of the names, none of them the standard library's, are not ours either."""
+    """Return which of the names, none of which the standard library knows, we don't know either."""
     return names - own_options() if names else names
 
 
@@ -216,7 +216,7 @@ def _as_int(value: int) -> int:
 
 
 def _id(value: int, name: str) -> int:
-    if value >= 0xFFFFFFFF:  # that one means "unchanged" to the kernel
+    if value >= 0xFFFFFFFF:  # to the kernel, that number means "unchanged"
         # The words are CPython's (_Py_Uid_Converter).
         raise OverflowError(
             f"{name} is greater than maximum"
@@ -257,7 +257,7 @@ def others(pass_fds: Iterable[int]) -> list[int]:
 
 
 def numbers(carried: Iterable[Any]) -> list[int]:
-    """Return the descriptors of what `settings` says that options carry."""
+    """Return the numbers of the descriptors that options carry, as `settings` returned them."""
     return [fd if type(fd) is int else fd.fileno() for fd in carried]
 
 
@@ -273,7 +273,7 @@ def with_inheritable(fds: Iterable[int]) -> list[int]:
     return sorted(found)
 
 
-# -- where its output comes over the connection --
+# -- where output comes over the connection --
 
 
 def streamed(
@@ -286,7 +286,7 @@ def streamed(
     process_group: int | None = None,
     **given: Any,
 ) -> tuple[int, Request]:
-    """Return what is streamed, as STREAMS has it, and the request.
+    """Return which streams are streamed, as STREAMS has it, and the request.
 
     `command` are its options; `stdin`, `stdout` and `stderr` are as for Popen, but that the pipes
     are the helper's; with `brief` it has COALESCE; the rest goes to `settings`. The command leads a
@@ -317,7 +317,7 @@ def milliseconds(grace: float, name: str) -> int:
 def spawn_error(
     failed: Failed, executable: Any, cwd: Any, more: Mapping[str, Any] | None = None
 ) -> OSError:
-    """Return what subprocess.Popen would raise; `more` are the options that it lacks."""
+    """Return the exception of subprocess.Popen; `more` are options that it lacks."""
     text = os.strerror(failed.errno)
     if failed.errno == errno.ENOTSUP and failed.stage != lib.EB_STAGE_TREE:
         step = _wire.stage_name(failed.stage)
@@ -341,7 +341,7 @@ def spawn_error(
 
 
 def name_program(error: BaseException, program: Any) -> None:
-    """Have `error` name the program if it is for a request that is too long."""
+    """Add the program's name to `error` if it is about a request that is too long."""
     if isinstance(error, OSError) and error.errno == errno.E2BIG and error.filename is None:
         error.filename = program
 
@@ -349,7 +349,7 @@ def name_program(error: BaseException, program: Any) -> None:
 def _made_by_helper(
     stdin: Any, stdout: Any, stderr: Any
 ) -> tuple[int, bytes, tuple[int, int, int]]:
-    """Return what is streamed, the options for that, and the descriptors."""
+    """Return which streams are streamed, the options for that, and the descriptors."""
     streams = nulls = 0
     fds = [-1, -1, -1]
     for number, wanted in enumerate((stdin, stdout, stderr)):
@@ -367,7 +367,7 @@ def _made_by_helper(
             else:
                 fds[2] = fds[1]
         elif wanted is None:
-            with contextlib.suppress(OSError):  # closed, as it is then for the command
+            with contextlib.suppress(OSError):  # closed, as it is for the command then
                 fds[number] = number if os.get_inheritable(number) else -1
         else:
             fds[number] = wanted if isinstance(wanted, int) else wanted.fileno()

@@ -1,4 +1,4 @@
-"""Output that is kept: so much of it in memory, and all of a longer one in a file."""
+"""Output that is kept: in memory up to a size, and beyond that in a file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Spool:
     """Bytes in the order in which they come.
 
-    `data` are the first of them, `most` at most; None: all. If there are more, all of them are in
-    `file`, which `open_file` has opened; without that, the others are lost: it is `truncated`.
+    `data` has the first `most` bytes (None: all). If there are more, all of them are in `file`,
+    which `open_file` has opened; without that the rest is lost, and it is `truncated`.
     """
 
     __slots__ = ("_at", "_open_file", "_room", "data", "file", "size", "truncated")
@@ -55,7 +55,7 @@ class Spool:
             self.data = bytearray(self.data + data)
 
     def read(self, size: int) -> bytes:
-        """Return the next `size` bytes that have not been read, or what there is.
+        """Return the next `size` bytes that have not been read, or as many as there are.
 
         A file must have no buffer. Raises OSError.
         """
@@ -67,7 +67,7 @@ class Spool:
         return data
 
     def rewind(self) -> None:
-        """Have it read from its beginning again."""
+        """Begin to read at its beginning again."""
         self._at = 0
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Spool:
         return [self.data.hex(), self.size, self._at, file]
 
     def restore(self, state: list[Any]) -> None:
-        """Hold what the one held whose `state` this is; it is new, and not `truncated`."""
+        """Restore a `state` into this new object, which is not `truncated`."""
         data, self.size, self._at, file = state
         self.data = bytearray.fromhex(data)
         self._room -= len(self.data)
@@ -92,7 +92,7 @@ class Spool:
             self.file = open(file, "w+b", buffering=0)  # nothing is cut off: it is open
 
     def text(self, encoding: str, errors: str) -> str:
-        """Return `data` as text, as subprocess has it, but for a character that was cut."""
+        """Return `data` as text, as subprocess does, without a character that was cut."""
         return to_text(self.data, encoding, errors, self.file is None and not self.truncated)
 
 
@@ -108,7 +108,7 @@ def nameless_file() -> IO[bytes]:
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
         fd = os.open(directory, flags | os.O_TMPFILE, 0o600)
-    except OSError as error:  # EISDIR: the kernel's word for a file system that cannot
+    except OSError as error:  # EISDIR means that the file system can't do that
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
             raise
         path = os.path.join(directory, f"errand-boy-{os.urandom(16).hex()}")
@@ -127,7 +127,7 @@ def coding(encoding: str | None, errors: str | None) -> tuple[str, str]:
 
 
 def to_text(data: bytes | bytearray, encoding: str, errors: str, is_whole: bool = True) -> str:
-    """Return output as subprocess has text; a character that is cut at the end is left out."""
+    """Return output as text, as subprocess does, without a character that is cut at the end."""
     if is_whole:
         text = data.decode(encoding, errors)
     else:

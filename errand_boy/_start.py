@@ -1,7 +1,7 @@
-"""One start of a command, on whichever way, and whoever waits for it.
+"""One start of a command, on any way, for any kind of caller.
 
-`begin` goes as far as that gets without waiting, and returns the rest as a generator for a driver.
-What was sent to a helper when a start is interrupted is concluded, so that no child is lost.
+`begin` does as much as possible without waiting, and returns the rest as a generator for a driver.
+If a start is interrupted when its request was sent, it is concluded, so that no child is lost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from errand_boy._frame import SpawnFrame
 
 NOTHING: Mapping[str, Any] = {}
-_LOOK = 100_000  # microseconds, after which a start that is pending is looked at whatever happens
+_LOOK = 100_000  # microseconds, after which a pending start is checked in any case
 
 
 class Local:
@@ -50,7 +50,7 @@ class Local:
         return _helper.launcher.until_reachable()
 
     def check_function(self, preexec_fn: Callable[[], Any], more: Mapping[str, Any]) -> None:
-        """Warn that a `preexec_fn` can't be sent; raise ValueError if `more` can't be without."""
+        """Warn that a `preexec_fn` needs a fork; raise ValueError if `more` has options."""
         if more:
             raise ValueError(f"{_names(more)} can't be given with a preexec_fn that needs a fork")
         _warn_of_fork(preexec_fn)
@@ -69,7 +69,7 @@ def take_options(
     """Have `process` keep the options among its constructor's keywords, which lose them.
 
     `standard` are the names that the constructor of its base, `construct`, knows itself. Return
-    whether that has been called: for a terminal it is called with other arguments.
+    whether `construct` has been called, which a terminal needs with other arguments.
     """
     from errand_boy._options import take  # noqa: PLC0415  only those who need it pay for it
 
@@ -83,7 +83,7 @@ def take_options(
 
 
 class Owned(Local):
-    """Has commands started by the helper of this process that owns them."""
+    """Has the helper of this process that owns its commands start them."""
 
     def way(self, with_ids: bool) -> str:
         way = _ways.way(with_ids)
@@ -144,7 +144,7 @@ def begin(
     driver: Driver,
     more: Mapping[str, Any],
 ) -> Steps | None:
-    """Start a command as far as that goes without waiting; return the rest, or None.
+    """Start a command as far as possible without waiting; return the rest, or None.
 
     `process` is of any class; its `pid` and `_child_created` are set as soon as there is a child,
     and `_helper_child` where a helper owns that. `given` are the arguments of subprocess.Popen's
@@ -161,7 +161,7 @@ def begin(
     process_group = given[22] if len(given) > 22 else -1  # Python 3.11
     settings = more
     if preexec_fn is not None:
-        if sys.is_finalizing():  # nothing can be imported any more; subprocess has the words for it
+        if sys.is_finalizing():  # nothing can be imported now; subprocess raises its exception
             original(process, *given)
             return None
         from errand_boy import _preexec  # noqa: PLC0415  only those who need it pay for it
@@ -252,7 +252,7 @@ def close_ends(process: Any, given: tuple[Any, ...]) -> None:
         return
     p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = given[10:16]
     null: int | None = getattr(process, "_devnull", None)
-    # Not os.close: gevent's closes later, which may be too late for an end-of-file.
+    # Not os.close: gevent's version closes later, which may be too late for an end-of-file.
     for ours, theirs in (p2cwrite, p2cread), (c2pread, c2pwrite), (errread, errwrite):
         if ours != -1 and theirs not in (-1, null):
             posix.close(theirs)
@@ -271,7 +271,7 @@ def _finish(
     steps: Outcome,
     more: Mapping[str, Any],
 ) -> Steps:
-    """Raise what subprocess does if the outcome of `steps` is a failure."""
+    """Raise the exception of subprocess if the outcome of `steps` is a failure."""
     executable, cwd = names
     try:
         failed = yield from steps
@@ -295,7 +295,7 @@ def _directly(
 ) -> Outcome:
     """Await the outcome of a start in this process; `outcome` is what `_direct.spawn` returned.
 
-    The child may take `carried` over as late as that is left.
+    The child may take over `carried` until the start is left.
     """
     if not isinstance(outcome, tuple):
         start, pauses = outcome, _direct.pauses()
@@ -312,7 +312,7 @@ def _directly(
     if not _wire.is_refused(failed):
         return failed
     _direct.give_up()
-    source.way(False)  # raises where the direct way is forced
+    source.way(False)  # raises if the direct way is forced
     _by_the_standard_library(process, given, original, more)
     return None
 
@@ -341,7 +341,7 @@ def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame = frame.f_back
         level += 1
-    # Not left to the warnings module: os.get_exec_path resets its memory with each command.
+    # Not left to the warnings module, whose memory os.get_exec_path resets with each command.
     place = (frame.f_code.co_filename, frame.f_lineno)
     if place in _warned:
         return

@@ -1,4 +1,4 @@
-"""What a daemon is doing: asked for, and told as a table, and to Prometheus."""
+"""The status of a daemon: asked for, and shown as a table or for Prometheus."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fetch(address: Address, timeout: float = 10.0) -> dict[str, Any]:
         except (FileNotFoundError, ConnectionRefusedError):
             raise NoAnswerError(f"{path}: {address.nobody()}") from None
         except BrokenPipeError:
-            pass  # refused: it has said why
+            pass  # refused, with the reason
         except OSError as error:
             raise NoAnswerError(f"{path}: {error.strerror or error}") from None
         try:
@@ -54,7 +54,7 @@ def fetch(address: Address, timeout: float = 10.0) -> dict[str, Any]:
 
 
 def table(status: dict[str, Any]) -> str:
-    """Return it for people to read."""
+    """Return it as text for people."""
     totals = status["totals"]
     latency = status["latency_us"]
     lines = [
@@ -113,8 +113,8 @@ def duration(seconds: float) -> str:
 
 
 def words(argv: list[str]) -> str:
-    """Return a command in one line that is fit for a terminal."""
-    # A command's words are anybody's: none of them may reach the terminal as control characters.
+    """Return a command as one line that a terminal can show."""
+    # Anybody may have chosen the words of a command: no control character may reach the terminal.
     return " ".join(word if word.isprintable() and word else ascii(word) for word in argv)
 
 
@@ -161,6 +161,6 @@ def metrics(status: dict[str, Any]) -> str:
         if i % 4 == 0:
             buckets.append((f'_bucket{{le="{2 ** (i // 4) / 1e6}"}}', below))
     buckets += [('_bucket{le="+Inf"}', below), ("_count", below)]
-    # Without a sum, which no helper keeps.
+    # Without a sum, since no helper keeps one.
     metric("start_seconds", "histogram", "From the request to the exec.", *buckets)
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""Ends a command by hand, at a time-out, at the end of `with`: for process objects of any class.
+"""Ends a command on request, at a time-out, or at the end of `with`; for any class of process.
 
-The object has what was asked for as `_ends`, or None there. `_is_one_shot` says that it is run's or
-call's, which kill it for any exception.
+The object's `_ends` says how it is to be ended, or is None. `_is_one_shot` says that run or call
+has made it, which kill it at any exception.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_LOOK = 0.02  # seconds between looks whether a command has ended whose output is drained
+_LOOK = 0.02  # seconds between checks whether a command has ended whose output is drained
 _FOREVER = 2e6  # seconds; poll(2) takes little more
 _PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
 
 
 @contextlib.contextmanager
 def _unreaped(process: Any) -> Iterator[bool]:
-    """Tell whether a child of this process has not been waited for, and keep it so."""
+    """Yield whether a child of this process has not been waited for yet, and keep it so."""
     lock = vars(process).get("_waitpid_lock")
     if lock is None:  # gevent's, whose loop waits for it in this thread
         yield process.returncode is None
@@ -38,7 +38,7 @@ def _unreaped(process: Any) -> Iterator[bool]:
 
 
 class Target:
-    """Those of a command's processes that are signalled."""
+    """The processes of a command that get its signals."""
 
     def __init__(self, process: Any, ends: Ends) -> None:
         self._process = process
@@ -58,7 +58,7 @@ class Target:
         if self._tree == "cgroup":
             _cgroup.signal_all(self._cgroup, number)
         elif process.returncode is not None:
-            # Another group may have the number by now. Before Linux 6.9 there is no such call.
+            # Another group may have the number by now. Before Linux 6.9 there was no such call.
             with contextlib.suppress(OSError):
                 if self._pidfd >= 0:
                     _native.pidfd_send_signal(self._pidfd, number, _PROCESS_GROUP)
@@ -76,7 +76,7 @@ class Target:
                         os.killpg(process.pid, number)
 
     def close(self) -> None:
-        """Let go of them."""
+        """Forget them."""
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -88,8 +88,8 @@ class Target:
 def stop(process: Any, given: Any = None) -> int:
     """End the command as its `stop` and `tree` say, or by `given` steps; return its return code.
 
-    Raises ValueError and TypeError for bad steps, and what `wait` does. Any exception that comes in
-    from outside has SIGKILL sent at once.
+    Raises ValueError and TypeError for bad steps, and the exceptions of `wait`. At any exception
+    from outside, SIGKILL is sent at once.
     """
     ends: Ends = process._ends or Ends()
     if given is not None:
@@ -128,13 +128,13 @@ def leave(process: Any) -> None:
 
 
 def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
-    """As subprocess has it, for an object with `_ends`; when the time is up, end the command."""
+    """Do as subprocess, for an object with `_ends`; at the time-out, end the command."""
     ends: Ends = process._ends
     known: tuple[Any, Any] | None = vars(process).get("_closed_output")
     if known is not None:
         return known
     if timeout is None and process._limited is not None:
-        timeout = _FOREVER  # without one, subprocess reads a single pipe without a look at it
+        timeout = _FOREVER  # without a time-out, subprocess reads a single pipe without checking it
     try:
         if ends.drain is None:
             return process._exchange_output(input, timeout)  # type: ignore[no-any-return]

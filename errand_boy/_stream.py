@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from typing import Any, Protocol, TypeAlias
 
     class Input(Protocol):
-        """What a command reads."""
+        """The input of a command."""
 
         def read(self, size: int, /) -> bytes:
-            """Return the next `size` bytes; fewer at the end only."""
+            """Return the next `size` bytes; fewer only at the end."""
 
 
 _HEADER_SIZE, _unpack_header = _wire.HEADER.size, _wire.HEADER.unpack_from
@@ -35,15 +35,15 @@ _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
 _LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
 
-# What a brief command without output says, before its EXITED's payload.
+# What comes from a brief command without output, before the payload of its EXITED.
 _SILENT = _wire.frame(lib.EB_STDOUT, []) + _wire.frame(lib.EB_STDERR, [])
 _SILENT += _wire.HEADER.pack(_END_SIZES[1], lib.EB_EXITED)
 _SILENT_SIZE = len(_SILENT) + _END_SIZES[1]
 
-# Bits of what is awaited of a command: STREAMS, less that for standard input, and the exit.
+# Bits of what is awaited: those of STREAMS, except for standard input, and the exit.
 _OUTPUTS, _EXIT = 3, 4
 
-# All that may come: the least and the most bytes of it, and which bit it is.
+# The frames that may come: the least and the most bytes, and the bit.
 _KINDS = {
     lib.EB_HELLO: (4, 64, 0),
     lib.EB_SPAWNED: (5, 5, 0),
@@ -57,7 +57,7 @@ _KINDS = {
 }
 _NONE = (1, 0, 0)
 
-# What `Stream.state` has as it is, and as hexadecimal digits.
+# What `Stream.state` contains unchanged, and as hexadecimal digits.
 _PLAIN = (
     "greeted",
     "pid",
@@ -73,7 +73,7 @@ _BYTES = ("unsent", "_rest")
 
 
 class Started:
-    """The command runs. A brief one does not tell."""
+    """The command runs. A brief command has no such event."""
 
     __slots__ = ("pid",)
 
@@ -105,7 +105,7 @@ class Ended:
 
     @property
     def usage(self) -> tuple[int, ...]:
-        """What it has used, in the order of wire.h."""
+        """The usage, in the order of wire.h."""
         return _wire.EXITED.unpack_from(self.payload)[1:]
 
     @property
@@ -115,7 +115,7 @@ class Ended:
 
     @property
     def tree(self) -> tuple[int, ...]:
-        """What a supervisor says of all that it has started, in the order of wire.h; or nothing."""
+        """A supervisor's figures about the tree, in the order of wire.h; or an empty tuple."""
         return _wire.TREE.unpack(self._tree) if self._tree else ()
 
     @property
@@ -127,10 +127,10 @@ class Ended:
 
 
 class Lost:
-    """The connection is of no use any more.
+    """The connection can't be used any more.
 
-    `may_resend`: its command's request was not read, and may be sent again, elsewhere. Else `error`
-    says what is to be told; `reason` is the other side's if it has refused.
+    `may_resend`: its command's request was not read, and may be sent again, elsewhere. Otherwise
+    `error` is the exception to raise; `reason` is the other side's if it has refused.
     """
 
     __slots__ = ("error", "may_resend", "reason")
@@ -170,7 +170,7 @@ class Stream:
 
     def __init__(self, greeted: bool = False) -> None:
         self.greeted = greeted
-        self._rest = b""  # of a frame that has not come whole
+        self._rest = b""  # of a frame that has not arrived in full
         self._awaited = 0
         self._request_left = 0
         self.unsent = b""
@@ -180,7 +180,7 @@ class Stream:
     ) -> None:
         """Begin a command, when the last one is over.
 
-        `streams` and `brief` are what the request says; `request` is what has not been sent of it.
+        `streams` and `brief` are as in the request; `request` is the part that has not been sent.
         """
         self._awaited = streams >> 1 & _OUTPUTS | _EXIT
         self._brief = brief
@@ -209,13 +209,13 @@ class Stream:
             self._request_left = max(0, self._request_left - size)
 
     def signal(self, pid: int, number: int) -> None:
-        """Have a signal sent to `pid`, as SIGNAL has it."""
+        """Have a signal sent to `pid`, which is as in SIGNAL."""
         self._send(_wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))
 
     def kill(self, *pids: int) -> Ended | None:
-        """End the command with its process: those who hold its output are waited for no more.
+        """End the command with its process; don't wait any longer for others that hold its output.
 
-        Return the end if it is known, else have SIGKILL sent to `pids`.
+        Return the end if it is known; otherwise have SIGKILL sent to `pids`.
         """
         self._is_killed = True
         if self.ended is None:
@@ -224,9 +224,9 @@ class Stream:
         return self.ended
 
     def receive_end(self, data: memoryview) -> Ended | None:
-        """Take what has come if it is no more than the end of a brief command without output.
+        """Process data if it is exactly the end of a brief command without output.
 
-        Return that, else None: `receive` is for all. It takes a fraction of the time.
+        Return that end, or None: then call `receive`, which handles everything, but takes longer.
         """
         if (
             len(data) != _SILENT_SIZE
@@ -242,7 +242,7 @@ class Stream:
         return ended
 
     def receive(self, data: bytes | memoryview) -> Iterator[Event]:
-        """Take what has come, and yield what it tells. After Lost, nothing more may be done."""
+        """Process data, and yield the events. After Lost, the stream must not be used."""
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, end = 0, len(data)
@@ -279,7 +279,7 @@ class Stream:
                 if ended is not None and (not self._awaited or self._is_killed):
                     yield ended
                     if self._awaited:
-                        return  # what else comes is of those who hold its output
+                        return  # what else comes is from others that hold its output
         except ProtocolError as error:
             yield Lost(error)
         if at < end:
@@ -306,7 +306,7 @@ class Stream:
         }
 
     def restore(self, state: dict[str, Any], input: Input | None) -> None:
-        """Go on where the one was whose `state` this is; the command reads the rest of `input`."""
+        """Continue from a `state`; the command reads the rest of `input`."""
         for name in _PLAIN:
             setattr(self, name, state[name])
         for name in _BYTES:
@@ -350,7 +350,7 @@ class Stream:
         raise _unexpected(kind)
 
     def _feed(self, input: Input) -> None:
-        """Have as much of the input sent as may be sent now."""
+        """Add as much of the input to `unsent` as may be sent now."""
         data = input.read(self._window)
         if data:
             self._send(_wire.frame(lib.EB_STDIN, [data]))

@@ -1,4 +1,4 @@
-"""One streamed command, run to its end by the thread that asks for it."""
+"""One streamed command, which the calling thread runs to its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from errand_boy._request import Request
     from errand_boy._spool import Spool
 
-_CHUNK = 1 << 16  # bytes; twice as many would be a mapping of their own each time
+_CHUNK = 1 << 16  # bytes; twice as many would need a new mapping each time
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
@@ -37,7 +37,7 @@ class CancelledError(Exception):
 
 
 def tracker(options: Mapping[str, Any]) -> Tracker | None:
-    """Return what keeps the `limits` of a streamed command, if it has any."""
+    """Return the Tracker for the `limits` of a streamed command, or None."""
     if options.get("limits") is None:
         return None
     from errand_boy._limits import Limits, Tracker  # noqa: PLC0415  only those who need it pay
@@ -46,7 +46,7 @@ def tracker(options: Mapping[str, Any]) -> Tracker | None:
 
 
 def verdict(end: Ended, begun: float, limited: Tracker | None, is_late: bool) -> dict[str, Any]:
-    """Return what Popen's attributes of these names would be; `is_late`: its time was up."""
+    """Return the verdict as Popen's attributes have it; `is_late`: the time was up."""
     cause = "timeout" if is_late else None
     peak = None
     if limited is not None:
@@ -113,7 +113,7 @@ class StreamedCommand:
         return self._stream is not None and self._stream.ended is not None
 
     def run(self) -> Ended | Failed:
-        """Run it to its end, and that of its output.
+        """Run it to its end and the end of its output.
 
         Raises OSError if it can't be sent, HelperError, HelperDiedError, ProtocolError,
         RefusedError and CancelledError. After any exception, also one from outside, call `abandon`.
@@ -142,7 +142,7 @@ class StreamedCommand:
             self._stream.signal(pid, number)
 
     def kill(self, *pids: int) -> None:
-        """Have SIGKILL sent to `pids`; those who hold the output are waited for no more."""
+        """Have SIGKILL sent to `pids`; don't wait any longer for others that hold the output."""
         if self._stream is not None:
             self._end = self._stream.kill(*pids)
 
@@ -155,7 +155,7 @@ class StreamedCommand:
                     self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     def abandon(self, *, kill: bool = False) -> None:
-        """Close the connection: the helper does with the command what the request says of that.
+        """Close the connection; the helper treats the command as its request says.
 
         With `kill` the command itself gets SIGKILL before.
         """
@@ -223,7 +223,7 @@ class StreamedCommand:
 
 
 def _exchange(sock: socket.socket, stream: Stream, seconds: float | None) -> Iterable[Event]:
-    """Wait for so long until data can be moved, move it, and return what it tells."""
+    """Wait until data can be moved, up to a time; move it, and return the events."""
     if not ready(sock.fileno(), seconds, writing=bool(stream.unsent)):
         return ()
     if stream.unsent:
@@ -238,6 +238,6 @@ def _exchange(sock: socket.socket, stream: Stream, seconds: float | None) -> Ite
 
 
 def _send(sock: socket.socket, stream: Stream) -> None:
-    # Of one that has gone, the reader sees why.
+    # If the helper has ended, the reader sees why.
     with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
         stream.count_sent(sock.send(stream.unsent, _FLAGS))

@@ -1,4 +1,4 @@
-"""The requests of many commands that are alike, and where they go."""
+"""The requests of many similar commands, and where they go."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Source: TypeAlias = "LocalSource | DaemonSource"
 
-_RECHECK = 0.005  # seconds for which what else a helper must fit is taken to be unchanged
+_RECHECK = 0.005  # seconds for which the rest of what a helper must fit is assumed unchanged
 _GRACE = 1000  # milliseconds from SIGTERM to SIGKILL
 _MOST_PROGRAMS = 1000  # of which a template keeps what their requests have in common
 
@@ -35,14 +35,14 @@ _ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors(
 
 
 class LocalSource:
-    """Commands by a helper of this process's own."""
+    """Commands that a helper of this process runs."""
 
     _helper: Helper | None = None
     _ids: tuple[Any, ...] = ()
     _checked = 0.0
 
     def changed(self) -> bool:
-        """Have a helper that fits this process; return whether it is another than before."""
+        """Make sure of a helper that fits this process; return whether it is a new one."""
         # Ids are compared at each start. The rest (capabilities, limits, session, ...) takes 15 µs.
         ids = (os.getresuid(), os.getresgid(), os.getgroups())
         helper, now = _helper.runner.current, time.monotonic()
@@ -64,7 +64,7 @@ class LocalSource:
         return before is not helper
 
     def state(self) -> tuple[Caller | None, int, int]:
-        """Return what a request's `prepare` is given of the helper, and the flags it needs."""
+        """Return the helper's data for a request's `prepare`, and the flags it needs."""
         helper = self._helper
         assert helper is not None
         return (helper.caller, helper.pid, 0) if helper.shares_fs else (helper.caller, 0, _WITH_FS)
@@ -92,7 +92,7 @@ class LocalSource:
 
 
 class DaemonSource:
-    """Commands by a daemon."""
+    """Commands that a daemon runs."""
 
     _ids: tuple[int, int] | None = None
 
@@ -100,7 +100,7 @@ class DaemonSource:
         self._client = client
 
     def changed(self) -> bool:
-        """Return whether the daemon may see another user than before."""
+        """Return whether the daemon may see a different user now."""
         before, self._ids = self._ids, (os.geteuid(), os.getegid())
         return before != self._ids
 
@@ -109,7 +109,7 @@ class DaemonSource:
         return None, 0, _WITH_FS
 
     def is_there(self) -> bool:
-        """Return false: a daemon keeps those waiting whom it can't serve."""
+        """Return false: a daemon lets clients wait whom it can't serve yet."""
         return False
 
     def connect(self) -> Connection | None:
@@ -119,7 +119,7 @@ class DaemonSource:
 
 
 class Template:
-    """What the requests of commands with the same options have in common."""
+    """The common part of the requests of commands with the same options."""
 
     __slots__ = ("_carried", "_options", "_path", "_programs", "fds", "streams")
 
@@ -166,7 +166,7 @@ class Template:
 
 
 class Templates:
-    """Those of one `map`: `options` are settings' of commands that have none of their own."""
+    """The templates of one `map`; `options` apply to commands that have none of their own."""
 
     def __init__(
         self, source: Source, options: Mapping[str, Any], stdout: Any, stderr: Any
@@ -188,7 +188,7 @@ class Templates:
         return template
 
     def forget(self) -> None:
-        """Let go of all of them."""
+        """Drop all templates."""
         self._known.clear()
         if self._cwd_fd >= 0:
             os.close(self._cwd_fd)

@@ -1,4 +1,4 @@
-"""What is to be done at a time. The clock is time.monotonic()."""
+"""Timers. The clock is time.monotonic()."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FEW = 64
 
 
 class Timer:
-    """One of these, until it is cancelled or its time comes."""
+    """A timer, until it is cancelled or its time comes."""
 
     __slots__ = ("_timers", "action")
 
@@ -25,14 +25,14 @@ class Timer:
         self._timers = timers
 
     def cancel(self) -> None:
-        """Have it not be done."""
+        """Cancel it."""
         if self.action is not None:
             self.action = None
             self._timers.count_cancelled()
 
 
 class Timers:
-    """All of them, in the order of their times."""
+    """Timers, in the order of their times."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []
@@ -40,19 +40,19 @@ class Timers:
         self._cancelled = 0  # that are in the heap
 
     def at(self, when: float, action: Callable[[], Any]) -> Timer:
-        """Have `action` called by `ring` at `when`, or as soon as that is called after it."""
+        """Have `ring` call `action` at `when`, or as soon as it is called after that."""
         timer = Timer(self, action)
         heappush(self._heap, (when, next(self._number), timer))
         return timer
 
     def after(self, seconds: float, action: Callable[[], Any]) -> Timer:
-        """Have `action` called so many seconds from now."""
+        """Have `ring` call `action` some seconds from now."""
         return self.at(time.monotonic() + seconds, action)
 
     def rest(self) -> float | None:
-        """Return in how many seconds `ring` is to be called; None: there is no timer.
+        """Return in how many seconds `ring` is to be called, or None without a timer.
 
-        They are from 0 to an hour: poll(2) takes no more than 24 days.
+        The number is from 0 to an hour, since poll(2) takes at most 24 days.
         """
         heap = self._heap
         while heap and heap[0][2].action is None:
@@ -60,7 +60,7 @@ class Timers:
         return min(max(0.0, heap[0][0] - time.monotonic()), _LONGEST) if heap else None
 
     def ring(self) -> None:
-        """Do what is due. Raises what an action raises; those behind it are left."""
+        """Call the actions that are due. If one raises an exception, those after it are left."""
         heap, now = self._heap, time.monotonic()
         while heap and heap[0][0] <= now:
             action = self._pop()
@@ -68,14 +68,14 @@ class Timers:
                 action()
 
     def _pop(self) -> Callable[[], Any] | None:
-        """Remove the first, and return what is to be done; None: it was cancelled."""
+        """Remove the first timer, and return its action, or None if it was cancelled."""
         _, _, timer = heappop(self._heap)
         action, timer.action = timer.action, None
         self._cancelled -= action is None
         return action
 
     def count_cancelled(self) -> None:
-        """Remove those that are cancelled when they are most: they may be for long from now."""
+        """Remove cancelled timers if they are the majority, since their times may be far off."""
         self._cancelled += 1
         if self._cancelled > _FEW and self._cancelled * 2 > len(self._heap):
             self._heap[:] = [entry for entry in self._heap if entry[2].action is not None]

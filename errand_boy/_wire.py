@@ -45,13 +45,13 @@ class Failed:
         self.pid: int = pid
         self.errno: int = error
         self.stage: int = stage
-        self.member: int = member  # of what the stage sets, which was refused: a resource, say
+        self.member: int = member  # the part of the stage that was refused, such as a resource
 
 
 class Exited:
     """The end of a command: its wait status, and what it used, in the order of wire.h.
 
-    `tree`: what a supervisor says of all that it has started, in that order too; or nothing.
+    `tree`: a supervisor's figures about the whole tree, in that order too; or an empty tuple.
     """
 
     __slots__ = ("status", "tree", "usage")
@@ -66,7 +66,7 @@ Reply = Spawned | Failed | Exited
 
 
 def rusage(usage: Sequence[int], tree: Sequence[int] = ()) -> resource.struct_rusage:
-    """Return the usage of an Exited as the resource module has it, with the times of its `tree`."""
+    """Return the usage of an Exited as a resource.struct_rusage, with the times of its `tree`."""
     from resource import struct_rusage  # noqa: PLC0415
 
     if tree:
@@ -84,7 +84,7 @@ _RUSAGE = struct.Struct("18l")
 
 
 def kernels_rusage(usage: bytes) -> resource.struct_rusage:
-    """Return what wait4(2) has written, as the resource module has it."""
+    """Return what wait4(2) has written as a resource.struct_rusage."""
     from resource import struct_rusage  # noqa: PLC0415
 
     user, user_us, system, system_us, *rest = _RUSAGE.unpack_from(usage)
@@ -92,7 +92,7 @@ def kernels_rusage(usage: bytes) -> resource.struct_rusage:
 
 
 def stage_name(stage: int) -> str:
-    """Return what a start was doing, as a word."""
+    """Return the name of a stage of a start."""
     for name in dir(lib):
         if name.startswith("EB_STAGE_") and getattr(lib, name) == stage:
             return name.removeprefix("EB_STAGE_").lower()
@@ -172,4 +172,4 @@ def refusal(reason: str, greeted: bool) -> ProtocolError:
     """Return the error for a REFUSED, before or after the other side's HELLO."""
     if greeted:
         return ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
-    return RefusedError(errno.EACCES, f"the daemon refused: {reason}")  # it has taken no helper
+    return RefusedError(errno.EACCES, f"the daemon refused: {reason}")  # before it took a helper
