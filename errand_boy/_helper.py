@@ -275,7 +275,7 @@ class Helper:
             with contextlib.suppress(OSError):  # it has ended
                 self._control.sock.shutdown(socket.SHUT_WR)
         else:
-            # Closed under us: it can't be told to end, and copies in forked processes may be what
+            # Closed under us: it can't be told to end, and forked processes may have copies that
             # keep it.
             self._kill()
             self._control.close()

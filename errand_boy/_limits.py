@@ -86,8 +86,8 @@ class Limits:
             seconds = math.ceil(self.cpu) + 1
             found["cpu"] = (seconds, seconds + 1)
         if self.processes is not None and not self.by_cgroup and os.geteuid() != 0:
-            # It counts all of the user's processes, so it only bounds how far a tree is ahead of the
-            # supervisor; it does not bind root.
+            # It counts all of the user's processes, so it only bounds how far a tree is ahead of
+            # the supervisor; it does not bind root.
             most = _processes() + 4 * self.processes + _SPARE
             found["nproc"] = (most, most)
         if self.file_size is not None:
