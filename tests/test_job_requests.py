@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import script_environment
 from daemon import Daemon, started_daemon
 from errand_boy._native import lib
 
+import errand_boy
 from errand_boy import _wire
 
 START, LIST = lib.EB_JOB_START, lib.EB_JOB_LIST
@@ -51,6 +56,8 @@ def nested(depth: int) -> str:
         (START, nested(1900), "the request is no JSON object"),
         (START, '{"argv": "a"}', "argv must be of type list"),
         (START, '{"argv": [1]}', "argv must be strings"),
+        (START, '{"argv": ["\\ud800"]}', "argv and cwd must be what a system call takes"),
+        (START, '{"cwd": "/\\ud800"}', "argv and cwd must be what a system call takes"),
         (START, '{"ring": NaN}', "ring must be of type int"),
         (START, '{"ring": true}', "ring must be of type int"),
         (START, '{"name": "a\\n2026 ended"}', "a name has 1 to 64 letters"),
@@ -89,3 +96,66 @@ def test_nested_at_the_limit_of_the_stack(daemon: Daemon, operation: int, name: 
     for depth in *range(900, 1000, 7), 1500:
         assert answer(daemon, operation, f'{{"{name}": {nested(depth)}}}').keys() >= {"error"}
     assert "internal error" not in daemon.log()
+
+
+# Journals
+
+
+ENTRY = {"argv": ["true"], "cwd": "/", "started": 1e9, "boot_id": "", "pty": False, "ring": 4096}
+USAGE = '"usage": [0, 0, 0, 0, 0, 0, 0, 0, 0]'
+
+
+def write_journals(directory: Path, lines: Sequence[str], **entry: object) -> None:
+    """Make one for each of the lines, which its keeper is to have written."""
+    for part in "state", f"state/{os.geteuid()}":
+        (directory / part).mkdir(0o700)
+    for number, line in enumerate(lines, 1):
+        path = directory / "state" / str(os.geteuid()) / f"{number}.job"
+        path.write_text(json.dumps({**ENTRY, "name": f"job-{number}", **entry}) + f"\n{line}\n")
+
+
+def test_keepers_lies_are_not_passed_on(tmp_path: Path) -> None:
+    """A keeper is a process of its user's, and root looks at all jobs."""
+    lies = [
+        '{"pid": 1, "keeper": 1099511627776}',
+        '{"pid": -1, "keeper": -1}',
+        '{"pid": 9223372036854775808}',
+        f'{{"pid": 1, "ended": 1, {USAGE}, "status": 9223372036854775808}}',
+        f'{{"pid": 1, "ended": 1, {USAGE}, "status": 127}}',
+        f'{{"pid": 1, "ended": 1, {USAGE}, "status": -1}}',
+        f'{{"pid": 1, "ended": NaN, {USAGE}, "status": 0}}',
+        '{"pid": 1, "ended": 1, "status": 0, "usage": [1]}',
+        f'{{"pid": 1, "ended": 1, {USAGE}, "status": 0, "tree": [1], "bytes": [], "cause": 1e99}}',
+        '{"pid": 1, "failed": []}',
+        '{"pid": 1, "failed": [1e9, 1, 1]}',
+        '{"pid": 1, "why": []}',
+        '{"pid": 1, "argv": ["\\u001b[2J"], "uid": 1, "id": 1000, "name": "root"}',
+        "[" * 1000,
+        '{"pid": 1, "a": ' * 1000,
+    ]
+    write_journals(tmp_path, lies)
+    places = "--job-state", tmp_path / "state", "--job-runtime", tmp_path / "run"
+    with started_daemon(tmp_path, *places, "--log-commands") as daemon:
+        found = answer(daemon, LIST, '{"all": true}')["jobs"]
+        assert {(entry["uid"], entry["argv"][0]) for entry in found} == {(os.geteuid(), "true")}
+        for job in errand_boy.connect(daemon.path).jobs(all=True):
+            assert job.state in ("lost", "ended", "failed")
+            assert job.name == f"job-{job.id}"
+            if job.state == "ended":
+                result = job.wait(0)
+                assert (result.returncode, result.cause, result.bytes) == (0, "exit", (0, 0))
+                assert result.rusage.ru_maxrss == result.peak_memory == 0
+        assert "internal error" not in daemon.log()
+
+
+def test_terminal_gets_no_control_characters(tmp_path: Path) -> None:
+    argv = ["\33]0;title\7", "a\nroot 9 running", "\udcff", "\ud800", "é b", "\u202e"]
+    write_journals(tmp_path, ['{"pid": 1}'], argv=argv)
+    places = "--job-state", tmp_path / "state", "--job-runtime", tmp_path / "run"
+    with started_daemon(tmp_path, *places) as daemon:
+        command = [sys.executable, "-m", "errand_boy", "ps", "--all", "--socket", daemon.path]
+        environment = {**script_environment(), "PYTHONUTF8": "1"}
+        out = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    _, line = out.decode().splitlines()
+    assert line.isprintable()
+    assert line.endswith("'é b' '\\u202e'")

@@ -243,8 +243,13 @@ def _row(job: Job, with_user: bool) -> tuple[str, ...]:
         _state(job),
         time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started)),
         "" if job.state == "lost" else _duration(seconds),
-        shlex.join(job.args),
+        _shown(job.args),
     )
+
+
+def _shown(argv: Sequence[str]) -> str:
+    """Return a command for the terminal, which gets no control characters of another's."""
+    return shlex.join(word if word.isprintable() else ascii(word)[1:-1] for word in argv)
 
 
 def _state(job: Job) -> str:

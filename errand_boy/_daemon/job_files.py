@@ -19,7 +19,7 @@ from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -31,7 +31,6 @@ _NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OLD = os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | _OLD
 _LATEST = 1e12  # seconds since 1970
-_MOST_NUMBER = 1 << 64
 
 
 class JobsError(Exception):
@@ -248,8 +247,17 @@ def _line(entry: dict[str, Any]) -> bytes:
 # -- what a journal may say --
 
 
-def _is_number(value: object) -> bool:
-    return type(value) is int and -_MOST_NUMBER < value < _MOST_NUMBER
+def _is_number(value: object, most: int = 1 << 63) -> bool:
+    return type(value) is int and 0 <= value < most
+
+
+def _is_pid(value: object) -> bool:
+    return _is_number(value, 1 << 31) and value != 0
+
+
+def _is_status(value: object) -> bool:
+    """Whether it is one of a process that has ended, as wait(2) has it."""
+    return _is_number(value, 1 << 16) and (os.WIFEXITED(value) or os.WIFSIGNALED(value))  # type: ignore[arg-type]
 
 
 def _is_time(value: object) -> bool:
@@ -284,8 +292,17 @@ def _are_texts(value: object) -> bool:
     return type(value) is list and all(map(_is_text, value))
 
 
-def _are_numbers(value: object) -> bool:
-    return type(value) is list and len(value) <= 16 and all(map(_is_number, value))
+def _numbers(count: int, most: int = 1 << 63) -> Callable[[object], bool]:
+    """Return what says whether a value is so many of them."""
+
+    def are_numbers(value: object) -> bool:
+        return (
+            type(value) is list
+            and len(value) == count
+            and all(_is_number(number, most) for number in value)
+        )
+
+    return are_numbers
 
 
 _BY_SERVER = {
@@ -302,19 +319,19 @@ _BY_SERVER = {
     "client": _is_number,
 }
 _LATER = {
-    "pid": _is_number,
-    "keeper": _is_number,
+    "pid": _is_pid,
+    "keeper": _is_pid,
     "ended": _is_time,
-    "status": _is_number,
-    "usage": _are_numbers,
-    "tree": _are_numbers,
+    "status": _is_status,
+    "usage": _numbers(9),
+    "tree": _numbers(4),
     "cause": _is_number,
-    "bytes": _are_numbers,
-    "lost": _are_numbers,
+    "bytes": _numbers(2),
+    "lost": _numbers(2),
     "log_lost": _is_number,
     "log_errno": _is_number,
     "notify_errno": _is_number,
-    "failed": _are_numbers,
+    "failed": _numbers(3, 1 << 31),
     "why": lambda value: value in ("killed", "reboot"),
     "seen": _is_time,
 }

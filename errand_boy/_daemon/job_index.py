@@ -272,7 +272,7 @@ class Index:
             entry = user.files.read(job.number)
         except OSError as error:
             raise JobsError(f"the journal of job {job.number}: {error.strerror}") from None
-        if "ended" in entry and "status" in entry:
+        if entry.keys() >= {"ended", "status", "usage"}:
             entry["state"] = "ended"
             entry.pop("why", None)
         elif "failed" in entry:

@@ -213,13 +213,18 @@ class Jobs:
         whom = _checked(wanted, "whom", str, "")
         if whom not in WHOMS:
             raise JobsError(f"whom must be one of {', '.join(WHOMS[1:])}")
+        cwd = _checked(wanted, "cwd", str, "")
         log = _log_options(wanted)
+        try:
+            os.fsencode("".join([*argv, cwd]))
+        except UnicodeEncodeError:
+            raise JobsError("argv and cwd must be what a system call takes") from None
         entry = {
             "id": user.last + 1,
             "name": "",
             "uid": peer.uid,
             "argv": argv,
-            "cwd": _checked(wanted, "cwd", str, ""),
+            "cwd": cwd,
             "started": round(time.time(), 6),
             "boot_id": self._index.boot,
             "pty": _checked(wanted, "pty", bool, False),
