@@ -26,7 +26,8 @@ else:
     AnyStr = str  # typing takes milliseconds to import
     _Base = original_popen()
 
-_Stdlib: Any = _Base
+# Its methods, by a class of ours: pytest-subprocess replaces all names that modules have for Popen.
+_Stdlib: Any = type("Popen", (_Base,), {})
 _STANDARD = parameters(_Base.__init__)
 
 
