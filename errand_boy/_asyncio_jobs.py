@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from errand_boy import _job_steps
 from errand_boy._attach import Attached
@@ -41,7 +41,7 @@ class Job(Known):
 
     async def logs(
         self, follow: bool = False, since: float | None = None, tail: int | None = None
-    ) -> AsyncIterator[Output | Missed]:
+    ) -> AsyncGenerator[Output | Missed, None]:
         """Yield its output; as errand_boy's Job.logs does.
 
         An iterator that is left early should be closed (``contextlib.aclosing``).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from errand_boy import _job_steps
 from errand_boy._attach import Attached
@@ -47,7 +47,7 @@ class Job(Known):
 
     def logs(
         self, follow: bool = False, since: float | None = None, tail: int | None = None
-    ) -> Iterator[Output | Missed]:
+    ) -> Generator[Output | Missed, None, None]:
         """Yield its output, piece by piece, and a Missed for what is not kept any more.
 
         With `follow`, wait for more, up to its end. `since`: only what was written then or later,

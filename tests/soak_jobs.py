@@ -46,13 +46,10 @@ class Soak:
         self._random = random.Random(seed)
         self._seed = seed
         # When, in jobs that have been started.
-        self._changes = {
-            self._random.randrange(1, jobs): kind
-            for kind, count in (("upgrade", upgrades), ("kill", kills))
-            for _ in range(count)
-        }
-        while len(self._changes) < min(upgrades + kills, jobs - 1):
-            self._changes.setdefault(self._random.randrange(1, jobs), "upgrade")
+        changes = ["upgrade"] * upgrades + ["kill"] * kills
+        self._changes = dict(
+            zip(self._random.sample(range(1, jobs), len(changes)), changes, strict=True)
+        )
         self._running: list[tuple[Job, int, int]] = []  # with its status, and lines
         self._lock = threading.Lock()
         self._is_over = False
@@ -85,7 +82,7 @@ class Soak:
                     self._start(client, number)
                     kind = self._changes.get(number)
                     if kind == "upgrade":
-                        daemon.process.send_signal(signal.SIGUSR2)
+                        upgrade(daemon)
                     elif kind == "kill":
                         daemon.process.kill()
                         daemon.process.wait(PATIENCE)
@@ -208,6 +205,13 @@ def again(act: Callable[[], T]) -> T:
             if time.monotonic() > end:
                 raise
             time.sleep(0.05)
+
+
+def upgrade(daemon: Daemon) -> None:
+    """Have the daemon be executed anew; nobody else waits for that."""
+    before = daemon.log().count(" upgraded ")
+    daemon.process.send_signal(signal.SIGUSR2)
+    until(lambda: daemon.log().count(" upgraded ") > before)
 
 
 def memory(daemon: Daemon) -> int:

@@ -579,7 +579,7 @@ def test_asyncio(client: Client) -> None:
         waiting = asyncio.create_task(job.wait(PATIENCE))
         with pytest.raises(subprocess.TimeoutExpired):
             await job.wait(0.01)
-        async with aclosing(job.logs(follow=True)) as events:  # type: ignore[type-var]
+        async with aclosing(job.logs(follow=True)) as events:
             async for event in events:
                 assert isinstance(event, Output) and event.data == b"one\n"
                 break
