@@ -30,7 +30,7 @@ _SIGNALS = {number.value: number.name for number in signal.Signals}
 
 
 class Ended:
-    """A command that has ended, or did not start, as its helper tells.
+    """A command that has ended, or did not start, as its helper reports it.
 
     `error` and `stage`: why it did not start, else 0; `argv`: the beginning of it; times are in
     seconds, `since` since 1970; `max_rss` is in KiB.
@@ -99,7 +99,7 @@ def _text(payload: bytes, at: int) -> tuple[bytes, int]:
 class Audit:
     """Writes the lines. What cannot be written is lost, and counted in the next one.
 
-    `form` is that of lines on standard error, text or json.
+    `form` is the format of lines on standard error, text or json.
     """
 
     def __init__(self, form: str, journal: str = JOURNAL) -> None:
@@ -112,7 +112,7 @@ class Audit:
         self._journal.setblocking(False)
 
     def write(self, peer: Peer, ended: Ended) -> None:
-        """Write the line of a command that `peer` has asked for."""
+        """Write the line for a command of `peer`."""
         fields: dict[str, object] = {
             "uid": peer.uid,
             "user": self._name(peer.uid),
@@ -164,14 +164,14 @@ class Audit:
             self._journal.sendto(b"".join(_entry(message, fields)), self._path)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError, PermissionError):
             return False
-        except OSError:  # it does not keep up
+        except OSError:  # the journal does not keep up
             self._lost += 1
         else:
             self._lost = 0
         return True
 
     def _name(self, uid: int) -> str | None:
-        """Return a user's name as /etc/passwd has it: other sources may take their time."""
+        """Return a user's name from /etc/passwd, since other sources may be slow."""
         if uid not in self._names and len(self._names) < _MOST_NAMES:
             try:
                 with open("/etc/passwd", "rb") as file:

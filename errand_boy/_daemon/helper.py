@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "errand-boy-helper")
 _FIRST_FD = 3  # of those that a helper is given
 _LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
-_READ = 1 << 10  # bytes; a millisecond's work, if they are small frames
+_READ = 1 << 10  # bytes; a millisecond's work if the frames are small
 _MOST_READ = 1 << 16  # of one frame
 _MOST_LAST_READS = 256
 _LATELY = 0.5  # seconds
@@ -43,12 +43,12 @@ _ADOPT = struct.Struct("<IB")
 
 OnFrame = Callable[["Helper", int, bytes], None]
 Unserved = list[tuple[int, socket.socket]]
-Keep = Callable[[int], int]  # has a descriptor stay open in the server's successor, and returns it
+Keep = Callable[[int], int]  # keeps a descriptor open in the server's successor, and returns it
 OnExit = Callable[["Helper", int, Unserved], None]
 
 
 class Process(NamedTuple):
-    """A helper's process. `figures`: the file in which it keeps what it does."""
+    """A helper's process. `figures`: the file in which it counts what it does."""
 
     pid: int
     sock: socket.socket  # our end of its control socket
@@ -57,19 +57,19 @@ class Process(NamedTuple):
 
 
 def installed_program() -> tuple[int, ...]:
-    """Return which file a helper executes that is started now. Raises OSError."""
+    """Return which file a new helper would execute. Raises OSError."""
     info = os.stat(_PROGRAM)
     return info.st_dev, info.st_ino, info.st_mtime_ns
 
 
 def start(options: Sequence[str], credentials: Credentials | None) -> Process:
-    """Start a helper's process, which is to become the user of `credentials`. Raises OSError."""
+    """Start a helper's process, which becomes the user of `credentials`. Raises OSError."""
     program = installed_program()
     with ExitStack() as undo:
         ours, theirs = socket.socketpair()
         undo.callback(ours.close)
         with theirs:
-            # Its figures, to be read here in case that it is killed.
+            # Its figures, which are read here if it is killed.
             figures = open_memory("errand-boy-figures")
             undo.callback(os.close, figures)
             os.ftruncate(figures, FILE_SIZE)
@@ -85,13 +85,13 @@ def start(options: Sequence[str], credentials: Credentials | None) -> Process:
 class Helper:
     """A helper process, of this process's user, or of that of `credentials`.
 
-    It becomes that user by itself, and is not handed anything before it has told that it is.
-    From then on it is that user's, who may do with it what he likes: nothing that comes from it is
-    taken for true, and one that breaks the rules is killed, as is one that serves connections and
-    has not answered for `patience` seconds.
+    It becomes that user by itself, and gets no connection before it has reported that. From then on
+    it belongs to that user, who may do anything with it. So nothing that comes from it is trusted,
+    and it is killed if it breaks the rules, or if it serves connections and has not answered for
+    `patience` seconds.
 
-    `on_frame` is called with each frame from it, `on_exit` once, with its exit status and with the
-    connections that it was to be handed: their ids and sockets.
+    `on_frame` is called with each frame from it; `on_exit` once, with its exit status and the ids
+    and sockets of the connections that it had not been handed yet.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Helper:
         loop.watch(self._sock, selectors.EVENT_READ, self._on_control, self.uid)
 
     def adopt(self, connection: int, flags: int, sock: socket.socket) -> None:
-        """Let it serve `sock`, which is taken."""
+        """Have it serve `sock`, and take ownership of that."""
         self.connections.add(connection)
         self.send(lib.EB_ADOPT, _ADOPT.pack(connection, flags), sock)
 
@@ -141,14 +141,14 @@ class Helper:
         self.send(lib.EB_QUERY)
 
     def send(self, kind: int, payload: bytes = b"", passed: socket.socket | None = None) -> None:
-        """Send a frame, and with it `passed`, which is taken; never waits."""
+        """Send a frame and the descriptor `passed`, and take ownership of that; never wait."""
         self._outbox.append((_wire.HEADER.pack(len(payload), kind) + payload, passed))
         self.unsent += passed is not None
         if self.is_ready and len(self._outbox) == 1:
             self._flush()
 
     def drain(self) -> None:
-        """Let it end when its commands have."""
+        """Have it end when its commands have ended."""
         if not self.draining:
             self.draining = True
             self.send(lib.EB_DRAIN)
@@ -179,10 +179,12 @@ class Helper:
                 self._watch(selectors.EVENT_READ | selectors.EVENT_WRITE)
                 return
             except (BrokenPipeError, ConnectionResetError):
-                self.gone = True  # its end will be told; what was not sent goes to another one
+                self.gone = (
+                    True  # its end will be reported; what was not sent goes to another helper
+                )
                 return
             except OSError as error:
-                # Too many descriptors on their way, say. A client is told by the close.
+                # Too many descriptors in flight, for example. The client sees that it is closed.
                 self._loop.log.warning("cannot reach a helper", pid=self.pid, error=error.strerror)
             self._outbox.popleft()
             if passed is not None:
@@ -237,7 +239,7 @@ class Helper:
         """Return how many bytes the payload of its next frame may have."""
         if not self.is_ready:
             return int(lib.EB_MAX_FRAME)
-        # In a report, each live command has its connection, of whose end it would have told.
+        # In a report, each live command has a connection, whose end it would have reported.
         return _LONGEST + (len(self.connections) * _LONGEST_LIVE if self._questions else 0)
 
     def _act(self, kind: int, payload: bytes) -> None:
@@ -253,7 +255,7 @@ class Helper:
             self._on_frame(self, kind, payload)
 
     def _on_ids(self, kind: int, payload: bytes) -> None:
-        """Begin to use it, if it has become who it should be."""
+        """Begin to use it, if it has become the right user."""
         ids = [number for (number,) in ID.iter_unpack(payload)] if kind == lib.EB_IDS else []
         uid, gid, groups = self.credentials or Credentials.own()
         if ids[:6] != [uid] * 3 + [gid] * 3 or tuple(sorted(ids[6:])) != groups:
@@ -263,7 +265,7 @@ class Helper:
         self._flush()
 
     def _watch_over(self) -> None:
-        """Ask whether it lives: a close may sleep there, say, or somebody may have stopped it."""
+        """Ask whether it responds: it may sleep in a close, or somebody may have stopped it."""
         self._watchdog = self._loop.call_later(self._patience / 3, self._watch_over)
         if self._asked_at and time.monotonic() - self._asked_at > self._patience:
             if not self.gone:
@@ -279,7 +281,7 @@ class Helper:
     def on_exit(self, status: int) -> None:
         """Take note that it has ended, with `status` as os.waitpid gives it."""
         self._watchdog.cancel()
-        # Its last words. Another process may have a copy of the socket, and go on for ever.
+        # Its last frames. Another process may have a copy of the socket, and never stop sending.
         if self._loop.is_watched(self._sock):
             self._watch(0)
             end = time.monotonic() + _LONGEST_READING
@@ -290,13 +292,13 @@ class Helper:
         self.report = self.counted()
         os.close(self._figures)
         self._exited(self, os.waitstatus_to_exitcode(status), self.unserved())
-        while self._questions:  # whoever has put one may be kept by it, and keep us
+        while self._questions:  # its caller may be kept alive by it, and keep us alive
             self._questions.popleft()(None)
 
     def private_kib(self) -> int | None:
-        """Return how much memory is its own alone, as it was lately; None: it has just ended.
+        """Return its private memory, which may be a little old; None if it has just ended.
 
-        The kernel walks its page tables for that, which may be asked for by the thousand.
+        The kernel walks page tables for that, and thousands of clients may ask.
         """
         now = time.monotonic()
         if now - self._private_at > _LATELY:
@@ -305,7 +307,7 @@ class Helper:
         return self._private_kib
 
     def counted(self) -> Report:
-        """Return the counts that it keeps itself, whether it lives or not."""
+        """Return the counts in its file of figures, whether it lives or not."""
         return Report.read(self._figures)
 
     def unserved(self) -> Unserved:
@@ -317,7 +319,7 @@ class Helper:
         ]
 
     def state(self, keep: Keep) -> dict[str, Any]:
-        """Return what the server's successor has to know of it, for `restored`."""
+        """Return what the server's successor needs to know, for `restore`."""
         return {
             "process": [
                 self.pid,
@@ -341,7 +343,7 @@ class Helper:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the place of the one whose `state` this is."""
+        """Restore the predecessor's `state`."""
         self.connections.update(state["connections"])
         self.is_ready = state["is_ready"]
         self.is_full = state["is_full"]
@@ -350,7 +352,7 @@ class Helper:
         self.started = state["started"]
         self.report = self.counted()
         self._asked_at = state["asked_at"]
-        # Those who asked have gone; the answers come all the same.
+        # Those who asked have gone; the answers still come.
         self._questions.extend([lambda report: None] * state["questions"])
         self._inbox += bytes.fromhex(state["inbox"])
         for frame, fd in state["outbox"]:
@@ -362,7 +364,7 @@ class Helper:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether another program is installed now than it has executed."""
+        """Whether the installed program is no longer the one that it executes."""
         try:
             return self._program != installed_program()
         except OSError:  # at least this one runs
@@ -374,7 +376,7 @@ def spawn(
 ) -> int:
     """Start the helper's program, which gets `fds` from descriptor 3 on; return the pid.
 
-    It is to become the user of `credentials`. Raises OSError.
+    The helper becomes the user of `credentials`. Raises OSError.
     """
     arguments = [title, *options]
     if credentials is not None:
@@ -384,15 +386,15 @@ def spawn(
     with ExitStack() as copies:
         actions = []
         for number, fd in enumerate(fds, _FIRST_FD):
-            # Out of the way of the numbers that they are to get.
+            # Move them away from the numbers that they are to get.
             copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD + len(fds))
             copies.callback(os.close, copy)
             actions.append((os.POSIX_SPAWN_DUP2, copy, number))
-        # A session of its own: what the terminal sends is not for the commands.
+        # A session of its own, so that commands get no signals from the terminal.
         return os.posix_spawn(
             _PROGRAM,
             arguments,
-            # This process's own is nobody else's business.
+            # This process's own environment is not for others.
             os.environ if credentials is None or credentials.uid == os.geteuid() else {},
             file_actions=actions,
             setsid=True,

@@ -1,4 +1,4 @@
-"""What each user may have at once, as the administrator's file says."""
+"""The limits of each user, from the administrator's file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Limits(NamedTuple):
-    """Those of one user; 0 is no limit."""
+    """The limits of one user; 0 means no limit."""
 
     commands: int = 0  # at a time; the next ones wait
     connections: int = 0  # open; one more is refused
@@ -27,22 +27,22 @@ class Limits(NamedTuple):
 
 
 class Holdings:
-    """Bytes that are kept for users, in memory and in files of the daemon's."""
+    """The bytes that the daemon keeps for users, in memory and in files."""
 
     def __init__(self, limits: Callable[[int], Limits]) -> None:
         self._limits = limits
         self._held: dict[int, int] = {}
 
     def users(self) -> set[int]:
-        """Return those for whom there are some."""
+        """Return the users for whom bytes are kept."""
         return set(self._held)
 
     def of(self, uid: int) -> int:
-        """Return how many are kept for user `uid`."""
+        """Return how many bytes are kept for user `uid`."""
         return self._held.get(uid, 0)
 
     def take(self, uid: int, size: int) -> None:
-        """Count `size` more. Raises OSError if they are too many."""
+        """Count `size` more bytes. Raises OSError if there are too many."""
         held = self.of(uid) + size
         most = self._limits(uid).bytes
         if held > most > 0:
@@ -50,7 +50,7 @@ class Holdings:
         self._held[uid] = held
 
     def give_back(self, uid: int, size: int) -> None:
-        """Count them no longer."""
+        """Count `size` bytes less."""
         held = self._held.pop(uid, 0) - size
         if held > 0:
             self._held[uid] = held
@@ -61,7 +61,7 @@ class LimitsError(Exception):
 
 
 class Table:
-    """The limits of all users: of the file at `path`, if there is one, over those of `base`."""
+    """The limits of all users: those of the file at `path`, if any, and the defaults in `base`."""
 
     def __init__(self, path: str | None, base: Limits) -> None:
         self._path = path
@@ -74,7 +74,7 @@ class Table:
         return self._path is not None or self._base != Limits()
 
     def of(self, uid: int) -> Limits:
-        """Return those of user `uid`."""
+        """Return the limits of user `uid`."""
         return self._users.get(uid, self._default)
 
     def state(self) -> list[Any]:
@@ -82,13 +82,13 @@ class Table:
         return [self._default, list(self._users.items())]
 
     def restore(self, state: list[Any]) -> None:
-        """Have it be as it was."""
+        """Restore the predecessor's `state`."""
         default, users = state
         self._default = Limits(*default)
         self._users = {uid: Limits(*limits) for uid, limits in users}
 
     def read(self) -> None:
-        """Read the file, again. Raises LimitsError; then all stays as it was."""
+        """Read the file again. If that raises LimitsError, nothing has changed."""
         if self._path is None:
             return
         try:

@@ -28,7 +28,7 @@ class ListenError(Exception):
 class Listener:
     """A listening socket, and the lock that keeps other daemons from its path.
 
-    `path` is where it listens, `bound` the device and number of the socket there, if it is ours.
+    `path` is where it listens; `bound` has the device and inode of the socket there, if it is ours.
     The socket is non-blocking.
     """
 
@@ -43,7 +43,7 @@ class Listener:
         self._bound = bound
 
     def state(self, keep: Callable[[int], int]) -> dict[str, Any]:
-        """Return what the server's successor has to know of it, for `of_state`."""
+        """Return what the server's successor needs to know, for `of_state`."""
         return {
             "sock": keep(self.sock.fileno()),
             "path": self.path,
@@ -53,15 +53,15 @@ class Listener:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Listener:
-        """Return the one whose `state` this is."""
+        """Return the predecessor's listener."""
         bound = None if state["bound"] is None else tuple(state["bound"])
         return cls(socket.socket(fileno=state["sock"]), state["path"], state["lock"], bound)
 
     def close(self, close: Callable[[socket.socket], object] = socket.socket.close) -> None:
-        """Stop listening; the path is free for another daemon after it.
+        """Stop listening, and leave the path to another daemon.
 
-        `close` closes the socket, and with it the connections that wait to be accepted. One that
-        systemd handed over stays open there, and what waits in its backlog with it.
+        `close` closes the socket, and with it the connections that wait to be accepted. A socket
+        from systemd stays open in systemd, and so do connections in its backlog.
         """
         if self._lock is not None:
             try:
@@ -72,14 +72,14 @@ class Listener:
                 pass
         close(self.sock)
         if self._lock is not None:
-            os.close(self._lock)  # last: the path belongs to who has the lock
+            os.close(self._lock)  # last, because the path belongs to the holder of the lock
             self._lock = None
 
 
 def listen(path: str, mode: int) -> Listener:
     """Listen on the socket that systemd has handed over, or at `path`.
 
-    `mode` is the new socket's. Raises ListenError.
+    `mode` is that of the new socket. Raises ListenError.
     """
     passed = _passed()
     if passed is not None:
@@ -97,7 +97,7 @@ def listen(path: str, mode: int) -> Listener:
 def _make_private(directory: str) -> None:
     with suppress(FileExistsError):
         os.mkdir(directory, 0o700)
-    info = os.lstat(directory)  # not stat: under /tmp, anybody can make a link
+    info = os.lstat(directory)  # not stat, because anybody can make a link under /tmp
     if (
         not stat.S_ISDIR(info.st_mode)
         or info.st_uid != os.geteuid()
@@ -111,8 +111,8 @@ def _make_private(directory: str) -> None:
 def _bind(path: str, mode: int) -> Listener:
     if len(os.fsencode(path)) > _LONGEST:
         raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {_LONGEST} bytes", path)
-    # Held until the end of the process, however that comes, and never removed: a lock on a file
-    # that another process has unlinked meanwhile would be worth nothing.
+    # Held until the process ends in any way, and never removed: a lock on a file that another
+    # process has unlinked in the meantime would protect nothing.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     lock = os.open(path + ".lock", flags, 0o600)
     sock = socket.socket(socket.AF_UNIX)
@@ -122,9 +122,7 @@ def _bind(path: str, mode: int) -> Listener:
         except BlockingIOError:
             raise ListenError(f"another errand-boy listens on {path}") from None
         _remove_stale(path)
-        before = os.umask(
-            0o777 & ~mode
-        )  # from the first instant, which chmod would be too late for
+        before = os.umask(0o777 & ~mode)  # from the first instant; chmod would be too late
         try:
             sock.bind(path)
         finally:
@@ -139,7 +137,7 @@ def _bind(path: str, mode: int) -> Listener:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on; only with the lock."""
+    """Remove a socket that nobody listens on. Call it with the lock held."""
     try:
         info = os.lstat(path)
     except FileNotFoundError:
@@ -178,13 +176,13 @@ def _passed() -> Listener | None:
 
 
 class Supervisor:
-    """systemd, or what else listens at `address`; "": nobody."""
+    """systemd, or another supervisor that listens at `address` ("": none)."""
 
     def __init__(self, address: str) -> None:
         self.address = address
 
     def notify(self, state: str) -> None:
-        """Send `state`, such as "READY=1"; does nothing if nobody reads it."""
+        """Send `state`, such as "READY=1"; do nothing if nobody reads it."""
         if not self.address:
             return
         address = "\0" + self.address[1:] if self.address[0] == "@" else self.address
@@ -192,5 +190,5 @@ class Supervisor:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)
                 sock.sendto(state.encode(), address)
-        except OSError:  # the service matters more than who watches it
+        except OSError:  # the service matters more than its supervisor
             pass

@@ -12,9 +12,9 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class Log:
-    """Lines on standard error. What cannot be written is lost, and never holds up the service."""
+    """Lines on standard error. A line that can't be written is lost, and never holds up the service."""
 
-    _longest = 4096  # bytes: so many go into a pipe at once, or none
+    _longest = 4096  # bytes that go into a pipe at once, or not at all
 
     def __init__(self, level: str, form: str) -> None:
         self._least = LEVELS.index(level)
@@ -24,19 +24,19 @@ class Log:
         self._poll.register(2, select.POLLOUT)
 
     def debug(self, message: str, **fields: object) -> None:
-        """Write what only the curious want to know."""
+        """Write an event that matters for debugging only."""
         self._log(0, message, fields)
 
     def info(self, message: str, **fields: object) -> None:
-        """Write what marks the daemon's life."""
+        """Write an event in the daemon's life."""
         self._log(1, message, fields)
 
     def warning(self, message: str, **fields: object) -> None:
-        """Write what somebody may have to look at."""
+        """Write an event that somebody may have to look at."""
         self._log(2, message, fields)
 
     def error(self, message: str, **fields: object) -> None:
-        """Write what keeps the daemon from doing its work."""
+        """Write an event that keeps the daemon from doing its work."""
         self._log(3, message, fields)
 
     def _log(self, level: int, message: str, fields: dict[str, object]) -> None:
@@ -54,7 +54,7 @@ class Log:
             line = f"{stamp} {LEVELS[level].upper()} {message}{pairs}"
         data = line.encode("utf-8", "backslashreplace")[: self._longest - 1] + b"\n"
         try:
-            # A reader that has stopped must not stop us; O_NONBLOCK would be everybody's.
+            # A reader that has stopped must not stop us; O_NONBLOCK would affect others that have it.
             if self._poll.poll(0) and os.write(2, data) == len(data):
                 self._lost = 0
                 return
@@ -64,9 +64,9 @@ class Log:
 
 
 class Complaints:
-    """Warnings that clients can cause at will: so many of each are written in a time.
+    """Warnings that clients can cause at will: only some of each kind are written in a time.
 
-    How many were left out is written when the time is over. `call_later` is the loop's.
+    The number that was left out is written when the time is over. `call_later` is the loop's.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Complaints:
             self._log.warning(message, **fields)
 
     def conclude(self) -> None:
-        """Write how many were left out, and begin anew."""
+        """Write how many were left out, and start counting again."""
         for message, count in self._counts.items():
             if count > self._most:
                 self._log.warning(message, left_out=count - self._most)

@@ -1,4 +1,4 @@
-"""The server's loop: events of descriptors, timers, and what is closed beside it."""
+"""The server's loop: events of descriptors, timers, and closing in the background."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.strangers import Closer
 from errand_boy._timers import Timer, Timers
 
-_SLICE = 0.001  # seconds of CPU until those are looked for who have become ready meanwhile
-_HALF_LIFE = 0.25  # seconds: of what the loop has done for somebody
+_SLICE = 0.001  # seconds of CPU until it checks again who is ready
+_HALF_LIFE = 0.25  # seconds for which the time spent on somebody counts
 
-NEWCOMERS = -1  # owner of what is done for connections before it is known whose they are
-_SHARE = 4  # times what another owner has: all who connect wait for them
-URGENT = -2  # of what goes before all: signals
+NEWCOMERS = -1  # owner of connections before it is known whose they are
+_SHARE = 4  # times the share of another owner, since all who connect wait for this
+URGENT = -2  # owner of signals, which go before everything else
 
 
 class Pidfd:
-    """By what a selector tells of the end of a process. Raises OSError."""
+    """Lets a selector report the end of a process. Raises OSError."""
 
     def __init__(self, pid: int) -> None:
         self._fd = int(_native.pidfd_open(pid))
@@ -40,7 +40,7 @@ class Pidfd:
 
 
 class _Source:
-    """Of callbacks, those of a descriptor or those posted. `turn`: the number of the last one."""
+    """The callbacks of a descriptor, or the posted ones. `turn`: the number of its last turn."""
 
     __slots__ = ("callback", "owner", "turn")
 
@@ -51,15 +51,15 @@ class _Source:
 
 
 class Loop:
-    """Calls the callbacks of sockets that are ready, with their events, and what is due.
+    """Calls the callbacks of ready sockets, with their events, and of timers that are due.
 
-    Each socket has an owner, a user by number, for whom the time counts that it takes. Of those
-    that are ready, the ones go first whose owners have taken the least of late: so one who keeps
-    the loop busy holds up himself. That needs callbacks which take a millisecond at most. Of one
-    owner's, the socket goes first whose last turn is longest ago. Time is this thread's on a CPU:
-    what other programs take of the CPU meanwhile is not the owner's doing.
+    Each socket has an owner, the number of a user, and the loop counts the time that it spends on
+    each owner. Of the ready sockets, those go first whose owners have taken the least time
+    recently, so an owner who keeps the loop busy holds up only himself. That needs callbacks of at
+    most a millisecond. Of one owner's sockets, the one goes first whose last turn is longest ago.
+    Time is that of this thread on a CPU, because the owner is not responsible for other programs.
 
-    An exception of a callback is logged, and the loop goes on.
+    If a callback raises an exception, it is logged, and the loop goes on.
     """
 
     def __init__(self, log: Log) -> None:
@@ -73,7 +73,7 @@ class Loop:
         self.complaints = Complaints(log, self.call_later)
         self.closer = Closer(self.call_later)
         # A selector has no event for a hang-up alone, and its EVENT_READ is true all the time when
-        # the peer has ended its side. Made here, where there are descriptors to be had.
+        # the peer has ended its side. Made here, while descriptors are available.
         self._hangups = select.epoll()
         self._on_hangup: dict[int, Callable[[], None]] = {}
         self.watch(self._hangups, selectors.EVENT_READ, self._on_hangups, NEWCOMERS)
@@ -85,9 +85,9 @@ class Loop:
         callback: Callable[[int], None] | None = None,
         owner: int = 0,
     ) -> None:
-        """Call `callback` with those of `events` that come, for `owner`; 0: no longer.
+        """Call `callback` with those of `events` that come, for `owner`; 0 stops that.
 
-        Whoever closes `file` has to end it before, since others may hold a copy.
+        Stop it before `file` is closed, since others may hold a copy.
         """
         if file.fileno() < 0:
             return
@@ -104,15 +104,15 @@ class Loop:
             self._selector.modify(file, events, key.data)
 
     def is_watched(self, file: socket.socket) -> bool:
-        """Return whether there is a callback for it."""
+        """Return whether it has a callback."""
         return file.fileno() >= 0 and file in self._selector.get_map()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """Call `callback` after so many seconds, unless the timer that is returned is cancelled."""
+        """Call `callback` after some seconds, unless the returned timer is cancelled."""
         return self._timers.after(seconds, lambda: self.call(callback))
 
     def post(self, owner: int, callback: Callable[[], None]) -> None:
-        """Call `callback` for `owner`, when it is his turn."""
+        """Call `callback` when it is the turn of `owner`."""
         if owner not in self._posted:
             source = _Source(lambda events: self._call_posted(owner), owner)
             self._posted[owner] = source, deque()
@@ -131,7 +131,7 @@ class Loop:
         self._on_hangup[sock.fileno()] = callback
 
     def forget_hangup(self, sock: socket.socket) -> None:
-        """Await it no longer."""
+        """Stop waiting for it."""
         self._hangups.unregister(sock)
         del self._on_hangup[sock.fileno()]
 
@@ -167,7 +167,7 @@ class Loop:
                 self._taken[source.owner] += (now - before) / share
                 before = now
                 if now - begun > _SLICE:
-                    break  # what has not had its turn is ready still
+                    break  # those that have not had their turn are still ready
             self._timers.ring()
 
     def _order(self, ready: tuple[_Source, object, int]) -> tuple[float, int]:
@@ -192,7 +192,7 @@ class Loop:
 
 
 def _trace(error: BaseException) -> str:
-    """Return where it was raised; the module traceback, to be had at any time, costs 1 MB."""
+    """Return where it was raised. (The module traceback would cost 1 MB.)"""
     places = []
     at = error.__traceback__
     while at is not None:

@@ -14,8 +14,8 @@ _FOLDERS = ("/dev/shm", "/run", "/tmp")
 def open_memory(name: str) -> int:
     """Return a descriptor of a new file in memory, closed by an exec. Raises OSError.
 
-    `name` is what /proc shows. Where the kernel or a filter refuses memfd_create, it is a deleted
-    file of a file system.
+    `name` is shown in /proc. If the kernel or a filter refuses memfd_create, it is a deleted file
+    of a file system.
     """
     try:
         return int(_native.memfd_create(name, _MFD_CLOEXEC))

@@ -1,4 +1,4 @@
-"""Connections whose first bytes are awaited."""
+"""Connections whose first bytes have not come yet."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.strangers import peek
 from errand_boy._native import lib
 
-FIRST = 1 + _wire.HEADER.size + 4  # bytes that tell what a connection is
+FIRST = 1 + _wire.HEADER.size + 4  # bytes that show what a connection is
 _EDGES = 8  # of one turn
 _MOST_UNSEEN = 100  # of a user who has too many connections already
-_STRANGERS = 64  # who may not use the daemon, and whose first bytes are waited for
+_STRANGERS = 64  # of users who may not use the daemon
 
 
 class Newcomer:
@@ -36,13 +36,13 @@ class Newcomer:
         self.deadline = deadline  # of time.monotonic()
 
     def first(self) -> bytes | None:
-        """Return the bytes that tell what it is, unread; b"" if it has gone, None if they lack."""
+        """Return the bytes that show what it is, unread; b"" if it has gone, None if they lack."""
         size = FIRST
         try:
             first, self.has_descriptors = peek(self.sock, size)
             if len(first) == FIRST and first[0] == 0:
                 length, kind = _wire.HEADER.unpack_from(first, 1)
-                if kind == lib.EB_JOB and length <= lib.EB_MAX_JOB:  # with all of what is asked for
+                if kind == lib.EB_JOB and length <= lib.EB_MAX_JOB:  # with the whole request
                     size = 1 + _wire.HEADER.size + length
                     first, self.has_descriptors = peek(self.sock, size)
         except BlockingIOError:
@@ -53,7 +53,7 @@ class Newcomer:
 
 
 class Newcomers:
-    """Those that are waited for.
+    """The connections that are waited for.
 
     `on_first` is called with each and its first bytes, b"" if it has gone; `on_late` with one whose
     time is over, or for which there is no room.
@@ -73,13 +73,13 @@ class Newcomers:
         self._waiting: OrderedDict[int, Newcomer] = OrderedDict()  # in the order of deadlines
         self._strangers = 0
         self._is_timed = False
-        # Its edges tell of each further byte, where a level would tell of the same half a frame
-        # again and again.
+        # Edge-triggered: it reports each further byte, and not the same half of a frame again and
+        # again.
         self._edges = select.epoll()
         loop.watch(self._edges, selectors.EVENT_READ, self._on_edges, NEWCOMERS)
 
     def __iter__(self) -> Iterator[Newcomer]:
-        """Iterate over those that are waited for."""
+        """Iterate over the connections that are waited for."""
         return iter([*self._unseen.values(), *self._waiting.values()])
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class Newcomers:
         return len(self._unseen) + len(self._waiting)
 
     def add(self, newcomer: Newcomer) -> None:
-        """Look at the first bytes of `newcomer` when it is its user's turn, or wait for them."""
+        """Check the first bytes of `newcomer` when it is its user's turn, or wait for them."""
         uid = newcomer.peer.uid
         unseen = self._unseen_of.get(uid, 0)
         if newcomer.refusal and unseen >= _MOST_UNSEEN:
@@ -113,7 +113,7 @@ class Newcomers:
             self._watch_time()
 
     def clear(self) -> list[Newcomer]:
-        """Wait no longer, and return them."""
+        """Stop waiting, and return the connections."""
         all_of_them = list(self)
         for newcomer in list(self._unseen.values()):
             self._saw(newcomer)
@@ -129,7 +129,7 @@ class Newcomers:
             del self._unseen_of[uid]
 
     def _forget(self, newcomer: Newcomer) -> None:
-        # Closing would not do: the helper's copy of it would go on to report to us.
+        # Closing would not be enough: the helper's copy would still report to us.
         self._edges.unregister(newcomer.fd)
         del self._waiting[newcomer.fd]
         self._strangers -= bool(newcomer.refusal)

@@ -1,11 +1,11 @@
 """Commands that were to end with their connections, when their helper has been killed.
 
-The server is the subreaper of all that its helpers start, so it becomes their parent. Which they
-are, the helper has left in a file that is open to its user, who may have written anything there.
-So nothing is signalled that this user could not signal himself.
+The server is the subreaper of everything that its helpers start, so it becomes their parent. The
+helper has left their pids in a file that is open to its user, who may have written anything there.
+So only processes that this user could signal are signalled.
 
-That takes a look at every process of the machine. It is done a little at a time, and one look
-serves all who have ended meanwhile: who kills his helpers must not keep the server busy.
+That means checking every process of the machine. It is done a little at a time, and one pass
+serves all helpers that have ended: users who kill their helpers must not keep the server busy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NOT_REAPED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 class Orphans:
-    """Those that are sent SIGTERM and later SIGKILL."""
+    """The process groups that get SIGTERM and later SIGKILL."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -43,19 +43,19 @@ class Orphans:
     def end(self, commands: Iterable[tuple[int, int]], uid: int) -> None:
         """End the process groups of `commands`: pids, and milliseconds from SIGTERM to SIGKILL.
 
-        This is done with the rights of the user `uid`, soon.
+        This is done soon, with the rights of the user `uid`.
         """
         self._left.append((commands, uid))
         self._begin()
 
     def state(self) -> list[Any]:
-        """Return what the server's successor has to know of them, for `restore`."""
+        """Return what the server's successor needs to know, for `restore`."""
         for _ in self._work or ():
             pass
         return list(self._doomed)
 
     def restore(self, state: list[Any]) -> None:
-        """Take the place of those whose `state` this is."""
+        """Restore the predecessor's `state`."""
         for doomed in state:
             self._doom(_Doomed(*doomed))
 
@@ -116,7 +116,7 @@ class _Job(NamedTuple):
 
 
 class _Doomed(NamedTuple):
-    """Groups for SIGKILL, but for one whose leader has got its number since they were orphaned."""
+    """Groups for SIGKILL, except those whose leader has got its number after they were orphaned."""
 
     groups: list[int]
     uid: int
@@ -125,7 +125,7 @@ class _Doomed(NamedTuple):
 
 
 def _start_of(pid: int) -> float | None:
-    """Return when a process was started, of CLOCK_BOOTTIME; None: it has ended."""
+    """Return when a process was started, by CLOCK_BOOTTIME; None if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[19]) / _TICKS
@@ -134,7 +134,7 @@ def _start_of(pid: int) -> float | None:
 
 
 def _users(pid: int) -> set[int]:
-    """Return who may signal it, but for root: its real and its saved user. Raises OSError."""
+    """Return who, besides root, may signal it: its real and its saved user. Raises OSError."""
     with open(f"/proc/{pid}/status", "rb") as file:
         uids = file.read().partition(b"\nUid:")[2].split(None, 4)
     return {int(uids[0]), int(uids[2])}
@@ -144,7 +144,7 @@ def _signal(jobs: list[_Job]) -> Iterator[None]:
     groups = set().union(*(job.groups for job in jobs))
     try:
         names = os.listdir("/proc")
-    except OSError:  # the log has said so
+    except OSError:  # the log has reported it
         return
     for name in names:
         if not name.isdecimal():
@@ -156,7 +156,7 @@ def _signal(jobs: list[_Job]) -> Iterator[None]:
                 continue
             pidfd = _native.pidfd_open(pid)
             try:
-                # Looked at again while the number cannot become another's unseen.
+                # Check again, now that the number can't go to another process unnoticed.
                 group, users = os.getpgid(pid), _users(pid)
                 for job in jobs:
                     if group in job.groups and (job.uid == 0 or job.uid in users):

@@ -19,7 +19,7 @@ _MOST_GROUPS = 1 << 16  # NGROUPS_MAX
 
 
 class Credentials(NamedTuple):
-    """By which the kernel judges what a process may do."""
+    """The ids by which the kernel decides what a process may do."""
 
     uid: int
     gid: int
@@ -27,13 +27,13 @@ class Credentials(NamedTuple):
 
     @classmethod
     def of_state(cls, state: Sequence[Any]) -> Credentials:
-        """Return those that became `state` in JSON."""
+        """Return the credentials that JSON has as `state`."""
         uid, gid, groups = state
         return cls(uid, gid, tuple(groups))
 
     @classmethod
     def own(cls) -> Credentials:
-        """Return those of this process."""
+        """Return the credentials of this process."""
         return cls(os.geteuid(), os.getegid(), tuple(sorted(os.getgroups())))
 
 

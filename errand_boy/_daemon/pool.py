@@ -1,4 +1,4 @@
-"""The helpers of all users: who serves a connection, and who may start a command."""
+"""The helpers of all users: which serves a connection, and which command may start."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-_TRIM = 5.0  # seconds after the end of a helper: what its clients took of our memory goes back
+_TRIM = 5.0  # seconds after the end of a helper, when the memory for its clients is given back
 _MOST_SETS = 8  # of credentials of one user: newgrp(1) makes another one
 
 
 class Pool:
     """The helpers of a server.
 
-    As root it has some for each set of credentials that uses it, else it has its own only.
+    As root it has helpers for each set of credentials that uses it, else only its own.
     `open_files` is the soft limit of open files for commands whose request has none.
     """
 
     def __init__(self, loop: Loop, options: Options, open_files: int) -> None:
         self.retired = Report()  # the counts of helpers that have ended
         self.lost = 0  # helpers that ended without being told to
-        self.lost_commands = 0  # that they had live: their ends are not known
+        self.lost_commands = 0  # commands that they had live, whose ends are not known
         self.limits = Table(options.limits, Limits(commands=options.max_processes_per_user))
         self.holdings = Holdings(self.limits.of)
         self.turns: Turns | None = None
@@ -73,7 +73,7 @@ class Pool:
 
     @property
     def helpers(self) -> list[Helper]:
-        """Those that serve, and those that are draining."""
+        """All helpers, including those that are draining."""
         users = [*self._users.values(), *self._leaving]
         return [helper for user in users for helper in user.helpers]
 
@@ -102,7 +102,7 @@ class Pool:
             self._grant()
 
     def hand_over(self, sock: socket.socket, peer: Peer, *, is_client: bool = False) -> None:
-        """Have `sock`, which is taken, served by a helper of the user `peer`.
+        """Have a helper of the user `peer` serve `sock`, and take ownership of that.
 
         It counts as a connection of that user if it `is_client`. Raises OSError if there is no
         helper and none can be started; then `sock` stays the caller's.
@@ -148,7 +148,7 @@ class Pool:
         return ours
 
     def drain(self) -> None:
-        """Let all helpers end when their commands have."""
+        """Have all helpers end when their commands have ended."""
         for user in self._users.values():
             user.drain()
 
@@ -160,7 +160,7 @@ class Pool:
     # -- the successor --
 
     def state(self, keep: Keep) -> dict[str, Any]:
-        """Return what the server's successor has to know, for `restore`."""
+        """Return what the server's successor needs to know, for `restore`."""
         everybody: dict[Credentials, int] = {}  # and their places in a list
         peers = [
             (
@@ -185,7 +185,7 @@ class Pool:
     def state_without_helpers(self) -> dict[str, Any]:
         """Return the same for a successor that cannot talk to the helpers we have.
 
-        They see the end of their control sockets then, and end with their last commands.
+        They see that their control sockets end, and end with their last commands.
         """
         retired = Report()
         retired.add(self.retired)
@@ -222,11 +222,11 @@ class Pool:
                 yield user
 
     def unserved(self) -> list[socket.socket]:
-        """Return the connections that no helper has been handed yet."""
+        """Return the connections that have not been handed to a helper yet."""
         return [sock for helper in self.helpers for _, sock in helper.unserved()]
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the place of the one whose `state` this is; in that of `start`."""
+        """Restore the predecessor's `state`, in place of `start`."""
         self.retired = Report.of_state(state["retired"])
         self.lost = state["lost"]
         self.lost_commands = state["lost_commands"]
@@ -234,7 +234,7 @@ class Pool:
         self._last_id = state["last_id"]
         self._orphans.restore(state["orphans"])
         self._leftover.update(state["leftover"])
-        # Nothing is told of connections before all of them are known.
+        # Nothing is reported about connections before all of them are known.
         for known in state["users"]:
             user = self._restored(known)
             self._users[user.credentials] = user
@@ -269,7 +269,7 @@ class Pool:
         return credentials, self._options_of(credentials)
 
     def _options_of(self, credentials: Credentials | None) -> list[str]:
-        # Where this process was started is its own user's business.
+        # Where this process was started concerns only its own user.
         directory = self._settings.chdir or (None if credentials is None else "/")
         return [*self._options, *([] if directory is None else [f"--chdir={directory}"])]
 
@@ -306,7 +306,7 @@ class Pool:
             self._send_away(others, f"{most} users are served, and --max-users allows no more")
 
     def _send_away(self, users: list[User], refusal: str) -> None:
-        """Let the helpers end of the user who has not used them for the longest time."""
+        """End the helpers of the user who has not used them for the longest time."""
         idle = [user for user in users if user.is_idle]
         if not idle:
             raise OSError(refusal)
@@ -321,7 +321,7 @@ class Pool:
             return user
         return next(user for user in self._leaving if helper in user.helpers)
 
-    # -- what helpers tell --
+    # -- reports of helpers --
 
     def _on_frame(self, helper: Helper, kind: int, payload: bytes) -> None:
         if kind == lib.EB_FULL and self._settings.max_child_tasks:

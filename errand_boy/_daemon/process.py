@@ -28,7 +28,7 @@ _NICENESS = -10
 
 
 def check(values: dict[str, Any]) -> int:
-    """Say what this program is, to a server that may be upgraded to it; return the exit status."""
+    """Describe this program to a server that may be upgraded to it; return the exit status."""
     Options(**values)
     print(introduce())
     return 0
@@ -37,8 +37,8 @@ def check(values: dict[str, Any]) -> int:
 def serve(values: dict[str, Any], state: int | None) -> int:
     """Serve with `values` as options until told to stop; return the exit status.
 
-    `state` is the descriptor in which a predecessor has left what it knows. See docs/deployment.md
-    for what the status means.
+    `state` is the descriptor with the state of a predecessor. See docs/deployment.md for the
+    meaning of the status.
     """
     options = Options(**values)
     if state is not None:
@@ -58,7 +58,7 @@ def serve(values: dict[str, Any], state: int | None) -> int:
             _prctl(_PR_SET_NO_NEW_PRIVS)
         if options.allow_uid or options.allow_gid:
             _raise_priority()
-        # Of what a killed helper leaves, this process becomes the parent.
+        # This process becomes the parent of the processes that a killed helper leaves.
         _prctl(_PR_SET_CHILD_SUBREAPER)
         server = Server(options, listener, log, files, lambda: supervisor.notify("STOPPING=1"))
         _set_title(f"errand-boy: server on {listener.path}")
@@ -79,7 +79,7 @@ def serve(values: dict[str, Any], state: int | None) -> int:
 
 
 def _go_on(options: Options, state: dict[str, Any]) -> int:
-    """Serve in the place of the one that has left `state`."""
+    """Serve in place of the predecessor that has left `state`."""
     supervisor = Supervisor(state["supervisor"])
     log = Log(options.log_level, options.log_format)
     _close_on_exec()
@@ -107,8 +107,8 @@ def _run(server: Server, supervisor: Supervisor, open_files: int) -> int:
 
 
 def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
-    """Execute the server's successor in its place; returns if that cannot be done now."""
-    # Those that come from here on wait for the successor, whose handlers are not there yet.
+    """Execute the server's successor in its place; return if that can't be done now."""
+    # Signals from here on wait for the successor, whose handlers are not installed yet.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handover = Handover()
     try:
@@ -136,15 +136,15 @@ def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
 
 
 def _close_on_exec() -> None:
-    # What we were started with is not for the helpers, who may live longer.
+    # What we were started with is not for the helpers, which may live longer.
     for fd in open_descriptors():
         if fd > 2:
-            with contextlib.suppress(OSError):  # the listing's own
+            with contextlib.suppress(OSError):  # that of the listing itself
                 os.set_inheritable(fd, False)
 
 
 def _prctl(option: int) -> None:
-    """Set what cannot fail on the kernels that we run on, to 1."""
+    """Set to 1 what can't fail on the kernels that we support."""
     one, zero = ffi.cast("unsigned long", 1), ffi.cast("unsigned long", 0)
     lib.prctl(option, one, zero, zero, zero)
 
@@ -157,9 +157,9 @@ def _raise_file_limit() -> int:
 
 
 def _raise_priority() -> None:
-    """Have this process go before those whom it serves, if it may, and if nothing else was said.
+    """Have this process go before those whom it serves, if it may and its niceness is 0.
 
-    They are to be served while they keep the CPUs busy. Helpers and commands have what was usual.
+    They must be served while they keep the CPUs busy. Helpers and commands get niceness 0 again.
     """
     if os.getpriority(os.PRIO_PROCESS, 0) != 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return
@@ -167,13 +167,13 @@ def _raise_priority() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
         os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
     if os.getsid(0) == os.getpid():
-        # The kernel's shares are those of sessions, where it has such groups (sched(7)).
+        # The kernel may share the CPUs between sessions (autogroups of sched(7)).
         with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
             file.write(str(_NICENESS))
 
 
 def _set_title(title: str) -> None:
-    # Only its extension: the package around it imports logging and more, which costs 1 MB.
+    # Only its extension, because the package around it imports logging and more, for 1 MB.
     package = ModuleType("setproctitle")
     package.__path__ = [os.path.join(path, "setproctitle") for path in sys.path]
     sys.modules["setproctitle"] = package

@@ -1,4 +1,4 @@
-"""What a helper tells of its work."""
+"""The reports of helpers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Command:
 
 
 class Report:
-    """What a helper has done; the counts of several can be added up.
+    """What a helper has done. The counts of several helpers can be added up.
 
     `failures` are by stage and errno; `latency[i]` are the starts that took less than 2**(i/4)
     microseconds and not less than the entry before; `tied` are pids of commands that were to end
@@ -83,9 +83,9 @@ class Report:
 
     @classmethod
     def read(cls, fd: int) -> Report:
-        """Return what a helper that has ended had kept in its file of figures.
+        """Return the report in the file of figures of a helper that has ended.
 
-        The file is open to the helper's user: what cannot be is not read.
+        The helper's user can write to the file, so impossible values are ignored.
         """
         report = cls()
         data = os.pread(fd, FILE_SIZE, 0)

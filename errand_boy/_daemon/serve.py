@@ -1,9 +1,9 @@
 """Runs the server, in an interpreter that has loaded nothing for it yet.
 
 ``python -I -S serve.py`` with a JSON object: "path", the sys.path to use, and "options", those of
-options.Options. The package's ``__init__`` is for clients and costs 3 MB, so it stands back here.
-"state" is the descriptor that a predecessor has left. ``--check`` before the object: it only says
-what it is.
+options.Options. The package's ``__init__`` is for clients and costs 3 MB, so it is not loaded.
+"state" is the descriptor that a predecessor has left. With ``--check`` before the object, it only
+describes itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The daemon's server: accepts connections, decides who serves them, and ends in good order.
 
-It runs in an interpreter that has loaded little else (see serve.py): its memory is what the daemon
-costs. So it imports little.
+It runs in an interpreter that has loaded little else (see serve.py), and imports little, because
+its memory is what the daemon costs.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ende
 
 _SETTLE = 5.0  # seconds for clients that have connected to ask for a command
 _TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
-_LAST_WAIT = 1.0  # seconds without accepting, and with it again, until a successor may take over
+_LAST_WAIT = 1.0  # seconds without accepting, and then with it, until a successor may take over
 _BUSY = 0.02  # seconds until a job's keeper may have time for one more connection
 _PAUSE = 0.1  # seconds without accepting, when descriptors are short
-_LONG_SHORTAGE = 1.0  # seconds: after that, those who wait are told one by one
+_LONG_SHORTAGE = 1.0  # seconds, after which waiting clients are refused one by one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 _ACCEPTS = 8  # of one turn
 
 
 class Server:
-    """The daemon, but for its helpers."""
+    """The daemon, without its helpers."""
 
     def __init__(
         self,
@@ -79,12 +79,14 @@ class Server:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_held = max(files // 4, 8) if options.allow_uid or options.allow_gid else 0
         self._admitted = 0
-        self._short_since = 0.0  # of time.monotonic(): nothing can be accepted; 0.0: it can
+        self._short_since = (
+            0.0  # by time.monotonic(), since when nothing can be accepted; 0.0 if it can
+        )
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._closing = False  # no more connections are accepted
         self.successor: Successor | None = None  # that waits until it can take over
         self._is_checking = False
-        self._busy: set[Newcomer] = set()  # whose jobs' keepers have had no time for them
+        self._busy: set[Newcomer] = set()  # whose jobs' keepers have been too busy for them
         self._put_off: list[tuple[Newcomer, bytes]] = []  # for the successor, and their first bytes
         self._successor_timer: Timer | None = None
         self._is_leaving = False  # it can take over as soon as the last closes are over
@@ -107,7 +109,7 @@ class Server:
         return self._status if self._closing else None
 
     def catch_signals(self) -> None:
-        """Have signals wake the loop from here on. To be called first."""
+        """Have signals wake the loop from now on. Call this first."""
         self._signals, self._wakeup = socket.socketpair()
         self._signals.setblocking(False)
         self._wakeup.setblocking(False)
@@ -119,7 +121,7 @@ class Server:
             signal.signal(number, lambda number, frame: None)
 
     def take_signals(self) -> None:
-        """Act on the signals that have come."""
+        """Handle the signals that have come."""
         with suppress(BlockingIOError):
             for number in self._signals.recv(100):
                 if number in (signal.SIGTERM, signal.SIGINT):
@@ -129,7 +131,7 @@ class Server:
                     self.pool.read_limits()
                 elif number == signal.SIGUSR2:
                     self._upgrade()
-        self.pool.reap()  # whatever woke us: the byte of SIGCHLD may not have had room
+        self.pool.reap()  # in any case, because there may have been no room for the byte of SIGCHLD
 
     # -- connections --
 
@@ -158,7 +160,7 @@ class Server:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     self._pause(error.strerror or str(error))
                     return
-                continue  # it has gone before we came
+                continue  # it had gone already
             self.accepted += 1
             self.loop.call(self._admit, sock)
             if self._admitted == self.options.max_accepts > 0:
@@ -167,7 +169,7 @@ class Server:
                 self._schedule(_SETTLE, self._settle)
 
     def _pause(self, reason: str) -> None:
-        """Accept nothing for a while: what is out there waits, and the loop does not spin."""
+        """Accept nothing for a while: clients wait, and the loop does not spin."""
         now = time.monotonic()
         if not self._short_since:
             self.log.warning("cannot accept", error=reason)
@@ -178,7 +180,7 @@ class Server:
         self.loop.call_later(_PAUSE, self._listen)
 
     def _turn_one_away(self, reason: str) -> None:
-        """Give up the spare descriptor, so that who has waited longest is told."""
+        """Use the spare descriptor to refuse the client that has waited longest."""
         with suppress(OSError):
             os.close(self._spare)
             self._spare = -1
@@ -199,7 +201,7 @@ class Server:
             return
         refusal = self._refusal(peer)
         if not refusal:
-            self._admitted += 1  # a stranger does not bring the daemon's end nearer
+            self._admitted += 1  # a stranger does not count for the daemon's end
             refusal = self._excess(peer)
         self._await_first(sock, peer, refusal, time.monotonic() + self.options.patience)
 
@@ -221,11 +223,11 @@ class Server:
         return ""
 
     def _hold(self, peer: Peer) -> None:
-        """Count one more of those whose sockets are open here."""
+        """Count one more client whose socket is open here."""
         self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
 
     def _let_go(self, peer: Peer) -> None:
-        """Count one less of those whose sockets are open here."""
+        """Count one client less whose socket is open here."""
         held = self._held.pop(peer.uid, 0) - 1
         if held > 0:
             self._held[peer.uid] = held
@@ -288,7 +290,7 @@ class Server:
                     self._refuse(newcomer, first, str(error))
 
     def _refuse(self, newcomer: Newcomer, first: bytes, reason: str) -> None:
-        """Tell why in the peer's own protocol, if the socket takes it at once, and close."""
+        """Send the reason in the peer's own protocol, if the socket takes it at once, and close."""
         self.refused += 1
         sock, peer = newcomer.sock, newcomer.peer
         self._let_go(peer)
@@ -300,12 +302,14 @@ class Server:
             answer = f"\r\n0:\r\n1:errand-boy: {reason}\r\n\r\n127\r\n\r\n".encode()
         with suppress(OSError):
             sock.send(answer, socket.MSG_NOSIGNAL)
-        self.loop.closer.close(sock, read=True)  # what is closed unread is ECONNRESET to the peer
+        self.loop.closer.close(
+            sock, read=True
+        )  # closing with unread bytes would give the peer ECONNRESET
 
     # -- jobs --
 
     def _serve_job(self, newcomer: Newcomer, first: bytes) -> None:
-        """Do what is asked of jobs, now or when the job's keeper has time for it."""
+        """Handle a request about jobs, now or when the job's keeper has time for it."""
         request = first[1 + _wire.HEADER.size :]
         try:
             is_done = self._job_requests.serve(newcomer.sock, newcomer.peer, request)
@@ -376,7 +380,7 @@ class Server:
     # -- the successor --
 
     def _upgrade(self) -> None:
-        """Have what is installed now take the place of this process's program, if it can."""
+        """Have the installed version replace this process's program, if it can."""
         if self._closing or self._is_checking or self.successor is not None:
             self.log.warning("no upgrade", reason="the daemon is about to end or to be upgraded")
             return
@@ -395,7 +399,7 @@ class Server:
             self._successor_timer = self.loop.call_later(wait, self._on_long_wait)
 
     def _awaits_texts(self) -> bool:
-        """Return whether a successor must wait for text requests: their helpers speak to us."""
+        """Return whether a successor must wait for text requests, whose helpers speak to us."""
         successor = self.successor
         return bool(successor and successor.protocol != lib.EB_VERSION and self.texts)
 
@@ -408,20 +412,20 @@ class Server:
         self.keep_place()
 
     def may_be_replaced(self) -> bool:
-        """Return whether a successor is there, and nothing under way that it cannot go on with."""
+        """Return whether there is a successor, and nothing going on that it could not continue."""
         if self._closing or self.successor is None or self._awaits_texts():
             return False
         if self.loop.closer.is_idle:
             return True
         if self._leave_timer is None:
-            # With new connections there would be new closes all the time.
+            # New connections would bring new closes all the time.
             self._is_leaving = True
             self._pause_listening()
             self._leave_timer = self.loop.call_later(_LAST_WAIT, self._rest_from_leaving)
         return False
 
     def _rest_from_leaving(self) -> None:
-        """Serve those who have come, for a while."""
+        """Serve waiting clients for a while."""
         self._stay()
         self._leave_timer = self.loop.call_later(_LAST_WAIT, self._stay)
 
@@ -443,7 +447,7 @@ class Server:
         self._stay()
 
     def state(self, keep: Keep) -> dict[str, Any]:
-        """Return what the successor has to know, for `restore`."""
+        """Return what the successor needs to know, for `restore`."""
         assert self.successor is not None
         put_off = (newcomer for newcomer, _ in self._put_off)
         newcomers = [*self._newcomers, *put_off, *self._busy]
@@ -468,7 +472,7 @@ class Server:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the place of the one whose `state` this is; in that of `start`."""
+        """Restore the predecessor's `state`, in place of `start`."""
         self.started = state["started"]
         self.accepted = state["accepted"]
         self.refused = state["refused"]
@@ -508,7 +512,7 @@ class Server:
         self._on_stopping()
 
     def stop(self) -> None:
-        """Stop accepting and let the commands finish; once more: do not wait for them."""
+        """Stop accepting and let the commands finish; when called again, don't wait for them."""
         if not self._closing:
             self._stop_accepting()
         elif self._next_step == self._settle:
@@ -525,7 +529,7 @@ class Server:
         self._step_timer = self.loop.call_later(seconds, self._advance)
 
     def _settle(self) -> None:
-        """The last connection was accepted a while ago, and nobody has told us to stop."""
+        """End when the last connection was accepted a while ago (`--max-accepts`)."""
         if self._newcomers or self.texts:  # they have their own deadlines
             self._schedule(_SETTLE, self._settle)
         else:
@@ -544,7 +548,7 @@ class Server:
 
     def _terminate(self) -> None:
         if self.pool.is_over:
-            self._given_up = True  # only clients are left who do not read, or not send
+            self._given_up = True  # only clients that don't read or don't send are left
             return
         self.log.warning("terminating what still runs")
         self._status = TERMINATED
@@ -569,7 +573,7 @@ class Server:
         if self._next_step == self._settle and not (
             self._newcomers or self.texts or self.pool.peers
         ):
-            self._advance()  # nobody is left who could ask for a command
+            self._advance()  # no client is left that could ask for a command
         return self.pool.is_over and not (self.texts or self._replies)
 
 
@@ -580,5 +584,5 @@ def _may_be_first(kind: int, length: int) -> bool:
 
 
 def _kind(first: bytes) -> int | None:
-    """Return the kind of a first frame; None: it is none."""
+    """Return the kind of a first frame, or None if it is not one."""
     return int(_wire.HEADER.unpack_from(first, 1)[1]) if first[0] == 0 else None

@@ -1,4 +1,4 @@
-"""What the server offers to a text connection."""
+"""The server's services for a text connection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _ClientPool:
 
 
 class Services:
-    """What a text connection of `peer` may use.
+    """The services for a text connection of `peer`.
 
     `limits` are the server's options, `close` closes a socket to somebody else, `forget` is called
     with a connection that has been closed.
@@ -54,11 +54,11 @@ class Services:
     def watch(
         self, sock: socket.socket, events: int, callback: Callable[[int], None] | None = None
     ) -> None:
-        """Call `callback` with those of `events` that come; 0: no longer."""
+        """Call `callback` with those of `events` that come; 0 stops that."""
         self._loop.watch(sock, events, callback, self._uid)
 
     def take(self, size: int) -> None:
-        """Count bytes that the connection holds until its end. Raises OSError if too many are."""
+        """Count bytes that the connection holds until its end. Raises OSError for too many."""
         self._holdings.take(self._uid, size)
         self.held += size
 

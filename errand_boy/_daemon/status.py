@@ -1,4 +1,4 @@
-"""What the server tells of itself to who asks."""
+"""The server's answer to status queries."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Reports = dict[Helper, Report]
 class Reply:
     """A STATUS_REPLY: waits for the reports of `helpers`, and is sent at the pace of its reader.
 
-    `owner` is the user who has asked for it; his request stays unread until it is answered.
-    `describe` makes the answer of those that came in time; `on_done` is called at the end.
+    `owner` is the user who has asked; the request stays unread until it is answered.
+    `describe` makes the answer from the reports that came in time; `on_done` is called at the end.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Reply:
         self._rest: memoryview | None = None  # None: the answer has not been made yet
         self._reports: Reports = {}
         self._awaited = set(helpers)
-        # A helper may be stopped, by a debugger say.
+        # A helper may be stopped, by a debugger for instance.
         self._timer = loop.call_later(_ANSWER if helpers else 0, self._begin)
         for helper in helpers:
             self._ask(helper)
@@ -92,7 +92,7 @@ class Reply:
         self._loop.watch(self._sock, selectors.EVENT_WRITE, self._on_writable, self._owner)
 
     def state(self, keep: Keep) -> tuple[int, str | None]:
-        """Return its socket, and what is to be sent; None: it has to be asked for once more."""
+        """Return its socket and the answer, or None if the reports must be asked for again."""
         return keep(self._sock.fileno()), None if self._rest is None else self._rest.hex()
 
     def _on_writable(self, events: int) -> None:
@@ -109,7 +109,7 @@ class Reply:
     def _close(self) -> None:
         self._timer.cancel()
         self._loop.watch(self._sock, 0)
-        self._rest = memoryview(b"")  # a helper that has not answered keeps this object
+        self._rest = memoryview(b"")  # a helper that has not answered keeps this object alive
         self._loop.closer.close(self._sock)
         self._on_done(self)
 
@@ -124,7 +124,7 @@ def _may_see_all(peer: Peer) -> bool:
 
 
 def of_pool(pool: Pool, jobs: Index, reports: Reports, peer: Peer) -> dict[str, Any]:
-    """Return what `pool` does and has done, as `reports` and older ones tell, and what `jobs` are.
+    """Return the figures of `pool`, from `reports` and older ones, and of `jobs`.
 
     `peer` is told of the helpers and commands of others if it is root or this process's user.
     """
@@ -194,7 +194,7 @@ def of_pool(pool: Pool, jobs: Index, reports: Reports, peer: Peer) -> dict[str, 
 
 
 def _users(pool: Pool, jobs: Index, peer: Peer) -> list[dict[str, Any]]:
-    """Return those who have anything here, and their limits, as far as `peer` may see."""
+    """Return the users who have anything here, and their limits, as far as `peer` may see."""
     uids = set(pool.connections) | pool.holdings.users() | set(jobs.users())
     if pool.turns is not None:
         uids |= pool.turns.users()
@@ -223,7 +223,7 @@ def _failures(report: Report) -> dict[str, int]:
 
 
 def quantile(histogram: list[int], share: float) -> float | None:
-    """Return the microseconds that `share` of the starts took at most, to a fifth; None: no starts.
+    """Return the microseconds that `share` of the starts took at most, or None without starts.
 
     `histogram` is as in Report.
     """

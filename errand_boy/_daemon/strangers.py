@@ -1,8 +1,8 @@
-"""Sockets at whose other end is somebody else: reading and closing them without ever sleeping.
+"""Sockets of strangers: reading and closing them without ever sleeping.
 
-Descriptors that were sent over a Unix socket wait in its queue, and whoever takes the last copy of
-one off it closes it. That may take as long as its sender likes, if it is a TCP socket with
-SO_LINGER, say. So the server never takes descriptors off, nor closes such a socket itself.
+Descriptors that were sent over a Unix socket wait in its queue. Taking the last copy of one off the
+queue closes it, which may take as long as its sender likes, for example with a TCP socket with
+SO_LINGER. So the server takes no descriptors off, and does not close such a socket itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from errand_boy._native import lib
 INTERRUPT = signal.SIGUSR1  # must have a handler
 _LOOK = 0.02  # seconds that a close may sleep
 _REST = 5.0  # seconds without work, after which all threads but one end
-_BATCH = 16  # are closed at one go, without Python's lock, for which the loop would have to wait
+_BATCH = 16  # are closed in one call, without the GIL, for which the loop would have to wait
 _MOST_THREADS = 8
 _MOST_WAITING = 64  # batches
 
@@ -36,7 +36,7 @@ def peek(sock: socket.socket, size: int) -> tuple[bytes, bool]:
 
     Raises OSError, BlockingIOError if there is nothing.
     """
-    # Of descriptors that are only looked at, the queue keeps a copy.
+    # The queue keeps a copy of descriptors that are only peeked at.
     data, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_PEEK)
     return data, bool(flags & socket.MSG_CTRUNC)
 
@@ -46,7 +46,7 @@ def receive(sock: socket.socket, size: int) -> bytes:
     data, has_descriptors = peek(sock, size)
     if has_descriptors:
         raise DescriptorsError("it came with descriptors")
-    # Not more: behind these bytes there may be descriptors by now.
+    # Not more, since descriptors may have come after these bytes by now.
     return sock.recv(len(data)) if data else b""
 
 
@@ -63,23 +63,23 @@ class Closer:
         self._queue: SimpleQueue[tuple[int, list[int], bytes]] = SimpleQueue()
         self._number = count()
         self._unclosed: set[int] = set()  # batches, by number
-        self._since: dict[int, float] = {}  # by thread: when the close began that it is at
+        self._since: dict[int, float] = {}  # by thread: when its current close began
         self._threads: set[int] = set()
         self._is_looking = False
         self._start_thread(None)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is being closed, or waits for that."""
+        """Whether nothing is being closed or waits to be closed."""
         return not (self._fds or self._unclosed)
 
     @property
     def is_behind(self) -> bool:
-        """Whether so many wait that no more should be accepted."""
+        """Whether so many wait to be closed that no more should be accepted."""
         return self._queue.qsize() > _MOST_WAITING
 
     def close(self, sock: socket.socket, *, read: bool = False) -> None:
-        """Close `sock`, a little later; `read` what has come before, lest the peer is told."""
+        """Close `sock` a little later; `read` what has come first, to give the peer no error."""
         fd = sock.detach()
         if fd >= 0:
             self._fds.append(fd)
@@ -88,7 +88,7 @@ class Closer:
                 self.flush()
 
     def flush(self) -> None:
-        """Have those closed that have been given since."""
+        """Have the sockets closed that were given since the last call."""
         if self._fds:
             number = next(self._number)
             self._unclosed.add(number)
@@ -97,11 +97,11 @@ class Closer:
             self._look_later()
 
     def _start_thread(self, rest: float | None) -> None:
-        """Start one that ends after `rest` seconds without work; None: it never does."""
+        """Start a thread that ends after `rest` seconds without work (None: never)."""
         self._threads.add(_thread.start_new_thread(self._run, (rest,)))
 
     def _run(self, rest: float | None) -> None:
-        # The others are the main thread's, which may have them wait for the server's successor.
+        # The main thread handles the others, and may leave them to the server's successor.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {INTERRUPT})
         me = _thread.get_ident()
         with suppress(OSError):  # no less than the main thread, for which we may hold the lock
@@ -131,7 +131,7 @@ class Closer:
         if len(sleepers) == len(self._threads) < _MOST_THREADS:
             with suppress(RuntimeError):  # out of memory
                 self._start_thread(_REST)
-        # Not by what the threads are at: between two of their steps that is nothing. The loop is to
-        # be woken by the last close, since a successor may wait for it.
+        # What the threads close now does not show that: between two steps it is nothing. The last
+        # close must wake the loop, because a successor may wait for it.
         if self._unclosed:
             self._look_later()

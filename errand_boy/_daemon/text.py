@@ -35,19 +35,19 @@ _IN_MEMORY = 32 << 10  # of each that has to be kept
 _CHUNK = 32 << 10
 _STREAMS = 0b111  # all three
 
-_NOT_RUN = 127  # return codes: as a shell says that it has not run a command,
+_NOT_RUN = 127  # return codes: those by which a shell says that it has not run a command,
 _NOT_RUNNABLE = 126  # or could not,
 _UNKNOWN = 255  # and as ssh says that it does not know
 
 _MOST_ATTEMPTS = 50
 _MOST_SILENCES = 10  # until a request must be whole, in times that its client may be silent
-_PAUSE = 0.02  # seconds between two: a helper's sockets close before its pid is known to be dead
+_PAUSE = 0.02  # seconds between two; a helper's sockets close before its pid is known to be dead
 
 
 class _Request:
-    """What a client has sent. `refusal`: why it cannot be done, or ""; `whole`: no more is needed.
+    """A client's request. `refusal`: why it is refused, or ""; `whole`: whether it is complete.
 
-    One that cannot be done is read to its end all the same: only then its client reads the answer.
+    A request that is refused is read to its end too, because its client reads only then.
     """
 
     def __init__(self, server: Services) -> None:
@@ -60,7 +60,7 @@ class _Request:
         self._tail = b""  # that may be the beginning of an end
 
     def feed(self, data: bytes) -> None:
-        """Take what has come; what comes after the end is dropped."""
+        """Add data; what comes after the end is dropped."""
         data = self._tail + data
         while not self.whole:
             part, end, data = data.partition(_END)
@@ -74,13 +74,13 @@ class _Request:
             self.whole, self._has_line = self._has_line, True
 
     def end(self) -> None:
-        """Take note that nothing more comes: that, too, ends the input, but no command line."""
+        """Take note that nothing more comes, which ends the input, but not a command line."""
         if self._has_line and not self.whole:
             self._take(self._tail)
             self.whole = True
 
     def state(self, keep: Keep) -> dict[str, Any]:
-        """Return what the server's successor has to know of it, for `restore`."""
+        """Return what the server's successor needs to know, for `restore`."""
         return {
             "line": self.line.hex(),
             "has_line": self._has_line,
@@ -91,7 +91,7 @@ class _Request:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the place of the one whose `state` this is."""
+        """Restore the predecessor's `state`."""
         self.line += bytes.fromhex(state["line"])
         self._has_line = state["has_line"]
         self.input.restore(state["input"])
@@ -122,7 +122,7 @@ class _Request:
         self.close()
 
     def close(self) -> None:
-        """Let go of what was sent."""
+        """Drop what was sent."""
         self.line.clear()
         self.input.close()
 
@@ -130,17 +130,17 @@ class _Request:
 def _is_http(line: bytearray) -> bool:
     """Return whether a command line begins as an HTTP request does.
 
-    Where the socket is relayed to TCP, a page that the user looks at can make a browser send one.
+    If the socket is relayed to TCP, a web page can make the user's browser send one.
     """
     first = line.partition(b"\n")[0].rstrip()
     return first[-9:-1] == b" HTTP/1."
 
 
 class _Command:
-    """A command at a helper, its streams frames, from `start` on: it ends when this is closed.
+    """A command of a helper with streamed output, from `start` on. Closing this ends it.
 
-    `on_output` is called with what it says; `on_end` once, with its return code, and with what
-    errand-boy itself has to say. The errors are kept until then.
+    `on_output` is called with its output; `on_end` once, with its return code and a message of
+    errand-boy itself. The errors are kept until then.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class _Command:
         self._sock: socket.socket | None = None  # None: before `start`, and between two attempts
 
     def start(self) -> None:
-        """Have a helper start it, or another one after that has died. Raises OSError."""
+        """Have a helper start it, or another helper if the first has died. Raises OSError."""
         self._attempts += 1
         self._sock = self._server.pool.connect()
         self._sock.setblocking(False)
@@ -173,7 +173,7 @@ class _Command:
         self._send()
 
     def state(self, keep: Keep) -> dict[str, Any]:
-        """Return what the server's successor has to know of it, for `restore`."""
+        """Return what the server's successor needs to know, for `restore`."""
         return {
             "sock": None if self._sock is None else keep(self._sock.fileno()),
             "stream": None if self._sock is None else self._stream.state(),
@@ -185,7 +185,7 @@ class _Command:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the place of the one whose `state` this is."""
+        """Restore the predecessor's `state`."""
         self.errors.restore(state["errors"])
         self._attempts = state["attempts"]
         self._note = state["note"]
@@ -343,7 +343,7 @@ def refusal(reason: str) -> bytes:
 
 
 def _ending(code: int, note: str) -> bytes:
-    """Return what follows the errors; `note` is what errand-boy has to say, or ""."""
+    """Return what follows the errors; `note` is a message of errand-boy itself, or ""."""
     said = b"errand-boy: " + os.fsencode(note) + b"\n" if note else b""
     return said + _END + str(code).encode() + _END
 
@@ -399,7 +399,7 @@ class TextConnection:
             data = receive(self._sock, _CHUNK)
         except BlockingIOError:
             return
-        except OSError:  # it sends descriptors, say
+        except OSError:  # it may have sent descriptors
             self._close()
             return
         if data:
@@ -449,7 +449,7 @@ class TextConnection:
     # -- the successor --
 
     def state(self, keep: Keep) -> dict[str, Any]:
-        """Return what the server's successor has to know of it, for `restore`."""
+        """Return what the server's successor needs to know, for `restore`."""
         return {
             "sock": keep(self._sock.fileno()),
             "request": self._request.state(keep),
@@ -464,7 +464,7 @@ class TextConnection:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the place of the one whose `state` this is."""
+        """Restore the predecessor's `state`."""
         self._server.take(state["held"])
         self._request.restore(state["request"])
         self._out += bytes.fromhex(state["out"])
@@ -549,7 +549,10 @@ class TextConnection:
         self._server.watch(self._sock, 0)
         self._server.close(self._sock)
         self._request.close()
-        command, self._command = self._command, None  # each keeps the other, and big buffers
+        command, self._command = (
+            self._command,
+            None,
+        )  # each keeps the other alive, and large buffers
         if command is not None:
             command.close()
             command.errors.close()

@@ -1,4 +1,4 @@
-"""Who may start a command next, when not all may."""
+"""Who may start a command next, if not all may."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_BUCKETS = 1000  # kept of users who start nothing
 
 
 class _Bucket:
-    """Of tokens, one for each start: `burst` at most, and so many more a second."""
+    """Tokens, one for each start: at most `burst`, and a number of new ones a second."""
 
     __slots__ = ("time", "tokens")
 
@@ -48,8 +48,8 @@ class _User:
 class Turns:
     """Who may start a command next: users take turns, and each user's clients among themselves.
 
-    At most `most` commands run at a time, 0 is no limit, and of each user as many as `limits` says
-    of its uid.
+    At most `most` commands run at a time (0: no limit), and for each user as many as `limits` says
+    for the uid.
     """
 
     def __init__(self, most: int, limits: Callable[[int], Limits]) -> None:
@@ -68,7 +68,7 @@ class Turns:
         return len(self._waiting)
 
     def users(self) -> set[int]:
-        """Return those who run a command, or wait."""
+        """Return the users who run a command or wait."""
         return set(self._users)
 
     def waiting(self, user: int) -> int:
@@ -89,7 +89,7 @@ class Turns:
             self._update(user)
 
     def done(self, connection: int) -> None:
-        """Take note that it does not run a command, nor waits for its turn, any more."""
+        """Take note that it neither runs a command nor waits for its turn any more."""
         if connection in self._waiting:
             user, client = self._waiting.pop(connection)
             clients = self._users[user].clients
@@ -107,7 +107,7 @@ class Turns:
     def next(self, now: float) -> Iterator[int]:
         """Yield the connections whose turn it is; they count as running from then on.
 
-        `now` is of one clock for all calls, as is `next_at` then.
+        `now` is by the same clock in all calls, and so is `next_at`.
         """
         early = []
         self.next_at = None
@@ -127,7 +127,7 @@ class Turns:
         self._ready.update(early)
 
     def state(self) -> dict[str, Any]:
-        """Return what the server's successor has to know, for `restore`."""
+        """Return what the server's successor needs to know, for `restore`."""
         return {
             "granted": list(self._granted.items()),
             "waiting": [(connection, *who) for connection, who in self._waiting.items()],
@@ -137,7 +137,7 @@ class Turns:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the place of those whose `state` this is."""
+        """Restore the predecessor's `state`."""
         for user, at, tokens in state["buckets"]:
             bucket = self._buckets[user] = _Bucket(self._limits(user), at)
             bucket.tokens = tokens
@@ -164,7 +164,7 @@ class Turns:
             self._ready[user] = state
 
     def _take_token(self, user: int, now: float) -> float:
-        """Return when it may start a command: `now`, and one token is gone, or later."""
+        """Take a token and return `now`; if there is none, return when there will be."""
         limits = self._limits(user)
         if not limits.starts_per_second:
             return now

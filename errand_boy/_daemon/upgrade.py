@@ -1,9 +1,9 @@
-"""A server gives its place to what is installed now: the same process executes it.
+"""A server is replaced by the installed version, which the same process executes.
 
-A child process finds out first whether that starts at all, while the server goes on. Then the
-server waits until it has nothing under way that it does itself, and writes down what it knows, as
-JSON in a file in memory. The new program finds that, the listening socket, the helpers' sockets and
-those of connections that nobody serves yet, open under their numbers.
+A child process first finds out whether that starts at all, while the server goes on. Then the
+server waits until it is doing nothing itself, and writes its state as JSON into a file in memory.
+The new program finds this file, the listening socket, the helpers' sockets and those of connections
+that nobody serves yet open under the same numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SPARE = 64  # descriptors that a program needs to start
 
 
 class Successor(NamedTuple):
-    """What can take over. `version`: errand-boy's; `protocol`: that which it speaks."""
+    """A version that can take over. `version`: errand-boy's; `protocol`: the protocol's."""
 
     version: str
     protocol: int
@@ -41,7 +41,7 @@ class Successor(NamedTuple):
 
 
 def introduce() -> str:
-    """Return what this program has to say to `check`. Imports the package anew, and whole."""
+    """Return this program's answer to `check`. Imports the whole package afresh."""
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[0]))))
     for name in [name for name in sys.modules if name.partition(".")[0] == "errand_boy"]:
         del sys.modules[name]
@@ -55,10 +55,10 @@ def check(
     processes: dict[int, Callable[[int], None]],
     done: Callable[[Successor | str], None],
 ) -> None:
-    """Find out whether what is installed now can take over.
+    """Find out whether the installed version can take over.
 
-    `done` is called with it, or with the reason why it cannot; `processes` are called with the wait
-    status of their ends, by pid.
+    `done` is called with it, or with the reason why it can't. `processes` has functions by pid,
+    which are called with the wait status.
     """
     said = open_memory("errand-boy-check")
     try:
@@ -103,13 +103,13 @@ def _command(*arguments: str) -> list[str]:
 
 
 class Handover:
-    """What the successor gets."""
+    """The descriptors and the state for the successor."""
 
     def __init__(self) -> None:
         self._kept: list[int] = []
 
     def keep(self, fd: int) -> int:
-        """Have a descriptor stay open, and return it."""
+        """Keep a descriptor open, and return it."""
         os.set_inheritable(fd, True)
         self._kept.append(fd)
         return fd
@@ -132,7 +132,7 @@ class Handover:
             os.close(fd)
 
     def undo(self) -> None:
-        """Have the descriptors not stay open in what is executed."""
+        """Let the descriptors be closed by an exec again."""
         for fd in self._kept:
             os.set_inheritable(fd, False)
 

@@ -24,8 +24,8 @@ _MOST_TOO_SOON = 10  # helpers that die so young, one after another, are replace
 class User:
     """The helpers for one set of credentials; None: those of this process.
 
-    `size` of them serve at most, but for a crowd; those that are replaced stay until their last
-    command has ended. Our own are there from `start` on. Another user's are started when there is
+    At most `size` of them serve, unless there is a crowd; those that are replaced stay until their
+    last command has ended. Our own are started by `start`. Another user's are started when there is
     work for them, and end when they have had no connection for `idle` seconds.
     """
 
@@ -62,7 +62,7 @@ class User:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing of it need be remembered."""
+        """Whether it can be forgotten."""
         return not self.helpers and time.monotonic() >= self.failed_until
 
     def start(self) -> None:
@@ -99,10 +99,10 @@ class User:
             self.last_used = time.monotonic()
             self._timers[helper] = self._loop.call_later(self._idle, helper.drain)
         elif len(self._serving()) > self._size:
-            helper.drain()  # it was for a crowd
+            helper.drain()  # it was started for a crowd
 
     def replace(self, helper: Helper) -> None:
-        """Put a new helper in the place of one that has started its share of commands."""
+        """Replace a helper that has started its share of commands."""
         if self._closing or helper.draining or helper not in self.helpers:
             return
         helper.is_full = True
@@ -116,13 +116,13 @@ class User:
         helper.drain()
 
     def drain(self) -> None:
-        """Let all helpers end when their commands have, and start no more."""
+        """Have all helpers end when their commands have ended, and start no more."""
         self._closing = True
         for helper in self.helpers:
             helper.drain()
 
     def state(self, keep: Keep) -> dict[str, Any]:
-        """Return what the server's successor has to know of it, for `restore`."""
+        """Return what the server's successor needs to know, for `restore`."""
         return {
             "credentials": self.credentials,
             "last_used": self.last_used,
@@ -132,7 +132,7 @@ class User:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the place of the one whose `state` this is."""
+        """Restore the predecessor's `state`."""
         self.last_used = state["last_used"]
         self.failed_until = state["failed_until"]
         self._too_soon = state["too_soon"]
@@ -151,7 +151,7 @@ class User:
         return [helper for helper in self.helpers if not (helper.draining or helper.gone)]
 
     def _needs_more(self, count: int, least: int) -> bool:
-        """Whether another is wanted beside `count` with at least `least` connections each."""
+        """Whether another is needed beside `count` with at least `least` connections each."""
         return least >= _CROWD or (count < self._size and least > 0)
 
     def _start_one(self) -> Helper:
@@ -191,7 +191,7 @@ class User:
         self._exited(helper, status, unserved)
 
     def refill(self) -> None:
-        """Start what is missing, now or, where that fails, a little later."""
+        """Start missing helpers, now or, if that fails, a little later."""
         if self._closing:
             return
         try:
