@@ -321,7 +321,8 @@ def spawn_error(
     text = os.strerror(failed.errno)
     if failed.errno == errno.ENOTSUP and failed.stage != lib.EB_STAGE_TREE:
         step = _wire.stage_name(failed.stage)
-        return OSError(failed.errno, f"{text}: posix_spawn cannot change a child's {step}")
+        text += f": posix_spawn cannot change a child's {step}{SEE_DOCTOR}"
+        return OSError(failed.errno, text)
     if failed.stage == lib.EB_STAGE_CWD:
         return OSError(failed.errno, text, cwd)
     if failed.stage == lib.EB_STAGE_EXEC:

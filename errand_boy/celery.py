@@ -46,7 +46,9 @@ from errand_boy.errors import HelperDiedError, HelperError
 __all__ = ["Cluster", "Outcome", "map", "run_command"]
 
 if TYPE_CHECKING:
-    from errand_boy._celery_types import Task
+    from typing_extensions import Unpack
+
+    from errand_boy._celery_types import Task, TaskParameters
 
 Command: TypeAlias = "Sequence[str] | str | Mapping[str, Any]"
 
@@ -392,7 +394,7 @@ def map(
     within: float | None = None,
     interval: float = 0.1,
     send: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[TaskParameters],
 ) -> Iterator[Outcome]:
     """Run commands on all of `app`'s workers, and yield an Outcome for each.
 

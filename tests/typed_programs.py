@@ -6,6 +6,7 @@ What must be an error is ignored by its code, and both complain of an ignored er
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import subprocess
 from collections.abc import Iterator
 from resource import struct_rusage
@@ -74,6 +75,17 @@ def run(text: bool) -> None:
     assert_type(errand_boy.check_call("ls", shell=True), int)
     errand_boy.call(["ls"], capture_output=True)  # type: ignore[call-arg]
     assert_type(errand_boy.getoutput("ls"), str)
+
+
+def others() -> None:
+    errand_boy.patch()
+    errand_boy.unpatch()
+    errand_boy.start()
+    assert_type(errand_boy.helper_pid(), int | None)
+    errand_boy.stop(5)  # type: ignore[call-arg]
+    errand_boy.Popen(["ls"], preexec_fn=errand_boy.chain(os.setsid))
+    Sandbox(network={"connect": [443]}, strict=False)
+    Sandbox(networks=True)  # type: ignore[call-arg]
 
 
 def client() -> None:
@@ -170,6 +182,7 @@ def celery(app: Any) -> None:
     task.apply_async((["ls"],), {"timeout": 60}, queue="slow")
     task.delay(["ls"], timeot=60)  # type: ignore[call-arg]
     task.delay(7)  # type: ignore[arg-type]
+    errand_boy.celery.map(app, [["ls"]], timeot=60)  # type: ignore[call-arg]
     for outcome in errand_boy.celery.map(app, [["ls"], {"args": ["ls"]}], ordered=True, within=9):
         assert_type(outcome["duration"], float)
 
