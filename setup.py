@@ -82,6 +82,8 @@ errand-boy is partly in C, and {} here. What builds it is in these packages:
     Debian, Ubuntu: apt-get install gcc libc6-dev python3-dev
     Fedora:         dnf install gcc glibc-devel python3-devel"""
 
+if sys.platform != "linux":
+    sys.exit("errand-boy is for Linux: its part in C uses clone(2), pidfds and epoll")
 if sys.implementation.name != "cpython":
     sys.exit("errand-boy is for CPython: its part in C uses what other Pythons do not have")
 

@@ -154,6 +154,23 @@ def test_pypy_is_refused(tree: Path, command: list[str]) -> None:
     assert re.search("errand.boy is for CPython", found.stderr.splitlines()[-1])
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys; sys.path.insert(0, ''); sys.platform = 'darwin'; import errand_boy",
+        "import setuptools.command.build_ext as _, sys, runpy; sys.platform = 'darwin';"
+        "runpy.run_path('setup.py')",
+    ],
+)
+def test_other_systems_are_refused(tree: Path, program: str) -> None:
+    """There is none here, and so no more than the name of one."""
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "-I", "-c", program]
+    found = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert re.search("errand.boy is for Linux", found.stderr.splitlines()[-1])
+
+
 def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("setuptools")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
