@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from conftest import script_environment
+from conftest import script_environment, until
 from daemon import Daemon, started_daemon
 from errand_boy._native import lib
+from jobs import keeper_of, keeping_jobs
 
 import errand_boy
 from errand_boy import _wire
@@ -159,3 +162,27 @@ def test_terminal_gets_no_control_characters(tmp_path: Path) -> None:
     _, line = out.decode().splitlines()
     assert line.isprintable()
     assert line.endswith("'é b' '\\u202e'")
+
+
+# A keeper that has been stopped by its user
+
+
+def test_who_waits_for_a_stopped_keeper_and_goes_is_forgotten(tmp_path: Path) -> None:
+    with keeping_jobs(tmp_path) as (daemon, client):
+        server = psutil.Process(daemon.process.pid)
+        job = client.start(["sleep", "1000"])
+        keeper = keeper_of(job)
+        keeper.suspend()
+        request = struct.pack("<IB", lib.EB_VERSION, OPEN) + b'{"job": 1}'
+        before = server.num_fds()
+        waiting = [daemon.socket() for _ in range(100)]
+        for sock in waiting:
+            sock.sendall(b"\0" + _wire.frame(lib.EB_JOB, [request]))
+        until(lambda: server.num_fds() > before + 50)
+        assert [found.id for found in client.jobs()] == [job.id]
+        for sock in waiting:
+            sock.close()
+        until(lambda: server.num_fds() <= before)
+        assert "does not answer" not in daemon.log()
+        keeper.resume()
+        assert job.stop(signal.SIGKILL).returncode == -signal.SIGKILL

@@ -51,6 +51,12 @@ class Newcomer:
             return b""
         return None if first[:1] == b"\0" and len(first) < size else first
 
+    def has_gone(self) -> bool:
+        """Return whether its peer has closed it, whatever is unread."""
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        return bool(poll.poll(0))
+
 
 class Newcomers:
     """The connections that are waited for.

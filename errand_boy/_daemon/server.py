@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from errand_boy import _wire
 from errand_boy._daemon import status, strangers, text
@@ -43,7 +44,7 @@ ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ende
 _SETTLE = 5.0  # seconds for clients that have connected to ask for a command
 _TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
 _LAST_WAIT = 1.0  # seconds without accepting, and then with it, until a successor may take over
-_BUSY = 0.02  # seconds until a job's keeper may have time for one more connection
+_BUSY, _LONGEST_BUSY = 0.02, 1.0  # seconds until a job's keeper may have time for a connection
 _PAUSE = 0.1  # seconds without accepting, when descriptors are short
 _LONG_SHORTAGE = 1.0  # seconds, after which waiting clients are refused one by one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
@@ -308,11 +309,11 @@ class Server:
 
     # -- jobs --
 
-    def _serve_job(self, newcomer: Newcomer, first: bytes) -> None:
+    def _serve_job(self, newcomer: Newcomer, first: bytes, seconds: float = _BUSY) -> None:
         """Handle a request about jobs, now or when the job's keeper has time for it."""
         request = first[1 + _wire.HEADER.size :]
         try:
-            is_done = self._job_requests.serve(newcomer.sock, newcomer.peer, request)
+            is_done = not first or self._job_requests.serve(newcomer.sock, newcomer.peer, request)
         except OSError as error:
             self._refuse(newcomer, first, f"{error.filename or 'a job'}: {error.strerror}")
         else:
@@ -323,12 +324,14 @@ class Server:
                 self._refuse(newcomer, first, "the keeper of this job does not answer")
             else:
                 self._busy.add(newcomer)
-                self.loop.call_later(_BUSY, lambda: self._retry(newcomer, first))
+                # When it is its user's turn: as many may wait as he likes.
+                retry = partial(self._retry, newcomer, first, min(2 * seconds, _LONGEST_BUSY))
+                self.loop.call_later(seconds, lambda: self.loop.post(newcomer.peer.uid, retry))
 
-    def _retry(self, newcomer: Newcomer, first: bytes) -> None:
+    def _retry(self, newcomer: Newcomer, first: bytes, seconds: float) -> None:
         if newcomer in self._busy:
             self._busy.remove(newcomer)
-            self._serve_job(newcomer, first)
+            self._serve_job(newcomer, b"" if newcomer.has_gone() else first, seconds)
 
     # -- text --
 
