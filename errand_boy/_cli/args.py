@@ -1,4 +1,4 @@
-"""The command ``errand-boy``: which subcommands it has, and which of them is meant."""
+"""The command ``errand-boy``, and its subcommands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 # A subcommand is in a module of this package that has two functions. `parser` gets the name of the
-# program and returns an ArgumentParser, which the completions and the manual page are made from
+# program and returns an ArgumentParser, from which the completions and the manual page are made,
 # too. `main` gets that and the arguments, and returns the exit status.
 COMMANDS = {
     "run": ("run_options", "run one command on this terminal, and exit with its status"),
@@ -39,7 +39,7 @@ SUMMARY = "Start commands without forking the process that asks for them."
 
 
 def parser_of(command: str) -> ArgumentParser:
-    """Return what reads the command line of a subcommand."""
+    """Return the parser of a subcommand."""
     parser: ArgumentParser = _module_of(command).parser(f"errand-boy {command}")
     return parser
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = _main(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # as of head(1): whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head(1), has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it at its end
         return 128 + signal.SIGPIPE
     return status
@@ -100,15 +100,15 @@ def _unknown(arguments: list[str]) -> str:
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null in the place of each standard stream that is closed.
+    """Open /dev/null in place of each standard stream that is closed.
 
-    Else the next file or socket would get its number, and with it what is written there.
+    Otherwise the next file or socket would get its number, and the output written to it.
     """
     for fd, name, mode in (0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # this gets the lowest free number
             os.set_inheritable(fd, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, mode, closefd=False))

@@ -34,10 +34,10 @@ class DetachKeys:
         self._keys = b"" if text == "none" else b"".join(map(_key, _KEY.finditer(text)))
         if not self._keys and text != "none":
             raise ValueError("--detach-keys: no keys; none turns them off")
-        self.held = b""  # what may be their beginning
+        self.held = b""  # typed keys that may be the beginning of those
 
     def take(self, typed: bytes) -> tuple[bytes, bool]:
-        """Return what the command gets of what was typed, and whether to detach then."""
+        """Return the part of the typed keys that the command gets, and whether to detach then."""
         data = self.held + typed
         before, found, _ = data.partition(self._keys) if self._keys else (data, b"", b"")
         if found:
@@ -84,13 +84,13 @@ def run(job: Job, read_only: bool, keys: str) -> int:
 
 
 def print_missed(event: Missed) -> None:
-    """Say that output has been lost to whom it is shown."""
+    """Say that output was lost to the reader."""
     where = _STREAMS[event.stream]
     print(f"errand-boy: {event.size} bytes of {where} are not kept any more", file=sys.stderr)
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of it, also to what does not block. Raises OSError."""
+    """Write all of it, also to a non-blocking descriptor. Raises OSError."""
     rest = memoryview(data)
     while rest:
         try:
@@ -114,7 +114,7 @@ class _Session:
         self._left: int | None = None
 
     def run(self) -> int | None:
-        """Return None when the job is over, 0 if it was left by keys, or by which signal."""
+        """Return None when the job is over, 0 if keys left it, else the number of a signal."""
         while self._left is None and not self._attachment.is_over:
             self._wait()
             for _ in range(64):  # then the keys again
@@ -128,7 +128,7 @@ class _Session:
         return self._left
 
     def restore(self) -> None:
-        """Have this terminal as it was, as far as the program has changed it by what it wrote."""
+        """Undo what the program's output has changed in this terminal."""
         if self._has_terminal and os.isatty(1):
             with contextlib.suppress(OSError):
                 write_all(1, self._modes.undoing() + b"\r\n" * (self._left is not None))
@@ -163,7 +163,7 @@ class _Session:
             self._modes.feed(data)
         try:
             write_all(stream, data)
-        except OSError:  # nobody looks any more
+        except OSError:  # nobody reads the output any more
             self._left = signal.SIGPIPE
 
     def _read_keys(self) -> None:
@@ -204,7 +204,7 @@ class _Session:
             self._attachment.winsize = self._outer.size()
 
     def _suspend(self) -> None:
-        """Stop this process only; what the job writes meanwhile is shown after `fg`."""
+        """Stop this process only. The job's output in the meantime is shown after `fg`."""
         raw = self._outer if self._has_terminal else contextlib.nullcontext()
         raw.__exit__(None, None, None)
         os.kill(os.getpid(), signal.SIGSTOP)

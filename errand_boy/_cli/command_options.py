@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _UNLIMITED = ("unlimited", "infinity")
 
-# What these commands don't offer, and why.
+# Options that these commands don't have, and why.
 ABSENT = {
     "controlling_terminal": "errand-boy run --pty gives the command a terminal",
     "foreground": "the shell's job control does it",
@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str] | None =
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:
-    """Return those that were given, as Popen's keywords."""
+    """Return the given options, as Popen's keywords."""
     found = {}
     for name in _FORMS:
         value = getattr(options, _PREFIX + name, None)
@@ -101,7 +101,7 @@ def _with_level(text: str) -> str | tuple[str, int]:
 
 
 def _checked(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return `parse`, for argparse's `type`, with the option's own check behind it."""
+    """Return `parse` followed by the option's own check, for argparse's `type`."""
 
     def parse_and_check(text: str) -> Any:
         try:
@@ -138,11 +138,11 @@ def _boxed(parts: list[tuple[str, Any]]) -> dict[str, Any]:
     return box
 
 
-_PREFIX = "option_"  # of the names in the namespace
+_PREFIX = "option_"  # of the names in argparse's namespace
 _REPEATED: dict[str, Callable[[Any], Any]] = {"limits": dict, "rlimits": dict, "sandbox": _boxed}
 _SPELLINGS = {"limits": "limit", "rlimits": "rlimit"}
 
-# Of each: what its value is called (None: it has none), what reads that, and its help.
+# For each: the metavar of its value (None: it has none), the function that reads it, its help.
 _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "capabilities": ("NAME,...", _listed, "the only capabilities that the command keeps"),
     "cgroup": ("DIRECTORY", str, "the cgroup that the command starts in"),

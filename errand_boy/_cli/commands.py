@@ -1,4 +1,4 @@
-"""The commands of one `errand-boy map`, made as they are wanted, and where each came from."""
+"""The commands of one `errand-boy map`, made on demand, and their origins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Origin:
-    """What a command was made of: its number from 1, its slot (0: nobody asks), its values."""
+    """What a command was made of: its number from 1, its slot (0: unused), its values."""
 
     __slots__ = ("seq", "slot", "values")
 
@@ -28,10 +28,9 @@ class Origin:
 class Commands:
     """Iterates over the commands for a Batch, or NOT_NOW while values are still to come.
 
-    `done` are the numbers of those to leave out. `next_slot`, if set, tells a command's slot.
-    `on_made`, if set, is called with each command, and what
-    it returns is taken in its place. `origins` are those of the commands whose results nobody has
-    taken yet, by the batch's own number.
+    `done` are the numbers of commands to leave out. `next_slot`, if set, returns a command's slot.
+    `on_made`, if set, is called with each command, and returns the command to use. `origins` has
+    the origins of commands whose results nobody has taken yet, by the batch's own number.
     """
 
     def __init__(self, records: Records, template: Template, done: Container[int]) -> None:
@@ -61,5 +60,5 @@ class Commands:
             yield command if self.on_made is None else self.on_made(origin, command)
 
     def sample(self, values: Values) -> list[bytes] | bytes:
-        """Return the command for these values, about."""
+        """Return roughly the command for these values."""
         return self._template(values, 1, 1)

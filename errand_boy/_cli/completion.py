@@ -21,7 +21,7 @@ _WHERE = {
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Write what makes a shell complete the command line of errand-boy. "

@@ -20,7 +20,7 @@ _SAID = {True: "yes", False: "no"}
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Try what errand-boy can do on this system, and show what works, how commands "

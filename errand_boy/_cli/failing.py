@@ -1,4 +1,4 @@
-"""When `errand-boy map` runs a command again, goes on after a failure, and when it ends."""
+"""When `errand-boy map` runs a command again, goes on after a failure, or ends."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def seconds(text: str) -> float:
-    """Return the seconds that a time on the command line means."""
+    """Return a time on the command line in seconds."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([smhd]?)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text} is not a time such as 10, 2m, 1.5h or 1d")
@@ -83,7 +83,7 @@ def _timeout(text: str) -> float | str:
 
 
 def retries(options: argparse.Namespace) -> Retries | None:
-    """Return what the options say about running commands again."""
+    """Return the Retries that the options ask for."""
     if options.retries is None:
         return None
     most = options.retries - 1 if options.retries else float("inf")
@@ -91,7 +91,7 @@ def retries(options: argparse.Namespace) -> Retries | None:
 
 
 def halt(options: argparse.Namespace) -> Halt:
-    """Return what the options say about ending early. Raises UsageError."""
+    """Return the Halt that the options ask for. Raises UsageError."""
     try:
         return Halt(options.halt)
     except ValueError as error:
@@ -99,7 +99,7 @@ def halt(options: argparse.Namespace) -> Halt:
 
 
 def set_total(policy: Halt, source: Source) -> None:
-    """Tell `policy` how many commands there are; read all of the input if it must know."""
+    """Set the number of commands in `policy`; read all of the input if it needs the number."""
     if policy.needs_total:
         source.read_all()
     policy.total = source.total

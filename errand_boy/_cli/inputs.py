@@ -98,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Lines:
-    """Divides bytes into lines, as far as they have come. No I/O."""
+    """Divides bytes into lines, as they come. No I/O."""
 
     def __init__(self, separator: bytes) -> None:
         self._separator = separator
@@ -116,11 +116,11 @@ class Lines:
 
 
 class CsvLines(Lines):
-    """The same for CSV, where quotes may have line ends within them."""
+    """The same for CSV, where quotes may contain line ends."""
 
     def __init__(self) -> None:
         super().__init__(b"\n")
-        self._open = b""  # of a record, of which a quote has not ended
+        self._open = b""  # of a record with a quote that has not ended
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the records that `data` completes."""
@@ -149,7 +149,7 @@ class CsvLines(Lines):
 class Source:
     """Values, one list for each command or part of one.
 
-    `fd`: a descriptor to wait for, and to `read` when it is ready and more is `wanted`; or None.
+    `fd`: a descriptor to wait for, or None; call `read` when it is ready and more is `wanted`.
     `total`: how many records there are, if that is known.
     """
 
@@ -167,10 +167,10 @@ class Source:
         return False
 
     def read(self) -> None:
-        """Read what is there."""
+        """Read what has come."""
 
     def read_all(self) -> None:
-        """Read all that is to come, to know `total`."""
+        """Read everything, to know `total`."""
         while not self.ended:
             self.read()
         records = [values for values in self.records if values is not NOT_NOW]
@@ -178,7 +178,7 @@ class Source:
 
 
 class Stream(Source):
-    """The lines of a descriptor; none is read before it is needed."""
+    """The lines of a descriptor, which are read only when they are needed."""
 
     def __init__(self, fd: int, lines: Lines, divide: Callable[[bytes], Values] | None) -> None:
         self.fd: int | None = fd
@@ -211,9 +211,9 @@ class Stream(Source):
 
 
 class Inputs:
-    """What the command line says of sources.
+    """The sources that the command line names.
 
-    `words` are those of the command, and the sources behind it. Raises UsageError.
+    `words` are those of the command and the sources after it. Raises UsageError.
     """
 
     def __init__(self, options: argparse.Namespace, words: Sequence[str]) -> None:
@@ -226,7 +226,7 @@ class Inputs:
 
     @property
     def from_stdin(self) -> bool:
-        """Whether standard input has the arguments."""
+        """Whether the arguments come from standard input."""
         return not self.given or any(
             kind == "file" and STDIN in items for kind, items, _ in self.given
         )
@@ -269,7 +269,7 @@ class Inputs:
             source.total = None
 
     def _table(self, kind: str, items: Sequence[str]) -> list[Values]:
-        """Return the values of one source, all of them."""
+        """Return all values of one source."""
         if kind == "file":
             values: list[bytes] = []
             for path in items:
@@ -286,7 +286,7 @@ class Inputs:
 def _sources(
     options: argparse.Namespace, words: Sequence[str]
 ) -> tuple[list[str], list[tuple[str, list[str], bool]]]:
-    """Return the command's words, and of each source its kind, its items, and if it is linked."""
+    """Return the command's words, and for each source its kind, its items, and if it is linked."""
     separators = {
         options.arg_sep: ("values", False),
         options.arg_sep + "+": ("values", True),
@@ -299,7 +299,7 @@ def _sources(
         found.append(("file", [path.removeprefix("+")], is_linked))
     starts = [number for number, word in enumerate(words) if word in separators]
     ends = [*starts[1:], len(words)]
-    for start, end in zip(starts, ends, strict=False):  # without any there is still the end
+    for start, end in zip(starts, ends, strict=False):  # without any, the end is still there
         kind, is_linked = separators[words[start]]
         items = list(words[start + 1 : end])
         # Each file is a source of its own.
@@ -327,7 +327,7 @@ def _separator(options: argparse.Namespace) -> bytes:
 
 
 def _divider(options: argparse.Namespace) -> Callable[[bytes], Values] | None:
-    """Return what makes columns of a line; None: it is one."""
+    """Return the function that divides a line into columns; None if it is one column."""
     colsep = options.colsep
     if options.csv:
         import csv  # noqa: PLC0415
@@ -349,7 +349,7 @@ def _divider(options: argparse.Namespace) -> Callable[[bytes], Values] | None:
         pattern = re.compile(os.fsencode(colsep))
     except re.error as error:
         raise UsageError(f"--colsep {colsep}: {error}") from None
-    # A group in it is no column.
+    # A group in it must not become a column.
     return pattern.split if not pattern.groups else lambda line: _split(pattern, line)
 
 
@@ -397,10 +397,10 @@ def _not_blank(records: Records) -> Records:
 
 
 def _groups(tables: Sequence[tuple[list[Values], bool]], link_all: bool) -> list[list[Values]]:
-    """Return the records of the sources, those that are linked made one.
+    """Return the records of the sources, with linked sources made into one.
 
-    By --link values start again where a source has fewer than the longest; a source that is linked
-    by its own separator ends with the shortest. Both as GNU parallel has it.
+    With --link, the values of a source that has fewer than the longest start again. Sources that
+    are linked by a separator end with the shortest. GNU parallel does both.
     """
     groups: list[list[list[Values]]] = []
     for table, is_linked in tables:

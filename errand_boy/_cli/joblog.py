@@ -1,4 +1,4 @@
-"""The job log of `errand-boy map`: what has been run, and what is not to be run again."""
+"""The job log of `errand-boy map`: which commands have run, and must not run again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TITLE = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command MaxR
 
 
 class Seqs:
-    """Numbers of commands: a bit for each, since there may be millions."""
+    """A set of commands' numbers, with a bit for each, since there may be millions."""
 
     def __init__(self) -> None:
         self._bits = bytearray()
@@ -25,7 +25,7 @@ class Seqs:
         return seq >> 3 < len(self._bits) and bool(self._bits[seq >> 3] & 1 << (seq & 7))
 
     def put(self, seq: int, there: bool) -> None:
-        """Have it be one of them, or not."""
+        """Add or remove a number."""
         if seq >> 3 >= len(self._bits):
             self._bits.extend(bytes((seq >> 3) + 1 - len(self._bits) + (len(self._bits) >> 1)))
         if there:
@@ -35,7 +35,7 @@ class Seqs:
 
 
 class JobLog:
-    """What has been run, a line for each command, in the order of their ends.
+    """The commands that have run, a line for each, in the order of their ends.
 
     The columns are GNU parallel's, and MaxRSS (KiB). `done` are the numbers (from 1) of the
     commands that it had already and with `resume` are not to be run again; with `resume_failed`
@@ -52,11 +52,11 @@ class JobLog:
             self._write(_TITLE.replace(" ", "\t").encode())
 
     def _read(self, without_failed: bool) -> bool:
-        """Read what is there; return whether there is anything."""
+        """Read the existing log; return whether there is anything in it."""
         whole = rows = 0
         with open(self._fd, "rb", closefd=False) as file:
             for line in file:
-                if not line.endswith(b"\n"):  # it was cut short: that command is run again
+                if not line.endswith(b"\n"):  # it was cut short: that command runs again
                     break
                 whole += len(line)
                 fields = line.split(b"\t", 8)
@@ -68,7 +68,7 @@ class JobLog:
                     raise OSError(errno.EINVAL, f"the job log has a command {seq}")
                 is_done = not without_failed or fields[6:8] == [b"0", b"0"]
                 self.count += is_done - (seq in self.done)
-                self.done.put(seq, is_done)  # the last line about it counts
+                self.done.put(seq, is_done)  # the last line about a command counts
         os.ftruncate(self._fd, whole if rows else 0)
         return rows > 0
 
@@ -91,7 +91,7 @@ class JobLog:
         self._write(b"%b\t%b\t%d\n" % (line, written(result.args), peak))
 
     def _write(self, line: bytes) -> None:
-        """Write it at once: who is killed leaves a log to resume from."""
+        """Write it at once, so that the log is useful if this process is killed."""
         while line:
             line = line[os.write(self._fd, line) :]
 

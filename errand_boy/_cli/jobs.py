@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(text: str) -> int:
-    """Return the number of commands at a time for what -j was given. Raises ValueError."""
+    """Return the number of commands at a time for the value of -j. Raises ValueError."""
     match = _JOBS.fullmatch(text)
     if match is None or (match[1] and match[3]):
         raise ValueError(f"{text.strip()} is not a number of commands: N, +N, -N, N% or a file")
@@ -48,7 +48,7 @@ def parse(text: str) -> int:
 
 
 class Jobs:
-    """The number of commands at a time that `text` stands for. Raises ValueError and OSError."""
+    """The number of commands at a time, from the value of -j. Raises ValueError and OSError."""
 
     def __init__(self, text: str) -> None:
         self.path: str | None = None
@@ -67,7 +67,7 @@ class Jobs:
     def read(self) -> bool:
         """Read the file again if it has changed; return whether the number has.
 
-        What is no number, or is gone, changes nothing: the file may be about to be written.
+        A file that has no number or has gone changes nothing, since it may be about to be written.
         """
         assert self.path is not None
         before = self.count

@@ -19,7 +19,7 @@ _ENVIRONMENT = {
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     return argparse.ArgumentParser(
         prog=prog,
         description="Write the manual page errand-boy(1), for man(1): errand-boy man | man -l -",

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from errand_boy._cli.template import Template
 
 _MOST_FAILED = 101  # the exit status for so many, or more
-_TROUBLE = 125  # the exit status for what errand-boy itself could not do
+_TROUBLE = 125  # the exit status if errand-boy itself failed
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return what reads the command line, but for `:::` and what follows."""
+    """Return the parser of the command line, without `:::` and what follows."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="errand-boy map [option ...] [--] [COMMAND [ARGUMENT ...]] "
@@ -82,7 +82,7 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the words from the command on.
 
-    The options end where the command begins; and `-j -1` has a value that begins as options do.
+    The options end where the command begins. The value in `-j -1` begins like an option.
     """
     takes_value = {
         option: action.nargs != 0 for action in parser._actions for option in action.option_strings
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Run the commands; return the exit status.
 
     It is the number of commands that failed, 101 for more than 100 of them; after a halt the
-    return code of the command that was the reason; 125 for what errand-boy itself could not do.
+    return code of the command that caused it; 125 if errand-boy itself failed.
     Raises UsageError.
     """
     policy = failing.halt(options)
@@ -214,12 +214,12 @@ def _source(options: argparse.Namespace, given: inputs.Inputs, count: int) -> in
 
 
 def _check_program(command: Sequence[str], make: Template) -> None:
-    """Raise UsageError for a command's line that is given as one word, without --shell."""
+    """Raise UsageError for a command line that is given as one word, without --shell."""
     if make.shell or not command or len(command[0].split()) < 2 or shutil.which(command[0]):
         return
     word = command[0]
     program = word.split()[0]
-    if "/" not in program or shutil.which(program):  # else {} may yet make a path of it
+    if "/" not in program or shutil.which(program):  # otherwise {} may still make it a path
         raise UsageError(
             f"{word!r} is one word, and no program has that name: write its words without "
             "the quotes around them all, or use --shell to have a shell read it"
@@ -261,7 +261,7 @@ def _run(
         commands.on_made = on_made
     if options.celery is not None:
         cluster.take_signals()
-    else:  # to die of these is enough: the helper ends what runs when it sees our end
+    else:  # dying of these is enough: the helper ends what runs when it sees our end
         for number in (signal.SIGINT, signal.SIGPIPE):
             if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
                 signal.signal(number, signal.SIG_DFL)
@@ -304,7 +304,7 @@ def _show(source: inputs.Source, commands: Commands) -> int:
 
 
 def _drive(work: Batch, source: inputs.Source) -> Generator[Result, None, None]:
-    """As _map.drive, but wait for input too."""
+    """Do as _map.drive, but also wait for input."""
     wait = _map.waiter(work)
     reads = False
     while True:

@@ -1,4 +1,4 @@
-"""What `errand-boy map` writes of its commands, and when."""
+"""What `errand-boy map` writes about its commands, and when."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Sink: TypeAlias = "_Live | _Kept"
 
-KEPT = 1 << 20  # bytes of output in memory for each command; a longer one is in a file
+KEPT = 1 << 20  # bytes of output in memory for each command; longer output is in a file
 
 _COPIED = 1 << 16  # bytes at a time
 
@@ -94,10 +94,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Output:
-    """Writes what `options` say. Raises UsageError.
+    """Writes output as `options` say. Raises UsageError.
 
-    `names` are those of a header's columns, `origins` those of Commands. `open_output`, if not
-    None, is for the batch.
+    `names` are those of a header's columns, `origins` those of Commands. `open_output`, or None, is
+    for the batch.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Output:
 
     @property
     def uses_slot(self) -> bool:
-        """Whether it asks for slots."""
+        """Whether it needs the slots of commands."""
         own = None if self._files is None else self._files.own
         return any(template is not None and template.uses_slot for template in (self._tag, own))
 
@@ -168,7 +168,7 @@ class Output:
         return sink
 
     def tag(self, index: int) -> bytes:
-        """Return what a line of the command's begins with."""
+        """Return the beginning of each line of a command."""
         if self._tag is None:
             return b""
         origin = self._origins[index]
@@ -189,7 +189,7 @@ class Output:
                 sink.close()
 
     def write(self, result: Result) -> None:
-        """Write what is to be written of a command at its turn."""
+        """Write the output of a command at its turn."""
         index = result.index
         self.before_writing()
         sinks = self._sinks.pop(index, (None, None))
@@ -231,7 +231,7 @@ class Output:
 
 
 def tell(result: Result, what: object) -> None:
-    """Say something of a command, on standard error."""
+    """Write a message about a command to standard error."""
     text = f"errand-boy: {os.fsdecode(written(result.args))}: {what}\n"
     sys.stderr.buffer.write(os.fsencode(text))
 
@@ -259,7 +259,7 @@ def _copy(file: IO[bytes], to: IO[bytes], tag: bytes) -> None:
 
 
 class _Live:
-    """Output that is written by whole lines as it comes; or kept, until it is released."""
+    """Output that is written in whole lines as it comes, or kept until it is released."""
 
     data = b""
     file = None
@@ -292,7 +292,7 @@ class _Live:
             self._rest += rest
 
     def release(self) -> None:
-        """Write what was kept, and the rest as it comes."""
+        """Write what was kept, and from then on what comes."""
         held, self._held = self._held, None
         if held is not None:
             while data := held.read(_COPIED):
@@ -300,7 +300,7 @@ class _Live:
             held.close()
 
     def end(self) -> None:
-        """Write a line that has no end."""
+        """Write the last line if it has no line end."""
         if self._rest:
             self._to.write(self._tag + self._rest)
             self._rest = b""
@@ -349,7 +349,7 @@ class _Files:
             self.own = template if template.has_field else None
 
     def create(self, origin: Origin) -> None:
-        """Have the files for a command, empty. Raises OSError."""
+        """Create empty files for a command. Raises OSError."""
         if self._results is None:
             from tempfile import mkstemp  # noqa: PLC0415
 
@@ -378,18 +378,18 @@ class _Files:
         self._paths[origin.seq] = out, err
 
     def path(self, origin: Origin, number: int) -> bytes | None:
-        """Return where an output of a command's is; None: not in a file."""
+        """Return the path of an output of a command; None if it is not in a file."""
         return self._paths[origin.seq][number]
 
     def forget(self, origin: Origin) -> None:
-        """Take note that nobody asks for them any more."""
+        """Take note that the files of a command are not needed any more."""
         with contextlib.suppress(KeyError):
             del self._paths[origin.seq]
 
 
 def _file_name(value: bytes) -> bytes:
-    """Return a value as one name of a file, nearly as GNU parallel makes it."""
+    """Return a value as the name of a file, nearly as GNU parallel does."""
     escaped = value.replace(b"\\", b"\\\\").replace(b"\t", b"\\t").replace(b"\0", b"\\0")
     escaped = escaped.replace(b"/", b"\\_")
-    # The last three would be no name of a file in that place.
+    # The last three can't be names of files there.
     return b"\\" + escaped if escaped in (b"", b".", b"..") else escaped

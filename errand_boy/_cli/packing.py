@@ -78,7 +78,7 @@ def packed(
     make: Callable[[Values], Sequence[bytes] | bytes],
     jobs: int,
 ) -> Records:
-    """Return the values of each command. `make` makes one of such values."""
+    """Yield the values for each command. `make` makes a command of such values."""
     if options.pack is not None:
         if options.max_args == 0:
             raise UsageError("-n 0 gives no arguments to pack")
@@ -127,7 +127,7 @@ def _fitting(
         alone = size(record)
         if alone > most:
             raise UsageError(f"an argument is too long for a command of {most} bytes")
-        more = size(record + record) - alone  # what it adds to others
+        more = size(record + record) - alone  # how much it adds to the others
         if used + more > most or len(held) == count:
             yield _joined(held)
             held, used = [], 0

@@ -1,4 +1,4 @@
-"""What the options of several commands have in common."""
+"""Common parts of the options of several subcommands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WHERE = (
 
 
 class UsageError(ValueError):
-    """What was asked for makes no sense."""
+    """The command line makes no sense."""
 
 
 def add_socket(
@@ -29,7 +29,7 @@ def add_socket(
 
 
 def message(error: BaseException) -> str:
-    """Return what an exception says, for a line on standard error."""
+    """Return the text of an exception, for a line on standard error."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return f"{where}{error.strerror}"
@@ -37,7 +37,7 @@ def message(error: BaseException) -> str:
 
 
 def number(of: type[int] | type[float], least: float) -> Callable[[str], float]:
-    """Return what makes a number, `least` or more, of an option's text, for argparse's `type`."""
+    """Return a function for argparse's `type` that makes a number, `least` or more."""
 
     def parse(text: str) -> float:
         value = of(text)

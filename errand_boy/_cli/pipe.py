@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def size(text: str) -> int:
-    """Return the bytes that a SIZE means. Raises UsageError."""
+    """Return a SIZE in bytes. Raises UsageError."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise UsageError(f"--block {text} is not a size, as 10M or 64k")
@@ -63,9 +63,9 @@ def size(text: str) -> int:
 
 
 class Divider:
-    """Divides bytes into blocks of whole records, as far as they have come. No I/O.
+    """Divides bytes into blocks of whole records, as they come. No I/O.
 
-    A block has `count` records; without that, as many as `most` bytes have, but at least one.
+    A block has `count` records; without that, as many as `most` bytes hold, but at least one.
     """
 
     def __init__(self, end: bytes, start: bytes, most: int, count: int | None) -> None:
@@ -82,7 +82,7 @@ class Divider:
         self._data += data
 
     def header(self, lines: int) -> bytes | None:
-        """Take the first lines; None: they are not there yet."""
+        """Take the first lines; return None if they have not come yet."""
         end = 0
         for _ in range(lines):
             end = self._data.find(b"\n", end) + 1
@@ -91,7 +91,7 @@ class Divider:
         return self._take(end)
 
     def block(self, final: bool) -> bytes | None:
-        """Take the next block; None: it has not come yet. `final`: nothing more will come."""
+        """Take the next block; return None if it has not come. `final`: nothing more will come."""
         end = self._by_count() if self._count is not None else self._by_size(final)
         if end is None:
             return self._take(len(self._data)) if final and self._data else None
@@ -100,7 +100,7 @@ class Divider:
     def _by_count(self) -> int | None:
         assert self._count is not None
         while self._records < self._count:
-            # Not at the very beginning: there it would be the start of the first record.
+            # Not at the very beginning, which is the start of the first record.
             found = self._data.find(self._boundary, max(self._looked, 0 if self._end else 1))
             if found < 0:
                 self._looked = max(self._looked, len(self._data) - len(self._boundary) + 1)
@@ -129,7 +129,7 @@ class Divider:
 
 
 class Blocks(Source):
-    """The blocks of a descriptor. `data` is the one of the record that was taken last."""
+    """The blocks of a descriptor. `data` is the block of the record that was taken last."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         end, start = _boundaries(options)
@@ -170,7 +170,7 @@ class Blocks(Source):
 
 
 class Parts(Source):
-    """The blocks of a file, by offsets. `data` is as Blocks has it. Raises UsageError, OSError."""
+    """The blocks of a file, by offsets. `data` is as in Blocks. Raises UsageError and OSError."""
 
     def __init__(self, options: argparse.Namespace, paths: Sequence[str], jobs: int) -> None:
         if len(paths) != 1 or paths[0] == STDIN:
@@ -209,7 +209,7 @@ class Parts(Source):
             at = stop
 
     def _find(self, at: int, boundary: bytes, end: int) -> int:
-        """Return where a record ends, from `at` on."""
+        """Return the end of the first record that ends after `at`."""
         rest = b""
         while data := os.pread(self._fd, _CHUNK, at):
             rest += data

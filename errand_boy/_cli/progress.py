@@ -1,4 +1,4 @@
-"""What `errand-boy map` shows while it runs, and what it writes about that afterwards."""
+"""What `errand-boy map` shows while it runs, and its report afterwards."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Progress:
         self._tally.total = number
 
     def read_ahead(self, source: Source) -> None:
-        """Read all of the input if that is asked for."""
+        """Read all of the input if the options ask for that."""
         if self._reads_ahead:
             source.read_all()
 
@@ -84,7 +84,7 @@ class Progress:
         tick()
 
     def count(self, seq: int, result: Result) -> None:
-        """Take note of a command's end."""
+        """Take note of the end of a command."""
         if self._report is not None:
             self._report.add(seq, result)
         if self._bar is not None:

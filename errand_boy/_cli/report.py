@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from errand_boy._result import Result
 
-_MOST_BARS = 20_000  # beyond it those that are close together are one
+_MOST_BARS = 20_000  # with more commands, those close together become one bar
 _BINS = 40
 _SLOWEST = 10
 _MOST_FAILURES = 200  # with their output
 _TAIL = 2000  # bytes of output
 _MOST_WORDS = 300  # characters of a command
-_COLUMNS = 2000  # of the chart, for what is close together
+_COLUMNS = 2000  # of the chart, within which commands become one bar
 
 
 class Report:
@@ -32,7 +32,7 @@ class Report:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        with open(path, "a"):  # else it would fail after all of the work
+        with open(path, "a"):  # otherwise it would fail after all the work
             pass
         self._starts = array("d")
         self._durations = array("d")
@@ -44,7 +44,7 @@ class Report:
         self._count_failed = 0
 
     def add(self, seq: int, result: Result) -> None:
-        """Take note of a command's end."""
+        """Take note of the end of a command."""
         self._starts.append(result.started)
         self._durations.append(result.duration)
         self._slots.append(result.slot)
@@ -61,7 +61,7 @@ class Report:
                 self._failures.append((seq, _words(result), _end(result), _tail(result)))
 
     def write(self) -> None:
-        """Write it, in place of what is there. Raises OSError."""
+        """Write it, replacing the file. Raises OSError."""
         draft = f"{self._path}.{os.getpid()}"
         try:
             with open(draft, "w", encoding="utf-8", errors="replace") as file:
@@ -155,7 +155,7 @@ def _end(result: Result) -> str:
 
 
 def _tail(result: Result) -> str:
-    """Return the end of what a command has written."""
+    """Return the end of a command's output."""
     tails = []
     for kept, file in ((result.stdout, result.stdout_file), (result.stderr, result.stderr_file)):
         data = (kept or b"")[-_TAIL:]
@@ -182,7 +182,7 @@ def _time(seconds: float) -> str:
 
 
 def _histogram(values: array[float]) -> str:
-    """Return bars of how many took how long, as SVG; the scale is linear, the last bin is open."""
+    """Return a histogram of durations, as SVG; the scale is linear, the last bin is open."""
     if not values:
         return "<p>None.</p>\n"
     ordered = sorted(values)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _EXPIRED = 124  # the exit status
 
-# What a supervisor or a user sends to one process; the terminal sends its own to the whole group.
+# Signals from a supervisor or a user to one process; the terminal's go to the whole group.
 _FORWARDED = {
     signal.SIGHUP,
     signal.SIGINT,
@@ -31,7 +31,7 @@ _FORWARDED = {
     signal.SIGUSR2,
     signal.SIGWINCH,
 }
-# The daemon's commands are not in this process's session, so the terminal stops us only.
+# The daemon's commands are not in this process's session, so the terminal stops only us.
 
 _JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
 
@@ -45,18 +45,19 @@ def run(
     *,
     classic: bool = False,
 ) -> int:
-    """Run a command; return its status as a shell gives it: 128 + n for an end by signal n.
+    """Run a command; return its exit status as a shell does: 128 + n for an end by signal n.
 
-    After `timeout` seconds it is ended, and the status is 124, as that of timeout(1); so is that of
-    one that is ended by its limit of `wall` seconds.
+    After `timeout` seconds it is ended, and the status is 124, as that of timeout(1); so it is
+    after the limit of `wall` seconds.
 
-    The daemon runs it that listens at `socket` or at ``$ERRAND_BOY_SOCKET``; without both, that
-    which listens where daemons do by default, and if none does, or if `socket` is false, it is a
-    child of this process. `options` are Popen's; `stats` is the form in which standard
-    error gets what it has used, or None. `classic`: daemons listen where those of 2014 do.
+    The daemon at `socket` or at ``$ERRAND_BOY_SOCKET`` runs it; without both, the daemon at a
+    default path. If none listens there, or `socket` is false, it is a child of this process.
+
+    `options` are Popen's. `stats` is the format in which standard error gets the usage, or None.
+    `classic`: daemons listen where those of 2014 do.
     """
     early: list[int] = []
-    # What is ignored (nohup, a shell's background job) stays so, for the command too.
+    # Ignored signals (nohup, a shell's background job) stay ignored, for the command too.
     candidates = _FORWARDED | _JOB_CONTROL
     forwarded = {n for n in candidates if signal.getsignal(n) is not signal.SIG_IGN}
     for number in forwarded:
@@ -80,7 +81,7 @@ def run(
         _forward(process, early_one)
     while process.returncode is None:
         info = signal.sigwaitinfo(awaited)
-        # A positive code: the kernel's, for the terminal, which has told a child of our own too.
+        # A positive code means the terminal, which has sent the signal to our own child, too.
         by_terminal = info.si_code > 0 and not isinstance(process, _client.Popen)
         if info.si_signo != signal.SIGCHLD and not by_terminal:
             _forward(process, info.si_signo)
@@ -96,7 +97,7 @@ def run(
 
 
 def exit_status(ended: _popen.Popen[Any] | JobResult) -> int:
-    """Return the exit status that says how a command has ended."""
+    """Return the exit status for the end of a command."""
     if ended.cause == "timeout":  # its limit, wall
         return _EXPIRED
     status: int = ended.returncode
@@ -110,9 +111,9 @@ def start(
     classic: bool = False,
     **options: Any,
 ) -> _popen.Popen[Any] | int:
-    """Start a command by who is to run it, see `run`; return it.
+    """Start a command, as `run` says; return its process object.
 
-    If that fails, say why on standard error, and return the exit status.
+    If that fails, write why to standard error, and return the exit status.
     """
     try:
         if socket is not False:
@@ -129,7 +130,7 @@ def start(
 
 
 def failure(error: OSError | ValueError, argv: Sequence[str]) -> int:
-    """Say on standard error why a command could not be started; return the exit status."""
+    """Write to standard error why a command could not be started; return the exit status."""
     if not isinstance(error, OSError):
         print(f"errand-boy: {error}", file=sys.stderr)
         return 125
@@ -157,7 +158,7 @@ def _await_end(
         process.wait()
     except OSError as error:
         failures.append(error)
-    # The kernel sends one for a child of our own only, and that may have come before the wait.
+    # The kernel sends it only for our own child, and it may have come before the wait.
     os.kill(os.getpid(), signal.SIGCHLD)
 
 

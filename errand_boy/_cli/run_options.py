@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="errand-boy run [option ...] [--] COMMAND [ARGUMENT ...]",

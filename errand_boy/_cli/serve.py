@@ -14,7 +14,7 @@ from errand_boy._cli.parsing import add_socket, number, user
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Listen on a Unix socket, or on the one that systemd hands over, and start "
@@ -188,7 +188,7 @@ def _group(text: str) -> int:
 def run_server(
     parser: argparse.ArgumentParser, options: argparse.Namespace, *, classic: bool = False
 ) -> int:
-    """Become the daemon that `options` describe; does not return but for an error."""
+    """Become the daemon that `options` describe; return only for an error."""
     values = vars(options)
     kept = {name: value for name, value in values.items() if name != "transport"}
     kept["socket"] = os.path.abspath(options.socket or _address.default_path(classic=classic))
@@ -200,7 +200,7 @@ def run_server(
     kept["version"] = errand_boy.__version__
     program = os.path.join(os.path.dirname(errand_boy.__file__), "_daemon", "serve.py")
     if getattr(sys, "frozen", False) or not sys.executable or not os.path.isfile(program):
-        # sys.executable would be the application, which would run once more.
+        # sys.executable would be the application, which would run again.
         parser.error(
             "the daemon needs a Python interpreter and errand_boy as files, and this program is "
             "frozen: install errand-boy with pip, and start its daemon"
@@ -208,7 +208,7 @@ def run_server(
     argument = json.dumps({"path": _safe_path(), "options": kept})
     sys.stdout.flush()
     sys.stderr.flush()
-    # The same process, so that its supervisor finds it, but without what this command line took.
+    # In the same process, for its supervisor, but without the memory of this command line.
     os.execv(sys.executable, [sys.executable, "-I", "-S", program, argument])
 
 

@@ -12,7 +12,7 @@ from errand_boy._cli.parsing import add_socket, number
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Show what the daemon is doing: its helpers, its live commands, totals, and "

@@ -1,4 +1,4 @@
-"""The command of `errand-boy map` for its arguments: what replaces {}, and what a shell gets."""
+"""The command of `errand-boy map`: what replaces {}, and what a shell gets."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 _PLACE = b"{}"
 _VARIABLE = b"errand_boy_"
 
-# Where none of these is, a quoted word is one word. Elsewhere it may be within quotes, a comment,
-# a here-document or an arithmetic expression, and end it.
+# Without any of these before it, a quoted word is one word. Otherwise it may be in quotes, in a
+# comment, a here-document or an arithmetic expression, and end that.
 _INTRICATE = re.compile(rb"['\"\\`#$]|<<")
-# What has a meaning to a shell; not what merely could have one, as { or ~ within a word.
+# Characters with a meaning to a shell; not those that only could have one, as { or ~ in a word.
 _OPERATORS = "|&;<>()$`*"
 
 
-# -- what is done with a value --
+# -- functions of a value --
 
 
 _EXTENSIONS = [re.compile(rb"(?:\.[^/.]+){%d}\Z" % count) for count in (1, 2, 3)]
 
 
 def _no_extension(value: bytes, count: int = 1) -> bytes:
-    """Return `value` without its last extensions; whole, if there are fewer."""
+    """Return `value` without its last extensions, or unchanged if there are fewer."""
     return _EXTENSIONS[count - 1].sub(b"", value)
 
 
@@ -108,7 +108,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Field:
-    """A replacement string: which of the values, and what of them."""
+    """A replacement string: of which values, and what part of them."""
 
     __slots__ = ("change", "index", "special")
 
@@ -131,7 +131,7 @@ class Field:
         else:
             try:
                 chosen = [values[self.index]]
-            except IndexError:  # of a source, a column or a group that has no so many
+            except IndexError:  # of a source, a column or a group that has fewer
                 chosen = [b""]
         return chosen if self.change is None else [self.change(value) for value in chosen]
 
@@ -139,10 +139,10 @@ class Field:
 class Template:
     """Makes the command for the values of its arguments.
 
-    `words` are the command's; none: the values are a command's line. `names` are those of the
-    values, from a header. With `shell` the first word is for the shell to parse; the others, and
-    the values, never are. `contexts`: several values replace {} together with the word around it.
-    Raises UsageError for a name that is none.
+    `words` are those of the command; without any, the values are a command line. `names` are those
+    of the values, from a header. With `shell`, the shell parses the first word, but not the
+    others or the values. `contexts`: several values replace {} together with the word around
+    it. Raises UsageError for an unknown name.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Template:
         if words and appends and not fields:
             self._words.append([Field(None)])
             encoded.append(_PLACE)
-        # By far the most frequent: words, and one value in the place of some.
+        # The most frequent case by far: words, some of which one value replaces.
         self._simple: list[bytes | None] | None = None
         if not shell and encoded and all(map(_is_simple, self._words)):
             self._simple = [
@@ -223,17 +223,17 @@ class Template:
         return words
 
     def text(self, values: Sequence[bytes], seq: int, slot: int) -> bytes:
-        """Return what the words stand for as one text."""
+        """Return the words, with replacements, as one text."""
         words = [word for parts in self._words for word in self._expand(parts, values, seq, slot)]
         return b" ".join(words)
 
     def _expand(
         self, parts: Sequence[Part], values: Sequence[bytes], seq: int, slot: int
     ) -> list[bytes]:
-        """Return the words that a word stands for.
+        """Return the words that replace a word.
 
-        Of several values each makes a word: with `contexts` of all that is around it, else the
-        first of what is before it, and the last of what is behind.
+        With several values, each makes a word. With `contexts` each gets all of the text around it,
+        else the first one gets the text before and the last one the text after.
         """
         words = [b""]
         if self._contexts:
@@ -267,7 +267,7 @@ class Template:
             quoted = quote(value)
             if quoted == value or not self._is_intricate:
                 return quoted
-            # Not pasted: a {} that is within quotes would end them. A variable is not parsed again.
+            # Not pasted, since a {} in quotes could end them. A variable is not parsed again.
             name = _VARIABLE + b"%d" % (len(variables) + 1)
             variables.append(b"%b=%b; " % (name, quoted))
             return b'"$%b"' % name
@@ -301,7 +301,7 @@ def _pattern(names: Sequence[bytes], renamed: Sequence[bytes]) -> re.Pattern[byt
 
 
 def renamed(options: argparse.Namespace) -> list[tuple[bytes, bytes]]:
-    """Return the own names of replacement strings, and what they stand for."""
+    """Return the user's names of replacement strings, and the strings that they replace."""
     found = [(getattr(options, name), place) for *_, name, place in _RENAMED]
     if "" in [new for new, _ in found]:
         raise UsageError("a replacement string must not be empty")
@@ -309,7 +309,7 @@ def renamed(options: argparse.Namespace) -> list[tuple[bytes, bytes]]:
 
 
 def split(line: bytes) -> list[bytes]:
-    """Return the words of a command's line. Raises UsageError if only a shell can tell them."""
+    """Return the words of a command line. Raises UsageError if only a shell can divide it."""
     text = os.fsdecode(line)
     try:
         words = shlex.split(text)
@@ -322,11 +322,11 @@ def split(line: bytes) -> list[bytes]:
 
 
 def _needs_shell(text: str) -> str:
-    """Return the first character outside quotes that only a shell gives its meaning, or ""."""
+    """Return the first character outside quotes that only a shell can interpret, or ""."""
     unquoted = re.sub(r"\\.|'[^']*'|\"(?:\\.|[^\"$`\\])*\"", "", text, flags=re.DOTALL)
     return next((character for character in unquoted if character in _OPERATORS), "")
 
 
 def quote(word: bytes) -> bytes:
-    """Return `word` as a shell's one word."""
+    """Return `word` quoted as one word for a shell."""
     return os.fsencode(shlex.quote(os.fsdecode(word)))

@@ -30,7 +30,7 @@ from errand_boy.terminal import (
 
 _CHUNK = 1 << 16  # bytes
 _FILL = _CHUNK - 4096  # a terminal gives no more at once
-_MOST_TYPED = 1 << 16  # bytes that wait for the command to read
+_MOST_TYPED = 1 << 16  # bytes that wait until the command reads
 _FORWARDED = {
     signal.SIGHUP,
     signal.SIGINT,
@@ -50,8 +50,8 @@ def run(
 ) -> int:
     """Run a command on a new terminal; return its status as a shell gives it.
 
-    If standard input is a terminal, that one is raw meanwhile, and the new one is like it. With
-    `record`, what is on it goes into a file of that name too, in the form of asciicast v2.
+    If standard input is a terminal, it is raw in the meantime, and the new one is like it. With
+    `record`, what is shown is also written to a file of that name, as asciicast v2.
     `options` are Popen's.
     """
     outer = Outer()
@@ -82,7 +82,7 @@ def run(
 
 @contextlib.contextmanager
 def catching(numbers: set[signal.Signals]) -> Iterator[int]:
-    """Have signals written, a byte each, to a pipe; what is yielded is its other end."""
+    """Have signals written to a pipe, a byte each; yield the other end of it."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -97,7 +97,7 @@ def catching(numbers: set[signal.Signals]) -> Iterator[int]:
 
 
 class Outer:
-    """The terminal that this process has, if it has one. A context manager: raw within.
+    """The terminal of this process, if it has one. As a context manager, it makes that raw.
 
     With `interrupts`, ^C and ^Z keep their meaning there.
     """
@@ -110,7 +110,7 @@ class Outer:
         self._tty = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
 
     def size(self) -> tuple[int, int, int, int]:
-        """Return its rows and columns, and the same in pixels."""
+        """Return its rows and columns, and its size in pixels."""
         found = (0, 0, 0, 0) if self._tty is None else get_size(self._tty)
         return found if found[0] and found[1] else (24, 80, 0, 0)
 
@@ -131,12 +131,12 @@ class Outer:
             self._set(self.saved)
 
     def _set(self, attributes: list[Any]) -> None:
-        # One that has hung up has no attributes.
+        # A terminal that has hung up has no attributes.
         with contextlib.suppress(termios.error):
             termios.tcsetattr(0, termios.TCSADRAIN, attributes)
 
     def is_suspend(self, typed: bytes) -> bool:
-        """Return whether a key stands for the suspension of what runs."""
+        """Return whether a key suspends what runs."""
         return self.saved is not None and typed == self.saved[6][termios.VSUSP] != b"\0"
 
 
@@ -162,7 +162,7 @@ class _Session:
         self._failure: OSError | None = None
 
     def run(self) -> int:
-        """Move what is typed and what is shown, until the command has ended."""
+        """Move keys and output until the command has ended."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
         waiter = threading.Thread(target=self._await_end, args=[writer], daemon=True)
         waiter.start()
@@ -210,7 +210,7 @@ class _Session:
         os.write(writer, b"\0")
 
     def _show(self) -> bool:
-        """Pass on what the command has written; return whether more may come."""
+        """Pass on the command's output; return whether more may come."""
         size, goes_on = self._read_screen()
         data = self._buffer[:size]
         if self._recording is not None:
@@ -220,7 +220,7 @@ class _Session:
                 data = data[os.write(1, data) :]
             except BlockingIOError:
                 wait_for(select, [], [1])
-            except OSError:  # nobody looks any more
+            except OSError:  # nobody reads the output any more
                 self._hang_up()
                 return False
         return goes_on
@@ -228,14 +228,14 @@ class _Session:
     def _read_screen(self) -> tuple[int, bool]:
         """Fill the buffer with what there is; return how much, and whether more may come.
 
-        One write for many reads: that halves the time that this process takes.
+        One write for many reads halves the time that this process takes.
         """
         size = 0
         while size <= _FILL:
             try:
                 got = self._screen.readinto(self._buffer[size:])
             except OSError as error:
-                if error.errno != errno.EIO:  # nobody has the other side open
+                if error.errno != errno.EIO:  # no process has the other side open
                     raise
                 return size, False
             if got is None:
@@ -303,8 +303,8 @@ class _Session:
                 self._recording.resize(size)
 
     def _would_ignore_suspend(self) -> bool:
-        # The command's own group is one that the kernel does not stop from the keyboard, since no
-        # process of its session could wake it. A shell's jobs are others.
+        # The kernel does not stop the command's own group from the keyboard, since no process of
+        # its session could continue it. A shell's jobs are different.
         with contextlib.suppress(OSError):
             flags = self._terminal.attributes()[3]
             return bool(flags & termios.ISIG) and (
@@ -313,18 +313,18 @@ class _Session:
         return False
 
     def _suspend(self) -> None:
-        """Stop the command and this process, as ^Z would if they were one; go on after `fg`."""
+        """Stop the command and this process, as ^Z would if they were one; continue after `fg`."""
         self._signal(signal.SIGSTOP)
         self._outer.__exit__()
         os.kill(os.getpid(), signal.SIGSTOP)
         self._outer.__enter__()
         self._resize()
         self._signal(signal.SIGCONT)
-        self._signal(signal.SIGWINCH)  # it may be another screen by now
+        self._signal(signal.SIGWINCH)  # the screen may have changed by now
 
 
 class Recording:
-    """A file in the form of asciicast v2: a line with what it is of, and one for each event."""
+    """A file of asciicast v2: a line about the recording, and one for each event."""
 
     def __init__(self, path: str, size: tuple[int, int, int, int], argv: Sequence[str]) -> None:
         self._file = open(path, "w", encoding="utf-8")
@@ -361,7 +361,7 @@ class Recording:
         self._file.close()
 
     def discard(self) -> None:
-        """Remove the file: nothing has run."""
+        """Remove the file, because nothing has run."""
         self._file.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)

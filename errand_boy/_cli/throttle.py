@@ -1,4 +1,4 @@
-"""When `errand-boy map` starts no commands for a while, or has some pause."""
+"""When `errand-boy map` starts no commands for a while, or pauses some."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from errand_boy._batch import Batch
     from errand_boy._job import Job
 
-_INTERVAL = 0.1  # seconds between looks at what the kernel counts
+_INTERVAL = 0.1  # seconds between looks at the kernel's counts
 _PAUSE = 0.5  # seconds between looks at the memory, for those that may have to pause
 
 
@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Gate:
-    """Says when a command may be started, by the options of this module. Raises UsageError."""
+    """Decides when a command may be started, by the options of this module. Raises UsageError."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._delay = options.delay
@@ -75,7 +75,7 @@ class Gate:
         if now - self._looked >= _INTERVAL:
             self._look(live)
             self._looked = now
-        # Those that have been started since are not in the kernel's figures yet.
+        # The kernel's figures don't count commands that were started since.
         running = self._running + live - self._live
         if self._most_running is not None and running >= self._most_running:
             return _INTERVAL
@@ -103,7 +103,7 @@ def gate(options: argparse.Namespace) -> Gate | None:
 
 
 class Pauses:
-    """Has commands of `batch` pause while less than `least` bytes of memory are available."""
+    """Pauses commands of `batch` while less than `least` bytes of memory are available."""
 
     def __init__(self, batch: Batch, least: int) -> None:
         self._batch = batch
@@ -125,7 +125,7 @@ class Pauses:
 
 
 def runnable() -> int:
-    """Return how many processes and threads of the system run or want to, but for this one."""
+    """Return how many other processes and threads of the system run or want to."""
     with open("/proc/loadavg") as file:
         return int(file.read().split()[3].partition("/")[0]) - 1
 

@@ -26,18 +26,18 @@ class Rates:
         self._before: tuple[float, Mapping[str, int]] | None = None
 
     def take(self, at: float, totals: Mapping[str, int]) -> dict[str, float | None]:
-        """Return what came in a second since the last call; None where that is not known."""
+        """Return the rates per second since the last call; None where that is not known."""
         before, self._before = self._before, (at, dict(totals))
         if before is None or at <= before[0]:
             return dict.fromkeys(_COUNTED)
-        # A daemon that is another than before has counted from 0.
+        # A new daemon has counted from 0.
         return {
             name: max(0, totals[name] - before[1][name]) / (at - before[0]) for name in _COUNTED
         }
 
 
 def run(address: Address, interval: float) -> int:
-    """Show it until ^C; return the exit status. A daemon that does not answer may come again."""
+    """Show it until ^C; return the exit status. A daemon that does not answer may come back."""
     try:
         from rich.console import Console  # noqa: PLC0415
         from rich.live import Live  # noqa: PLC0415
@@ -71,7 +71,7 @@ def _look(address: Address, rates: Rates, height: int) -> RenderableType:
 def screen(
     status: Mapping[str, Any], rates: Mapping[str, float | None], height: int
 ) -> RenderableType:
-    """Return what is shown of a status, in so many lines at most."""
+    """Return the screen for a status, with a number of lines at most."""
     from rich.console import Group  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
@@ -140,5 +140,7 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> RenderableT
             name, justify="left" if is_text else "right", no_wrap=True, overflow="ellipsis"
         )
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # no markup: it is anybody's
+        table.add_row(
+            *(Text(str(cell)) for cell in row)
+        )  # not markup, since anybody may have chosen it
     return table

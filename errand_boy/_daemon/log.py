@@ -12,7 +12,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class Log:
-    """Lines on standard error. A line that can't be written is lost, and never holds up the service."""
+    """Lines on standard error. One that can't be written is lost, and holds nothing up."""
 
     _longest = 4096  # bytes that go into a pipe at once, or not at all
 
@@ -54,7 +54,7 @@ class Log:
             line = f"{stamp} {LEVELS[level].upper()} {message}{pairs}"
         data = line.encode("utf-8", "backslashreplace")[: self._longest - 1] + b"\n"
         try:
-            # A reader that has stopped must not stop us; O_NONBLOCK would affect others that have it.
+            # A reader that has stopped must not stop us; O_NONBLOCK would affect others, too.
             if self._poll.poll(0) and os.write(2, data) == len(data):
                 self._lost = 0
                 return
