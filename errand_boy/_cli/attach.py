@@ -17,6 +17,7 @@ from errand_boy._modes import Modes
 from errand_boy.errors import JobLostError
 
 _CHUNK = 1 << 12  # bytes that are typed at once
+_MOST_SHOWN = 64  # pieces, before keys are looked for
 _LOOK = 0.05  # seconds, while there is no descriptor to wait for
 _HELD = 0.5  # seconds that the first of the keys to detach is kept back
 _KEY = re.compile(r"(?:ctrl-|\^)(?P<control>.)|(?P<plain>[^,])|,", re.IGNORECASE | re.DOTALL)
@@ -116,15 +117,9 @@ class _Session:
     def run(self) -> int | None:
         """Return None when the job is over, 0 if keys left it, else the number of a signal."""
         while self._left is None and not self._attachment.is_over:
-            self._wait()
-            for _ in range(64):  # then the keys again
-                event = self._attachment.read_some()
-                if event is None:
-                    break
-                if isinstance(event, Missed):
-                    print_missed(event)
-                else:
-                    self._show(event.stream, event.data)
+            has_more = self._show_some()
+            if self._left is None and not self._attachment.is_over:
+                self._wait(has_more)
         return self._left
 
     def restore(self) -> None:
@@ -133,7 +128,19 @@ class _Session:
             with contextlib.suppress(OSError):
                 write_all(1, self._modes.undoing() + b"\r\n" * (self._left is not None))
 
-    def _wait(self) -> None:
+    def _show_some(self) -> bool:
+        """Show what has come, but not for long; return whether there may be more."""
+        for _ in range(_MOST_SHOWN):
+            event = self._attachment.read_some()
+            if event is None:
+                return False
+            if isinstance(event, Missed):
+                print_missed(event)
+            else:
+                self._show(event.stream, event.data)
+        return True
+
+    def _wait(self, has_more: bool) -> None:
         fd = self._attachment.fileno()
         poll = select.poll()
         poll.register(self._arrived, select.POLLIN)
@@ -144,7 +151,9 @@ class _Session:
             seconds = _LOOK
         else:
             poll.register(fd, select.POLLIN | select.POLLOUT * self._attachment.wants_write)
-        if self._held_until is not None:
+        if has_more:
+            seconds = 0.0
+        elif self._held_until is not None:
             rest = max(0.0, self._held_until - time.monotonic())
             seconds = rest if seconds is None else min(rest, seconds)
         ready = {number for number, _ in poll.poll(None if seconds is None else seconds * 1000)}

@@ -172,8 +172,7 @@ def start(argv: Sequence[str], options: argparse.Namespace, wanted: Mapping[str,
         from errand_boy._cli.terminal import Outer  # noqa: PLC0415
         from errand_boy.terminal import Pty  # noqa: PLC0415
 
-        outer = Outer()
-        more["pty"] = Pty(*outer.size()[:2], termios=outer.saved)
+        more["pty"] = Pty(*Outer().size()[:2])
     elif options.interactive:
         more["stdin"] = errand_boy.PIPE
     try:

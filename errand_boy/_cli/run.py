@@ -137,9 +137,10 @@ def failure(error: OSError | ValueError, argv: Sequence[str]) -> int:
     if isinstance(error, errand_boy.ErrandBoyError):
         print(f"errand-boy: {message(error)}", file=sys.stderr)
         return 125
-    print(f"errand-boy: {argv[0]}: {error.strerror}", file=sys.stderr)
-    missing = isinstance(error, FileNotFoundError) and error.filename is not None
-    return 127 if missing else 126
+    named = os.fsdecode(error.filename or argv[0])  # a directory that an option names, perhaps
+    print(f"errand-boy: {named}: {error.strerror}", file=sys.stderr)
+    missing = isinstance(error, FileNotFoundError) and named == argv[0]
+    return 127 if missing and error.filename is not None else 126
 
 
 def _await_end(

@@ -1,0 +1,419 @@
+"""Commands that outlive their client, from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess as stdlib
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, find_program, script_environment, until
+from daemon import Daemon, started_daemon
+
+import errand_boy
+from errand_boy._cli.attach import DetachKeys
+from errand_boy._modes import Modes, Past
+from errand_boy.terminal import wait_for
+
+errand: Any = errand_boy
+
+COMMAND = [sys.executable, "-m", "errand_boy"]
+
+
+def with_jobs(directory: Path) -> list[str]:
+    places = [f"{directory}/state", f"{directory}/runtime"]
+    return ["--job-state", places[0], "--job-runtime", places[1]]
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    directory = tmp_path_factory.mktemp("daemon")
+    with started_daemon(directory, *with_jobs(directory)) as it:
+        yield it
+
+
+@pytest.fixture(autouse=True)
+def its_socket(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ERRAND_BOY_SOCKET", daemon.path)
+    yield
+    client = errand.connect(daemon.path)
+    for job in client.jobs(all=True):
+        if job.state in ("running", "starting"):
+            job.stop(stop=[signal.SIGKILL])
+        job.remove()
+    client.close()
+
+
+def cli(*arguments: str, **options: Any) -> Any:
+    options = {"stdin": stdlib.DEVNULL, "timeout": PATIENCE, "env": script_environment(), **options}
+    if "input" in options:
+        del options["stdin"]
+    return stdlib.run([*COMMAND, *arguments], capture_output=True, text=True, **options)
+
+
+def detach(*arguments: str, script: str, **options: Any) -> str:
+    done = cli("run", "--detach", *arguments, "--", "sh", "-c", script, **options)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    name, number = done.stdout.split()
+    assert number.isdecimal()
+    return str(name)
+
+
+# -- without a terminal --
+
+
+def test_start_logs_wait_and_remove() -> None:
+    name = detach("--name", "build", script="echo out; echo error >&2; exit 3")
+    assert name == "build"
+    done = cli("logs", "--follow", name)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "error\n")
+    assert cli("wait", name).returncode == 3
+    assert cli("ps", "--quiet").stdout == ""
+    assert cli("ps", "--all", "--quiet").stdout == "build\n"
+    (job,) = json.loads(cli("ps", "--all", "--json").stdout)
+    assert (job["name"], job["state"], job["returncode"], job["cause"]) == (
+        "build",
+        "ended",
+        3,
+        "exit",
+    )
+    assert job["args"][0] == "sh"
+    head, row = cli("ps", "-a").stdout.splitlines()
+    assert head.split() == ["NAME", "ID", "STATE", "STARTED", "TIME", "COMMAND"]
+    assert re.match(r"build +\d+ +exit 3 +\d{4}-", row)
+    assert cli("rm", name).returncode == 0
+    assert cli("ps", "--all", "--quiet").stdout == ""
+    done = cli("logs", name)
+    assert done.returncode == 125
+    assert done.stderr.startswith("errand-boy: ") and "build" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "text"),
+    [
+        (["/none"], 127, "/none: No such file or directory"),
+        (["/etc/passwd"], 126, "/etc/passwd: Permission denied"),
+        (["--cgroup", "/none", "true"], 126, "/none"),
+    ],
+)
+def test_start_that_fails(argv: list[str], status: int, text: str) -> None:
+    done = cli("run", "--detach", *argv)
+    assert done.returncode == status, done
+    assert text in done.stderr
+    assert done.stdout == ""
+    assert cli("ps", "--all", "--quiet").stdout == ""
+
+
+def test_no_daemon(tmp_path: Path) -> None:
+    """Nothing would watch over it: it is not started."""
+    made = tmp_path / "made"
+    for arguments in ["run", "--detach", "touch", str(made)], ["ps"], ["wait", "x"]:
+        done = cli(arguments[0], "--socket", str(tmp_path / "none"), *arguments[1:])
+        assert done.returncode == 125
+        assert str(tmp_path / "none") in done.stderr
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["run", "--detach", "--timeout", "1", "true"], "--timeout"),
+        (["run", "--detach", "--record", "x", "true"], "--record"),
+        (["run", "--name", "x", "true"], "--name needs --detach"),
+        (["run", "--log-size", "1K", "true"], "--log-size needs --detach"),
+        (["logs", "--since", "yesterday", "x"], "--since"),
+    ],
+)
+def test_what_makes_no_sense(arguments: list[str], text: str) -> None:
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert text in done.stderr
+
+
+def test_logs_of_a_time_and_of_the_last_lines() -> None:
+    name = detach(script="echo one; echo two; echo three; printf four")
+    assert cli("wait", name).returncode == 0
+    assert cli("logs", "--tail", "2", name).stdout == "three\nfour"
+    assert cli("logs", "--since", "1h", name).stdout == "one\ntwo\nthree\nfour"
+    assert cli("logs", "--since", "2100-01-01", name).stdout == ""
+    lines = cli("logs", "--timestamps", name).stdout.splitlines()
+    assert [re.sub(r"^\d{4}-\d\d-\d\dT[\d:.]{12}[+-]\d\d:\d\d ", "", line) for line in lines] == [
+        "one",
+        "two",
+        "three",
+        "four",
+    ]
+
+
+def test_logs_say_what_is_lost() -> None:
+    name = detach("--ring", "4K", script="seq 10000")
+    assert cli("wait", name).returncode == 0
+    done = cli("logs", name)
+    lost = re.fullmatch(
+        r"errand-boy: (\d+) bytes of standard output are not kept any more\n", done.stderr
+    )
+    assert lost is not None
+    assert int(lost[1]) + len(done.stdout) == len("".join(f"{n}\n" for n in range(1, 10001)))
+    assert done.stdout.endswith("\n9999\n10000\n")
+
+
+def test_logs_that_nobody_reads() -> None:
+    name = detach("--ring", "1M", script="seq 100000")
+    assert cli("wait", name).returncode == 0
+    command = [*COMMAND, "logs", name]
+    with stdlib.Popen(command, stdout=stdlib.PIPE, stderr=stdlib.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
+
+
+def test_wait_for_several_and_for_too_long() -> None:
+    first = detach(script="exit 2")
+    second = detach(script="kill -TERM $$")
+    third = detach(script="sleep 1000")
+    assert cli("wait", first, second).returncode == 128 + signal.SIGTERM
+    done = cli("wait", "--timeout", "0.1", first, third)
+    assert done.returncode == 124
+    assert f"{third} has not ended" in done.stderr
+
+
+def test_stop() -> None:
+    ready = "echo ready; while :; do sleep 0.01; done"
+    usual = detach(script=f"trap 'echo got TERM; exit 4' TERM; {ready}")
+    own = detach("--stop", "USR1:100,KILL", script=f"trap 'exit 5' USR1; {ready}")
+    other = detach(script=f"trap 'exit 6' USR2; {ready}")
+    for name in usual, own, other:
+        until(lambda name=name: cli("logs", name).stdout == "ready\n")  # type: ignore[misc]
+    assert cli("stop", usual, own).returncode == 0
+    assert cli("stop", "--stop", "USR2:100,KILL", other).returncode == 0
+    assert [cli("wait", name).returncode for name in (usual, own, other)] == [4, 5, 6]
+
+
+def test_remove_what_runs() -> None:
+    name = detach(script="sleep 1000")
+    done = cli("rm", name)
+    assert done.returncode == 125
+    assert "stop it first" in done.stderr
+    assert cli("ps", "-q").stdout == f"{name}\n"
+
+
+def test_log_and_notification(tmp_path: Path) -> None:
+    log, told = tmp_path / "log", tmp_path / "told"
+    notify = f"echo $ERRAND_BOY_NAME $ERRAND_BOY_STATUS $ERRAND_BOY_CAUSE >{told}.new; "
+    notify += f"mv {told}.new {told}"
+    name = detach("--log", str(log), "--notify", notify, script="echo out; exit 3")
+    until(told.exists, "the notification")
+    assert told.read_text() == f"{name} 3 exit\n"
+    assert log.read_text() == "out\n"
+
+
+def test_attach_to_the_standard_streams() -> None:
+    name = detach("-i", script="cat; echo end >&2; exit 3")
+    done = cli("attach", name, input="text\n")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "text\n", "end\n")
+    done = cli("attach", name)
+    assert done.returncode == 125
+    assert f"{name} is over" in done.stderr
+
+
+def test_signal_leaves_the_job() -> None:
+    name = detach(script="echo ready; read x; sleep 1000")
+    with stdlib.Popen([*COMMAND, "attach", name], stdout=stdlib.PIPE, stderr=stdlib.PIPE) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"ready\n"
+        client.terminate()
+        _, errors = client.communicate(timeout=PATIENCE)
+        assert client.returncode == 128 + signal.SIGTERM
+        assert errors.decode() == f"errand-boy: detached from {name}\n"
+    assert cli("ps", "-q").stdout == f"{name}\n"
+
+
+# -- with one --
+
+
+def test_terminal_is_as_large_as_the_one_here_which_is_restored(daemon: Daemon) -> None:
+    """One that is left in the middle of a line, with another screen and a mouse."""
+    line = " ".join(COMMAND)
+    script = "stty size; printf '\\033[?1049h\\033[?1000hready'; read x; exit $x"
+    with errand.Popen(["sh", "-i"], pty=(31, 91), env={**script_environment(), "PS1": "> "}) as it:
+        seen = bytearray()
+
+        def see(pattern: bytes) -> None:
+            while not re.search(pattern, seen):
+                assert wait_for(select, [it.terminal.fileno()], [], PATIENCE)[0], bytes(seen)
+                seen.extend(it.terminal.read(1000))
+
+        it.terminal.write(f"{line} run -dt --name it sh -c {shlex.quote(script)}\n".encode())
+        see(rb"it \d+\r\n")
+        before = termios.tcgetattr(it.terminal.fileno())
+        it.terminal.write(f"{line} attach it\n".encode())
+        see(rb"\x1b\[\?1000h")
+        until(lambda: not termios.tcgetattr(it.terminal.fileno())[3] & termios.ICANON)
+        it.terminal.write(b"\x10\x11")
+        see(rb"detached from it")
+        until(lambda: termios.tcgetattr(it.terminal.fileno())[3] & termios.ICANON)
+        assert termios.tcgetattr(it.terminal.fileno()) == before
+        after = bytes(seen).partition(b"\x1b[?1000h")[2]
+        assert b"\x1b[?1000l" in after and b"\x1b[?1049l" in after
+        it.terminal.write(f"{line} attach --detach-keys ctrl-a,d it; echo status $?\n".encode())
+        until(lambda: not termios.tcgetattr(it.terminal.fileno())[3] & termios.ICANON)
+        it.terminal.write(b"7\r")
+        see(rb"status 7")
+    assert b"31 91" in cli("logs", "it").stdout.encode()
+
+
+@pytest.fixture
+def screens() -> Any:
+    return pytest.importorskip("screen")
+
+
+def attached(screens: Any, name: str, size: tuple[int, int], *options: str) -> Any:
+    return screens.program([*COMMAND, "attach", *options, name], size)
+
+
+def test_vim_in_two_windows_and_over_an_upgrade(
+    screens: Any, daemon: Daemon, tmp_path: Path
+) -> None:
+    find_program("vim")
+    text = tmp_path / "text"
+    text.write_text("first\nsecond\n")
+    environment = {**script_environment(), "TERM": "linux", "LC_ALL": "C.UTF-8"}
+    done = cli("run", "-dt", "--name", "vim", "--", *screens.VIM, str(text), env=environment)
+    assert done.returncode == 0, done
+    with attached(screens, "vim", (12, 60)) as one:
+        one.has("12x60")
+        assert one.lines()[:3] == ["first", "second", "~"]
+        with attached(screens, "vim", (20, 50)) as two:
+            two.has("12x50")
+            one.has("12x50")
+            assert two.lines()[:3] == one.lines()[:3] == ["first", "second", "~"]
+            two.type("ihello \x1b")
+            for screen in one, two:
+                screen.until(lambda lines: lines[0] == "hello first")
+            two.terminal.winsize = 9, 70
+            two.screen.resize(9, 70)
+            for screen in one, two:
+                screen.has("9x60")
+            with attached(screens, "vim", (30, 40), "--read-only") as reader:
+                reader.has("9x40")
+                assert reader.lines()[0] == "hello first"
+                reader.type("dd")
+                one.type("x")
+                reader.until(lambda lines: lines[:2] == ["hellofirst", "second"])
+                reader.type("\x10\x11")
+                assert reader.end() == 0
+            two.has("9x60")
+            two.type("\x10\x11")
+            assert two.end() == 0
+            assert any("detached from vim" in line for line in two.lines())
+        one.has("12x60")
+        one.type("\x10\x11")
+        assert one.end() == 0
+    daemon.process.send_signal(signal.SIGUSR2)
+    assert daemon.notify.recv(100).startswith(b"RELOADING=1")
+    assert daemon.notify.recv(100) == b"READY=1"
+    with attached(screens, "vim", (10, 44)) as again:
+        again.has("10x44")
+        assert again.lines()[:2] == ["hellofirst", "second"]
+        again.type(":wq\r")
+        assert again.end() == 0
+    assert text.read_text() == "hellofirst\nsecond\n"
+
+
+def test_screen_after_attach_has_the_last_lines(screens: Any) -> None:
+    name = detach("--pty", script="seq 100; printf 'prompt> '; read x; echo got $x; read x")
+    with attached(screens, name, (10, 40)) as screen:
+        screen.has("prompt>")
+        assert screen.lines()[-2:] == ["100", "prompt>"]
+        screen.type("on\r")
+        screen.has("got on")
+        screen.process.send_signal(signal.SIGTERM)
+        assert screen.end() == 128 + signal.SIGTERM
+
+
+def test_client_that_is_killed_leaves_the_job(screens: Any) -> None:
+    name = detach("--pty", script="stty size; read x; stty size; read x; exit 3")
+    with attached(screens, name, (10, 40)) as first, attached(screens, name, (20, 30)) as second:
+        first.has("24 80")
+        second.has("24 80")
+        second.process.kill()
+        second.process.wait(PATIENCE)
+        first.type("\r")
+        first.has("10 40")
+        first.type("\r")
+        assert first.end() == 3
+
+
+# -- parts --
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("^P^Q", b"\x10\x11"),
+        ("ctrl-p,ctrl-q", b"\x10\x11"),
+        ("CTRL-a,d", b"\x01d"),
+        ("^]", b"\x1d"),
+        ("none", b""),
+    ],
+)
+def test_keys(text: str, keys: bytes) -> None:
+    detach_keys = DetachKeys(text)
+    assert detach_keys.take(b"abc") == (b"abc", False)
+    if not keys:
+        assert detach_keys.take(b"\x10\x11") == (b"\x10\x11", False)
+        return
+    assert detach_keys.take(b"x" + keys[:1]) == (b"x", len(keys) == 1)
+    if len(keys) > 1:
+        assert detach_keys.held == keys[:1]
+        assert detach_keys.take(b"y") == (keys[:1] + b"y", False)
+        assert detach_keys.take(keys[:1]) == (b"", False)
+        assert detach_keys.take(keys[1:] + b"rest") == (b"", True)
+
+
+@pytest.mark.parametrize("text", ["", ",", "^1"])
+def test_what_are_no_keys(text: str) -> None:
+    with pytest.raises(ValueError, match="detach-keys"):
+        DetachKeys(text)
+
+
+def test_modes() -> None:
+    whole = b"\x1b[?1049h\x1b[?1;1000hx\x1b[?25l\x1b=\x1b[?2004h\x1b[31mtext\x1b[?2004l\x1b[?2026h"
+    modes = Modes()
+    for at in range(len(whole)):  # in pieces of one byte
+        modes.feed(whole[at : at + 1])
+    assert modes.fills_screen
+    other = Modes()
+    other.feed(modes.restoring())
+    assert other.restoring() == modes.restoring()
+    assert b"\x1b[?2026h" not in modes.restoring()
+    other.feed(modes.undoing())
+    assert not other.fills_screen
+    undone = Modes()
+    undone.feed(other.undoing())
+    assert b"h\x1b[?1" not in other.undoing() and b"\x1b[?25l" not in other.undoing()
+    modes.feed(b"\x1bc")
+    assert modes.restoring() == b""
+
+
+def test_past() -> None:
+    """Nothing of it makes the terminal answer, or moves the cursor away."""
+    past = Past()
+    past.feed(
+        b"one\r\n\x1b[1mtwo\x1b[0m\x1b[6n\x1b[c\r\n\x1b]11;?\x07\x1b[5;5Hthree\x07\x1b[?2004h"
+    )
+    assert past.shown(2) == b"\x1b[1mtwo\x1b[0m\r\nthree\x1b[?2004h"
+    past.feed(b"\x1b[?1049hfull")
+    assert past.shown(2) == b"\x1b[?2004h\x1b[?1049h"
+    assert os.fsdecode(past.shown(2))
