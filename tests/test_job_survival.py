@@ -313,7 +313,7 @@ def test_keeper_that_does_not_answer(tmp_path: Path) -> None:
         job.stop()
 
 
-@pytest.mark.long
+@pytest.mark.timeout(320)
 def test_many_jobs_with_followers_while_the_daemon_changes(
     places: Callable[[], Any], tmp_path: Path
 ) -> None:
