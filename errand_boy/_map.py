@@ -116,26 +116,26 @@ class Counter:
         self._bar.show()
 
 
-def bar_for(commands: Any) -> Counter | None:
-    """Return a progress bar for `commands`, or None if standard error is not a terminal."""
+def shown(commands: Any) -> tuple[int | None, TextIO] | None:
+    """Return the arguments of a Counter for `commands`; None if there is no terminal for it."""
     from errand_boy import _progress  # noqa: PLC0415
 
     file = _progress.terminal()
-    return (
-        None
-        if file is None
-        else Counter(len(commands) if isinstance(commands, Sized) else None, file)
-    )
+    if file is None:
+        return None
+    return len(commands) if isinstance(commands, Sized) else None, file
 
 
 def with_bar(results: Generator[T, None, None], commands: Any) -> Generator[T, None, None]:
-    """Return `results`; on a terminal, show a line that counts them."""
-    bar = bar_for(commands)
-    return results if bar is None else _counted(results, bar)
+    """Return `results`; on a terminal, with a line that counts them."""
+    place = shown(commands)
+    return results if place is None else _counted(results, *place)
 
 
-def _counted(results: Generator[T, None, None], bar: Counter) -> Generator[T, None, None]:
-    with contextlib.closing(bar), contextlib.closing(results):
+def _counted(
+    results: Generator[T, None, None], total: int | None, file: TextIO
+) -> Generator[T, None, None]:
+    with contextlib.closing(Counter(total, file)) as bar, contextlib.closing(results):
         for result in results:
             bar.count(result)
             yield result

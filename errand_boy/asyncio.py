@@ -284,8 +284,8 @@ class _Functions:
         from errand_boy import _map  # noqa: PLC0415  only those who need it pay for it
 
         results = _drive(_map.make(commands, self.daemon, **options), check)
-        bar = _map.bar_for(commands) if progress else None
-        return results if bar is None else _counted(results, bar)
+        place = _map.shown(commands) if progress else None
+        return results if place is None else _counted(results, lambda: _map.Counter(*place))
 
 
 def _encoded(input: Any, codec: tuple[str, str] | None) -> bytes | memoryview:
@@ -363,9 +363,9 @@ def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None 
 
 
 async def _counted(
-    results: AsyncGenerator[Result, None], bar: _map.Counter
+    results: AsyncGenerator[Result, None], make_bar: Callable[[], _map.Counter]
 ) -> AsyncGenerator[Result, None]:
-    with contextlib.closing(bar):
+    with contextlib.closing(make_bar()) as bar:
         async with contextlib.aclosing(results):
             async for result in results:
                 bar.count(result)

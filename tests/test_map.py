@@ -830,16 +830,29 @@ def test_no_progress_bar_where_there_is_no_terminal(capfd: Any) -> None:
     assert capfd.readouterr().err == ""
 
 
-def test_progress_bar_on_a_terminal() -> None:
-    pytest.importorskip("tqdm")
-    master, slave = os.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    source = """
+IN_ORDER = """
         results = subprocess.map([["true"]] * 3, progress=True)
         next(results)
         results.close()
         report(len(list(subprocess.map([["true"]] * 3, progress=True))))
-    """
+"""
+BY_ASYNCIO = """
+        import asyncio, errand_boy.asyncio
+        async def main():
+            commands = [["true"]] * 3
+            results = errand_boy.asyncio.map(commands, progress=True)
+            await results.__anext__()
+            await results.aclose()
+            return len([done async for done in errand_boy.asyncio.map(commands, progress=True)])
+        report(asyncio.run(main()))
+"""
+
+
+@pytest.mark.parametrize("source", [IN_ORDER, BY_ASYNCIO], ids=["map", "asyncio"])
+def test_progress_bar_on_a_terminal(source: str) -> None:
+    pytest.importorskip("tqdm")
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     with started_script(source, stderr=slave) as process:
         os.close(slave)
         out, _ = process.communicate(timeout=PATIENCE)
