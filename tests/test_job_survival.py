@@ -137,7 +137,7 @@ def test_end_without_a_daemon(places: Callable[[], Any], tmp_path: Path) -> None
 
 def test_stopped_while_no_daemon_knew_it(places: Callable[[], Any], tmp_path: Path) -> None:
     with places() as (daemon, client):
-        client.start(waiting(tmp_path / "fifo"), name="kept")
+        client.start(["sleep", "1000"], name="kept")
         kill(daemon)
     with places() as (_, client):
         assert client.job("kept").stop().returncode == -signal.SIGTERM
