@@ -97,7 +97,7 @@ class _Ring:
                 self._fd, min(length, self._capacity - start, _CHUNK), self._offset + start
             )
             if not part:
-                raise RingError("it is cut short")
+                raise RingError("it is cut short, or has been removed")
             parts.append(part)
             at += len(part)
             length -= len(part)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -14,13 +16,14 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import script_environment, until
+from conftest import PATIENCE, script_environment, until
 from daemon import Daemon, started_daemon
 from errand_boy._native import lib
 from jobs import keeper_of, keeping_jobs
 
 import errand_boy
-from errand_boy import _wire
+from errand_boy import NoJobError, _wire
+from errand_boy._jobs import Job
 
 START, LIST = lib.EB_JOB_START, lib.EB_JOB_LIST
 OPEN, REMOVE = lib.EB_JOB_OPEN, lib.EB_JOB_REMOVE
@@ -162,6 +165,36 @@ def test_terminal_gets_no_control_characters(tmp_path: Path) -> None:
     _, line = out.decode().splitlines()
     assert line.isprintable()
     assert line.endswith("'é b' '\\u202e'")
+
+
+# Output
+
+
+def opened(daemon: Daemon, job: Job) -> int:
+    """Return a descriptor of the output of a job that is over."""
+    request = struct.pack("<IB", lib.EB_VERSION, OPEN) + b'{"job": %d}' % job.id
+    with daemon.socket() as sock:
+        sock.sendall(b"\0" + _wire.frame(lib.EB_JOB, [request]))
+        _, fds, _, _ = socket.recv_fds(sock, 1 << 16, 2)
+    (fd,) = fds
+    return fd
+
+
+def test_who_keeps_removed_output_open_keeps_no_room(tmp_path: Path) -> None:
+    """Which nobody would count any more, and /run is for all."""
+    with keeping_jobs(tmp_path) as (daemon, client):
+        job = client.start(["head", "-c", "100000", "/dev/zero"])
+        job.wait(PATIENCE)
+        fd = opened(daemon, job)
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        assert os.fstat(fd).st_size > 100000
+        events = job.logs()
+        next(events)
+        job.remove()
+        until(lambda: os.fstat(fd).st_size == 0)
+        os.close(fd)
+        with pytest.raises(NoJobError):
+            list(job.logs())
 
 
 # A keeper that has been stopped by its user

@@ -222,8 +222,11 @@ class Files:
         self._unlink(number, "sock")
 
     def remove(self, number: int) -> None:
-        """Remove all files of a job."""
+        """Remove all files of a job, whose keeper has ended."""
         self._unlink(number, "sock")
+        with suppress(OSError):  # somebody may keep it open, and it counts no more
+            flags = os.O_WRONLY | os.O_TRUNC | _OLD
+            os.close(os.open(f"{number}.ring", flags, dir_fd=self._runtime))
         self._unlink(number, "ring")
         with suppress(OSError):
             os.unlink(f"{number}.job", dir_fd=self._state)
