@@ -132,3 +132,20 @@ def test_compress_files(tmp_path: Path) -> None:
     assert run_compress_files(path).returncode == 0
     assert gzip.decompress((tmp_path / "text.gz").read_bytes()) == path.read_bytes()
     assert run_compress_files(path, tmp_path / "missing").returncode == 1
+
+
+@pytest.mark.parametrize("whose", ["system", "user"])
+def test_units_of_systemd(whose: str, tmp_path: Path) -> None:
+    verify = find_program("systemd-analyze", "systemd")
+    units = sorted((ROOT / "examples" / "systemd" / whose).iterdir())
+    assert [unit.name for unit in units] == ["errand-boy.service", "errand-boy.socket"]
+    for unit in units:  # with a program that is there
+        text = unit.read_text().replace("/usr/bin/errand-boy ", "/bin/true ")
+        (tmp_path / unit.name).write_text(text)
+    done = subprocess.run(
+        [verify, f"--{whose}", "verify", "--man=no", *(tmp_path / unit.name for unit in units)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
