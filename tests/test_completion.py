@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,20 @@ def needs(shell: str) -> None:
 
 def written(shell: str) -> str:
     return subprocess.check_output([*ERRAND_BOY, "completion", shell], text=True, timeout=PATIENCE)
+
+
+@contextmanager
+def started_job(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a daemon that has one job, and yield its name."""
+    places = ["--job-state", directory / "state", "--job-runtime", directory / "runtime"]
+    with started_daemon(directory, *places) as daemon:
+        monkeypatch.setenv("ERRAND_BOY_SOCKET", daemon.path)
+        job = errand_boy.connect(daemon.path).start(["sleep", "60"], "of-this-test")
+        try:
+            yield job.name
+        finally:
+            job.stop()
+            job.remove()
 
 
 BASH = r"""
@@ -119,19 +135,10 @@ class TestCompletion:
             line = f"errand-boy {before} program-of-th"
             assert completed(shell, line) >= {"program-of-this-test"}, line
 
-    def test_names_of_jobs(
-        self, shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        places = ["--job-state", tmp_path / "state", "--job-runtime", tmp_path / "runtime"]
-        with started_daemon(tmp_path, *places) as daemon:
-            monkeypatch.setenv("ERRAND_BOY_SOCKET", daemon.path)
-            job = errand_boy.connect(daemon.path).start(["sleep", "60"], "of-this-test")
-            try:
-                for command in "logs", "attach --read-only", "wait", "stop", "rm":
-                    assert completed(shell, f"errand-boy {command} of-th") == {"of-this-test"}
-            finally:
-                job.stop()
-                job.remove()
+    def test_names_of_jobs(self, shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with started_job(home, monkeypatch) as name:
+            for command in "logs", "attach --read-only", "wait", "stop", "rm":
+                assert completed(shell, f"errand-boy {command} of-th") == {name}
 
 
 def test_bash_takes_an_option_and_its_value_for_three_words(home: Path) -> None:
@@ -156,6 +163,17 @@ def test_zsh_at_a_terminal(home: Path, typed: str, line: str) -> None:
     (home / "bin" / "program-of-this-test").write_text("")
     (home / "bin" / "program-of-this-test").chmod(0o755)
     (home / "a-file").touch()
+    assert completed_by_zsh(home, typed) == line
+
+
+def test_names_of_jobs_by_zsh(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("zsh")
+    with started_job(home, monkeypatch) as name:
+        assert completed_by_zsh(home, "errand-boy logs --follow of-th\t").rstrip().endswith(name)
+
+
+def completed_by_zsh(home: Path, typed: str) -> str:
+    """Return the line that zsh has at a terminal when it has completed what was typed."""
     (home / "_errand-boy").write_text(written("zsh"))
     setup = """\
 PS1=; fpath=($PWD $fpath); autoload -U compinit; compinit -u -D
@@ -173,7 +191,7 @@ keep() { print -r -- "$BUFFER|" >line; exit }; zle -N keep; bindkey '^X' keep; p
         terminal.write(typed.encode() + b"\x18")
         assert terminal.read() is not None  # to its end
         shell.wait(PATIENCE)
-    assert (home / "line").read_text() == line + "|\n"
+    return (home / "line").read_text().removesuffix("|\n")
 
 
 # -- the manual page --
