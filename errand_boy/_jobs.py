@@ -1,4 +1,4 @@
-"""Jobs: commands of a daemon's that outlive their client, for a thread that waits."""
+"""Jobs, commands of a daemon that outlive their client, for callers that block."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Job(Known):
     """
 
     def status(self) -> dict[str, Any]:
-        """Ask what has become of it; return all that is known."""
+        """Ask the daemon about the job; return all that is known."""
         self._entry = run(_job_steps.entry(self._client, self.id, self.uid))
         return dict(self._entry)
 
     def wait(self, timeout: float | None = None) -> JobResult:
-        """Wait for its end and that of its output, `timeout` seconds at most.
+        """Wait at most `timeout` seconds for the end of the job and its output.
 
-        Raises subprocess.TimeoutExpired, and JobLostError if nobody knows how it ended.
+        Raises subprocess.TimeoutExpired, and JobLostError if its end is not known.
         """
         steps = _job_steps.until_over(self._client, self.id, self.uid, timeout, self.args)
         self._entry = run(steps)
@@ -48,21 +48,21 @@ class Job(Known):
     def logs(
         self, follow: bool = False, since: float | None = None, tail: int | None = None
     ) -> Generator[Output | Missed, None, None]:
-        """Yield its output, piece by piece, and a Missed for what is not kept any more.
+        """Yield its output in pieces, and a Missed for output that is not kept any more.
 
-        With `follow`, wait for more, up to its end. `since`: only what was written then or later,
-        in seconds since 1970. `tail`: of what is there, only the last lines.
+        With `follow`, wait for more, up to the end. `since` (seconds since 1970): only output from
+        then on. `tail`: only so many lines of the output that is there already.
         """
         chooser = Chooser(since, tail)
         for event in _events(self._course(goes_on=follow)):
             yield from chooser.take(event)
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal to its command; does nothing if it is over."""
+        """Send a signal to its command; do nothing if it is over."""
         run(_job_steps.send_signal(self._client, self.id, self.uid, sig))
 
     def stop(self, stop: Stop | None = None, tree: str | None = None) -> JobResult:
-        """End it by the steps that it was started with, or by others; return how it has ended.
+        """End it by the steps that it was started with, or by other steps; return the result.
 
         By default: SIGTERM, and SIGKILL after ten seconds. Raises JobLostError, and ValueError and
         TypeError for bad steps.
@@ -71,7 +71,7 @@ class Job(Known):
         return JobResult(self._entry)
 
     def remove(self) -> None:
-        """Remove its output and what is known of it. Raises JobError while it runs."""
+        """Remove its output and its entry. Raises JobError while it runs."""
         run(_job_steps.remove(self._client, self.id, self.uid))
 
     def attach(
@@ -81,12 +81,12 @@ class Job(Known):
         *,
         history: bool | None = None,
     ) -> Attachment:
-        """Return what its output is read from, and its input is written to.
+        """Return an Attachment, for reading its output and writing its input.
 
-        `window`: rows and columns of the screen on which it is shown, if it has a terminal; that
-        gets the smallest size of all who are attached, and what is on it is drawn anew. `history`:
-        what was written before comes first; by default, for a terminal, only what a screen needs:
-        the modes that are on, and the last lines unless the program fills the screen.
+        `window`: rows and columns of the screen that shows its terminal, if it has one. That gets
+        the smallest size of all attachments, and is drawn anew. `history`: earlier output comes
+        first. By default, for a terminal, that is only what a screen needs: the modes that
+        are on, and the last lines unless the program fills the screen.
         """
         attachment = Attachment(
             self._course(), read_only, window, has_terminal=self.has_terminal, history=history
@@ -96,10 +96,10 @@ class Job(Known):
 
 
 class Attachment(Attached):
-    """The terminal of a job, or its standard streams, for one who is attached to it.
+    """The terminal or the standard streams of a job, to read and to write.
 
-    A context manager. It has a descriptor for select: `read_some` should be called when that is
-    readable, or writable if `wants_write`; it may be another one after each call.
+    It is a context manager, and has a descriptor for select: call `read_some` when that is
+    readable, or writable if `wants_write`. The descriptor may change with each call.
     """
 
     def __enter__(self) -> Attachment:
@@ -109,7 +109,7 @@ class Attachment(Attached):
         self.close()
 
     def begin(self) -> None:
-        """Wait until it is attached. Raises NoJobError and what `Job` does."""
+        """Wait until it is attached. Raises NoJobError and the exceptions of `Job`."""
         try:
             while not self.is_begun:
                 waits = self._next_wait()
@@ -120,7 +120,7 @@ class Attachment(Attached):
             raise
 
     def read_some(self, seconds: float | None = 0.0) -> Output | Missed | None:
-        """Return what comes next, waiting so long at most (None: without end), or None.
+        """Return the next output, or None if none comes within a time (None: no limit).
 
         Moves input, too. Raises HelperDiedError and OSError.
         """
@@ -142,7 +142,7 @@ class Attachment(Attached):
         return self._take()
 
     def read(self, size: int = -1) -> bytes:
-        """Return output, of either stream; wait until there is some. b"" is the end."""
+        """Return output of either stream; wait until there is some. b"" means the end."""
         while True:
             while not self._come and not self.is_over:
                 waits = self._next_wait()
@@ -157,8 +157,8 @@ class Attachment(Attached):
     def write(self, data: bytes) -> int:
         """Type `data`, or write it to the standard input; return its length.
 
-        It is sent as the command reads; waits while there are more than 64 KiB. Raises ValueError
-        if it is attached to read only, and BlockingIOError if much output has to be read before.
+        This waits while more than 64 KiB have not been read by the command. Raises ValueError if it
+        is attached for reading only, and BlockingIOError if much output must be read first.
         """
         self._feed(data)
         while self.is_full and not self.is_over:

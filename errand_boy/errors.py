@@ -36,15 +36,15 @@ class NoDaemonError(ErrandBoyError, ConnectionError):
 
 
 class JobError(ErrandBoyError, OSError):
-    """The daemon does not do what it was asked to do with a job; the message has the reason."""
+    """The daemon refuses a request about a job; the message says why."""
 
 
 class NoJobError(JobError, LookupError):
-    """There is no job of this name or number, or none of this user's."""
+    """This user has no job with that name or number."""
 
 
 class JobLostError(HelperDiedError):
-    """A job's keeper was killed, or the machine went down: nobody knows how the job ended."""
+    """A job's keeper was killed or the machine went down, so the job's end is not known."""
 
 
 class SessionClosedError(ErrandBoyError):

@@ -25,16 +25,15 @@ _SCRIPT = '[ -z "$1" ] || "$0" "$1"; [ -z "$2" ] || "$0" "$2" >&2; '
 
 
 class UnexpectedCommandError(AssertionError):
-    """A command was to be started that no test has registered; it was not."""
+    """The program wanted to start a command that is not registered; it was not started."""
 
 
 class FakeCommands:
-    """In the place of commands, small ones that write and return what a test has registered.
+    """Replaces commands by small ones, which write and return what a test has registered.
 
     They are real processes, so pipes, text mode, time-outs, callbacks and results are as always.
-    This goes for Popen, run and the other functions of errand_boy, for map and Executor, for
-    asyncio, gevent, eventlet and Celery's task, for the client of a daemon, and for what
-    errand_boy.patch() covers.
+    This covers Popen, run and the other functions of errand_boy, map and Executor, asyncio, gevent,
+    eventlet and Celery's task, the client of a daemon, and everything under errand_boy.patch().
     """
 
     def __init__(self, directory: Path) -> None:
@@ -50,11 +49,11 @@ class FakeCommands:
         stderr: str | bytes = b"",
         returncode: int = 0,
     ) -> None:
-        """Have `args` write this output, and end with this return code; -N is signal N.
+        """Have `args` write this output and end with this return code; -N means signal N.
 
         `args` is an argument list, or the string of a shell's command or of a program without
         arguments. In a list, unittest.mock.ANY stands for any one argument, and ``...`` at the end
-        for any others. Text is in UTF-8. What is registered later goes before. If the same `args`
+        for any others. Text is in UTF-8. Later registrations go first. If the same `args`
         are registered several times, these are the results in turn, and the last for all that
         follow.
         """
@@ -63,7 +62,7 @@ class FakeCommands:
         self._add(args, ["/bin/sh", "-c", script, shutil.which("cat") or "/bin/cat", *files])
 
     def allow(self, args: Command) -> None:
-        """Have commands like `args`, as for `register`, run."""
+        """Let commands that match `args`, as for `register`, run."""
         self._add(args, None)
 
     def _add(self, args: Command, fake: list[str] | None) -> None:
@@ -81,7 +80,7 @@ class FakeCommands:
         return str(path)
 
     def _instead_of(self, args: Any, shell: bool) -> list[str] | None:
-        """Return what is to be started instead of a command, or None for itself."""
+        """Return the replacement of a command, or None for the command itself."""
         words = [args] if isinstance(args, (str, bytes, os.PathLike)) else list(args)
         given: Any = [os.fsdecode(word) for word in words]
         if shell:
@@ -119,7 +118,7 @@ class _Chosen(list[Any]):
 
 @pytest.fixture
 def fake_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCommands]:
-    """Commands that the test registers, in the place of those that would be started."""
+    """Replaces commands by those that the test registers."""
     directory = tmp_path / "fake-commands"
     directory.mkdir()
     fakes = FakeCommands(directory)
