@@ -241,6 +241,8 @@ class Keeper:
     def journal(self) -> dict[str, Any]:
         entry: dict[str, Any] = {}
         for line in self.journal_path.read_text().splitlines():
+            if line.isspace():
+                continue
             entry.update(json.loads(line))
         return entry
 

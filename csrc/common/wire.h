@@ -271,7 +271,7 @@ enum eb_stage {
     EB_STAGE_EXEC = 26,
     EB_STAGE_TREE = 27, /* before all others: /proc, or its lists of children, are missing */
     EB_STAGE_LOG = 28,  /* before all others: a job's log can't be opened */
-    EB_STAGE_RING = 29, /* before all others: there is no room for a job's output */
+    EB_STAGE_RING = 29, /* before all others: there is no room for a job's output, or for its end */
 };
 
 /* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */

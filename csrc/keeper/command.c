@@ -114,7 +114,7 @@ static void begin(struct eb_client *c)
         fail(errno, EB_STAGE_LOG);
         return;
     }
-    if (!eb_ring_make(EB_RING_FD, keeper.ring_size, ringed(&request))) {
+    if (!eb_journal_reserve() || !eb_ring_make(EB_RING_FD, keeper.ring_size, ringed(&request))) {
         fail(errno, EB_STAGE_RING);
         return;
     }

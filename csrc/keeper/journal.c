@@ -1,14 +1,28 @@
 #include "keeper/journal.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <sys/stat.h>
 #include <unistd.h>
+
+enum { RESERVED = 4 << 10 }; /* bytes */
 
 static int journal = -1;
 
 void eb_journal_use(int fd)
 {
     journal = fd;
+}
+
+bool eb_journal_reserve(void)
+{
+    struct stat info;
+    if (fstat(journal, &info) != 0)
+        return false;
+    /* Where a file system can't, the room is there, or is not. */
+    return fallocate(journal, FALLOC_FL_KEEP_SIZE, info.st_size, RESERVED) == 0 || (errno != ENOSPC && errno != EDQUOT);
 }
 
 void eb_journal_add(const char *format, ...)
