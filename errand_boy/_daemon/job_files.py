@@ -308,7 +308,7 @@ def _numbers(count: int, most: int = 1 << 63) -> Callable[[object], bool]:
     return are_numbers
 
 
-_BY_SERVER = {
+_BY_SERVER: dict[str, Callable[[object], bool]] = {
     "name": _is_name,
     "argv": _are_texts,
     "cwd": _is_text,
@@ -321,7 +321,7 @@ _BY_SERVER = {
     "whom": lambda value: value in WHOMS,
     "client": _is_number,
 }
-_LATER = {
+_LATER: dict[str, Callable[[object], bool]] = {
     "pid": _is_pid,
     "keeper": _is_pid,
     "ended": _is_time,
