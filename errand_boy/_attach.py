@@ -93,6 +93,12 @@ class Attached:
         self._outbox += _follow.winsize(self._window)
         self._send()
 
+    def redraw(self) -> None:
+        """Have the program draw its terminal anew, as far as it does that for a new size."""
+        if self._past is None:  # else it will
+            self._outbox += self._greeting()
+            self._send()
+
     def end_input(self) -> None:
         """End the standard input, for all who are attached; type that at a terminal."""
         self._check_writes()
@@ -136,8 +142,7 @@ class Attached:
             return
         if self.has_terminal and (shown := past.shown(self._window[0])):
             self._come.append(Output(1, time.time(), shown))
-        self._outbox += self._greeting()
-        self._send()
+        self.redraw()
 
     def _next_wait(self) -> Wait | None:
         """Move what can be moved; return what is to be waited for, None: something has come."""

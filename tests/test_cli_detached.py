@@ -278,6 +278,10 @@ def screens() -> Any:
     return pytest.importorskip("screen")
 
 
+def for_vim() -> dict[str, str]:
+    return {**script_environment(), "TERM": "linux", "LC_ALL": "C.UTF-8"}
+
+
 def attached(screens: Any, name: str, size: tuple[int, int], *options: str) -> Any:
     return screens.program([*COMMAND, "attach", *options, name], size)
 
@@ -288,8 +292,7 @@ def test_vim_in_two_windows_and_over_an_upgrade(
     find_program("vim")
     text = tmp_path / "text"
     text.write_text("first\nsecond\n")
-    environment = {**script_environment(), "TERM": "linux", "LC_ALL": "C.UTF-8"}
-    done = cli("run", "-dt", "--name", "vim", "--", *screens.VIM, str(text), env=environment)
+    done = cli("run", "-dt", "--name", "vim", "--", *screens.VIM, str(text), env=for_vim())
     assert done.returncode == 0, done
     with attached(screens, "vim", (12, 60)) as one:
         one.has("12x60")
@@ -353,6 +356,58 @@ def test_client_that_is_killed_leaves_the_job(screens: Any) -> None:
         first.has("10 40")
         first.type("\r")
         assert first.end() == 3
+
+
+DRAWS = """
+import os, signal, sys
+drawn = 0
+def draw(*_):
+    global drawn
+    drawn += 1
+    os.write(1, b"\\x1b[2J\\x1b[Hdrawn %d\\r\\n" % drawn)
+signal.signal(signal.SIGWINCH, draw)
+for line in sys.stdin:
+    for _ in range(100):
+        os.write(1, b"flood\\r\\n" * 5000)
+    open(sys.argv[1], "w").close()
+"""
+
+
+def test_screen_is_drawn_anew_for_who_has_missed_some(
+    screens: Any, daemon: Daemon, tmp_path: Path
+) -> None:
+    done = tmp_path / "done"
+    arguments = ["run", "-dt", "--name", "draws", "--", sys.executable, "-c", DRAWS, str(done)]
+    assert cli(*arguments).returncode == 0
+    with attached(screens, "draws", (10, 40)) as screen:
+        screen.has("drawn")
+        screen.process.send_signal(signal.SIGSTOP)
+        job = errand.connect(daemon.path).job("draws")
+        with job.attach(window=(10, 40)) as other:  # the first one is stopped
+            other.write(b"\r")
+            until(done.exists, "the end of the flood")
+        screen.process.send_signal(signal.SIGCONT)
+        screen.has("flood")
+        screen.has("drawn")
+
+
+def test_suspended_client(screens: Any) -> None:
+    """It stops without its job, and shows that as it is then."""
+    find_program("vim")
+    done = cli("run", "-dt", "--name", "vim", "--", *screens.VIM, env=for_vim())
+    assert done.returncode == 0, done
+    with screens.program(["bash", "--norc", "--noprofile", "-i"], (12, 60)) as screen:
+        screen.has("prompt>")
+        screen.type(" ".join([*COMMAND, "attach", "vim"]) + "\r")
+        screen.has("12x60")
+        os.kill(screen.terminal.foreground_pgid, signal.SIGTSTP)
+        screen.has("Stopped")
+        screen.type("clear\r")
+        screen.until(lambda lines: not any("12x60" in line for line in lines))
+        screen.type("fg\r")
+        screen.has("12x60")
+        screen.type("\x10\x11")
+        screen.has("detached from vim")
 
 
 # -- parts --

@@ -19,6 +19,7 @@ from errand_boy.errors import JobLostError
 _CHUNK = 1 << 12  # bytes that are typed at once
 _MOST_SHOWN = 64  # pieces, before keys are looked for
 _LOOK = 0.05  # seconds, while there is no descriptor to wait for
+_BETWEEN_REDRAWS = 0.2  # seconds
 _HELD = 0.5  # seconds that the first of the keys to detach is kept back
 _KEY = re.compile(r"(?:ctrl-|\^)(?P<control>.)|(?P<plain>[^,])|,", re.IGNORECASE | re.DOTALL)
 _STREAMS = {1: "standard output", 2: "standard error"}
@@ -109,6 +110,7 @@ class _Session:
         self._arrived = arrived
         self._keys = keys
         self._held_until: float | None = None
+        self._redraws_at: float | None = None
         self._has_terminal = attachment.has_terminal
         self._modes = Modes()
         self._reads_keys = True
@@ -135,10 +137,16 @@ class _Session:
             if event is None:
                 return False
             if isinstance(event, Missed):
-                print_missed(event)
+                self._on_missed(event)
             else:
                 self._show(event.stream, event.data)
         return True
+
+    def _on_missed(self, event: Missed) -> None:
+        if not self._has_terminal:
+            print_missed(event)
+        elif self._redraws_at is None:  # what is on the screen is wrong
+            self._redraws_at = time.monotonic() + _BETWEEN_REDRAWS
 
     def _wait(self, has_more: bool) -> None:
         fd = self._attachment.fileno()
@@ -151,15 +159,19 @@ class _Session:
             seconds = _LOOK
         else:
             poll.register(fd, select.POLLIN | select.POLLOUT * self._attachment.wants_write)
+        for moment in self._held_until, self._redraws_at:
+            if moment is not None:
+                rest = max(0.0, moment - time.monotonic())
+                seconds = rest if seconds is None else min(rest, seconds)
         if has_more:
             seconds = 0.0
-        elif self._held_until is not None:
-            rest = max(0.0, self._held_until - time.monotonic())
-            seconds = rest if seconds is None else min(rest, seconds)
         ready = {number for number, _ in poll.poll(None if seconds is None else seconds * 1000)}
         if self._arrived in ready:
             for number in os.read(self._arrived, 100):
                 self._on_signal(number)
+        if self._redraws_at is not None and time.monotonic() >= self._redraws_at:
+            self._redraws_at = None
+            self._attachment.redraw()
         if 0 in ready:
             self._read_keys()
         elif self._held_until is not None and time.monotonic() >= self._held_until:
@@ -219,3 +231,5 @@ class _Session:
         os.kill(os.getpid(), signal.SIGSTOP)
         raw.__enter__()
         self._resize()
+        if self._has_terminal:
+            self._attachment.redraw()
