@@ -4,10 +4,10 @@
 
 #include "spawn/spawn_job.h"
 
-/* Takes what is not to be kept from the bounding set, and sees to it that another user's process keeps the rest up to
+/* Removes from the bounding set what is not to be kept, and makes a process that changes its user keep the rest until
  * the next call.  Returns 0 or -errno, with the capability in `member`. */
 long eb_bound_capabilities(struct eb_job *job);
-/* Gives the process those that are kept, and by the ambient set also the program.  Returns 0 or -errno. */
+/* Gives the kept ones to the process and, by the ambient set, to the program.  Returns 0 or -errno. */
 long eb_set_capabilities(struct eb_job *job);
 
 #endif

@@ -31,8 +31,8 @@ static EB_BARE long map_id(const char *name, unsigned id)
 
 EB_BARE long eb_map_ids(uid_t user, gid_t group)
 {
-    /* What these files tell and accept is about the process that writes: nobody need do it for this one, and wait.  A
-     * map of groups is for those only who can't drop one, by which somebody may have been kept from a file. */
+    /* A process may write these files about itself, so no other has to, and nobody waits.  The kernel accepts a map of
+     * groups only if no group can be dropped afterwards, since a group may deny access to a file. */
     long r = write_at(AT_FDCWD, "/proc/self/setgroups", "deny", 4);
     if (r == 0)
         r = map_id("/proc/self/uid_map", user);

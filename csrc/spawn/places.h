@@ -1,11 +1,11 @@
-/* Where a new process is born: its namespaces, and its cgroup. */
+/* Where a new process starts: its namespaces and its cgroup. */
 #ifndef EB_PLACES_H
 #define EB_PLACES_H
 
 #include <sys/types.h>
 
-/* In a process that was made with CLONE_NEWUSER: has the user and the group that it has outside, under the same
- * numbers.  Returns 0 or -errno: EPERM or EACCES where it may not. */
+/* In a process that was made with CLONE_NEWUSER: maps the user and the group that it has outside to the same numbers.
+ * Returns 0 or -errno: EPERM or EACCES if that is not allowed. */
 long eb_map_ids(uid_t user, gid_t group);
 
 /* In the new process: joins the cgroup whose directory is open.  Returns 0 or -errno. */

@@ -22,7 +22,7 @@
 
 enum {
     CHUNK = 512,     /* bytes of a list of children that are read at once */
-    MOST_DEPTH = 40, /* those below are reached when the ones above have ended */
+    MOST_DEPTH = 40, /* deeper descendants are reached when those above have ended */
     MOST_NAME = 48,
     MOST_PASSES = 100,
 };
@@ -34,7 +34,7 @@ bool eb_tree_can_be_read(void)
     if (size <= 0)
         return false;
     name[size] = '\0';
-    /* Of another PID namespace, the numbers are other processes' here. */
+    /* A /proc of another PID namespace has numbers of other processes. */
     return atoi(name) == getpid() && access(CHILDREN, F_OK) == 0;
 }
 
@@ -46,7 +46,7 @@ struct list {
     char text[CHUNK];
 };
 
-/* The next pid of the list, or 0.  A number may be cut by the end of what was read. */
+/* The next pid of the list, or 0.  The end of the buffer may cut a number. */
 static EB_BARE pid_t next_pid(struct list *l)
 {
     pid_t pid = 0;
@@ -70,9 +70,9 @@ static EB_BARE pid_t next_pid(struct list *l)
 /* -- descendants that are not children -- */
 
 /*
- * Their pids are not ours: a parent may wait for one of them at any moment, and another process get the number.  So
- * each is signalled by a pidfd, once it is known to be a child of the one above it after that was opened, and that one
- * has not been waited for by then.
+ * Their pids may change their meaning: a parent may wait for one at any moment, and another process get the number.  So
+ * each is signalled by a pidfd, after a check that it is a child of the process above it since the pidfd was opened,
+ * and that this one has not been waited for by then.
  */
 struct path {
     char text[MOST_NAME];
@@ -111,7 +111,7 @@ static EB_BARE long open_of(pid_t pid, const char *name, int flags)
 static EB_BARE pid_t parent_of(pid_t pid, char *state)
 {
     *state = 'X';
-    char text[128]; /* whose second is a name of 15 bytes at most in parentheses, which may be any */
+    char text[128]; /* the second field is a name in parentheses, at most 15 bytes of any value */
     long fd = open_of(pid, "/stat", 0);
     if (fd < 0)
         return 0;
@@ -135,8 +135,8 @@ static EB_BARE bool is_unreaped(long pidfd)
 struct walk {
     int number;
     int depth;
-    unsigned signalled, refused; /* processes that it could be sent to, and those that it could not, for their ids */
-    unsigned running;            /* of the former, those that were not stopped before */
+    unsigned signalled, refused; /* how many processes got it, and how many could not, because of their ids */
+    unsigned running;            /* how many of the former were not stopped before */
 };
 
 static void walk_tasks(struct walk *w, pid_t pid, long pidfd);
@@ -155,7 +155,7 @@ static EB_BARE void walk_list(struct walk *w, long fd, pid_t parent, long parent
         char state;
         pid_t of = parent_of(pid, &state);
         if (state != 'Z' && state != 'X' && (parent_fd < 0 || (of == parent && is_unreaped(parent_fd)))) {
-            bool stops = w->number == SIGSTOP; /* first those above, which make others */
+            bool stops = w->number == SIGSTOP; /* parents first, because they make others */
             long r = stops ? eb_raw(SYS_pidfd_send_signal, pidfd, SIGSTOP, 0, 0) : 0;
             w->running += r == 0 && state != 'T';
             w->depth++;
@@ -209,7 +209,7 @@ static EB_BARE struct walk walk(int number)
     struct walk w = {.number = number};
     long fd = eb_raw(SYS_openat, AT_FDCWD, (long)CHILDREN, O_RDONLY | O_CLOEXEC, 0);
     if (fd < 0)
-        return w; /* out of memory for a moment: it is tried again */
+        return w; /* out of memory for a moment: the caller tries again */
     walk_list(&w, fd, 0, -1);
     eb_raw(SYS_close, fd, 0, 0, 0);
     return w;
@@ -222,7 +222,7 @@ EB_BARE void eb_tree_signal(int number)
 
 EB_BARE bool eb_tree_kill(bool again)
 {
-    /* One that is stopped makes no others, and leaves the CPU to us.  But it takes its time. */
+    /* A stopped process makes no others, and leaves the CPU to us.  But stopping takes time. */
     for (int pass = 0; again && pass < MOST_PASSES && walk(SIGSTOP).running > 0; pass++)
         ;
     struct walk w = walk(SIGKILL);

@@ -5,12 +5,12 @@
 #include <stdbool.h>
 #include <sys/types.h>
 
-/* Whether /proc is that of this process's PID namespace, and lists children. */
+/* Whether /proc belongs to this process's PID namespace, and lists children. */
 bool eb_tree_can_be_read(void);
-/* Kills all descendants; with `again`, those that the first call has left, which make new ones all the time.  Returns
- * false if those that are left may not be killed. */
+/* Kills all descendants; with `again`, those that the first call has left, which keep making new ones.  Returns false
+ * if this process may not kill those that are left. */
 bool eb_tree_kill(bool again);
-/* Sends a signal to all descendants, those below before those above. */
+/* Sends a signal to all descendants, to children before their parents. */
 void eb_tree_signal(int number);
 
 #endif

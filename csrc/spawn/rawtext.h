@@ -1,10 +1,10 @@
-/* Text for /proc, between clone and exec: without the C library.  For C files that call all of it. */
+/* Text for /proc, between clone and exec, so without the C library.  For C files that call all of it. */
 #ifndef EB_RAWTEXT_H
 #define EB_RAWTEXT_H
 
 #include "common/rawsys.h"
 
-/* Both return how many bytes they have written, without a NUL. */
+/* Both return the number of bytes written, without a NUL. */
 static EB_BARE int eb_write_text(char *at, const char *text)
 {
     int size = 0;

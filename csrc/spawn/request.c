@@ -16,7 +16,7 @@ struct value {
 
 static const struct {
     char name[24];
-    int8_t size; /* exact; -1: checked by the reader of the value */
+    int8_t size; /* exact; -1: the reader of the value checks it */
 } options[EB_TAG_END] = {
     [EB_TAG_EXECUTABLES] = {"EXECUTABLES", -1},
     [EB_TAG_ARGV] = {"ARGV", -1},
@@ -85,7 +85,7 @@ static bool get_strings(struct value v, char **list)
         const uint8_t *nul = left > 0 ? memchr(r.at, 0, left) : NULL;
         if (nul == NULL)
             return false;
-        /* execve's prototype lacks a const; nobody writes through these pointers. */
+        /* execve's prototype lacks a const; nothing writes through these pointers. */
         list[i] = (char *)(uintptr_t)eb_get_bytes(&r, (size_t)(nul - r.at) + 1);
     }
     list[count] = NULL;
@@ -120,7 +120,7 @@ static int get_string_lists(struct eb_request *q, const struct value *values, ch
     return 0;
 }
 
-/* The numbers of FDS and those that are made, which are the lowest, in one ascending list. */
+/* The numbers of FDS and of the descriptors that the helper makes, which are the lowest, in one ascending list. */
 static int get_targets(struct eb_request *q, struct value v, char *reason)
 {
     uint32_t count = (uint32_t)(v.size / 4);
@@ -176,7 +176,7 @@ static int get_terminal(struct eb_request *q, struct value v, char *reason)
     return q->terminal > (EB_NO_ECHO | EB_RAW) ? malformed(reason, EB_TAG_TERMINAL, "no such bit") : 0;
 }
 
-/* Of RLIMITS, then of SET_RLIMITS, whose number is higher. */
+/* For RLIMITS, and then for SET_RLIMITS, whose number is higher. */
 static int get_rlimits(struct eb_request *q, enum eb_tag tag, struct value v, char *reason)
 {
     if (v.size % 17 != 0 || v.size / 17 > EB_MAX_RLIMITS)
@@ -222,7 +222,7 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
     case EB_TAG_SIGNALS_DEFAULT: /* its number is higher */
         q->sigdefault |= eb_get_u64(&r) & ~((uint64_t)1 << (SIGKILL - 1) | (uint64_t)1 << (SIGSTOP - 1));
         break;
-    case EB_TAG_SIGNALS_IGNORED: { /* after those of which it has the last word */
+    case EB_TAG_SIGNALS_IGNORED: { /* after those that it overrides */
         uint64_t ignored = eb_get_u64(&r);
         q->sigign |= ignored;
         q->sigdefault &= ~ignored;

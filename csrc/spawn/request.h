@@ -1,4 +1,4 @@
-/* A SPAWN payload, checked and taken apart. */
+/* A SPAWN payload, checked and parsed. */
 #ifndef EB_REQUEST_H
 #define EB_REQUEST_H
 
@@ -27,8 +27,8 @@ struct eb_request {
     uint64_t sigmask, sigign, sigdefault;
     pid_t pgroup;
     struct rlimit rlimits[EB_MAX_RLIMITS]; /* by resource, */
-    uint16_t limited;                      /* whose bit says that there is one, */
-    uint16_t set_limits;                   /* and here that it is one of SET_RLIMITS */
+    uint16_t limited;                      /* a bit for each that is given, */
+    uint16_t set_limits;                   /* and for each that is one of SET_RLIMITS */
     rlim_t nproc;                          /* the soft limit of RLIMITS, under which the process is made */
     int nice, renice;
     const uint8_t *affinity;

@@ -42,7 +42,7 @@ EB_BARE long eb_tell_table(struct eb_job *job)
     return 0;
 }
 
-/* A copy of `fd` whose number is nobody's target, searched from `*least` on. */
+/* A copy of `fd` with a number that is no target, from `*least` on. */
 static EB_BARE long move_away(const struct eb_request *q, int fd, long *least)
 {
     for (uint32_t i = 0; i <= q->target_count; i++) {
@@ -74,7 +74,7 @@ static EB_BARE long place_fds(struct eb_job *job)
                 return r;
             q->sources[i] = (int)r;
         } else if (i >= q->target_count && !job->keeps_files) {
-            /* Carried by a tag, and not for the program, though the caller may have it inheritable. */
+            /* Carried by a tag, and not for the program, even if it is inheritable in the caller. */
             if ((r = eb_raw(SYS_fcntl, q->sources[i], F_SETFD, FD_CLOEXEC, 0)) < 0)
                 return r;
         }
@@ -90,8 +90,8 @@ static EB_BARE long place_fds(struct eb_job *job)
     return 0;
 }
 
-/* Closes all but what is needed up to the exec, which may be slow: copies of this process's descriptors would
- * keep others' pipes and connections open as long.  An older kernel leaves them to the exec. */
+/* Closes all descriptors that are not needed up to the exec, which may be slow: copies in this process would keep the
+ * pipes and connections of others open as long.  On an older kernel the exec closes them. */
 static EB_BARE void close_rest(const struct eb_job *job)
 {
     const struct eb_request *q = job->q;
@@ -124,7 +124,7 @@ EB_BARE long eb_set_action(int n, bool ignored)
     return eb_raw(SYS_rt_sigaction, n, (long)&action, 0, sizeof action.mask);
 }
 
-/* There are no handlers here, so only SIG_IGN and SIG_DFL have to be told apart. */
+/* There are no handlers here, only SIG_IGN and SIG_DFL. */
 static EB_BARE long set_signals(const struct eb_state *self, const struct eb_request *q)
 {
     uint64_t differ = q->sigign; /* of SIGNALS_IGNORED alone */
@@ -140,16 +140,16 @@ static EB_BARE long set_signals(const struct eb_state *self, const struct eb_req
     return 0;
 }
 
-/* In place of a core dump.  SIGKILL waits for nobody's memory. */
+/* In place of a core dump.  SIGKILL does not affect others that share the memory. */
 static EB_BARE void end_at_once(int n)
 {
     (void)n;
     eb_raw(SYS_kill, eb_raw(SYS_getpid, 0, 0, 0, 0), SIGKILL, 0, 0);
-    eb_raw(SYS_exit_group, 255, 0, 0, 0); /* the first of a namespace cannot kill itself */
+    eb_raw(SYS_exit_group, 255, 0, 0, 0); /* the first process of a namespace cannot kill itself */
 }
 
-/* For a kernel that ends all who share dumped memory, our maker too: until the exec, which resets it, no signal dumps
- * core.  All signals are blocked. */
+/* For a kernel that ends all processes that share dumped memory, our maker included: until the exec, which resets
+ * this, no signal dumps core.  All signals are blocked. */
 static EB_BARE long prevent_dumps(void)
 {
     static const uint8_t dumping[] = {SIGQUIT, SIGILL,  SIGTRAP, SIGABRT, SIGBUS,
@@ -169,7 +169,7 @@ static EB_BARE long prevent_dumps(void)
 
 /* -- the terminal -- */
 
-/* Stops nobody for it: SIGTTOU is blocked here, as all signals are. */
+/* This stops no process, since SIGTTOU is blocked here, as all signals are. */
 static EB_BARE long take_foreground(const struct eb_request *q)
 {
     bool given = eb_has(q, EB_TAG_CONTROLLING_TERMINAL);
@@ -189,7 +189,7 @@ static EB_BARE long take_foreground(const struct eb_request *q)
 
 /* -- limits and scheduling -- */
 
-/* It goes to all that share the memory, unless the process was made with CLONE_VFORK: see spawn_job.c. */
+/* This affects all that share the memory, unless the process was made with CLONE_VFORK: see spawn_job.c. */
 static EB_BARE long set_oom_score_adj(int value)
 {
     char text[8];
@@ -230,7 +230,7 @@ static EB_BARE long set_nice(const struct eb_state *self, const struct eb_reques
     if (!eb_has(q, EB_TAG_NICE)) {
         if ((nice = eb_raw(SYS_getpriority, PRIO_PROCESS, 0, 0, 0)) < 0)
             return nice;
-        nice = 20 - nice; /* the kernel's own call has no negative results */
+        nice = 20 - nice; /* the raw system call has no negative results */
     }
     nice += q->renice;
     if (self != NULL && nice == self->nice)
@@ -258,7 +258,7 @@ static EB_BARE bool same_affinity(const struct eb_state *self, const struct eb_r
 
 /* -- the exec -- */
 
-/* The first error, as execvp(3) tells it: ENOENT and ENOTDIR only if there was no other. */
+/* The first error, as in execvp(3): ENOENT and ENOTDIR only if there was no other. */
 static EB_BARE long exec_first(const struct eb_request *q)
 {
     extern char **environ;

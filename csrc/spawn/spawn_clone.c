@@ -1,10 +1,10 @@
 /*
  * The new process shares this one's memory until it execs or exits, and runs at the same time, on a stack
- * of its own.  So it makes raw system calls only, writes to nothing but its job, and what it reads stays
- * untouched until the kernel says that it has left: CLONE_CHILD_CLEARTID clears a word in the job when
- * the memory is let go, and after that the close-on-exec pipe hangs up (Linux fs/exec.c, begin_new_exec:
+ * of its own.  So it makes only raw system calls and writes only to its job, and what it reads stays
+ * unchanged until the kernel reports that it has left: CLONE_CHILD_CLEARTID clears a word in the job when
+ * the memory is released, and after that the close-on-exec pipe hangs up (Linux fs/exec.c, begin_new_exec:
  * exec_mmap comes before do_close_on_exec; kernel/exit.c: exit_mm before exit_files).  A polled start has
- * no pipe: the word is looked at when something else has woken us, at the latest the process's end.
+ * no pipe: the word is checked when something else has woken us, at the latest the process's end.
  *
  * A process that changes its ids here still shares our memory for a moment.  The kernel marks memory
  * undumpable at that instant (commit_creds), so its new user's processes cannot trace it, unless the
@@ -27,7 +27,7 @@
 
 enum {
     SPARE_STACKS = 32, /* at most; two pages of each stay resident */
-    BLOCK = 64,        /* so many descriptors the kernel copies at least */
+    BLOCK = 64,        /* the least number of descriptors that the kernel copies */
     FEW = 12,          /* 0 to 2, the pipe, and what tags carry */
     HIGH = 512,        /* from this number on, a table is too large to be copied: 0.1 µs for each */
 };
@@ -35,11 +35,11 @@ enum {
 static const struct eb_state *self;
 static struct rlimit nproc;
 static bool use_parent;
-static uint8_t low[BLOCK]; /* reserved numbers, ascending: copies of a descriptor that nobody needs */
+static uint8_t low[BLOCK]; /* reserved numbers, ascending: copies of an unused descriptor */
 static uint32_t low_count;
-static struct eb_job *spare; /* memory that nobody uses */
+static struct eb_job *spare; /* unused memory */
 static unsigned spare_count;
-static struct eb_job *lingering; /* hung up, but not yet let go: not seen on Linux, kept for its imitations */
+static struct eb_job *lingering; /* hung up, but still in memory: not seen on Linux, for its imitations */
 
 static struct eb_job *new_job(void)
 {
@@ -87,7 +87,7 @@ static void trim(unsigned kept)
     }
 }
 
-/* RLIMIT_NPROC counts when a process is made: then it must be ours that is the caller's. */
+/* RLIMIT_NPROC is checked when a process is made, so this process must have the caller's limit then. */
 static void adopt_nproc(const struct eb_request *q)
 {
     struct rlimit limit = {.rlim_cur = q->nproc, .rlim_max = nproc.rlim_max};
@@ -104,7 +104,7 @@ static bool reserve(bool whole_block)
         low[low_count++] = (uint8_t)fd;
     if (fd >= 0)
         close(fd);
-    return fd >= 0 && syscall(SYS_close_range, ~0U, ~0U, 0) == 0; /* of no descriptor: whether it is there */
+    return fd >= 0 && syscall(SYS_close_range, ~0U, ~0U, 0) == 0; /* closes nothing: whether the call is there */
 }
 
 static EB_BARE long take_table(struct eb_job *job)
@@ -120,8 +120,8 @@ static void restore_low(uint32_t count)
         eb_raw(SYS_dup3, 0, low[i], O_CLOEXEC, 0);
 }
 
-/* Gives the new process's descriptors reserved numbers, and has it take a table with those alone: where it must have no
- * copies of others, and where many are open.  Else a copy of the whole costs less than to wait for that. */
+/* Gives the new process's descriptors reserved numbers, and has it take a table with only those, if it must not have
+ * copies of others or if many are open.  Otherwise copying the whole table costs less than waiting for that. */
 static void lower_sources(struct eb_job *job, bool apart)
 {
     const struct eb_request *q = job->q;
@@ -154,7 +154,7 @@ static pid_t make_process(struct eb_job *job, struct eb_supervisor **supervisor)
     pid_t pid = supervised ? eb_supervisor_start(supervisor, job, files)
                            : eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
     if (use_parent && !supervised && job->q->namespaces == 0 && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
-        /* gVisor and some seccomp profiles have no CLONE_PARENT: from now on the children are ours. */
+        /* gVisor and some seccomp profiles lack CLONE_PARENT: from now on the children are ours. */
         use_parent = false;
         pid = eb_job_clone(job, files);
     }
@@ -170,7 +170,7 @@ static void begin(struct eb_start *start, const struct eb_request *q, bool apart
 {
     int pipe[2] = {-1, -1};
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
-    /* Its end must be seen here, and nothing of the client's wait for the outcome: no input, no SPAWNED. */
+    /* Its end must be seen here, and the client must not wait for the outcome: no input, no SPAWNED. */
     bool supervised = eb_has(q, EB_TAG_SUPERVISE);
     bool polled = !use_parent && eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1) && !supervised;
     struct eb_job *job = new_job();
@@ -226,7 +226,7 @@ static void end(struct eb_start *start)
         start->still_read = __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) != 0;
         start->pid = start->supervisor->command;
         if (start->pid == 0 && start->error == 0)
-            start->error = EAGAIN; /* those above it have just been killed */
+            start->error = EAGAIN; /* the supervisor and the guard have just been killed */
     }
     start->exec_ns = job->exec_ns;
     if (start->done_fd >= 0)
@@ -243,7 +243,7 @@ const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool par
     self = state;
     nproc = state->rlimits[RLIMIT_NPROC];
     use_parent = parent;
-    /* Not where the limit leaves too little beside them. */
+    /* Not if the limit leaves too few others. */
     if (state->rlimits[RLIMIT_NOFILE].rlim_max < 4 * BLOCK || !reserve(apart))
         low_count = 0;
     return &spawner;

@@ -22,15 +22,15 @@ enum {
     GUARD_SIZE = 64 << 10,  /* at least a page, whatever its size */
 };
 
-/* Of clone3 only; Linux 5.5 and 5.7. */
+/* Flags of clone3 only, from Linux 5.5 and 5.7. */
 static const uint64_t CLEAR_SIGHAND = 0x100000000, INTO_CGROUP = 0x200000000;
 
-static int has_no_clone3; /* as under seccomp filters that cannot look at its flags */
+static int has_no_clone3; /* as under seccomp filters, which can't check its flags */
 
 static int dumps_spread = -1;
 
-/* Whether a core dump ends all that share its memory, whatever the limit of core files: Linux before 5.16.  There is
- * no other way to tell than the version. */
+/* Whether a core dump ends all processes that share the memory, whatever the limit of core files: Linux before 5.16.
+ * Only the version shows that. */
 static bool do_dumps_spread(void)
 {
     int known = __atomic_load_n(&dumps_spread, __ATOMIC_RELAXED);
@@ -45,7 +45,7 @@ static bool do_dumps_spread(void)
     return known != 0;
 }
 
-/* A job lies above the stack that its process runs on, in one mapping with a guard below. */
+/* A job lies above the stack of its process, in one mapping with a guard below. */
 struct eb_job *eb_job_map(void)
 {
     char *memory =
@@ -100,7 +100,7 @@ static EB_BARE long make_process(struct eb_job *job, uint64_t flags, size_t stac
     const struct eb_request *q = job->q;
     const bool has_clone3 = !__atomic_load_n(&has_no_clone3, __ATOMIC_RELAXED), had_handlers = job->has_handlers;
     long pid = -ENOSYS;
-    /* If it can't be born there, whatever the reason, it tries to join, and then the error is the cgroup's. */
+    /* If it can't start there, for whatever reason, it tries to join, and an error is then the cgroup's. */
     if (has_clone3 && eb_has(q, EB_TAG_CGROUP) && (pid = clone3_job(job, flags, stack_size, true)) > 0)
         return pid;
     pid = -ENOSYS;
@@ -116,7 +116,7 @@ static EB_BARE long make_process(struct eb_job *job, uint64_t flags, size_t stac
     return pid;
 }
 
-/* The thread: makes the process, and is suspended until that has let go of the memory. */
+/* The thread: makes the process, and is suspended until that has released the memory. */
 static EB_BARE int make_and_wait(void *arg)
 {
     struct eb_job *job = arg;
@@ -130,10 +130,10 @@ static EB_BARE int make_and_wait(void *arg)
 }
 
 /*
- * An oom_score_adj that a process writes goes to all that share its memory, and so to its maker; but not if it was
- * made with CLONE_VFORK (fs/proc/base.c, __set_oom_adj).  That suspends the thread that makes it, and nothing can
- * interrupt it.  So that is a thread of its own, which runs no code but this, with all signals blocked.  The word
- * `alive` is cleared when this thread is over, after the new process has let go.
+ * If a process writes its oom_score_adj, that of all processes that share its memory changes, its maker's too, unless
+ * it was made with CLONE_VFORK (fs/proc/base.c, __set_oom_adj).  CLONE_VFORK suspends the thread that makes it, and
+ * nothing can interrupt that.  So a separate thread makes it, which runs only this code, with all signals blocked.  The
+ * word `alive` is cleared when this thread ends, after the new process has released the memory.
  */
 static EB_BARE long make_by_thread(struct eb_job *job, uint64_t flags)
 {
@@ -184,10 +184,10 @@ void eb_job_await_table(struct eb_job *job, const volatile pid_t *alive, pid_t p
     while (__atomic_load_n(&job->shares_table, __ATOMIC_ACQUIRE) != 0 &&
            __atomic_load_n(alive, __ATOMIC_ACQUIRE) != 0) {
         if (syscall(SYS_futex, &job->shares_table, FUTEX_WAIT, 1, &pause, NULL, 0) == 0 || errno != ETIMEDOUT)
-            continue; /* it has told, or a signal has come */
+            continue; /* it has changed the word, or a signal has come */
         if (--pauses > 0)
             continue;
-        /* From here on it goes no further, so that nobody takes its end for the program's. */
+        /* From here on it goes no further, so that its end is not taken for the program's. */
         if (__atomic_compare_exchange_n(&job->shares_table, &shares, EB_LATE, false, __ATOMIC_ACQ_REL,
                                         __ATOMIC_RELAXED)) {
             job->stage = EB_STAGE_START;

@@ -12,7 +12,7 @@
 
 enum { EB_CLOSE_RANGE_UNSHARE = 1 << 1 };
 
-/* Of `shares_table`; EB_LATE: its maker has waited for too long, and it must end. */
+/* Values of `shares_table`; EB_LATE: its maker has waited too long, and it must end. */
 enum { EB_OWN_TABLE, EB_SHARED, EB_LATE };
 
 /* SIGKILL and SIGSTOP. */
@@ -24,31 +24,31 @@ struct eb_job {
     /* written by the new process */
     volatile int error;
     volatile enum eb_stage stage;
-    volatile uint8_t member;   /* of what the stage sets, that it is at */
+    volatile uint8_t member;   /* the current part of what the stage sets */
     volatile pid_t alive;      /* not 0 while it uses its maker's memory; cleared, and woken, by the kernel */
     volatile int shares_table; /* EB_SHARED while it uses its maker's table of descriptors too, or a name in it */
-    volatile pid_t made;       /* by a thread: its pid, or why there is none, as -errno; 0: not yet */
+    volatile pid_t made;       /* set by a thread: its pid, or -errno if there is none; 0: not yet */
     volatile bool cannot_reopen;
     int reopened_fd;
     volatile uint64_t exec_ns; /* of CLOCK_MONOTONIC: when it called execve, if it is `timed` */
     /* read by it */
     const struct eb_request *q;
-    const struct eb_state *self; /* its maker's, so that what it has already is not set again; NULL: not known */
-    struct rlimit nproc;         /* in the place of the one in `self` */
+    const struct eb_state *self; /* its maker's state, which need not be set again; NULL: not known */
+    struct rlimit nproc;         /* in place of the one in `self` */
     int pipe;                    /* close-on-exec; -1: none */
-    int highest;                 /* of the descriptors that it takes over from a shared table */
-    uint8_t reopened;            /* bit n: the one for 0 to 2 is a pipe that is opened again, by its name in /proc */
-    char proc_fd[24];            /* the directory of its maker's */
+    int highest;                 /* the highest descriptor that it takes over from a shared table */
+    uint8_t reopened;            /* bit n: the descriptor for n is a pipe that is reopened by its name in /proc */
+    char proc_fd[24];            /* its maker's directory there */
     bool has_handlers;           /* its maker's signal handlers are still there */
     bool keeps_files;            /* closes nothing */
     bool timed;
-    bool joins_cgroup; /* by itself: it could not be born there */
-    uid_t user;        /* its maker's, if it is born in a namespace of users */
+    bool joins_cgroup; /* by itself, because it could not start there */
+    uid_t user;        /* its maker's, if it starts in a new user namespace */
     gid_t group;
     bool prevents_dumps;
     bool by_thread;                    /* see spawn_job.c */
     struct eb_supervisor *supervisor;  /* above it, or NULL */
-    long (*first)(struct eb_job *job); /* what it does before all else, or NULL; 0 or -errno */
+    long (*first)(struct eb_job *job); /* called before all else, or NULL; returns 0 or -errno */
     /* the maker's */
     struct eb_job *next;
     uint64_t flags;
@@ -58,22 +58,22 @@ struct eb_job {
 struct eb_job *eb_job_map(void);
 void eb_job_unmap(struct eb_job *job);
 
-/* Makes a process that runs eb_child; with its own handlers reset where `has_handlers` says that there are some.
+/* Makes a process that runs eb_child; resets its handlers if `has_handlers` says that there are some.
  * `flags` go with CLONE_VM and CLONE_CHILD_CLEARTID.  Returns its pid or -errno. */
 pid_t eb_job_clone(struct eb_job *job, unsigned flags);
 
 /* What failed with -errno in eb_job_clone. */
 enum eb_stage eb_job_clone_stage(const struct eb_job *job, int error);
-/* Waits until the process `pid` has a table of descriptors of its own, or has let go of the memory, so that the kernel
- * has cleared `alive`.  That takes it microseconds; one that has been stopped is killed after 5 seconds, since it would
- * get somebody else's, and its start fails with EAGAIN. */
+/* Waits until the process `pid` has its own table of descriptors, or has released the memory, so that the kernel has
+ * cleared `alive`.  That takes microseconds.  A process that has been stopped is killed after 5 seconds, since it would
+ * get other descriptors with these numbers, and its start fails with EAGAIN. */
 void eb_job_await_table(struct eb_job *job, const volatile pid_t *alive, pid_t pid);
 
 /* The new process. */
 int eb_child(void *job);
 
-/* In the new process: takes a table of its own, with the descriptors up to the job's `highest`: the kernel copies no
- * others.  Returns 0 or -errno.  Then, once nothing in the maker's table is needed, its maker is told. */
+/* In the new process: takes its own table, with the descriptors up to the job's `highest`, the only ones that the
+ * kernel copies.  Returns 0 or -errno.  Then, when nothing in the maker's table is needed, tells the maker. */
 long eb_take_table(struct eb_job *job);
 long eb_tell_table(struct eb_job *job);
 

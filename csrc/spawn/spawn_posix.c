@@ -1,7 +1,7 @@
 /*
  * posix_spawn(3) has no way to set ids, resource limits or niceness: a request in which they differ from
  * this process's own fails with ENOTSUP.  The umask and ignored signals are set here around the call,
- * which one thread may do.  The call returns when the command runs, so a slow exec holds up the others.
+ * which is safe with one thread.  The call returns when the command runs, so a slow exec holds up the others.
  */
 #include "spawn/spawn.h"
 
@@ -19,7 +19,7 @@ extern char **environ;
 static const struct eb_state *self;
 
 /* posix_spawn performs its actions in order, in the child: no source may be an earlier action's target.
- * Such a one is replaced by a copy. */
+ * If it is, it is replaced by a copy. */
 static int move_sources(const struct eb_request *q)
 {
     for (uint32_t i = 0; i < eb_request_sources(q); i++) {
@@ -49,7 +49,7 @@ static void close_copies(const struct eb_request *q, const int *originals)
 }
 
 #ifdef __GLIBC__
-/* glibc has both from 2.29 on; a program that is built for an older one too finds none there. */
+/* glibc has both from 2.29 on; a program that is also built for older ones finds none there. */
 #pragma weak posix_spawn_file_actions_addfchdir_np
 #pragma weak posix_spawn_file_actions_addchdir_np
 #endif
@@ -178,7 +178,7 @@ static int spawn_first(const struct eb_request *q, pid_t *pid, const posix_spawn
     return first != 0 ? first : error;
 }
 
-/* posix_spawn does not say what failed.  A directory that cannot be entered is told by trying. */
+/* posix_spawn does not say what failed.  Whether the directory can't be entered is found out by trying. */
 static enum eb_stage guess_stage(const struct eb_request *q)
 {
     struct stat info;

@@ -1,6 +1,6 @@
 /*
- * Only who waits for a process knows that a pid is still its own.  So the supervisor kills its children only; those of
- * the ones that it kills become its own.  It goes on until wait says ECHILD.
+ * Only the parent of a process knows that a pid still belongs to it.  So the supervisor kills only its children, and
+ * the children of those become its own.  It goes on until wait says ECHILD.
  */
 #include "spawn/supervisor.h"
 
@@ -26,13 +26,13 @@
 
 static const unsigned long PROCESS = CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD;
 
-enum { LIVE, BUSY, REAPED }; /* of `gate`; BUSY: the helper is about to signal it */
+enum { LIVE, BUSY, REAPED }; /* values of `gate`; BUSY: the helper is about to signal it */
 
 enum {
     GUARD_PAGES = 64 << 10, /* at least a page, whatever its size; below each stack */
     GUARD_STACK = 64 << 10, /* of each; two pages of it stay resident */
-    REAPS_PER_TURN = 256,   /* before those that are left are killed again */
-    TICK_NS = 20 * 1000000, /* between looks at what does not end at once */
+    REAPS_PER_TURN = 256,   /* until those that are left are killed again */
+    TICK_NS = 20 * 1000000, /* between checks of what does not end at once */
     PATIENCE_MS = 30,
     MOST_SPINS = 1000,
 };
@@ -95,7 +95,7 @@ void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number)
     if (pid == 0 || !__atomic_compare_exchange_n(&s->gate, &live, BUSY, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
         return;
     (void)kill(group ? -pid : pid, number);
-    int busy = BUSY; /* unless the supervisor has waited for this too long */
+    int busy = BUSY; /* unless the supervisor has given up waiting for this */
     (void)__atomic_compare_exchange_n(&s->gate, &busy, LIVE, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
@@ -115,8 +115,8 @@ struct siginfo_raw {
     char rest[128 - 5 * sizeof(int)];
 };
 
-/* Before the command is waited for, the helper must have done with signalling it.  That takes it a microsecond,
- * unless it has just been killed, or waits for the CPU that this process has: one that yields to no other policy. */
+/* Before the supervisor waits for the command, the helper must have finished signalling it.  That takes a microsecond,
+ * unless the helper has just been killed, or waits for the CPU of this process, whose policy yields to no other. */
 static EB_BARE void close_gate(struct eb_supervisor *s)
 {
     const struct timespec pause = {.tv_nsec = 20 * 1000};
@@ -129,8 +129,8 @@ static EB_BARE void close_gate(struct eb_supervisor *s)
     }
 }
 
-/* Waits for those that have ended.  1: there may be more of them; 0: the others live; or -ECHILD.  `*child` becomes 0
- * if it was among them. */
+/* Waits for children that have ended.  Returns 1 if there may be more, 0 if the others live, or -ECHILD.  `*child`
+ * becomes 0 if it was among them. */
 static EB_BARE long reap(struct eb_supervisor *s, pid_t *child)
 {
     for (int i = 0; i < REAPS_PER_TURN; i++) {
@@ -165,7 +165,7 @@ static EB_BARE int64_t now_ms(void)
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-/* Until a child ends, or there is something to be done; at most so long, if that is not negative. */
+/* Waits until a child ends or there is something to do; up to a time, if that is not negative. */
 static EB_BARE void pause_ns(int64_t ns)
 {
     const uint64_t taken = (uint64_t)1 << (SIGCHLD - 1) | (uint64_t)1 << (SIGTERM - 1);
@@ -173,7 +173,7 @@ static EB_BARE void pause_ns(int64_t ns)
     eb_raw(SYS_rt_sigtimedwait, (long)&taken, 0, ns < 0 ? 0 : (long)&t, sizeof taken);
 }
 
-/* Passes on what the helper wants.  Returns whether that is the end of all. */
+/* Passes on the helper's requests.  Returns whether everything is to end. */
 static EB_BARE bool take_wanted(struct eb_supervisor *s, pid_t child, bool guards)
 {
     uint64_t wanted = __atomic_load_n(&s->wanted, __ATOMIC_ACQUIRE);
@@ -203,7 +203,7 @@ static EB_BARE bool end(const struct eb_supervisor *s, pid_t child, bool guards,
     return true;
 }
 
-/* Before all others, if it may: the more a tree has forked, the less would be left for who is to end it. */
+/* Runs before all others, if it may: the more a tree has forked, the less CPU is left for the process that ends it. */
 static EB_BARE void hurry(void)
 {
     const int priority = 1; /* struct sched_param */
@@ -213,12 +213,12 @@ static EB_BARE void hurry(void)
 /* Lives as long as any child.  `guards`: the child is the supervisor. */
 static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child, bool guards)
 {
-    int64_t drained = -1; /* when what is left is killed */
+    int64_t drained = -1; /* when the rest is killed */
     bool ending = false;
     if (!guards && s->watch != NULL)
         hurry();
-    int64_t patient = -1; /* until then, those that were killed may be about to end */
-    int64_t next = 0;     /* when they are killed again, though not all that have ended have been waited for */
+    int64_t patient = -1; /* until then, killed processes may be about to end */
+    int64_t next = 0;     /* when they are killed again, even if not all ended ones have been waited for */
     for (;;) {
         int64_t ns = -1;
         long r = reap(s, &child);
@@ -230,7 +230,7 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
             ending = true;
         }
         if (child == 0 && !s->all)
-            return; /* what the command has left behind is nobody's */
+            return; /* what the command leaves behind is not ended */
         if (eb_raw(SYS_getppid, 0, 0, 0, 0) != parent || take_wanted(s, child, guards))
             ending = true;
         if (child == 0 && !ending && drained < 0)
@@ -247,9 +247,8 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
         if (ending && (r == 0 || now_ms() >= next)) {
             const int64_t begun = now_ms();
             if (!end(s, child, guards, begun > patient))
-                return; /* what is left has other ids */
-            next =
-                2 * now_ms() - begun; /* among thousands that have ended, it takes long: no more than half the time */
+                return;                  /* the rest has other ids */
+            next = 2 * now_ms() - begun; /* it is slow with thousands of ended processes: half of the time at most */
         }
         if (ending)
             ns = TICK_NS;
@@ -260,15 +259,15 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
     }
 }
 
-/* The first steps of both.  0 or -errno. */
+/* The first steps of both.  Returns 0 or -errno. */
 static EB_BARE long begin(pid_t parent)
 {
-    eb_shorten_slices(); /* else the new program would run before they have closed their descriptors */
+    eb_shorten_slices(); /* otherwise the new program would run before they have closed their descriptors */
     long r = eb_raw(SYS_prctl, PR_SET_PDEATHSIG, SIGTERM, 0, 0);
     if (r == 0)
         r = eb_raw(SYS_prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0);
     if (r == 0)
-        r = eb_raw(SYS_setpgid, 0, 0, 0, 0); /* a signal for the caller's group is not for them */
+        r = eb_raw(SYS_setpgid, 0, 0, 0, 0); /* so that signals for the caller's group don't reach them */
     if (r == 0 && eb_raw(SYS_getppid, 0, 0, 0, 0) != parent)
         r = -ESRCH; /* it has just been killed */
     return r;
