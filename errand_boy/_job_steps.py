@@ -32,6 +32,7 @@ from errand_boy.errors import (
     JobLostError,
     NoDaemonError,
     NoJobError,
+    NotServedError,
     ProtocolError,
 )
 
@@ -310,45 +311,47 @@ def start(client: Client, wanted: Start) -> Steps[Entry]:
     connection = Connection(sock)
     sock.setblocking(False)
     try:
-        pid = yield from _spawn(connection, wanted, reply)
-    except BaseException:
-        with contextlib.suppress(OSError):  # an exception that comes from outside
-            sock.send(_follow.signal(0, signal.SIGKILL), SEND_FLAGS)
-        raise
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, NotServedError):
+            yield from _request_start(connection, wanted, reply)
+        pid = yield from _outcome(sock, wanted)
     finally:
         connection.close()
     return {**wanted.wanted, **reply, "pid": pid, "state": "running", "started": time.time()}
 
 
-def _spawn(connection: Connection, wanted: Start, reply: Entry) -> Steps[int]:
-    sock = connection.sock
+def _request_start(connection: Connection, wanted: Start, reply: Entry) -> Steps[None]:
+    """Send all that the keeper needs; one that refuses it says why."""
+    yield from send(connection.sock, _wire.OPENING + wanted.begin(reply["name"], reply["id"]))
+    spawn_frame = acquire()
+    try:
+        spawn_frame.connection = connection
+        check(spawn_frame.prepare(wanted.request, None, 0, _WITH_FS, connection))
+        for fd, writing in spawn_frame.sending():
+            yield Wait(fd, writing)
+    except OSError as error:
+        _request.name_program(error, wanted.program)
+        raise
+    finally:
+        spawn_frame.done()
+
+
+def _outcome(sock: socket.socket, wanted: Start) -> Steps[int]:
+    """Return the command's pid. An exception that comes from outside has the command killed."""
     frames = Frames()
     try:
-        yield from send(sock, _wire.OPENING + wanted.begin(reply["name"], reply["id"]))
-        spawn_frame = acquire()
-        try:
-            spawn_frame.connection = connection
-            check(spawn_frame.prepare(wanted.request, None, 0, _WITH_FS, connection))
-            for fd, writing in spawn_frame.sending():
-                yield Wait(fd, writing)
-        except OSError as error:
-            _request.name_program(error, wanted.program)
-            raise
-        finally:
-            spawn_frame.done()
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # it has said why
-    while True:
-        data = yield from _some(sock)
-        if not data:
-            raise HelperDiedError(errno.EPIPE, "the job's keeper ended before the command ran")
-        for kind, payload in frames.receive(data):
-            answer = _wire.reply(kind, payload)
-            if isinstance(answer, _wire.Failed):
-                raise wanted.error(answer)
-            if isinstance(answer, _wire.Spawned):
-                return answer.pid
-            raise ProtocolError(errno.EPROTO, f"frame {kind} in answer to SPAWN")
+        while data := (yield from _some(sock)):
+            for kind, payload in frames.receive(data):
+                answer = _wire.reply(kind, payload)
+                if isinstance(answer, _wire.Failed):
+                    raise wanted.error(answer)
+                if isinstance(answer, _wire.Spawned):
+                    return answer.pid
+                raise ProtocolError(errno.EPROTO, f"frame {kind} in answer to SPAWN")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            sock.send(_follow.signal(0, signal.SIGKILL), SEND_FLAGS)
+        raise
+    raise HelperDiedError(errno.EPIPE, "the job's keeper ended before the command ran")
 
 
 def _some(sock: socket.socket) -> Steps[bytes]:

@@ -1,5 +1,6 @@
 #include "keeper/client.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -49,16 +50,25 @@ bool eb_client_is_blocked(const struct eb_client *c)
     return c->channel.out_size > 0;
 }
 
+/* What the peer has sent before it closed the connection may be a SIGNAL. */
+static void note_failure(struct eb_client *c)
+{
+    if (errno == EPIPE)
+        c->deaf = true;
+    else
+        c->broken = true;
+}
+
 void eb_client_send_piece(struct eb_client *c, const void *head, size_t head_size, const void *data, size_t size)
 {
-    if (!c->closing && !eb_channel_send(&c->channel, EB_PIECE, head, head_size, data, size, false))
-        c->broken = true;
+    if (!c->closing && !c->deaf && !eb_channel_send(&c->channel, EB_PIECE, head, head_size, data, size, false))
+        note_failure(c);
 }
 
 void eb_client_send(struct eb_client *c, enum eb_kind kind, const void *payload, size_t size)
 {
-    if (!c->closing && !eb_channel_send(&c->channel, kind, payload, size, NULL, 0, false))
-        c->broken = true;
+    if (!c->closing && !c->deaf && !eb_channel_send(&c->channel, kind, payload, size, NULL, 0, false))
+        note_failure(c);
 }
 
 void eb_client_refuse(struct eb_client *c, const char *format, ...)

@@ -32,6 +32,7 @@ struct eb_client {
     bool opened, greeted; /* the NUL byte has come; and HELLO */
     bool closing;         /* nothing more is read; it is closed when what is kept for it has been sent, or: */
     bool broken;          /* at once */
+    bool deaf;            /* the peer has closed it, and what it has sent before is still to be read */
     bool gone;            /* the peer has ended its side: it is closed when what it has typed has been written */
     uint64_t deadline;    /* of eb_now_ms: for the rest of what it owes; 0: none */
 
