@@ -168,6 +168,11 @@ class Follower:
             self._next = sequence + 1
             self._positions[stream] = position + len(data)
             yield Output(stream, microseconds / 1e6, data)
+        for stream, end in ring.ends():  # the last of it may have found no room
+            missed = end - self._positions[stream]
+            if missed > 0:
+                self._positions[stream] = end
+                yield Missed(stream, missed)
 
 
 def follow(sequence: int, first: int, second: int, flags: int) -> bytes:

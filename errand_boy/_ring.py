@@ -56,6 +56,10 @@ class RingFile:
             if record[0] >= sequence:
                 yield record
 
+    def ends(self) -> list[tuple[int, int]]:
+        """Return each stream and how many bytes of it there were, once all records are read."""
+        return [(ring.stream, ring.end) for ring in self._rings]
+
 
 class _Ring:
     """One stream's."""
@@ -73,23 +77,27 @@ class _Ring:
         if not 0 <= head - tail <= capacity <= _MOST_CAPACITY:
             raise RingError(f"its ring {stream} is impossible")
         self._fd = fd
-        self._stream = stream
         self._offset, self._capacity = offset, capacity
         self._head, self._tail = head, tail
+        self.stream = stream
         self.lost = lost
+        self.end = lost  # bytes of output up to the end of the records that have been read
 
     def records(self) -> Iterator[Record]:
         at, position = self._tail, self.lost
         while at < self._head:
             sequence, time, length = _RECORD.unpack(self._read(at, _RECORD.size))
             at += _RECORD.size
-            yield sequence, time, self._stream, position, self._read(at, length)
+            if length > lib.EB_MAX_OUTPUT:
+                raise RingError(f"a record of its ring {self.stream} is impossible")
+            yield sequence, time, self.stream, position, self._read(at, length)
             at += length
             position += length
+            self.end = position
 
     def _read(self, at: int, length: int) -> bytes:
         if at + length > self._head:
-            raise RingError(f"a record of its ring {self._stream} is cut short")
+            raise RingError(f"a record of its ring {self.stream} is cut short")
         parts = []
         while length:
             start = at % self._capacity

@@ -13,6 +13,9 @@ from errand_boy._native import lib
 from keeper import HELLO, SUPERVISED, keeping, shell
 from wire import Failed
 
+from errand_boy._follow import Follower, Missed
+from errand_boy._ring import RingFile
+
 pytestmark = pytest.mark.root
 
 
@@ -59,3 +62,22 @@ def test_start_without_room_for_its_end_fails(small: Path) -> None:
         answer = keeper.starter.reply()
         assert isinstance(answer, Failed)
         assert (answer.errno, answer.stage) == (errno.ENOSPC, lib.EB_STAGE_RING)
+
+
+@pytest.mark.parametrize("known", [0, 1000])
+def test_output_that_found_no_room_is_told_by_its_file(small: Path, known: int) -> None:
+    """Also what was written last."""
+    with keeping(small) as keeper:
+        script = "read x; head -c 9000 /dev/zero; exit 3"
+        if known:
+            script = "printf %01000d; " + script
+        step = keeper.steps(script, options=[SUPERVISED])
+        if known:
+            keeper.follower().until(b"0" * known)
+        fill(small)
+        step()
+        keeper.follower().rest()
+        with keeper.ring_path.open("rb") as file:
+            events = list(Follower().replay(RingFile(file.fileno())))
+        told = sum(e.size if isinstance(e, Missed) else len(e.data) for e in events)
+        assert told == known + 9000
