@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,10 @@ def client(served: tuple[Daemon, Client, Path]) -> Iterator[Client]:
     _, client, directory = served
     yield client
     for job in client.jobs(all=True):
-        if job.state in ("running", "starting"):
-            job.stop(signal.SIGKILL)
-        job.remove()
+        with suppress(NoJobError):  # one that could not be started is removed by the daemon
+            if job.state in ("running", "starting"):
+                job.stop(signal.SIGKILL)
+            job.remove()
     until(lambda: not keepers(directory), "the end of all keepers")
     until(lambda: not files(directory), "the removal of all files")
 
