@@ -30,8 +30,8 @@ static bool same_file(int fd, uint64_t device, uint64_t inode)
 
 enum { STATUS_SIZE = 16 << 10 };
 
-/* A descriptor of this thread's /proc/thread-self/status, or -1.  Kept, since opening costs more than
- * reading; found out if it has been closed under us, or if it is another thread's. */
+/* A descriptor of this thread's /proc/thread-self/status, or -1.  It is kept, since opening costs more than
+ * reading; it is noticed if it has been closed under us, or belongs to another thread. */
 static int status_fd(struct eb_caller *c)
 {
     pid_t thread = (pid_t)syscall(SYS_gettid);
@@ -50,7 +50,7 @@ static int status_fd(struct eb_caller *c)
     return c->status_fd;
 }
 
-/* That file, whole; false without /proc, or if it does not fit (thousands of groups). */
+/* Reads the whole of that file; false without /proc, or if it does not fit (thousands of groups). */
 static bool read_status(struct eb_caller *c, char *text)
 {
     int fd = status_fd(c);
@@ -164,12 +164,12 @@ static int identity_from_syscalls(struct eb_identity *id)
     id->no_new_privs = prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0);
     id->securebits = prctl(PR_GET_SECUREBITS, 0, 0, 0, 0);
     id->seccomp = prctl(PR_GET_SECCOMP, 0, 0, 0, 0);
-    /* Whether another filter has been added to the first is not to be had. */
+    /* Whether another filter has been added to the first can't be known. */
     id->complete = id->seccomp == 0;
     return 0;
 }
 
-/* Also the signals of the state, which /proc tells at the same price. */
+/* Also reads the signals of the state, which /proc has at no extra cost. */
 static int read_identity(struct eb_caller *c)
 {
     if (identity_from_status(c)) {
@@ -183,7 +183,7 @@ static int read_identity(struct eb_caller *c)
 
 static bool fs_differs(int helper)
 {
-    /* EPERM, ENOSYS: not to be known here */
+    /* EPERM, ENOSYS: this can't be known here */
     return syscall(SYS_kcmp, syscall(SYS_gettid), helper, KCMP_FS, 0, 0) > 0;
 }
 
@@ -208,7 +208,7 @@ static bool fits_fs(struct eb_caller *c, const struct eb_caller *start, int help
 
 static bool fits(struct eb_caller *c, const struct eb_caller *start, int helper)
 {
-    /* What only a privilege can raise again has not been raised since. */
+    /* What only a privileged process can raise has not been raised since. */
     for (int i = 0; i < EB_MAX_RLIMITS; i++)
         if (c->state.rlimits[i].rlim_max > start->state.rlimits[i].rlim_max)
             return false;

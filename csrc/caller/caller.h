@@ -4,8 +4,8 @@
 
 #include "common/state.h"
 
-/* Who the calling thread is to the kernel.  Two equal ones may share a helper.  No padding: compared as
- * bytes. */
+/* The identity of the calling thread to the kernel.  Threads with equal ones may share a helper.  Without padding,
+ * since they are compared as bytes. */
 struct eb_identity {
     uint64_t capabilities[5]; /* inheritable, permitted, effective, bounding, ambient */
     uint64_t groups;          /* hash of the supplementary groups */
@@ -28,7 +28,7 @@ struct eb_caller {
 };
 
 enum {
-    EB_WITH_UMASK = 1,  /* read the umask, which costs a moment of race where /proc does not tell it */
+    EB_WITH_UMASK = 1,  /* read the umask, with a short race if /proc does not have it */
     EB_WITH_ROOT = 256, /* read which directory is the root, for a later comparison */
 };
 
@@ -37,8 +37,8 @@ enum {
     EB_HAS_STDIN = 1, /* descriptors 0 to 2: open, and inheritable */
     EB_HAS_STDOUT = 2,
     EB_HAS_STDERR = 4,
-    EB_FITS = 8,        /* a command started by the helper is what the caller would start */
-    EB_CONNECTION = 16, /* the connection's descriptor still is what it was */
+    EB_FITS = 8,        /* a command of the helper would be the same as one of the caller */
+    EB_CONNECTION = 16, /* the connection's descriptor is still the same socket */
     EB_UNSURE = 32,     /* EB_FITS, but another seccomp filter would not have been noticed */
 };
 
@@ -48,17 +48,17 @@ void eb_caller_free(struct eb_caller *c);
 
 /* In place of eb_caller_new, for one inside another object. */
 void eb_caller_init(struct eb_caller *c);
-/* Lets go of what only the next eb_caller_read would need. */
+/* Releases what only the next eb_caller_read would need. */
 void eb_caller_close(struct eb_caller *c);
 
-/* EB_HAS_STDIN and its neighbours, as the calling process has them now. */
+/* Returns EB_HAS_STDIN and the two after it, as they are in the calling process now. */
 int eb_standard_fds(void);
 
 /*
  * Fills `c` for the calling thread.  `start` is what was read by the thread that started the helper, or
  * NULL; `helper` the helper's pid if it shares the working directory, root and umask of that thread, or
- * 0: then the root must be the same as at the start.  `fd` is the connection to be used, with the device and inode that it had when it was made, or -1.
- * Returns what was found out, or -errno.
+ * 0: then the root must be the same as at the start.  `fd` is the connection to be used, or -1, with the device and
+ * inode that it had when it was made.  Returns what was found out, or -errno.
  */
 int eb_caller_read(struct eb_caller *c, const struct eb_caller *start, int helper, int flags, int fd, uint64_t device,
                    uint64_t inode);

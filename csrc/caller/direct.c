@@ -19,14 +19,14 @@
 
 enum {
     SPARE = 16, /* each has a stack with two resident pages */
-    /* The number from which a pipe is opened again by the child, which takes some 5 µs: else the kernel copies the
-     * table up to it, which takes 0.1 µs for each descriptor. */
+    /* From this number on, the child reopens a pipe, which takes some 5 µs.  Otherwise the kernel copies the table up
+     * to it, which takes 0.1 µs for each descriptor. */
     HIGH = 128,
 };
 
-/* No lock, which a forked process could find taken for ever. */
+/* Without a lock, which a forked process could find locked for ever. */
 static struct eb_direct *spare[SPARE];
-static struct eb_direct *lingering; /* given back while they were pending */
+static struct eb_direct *lingering; /* released while they were pending */
 
 static int works = -1;
 static int cannot_reopen;
@@ -35,7 +35,7 @@ bool eb_direct_works(void)
 {
     int known = __atomic_load_n(&works, __ATOMIC_RELAXED);
     if (known < 0) {
-        /* Of no descriptor: only whether the call is there. */
+        /* Closes nothing: this only checks that the call exists. */
         known = syscall(SYS_close_range, ~0U, ~0U, 0) == 0;
         __atomic_store_n(&works, known, __ATOMIC_RELAXED);
     }
@@ -63,7 +63,7 @@ static void linger(struct eb_direct *d)
         ;
 }
 
-/* Takes back those that were given while they were pending, and are not any more. */
+/* Reclaims those that were released while they were pending, and are not pending any more. */
 static void collect(void)
 {
     if (__atomic_load_n(&lingering, __ATOMIC_RELAXED) == NULL)
@@ -105,7 +105,7 @@ static int64_t now_us(void)
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
-/* Waits for the kernel to clear the word; not for much longer than until `end`, and not beyond a signal. */
+/* Waits for the kernel to clear the word, until about `end` or until a signal comes. */
 static bool wait_until_cleared(volatile pid_t *word, int64_t end)
 {
     int64_t rest = end - now_us();
@@ -119,7 +119,7 @@ static bool wait_until_cleared(volatile pid_t *word, int64_t end)
 void eb_direct_give(struct eb_direct *d)
 {
     if (is_pending(d)) {
-        /* The caller is about to close what the child is to take over. */
+        /* The caller is about to close descriptors that the child is to take over. */
         eb_job_await_table(d->job, &d->job->alive, d->pid);
         linger(d);
         return;
@@ -135,7 +135,7 @@ void eb_direct_give(struct eb_direct *d)
     free_direct(d);
 }
 
-/* Which of the descriptors for 0 to 2 are opened again by the child; `highest` is set to that of all others. */
+/* Which of the descriptors for 0 to 2 the child reopens; `highest` is set to the highest of all others. */
 static uint8_t choose_reopened(const struct eb_request *q, int flags, int *highest)
 {
     uint8_t reopened = 0;
@@ -150,7 +150,7 @@ static uint8_t choose_reopened(const struct eb_request *q, int flags, int *highe
         else if (q->sources[i] > *highest)
             *highest = q->sources[i];
     }
-    /* The namespace of users that it is born in has no rights to look there. */
+    /* In a new user namespace it has no rights to look there. */
     if (reopened != 0 && *highest < HIGH && q->namespaces == 0 && !__atomic_load_n(&cannot_reopen, __ATOMIC_RELAXED))
         return reopened;
     *highest = most;
@@ -191,7 +191,7 @@ static int make_process(struct eb_direct *d)
     if (pid > 0)
         d->pid = pid;
     else if ((d->stage = eb_job_clone_stage(job, pid)) == EB_STAGE_START &&
-             (pid == -EPERM || pid == -EINVAL)) /* a filter's word for what it does not let pass */
+             (pid == -EPERM || pid == -EINVAL)) /* a filter may refuse with these */
         d->error = ENOSYS;
     else
         d->error = -pid;
@@ -224,11 +224,11 @@ void eb_direct_reap(struct eb_direct *d)
     d->pid = 0;
 }
 
-/* The new process has let go. Returns whether the start is decided. */
+/* The new process has released the memory. Returns whether the start is decided. */
 static bool decide(struct eb_direct *d)
 {
     const struct eb_job *job = d->job;
-    if (d->maker != getpid()) { /* which is told of it, and whose child it is */
+    if (d->maker != getpid()) { /* only the maker learns of it, and has it as a child */
         d->error = 0;
         return true;
     }
@@ -236,13 +236,13 @@ static bool decide(struct eb_direct *d)
     d->stage = job->stage;
     d->member = job->member;
     if (job->cannot_reopen) {
-        /* /proc is missing, or another PID namespace's, or the caller is not dumpable: then by copies, from now on. */
+        /* /proc is missing, or belongs to another PID namespace, or the caller is not dumpable: copy from now on. */
         __atomic_store_n(&cannot_reopen, 1, __ATOMIC_RELAXED);
         eb_direct_reap(d);
         prepare_job(d);
         return make_process(d) != 0;
     }
-    /* For a table of descriptors; EAGAIN: it had none in time. */
+    /* No memory for a table of descriptors; or EAGAIN: it had none in time. */
     bool is_short = d->error == ENOMEM || d->error == EMFILE || d->error == EAGAIN;
     if (d->error != 0 && d->stage == EB_STAGE_START && !is_short)
         d->error = ENOSYS;

@@ -14,7 +14,7 @@ struct eb_direct {
     int flags;
     struct eb_job *job;
     struct eb_direct *next;
-    pid_t maker; /* the process that began the start: one that was forked since has a copy, to which nothing happens */
+    pid_t maker; /* the process that began the start; a process that was forked since has a dead copy */
     /* The start's outcome, once it is decided. */
     pid_t pid; /* of the process, to be waited for; 0: there is none */
     int error; /* 0: the program runs */
@@ -24,23 +24,23 @@ struct eb_direct {
 
 enum {
     EB_KEEP_FILES = 512, /* all descriptors that are inheritable are the child's */
-    EB_OWN_STDIN = 1024, /* the child's 0, 1 or 2 is Popen's own pipe or /dev/null: nobody else has that */
+    EB_OWN_STDIN = 1024, /* the child's 0, 1 or 2 is Popen's own pipe or /dev/null, which nothing else has */
     EB_OWN_STDOUT = 2048,
     EB_OWN_STDERR = 4096,
 };
 
-/* Whether this system can do it at all: Linux 5.9 on a known architecture, and no filter in the way. */
+/* Whether this system can do it: Linux 5.9 on a known architecture, and no filter that refuses it. */
 bool eb_direct_works(void);
 
-/* A start to be begun; NULL if memory is short. */
+/* Returns a start to begin; NULL if memory is short. */
 struct eb_direct *eb_direct_take(void);
-/* Takes it back, also while it is pending: the child goes on, and is the caller's to wait for. */
+/* Releases it, even while it is pending: the child goes on, and the caller has to wait for it. */
 void eb_direct_give(struct eb_direct *d);
 
 /*
  * Makes the process.  `flags`, `options` and `wanted` are as for eb_spawn_frame_build, and so is the GIL.  Returns 0 if
- * the start is pending, else it is decided.  A filter or a kernel that does not have what is needed is ENOSYS in the
- * stage EB_STAGE_START, and then no program has been run.
+ * the start is pending, else it is decided.  If the kernel or a filter lacks what is needed, it fails with ENOSYS in
+ * the stage EB_STAGE_START, and no program has run.
  */
 int eb_direct_begin(struct eb_direct *d, int flags, const uint8_t *options, size_t size,
                     const struct eb_wanted_fds *wanted);
@@ -48,7 +48,7 @@ int eb_direct_begin(struct eb_direct *d, int flags, const uint8_t *options, size
 /* Waits for the process of a start that has failed. */
 void eb_direct_reap(struct eb_direct *d);
 
-/* Waits for the outcome; 1 if it is decided; 0 if not, after so long or because of a signal. */
+/* Waits for the outcome.  Returns 1 if it is decided; 0 if the time is up or a signal has come. */
 int eb_direct_wait(struct eb_direct *d, uint32_t microseconds);
 
 #endif

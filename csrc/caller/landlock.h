@@ -1,4 +1,4 @@
-/* Rulesets of Landlock, by system calls: a C library has no functions for them. */
+/* Rulesets of Landlock, by system calls, since C libraries have no functions for them. */
 #ifndef EB_LANDLOCK_H
 #define EB_LANDLOCK_H
 
@@ -7,7 +7,7 @@
 /* The version of the kernel's interface, from 1; or -errno: it has none (ENOSYS), or it is off (EOPNOTSUPP). */
 int eb_landlock_version(void);
 
-/* A close-on-exec descriptor of a ruleset that refuses these rights and scopes, but for what rules allow; or -errno. */
+/* A close-on-exec descriptor of a ruleset that refuses these rights and scopes, except by rules; or -errno. */
 int eb_landlock_create(uint64_t files, uint64_t network, uint64_t scopes);
 
 /* Allows rights beneath the directory, or on the file, that is open as `fd`.  Returns 0 or -errno. */

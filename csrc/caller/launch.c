@@ -57,11 +57,11 @@ static EB_BARE long exec_open(const struct start *s, char **env)
     return r;
 }
 
-/* In the caller's memory, while one of its threads waits: the others go on. */
+/* Runs in the caller's memory, while one of its threads waits and the others go on. */
 static EB_BARE int helper_child(void *arg)
 {
     struct start *s = arg;
-    char *env[] = {NULL}; /* nothing of the caller's, LD_PRELOAD included, is meant for the helper */
+    char *env[] = {NULL}; /* the caller's, LD_PRELOAD included, is not for the helper */
     s->step = "dup";
     long control = eb_raw(SYS_fcntl, s->control, F_DUPFD, PROGRAM_FD + 1, 0);
     long caller = control < 0 ? control : eb_raw(SYS_fcntl, s->caller, F_DUPFD, PROGRAM_FD + 1, 0);
@@ -80,7 +80,7 @@ static EB_BARE int helper_child(void *arg)
     if ((r = eb_raw(SYS_dup3, errors, 2, 0, 0)) < 0)
         goto failed;
     if (program >= 0) {
-        /* On a number below those that are closed; it goes with the exec. */
+        /* On a number below those that are closed; the exec closes it. */
         if ((r = eb_raw(SYS_dup3, program, PROGRAM_FD, O_CLOEXEC, 0)) < 0)
             goto failed;
         close_from(PROGRAM_FD + 1, s->open_max);
@@ -98,11 +98,11 @@ failed:
 }
 
 /*
- * Whether this thread's real, effective and saved ids are the same. Where they are not, an exec by a process
- * that shares its working directory, root and umask is not what it is otherwise: Linux sets the effective ids
- * to the real ones then, if the process lacks CAP_SETUID (security/commoncap.c, cap_bprm_creds_from_file).
- * For a root process with another effective user that means: root again. Kernels of late compare the new
- * effective id with the old one, and have this no more; Linux 6.12 still does.
+ * Whether this thread's real, effective and saved ids are the same.  If they are not, an exec by a process that
+ * shares its working directory, root and umask has another effect: Linux sets the effective ids to the real ones,
+ * if the process lacks CAP_SETUID (security/commoncap.c, cap_bprm_creds_from_file).  A root process with another
+ * effective user becomes root again.  Linux 6.12 still does that; newer kernels compare the new effective id with
+ * the old one, and do not.
  */
 static bool has_one_identity(void)
 {
@@ -133,7 +133,7 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
         return -error;
     }
     *share_fs = *share_fs && has_one_identity();
-    /* No signal handler of the caller's may run in its half-made child. */
+    /* No signal handler of the caller may run in its half-made child. */
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all);
     long pid = eb_raw_clone(flags | (*share_fs ? CLONE_FS : 0), stack + START_STACK, NULL, NULL, helper_child, &s);
     if (pid < 0 && *share_fs && pid != -EAGAIN && pid != -ENOMEM) {

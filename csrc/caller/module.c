@@ -1,6 +1,6 @@
 /*
- * The functions of errand_boy._native that cffi can't make: cffi lets go of the GIL around each call, and another
- * thread that is busy in Python gives it back after 5 ms.  So a start that is quick keeps it.
+ * The functions of errand_boy._native that cffi can't make: cffi releases the GIL around each call, and another
+ * thread that is busy in Python gives it back after 5 ms.  So a quick start keeps it.
  */
 #include <pyconfig.h>
 #ifndef Py_GIL_DISABLED
@@ -24,7 +24,7 @@
 
 enum { LAST_BYTES = 4096, MOST_LAST_READS = 16 };
 
-/* Makes the process known to `owner`, before any other code of the caller's runs; or no longer. */
+/* Makes the process known to `owner`, before any other code of the caller runs; or undoes that. */
 static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
 {
     PyObject *pid = PyLong_FromLong(d->pid);
@@ -39,8 +39,8 @@ static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
 
 static const char START[] = "errand_boy start", LEFT[] = "errand_boy start, left";
 
-/* A pending start that is dropped: by an exception of a signal handler, say, as soon as there is one.  Whoever gets
- * that exception closes what the child is to take over. */
+/* A pending start is dropped at once at an exception, for instance of a signal handler.  Whoever gets that exception
+ * closes the descriptors that the child is to take over. */
 static void drop(PyObject *start)
 {
     struct eb_direct *d = PyCapsule_GetPointer(start, START);
@@ -77,11 +77,11 @@ static void reap_if_failed(struct eb_direct *d)
     Py_END_ALLOW_THREADS
 }
 
-/* Whether the starts of late have come from several threads. */
+/* Whether the last starts have come from several threads. */
 static bool has_many_starters(void)
 {
     static unsigned long last;
-    static int changes; /* up with each start in another thread than the last, down with each in the same */
+    static int changes; /* grows with each start in another thread than the last, shrinks with each in the same */
     enum { MANY = 4, MOST = 8 };
     unsigned long thread = PyThread_get_thread_ident();
     int count = __atomic_load_n(&changes, __ATOMIC_RELAXED);
@@ -94,8 +94,8 @@ static bool has_many_starters(void)
 }
 
 /*
- * Keeps the GIL, for a thread that is busy in Python gives it back after 5 ms only.  But where several threads start
- * commands, the new processes wait for a CPU, and the other threads had better go on meanwhile.
+ * Keeps the GIL, since a thread that is busy in Python gives it back only after 5 ms.  But if several threads start
+ * commands, the new processes wait for a CPU, and the other threads should go on in the meantime.
  */
 static bool await_outcome(struct eb_direct *d, uint32_t microseconds)
 {
@@ -170,7 +170,7 @@ static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count
     if (failed)
         reap_if_failed(d);
     else if (set_process(args[0], d, true) != 0)
-        decided = false; /* an attribute that can't be set: the child goes on */
+        decided = false; /* an attribute can't be set: the child goes on */
     PyObject *result = PyErr_Occurred() ? NULL : decided ? outcome(d) : PyCapsule_New(d, START, drop);
     if (decided || result == NULL)
         eb_direct_give(d);
@@ -222,7 +222,7 @@ static PyObject *leave_spawn(PyObject *module, PyObject *start)
     return none();
 }
 
-/* -- what Python's os and signal modules lack if they were built with older headers -- */
+/* -- functions that Python's os and signal modules lack if they were built with older headers -- */
 
 static PyObject *number_or_error(long result)
 {
@@ -261,7 +261,7 @@ static PyObject *open_memory(PyObject *module, PyObject *args)
     return number_or_error(syscall(SYS_memfd_create, name, flags));
 }
 
-/* wait4(pid, options): (pid, status, usage), the last as the kernel has it, for whoever asks: an object of each number
+/* wait4(pid, options): (pid, status, usage), the last as bytes of the kernel, since making an object of each number
  * takes as long as the rest. */
 static PyObject *wait_with_usage(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {

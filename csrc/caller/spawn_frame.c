@@ -15,7 +15,7 @@ enum {
     KEEP = 64 << 10,      /* bytes of a frame whose memory is kept for the next one */
     MOST_OF_STATE = 2048, /* bytes of the options that put_state writes */
     OPTION_HEADER = 5,
-    MOST_BUILDS = 100, /* of one frame, while the environment grows */
+    MOST_BUILDS = 100, /* attempts to build one frame, while the environment grows */
 };
 
 static void put_option(struct eb_writer *w, enum eb_tag tag, size_t size)
@@ -37,7 +37,7 @@ static uint64_t tags_of(const uint8_t *options, size_t size)
     return tags;
 }
 
-/* But for what is `given`. */
+/* Adds the caller's state, except what is `given`. */
 static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags, uint64_t given)
 {
     const struct eb_state *s = &c->state;
@@ -223,7 +223,7 @@ void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd)
         message.msg_control = &control;
         message.msg_controllen = CMSG_SPACE(rights);
     }
-    /* Whatever fails here, the caller tries again in its own way, and finds out why. */
+    /* If anything fails here, the caller tries again in its own way, and finds out why. */
     ssize_t n = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n > 0)
         o->sent = (size_t)n;

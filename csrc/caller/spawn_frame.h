@@ -1,4 +1,4 @@
-/* A SPAWN request as its caller builds it: what was asked for, and what the child inherits. */
+/* A SPAWN request, as its caller builds it: the options, and the state that the child inherits. */
 #ifndef EB_SPAWN_FRAME_H
 #define EB_SPAWN_FRAME_H
 
@@ -11,7 +11,7 @@ struct eb_spawn_frame {
     uint8_t *frame; /* the whole frame; allocated */
     size_t size, capacity;
     size_t sent; /* bytes of it that eb_spawn_frame_send has sent; with the first go the descriptors */
-    int *fds;    /* to be sent with it: for 0 to 2, `others`, cwd_fd, `carried`; allocated, borrowed but for cwd_fd */
+    int *fds;    /* to be sent with it: for 0 to 2, `others`, cwd_fd, `carried`; only cwd_fd is closed here */
     uint32_t fd_count, fd_capacity;
     int cwd_fd; /* one of them, or -1 */
 };
@@ -23,7 +23,7 @@ enum {
     EB_WITH_CWD = 16,          /* the caller's working directory goes as a descriptor */
     EB_WITHOUT_STATE = 256,    /* the child is this process's own, and has the caller's state by itself */
     EB_WITHOUT_STANDARD = 128, /* of 0 to 2, the child has only what `standard` gives it */
-    EB_SENT = 64,              /* beside what eb_caller_read found: the frame has been sent whole, and released */
+    EB_SENT = 64,              /* added to what eb_caller_read found: the whole frame has been sent, and released */
 };
 
 /* What the child's descriptors are.  `standard`: ours for 0 to 2, or -1 to inherit that one if it is open
@@ -39,20 +39,20 @@ struct eb_wanted_fds {
 struct eb_spawn_frame *eb_spawn_frame_new(void);
 void eb_spawn_frame_free(struct eb_spawn_frame *o);
 
-/* In place of these two, for one inside another object; `o` is all zeros before. */
+/* In place of these two, for one inside another object; `o` must be all zeros before. */
 void eb_spawn_frame_init(struct eb_spawn_frame *o);
 void eb_spawn_frame_clear(struct eb_spawn_frame *o);
 
 /*
  * Builds the frame, after eb_caller_read has filled `caller` and returned `found`.  `options` are those that
- * the caller has encoded itself; of its state, none is added that they have.  Returns 0, E2BIG, ENOMEM, why the working directory cannot be opened, or EAGAIN if
- * other threads do not stop to add to the environment.  With EB_WITH_ENVIRONMENT it must be called under the GIL, under
- * which os.putenv moves the environment; where there is none, it may change at any time.
+ * the caller has encoded itself, and override its state.  Returns 0, E2BIG, ENOMEM, the errno of opening the working
+ * directory, or EAGAIN if other threads do not stop adding to the environment.  With EB_WITH_ENVIRONMENT it must be
+ * called under the GIL, under which os.putenv moves the environment; where there is none, it may change at any time.
  */
 int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options, size_t options_size,
                          const struct eb_wanted_fds *wanted);
 
-/* Sends the frame as far as the socket takes it without waiting; 0 to 253 descriptors. */
+/* Sends as much of the frame as the socket takes without waiting; with 0 to 253 descriptors. */
 void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd);
 
 /* Releases what only this request needed. */

@@ -41,7 +41,7 @@ int eb_channel_frame(const struct eb_channel *c, struct eb_frame *frame)
     return 1;
 }
 
-/* Room grows with what has really come, so that a declared length costs its sender, not us. */
+/* Room grows with what has really come, so that a declared length costs the sender, not us. */
 static bool make_room(struct eb_channel *c)
 {
     if (c->in_at > 0)

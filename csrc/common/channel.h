@@ -23,21 +23,21 @@ struct eb_frame {
 
 /* Reads once.  1: something came; 0: nothing now; -1: the peer is gone or memory is short.  `sender` as for eb_receive. */
 int eb_channel_fill(struct eb_channel *c, struct ucred *sender);
-/* Whether that has read all that was there. */
+/* Whether that read everything that was there. */
 bool eb_channel_is_drained(const struct eb_channel *c);
-/* 1: `frame` is the whole first one; 0: more is needed, but its kind and size are known if its header has come; -1: no
- * frame of this protocol. */
+/* 1: `frame` is the first frame, complete; 0: more is needed, but its kind and size are known if its header has come;
+ * -1: it is not a frame of this protocol. */
 int eb_channel_frame(const struct eb_channel *c, struct eb_frame *frame);
 /* Removes the first `size` bytes. */
 void eb_channel_consume(struct eb_channel *c, size_t size);
-/* Removes the first frame, a whole one, and moves its payload to memory that is the caller's to free, which is
- * returned; NULL: memory is short. */
+/* Removes the first frame, a complete one, and returns its payload in memory that the caller frees; NULL: memory is
+ * short. */
 uint8_t *eb_channel_take(struct eb_channel *c, struct eb_frame *frame);
 /* Sends a frame, whose payload is in two parts, and keeps what the socket does not take; or keeps all of it, to `hold` it
  * back.  False: the peer is gone or memory is short. */
 bool eb_channel_send(struct eb_channel *c, enum eb_kind kind, const void *first, size_t first_size, const void *second,
                      size_t second_size, bool hold);
-/* Sends REFUSED with a reason, if the socket takes it: who sends what he may not is owed no more. */
+/* Sends REFUSED with a reason, if the socket takes it at once. */
 __attribute__((format(printf, 2, 0))) void eb_channel_refuse(struct eb_channel *c, const char *format,
                                                              va_list arguments);
 /* Sends what has been kept.  False: the peer is gone. */

@@ -16,19 +16,19 @@ struct eb_fds {
 };
 
 /* Receives up to `size` bytes; the descriptors that come with them are appended to `fds`, close-on-exec.
- * Of a socket with SO_PASSCRED, `sender` becomes who sent them: the kernel glues no two senders' bytes.  It
- * is left as it was otherwise.  Returns as recv(2) does. */
+ * With SO_PASSCRED, `sender` becomes the sender of the bytes: the kernel never joins the bytes of two.
+ * Without it, `sender` is unchanged.  Returns as recv(2) does. */
 ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds, struct ucred *sender);
-/* Sends two parts as send(2) does one, never raising SIGPIPE. */
+/* Sends two parts as send(2) sends one, never raising SIGPIPE. */
 ssize_t eb_send(int socket, const void *first, size_t first_size, const void *second, size_t second_size);
 
-/* Takes out the oldest, which is the caller's to close from now on.  There is one. */
+/* Takes out the oldest, which the caller closes from now on.  There must be one. */
 int eb_fds_take(struct eb_fds *fds);
 /* Closes the oldest `count`. */
 void eb_fds_drop(struct eb_fds *fds, uint32_t count);
 /* Closes all, and forgets what was lost. */
 void eb_fds_clear(struct eb_fds *fds);
-/* How many all of them hold. */
+/* How many descriptors all of these hold together. */
 uint32_t eb_fds_held(void);
 
 #endif

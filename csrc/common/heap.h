@@ -7,7 +7,7 @@
 #include <malloc.h>
 #endif
 
-/* Gives free memory back to the system, where the C library does not do so by itself. */
+/* Gives free memory back to the system, if the C library does not do so by itself. */
 static inline void eb_trim_heap(void)
 {
 #ifdef __GLIBC__

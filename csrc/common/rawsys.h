@@ -10,7 +10,7 @@
 #include <sys/syscall.h>
 #include <sys/types.h>
 
-#if defined(EB_PORTABLE) /* for a test: as on another processor */
+#if defined(EB_PORTABLE) /* for tests: as on other processors */
 #define EB_HAVE_RAW 0
 
 #elif defined(__x86_64__)
@@ -68,9 +68,9 @@ static inline long eb_raw(long n, long a, long b, long c, long d)
 #define SYS_close_range 436
 #endif
 
-/* For code that runs between clone and exec on a stack of its own: nothing may be called there behind its back,
- * and it must not use thread-local memory, where the stack protector has its secret: the thread that made the
- * process may end before that code does. */
+/* For code that runs between clone and exec on its own stack: the compiler must not insert calls, and the code must not
+ * use thread-local memory, where the stack protector has its secret, because the thread that made the process may end
+ * before that code does. */
 #if defined(__has_attribute)
 #if __has_attribute(no_stack_protector)
 #define EB_NO_STACK_PROTECTOR , no_stack_protector

@@ -9,7 +9,7 @@ static uint64_t ignored_signals(void)
 {
     uint64_t set = 0;
     for (int n = 1; n <= EB_SIGNALS; n++) {
-        /* glibc hides two signals; the kernel's own struct starts with the handler. */
+        /* glibc hides two signals; the kernel's own struct begins with the handler. */
         struct {
             uintptr_t handler, flags, restorer, mask[16];
         } action;
@@ -36,7 +36,7 @@ void eb_state_read_signals(struct eb_state *s)
 static int read_limit(int resource, struct rlimit *limit)
 {
 #if defined(SYS_getrlimit) && defined(__LP64__)
-    /* The C library uses prlimit64, which takes more than twice as long; this one lacks bits elsewhere. */
+    /* The C library uses prlimit64, which takes more than twice as long; this call has too few bits elsewhere. */
     if (syscall(SYS_getrlimit, resource, limit) == 0)
         return 0;
 #endif

@@ -1,4 +1,4 @@
-/* What a process hands down to the commands it starts, read of the calling process and thread. */
+/* What a process passes on to the commands that it starts, read from the calling process and thread. */
 #ifndef EB_STATE_H
 #define EB_STATE_H
 
@@ -18,8 +18,8 @@ struct eb_state {
     uint8_t affinity[EB_MAX_AFFINITY];
 };
 
-/* Fill `s`: its signals, and all the rest.  A part that the system refuses to tell (a seccomp filter)
- * keeps the value it had. */
+/* Fill `s`: its signals, and all the rest.  A part that can't be read, because of a seccomp filter for instance,
+ * keeps its value. */
 void eb_state_read_signals(struct eb_state *s);
 void eb_state_read(struct eb_state *s);
 

@@ -6,9 +6,8 @@
  *
  *     u32 length of the payload | u8 kind | payload
  *
- * Integers are little-endian and unaligned.  Each side's first frame is HELLO, but for a helper's on its
- * control socket, where it sends none.  A client need not wait
- * for the helper's HELLO before it sends its first request.
+ * Integers are little-endian and unaligned.  Each side's first frame is HELLO, except that a helper sends none on its
+ * control socket.  A client need not wait for the helper's HELLO before it sends its first request.
  *
  * Descriptors ride as SCM_RIGHTS on any bytes of the frame they belong to (the kernel allows 253 for
  * each sendmsg); the last of them arrives before the frame's last byte, in the order the frame names.
@@ -29,17 +28,17 @@ enum {
     EB_MAX_FDS = 1 << 16,      /* descriptors of one request */
     EB_MAX_FDS_PER_SEND = 253, /* SCM_MAX_FD of the kernel */
     EB_MAX_RLIMITS = 16,
-    EB_MAX_PROCESSES = 4096,  /* that LIMITS can be about: a larger tree is over its limit, whatever that is */
+    EB_MAX_PROCESSES = 4096,  /* the highest limit of processes: a larger tree always exceeds its limit */
     EB_MAX_GROUPS = 1 << 16,  /* NGROUPS_MAX */
     EB_MAX_AFFINITY = 1024,   /* bytes of a CPU mask: 8,192 CPUs, the kernel's limit */
     EB_MAX_REASON = 200,      /* bytes of a reason text */
-    EB_WINDOW = 64 << 10,     /* bytes of STDIN on their way */
+    EB_WINDOW = 64 << 10,     /* bytes of STDIN in flight */
     EB_MAX_OUTPUT = 64 << 10, /* bytes of one STDOUT or STDERR */
     EB_MAX_JOB = 4 << 10,     /* bytes of a JOB */
     EB_MAX_NOTIFY = 64 << 10, /* bytes of a NOTIFY */
     EB_MAX_WRITERS = 16,      /* connections that ATTACH to write to one job */
     EB_WHOLE_TREE = -1,       /* a pid of SIGNAL */
-    EB_ENDS_GROUP = 1 << 8,   /* beside a signal's number */
+    EB_ENDS_GROUP = 1 << 8,   /* added to a signal's number */
 };
 
 enum eb_kind {
@@ -85,8 +84,8 @@ enum eb_kind {
 
     /* keeper to client, beside SPAWNED, FAILED, EXITED and CREDIT */
     EB_PIECE = 33,      /* u64 sequence | u64 microseconds since 1970 | u8 stream, 1 or 2 | bytes */
-    EB_MISSED = 34,     /* u8 stream | u64: so many bytes of it were overwritten before the follower had them */
-    EB_CAUGHT_UP = 35,  /* empty: so far all has been sent; once for each FOLLOW */
+    EB_MISSED = 34,     /* u8 stream | u64: how many bytes were overwritten before the follower had them */
+    EB_CAUGHT_UP = 35,  /* empty: all output so far has been sent; once for each FOLLOW */
     EB_LOG_FAILED = 36, /* i32 errno: the log lacks output from here on, or is not rotated */
 
     /* daemon to client */
@@ -95,7 +94,7 @@ enum eb_kind {
 
     /* server to helper, on its control socket */
     EB_ADOPT = 2, /* u32 connection id | u8 eb_adopt; empty: 0 and 0.  One descriptor: a connection to serve */
-    EB_DRAIN = 6, /* empty: close connections that are at rest, and others after the end of their command */
+    EB_DRAIN = 6, /* empty: close idle connections, and the others after the end of their command */
     EB_END = 7,   /* u8 signal number, sent to the process groups of all live commands */
     EB_QUERY = 8, /* empty; answered by REPORT */
     EB_GRANT = 9, /* u32 connection id, in answer to WANT */
@@ -120,10 +119,10 @@ enum eb_kind {
 /* How a connection is to be served. */
 enum eb_adopt {
     EB_ASK = 1,       /* each start waits for GRANT */
-    EB_TELL_ENDS = 2, /* ENDED is told of each command, also of one that does not start */
+    EB_TELL_ENDS = 2, /* an ENDED is sent for each command, also for one that does not start */
 };
 
-/* What is asked for by a JOB. */
+/* Operations of JOB. */
 enum eb_job_operation {
     EB_JOB_START = 1,
     EB_JOB_LIST = 2,
@@ -144,7 +143,7 @@ enum eb_attach {
     EB_ATTACH_REDRAWS = 2, /* the program is told that its terminal has changed */
 };
 
-/* Whose child the new process is, that is, who must wait for it. */
+/* Whose child the new process is, and so who must wait for it. */
 enum eb_owner {
     EB_OWNER_CALLER = 0,
     EB_OWNER_HELPER = 1, /* EXITED follows on this connection */
@@ -188,22 +187,22 @@ enum eb_tag {
     EB_TAG_COALESCE = 21,   /* empty: no SPAWNED, and all other frames together, when the command is over or
                                there are many or 50 ms have passed; EXITED has two more fields, u64 microseconds
                                from the start to the end and i32 pid */
-    EB_TAG_SIGDEFAULT = 22, /* u64: signals that get the default action, whatever else is said of them */
+    EB_TAG_SIGDEFAULT = 22, /* u64: signals that get the default action, whatever other tags say */
     EB_TAG_NO_NEW_PRIVS = 23,
-    EB_TAG_SET_RLIMITS = 24, /* as RLIMITS, in the place of what that says; a helper does not fit it to its own */
+    EB_TAG_SET_RLIMITS = 24,          /* as RLIMITS, and overrides it; a helper does not lower it to its own limits */
     EB_TAG_CONTROLLING_TERMINAL = 25, /* carries a descriptor: the session's controlling terminal */
     EB_TAG_FOREGROUND = 26,           /* empty: the process group is the foreground group of the controlling terminal */
-    EB_TAG_CGROUP = 27,     /* carries a descriptor: the directory of the cgroup that it is born in, or joins */
-    EB_TAG_NAMESPACES = 28, /* u32: flags of clone(2), CLONE_NEWUSER and its like; of the user and the group it has
+    EB_TAG_CGROUP = 27,          /* carries a descriptor: the directory of the cgroup that it starts in, or joins */
+    EB_TAG_NAMESPACES = 28,      /* u32: flags of clone(2), CLONE_NEWUSER and its like; of the user and the group it has
                                its own there, under the same numbers */
-    EB_TAG_SANDBOX = 29,    /* carries a descriptor: the ruleset of Landlock that it keeps to; with NO_NEW_PRIVS */
-    EB_TAG_SOCKETS = 30,    /* u8 eb_sockets: it makes no others, no io_uring, and has no keyrings; with NO_NEW_PRIVS */
-    EB_TAG_RENICE = 31,     /* i32: added to the niceness that it has otherwise */
-    EB_TAG_SCHEDULER = 32,  /* u32 policy | u32 priority, as sched_setscheduler(2) takes them */
-    EB_TAG_IONICE = 33,     /* u32, as ioprio_set(2) takes it */
+    EB_TAG_SANDBOX = 29,         /* carries a descriptor: a ruleset of Landlock to apply; with NO_NEW_PRIVS */
+    EB_TAG_SOCKETS = 30,         /* u8 eb_sockets: no other sockets, no io_uring, no keyrings; with NO_NEW_PRIVS */
+    EB_TAG_RENICE = 31,          /* i32: added to the niceness that it would have otherwise */
+    EB_TAG_SCHEDULER = 32,       /* u32 policy | u32 priority, as sched_setscheduler(2) takes them */
+    EB_TAG_IONICE = 33,          /* u32, as ioprio_set(2) takes it */
     EB_TAG_TIMER_SLACK = 34,     /* u64: nanoseconds */
-    EB_TAG_SIGNALS_DEFAULT = 35, /* u64: beside those of SIGDEFAULT */
-    EB_TAG_SIGNALS_IGNORED = 36, /* u64: beside those of SIGIGN, whatever SIGDEFAULT says */
+    EB_TAG_SIGNALS_DEFAULT = 35, /* u64: in addition to those of SIGDEFAULT */
+    EB_TAG_SIGNALS_IGNORED = 36, /* u64: in addition to those of SIGIGN, whatever SIGDEFAULT says */
     EB_TAG_OOM_SCORE_ADJ = 37,   /* i32 */
     EB_TAG_ROOT = 38,            /* path, NUL: chroot, after CWD_FD; CWD is within it, and / without one */
     EB_TAG_CAPABILITIES = 39,    /* u64, bit n for capability n: those that the program has, and can have */
@@ -217,7 +216,7 @@ enum eb_tag {
     EB_TAG_END             /* one past the last */
 };
 
-/* How a TERMINAL differs from what the kernel makes. */
+/* How a TERMINAL differs from the kernel's default. */
 enum eb_terminal {
     EB_NO_ECHO = 1,
     EB_RAW = 2, /* as after cfmakeraw(3) */
@@ -274,7 +273,7 @@ enum eb_stage {
     EB_STAGE_RING = 29, /* before all others: there is no room for a job's output, or for its end */
 };
 
-/* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads give 0. */
+/* Reads integers and byte ranges; after the first read past the end, `bad` is set and all reads return 0. */
 struct eb_reader {
     const uint8_t *at, *end;
     bool bad;
@@ -288,7 +287,7 @@ uint64_t eb_get_u64(struct eb_reader *r);
 /* `size` bytes inside the reader's data, or NULL. */
 const uint8_t *eb_get_bytes(struct eb_reader *r, size_t size);
 
-/* Writes into a fixed buffer; what does not fit sets `bad` and is not written. */
+/* Writes into a fixed buffer; data that does not fit is not written, and sets `bad`. */
 struct eb_writer {
     uint8_t *start, *at, *end;
     bool bad;

@@ -1,7 +1,7 @@
 /*
- * The order matters.  What needs the rights of root comes first: the audit's login id, groups, gid, uid.  Then,
- * with the user's rights, what is to be the user's: a session keyring and the working directory.  Last the
- * process is opened to its user, as a program is that the user has executed: until then nobody may trace it.
+ * The order matters.  First comes what needs the rights of root: the audit's login id, groups, gid, uid.  Then,
+ * with the user's rights, what belongs to the user: a session keyring and the working directory.  Last, the process
+ * becomes traceable for its user, like any program that the user has executed; until then nobody may trace it.
  */
 #include "helper/become.h"
 
@@ -83,7 +83,7 @@ bool eb_has_become(void)
     return user.given;
 }
 
-/* What audit and `ps -o luid` show.  Where the kernel has no audit, or lets nobody set it, it stays as it is. */
+/* The id that audit and `ps -o luid` show.  If the kernel has no audit, or lets nobody set it, it stays as it is. */
 static void set_login_uid(void)
 {
     int fd = open("/proc/self/loginuid", O_WRONLY | O_CLOEXEC);
@@ -111,7 +111,7 @@ static void check_ids(void)
     }
 }
 
-/* The kernel takes them from who leaves user 0, unless securebits say otherwise. */
+/* The kernel drops them when a process leaves user 0, unless securebits say otherwise. */
 static void drop_capabilities(void)
 {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
@@ -120,14 +120,14 @@ static void drop_capabilities(void)
         fail("capabilities");
 }
 
-/* Else it would have the daemon's.  Containers often forbid the call, and have no keys then. */
+/* Otherwise it would have the daemon's.  Containers often forbid the call, and have no keys then. */
 static void join_keyring(void)
 {
     if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 && errno != ENOSYS && errno != EPERM)
         fail("session keyring");
 }
 
-/* Its user may look into it from now on: the daemon's log or terminal must not be there. */
+/* Its user may look into it from now on, so the daemon's log or terminal must not be open. */
 static void close_standard(void)
 {
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);

@@ -5,7 +5,7 @@
  *   REQUESTED  the loop: begin it, or ask   nothing                              it is dropped
  *   WAITING    GRANT                        watches for a hang-up                it is dropped
  *   STARTING   the exec, or its failure     nothing                              then as if it were RUNNING
- *   FAILING    the end of its process       nothing                              nobody is told
+ *   FAILING    the end of its process       nothing                              nothing
  *   RUNNING    the end of its process       takes SIGNAL and STDIN               it lives on, or is ended (ON_CLOSE)
  *   OVER       the loop: release it; if it  -                                    -
  *              is dying, that of its group
@@ -37,14 +37,14 @@ struct eb_command {
     enum eb_command_state state;
     struct eb_connection *connection; /* NULL: it has ended */
     uint32_t connection_id;
-    bool asked;      /* the server has been told WANT, and is owed DONE */
-    bool on_close;   /* it is ended with the connection: SIGTERM, and SIGKILL after so long */
+    bool asked;      /* the server has got WANT, and must get DONE */
+    bool on_close;   /* it is ended with the connection: SIGTERM, and SIGKILL after a time */
     bool dying;      /* that has begun */
     bool ends_group; /* what it leaves of its process group gets SIGKILL */
     uint32_t on_close_ms;
     uint32_t tied_slot; /* where the server finds it, see counters.h */
     uint64_t kill_at;   /* of eb_now_ms: SIGKILL; 0: it has been sent */
-    int group_fd;       /* the pidfd by which the group of a dying command is told when its leader has gone */
+    int group_fd;       /* the pidfd for signals to the group of a dying command when its leader has gone */
     struct eb_start start;
     /* What the start reads, up to its outcome: */
     uint8_t *bytes;           /* the memory of the frame */
@@ -63,7 +63,7 @@ struct eb_command {
     struct eb_command *next_polled;     /* the loop's */
 };
 
-/* Gives a new connection the memory for a command; false: there is none. */
+/* Gives a new connection the memory for a command; false if there is none. */
 bool eb_command_reserve(struct eb_connection *c);
 /* A request: makes a command of it, or refuses it. */
 void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame);
@@ -72,19 +72,19 @@ void eb_on_signal(struct eb_connection *c, const struct eb_frame *frame);
 void eb_command_begin(struct eb_command *k);
 /* The outcome of its start is known.  It is RUNNING then, OVER if its process is the caller's, or FAILING. */
 void eb_command_started(struct eb_command *k);
-/* Its process `pid` has been waited for.  Returns whose that was; NULL: nobody's. */
+/* The process `pid` has been waited for.  Returns its command, or NULL. */
 struct eb_command *eb_command_reap(pid_t pid, int status, const struct rusage *usage);
 /* Its process, if there was one, has been waited for, and the outcome of its start is known: tells the client. */
 void eb_command_ended(struct eb_command *k);
-/* The client has gone: what that means for its command is the request's choice. */
+/* The client has gone; the request says what that means for the command. */
 void eb_command_orphan(struct eb_command *k);
 
 /* Whether it has a process that runs, or is about to. */
 bool eb_command_lives(const struct eb_command *k);
-/* Signals its process group, or it alone if it leads none. */
+/* Signals its process group, or only itself if it leads none. */
 void eb_command_kill(const struct eb_command *k, int number);
-/* Kills what is left of the process group of a child that has ended, if that is to be; before it is waited for, so
- * that the number is still the group's own. */
+/* Kills what is left of the process group of a child that has ended, if that was asked for.  Call it before waiting
+ * for the child, so that the number still belongs to the group. */
 void eb_command_end_group(pid_t pid);
 
 /* Kills a dying one when its time has come. */

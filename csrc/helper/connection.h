@@ -27,7 +27,7 @@ struct eb_connection {
     bool asks;            /* each start needs a GRANT */
     bool tells_ends;      /* the server gets an ENDED for each command */
     bool opened, greeted; /* the NUL byte has come; and the peer's HELLO */
-    bool ended;           /* the peer has ended its side, and we go on all the same */
+    bool ended;           /* the peer has ended its side, but we go on */
     /* Marks for the loop. */
     bool marked;  /* in its list */
     bool closing; /* nothing more is read or sent: close it */
@@ -46,8 +46,8 @@ struct eb_connection {
     bool large_output;          /* the last command wrote much */
     uint64_t corked_until;      /* of eb_now_ms */
 
-    const struct ucred *only;              /* who alone may ask for anything; NULL: whoever sends */
-    bool foreign;                          /* something of what is not consumed came from another */
+    const struct ucred *only;              /* the only one who may ask for anything; NULL: anybody */
+    bool foreign;                          /* some of what is not consumed came from another sender */
     struct eb_connection *next, *previous; /* among all; or `next` among the dead */
     struct eb_connection *next_marked;
 };
@@ -55,7 +55,7 @@ struct eb_connection {
 /* Makes a connection of the socket `fd`, one of helper.connections, and says HELLO.  NULL: memory is short, and `fd`
  * is closed. */
 struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool control);
-/* Has the loop look at it: act on what has come, on its marks, and on those of its command and streams. */
+/* Has the loop handle it: what has come, its marks, and those of its command and streams. */
 void eb_mark(struct eb_connection *c);
 /* Has the loop close it. */
 void eb_mark_closing(struct eb_connection *c);
@@ -65,14 +65,14 @@ int eb_connection_fill(struct eb_connection *c);
 /* Sends a frame, or holds it back for a moment if the command's are to go together. */
 void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
 void eb_reply_u32(struct eb_connection *c, enum eb_kind kind, uint32_t number);
-/* The same with the reason, and has the loop close the connection.  The reason is sent if the socket takes it at once;
- * who sends what he may not is owed no more. */
+/* The same with the reason, and has the loop close the connection.  The reason is sent only if the socket takes it at
+ * once. */
 __attribute__((format(printf, 2, 3))) void eb_refuse(struct eb_connection *c, const char *format, ...);
 /* Sends what is held back. */
 void eb_uncork(struct eb_connection *c);
 /* Sends what the socket did not take before. */
 void eb_connection_flush(struct eb_connection *c);
-/* Whether no command is under way, nor its output. */
+/* Whether neither a command nor its output is in progress. */
 bool eb_is_at_rest(const struct eb_connection *c);
 /* Whether frames wait for room in the socket. */
 bool eb_is_blocked(const struct eb_connection *c);

@@ -46,10 +46,10 @@ static const struct rule {
 };
 
 /*
- * The caller may have fewer rights than this helper by now, and another process may have got hold of its
- * connections: neither may have anything started here.  The kernel's word for the sender has its real ids, so
- * one that can take back the rights which it had may still ask.  Input and signals, on the other hand, concern
- * the connection's live command alone, which closing it would end as well.
+ * The caller may have fewer rights than this helper by now, and another process may have got its connections:
+ * neither may start anything here.  The kernel reports the sender's real ids, so a process that can take back the
+ * rights which it had may still ask.  Input and signals only affect the connection's live command, which closing
+ * the connection would end as well.
  */
 static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
 {
@@ -57,7 +57,7 @@ static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
            frame->kind == EB_HELLO;
 }
 
-/* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */
+/* Checked as soon as the header has come, so that nobody sends 16 MiB only to be refused. */
 static bool is_admitted(struct eb_connection *c, const struct eb_frame *frame)
 {
     const struct rule *rule = frame->kind < sizeof rules / sizeof *rules ? &rules[frame->kind] : &rules[0];

@@ -1,5 +1,5 @@
 /*
- * What the parts of the helper share: what this process is, what it serves, and what they want of its loop.
+ * Shared by the parts of the helper: what this process is, what it serves, and their requests to its loop.
  *
  * Calls go one way: main -> loop -> frames -> control -> command -> streams -> connection; stdio, process and self are
  * shared with a job's keeper.  Only the loop has the epoll set,
@@ -15,7 +15,7 @@
 #include "helper/self.h"
 #include "spawn/spawn.h"
 
-/* What an epoll event points to: a member of an object, by which that is found. */
+/* What an epoll event points to: a member of an object, which leads to the object. */
 enum eb_source {
     EB_SOURCE_CONNECTION,
     EB_SOURCE_START,
