@@ -104,7 +104,10 @@ def ask(
     text = json.dumps({name: it for name, it in value.items() if it is not None}).encode("ascii")
     payload = _JOB.pack(lib.EB_VERSION, operation) + text
     if len(payload) > lib.EB_MAX_JOB:
-        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        most = lib.EB_MAX_JOB
+        raise OSError(
+            errno.E2BIG, f"name, log and stop take {len(payload)} bytes: more than {most}"
+        )
     sock = yield from connect(client)
     fd = -1
     try:
@@ -278,8 +281,15 @@ class Start:
         what, _, _ = _request.settings(
             env=environment, cwd=self.cwd or os.getcwd(), process_group=0
         )
-        options = _request.command(argv, argv[0], self.env) + what
-        return _wire.frame(lib.EB_NOTIFY, [options, _wire.option(lib.EB_TAG_NULL, b"\7")])
+        command = _request.command(argv, argv[0], self.env)
+        frame = _wire.frame(lib.EB_NOTIFY, [command, what, _wire.option(lib.EB_TAG_NULL, b"\7")])
+        size = len(frame) - _wire.HEADER.size
+        if size > lib.EB_MAX_NOTIFY:
+            raise ValueError(
+                f"notify: with its environment it takes {size} bytes, more than "
+                f"{lib.EB_MAX_NOTIFY}: give the job a smaller env="
+            )
+        return frame
 
     def begin(self, name: str, number: int) -> bytes:
         """Return what is sent before the request."""

@@ -298,6 +298,7 @@ def test_failed_start(
         {"stderr": subprocess.DEVNULL},
         {"stop": 99},
         {"notify": ["\0"]},
+        {"notify": "true", "env": {"LONG": "x" * 70_000}},
     ],
 )
 def test_what_cannot_be_asked_for(client: Client, options: dict[str, Any]) -> None:
