@@ -12,11 +12,13 @@ enum {
     REDRAW_MS = 50, /* between two sizes, so that a program notices both */
 };
 
-static bool input_ended; /* it is closed when all that was typed before has been written */
-static uint8_t last_typed = '\n';
-static uint64_t turns;      /* of those who type */
-static struct winsize size; /* of the terminal */
-static uint64_t redraw_at;  /* of eb_now_ms: it gets its size again, after another one; 0: it has it */
+static struct attached {
+    bool input_ended; /* it is closed when all that was typed before has been written */
+    uint8_t last_typed;
+    uint64_t turns;      /* of those who type */
+    struct winsize size; /* of the terminal */
+    uint64_t redraw_at;  /* of eb_now_ms: it gets its size again, after another one; 0: it has it */
+} attached;
 
 /* -- windows -- */
 
@@ -33,7 +35,7 @@ static unsigned short less(unsigned short a, unsigned short b)
 
 void eb_attach_begin(const struct winsize *w)
 {
-    size = *w;
+    attached = (struct attached){.size = *w, .last_typed = '\n'};
 }
 
 void eb_attach_fit(void)
@@ -50,31 +52,31 @@ void eb_attach_fit(void)
         least.ws_xpixel = less(least.ws_xpixel, w->ws_xpixel);
         least.ws_ypixel = less(least.ws_ypixel, w->ws_ypixel);
     }
-    if (!keeper.terminal || least.ws_row == 0 || memcmp(&least, &size, sizeof size) == 0)
+    if (!keeper.terminal || least.ws_row == 0 || memcmp(&least, &attached.size, sizeof least) == 0)
         return; /* the last one's stays */
-    size = least;
-    redraw_at = 0;
-    set_size(size);
+    attached.size = least;
+    attached.redraw_at = 0;
+    set_size(attached.size);
 }
 
 /* By a size that it has not, since a program may do nothing about a SIGWINCH without a change. */
 static void redraw(void)
 {
-    struct winsize w = size;
+    struct winsize w = attached.size;
     if (!keeper.terminal)
         return;
     w.ws_row = (unsigned short)(w.ws_row > 1 ? w.ws_row - 1 : w.ws_row + 1);
     set_size(w);
-    redraw_at = eb_now_ms() + REDRAW_MS;
+    attached.redraw_at = eb_now_ms() + REDRAW_MS;
 }
 
 void eb_attach_wake(uint64_t now)
 {
-    if (redraw_at != 0 && now >= redraw_at) {
-        redraw_at = 0;
-        set_size(size);
-    } else if (redraw_at != 0) {
-        eb_keeper_wake_by(redraw_at);
+    if (attached.redraw_at != 0 && now >= attached.redraw_at) {
+        attached.redraw_at = 0;
+        set_size(attached.size);
+    } else if (attached.redraw_at != 0) {
+        eb_keeper_wake_by(attached.redraw_at);
     }
 }
 
@@ -116,9 +118,9 @@ void eb_on_attach(struct eb_client *c, const struct eb_frame *frame)
     c->attached = true;
     c->writes = (flags & EB_ATTACH_WRITES) != 0;
     c->window = get_window(&r);
-    const struct winsize before = size;
+    const struct winsize before = attached.size;
     eb_attach_fit();
-    if ((flags & EB_ATTACH_REDRAWS) && memcmp(&before, &size, sizeof size) == 0)
+    if ((flags & EB_ATTACH_REDRAWS) && memcmp(&before, &attached.size, sizeof before) == 0)
         redraw();
 }
 
@@ -180,14 +182,14 @@ void eb_attach_write(void)
             eb_attach_end_input();
             return;
         }
-        c->typing_served = ++turns;
+        c->typing_served = ++attached.turns;
         c->typed_size -= (uint32_t)n;
         memmove(c->typed, c->typed + n, c->typed_size);
         if (c->typed_size == 0)
             forget_typed(c);
         give_credit(c);
     }
-    if (input_ended && eb_keeper_has(0))
+    if (attached.input_ended && eb_keeper_has(0))
         eb_attach_end_input();
 }
 
@@ -216,18 +218,18 @@ void eb_on_typed(struct eb_client *c, const struct eb_frame *frame)
         return;
     }
     c->room -= count;
-    if (!eb_keeper_has(0) || input_ended) {
+    if (!eb_keeper_has(0) || attached.input_ended) {
         give_credit(c); /* nobody reads it */
         return;
     }
     if (count > 0) {
-        last_typed = data[count - 1];
+        attached.last_typed = data[count - 1];
     } else if (keeper.terminal) {
         data = keys;
-        count = c->typed_size < EB_WINDOW ? eb_terminal_end(keeper.fds[0], last_typed, keys) : 0;
-        last_typed = '\n';
+        count = c->typed_size < EB_WINDOW ? eb_terminal_end(keeper.fds[0], attached.last_typed, keys) : 0;
+        attached.last_typed = '\n';
     } else {
-        input_ended = true;
+        attached.input_ended = true;
     }
     if (count > 0 && !add_typed(c, data, count)) {
         c->broken = true;

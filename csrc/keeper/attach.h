@@ -4,7 +4,7 @@
 
 #include "keeper/client.h"
 
-/* The command has a terminal of this size. */
+/* A command begins, whose terminal, if it has one, has this size. */
 void eb_attach_begin(const struct winsize *size);
 void eb_on_attach(struct eb_client *c, const struct eb_frame *frame);
 void eb_on_window(struct eb_client *c, const struct eb_frame *frame);

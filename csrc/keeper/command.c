@@ -29,11 +29,12 @@ enum {
 /* What the start reads, up to its outcome. */
 static uint8_t *bytes;
 static struct eb_request request;
-static bool was_hidden; /* this process from its user, before the start */
-
-static bool ends_group;        /* what the command leaves of its process group gets SIGKILL */
-static unsigned full_reads[3]; /* in a row */
-static bool enlarged[3];
+static struct run {
+    bool was_hidden;        /* this process from its user, before the start */
+    bool ends_group;        /* what the command leaves of its process group gets SIGKILL */
+    unsigned full_reads[3]; /* in a row */
+    bool enlarged[3];       /* its pipe */
+} run;
 
 /* -- the start -- */
 
@@ -69,7 +70,7 @@ void eb_kept_started(void)
     const struct eb_start *start = &keeper.start;
     keeper.spawner->end(&keeper.start);
     release_request();
-    if (was_hidden)
+    if (run.was_hidden)
         (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     eb_process_put_start(&w, start);
     if (start->error != 0) {
@@ -96,8 +97,8 @@ static void show(void)
 {
     if (!eb_has(&request, EB_TAG_NAMESPACES) && !eb_has(&request, EB_TAG_OOM_SCORE_ADJ))
         return;
-    was_hidden = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) != 1;
-    if (was_hidden)
+    run.was_hidden = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) != 1;
+    if (run.was_hidden)
         (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
 }
 
@@ -110,6 +111,7 @@ static unsigned ringed(const struct eb_request *q)
 static void begin(struct eb_client *c)
 {
     int ends[3] = {-1, -1, -1};
+    run = (struct run){.was_hidden = false};
     if (!eb_log_open()) {
         fail(errno, EB_STAGE_LOG);
         return;
@@ -125,8 +127,7 @@ static void begin(struct eb_client *c)
         return;
     }
     keeper.terminal = eb_has(&request, EB_TAG_TERMINAL);
-    if (keeper.terminal)
-        eb_attach_begin(&request.size);
+    eb_attach_begin(&request.size);
     eb_stdio_place(&request, &c->channel.fds, ends, keeper.null_fd);
     request.present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN; /* our own are none to inherit */
     eb_self_complete(&keeper.self, &request);
@@ -183,7 +184,7 @@ void eb_kept_signal(struct eb_client *c, const struct eb_frame *frame)
     if (keeper.child == 0 || keeper.state != EB_KEEPER_RUNNING)
         return;
     if (keeper.start.supervisor == NULL && pid == -keeper.child && (given & EB_ENDS_GROUP))
-        ends_group = true;
+        run.ends_group = true;
     eb_process_signal(&keeper.start, keeper.child, pid, given & ~EB_ENDS_GROUP);
 }
 
@@ -215,7 +216,7 @@ static size_t read_some(int number)
         eb_journal_add("{\"log_errno\": %d}", error);
         keeper.log_error = error;
     }
-    full_reads[number] = (size_t)n == most ? full_reads[number] + 1 : 0;
+    run.full_reads[number] = (size_t)n == most ? run.full_reads[number] + 1 : 0;
     return (size_t)n;
 }
 
@@ -224,8 +225,8 @@ void eb_kept_read(int number)
     for (int i = 0; i < READS_PER_TURN && eb_keeper_has(number) && read_some(number) > 0; i++)
         eb_follow_all();
     /* Not from the beginning: a user has so many pages for all pipes together, and beyond that only small ones. */
-    if (full_reads[number] >= BUSY_READS && !enlarged[number] && eb_keeper_has(number)) {
-        enlarged[number] = true;
+    if (run.full_reads[number] >= BUSY_READS && !run.enlarged[number] && eb_keeper_has(number)) {
+        run.enlarged[number] = true;
         (void)fcntl(keeper.fds[number], F_SETPIPE_SZ, BUSY_PIPE);
     }
 }
@@ -301,7 +302,7 @@ void eb_kept_reap(void)
     int status;
     while (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid != 0) {
         const pid_t pid = info.si_pid;
-        if (pid == keeper.child && ends_group)
+        if (pid == keeper.child && run.ends_group)
             (void)kill(-pid, SIGKILL);
         if (wait4(pid, &status, WNOHANG, &usage) != pid)
             return;

@@ -29,6 +29,7 @@ enum {
 };
 
 static int epoll_fd;
+static uint64_t accept_from; /* of eb_now_ms: there are no descriptors before, perhaps; 0: there are */
 
 static void unwatch(struct eb_watched *w)
 {
@@ -122,7 +123,12 @@ static void on_client(struct eb_client *c)
 
 static void accept_servers(void)
 {
-    for (int fd, i = 0; i < SPARE_CONNECTIONS && (fd = accept4(EB_LISTENER_FD, NULL, NULL, SOCK_CLOEXEC)) >= 0; i++) {
+    for (int i = 0; i < SPARE_CONNECTIONS; i++) {
+        int fd = accept4(EB_LISTENER_FD, NULL, NULL, SOCK_CLOEXEC);
+        if (fd < 0 && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
+            accept_from = eb_now_ms() + RETRY_MS;
+        if (fd < 0)
+            return;
         struct ucred peer;
         socklen_t size = sizeof peer;
         if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == keeper.server)
@@ -149,10 +155,13 @@ static void want(enum eb_keeper_source source, bool wanted, int fd, uint32_t eve
         eb_keeper_wake_by(eb_now_ms() + RETRY_MS);
 }
 
-static void watch_all(int signals)
+static void watch_all(int signals, uint64_t now)
 {
     want(EB_KEEPER_SIGNALS, true, signals, EPOLLIN);
-    want(EB_KEEPER_LISTENER, keeper.count < EB_MOST_CLIENTS + SPARE_CONNECTIONS, EB_LISTENER_FD, EPOLLIN);
+    if (accept_from > now)
+        eb_keeper_wake_by(accept_from);
+    want(EB_KEEPER_LISTENER, accept_from <= now && keeper.count < EB_MOST_CLIENTS + SPARE_CONNECTIONS, EB_LISTENER_FD,
+         EPOLLIN);
     want(EB_KEEPER_START, keeper.state == EB_KEEPER_STARTING, keeper.start.done_fd, 0);
     want(EB_KEEPER_NOTIFY, eb_notify_fd() >= 0, eb_notify_fd(), 0);
     for (int i = 0; i < 3; i++) {
@@ -237,6 +246,7 @@ void eb_keeper_serve(int signals)
     uint64_t busy = 0; /* of eb_now_ms: the last event, if memory has not been given back since */
     for (int i = 0; i < EB_KEEPER_CLIENT; i++)
         watches[i].fd = -1;
+    accept_from = 0;
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (epoll_fd < 0)
         eb_fatal("epoll");
@@ -252,7 +262,7 @@ void eb_keeper_serve(int signals)
             break;
         eb_kept_wake(now);
         eb_attach_wake(now);
-        watch_all(signals);
+        watch_all(signals, now);
         if (keeper.state == EB_KEEPER_OVER)
             eb_keeper_wake_by(keeper.over_ms + keeper.linger_ms);
         if (busy != 0 && now >= busy + TRIM_MS) {
@@ -274,4 +284,5 @@ void eb_keeper_serve(int signals)
         if (signalled)
             take_signals(signals);
     }
+    close(epoll_fd);
 }

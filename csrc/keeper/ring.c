@@ -94,9 +94,10 @@ static uint32_t get_head(const struct eb_ring_state *r, uint64_t at, uint64_t *n
 bool eb_ring_make(int fd, uint64_t capacity, unsigned streams)
 {
     file = fd;
+    header = (struct eb_ring_header){.size = EB_RING_HEADER, .count = EB_RINGS};
+    memset(added, 0, sizeof added);
+    sequence = 0;
     memcpy(header.magic, EB_RING_MAGIC, sizeof header.magic);
-    header.size = EB_RING_HEADER;
-    header.count = EB_RINGS;
     uint64_t offset = EB_RING_HEADER;
     for (int i = 0; i < EB_RINGS; i++)
         if (streams >> (i + 1) & 1) {
