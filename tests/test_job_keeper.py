@@ -16,7 +16,7 @@ import pytest
 from conftest import until
 from errand_boy._native import lib
 from keeper import HELLO, SUPERVISED, Keeper, Missed, Piece, follow, job, keeping, shell, text
-from wire import Failed, frame, option, signal_frame
+from wire import Failed, frame, option, signal_frame, slow
 
 ON, NEW, QUIET = lib.EB_FOLLOW_ON, lib.EB_FOLLOW_NEW, lib.EB_FOLLOW_QUIET
 JOINED = 2 | lib.EB_JOINED
@@ -63,6 +63,16 @@ def test_job_outlives_its_clients_and_its_server(keeper: Keeper) -> None:
     assert keeper.wait() == 0
     assert text(keeper.kept()) == b"done\n"
     assert keeper.journal()["status"] == 0
+
+
+def test_signal_of_a_client_that_goes_during_the_start(keeper: Keeper) -> None:
+    """It is acted on, though its sender can't be told of the start."""
+    assert keeper.starter.frame() == HELLO
+    options = [option(lib.EB_TAG_STREAMS, b"\7"), option(lib.EB_TAG_SIGMASK, bytes(8))]
+    keeper.starter.send(slow("/bin/cat", options=options) + signal_frame(0, signal.SIGKILL))
+    keeper.starter.sock.close()
+    assert keeper.wait() == 0
+    assert keeper.journal()["status"] == signal.SIGKILL
 
 
 def test_start_that_fails(keeper: Keeper) -> None:

@@ -50,32 +50,39 @@ bool eb_client_is_blocked(const struct eb_client *c)
     return c->channel.out_size > 0;
 }
 
-/* What the peer has sent before it closed the connection may be a SIGNAL. */
-static void note_failure(struct eb_client *c)
+/* What has failed is due to the peer's end, or to lack of memory: then a part of a frame may be missing. */
+static void stop_sending(struct eb_client *c)
 {
-    if (errno == EPIPE)
-        c->deaf = true;
-    else
-        c->broken = true;
+    c->broken = errno == ENOMEM;
+    c->deaf = true;
+    free(c->channel.out);
+    c->channel.out = NULL;
+    c->channel.out_size = 0;
+}
+
+void eb_client_flush(struct eb_client *c)
+{
+    if (!eb_channel_flush(&c->channel))
+        stop_sending(c);
 }
 
 void eb_client_send_piece(struct eb_client *c, const void *head, size_t head_size, const void *data, size_t size)
 {
     if (!c->closing && !c->deaf && !eb_channel_send(&c->channel, EB_PIECE, head, head_size, data, size, false))
-        note_failure(c);
+        stop_sending(c);
 }
 
 void eb_client_send(struct eb_client *c, enum eb_kind kind, const void *payload, size_t size)
 {
     if (!c->closing && !c->deaf && !eb_channel_send(&c->channel, kind, payload, size, NULL, 0, false))
-        note_failure(c);
+        stop_sending(c);
 }
 
 void eb_client_refuse(struct eb_client *c, const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
-    if (!c->closing)
+    if (!c->closing && !c->deaf)
         eb_channel_refuse(&c->channel, format, arguments);
     va_end(arguments);
     c->closing = c->broken = true;

@@ -32,7 +32,8 @@ struct eb_client {
     bool opened, greeted; /* the NUL byte has come; and HELLO */
     bool closing;         /* nothing more is read; it is closed when what is kept for it has been sent, or: */
     bool broken;          /* at once */
-    bool deaf;            /* the peer has closed it, and what it has sent before is still to be read */
+    bool deaf;            /* the peer takes nothing any more; what it has sent before is acted on all the same */
+    bool has_more;        /* frames that have come, and are to be acted on in the next turn */
     bool gone;            /* the peer has ended its side: it is closed when what it has typed has been written */
     uint64_t deadline;    /* of eb_now_ms: for the rest of what it owes; 0: none */
 
@@ -59,7 +60,9 @@ struct eb_client *eb_client_new(int fd, enum eb_client_kind kind);
 void eb_client_free(struct eb_client *c);
 /* Whether what has been sent waits for room in its socket. */
 bool eb_client_is_blocked(const struct eb_client *c);
-/* Sends a frame; the peer's end is seen by the loop. */
+/* Sends what the socket did not take before. */
+void eb_client_flush(struct eb_client *c);
+/* Sends a frame. */
 void eb_client_send(struct eb_client *c, enum eb_kind kind, const void *payload, size_t size);
 void eb_client_send_piece(struct eb_client *c, const void *head, size_t head_size, const void *data, size_t size);
 /* Sends it the reason, and has it closed. */

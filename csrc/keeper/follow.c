@@ -61,7 +61,7 @@ static void send_piece(struct eb_client *c, int stream)
 bool eb_follow(struct eb_client *c)
 {
     const bool started = keeper.state == EB_KEEPER_RUNNING || keeper.state == EB_KEEPER_OVER;
-    if (c->closing || c->broken || c->gone || !started)
+    if (c->closing || c->broken || c->deaf || c->gone || !started)
         return false;
     if (c->follows != EB_FOLLOWS_NOTHING && c->log_error != keeper.log_error && !eb_client_is_blocked(c))
         tell_log(c);

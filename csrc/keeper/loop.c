@@ -94,7 +94,8 @@ static void close_client(struct eb_client *c)
 
 static void take_turn(struct eb_client *c, uint64_t now)
 {
-    if (eb_client_take_frames(c))
+    c->has_more = eb_client_take_frames(c);
+    if (c->has_more)
         eb_keeper_wake_by(now);
     const bool behind = eb_follow(c);
     check_deadline(c, now);
@@ -112,9 +113,8 @@ static void take_turn(struct eb_client *c, uint64_t now)
 static void on_client(struct eb_client *c)
 {
     if (eb_client_is_blocked(c)) {
-        if (!eb_channel_flush(&c->channel))
-            c->broken = true;
-    } else if (eb_client_takes_frames(c)) {
+        eb_client_flush(c);
+    } else if (eb_client_takes_frames(c) && !c->has_more) {
         struct ucred sender;
         int got = eb_channel_fill(&c->channel, &sender);
         c->gone = got < 0;
