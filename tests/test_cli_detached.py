@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import select
 import shlex
@@ -95,6 +96,21 @@ def test_start_logs_wait_and_remove() -> None:
     done = cli("logs", name)
     assert done.returncode == 125
     assert done.stderr.startswith("errand-boy: ") and "build" in done.stderr
+
+
+def test_whose_jobs() -> None:
+    name = detach(script="sleep 1000")
+    own = str(os.getuid())
+    head, row = cli("ps", "--user", "all").stdout.splitlines()
+    assert "USER" in head.split()
+    assert row.split()[2] == pwd.getpwuid(os.getuid()).pw_name
+    assert cli("ps", "--quiet", "--user", own).stdout == f"{name}\n"
+    assert cli("ps", "--quiet", "--user", "nobody").stdout == ""
+    done = cli("stop", "--user", "nobody", name)
+    assert done.returncode == 125
+    assert name in done.stderr
+    assert cli("stop", "--user", own, name).returncode == 0
+    assert cli("ps", "--user", "nobody-of-this-name").returncode == 2
 
 
 @pytest.mark.parametrize(
