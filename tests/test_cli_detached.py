@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import PATIENCE, find_program, script_environment, until
 from daemon import Daemon, started_daemon
@@ -96,6 +98,18 @@ def test_start_logs_wait_and_remove() -> None:
     done = cli("logs", name)
     assert done.returncode == 125
     assert done.stderr.startswith("errand-boy: ") and "build" in done.stderr
+
+
+def test_list_does_nothing_to_a_terminal() -> None:
+    detach(script="exit 0 # \x1b]0;title\x07\n\udcff")
+    listed = cli("ps", "--all").stdout
+    assert listed.count("\n") == 2
+    assert "\\x1b]0;title\\x07\\n\\udcff" in listed
+    with errand.Popen(
+        [*COMMAND, "ps", "--all"], pty=(20, 50), env=script_environment(), text=True
+    ) as it:
+        lines = it.terminal.read().splitlines()
+    assert max(map(len, lines)) == 50
 
 
 def test_whose_jobs() -> None:
@@ -372,6 +386,33 @@ def test_client_that_is_killed_leaves_the_job(screens: Any) -> None:
         first.has("10 40")
         first.type("\r")
         assert first.end() == 3
+
+
+def test_daemon_and_keeper_that_are_killed(screens: Any, tmp_path: Path) -> None:
+    script = "echo $$ >$1; echo ready; while read x; do echo got $x; done"
+    pid = tmp_path / "pid"
+    with contextlib.ExitStack() as stack:
+        own = stack.enter_context(started_daemon(tmp_path, *with_jobs(tmp_path)))
+        where = ["--socket", own.path]
+        done = cli("run", *where, "-dt", "--name", "it", "--", "sh", "-c", script, "sh", str(pid))
+        assert done.returncode == 0, done
+        screen = stack.enter_context(
+            screens.program([*COMMAND, "attach", *where, "it"], size=(10, 60))
+        )
+        screen.has("ready")
+        client = errand.connect(own.path)
+        keeper = client.job("it").status()["keeper"]
+        client.close()
+        own.stop(signal.SIGKILL)
+        screen.type("one\r")
+        screen.has("got one")
+        stack.enter_context(started_daemon(tmp_path, *with_jobs(tmp_path)))
+        os.kill(keeper, signal.SIGKILL)
+        assert screen.end() == 125
+        assert any("lost: its keeper was killed" in line for line in screen.lines())
+        until(lambda: not psutil.pid_exists(int(pid.read_text())), "the end of the command")
+        assert cli("logs", *where, "it").stdout.startswith("ready")
+        assert cli("wait", *where, "it").returncode == 125
 
 
 DRAWS = """

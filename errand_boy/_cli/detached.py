@@ -287,8 +287,9 @@ def _user_name(uid: int) -> str:
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    most = os.get_terminal_size(1).columns if os.isatty(1) else None
     for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+        print("  ".join(map(str.ljust, row, widths)).rstrip()[: most or None])
 
 
 def _attach(options: argparse.Namespace) -> int:
