@@ -145,6 +145,14 @@ for the processes that share it.
 """
 
 
+FEATURES = """\
+## Options, ends, the sandbox, terminals
+
+`python -m bench.parts`, a run of its own: what they add to a start of `/bin/true`, and how late a
+time-out ends a program that tries to escape.
+"""
+
+
 SOAKS = """\
 ## Long runs
 
@@ -410,17 +418,18 @@ def draw(findings: Findings, directory: Path) -> None:
         plots.throughput(directory / "throughput.svg", bars, most)
 
 
-def soaks() -> str:
-    """What the runs of bench.soak have left, which are too long to be part of this."""
-    record = Path(__file__).parent / "soak.txt"
-    return f"{SOAKS}\n```\n{record.read_text().rstrip()}\n```\n" if record.exists() else ""
+def recorded(words: str, name: str) -> str:
+    """What runs have left in a file, which are too long to be part of this."""
+    record = Path(__file__).parent / name
+    return f"{words}\n```text\n{record.read_text().rstrip()}\n```\n" if record.exists() else ""
 
 
 def write(findings: Findings, directory: Path) -> None:
     """Write benchmarks.md and its plots."""
     directory.mkdir(parents=True, exist_ok=True)
     draw(findings, directory)
-    text = "\n".join([INTRODUCTION, *(section(findings) for section in SECTIONS), soaks()])
+    records = recorded(FEATURES, "parts.txt"), recorded(SOAKS, "soak.txt")
+    text = "\n".join([INTRODUCTION, *(section(findings) for section in SECTIONS), *records])
     (directory / "benchmarks.md").write_text(text)
 
 
