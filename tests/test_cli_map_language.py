@@ -55,11 +55,11 @@ def parsed(*arguments: str) -> tuple[Namespace, list[str]]:
         (["-I", "-", "-j3", "echo", "-"], "3", ["echo", "-"]),
         (["-a", "file", "-tv", "-j4", "echo"], "4", ["echo"]),
         (["-j5", "-"], "5", ["-"]),
-        ([], "100%", []),
+        ([], None, []),
     ],
 )
 def test_options_end_where_the_command_begins(
-    arguments: list[str], jobs: str, words: list[str]
+    arguments: list[str], jobs: str | None, words: list[str]
 ) -> None:
     options, rest = parsed(*arguments)
     assert (options.jobs, rest) == (jobs, words)

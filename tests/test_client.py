@@ -493,7 +493,7 @@ def test_refused_to_another_user(public_dir: Path) -> None:
         """
         seen = run_script(source, args=[daemon.path])
         assert [name for name, _ in seen] == ["RefusedError"] * 2
-        assert "not for this user" in seen[0][1]
+        assert "this user may not connect" in seen[0][1]
         os.chmod(daemon.path, 0o666)
         seen = run_script(source, args=[daemon.path])
         assert [name for name, _ in seen] == ["RefusedError"] * 2

@@ -876,7 +876,7 @@ def test_bytes_that_are_kept_for_a_user(tmp_path: Path) -> None:
         half.sendall(b"cat\r\n\r\n" + b"x" * 603)
         until(lambda: [user["bytes"] for user in daemon.status()["users"]] == [600])
         assert answer(400).startswith(b"\r\n0:400\n")
-        assert b"this user's requests hold 1000 bytes at most" in answer(401)
+        assert b"the requests of this user may hold at most 1000 bytes" in answer(401)
         file.write_text('{"default": {"bytes": 0}}')
         daemon.process.send_signal(signal.SIGHUP)
         until(lambda: "limits have been read" in daemon.log())
