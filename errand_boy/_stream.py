@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _HEADER_SIZE, _unpack_header = _wire.HEADER.size, _wire.HEADER.unpack_from
 _MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
 _END_SIZES = _wire.EXITED.size, _wire.EXITED.size + _MORE.size  # of a brief command
+_NOT_BRIEF = _END_SIZES[0], _END_SIZES[0] + _wire.TREE.size
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
 _LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
@@ -42,6 +43,7 @@ _SILENT_SIZE = len(_SILENT) + _END_SIZES[1]
 
 # Bits of what is awaited: those of STREAMS, except for standard input, and the exit.
 _OUTPUTS, _EXIT = 3, 4
+_ALL = _OUTPUTS | _EXIT
 
 # The frames that may come: the least and the most bytes, and the bit.
 _KINDS = {
@@ -121,7 +123,7 @@ class Ended:
     @property
     def brief(self) -> tuple[int, int] | None:
         """The microseconds that a brief command took, and its pid; None for another."""
-        if len(self.payload) - len(self._tree) == _END_SIZES[0]:
+        if len(self.payload) in _NOT_BRIEF:
             return None
         return _MORE.unpack_from(self.payload, _wire.EXITED.size)
 
@@ -230,13 +232,13 @@ class Stream:
         """
         if (
             len(data) != _SILENT_SIZE
-            or self._awaited != _OUTPUTS | _EXIT
+            or self._awaited != _ALL
             or not (self._brief and self.greeted)
             or self._rest
-            or data[: len(_SILENT)] != _SILENT
+            or not (whole := bytes(data)).startswith(_SILENT)
         ):
             return None
-        self.ended = ended = Ended(bytes(data[len(_SILENT) :]))
+        self.ended = ended = Ended(whole[len(_SILENT) :])
         self._started = True
         self._awaited = 0
         return ended
