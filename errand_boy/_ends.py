@@ -6,10 +6,12 @@ waits drives `course`, by blocking, by a hub, by a loop or by timers.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import struct
 from collections.abc import Generator, Mapping, Sequence
 
+from errand_boy import _native
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -26,6 +28,7 @@ _NAMES = ("stop", "tree", "drain", "dies_with_caller")
 TREES = ("process", "group", "cgroup", "all")
 KILL: tuple[Step, ...] = ((signal.SIGKILL, None),)
 
+_PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
 _SUPERVISE = struct.Struct("<BI")
 _STOPS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT)
 _MOST_DRAIN = 4e6  # seconds
@@ -97,6 +100,16 @@ def signaller(stream: Stream, ends: Ends, given: Mapping[str, Any]) -> Callable[
             stream.signal(pid, number | flags)
 
     return send
+
+
+def signal_left(pidfd: int, number: int) -> None:
+    """Send a signal to what is left of the group whose leader a pidfd stands for.
+
+    The leader may have been waited for, and another group have its number by now. Before Linux 6.9
+    there is no such call.
+    """
+    with contextlib.suppress(OSError):
+        _native.pidfd_send_signal(pidfd, number, _PROCESS_GROUP)
 
 
 def steps(stop: Any) -> tuple[Step, ...]:

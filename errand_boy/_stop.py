@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 
-from errand_boy import _cgroup, _native
+from errand_boy import _cgroup, _ends, _native
 from errand_boy._child import _reap, helper_child
 from errand_boy._ends import Ends
 from errand_boy._native import lib
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _LOOK = 0.02  # seconds between checks whether a command has ended whose output is drained
 _FOREVER = 2e6  # seconds; poll(2) takes little more
-_PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
 
 
 @contextlib.contextmanager
@@ -58,10 +57,8 @@ class Target:
         if self._tree == "cgroup":
             _cgroup.signal_all(self._cgroup, number)
         elif process.returncode is not None:
-            # Another group may have the number by now. Before Linux 6.9 there was no such call.
-            with contextlib.suppress(OSError):
-                if self._pidfd >= 0:
-                    _native.pidfd_send_signal(self._pidfd, number, _PROCESS_GROUP)
+            if self._pidfd >= 0:
+                _ends.signal_left(self._pidfd, number)
         elif self._tree == "process":
             process.send_signal(number)
         elif child is not None:

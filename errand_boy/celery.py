@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
 Command: TypeAlias = "Sequence[str] | str | Mapping[str, Any]"
 
-_PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
-
 
 class Outcome(TypedDict):
     """How a command ended: the result of the task, made of JSON's types.
@@ -198,10 +196,7 @@ class _Command:
             if self._streamed.pid:
                 self._streamed.signal(-self._streamed.pid, number)
         elif self._pidfd >= 0:
-            # Another group may have the number by now. Before Linux 6.9 there is no such call, and
-            # the leader's end is the end.
-            with contextlib.suppress(OSError):
-                _native.pidfd_send_signal(self._pidfd, number, _PROCESS_GROUP)
+            _ends.signal_left(self._pidfd, number)
 
 
 _live: dict[str, _Command] = {}  # those of this process's tasks, by id
