@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from conftest import find_program, until
 from screen import VIM, program, pyte
 
@@ -72,16 +73,18 @@ def look(screen: Any) -> list[Any]:
     return [screen.columns, screen.lines, screen.cursor.x, screen.cursor.y, lines]
 
 
-def test_recording_is_what_was_on_the_screen(tmp_path: Path) -> None:
+def test_recording_is_what_was_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In vim, with colours, beyond ASCII, and with another size; a player shows the same."""
     find_program("vim")
     cast, text = tmp_path / "cast", tmp_path / "text.py"
     text.write_text("def first():\n    return 'größer als €'\n")
     command = [sys.executable, "-m", "errand_boy", "run", "--record", str(cast)]
-    no_daemon = str(tmp_path / "none")
-    with program(
-        [*command, *VIM, "-c", "syntax on", str(text)], (12, 60), ERRAND_BOY_SOCKET=no_daemon
-    ) as screen:
+    monkeypatch.delenv("ERRAND_BOY_SOCKET", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "errand-boy.sock").touch()  # nobody listens
+    with program([*command, *VIM, "-c", "syntax on", str(text)], (12, 60)) as screen:
         screen.has("größer als €")
         screen.type("Ox = 'ж'\x1b")
         screen.has("x = 'ж'")
