@@ -91,5 +91,5 @@ def files(directory: Path) -> list[str]:
         str(path.relative_to(directory))
         for part in ("state", "run")
         for path in (directory / part).rglob("*")
-        if not path.is_dir()
+        if not path.is_dir() and path.name != "last"
     )

@@ -7,10 +7,12 @@ import json
 import os
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import pytest
 from conftest import PATIENCE, script_environment, until
 from daemon import Daemon, started_daemon
 from errand_boy._native import lib
-from jobs import keeper_of, keeping_jobs
+from jobs import files, keeper_of, keepers, keeping_jobs
 
 import errand_boy
 from errand_boy import NoJobError, _wire
+from errand_boy._client import Client
 from errand_boy._jobs import Job
 
 START, LIST = lib.EB_JOB_START, lib.EB_JOB_LIST
@@ -219,3 +222,56 @@ def test_who_waits_for_a_stopped_keeper_and_goes_is_forgotten(tmp_path: Path) ->
         assert "does not answer" not in daemon.log()
         keeper.resume()
         assert job.stop(signal.SIGKILL).returncode == -signal.SIGKILL
+
+
+# Numbers
+
+
+def restarted(daemon: Daemon, directory: Path) -> AbstractContextManager[tuple[Daemon, Client]]:
+    """Kill a daemon; the next one has its jobs."""
+    daemon.process.kill()
+    daemon.process.wait(PATIENCE)
+    return keeping_jobs(directory)
+
+
+def test_number_of_a_removed_job_is_not_given_again(tmp_path: Path) -> None:
+    """Whoever has it would be shown another job."""
+    with keeping_jobs(tmp_path) as (daemon, client):
+        job = client.start(["true"])
+        job.wait(PATIENCE)
+        job.remove()
+        until(lambda: not files(tmp_path))
+        with restarted(daemon, tmp_path) as (_, other):
+            assert other.start(["true"]).id == job.id + 1
+            with pytest.raises(NoJobError):
+                job.status()
+
+
+def test_removed_job_whose_keeper_lives_stays_removed(tmp_path: Path) -> None:
+    """It waits for a follower that does not read."""
+    with keeping_jobs(tmp_path) as (daemon, client):
+        job = client.start(["sh", "-c", "read x; head -c 1000000 /dev/zero"], stdin=subprocess.PIPE)
+        with job.attach() as follower:
+            follower.write(b"\n")
+            job.wait(PATIENCE)
+            job.remove()
+            assert client.jobs(all=True) == []
+            with restarted(daemon, tmp_path) as (_, other):
+                assert keepers(tmp_path)
+                assert other.jobs(all=True) == []
+                with pytest.raises(NoJobError):
+                    other.job(job.id)
+        until(lambda: not files(tmp_path))
+
+
+def test_log_is_made_with_the_clients_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with keeping_jobs(tmp_path, umask=0o022) as (_, client):
+            log = tmp_path / "output"
+            client.start(["echo", "secret"], log=log).wait(PATIENCE)
+            client.start(["echo", "secret"], log=tmp_path / "shared", umask=0o027).wait(PATIENCE)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o640

@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -112,6 +113,8 @@ static void begin(struct eb_client *c)
 {
     int ends[3] = {-1, -1, -1};
     run = (struct run){.was_hidden = false};
+    if (eb_has(&request, EB_TAG_UMASK))
+        umask(request.umask); /* for the log, too */
     if (!eb_log_open()) {
         fail(errno, EB_STAGE_LOG);
         return;

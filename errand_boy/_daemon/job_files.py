@@ -144,6 +144,26 @@ class Files:
         names = (name.partition(".") for name in os.listdir(self._state))
         return sorted(int(number) for number, _, kind in names if kind == "job" and _is_id(number))
 
+    def last_removed(self) -> int:
+        """Return the number of the newest job if that has been removed, 0 if nobody knows."""
+        try:
+            fd = os.open("last", os.O_RDONLY | _OLD, dir_fd=self._state)
+            try:
+                return int(os.read(fd, 20))
+            finally:
+                os.close(fd)
+        except (OSError, ValueError):
+            return 0
+
+    def note_last(self, number: int) -> None:
+        """Note the number of the newest job, which is to be removed, so that none gets it again."""
+        with suppress(OSError):
+            fd = os.open("last", os.O_WRONLY | os.O_CREAT | _OLD, 0o600, dir_fd=self._state)
+            try:
+                os.pwrite(fd, b"%020d" % number, 0)
+            finally:
+                os.close(fd)
+
     def create(self, number: int, entry: dict[str, Any]) -> New:
         """Make the files of a job, and write `entry`. Raises OSError; FileExistsError: it exists.
 
@@ -193,7 +213,7 @@ class Files:
         return False
 
     def note(self, number: int, **values: object) -> None:
-        """Add a line to the journal of a job whose keeper has gone."""
+        """Add a line to the journal of a job that is over."""
         with suppress(OSError):
             fd = os.open(f"{number}.job", os.O_WRONLY | os.O_APPEND | _OLD, dir_fd=self._state)
             try:
@@ -337,6 +357,7 @@ _LATER: dict[str, Callable[[object], bool]] = {
     "failed": _numbers(3, 1 << 31),
     "why": lambda value: value in ("killed", "reboot"),
     "seen": _is_time,
+    "removed": lambda value: value is True,
 }
 _DEFAULTS = {"name": "", "argv": [], "cwd": "", "started": 0, "boot_id": "", "ring": 0}
 

@@ -156,8 +156,9 @@ class Index:
     def _load_now(self, uid: int) -> User:
         files = self._opened(create=True).of(uid)
         user = User(files)
+        user.last = files.last_removed()
         for number in files.numbers():
-            user.last = number
+            user.last = max(user.last, number)
             try:
                 entry, is_held = files.read(number), files.is_held(number)
             except OSError as error:
@@ -165,6 +166,7 @@ class Index:
                 continue
             size = lib.EB_RING_HEADER + entry["ring"] * (1 if entry.get("pty") else 2)
             job = user.jobs[number] = Job(number, entry["name"], size)
+            job.is_removed = "removed" in entry
             if is_held:
                 self.watch(user, job, entry.get("keeper"))
             else:
@@ -262,7 +264,10 @@ class Index:
             if self.entry(user, job)["state"] in LIVE:
                 raise JobsError(f"job {job.number} runs: stop it first")
             job.is_removed = True
+            user.files.note(job.number, removed=True)
             return
+        if job.number == user.last:
+            user.files.note_last(job.number)
         user.files.remove(job.number)
         del user.jobs[job.number]
 
