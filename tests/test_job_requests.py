@@ -251,17 +251,18 @@ def test_removed_job_whose_keeper_lives_stays_removed(tmp_path: Path) -> None:
     """It waits for a follower that does not read."""
     with keeping_jobs(tmp_path) as (daemon, client):
         job = client.start(["sh", "-c", "read x; head -c 1000000 /dev/zero"], stdin=subprocess.PIPE)
-        with job.attach() as follower:
-            follower.write(b"\n")
-            job.wait(PATIENCE)
-            job.remove()
-            assert client.jobs(all=True) == []
-            with restarted(daemon, tmp_path) as (_, other):
-                assert keepers(tmp_path)
-                assert other.jobs(all=True) == []
-                with pytest.raises(NoJobError):
-                    other.job(job.id)
-        until(lambda: not files(tmp_path))
+        follower = job.attach()
+        follower.write(b"\n")
+        job.wait(PATIENCE)
+        job.remove()
+        assert client.jobs(all=True) == []
+        with restarted(daemon, tmp_path) as (_, other):
+            assert keepers(tmp_path)
+            assert other.jobs(all=True) == []
+            with pytest.raises(NoJobError):
+                other.job(job.id)
+            follower.close()
+            until(lambda: not files(tmp_path))
 
 
 def test_log_is_made_with_the_clients_umask(tmp_path: Path) -> None:
