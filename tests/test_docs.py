@@ -49,6 +49,8 @@ def _try(page: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
             "PYTHONPATH": str(Path(errand_boy.__file__).parent.parent),
             "HOME": str(tmp_path),
             "XDG_RUNTIME_DIR": str(runtime),
+            "STATE_DIRECTORY": str(tmp_path / "state"),  # of jobs, for a daemon of root
+            "RUNTIME_DIRECTORY": str(tmp_path / "jobs"),
             "STATE_DIRECTORY": str(tmp_path / "state"),
             "RUNTIME_DIRECTORY": str(runtime),
             "LANG": "C.UTF-8",
