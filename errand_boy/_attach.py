@@ -83,6 +83,11 @@ class Attached:
         return len(self._unsent) >= MOST_UNSENT
 
     @property
+    def room(self) -> int:
+        """How many bytes `write` takes without waiting."""
+        return max(0, MOST_UNSENT - 1 - len(self._unsent))
+
+    @property
     def winsize(self) -> tuple[int, ...]:
         """The rows and columns of the screen on which it is shown."""
         return self._window[:2]

@@ -269,6 +269,23 @@ def test_signal_leaves_the_job() -> None:
     assert cli("ps", "-q").stdout == f"{name}\n"
 
 
+def test_job_that_reads_nothing(tmp_path: Path) -> None:
+    """Who types more than there is room for still sees its output, and can leave."""
+    name = detach("-i", script="yes | head -c 2000000; echo last; sleep 1000")
+    typed = tmp_path / "typed"
+    typed.write_bytes(bytes(1 << 20))
+    with (
+        typed.open("rb") as stdin,
+        stdlib.Popen(
+            [*COMMAND, "attach", name], stdin=stdin, stdout=stdlib.PIPE, stderr=stdlib.DEVNULL
+        ) as client,
+    ):
+        assert client.stdout is not None
+        assert any(line == b"last\n" for line in client.stdout)
+        client.terminate()
+        assert client.wait(PATIENCE) == 128 + signal.SIGTERM
+
+
 # -- with one --
 
 
@@ -373,6 +390,17 @@ def test_screen_after_attach_has_the_last_lines(screens: Any) -> None:
         screen.has("got on")
         screen.process.send_signal(signal.SIGTERM)
         assert screen.end() == 128 + signal.SIGTERM
+
+
+def test_key_that_is_kept_back(screens: Any) -> None:
+    """For a while: it may be no beginning of the keys to detach."""
+    script = "stty raw -echo; echo ready; dd bs=1 count=1 2>/dev/null | od -An -tx1"
+    name = detach("--pty", script=script)
+    with attached(screens, name, (10, 40)) as screen:
+        screen.has("ready")
+        screen.type("\x10")
+        screen.has(" 10")
+        assert screen.end() == 0
 
 
 def test_client_that_is_killed_leaves_the_job(screens: Any) -> None:

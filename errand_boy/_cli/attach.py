@@ -17,6 +17,7 @@ from errand_boy._modes import Modes
 from errand_boy.errors import JobLostError
 
 _CHUNK = 1 << 12  # bytes that are typed at once
+_LEAST_ROOM = 2 * _CHUNK  # for these and for keys that were held
 _MOST_SHOWN = 64  # pieces, before keys are looked for
 _LOOK = 0.05  # seconds, while there is no descriptor to wait for
 _BETWEEN_REDRAWS = 0.2  # seconds
@@ -152,7 +153,7 @@ class _Session:
         fd = self._attachment.fileno()
         poll = select.poll()
         poll.register(self._arrived, select.POLLIN)
-        if self._reads_keys and not self._attachment.is_full:
+        if self._reads_keys and self._attachment.room > _LEAST_ROOM:
             poll.register(0, select.POLLIN)
         seconds = None
         if fd < 0:
