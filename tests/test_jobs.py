@@ -636,7 +636,7 @@ def test_status(served: tuple[Daemon, Client, Path], client: Client) -> None:
     until(lambda: daemon.status()["jobs"]["jobs_running"] == 0)
     running = client.start(sh(FOREVER), pty=True)
     value = daemon.status()
-    size = 4096 + 2 * 8192 + 4096 + (256 << 10)
+    size = 4096 + 2 * 8192 + 4096 + 2 * (256 << 10)
     assert value["jobs"] == {"jobs_running": 1, "jobs_over": 1, "ring_bytes": size}
     (user,) = (user for user in value["users"] if user["uid"] == os.geteuid())
     assert (user["jobs_running"], user["jobs_over"]) == (1, 1)

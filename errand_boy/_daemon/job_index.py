@@ -31,6 +31,11 @@ _LOOK, _LONGEST_LOOK = 0.05, 1.0  # seconds between looks whether a keeper lives
 _TRY_AGAIN = 5.0  # seconds
 
 
+def size_of(ring: int) -> int:
+    """Return how many bytes the file of rings may have, whatever the command is given then."""
+    return int(lib.EB_RING_HEADER) + int(lib.EB_RINGS) * ring
+
+
 class Job:
     """One that there is."""
 
@@ -164,7 +169,7 @@ class Index:
             except OSError as error:
                 self._loop.log.warning("a job's journal", id=number, uid=uid, error=error.strerror)
                 continue
-            size = lib.EB_RING_HEADER + entry["ring"] * (1 if entry.get("pty") else 2)
+            size = size_of(entry["ring"])
             job = user.jobs[number] = Job(number, entry["name"], size)
             job.is_removed = "removed" in entry
             if is_held:

@@ -19,7 +19,7 @@ from functools import partial
 from errand_boy import _wire
 from errand_boy._daemon.helper import spawn
 from errand_boy._daemon.job_files import MOST_RING, NAME, WHOMS, JobsError, New, are_steps
-from errand_boy._daemon.job_index import LIVE, Index, Job, User
+from errand_boy._daemon.job_index import LIVE, Index, Job, User, size_of
 from errand_boy._daemon.strangers import receive
 from errand_boy._native import lib
 
@@ -234,7 +234,7 @@ class Jobs:
             "whom": whom,
             "client": peer.pid,
         }
-        size = lib.EB_RING_HEADER + ring * (1 if entry["pty"] else 2)
+        size = size_of(ring)
         self._make_room(user, size)
         number = entry["id"]
         name = entry["name"] = self._new_name(user, wanted.get("name"), argv, number)
@@ -303,7 +303,11 @@ class Jobs:
             return wanted
         program = os.path.basename(argv[0]) if argv else ""
         name = _NOT_OF_NAMES.sub("-", program)[:32].strip("-") or "job"
-        return f"{name}-{number}"
+        name = f"{name}-{number}"
+        taken = {job.name for job in user.running()}
+        while name in taken:
+            name += "-"
+        return name
 
 
 def _rights(fd: int | None) -> list[tuple[int, int, bytes]]:
