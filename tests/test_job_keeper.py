@@ -69,7 +69,7 @@ def test_signal_of_a_client_that_goes_during_the_start(keeper: Keeper) -> None:
     """It is acted on, though its sender can't be told of the start."""
     assert keeper.starter.frame() == HELLO
     options = [option(lib.EB_TAG_STREAMS, b"\7"), option(lib.EB_TAG_SIGMASK, bytes(8))]
-    keeper.starter.send(slow("/bin/cat", options=options) + signal_frame(0, signal.SIGKILL))
+    keeper.starter.send(slow("/bin/cat", 20_000, options=options) + signal_frame(0, signal.SIGKILL))
     keeper.starter.sock.close()
     assert keeper.wait() == 0
     assert keeper.journal()["status"] == signal.SIGKILL

@@ -61,8 +61,10 @@ def test_log_is_rotated_by_size(tmp_path: Path, count: int) -> None:
 def test_log_that_cannot_be_opened_fails_the_start(tmp_path: Path) -> None:
     with keeping(tmp_path, "--log=/none/log") as keeper:
         assert keeper.starter.frame() == HELLO
-        keeper.starter.send(job("/bin/true"))
+        with open(os.devnull) as null:
+            keeper.starter.send(job("/bin/true", targets=[3]), [null.fileno()])
         assert keeper.starter.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_LOG)
+        assert keeper.starter.closed()
         assert keeper.wait() == 0
         assert keeper.journal()["failed"] == [errno.ENOENT, lib.EB_STAGE_LOG, 0]
 

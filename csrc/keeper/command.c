@@ -85,8 +85,9 @@ void eb_kept_started(void)
         eb_client_send(c, start->error != 0 ? EB_FAILED : EB_SPAWNED, payload, eb_written(&w));
 }
 
-static void fail(int error, enum eb_stage stage)
+static void fail(struct eb_client *c, int error, enum eb_stage stage)
 {
+    eb_fds_clear(&c->channel.fds);
     keeper.start.error = error;
     keeper.start.stage = stage;
     eb_kept_started();
@@ -116,17 +117,17 @@ static void begin(struct eb_client *c)
     if (eb_has(&request, EB_TAG_UMASK))
         umask(request.umask); /* for the log, too */
     if (!eb_log_open()) {
-        fail(errno, EB_STAGE_LOG);
+        fail(c, errno, EB_STAGE_LOG);
         return;
     }
     if (!eb_journal_reserve() || !eb_ring_make(EB_RING_FD, keeper.ring_size, ringed(&request))) {
-        fail(errno, EB_STAGE_RING);
+        fail(c, errno, EB_STAGE_RING);
         return;
     }
     if (!eb_stdio_open(&request, keeper.fds, ends)) {
         int error = errno;
         eb_stdio_close(ends);
-        fail(error, EB_STAGE_FDS);
+        fail(c, error, EB_STAGE_FDS);
         return;
     }
     keeper.terminal = eb_has(&request, EB_TAG_TERMINAL);
@@ -160,9 +161,9 @@ void eb_kept_spawn(struct eb_client *c, const struct eb_frame *frame)
     if (error < 0)
         eb_client_refuse(c, "malformed SPAWN: %s", reason);
     else if (error > 0)
-        fail(error, EB_STAGE_EXEC);
+        fail(c, error, EB_STAGE_EXEC);
     else if (fds->lost)
-        fail(EMFILE, EB_STAGE_FDS);
+        fail(c, EMFILE, EB_STAGE_FDS);
     else if (fds->count != eb_request_fds(&request))
         eb_client_refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(&request),
                          (unsigned)fds->count);
