@@ -145,7 +145,7 @@ void eb_command_wake(struct eb_command *k, uint64_t now)
 
 /* -- from start to end -- */
 
-/* Nothing reads it any more; what the report wants of it takes its place. */
+/* Nothing reads it any more; the part that the report needs takes its place. */
 static void release_request(struct eb_command *k)
 {
     struct eb_request q = k->request;
@@ -324,7 +324,7 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
     else if ((objection = eb_process_objection(q)) != NULL)
         eb_refuse(c, "malformed SPAWN: %s", objection);
     else if (c->tells_ends && (k->record = eb_record_new(q, &c->channel.fds)) == NULL)
-        fail(k, ENOMEM, EB_STAGE_START); /* nothing runs of which nobody is told */
+        fail(k, ENOMEM, EB_STAGE_START); /* no command runs without a report */
 }
 
 void eb_command_begin(struct eb_command *k)
@@ -355,7 +355,7 @@ void eb_command_begin(struct eb_command *k)
     k->on_close_ms = given ? q->on_close_ms : q->streams != 0 ? STREAMED_GRACE_MS : 0;
     k->begun_ns = eb_clock_ns(CLOCK_MONOTONIC);
     k->state = EB_STARTING;
-    /* A daemon's clients send what they like, and may never complete the request that it is for. */
+    /* A daemon's clients may send anything, and may never complete their request. */
     helper.spawner->begin(&k->start, q, helper.pool && eb_fds_held() > eb_request_fds(q));
     if (++helper.starting > 1)
         helper.needs_trim = true;

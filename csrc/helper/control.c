@@ -9,7 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* -- what is told -- */
+/* -- reports -- */
 
 static void send_control(enum eb_kind kind, const void *payload, size_t size)
 {
@@ -104,7 +104,7 @@ void eb_on_query(struct eb_connection *control, const struct eb_frame *frame)
     free(payload);
 }
 
-/* -- what the server says -- */
+/* -- frames of the server -- */
 
 void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
 {
@@ -190,7 +190,7 @@ void eb_server_gone(void)
 {
     if (!helper.pool)
         return;
-    /* Nobody is left who could grant or limit anything: what was asked for already is done. */
+    /* No server is left that could grant or limit anything: waiting requests are started. */
     for (struct eb_command *k = helper.commands; k != NULL; k = k->next)
         if (k->state == EB_WAITING)
             grant(k);

@@ -90,7 +90,7 @@ static bool is_starting(const struct eb_connection *c)
 static void sync_streams(struct eb_connection *c)
 {
     struct eb_streams *s = c->streams;
-    /* Over: the command has ended, and nobody holds its output any more. */
+    /* Over: the command has ended, and no process holds its output open any more. */
     if (c->command == NULL && (s->fds[1] < 0 || s->over & 2) && (s->fds[2] < 0 || s->over & 4))
         eb_streams_abandon(c);
     for (int i = 0; i < 3; i++) {
@@ -227,7 +227,7 @@ static pid_t wait_for_child(int *status, struct rusage *usage)
     return wait4(info.si_pid, status, WNOHANG, usage);
 }
 
-/* All that have ended are waited for before anything is told of them, since that may lead to new ones. */
+/* Waits for all that have ended before it reports any of them, since a report may lead to new ones. */
 static void reap(void)
 {
     struct eb_command *first = NULL, **last = &first, *k;
@@ -325,7 +325,7 @@ static void close_if_at_rest(struct eb_connection *c)
     c->closing = true;
 }
 
-/* While a command runs, what is left of a frame is none that descriptors go with. */
+/* While a command runs, no frame may come with descriptors. */
 static void check_fds(struct eb_connection *c)
 {
     if (c->channel.fds.count > 0 && (c->channel.in_size == 0 || (!c->control && !eb_is_at_rest(c))))
@@ -334,7 +334,7 @@ static void check_fds(struct eb_connection *c)
         eb_refuse(c, "more than %d descriptors", MOST_FDS);
 }
 
-/* Acts on one frame at most, so that what it asks of others is done before the next: a DRAIN before a QUERY. */
+/* Handles at most one frame, so that its effects on others come before the next: a DRAIN before a QUERY. */
 static void step(struct eb_connection *c)
 {
     if (!c->closing && c->command != NULL)
@@ -398,7 +398,7 @@ static void on_connection(struct eb_connection *c, uint32_t events)
         if (got == 0)
             return;
         if (got < 0 && c->control && !helper.pool) {
-            c->ended = true; /* it is closed when it is known what there is to tell, see tell_of_the_end */
+            c->ended = true; /* it is closed after its last frames, see tell_of_the_end */
             unwatch(c);
             eb_drain();
             return;
@@ -583,7 +583,7 @@ void eb_serve(int signals, int caller)
         }
         sweep();
         if (caller_gone && !has_duties())
-            _exit(0); /* what is being started shares our memory, which stays until they have gone */
+            _exit(0); /* processes that are being started share our memory, which stays until they are done */
     }
     close(epoll_fd);
     close(signals_fd);

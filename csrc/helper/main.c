@@ -14,8 +14,8 @@
  *   --job             as the first: it is a job's keeper, see keeper/main.c
  *
  * Descriptor 3 is the control socket.  The helper ends when the caller has ended, or when the control
- * socket is at its end and the last connection has gone; a private one also on SIGTERM, when what it does
- * then is done.
+ * socket is at its end and the last connection has gone; a private one also on SIGTERM, when its work at that
+ * time is done.
  */
 #include "common/rawsys.h"
 #include "helper/become.h"
@@ -76,7 +76,7 @@ int main(int argc, char **argv)
         eb_fatal("counters");
     if (!private && counters)
         close(COUNTERS_FD);
-    int signals = eb_self_block_signals(private); /* SIGTERM: from who ends all children of his, and waits for them */
+    int signals = eb_self_block_signals(private); /* SIGTERM: a caller may send it to all of its children */
     eb_self_read(&helper.self, posix);
     helper.caller = (struct ucred){.pid = getppid(), .uid = getuid(), .gid = getgid()};
     eb_shorten_slices();

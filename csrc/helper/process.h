@@ -1,4 +1,4 @@
-/* The process of a command: signals for it, its end, and what is told of its start and its end. */
+/* The process of a command: its signals, its end, and the frames about its start and its end. */
 #ifndef EB_PROCESS_H
 #define EB_PROCESS_H
 
@@ -23,13 +23,13 @@ struct eb_tree_usage {
     uint32_t processes;
 };
 
-/* Why a request can't be started by who owns its children, in a sentence; NULL: it can. */
+/* The reason, as a sentence, why a process that owns its children can't start a request; NULL if it can. */
 const char *eb_process_objection(const struct eb_request *q);
 
-/* Sends what a SIGNAL says, `pid` and `number`, to a command whose process `child` has not been waited for; what is meant
- * for another process is dropped. */
+/* Sends the signal of a SIGNAL, `pid` and `number`, to a command whose process `child` has not been waited for.
+ * A signal for another process is dropped. */
 void eb_process_signal(const struct eb_start *start, pid_t child, pid_t pid, int number);
-/* Signals its whole tree, its process group, or it alone if it leads none. */
+/* Signals its whole tree, its process group, or only itself if it leads none. */
 void eb_process_kill(const struct eb_start *start, pid_t child, int number);
 
 /* Its process has been waited for, with this result, which is that of a guard if it is supervised. */

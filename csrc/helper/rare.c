@@ -1,4 +1,4 @@
-/* This function is linked before what is rare: see setup.py. */
+/* This function is linked before the rare code: see setup.py. */
 #include "helper/rare.h"
 
 #include <stdint.h>

@@ -1,9 +1,9 @@
-/* The text that most helpers use once at the most. */
+/* The code that most helpers use at most once. */
 #ifndef EB_RARE_H
 #define EB_RARE_H
 
-/* Takes the pages of it out of this process's memory: the kernel maps those around what is executed too, and counts
- * them as this helper's own where no other has them.  They come back by themselves. */
+/* Unmaps its pages from this process's memory: the kernel also maps pages around those that are executed, and counts
+ * them as private if no other process has them.  They come back by themselves. */
 void eb_drop_rare_text(void);
 
 #endif

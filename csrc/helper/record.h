@@ -1,4 +1,4 @@
-/* What the server is told of a command when it has ended, if it asked for that: where it ran, and what. */
+/* The report to the server about a command that has ended, if it asked for that: what ran, and where. */
 #ifndef EB_RECORD_H
 #define EB_RECORD_H
 

@@ -18,8 +18,8 @@ void eb_fatal(const char *what)
     _exit(1);
 }
 
-/* All stay blocked for good, so that none but SIGKILL ends this process in the middle of something: what is typed at
- * the caller's terminal is not for it.  New processes start with none pending. */
+/* All signals stay blocked for good, so that only SIGKILL ends this process in the middle of something; keys at the
+ * caller's terminal are not meant for it.  New processes start with none pending. */
 int eb_self_block_signals(bool ends)
 {
     sigset_t all, taken;
@@ -80,8 +80,8 @@ static void default_limit(const struct eb_self *s, struct eb_request *q, int res
     q->limited |= (uint16_t)(1 << resource);
 }
 
-/* This process's own limit of files is none to inherit, and that of processes is as the last request had it (see
- * adopt_nproc).  And what it may not exceed, its commands get as far as it may; else no start would succeed where a
+/* Commands must not inherit this process's own limit of files, nor that of processes, which is the last request's (see
+ * adopt_nproc).  Limits above this process's hard ones are lowered to these; otherwise no start would succeed if a
  * daemon's limits are lower than its client's. */
 void eb_self_complete(const struct eb_self *s, struct eb_request *q)
 {

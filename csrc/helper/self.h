@@ -1,4 +1,4 @@
-/* What this process is, and what its commands inherit of it. */
+/* This process's properties, and those that its commands inherit. */
 #ifndef EB_SELF_H
 #define EB_SELF_H
 
@@ -17,8 +17,8 @@ _Noreturn void eb_fatal(const char *what);
 int eb_self_block_signals(bool ends);
 /* Has descriptors up to `last` closed by an exec, and closes all others. */
 void eb_self_keep_descriptors(int last);
-/* Fills `s`, whose `open_files` may be what has been asked for, and raises the limit of open files; but not if commands
- * are started by posix_spawn. */
+/* Fills `s`, whose `open_files` may have been set by an option, and raises the limit of open files, unless posix_spawn
+ * starts commands. */
 void eb_self_read(struct eb_self *s, bool posix);
 /* Completes what a request of a daemon's client leaves open. */
 void eb_self_complete(const struct eb_self *s, struct eb_request *q);

@@ -6,9 +6,9 @@
 #include "spawn/request.h"
 
 /* Makes the pipes and the terminal that STREAMS and TERMINAL name: ours, which don't block, and the command's; -1 is
- * left elsewhere.  False: see errno; what has been opened is there. */
+ * stored for others.  False: see errno; descriptors opened so far are stored. */
 bool eb_stdio_open(const struct eb_request *q, int ours[3], int theirs[3]);
-/* Gives each target of the request its source: what was sent, an end of those, or `null`, which is /dev/null. */
+/* Gives each target of the request its source: a descriptor that was sent, an end of those, or `null`, /dev/null. */
 void eb_stdio_place(struct eb_request *q, const struct eb_fds *sent, const int theirs[3], int null);
 void eb_stdio_close(int fds[3]);
 

@@ -29,7 +29,7 @@ void eb_streams_abandon(struct eb_connection *c);
 void eb_streams_free(struct eb_connection *c);
 /* Whether an event of this one is wanted. */
 bool eb_streams_want(const struct eb_connection *c, int number);
-/* Takes what is there of output that nobody has looked at yet: the command has ended. */
+/* Reads output that is there and has not been watched, because the command has ended. */
 void eb_streams_gather(struct eb_connection *c);
 /* Has such output watched if it is time. */
 void eb_streams_wake(struct eb_connection *c, uint64_t now);

@@ -11,8 +11,8 @@ enum { EB_MOST_KEYS = 2 };
 bool eb_terminal_open(const struct eb_request *q, int ours[2], int theirs[2]);
 /* Sets the size, as WINSIZE has it. */
 void eb_terminal_resize(int fd, const uint8_t *payload, size_t size);
-/* Writes what is typed to end the input, of which `last` is the last byte, and returns how much that is: nothing,
- * where that has no meaning. */
+/* Writes the keys that end the input, whose last byte is `last`, and returns how many there are: none if that has no
+ * meaning. */
 uint32_t eb_terminal_end(int fd, uint8_t last, uint8_t keys[EB_MOST_KEYS]);
 
 #endif
