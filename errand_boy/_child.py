@@ -36,6 +36,9 @@ _STDLIB_POLLS = sys.version_info < (3, 15)
 _LONGEST = 3600.0  # seconds, of one wait: poll(2) takes no more than 24 days, a lock not infinity
 
 
+_LONGEST_POLL = 1e6  # seconds; a C int has room for so many milliseconds
+
+
 def ready(fd: int, seconds: float | None, *, reading: bool = True, writing: bool = False) -> bool:
     """Wait until `fd` is readable, or writable, or has failed; return whether it is.
 
@@ -45,6 +48,10 @@ def ready(fd: int, seconds: float | None, *, reading: bool = True, writing: bool
         return any(select.select([fd] if reading else [], [fd] if writing else [], [], seconds))
     poll = select.poll()
     poll.register(fd, reading * select.POLLIN | writing * select.POLLOUT)
+    while seconds is not None and seconds > _LONGEST_POLL:
+        if poll.poll(_LONGEST_POLL * 1000):
+            return True
+        seconds -= _LONGEST_POLL
     return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 

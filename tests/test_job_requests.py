@@ -276,3 +276,30 @@ def test_log_is_made_with_the_clients_umask(tmp_path: Path) -> None:
         os.umask(before)
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o640
+
+
+# Users
+
+
+def test_long_time_out(tmp_path: Path) -> None:
+    """poll(2) takes less than a month."""
+    with keeping_jobs(tmp_path) as (_, client):
+        for seconds in 30 * 86400, 1e300:
+            assert client.start(["sleep", "0.2"]).wait(seconds).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["run", "--detach", "--ring=infK", "true"], "'infK' is no size"),
+        (["run", "--detach", "--ring=K", "true"], "'K' is no size"),
+        (["logs", "--since=yesterday", "1"], "'yesterday' is no time"),
+        (["logs", "--since=0001-01-01", "1"], "'0001-01-01' is no time"),
+    ],
+)
+def test_mistaken_arguments(arguments: list[str], reason: str) -> None:
+    command = [sys.executable, "-m", "errand_boy", *arguments]
+    done = subprocess.run(command, env=script_environment(), capture_output=True, text=True)
+    assert done.returncode in (2, 125)
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr

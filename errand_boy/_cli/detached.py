@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import errand_boy
 from errand_boy._cli import command_options
@@ -149,15 +150,21 @@ def _user(text: str) -> int | str:
 
 def _size(text: str) -> int:
     unit = _BYTES.get(text[-1:].upper())
-    return int(text) if unit is None else int(float(text[:-1]) * unit)
+    try:
+        return int(text) if unit is None else int(float(text[:-1]) * unit)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 64K or 1M") from None
 
 
 def _moment(text: str) -> float:
     unit = _UNITS.get(text[-1:])
-    try:
+    with suppress(ValueError):
         return time.time() - (float(text) if unit is None else float(text[:-1]) * unit)
-    except ValueError:
+    try:
         return datetime.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        message = f"{text!r} is no time, such as 10m (ago) or 2026-11-25T20:15"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 # -- what they do --
