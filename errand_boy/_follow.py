@@ -12,7 +12,7 @@ from errand_boy.errors import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
     from errand_boy._ring import RingFile
@@ -172,6 +172,14 @@ class Follower:
             missed = end - self._positions[stream]
             if missed > 0:
                 self._positions[stream] = end
+                yield Missed(stream, missed)
+
+    def miss(self, sizes: Sequence[int]) -> Iterator[Missed]:
+        """Yield that nothing is there of what he does not know; `sizes`: of both streams."""
+        for stream, size in zip(_STREAMS, sizes, strict=False):
+            missed = size - self._positions[stream]
+            if missed > 0 and not self.quiet:
+                self._positions[stream] = size
                 yield Missed(stream, missed)
 
 

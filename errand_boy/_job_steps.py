@@ -442,11 +442,16 @@ class Course:
 
     def _rest(self, fd: int) -> Generator[Any, None, None]:
         """Yield what the file has, of descriptor `fd`."""
-        if fd < 0:
+        if fd < 0:  # it was in memory, and the machine went down
+            yield from self.follower.miss(self.entry.get("bytes", ()))
             return
         try:
-            yield from self.follower.replay(_ring.RingFile(fd))
+            ring = _ring.RingFile(fd)
+            if ring.is_empty and any(self.entry.get("bytes", ())):
+                raise _ring.RingError("it has been removed")
+            yield from self.follower.replay(ring)
         except _ring.RingError as error:
+            yield from entry(self._client, self.entry["id"], self.entry["uid"])  # if it is there
             raise JobError(errno.EIO, f"the output of job {self.entry['id']}: {error}") from None
         finally:
             os.close(fd)

@@ -51,8 +51,6 @@ def _try(page: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
             "XDG_RUNTIME_DIR": str(runtime),
             "STATE_DIRECTORY": str(tmp_path / "state"),  # of jobs, for a daemon of root
             "RUNTIME_DIRECTORY": str(tmp_path / "jobs"),
-            "STATE_DIRECTORY": str(tmp_path / "state"),
-            "RUNTIME_DIRECTORY": str(runtime),
             "LANG": "C.UTF-8",
         },
         stdin=subprocess.DEVNULL,

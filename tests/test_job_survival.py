@@ -215,7 +215,7 @@ def test_another_boot(places: Callable[[], Any], tmp_path: Path) -> None:
     """After that there are no rings, and no locks; a list still says what has been running."""
     with places() as (daemon, client):
         job = client.start(waiting(tmp_path / "fifo"), name="build")
-        over = client.start(["true"], name="over")
+        over = client.start(["echo", "word"], name="over")
         over.wait(PATIENCE)
         assert daemon.stop() == 0
     end_all(tmp_path)
@@ -231,7 +231,8 @@ def test_another_boot(places: Callable[[], Any], tmp_path: Path) -> None:
         assert (found.name, found.state, found.args) == ("build", "lost", job.args)
         assert found.status()["why"] == "reboot"
         assert (other.name, other.state, other.returncode) == ("over", "ended", 0)
-        assert list(found.logs()) == list(other.logs()) == []
+        assert list(found.logs()) == []
+        assert list(other.logs()) == [Missed(1, 5)]
         with pytest.raises(JobLostError, match="the machine went down"):
             found.wait()
         for one in found, other:
@@ -278,11 +279,8 @@ def test_damaged_ring(tmp_path: Path, damage: str) -> None:
         else:
             data.clear()
         ring.write_bytes(data)
-        if damage == "empty":
-            assert list(job.logs()) == []
-        else:
-            with pytest.raises(errand_boy.JobError, match=f"the output of job {job.id}"):
-                list(job.logs())
+        with pytest.raises(errand_boy.JobError, match=f"the output of job {job.id}"):
+            list(job.logs())
 
 
 def test_keeper_that_does_not_answer(tmp_path: Path) -> None:
