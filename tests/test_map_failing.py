@@ -201,7 +201,7 @@ def test_bad_halt(policy: Any) -> None:
 
 
 def test_a_share_of_what_is_not_known() -> None:
-    with pytest.raises(ValueError, match="how many"):
+    with pytest.raises(ValueError, match="have a length"):
         errand_boy.map(iter([]), halt="now,done=50%")
 
 
