@@ -37,7 +37,7 @@ class RingFile:
     def __init__(self, fd: int) -> None:
         header = os.pread(fd, lib.EB_RING_HEADER, 0)
         self._rings: list[_Ring] = []
-        self.is_empty = not header
+        self.is_empty: bool = not header
         if not header:
             return  # its keeper was killed before it had written any
         try:
