@@ -338,10 +338,9 @@ def test_every_process_gets_the_signal(marked: Marked, tmp_path: Path) -> None:
     file = tmp_path / "file"
     inner = f"trap 'echo inner; : > {file}; exit' TERM; echo ready; while :; do sleep 0.01; done"
     end = f"while [ ! -e {file} ]; do sleep 0.01; done; echo outer; exit 5"
-    script = f"trap '{end}' TERM; (setsid sh -c \"{inner}\" &); cat; cat"
-    with ours.Popen(
-        ["sh", "-c", script], stdin=-1, stdout=-1, tree="all", env=marked.env
-    ) as process:
+    # No long command: a shell that gets the signal just before it starts one waits for its end.
+    script = f"trap '{end}' TERM; (setsid sh -c \"{inner}\" &); while :; do sleep 0.01; done"
+    with ours.Popen(["sh", "-c", script], stdout=-1, tree="all", env=marked.env) as process:
         assert process.stdout.readline() == b"ready\n"
         assert process.stop(((SIGTERM, 100), SIGKILL)) == 5
         assert process.stdout.read() == b"inner\nouter\n"
