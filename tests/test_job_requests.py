@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -12,16 +13,16 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import PATIENCE, script_environment, until
-from daemon import Daemon, started_daemon
+from daemon import Daemon, acting_as, started_daemon
 from errand_boy._native import lib
-from jobs import files, keeper_of, keepers, keeping_jobs
+from jobs import files, keeper_of, keepers, keeping_jobs, text
 
 import errand_boy
 from errand_boy import NoJobError, _wire
@@ -30,6 +31,7 @@ from errand_boy._jobs import Job
 
 START, LIST = lib.EB_JOB_START, lib.EB_JOB_LIST
 OPEN, REMOVE = lib.EB_JOB_OPEN, lib.EB_JOB_REMOVE
+UID = 1001
 
 
 @pytest.fixture
@@ -303,3 +305,46 @@ def test_mistaken_arguments(arguments: list[str], reason: str) -> None:
     assert done.returncode in (2, 125)
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def hunt(uid: int) -> None:
+    """Exit with status 1 as soon as that user gets a descriptor of a keeper's. Never returns."""
+    status = 2
+    try:
+        libc = ctypes.CDLL(None)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        while True:
+            for name in filter(str.isdecimal, os.listdir("/proc")):
+                with suppress(OSError):
+                    if b"keeper of a job" in Path(f"/proc/{name}/cmdline").read_bytes():
+                        pidfd = os.pidfd_open(int(name))
+                        if libc.syscall(438, pidfd, 5, 0) >= 0:  # pidfd_getfd
+                            status = 1
+                            return
+                        os.close(pidfd)
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.root
+def test_keeper_is_closed_to_its_user_during_any_start(public_dir: Path) -> None:
+    """For oom_score_adj it is dumpable for a moment; its files are in the daemon's directories."""
+    with keeping_jobs(public_dir, "--allow-uid", UID) as (daemon, client):
+        os.chmod(daemon.path, 0o777)
+        hunter = os.fork()
+        if hunter == 0:
+            hunt(UID)
+        try:
+            with acting_as(UID, UID, []):
+                for _ in range(60):
+                    job = client.start(["true"], oom_score_adj=500)
+                    assert job.wait(PATIENCE).returncode == 0
+                job = client.start(["cat", "/proc/self/status"])
+                job.wait(PATIENCE)
+                assert "CapPrm:\t0000000000000000" in text(job, 1).decode()
+        finally:
+            os.kill(hunter, signal.SIGKILL)
+            _, status = os.waitpid(hunter, 0)
+        assert os.WIFSIGNALED(status)

@@ -111,12 +111,22 @@ static void check_ids(void)
     }
 }
 
-/* The kernel drops them when a process leaves user 0, unless securebits say otherwise. */
-static void drop_capabilities(void)
+/* The kernel takes them from a process that leaves user 0, unless securebits say otherwise.  A process that stays closed
+ * to its user keeps one, which is of no use: even while it is dumpable, only a process with that capability may trace it.
+ * What it executes has none. */
+static void drop_capabilities(bool opens)
 {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-    const struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {{0}};
-    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) != 0 || syscall(SYS_capset, &header, none) != 0)
+    struct __user_cap_data_struct left[_LINUX_CAPABILITY_U32S_3] = {{0}};
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) != 0)
+        fail("capabilities");
+    if (!opens) {
+        left[CAP_TO_INDEX(CAP_BLOCK_SUSPEND)].permitted = CAP_TO_MASK(CAP_BLOCK_SUSPEND);
+        if (syscall(SYS_capset, &header, left) == 0)
+            return;
+        left[CAP_TO_INDEX(CAP_BLOCK_SUSPEND)].permitted = 0; /* root of a container lacks it */
+    }
+    if (syscall(SYS_capset, &header, left) != 0)
         fail("capabilities");
 }
 
@@ -147,11 +157,13 @@ void eb_become(bool opens)
             fail("groups");
         if (setresgid(user.gid, user.gid, user.gid) != 0)
             fail("group");
+        if (!opens)
+            (void)prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0);
         if (setresuid(user.uid, user.uid, user.uid) != 0)
             fail("user");
         check_ids();
         if (user.uid != 0)
-            drop_capabilities();
+            drop_capabilities(opens);
         join_keyring();
         free(user.groups);
         user.groups = NULL;
