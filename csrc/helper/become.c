@@ -157,7 +157,7 @@ void eb_become(bool opens)
             fail("groups");
         if (setresgid(user.gid, user.gid, user.gid) != 0)
             fail("group");
-        if (!opens)
+        if (!opens && user.uid != 0)
             (void)prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0);
         if (setresuid(user.uid, user.uid, user.uid) != 0)
             fail("user");
