@@ -494,7 +494,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ({"read": [tmp_path / "missing"]}, FileNotFoundError, "missing"),
         ({"network": "yes"}, TypeError, "network='yes'"),
         ({"network": {"listen": [1]}}, TypeError, "connect or bind"),
-        ({"network": {"connect": [70000]}}, ValueError, "70000 is no TCP port"),
+        ({"network": {"connect": [70000]}}, ValueError, "70000 is not a TCP port"),
     ):
         with pytest.raises(error, match=words):
             Sandbox(strict=False, **cast(Any, given))
