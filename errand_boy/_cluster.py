@@ -290,8 +290,9 @@ class Tasks:
         told = meta["result"]
         if meta["status"] == states.SUCCESS:
             result = self._result(job, told)
-            # Its broker may not say, and that it ran before may have gone unseen.
-            result.is_again = sent.is_again or told["redelivered"]
+            # Its broker may not say that it ran before, and the last start may have gone unseen.
+            moved = sent.worker not in (None, (told["worker"], told["pid"]))
+            result.is_again = sent.is_again or moved or told["redelivered"]
             job.runs += result.is_again
             self._finish(job, result)
         elif meta["status"] == states.REVOKED and id in self._revoked:

@@ -67,7 +67,8 @@ class Outcome(TypedDict):
     - `cause`, `peak_memory`, `limits_by`: as Popen has them; None if the command was not started or
       its end is not known.
     - `rusage`: the fields of resource.struct_rusage by name (seconds, KiB, counts).
-    - `host`, `worker`: the worker's host, and its name in Celery; None if `returncode` is None.
+    - `host`, `worker`, `pid`: the worker's host, its name in Celery, and its process that ran the
+      task; None if `returncode` is None.
     - `error`: None, or a text that says why there is no ordinary end: the command could not be
       started, its time was up, or its helper died (`returncode` is then -9, and may not be the
       command's).
@@ -91,6 +92,7 @@ class Outcome(TypedDict):
     rusage: dict[str, float] | None
     host: str | None
     worker: str | None
+    pid: int | None
     error: str | None
     errno: int | None
     redelivered: bool
@@ -327,6 +329,7 @@ def run_command(
         rusage={name: getattr(known["rusage"], name) for name in _USAGE} if known else None,
         host=socket.gethostname(),
         worker=self.request.hostname,
+        pid=os.getpid(),
         error=None if error is None else f"{type(error).__name__}: {error}",
         errno=getattr(error, "errno", None),
         redelivered=bool((self.request.delivery_info or {}).get("redelivered")),
@@ -464,6 +467,7 @@ def _outcome(args: Any, index: int, meta: Mapping[str, Any]) -> Outcome:
         rusage=None,
         host=None,
         worker=None,
+        pid=None,
         error=f"{type(result).__name__}: {result}" if result else meta["status"],
         errno=None,
         redelivered=False,

@@ -75,7 +75,9 @@ def started_daemon(
     path = str(directory / "socket")
     log = directory / "log"
     address = f"\0errand-boy-test-{os.getpid()}-{os.urandom(4).hex()}"
-    command = [*under, sys.executable, "-m", "errand_boy", "serve", "--socket", path]
+    # Jobs of its own, wherever those of other daemons are.
+    jobs = ["--job-state", str(directory / "state"), "--job-runtime", str(directory / "run")]
+    command = [*under, sys.executable, "-m", "errand_boy", "serve", "--socket", path, *jobs]
     environment = {**script_environment(), "NOTIFY_SOCKET": "@" + address[1:], **(env or {})}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, log.open("ab") as stderr:
         notify.bind(address)
