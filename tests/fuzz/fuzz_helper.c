@@ -34,7 +34,9 @@
 #undef wait4
 #undef syscall
 
-enum { CLIENTS = 8, CHILDREN = 32, MOST_ROUNDS = 100000, FIRST_PID = 1000, BUFFER = 1 << 18 };
+#include "script.h"
+
+enum { CLIENTS = 8, CHILDREN = 32, FIRST_PID = 1000, BUFFER = 1 << 18 };
 
 struct client {
     int fd; /* -1: none yet, or it has gone */
@@ -59,29 +61,15 @@ struct child {
     struct eb_supervisor *supervisor; /* of the command whose guard this is; NULL: it is a command itself */
 };
 
-static const uint8_t *script, *script_end;
 static struct client clients[CLIENTS];
 static struct child children[CHILDREN];
 static struct client server; /* the other end of the control socket */
-static unsigned client_count, rounds;
-static uint64_t now_ns;
+static unsigned client_count;
 static pid_t last_pid;
 static int signals[2];
 static bool signalled;
 
-static uint8_t next(void)
-{
-    return script < script_end ? *script++ : 0;
-}
-
 /* -- the kernel that the helper sees -- */
-
-int fuzz_clock_gettime(clockid_t clock, struct timespec *t)
-{
-    (void)clock;
-    *t = (struct timespec){.tv_sec = (time_t)(now_ns / 1000000000), .tv_nsec = (long)(now_ns % 1000000000)};
-    return 0;
-}
 
 static void end_child(struct child *k, int status)
 {
@@ -638,25 +626,6 @@ static bool finish(void)
         done = true;
     }
     return done;
-}
-
-int fuzz_epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
-{
-    for (;;) {
-        uint64_t before = now_ns;
-        int got = epoll_wait(fd, events, most, 0);
-        CHECK(rounds++ < MOST_ROUNDS);
-        if (got != 0 || timeout == 0)
-            return got;
-        if (script < script_end)
-            act();
-        else if (!finish()) {
-            CHECK(timeout > 0); /* else it would wait for ever */
-            now_ns += 1000000ull * (unsigned)timeout;
-        }
-        if (now_ns != before)
-            return 0;
-    }
 }
 
 static int count_fds(void)

@@ -27,7 +27,9 @@
 #undef epoll_wait
 #undef clock_gettime
 
-enum { CLIENTS = 6, MOST_ROUNDS = 100000, BUFFER = 1 << 18, PID = 1000, LONGEST_WRITE = 4 << 10, NULL_FD = 7 };
+#include "script.h"
+
+enum { CLIENTS = 6, BUFFER = 1 << 18, PID = 1000, LONGEST_WRITE = 4 << 10, NULL_FD = 7 };
 
 struct client {
     int fd;              /* -1: none yet, or it has gone */
@@ -41,17 +43,10 @@ struct client {
 
 struct eb_keeper keeper;
 
-static const uint8_t *script, *script_end;
 static struct client clients[CLIENTS];
-static uint64_t now_ns, written[EB_RINGS];
-static unsigned rounds;
+static uint64_t written[EB_RINGS];
 static int server, signals[2], command[3];
 static bool lives, reaped;
-
-static uint8_t next(void)
-{
-    return script < script_end ? *script++ : 0;
-}
 
 static uint8_t nth_byte(int stream, uint64_t n)
 {
@@ -59,13 +54,6 @@ static uint8_t nth_byte(int stream, uint64_t n)
 }
 
 /* -- the kernel that the keeper sees -- */
-
-int fuzz_clock_gettime(clockid_t clock, struct timespec *t)
-{
-    (void)clock;
-    *t = (struct timespec){.tv_sec = (time_t)(now_ns / 1000000000), .tv_nsec = (long)(now_ns % 1000000000)};
-    return 0;
-}
 
 static void end_command(void)
 {
@@ -374,25 +362,6 @@ static bool finish(void)
             done = true;
         }
     return done;
-}
-
-int fuzz_epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
-{
-    for (;;) {
-        uint64_t before = now_ns;
-        int got = epoll_wait(fd, events, most, 0);
-        CHECK(rounds++ < MOST_ROUNDS);
-        if (got != 0 || timeout == 0)
-            return got;
-        if (script < script_end)
-            act();
-        else if (!finish()) {
-            CHECK(timeout > 0); /* else it would wait for ever */
-            now_ns += 1000000ull * (unsigned)timeout;
-        }
-        if (now_ns != before)
-            return 0;
-    }
 }
 
 static void spawn(void)
