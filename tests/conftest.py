@@ -200,6 +200,14 @@ def find_program(name: str, package: str | None = None, **options: bool) -> str:
     return path
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended; a zombie has."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def until(condition: Callable[[], T], what: str = "what the test waits for") -> T:
     """Wait for what no descriptor tells of, and return what the condition found."""
     end = time.monotonic() + PATIENCE

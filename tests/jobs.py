@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import PATIENCE, until
+from conftest import PATIENCE, has_ended, until
 from daemon import Daemon, started_daemon
 
 import errand_boy
@@ -60,15 +60,7 @@ def kill_keeper(job: Job) -> None:
     """Kill a job's keeper, and wait until it has gone."""
     keeper = keeper_of(job)
     keeper.send_signal(signal.SIGKILL)
-    until(lambda: not is_live(keeper.pid))
-
-
-def is_live(pid: int) -> bool:
-    """Return whether a process has not ended; a zombie has."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    until(lambda: has_ended(keeper.pid))
 
 
 def text(job: Job, stream: int | None = None, **options: Any) -> bytes:

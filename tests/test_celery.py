@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, find_program, script_environment, until
+from conftest import PATIENCE, find_program, has_ended, script_environment, until
 
 pytest.importorskip("celery", reason="Celery is not installed")
 
@@ -385,14 +385,7 @@ def test_timeout_ends_what_outlives_the_leader(tmp_path: Path) -> None:
     assert outcome["returncode"] == 0
     assert "TimeoutExpired" in (outcome["error"] or "")
     pid = int(path.read_text())
-    until(lambda: not psutil.pid_exists(pid) or is_zombie(pid), "the end of a stubborn process")
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    until(lambda: has_ended(pid), "the end of a stubborn process")
 
 
 def test_no_start() -> None:

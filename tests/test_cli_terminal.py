@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, script_environment, until
+from conftest import PATIENCE, has_ended, script_environment, until
 from daemon import Daemon, started_daemon
 
 import errand_boy
@@ -61,13 +61,6 @@ class Outer:
         self.seen += self.terminal.read()
         status: int = self.process.wait(PATIENCE)
         return status
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # nobody's any more
-    except psutil.NoSuchProcess:
-        return True
 
 
 @contextmanager

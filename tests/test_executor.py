@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, has_ended, until
 from daemon import started_daemon
 
 import errand_boy
@@ -50,13 +50,6 @@ def sleeper(pids: Path) -> list[str]:
 def pids_in(path: Path) -> list[int]:
     until(lambda: path.exists() and path.read_text().endswith("\n"))
     return [int(pid) for pid in path.read_text().split()]
-
-
-def has_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def test_future_of_a_completed_process(executor: Executor) -> None:
@@ -140,7 +133,7 @@ def test_cancel_ends_what_runs(executor: Executor, tmp_path: Path) -> None:
         future.result(PATIENCE)
     assert wait([future], PATIENCE).done == {future}
     assert list(as_completed([future], PATIENCE)) == [future]
-    until(lambda: all(map(has_gone, group)))
+    until(lambda: all(map(has_ended, group)))
 
 
 def test_cancel_of_what_waits_its_turn(tmp_path: Path) -> None:
@@ -182,7 +175,7 @@ def test_asyncio_waits_and_cancels(executor: Executor, tmp_path: Path) -> None:
             await task
 
     asyncio.run(main())
-    until(lambda: all(map(has_gone, pids_in(pids))))
+    until(lambda: all(map(has_ended, pids_in(pids))))
 
 
 def test_callbacks_that_submit(executor: Executor) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import until
+from conftest import has_ended, until
 from errand_boy._native import lib
 from keeper import HELLO, SUPERVISED, Keeper, Missed, Piece, follow, job, keeping, shell, text
 from wire import Failed, frame, option, signal_frame, slow
@@ -135,11 +135,11 @@ def test_what_is_left_of_the_group_is_ended_if_it_is_to(keeper: Keeper) -> None:
     options = [option(lib.EB_TAG_PGROUP, bytes(4))]
     pid = keeper.start(shell("sleep 100 & echo $!; wait", options=options))
     visitor = keeper.follower()
-    child = psutil.Process(int(visitor.until(b"\n")))
+    child = int(visitor.until(b"\n"))
     visitor.send(signal_frame(-pid, lib.EB_ENDS_GROUP))
     visitor.send(signal_frame(pid, signal.SIGKILL))
     assert visitor.exit_status() == signal.SIGKILL
-    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: has_ended(child))
 
 
 def test_who_holds_the_output_at_the_end_does_not_prolong_it(keeper: Keeper) -> None:

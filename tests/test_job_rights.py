@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, has_ended, until
 from daemon import Daemon, acting_as
 from errand_boy._native import lib
-from jobs import await_output, is_live, keeper_of, keeping_jobs, text
+from jobs import await_output, keeper_of, keeping_jobs, text
 
 import errand_boy
 from errand_boy import JobError, NoJobError, _wire
@@ -68,7 +68,7 @@ def untouched(place: Place) -> Iterator[Place]:
     """As the other user, in the test; after it the victim's job is as it was."""
     with acting_as(OTHER, OTHER, []):
         yield place
-    assert is_live(place.keeper.pid)
+    assert not has_ended(place.keeper.pid)
     with acting_as(VICTIM, VICTIM, []):
         job = place.client.job("private")
         assert job.state == "running" and job.id == place.job.id
@@ -228,7 +228,7 @@ def test_links_in_the_place_of_files(place: Place) -> None:
         job = place.client.start(["true"], name="private", cwd="/")
         job.wait(PATIENCE)
     keeper = place.client.job(job.id, uid=OTHER).status()["keeper"]
-    until(lambda: not is_live(keeper))
+    until(lambda: has_ended(keeper))
     ring = place.directory / "run" / str(OTHER) / f"{job.id}.ring"
     journal = place.directory / "state" / str(OTHER) / f"{job.id}.job"
     ring.unlink()

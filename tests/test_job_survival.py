@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, has_ended, until
 from daemon import Daemon, started_daemon
 from jobs import (
     await_output,
     end_all,
     files,
-    is_live,
     keeper_of,
     keepers,
     keeping_jobs,
@@ -123,7 +122,7 @@ def test_end_without_a_daemon(places: Callable[[], Any], tmp_path: Path) -> None
         (keeper,) = keepers(tmp_path)
         assert daemon.stop() == 0
     (tmp_path / "fifo").write_bytes(b"end\n")
-    until(lambda: not is_live(keeper.pid))
+    until(lambda: has_ended(keeper.pid))
     for _ in range(2):
         with places() as (daemon, client):
             job = client.job("kept")
@@ -158,7 +157,7 @@ def test_killed_keeper(tmp_path: Path) -> None:
         kill_keeper(job)
         assert job.status()["state"] == "lost"
         assert job.status()["why"] == "killed"
-        until(lambda: not is_live(pid))  # and with it all that it had started
+        until(lambda: has_ended(pid))  # and with it all that it had started
         for act in job.wait, job.stop:
             with pytest.raises(JobLostError, match=f"job {job.id} is lost: .*killed"):
                 act()
@@ -204,7 +203,7 @@ def test_killed_with_the_daemon(places: Callable[[], Any], tmp_path: Path) -> No
         keeper = keeper_of(job)
         kill(daemon)
         keeper.kill()
-        until(lambda: not is_live(keeper.pid))
+        until(lambda: has_ended(keeper.pid))
     with places() as (daemon, client):
         assert client.job("both").status()["why"] == "killed"
         assert text(client.job("both")) == b"begin\n"

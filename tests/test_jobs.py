@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, has_ended, until
 from daemon import Daemon
-from jobs import await_output, files, is_live, keeper_of, keepers, keeping_jobs, text
+from jobs import await_output, files, keeper_of, keepers, keeping_jobs, text
 
 import errand_boy
 import errand_boy.asyncio
@@ -388,9 +388,9 @@ def test_all_that_it_has_started_ends_with_it(client: Client) -> None:
     job = client.start(sh("setsid sleep 1000 & echo $!; exec sleep 1000"))
     await_output(job, b"\n")
     other = int(text(job))
-    assert is_live(other)
+    assert not has_ended(other)
     job.stop()
-    until(lambda: not is_live(other))
+    until(lambda: has_ended(other))
 
 
 def test_process_alone_is_stopped(client: Client) -> None:
@@ -398,7 +398,7 @@ def test_process_alone_is_stopped(client: Client) -> None:
     await_output(job, b"\n")
     other = int(text(job))
     job.stop()
-    assert is_live(other)
+    assert not has_ended(other)
     os.kill(other, signal.SIGKILL)
 
 

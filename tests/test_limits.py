@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import psutil
 import pytest
-from conftest import run_script, until
+from conftest import has_ended, run_script, until
 
 import errand_boy
 import errand_boy.asyncio
@@ -256,8 +256,7 @@ def test_sizes() -> None:
 def test_no_waiting_is_needed() -> None:
     """The supervisor ends what nobody waits for."""
     process = Popen(["sleep", "1000"], limits={"wall": 0.2})
-    child = psutil.Process(process.pid)
-    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: has_ended(process.pid))
     begun = time.monotonic()
     process.wait()
     assert process.cause == "timeout"

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import run_script, script_environment, started_script, until
+from conftest import has_ended, run_script, script_environment, started_script, until
 
 pytest.importorskip("ptyprocess", reason="needs the package pexpect")
 pytest.importorskip("pexpect", reason="needs the package pexpect")
@@ -149,13 +148,6 @@ def test_killed_caller_leaves_nothing(way: str) -> None:
         pids = [int(pid) for pid in caller.stdout.readline().split()]
         caller.kill()
         until(lambda: all(map(has_ended, pids)), "the end of what was in the terminal")
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # nobody's any more
-    except psutil.NoSuchProcess:
-        return True
 
 
 def test_patch_and_unpatch() -> None:

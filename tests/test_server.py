@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PATIENCE, script_environment, until
+from conftest import PATIENCE, has_ended, script_environment, until
 from daemon import Daemon, activated_daemon, ended, request, send_signal, spawn, started_daemon
 from errand_boy._native import lib
 
@@ -68,10 +68,6 @@ def answers(path: str) -> bool:
         return bool(_status.fetch(Address(path)))
     except _status.NoAnswerError:
         return False
-
-
-def has_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 # -- service --
@@ -657,7 +653,7 @@ def test_commands_that_ignore_sigterm_are_killed(tmp_path: Path) -> None:
         until(lambda: "terminating" in daemon.log())
         daemon.process.terminate()
         assert daemon.process.wait(PATIENCE) == 4
-        assert has_gone(pid)
+        assert has_ended(pid)
         del connection
 
 

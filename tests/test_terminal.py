@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, run_script, started_script, until
+from conftest import PATIENCE, has_ended, run_script, started_script, until
 from daemon import Daemon, started_daemon
 
 import errand_boy
@@ -576,7 +576,7 @@ def test_killed_client_hangs_up(way: str, daemon: Daemon) -> None:
         pid = int(client.stdout.readline())
         assert psutil.pid_exists(pid)
         client.kill()
-        until(lambda: not psutil.pid_exists(pid) or is_zombie(pid), "the end of the command")
+        until(lambda: has_ended(pid), "the end of the command")
 
 
 @pytest.mark.parametrize("way", ["here", "daemon"])
@@ -596,7 +596,7 @@ def test_killed_client_with_asyncio_hangs_up(way: str, daemon: Daemon) -> None:
         pid = int(client.stdout.readline())
         assert psutil.pid_exists(pid)
         client.kill()
-        until(lambda: not psutil.pid_exists(pid) or is_zombie(pid), "the end of the command")
+        until(lambda: has_ended(pid), "the end of the command")
 
 
 # Two processes in the terminal, until the test writes to the FIFO $2.
@@ -632,7 +632,7 @@ def test_killed_helper_of_map_leaves_nothing(
             for helper in [owner_pid()] if daemon is None else daemon.helpers():
                 os.kill(helper, signal.SIGKILL)
             assert isinstance(first.result(PATIENCE).error, errand_boy.HelperDiedError)
-        until(lambda: all(map(is_zombie, pids)), "the end of what was in the terminal")
+        until(lambda: all(map(has_ended, pids)), "the end of what was in the terminal")
         (second,) = results  # another helper's
         assert second.stdout.startswith(b"/dev/pts/")
         if daemon is None:
@@ -661,7 +661,7 @@ def test_killed_daemon_leaves_what_map_runs(
             fifo.write_text("told\n")
             result = first.result(PATIENCE)
         assert (result.stdout, result.returncode) == (b"shown\r\ntold\r\n", 3)
-        until(lambda: all(map(is_zombie, pids)), "the end of what was in the terminal")
+        until(lambda: all(map(has_ended, pids)), "the end of what was in the terminal")
         client.close()
 
 
@@ -678,18 +678,7 @@ def test_killed_client_of_map_leaves_nothing(
     with started_script(script, args=[daemon.path if way == "daemon" else "", *command]) as client:
         pids = pids_in(path)
         client.kill()
-        until(lambda: all(map(is_zombie, pids)), "the end of what was in the terminal")
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        process = psutil.Process(pid)
-        if process.ppid() == os.getpid():
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+        until(lambda: all(map(has_ended, pids)), "the end of what was in the terminal")
 
 
 # -- frameworks and map --
