@@ -149,7 +149,7 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     - `check`: raise an exception at the first Result that is not a success. Without it, a command
       that can't be started has a Result too.
     - `on`: a Celery app, or an errand_boy.celery.Cluster, whose workers run the commands.
-      `max_workers` is then how many tasks are sent at a time, by default 1,000; see docs/celery.md.
+      `max_workers` is then how many tasks are sent at a time, by default 1,000.
     - `progress`: show a bar on a terminal, if tqdm is installed.
     - `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`,
       `user`, `group`, `extra_groups` and those of `Options`: as in Popen, for all commands whose

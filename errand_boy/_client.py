@@ -82,7 +82,7 @@ class Popen(_popen.Popen[AnyStr]):
       SIGKILL `kill_grace` seconds later; without it, the child lives on. (An object that is dropped
       before its child has ended keeps its connection, in the standard library's list of such
       objects.);
-    - a `preexec_fn` must be known: docs/migrate-from-preexec_fn.md lists those that are;
+    - a `preexec_fn` must be one of those that the documentation lists;
     - `wait`, `poll` and `communicate` raise HelperDiedError if the helper has ended and the exit
       status is lost, and ChildProcessError in a process forked from the one that started the
       command.

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import errand_boy
 from errand_boy import _address, _cgroups, _helper, _native, _status, _ways, sandbox
+from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
-from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from errand_boy import _native, _wire
 from errand_boy._child import ready
 from errand_boy._connection import Connection, close_all
 from errand_boy._frame import MOST_ATTEMPTS, Caller, SpawnFrame, acquire, check, forget
+from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import ffi, lib
 from errand_boy._request import Request
-from errand_boy.errors import SEE_DOCTOR, HelperError
+from errand_boy.errors import HelperError
 
 _MOST_IDLE = 32  # connections kept for later
 
@@ -197,7 +198,9 @@ class Helper:
         except BlockingIOError:
             said = ""
         text = f"the helper ended as soon as it was started, {self._manager.how_it_ended()}"
-        raise HelperError(errno.ENOEXEC, f"{text}: {said}" if said else text, path)
+        if said:
+            text += f": {said}"
+        raise HelperError(errno.ENOEXEC, text + SEE_DOCTOR, path)
 
     def fits(self, fresh: Helper | None) -> bool:
         """Return whether the calling thread may use it; `fresh` is a helper it has just started."""
@@ -341,7 +344,7 @@ def _fits(found: int, fresh: bool) -> bool:
 def _not_started(error: int, step: str, path: str) -> HelperError:
     text = f"cannot start the helper: {step}: {os.strerror(error)}"
     if step.startswith("exec"):
-        return HelperError(error, text, path)
+        return HelperError(error, text + SEE_DOCTOR, path)
     if error in (errno.EPERM, errno.EACCES, errno.ENOSYS):
         text += ". The kernel lacks this call (errand-boy needs Linux 5.9), or a seccomp filter"
         text += f" refuses it{SEE_DOCTOR}"
@@ -351,7 +354,7 @@ def _not_started(error: int, step: str, path: str) -> HelperError:
 def ends_at_once(manager: HelperManager) -> HelperError:
     """Return the error for a helper that cannot be kept alive."""
     text = f"the helper ends again and again as soon as it is started, {manager.how_it_ended()}"
-    return HelperError(errno.EAGAIN, text)
+    return HelperError(errno.EAGAIN, text + SEE_DOCTOR)
 
 
 class HelperManager:

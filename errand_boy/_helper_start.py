@@ -12,6 +12,7 @@ from errand_boy._child import HelperChild, helper_child
 from errand_boy._connection import Connection
 from errand_boy._driver import Driver
 from errand_boy._frame import MOST_ATTEMPTS, acquire
+from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
 from errand_boy._request import Request
 from errand_boy._wire import Failed, Reply, Spawned
@@ -61,7 +62,7 @@ def by_helper(process: Any, request: Request, source: Any, driver: Driver) -> Ou
             return reply if isinstance(reply, Failed) else None
     text = "the helper ends as soon as it is asked to start a command"
     how = getattr(source, "how_it_ended", None)  # a daemon's source has no such method
-    raise HelperError(errno.EPIPE, text if how is None else f"{text}, {how()}")
+    raise HelperError(errno.EPIPE, text if how is None else f"{text}, {how()}{SEE_DOCTOR}")
 
 
 def _answer(connection: Connection, driver: Driver) -> Generator[Wait, None, Spawned | Failed]:

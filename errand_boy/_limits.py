@@ -12,8 +12,8 @@ import struct
 import sys
 
 from errand_boy._child import helper_child
+from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
-from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

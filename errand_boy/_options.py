@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 
 from errand_boy import _wire
+from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
-from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ else:
 
 
 class Options(TypedDict, total=False):
-    """The options of commands that subprocess lacks. docs/options.md explains each of them."""
+    """The options of commands that subprocess lacks. The documentation explains each of them."""
 
     capabilities: Collection[str] | None
     cgroup: str | os.PathLike[str] | int | HasFileno | None

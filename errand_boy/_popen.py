@@ -125,18 +125,18 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
     variable ``ERRAND_BOY_SPAWN`` says so. Where the system lacks what is needed, the standard
     library starts the child. A wait with a time-out returns when the child ends.
 
-    A `preexec_fn` that is known (docs/migrate-from-preexec_fn.md lists them; `errand_boy.chain`
-    joins several) is replaced by options that do the same. Any other function runs in a fork of
-    this process, as in subprocess, with a warning.
+    Popen replaces a `preexec_fn` that it knows by options that do the same: the documentation lists
+    these functions, and `errand_boy.chain` joins several. Any other function runs in a fork of this
+    process, as in subprocess, with a warning.
 
     With `pty`, the command leads a session of its own with a new terminal, which takes the place of
     those standard streams that are not redirected. `pty` is True, (rows, columns), or a
     terminal.Pty. `terminal` is then this process's side of the terminal: see errand_boy.terminal.
     `communicate` types the input, and returns what the command shows on the terminal.
 
-    The other options are those of `errand_boy.Options`, which docs/options.md explains. Together
-    with a `preexec_fn` that forks they raise ValueError; where the system lacks what is needed, or
-    with ``ERRAND_BOY_SPAWN=posix``, they raise OSError (ENOTSUP).
+    The other options are those of `errand_boy.Options`. Together with a `preexec_fn` that forks,
+    they raise ValueError. Where the system lacks what is needed, or with
+    ``ERRAND_BOY_SPAWN=posix``, they raise OSError (ENOTSUP).
 
     Where a helper is needed, the constructor raises HelperError if there is none, and
     HelperDiedError if it ends during the start. With ``ERRAND_BOY_SPAWN=direct`` it raises OSError

@@ -39,9 +39,9 @@ class Chain:
 def chain(*functions: Callable[[], Any]) -> Chain:
     """Return a `preexec_fn` that calls `functions` in turn.
 
-    If all of them are known (docs/migrate-from-preexec_fn.md lists them), Popen uses the options
-    that do the same, and starts the command without a fork. Raises TypeError for what can't be
-    called.
+    If errand-boy knows all of them (the documentation lists those that it knows), Popen uses the
+    options that do the same, and starts the command without a fork. Raises TypeError if one of
+    them can't be called.
     """
     for function in functions:
         if not callable(function):

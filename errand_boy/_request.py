@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from operator import index
 
 from errand_boy import _wire
+from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
-from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

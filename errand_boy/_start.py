@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 
 from errand_boy import _direct, _request, _ways, _wire
 from errand_boy._driver import BLOCKING, Driver
+from errand_boy._hints import SEE_DOCTOR, page
 from errand_boy._native import lib
 from errand_boy._request import Request
 from errand_boy._wire import Failed
-from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -360,8 +360,8 @@ def instead_of(preexec_fn: Callable[[], Any]) -> str:
 
     names = _preexec.substitutes(preexec_fn)
     if names:
-        return f"{', '.join(f'{name}=' for name in names)} instead: see docs/options.md"
+        return f"{', '.join(f'{name}=' for name in names)} instead: see {page('options')}"
     return (
-        "an option instead (docs/options.md has the list), or start a small program that does it "
-        "and then executes the command"
+        f"an option instead ({page('options')} has the list), or start a small program that does "
+        "it and then executes the command"
     )

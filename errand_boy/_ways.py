@@ -7,8 +7,8 @@ import os
 import sys
 
 from errand_boy import _direct
+from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
-from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Commands on Celery's workers: a task that runs one, and a map over a whole cluster.
 
 Add ``include=["errand_boy.celery"]`` to the workers' app. Then ``run_command.delay(["ls"]).get()``
-is an Outcome, and ``map(app, commands)`` yields one for each command. docs/celery.md has the rest.
+is an Outcome, and ``map(app, commands)`` yields one for each command.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def run_command(
     - `retries`: how often a command that fails is run again, after `retry_delay` seconds.
     - `check`: fail the task if the command can't be started, exceeds its time or returns another
       status than 0, with the exception of subprocess.run(check=True).
-    - `options`: those of docs/options.md, as JSON's types.
+    - `options`: those of `errand_boy.Options`, as JSON's types.
     """
     argv = _request.arguments(args, shell)
     streams, request = _request_for(argv, input is not None, cwd, env, grace, options)

@@ -1,7 +1,5 @@
 """errand-boy's own exceptions, for errors for which the standard library has none."""
 
-SEE_DOCTOR = "; errand-boy doctor shows what this system has"  # for what is missing
-
 
 class ErrandBoyError(Exception):
     """The base class of errand-boy's own exceptions."""

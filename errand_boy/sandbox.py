@@ -2,7 +2,7 @@
 
 The kernel enforces it: Landlock for files, TCP ports, signals and abstract sockets, and a small
 seccomp filter for every other kind of socket. That needs no privileges, holds for all that the
-command starts, and can't be undone. docs/running-untrusted.md says what is not covered.
+command starts, and can't be undone. The documentation says what it does not cover.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import stat
 import warnings
 from collections.abc import Iterable, Mapping
 
+from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
-from errand_boy.errors import SEE_DOCTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from operator import index
 
+from errand_boy._hints import SEE_DOCTOR
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
@@ -98,9 +100,11 @@ def open_pair(pty: Pty) -> tuple[int, int]:
             if fd >= 0:
                 os.close(fd)
         if isinstance(error, OSError):
-            text = f"{os.strerror(error.errno or 0)}: a new terminal"
+            text = f"cannot open a terminal: {os.strerror(error.errno or 0)}"
             if error.errno == errno.ENOSPC:
                 text = "the system has as many terminals as it may (sysctl kernel.pty.max)"
+            if error.errno not in (errno.EMFILE, errno.ENFILE):  # else the system has terminals
+                text += SEE_DOCTOR
             raise OSError(error.errno, text) from None
         raise
     return master, slave

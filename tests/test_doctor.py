@@ -17,7 +17,7 @@ from test_direct import REFUSING
 
 import errand_boy
 from errand_boy import _direct, _doctor
-from errand_boy.errors import SEE_DOCTOR
+from errand_boy._hints import SEE_DOCTOR
 
 MAIN = """
 import sys
@@ -26,6 +26,7 @@ sys.exit(main(["doctor", *sys.argv[1:]]))
 """
 BLOCKED = f"import ctypes, errno, os\nlibc = ctypes.CDLL(None)\n{REFUSING}\n"
 LANDLOCK_CREATE_RULESET = 444
+IOCTL = 16 if os.uname().machine == "x86_64" else 29
 
 pytestmark = pytest.mark.skipif(not _direct.works(), reason="the system lacks what is needed")
 
@@ -165,6 +166,9 @@ def test_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
         (f"refuse({LANDLOCK_CREATE_RULESET}, errno.ENOSYS)", "sandbox={'system': True}"),
         ("os.environ['ERRAND_BOY_CGROUP'] = '/none'", "limits={'cpu': 1}, limits_by='cgroup'"),
         ("os.environ['ERRAND_BOY_SPAWN'] = 'direct'", "tree='all'"),
+        (f"refuse({IOCTL}, errno.EPERM)", "pty=True"),
+        ("os.environ['ERRAND_BOY_HELPER'] = '/none'", "limits={'cpu': 1}"),
+        ("os.environ['ERRAND_BOY_HELPER'] = '/bin/false'", "limits={'cpu': 1}"),
     ],
 )
 def test_messages_of_what_is_missing_name_it(before: str, call: str) -> None:

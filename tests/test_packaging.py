@@ -19,6 +19,9 @@ import pytest
 from conftest import find_program
 
 import errand_boy
+from errand_boy import _hints
+from errand_boy._cli.args import COMMANDS, parser_of
+from errand_boy._start import instead_of
 
 PACKAGE = Path(errand_boy.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -280,3 +283,15 @@ def test_built_as_for_another_processor(tree: Path) -> None:
         "3 None",
         "(b'y', None) True",
     ]
+
+
+def test_messages_name_the_documentation_of_the_metadata() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nDocumentation = "{_hints.DOCUMENTATION}"\n' in project
+
+
+def test_no_message_or_help_text_names_a_file_that_is_not_installed() -> None:
+    for command in COMMANDS:
+        for word in parser_of(command).format_help().split():
+            assert not word.startswith(("docs/", "(docs/")), command
+    assert instead_of(print).count(_hints.page("options")) == 1

@@ -7,6 +7,7 @@ import signal
 import sys
 
 from errand_boy._cli.parsing import UsageError
+from errand_boy._hints import page
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this module to `parser`."""
-    group = parser.add_argument_group("on other machines (see docs/celery.md)")
+    group = parser.add_argument_group("on other machines", f"See {page('celery')}")
     group.add_argument(
         "--celery",
         metavar="APP",

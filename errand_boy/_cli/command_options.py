@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Collection
 
 from errand_boy import _options
+from errand_boy._hints import page
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser, names: Collection[str] | None =
     """Add them to `parser`, or only those of these names."""
     group: argparse._ActionsContainer = parser
     if names is None:
-        group = parser.add_argument_group("options of the command (see docs/options.md)")
+        group = parser.add_argument_group("options of the command", f"See {page('options')}")
     for name in names or _FORMS:
         metavar, parse, text = _FORMS[name]
         spelling = _SPELLINGS.get(name, name.replace("_", "-"))

@@ -16,6 +16,7 @@ from contextlib import suppress
 import errand_boy
 from errand_boy._cli import command_options
 from errand_boy._cli.parsing import add_socket, message, number, user
+from errand_boy._hints import page
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ _NAME = "its name or number; of several with one name, the newest is meant"
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add those of `errand-boy run` that are about jobs."""
-    group = parser.add_argument_group("commands that go on without this one (see docs/jobs.md)")
+    group = parser.add_argument_group(
+        "jobs: commands that go on without errand-boy run", f"See {page('jobs')}"
+    )
     group.add_argument(
         "-d",
         "--detach",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import errand_boy
 from errand_boy._cli.args import SUMMARY
 from errand_boy._cli.outline import Option, Outline, outlines
+from errand_boy._hints import DOCUMENTATION
 
 _ENVIRONMENT = {
     "ERRAND_BOY_SOCKET": "where the daemon listens; no other one, and no other way, is taken",
@@ -49,6 +50,7 @@ def _page() -> Iterator[str]:
     for name, text in _ENVIRONMENT.items():
         yield f".TP\n.B {name}\n{_escaped(text)}"
     yield ".SH SEE ALSO\n.BR timeout (1),\n.BR xargs (1),\n.BR parallel (1)"
+    yield f".PP\n{_escaped(DOCUMENTATION)}"
 
 
 def _section(command: Outline) -> Iterator[str]:
