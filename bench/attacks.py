@@ -1,7 +1,7 @@
-"""What a hostile user does to a daemon and to who else uses it; for bench.hostile.
+"""What a hostile user does to a daemon and to its other users; for bench.hostile.
 
 Each attack is a round of about a second at most. Whatever it opens is in `Attacker.stack`, and is
-closed when the round is over. What should have been impossible is a breach.
+closed when the round is over. An attack that should have been impossible is a breach.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from errand_boy._native import lib
 from errand_boy import _wire
 
 MOST_SOCKETS = 200  # of one round
-ROUND = 1.0  # seconds, of those rounds that hold something
-PAUSE = 0.01  # seconds, after one that did not get far
+ROUND = 1.0  # seconds: how long a round holds what it has opened
+PAUSE = 0.01  # seconds, after a round that failed early
 BIG = 16 << 20
 END = b"\r\n\r\n"
 HELLO = _wire.OPENING
@@ -51,7 +51,7 @@ def spawn(*argv: str, options: bytes = b"") -> bytes:
 
 
 def uid_of(pid: int) -> int | None:
-    """Return the real user of a process; None: it has gone."""
+    """Return the real user of a process, or None if it has gone."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("Uid:")).split()[1])
@@ -59,7 +59,7 @@ def uid_of(pid: int) -> int | None:
 
 
 def parent_of(pid: int) -> int | None:
-    """Return the parent of a process; None: it has gone."""
+    """Return the parent of a process, or None if it has gone."""
     with suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return None
@@ -71,7 +71,7 @@ def pids() -> list[int]:
 
 
 class Attacker:
-    """A hostile user's process. `victims` are processes that are never his."""
+    """A hostile user's process. `victims` are processes of others."""
 
     def __init__(self, path: str, server: int, victims: list[int], seed: int) -> None:
         self.path = path
@@ -86,11 +86,11 @@ class Attacker:
         with ExitStack() as self.stack:
             try:
                 attack(self)
-            except OSError:  # he is refused, or has too many connections
+            except OSError:  # refused, or too many connections
                 self.hold(PAUSE)
 
     def breach(self, text: str) -> None:
-        """Take note of what should have been impossible."""
+        """Record a breach."""
         self.breaches += 1
         print(f"BREACH: user {os.getuid()}: {text}", file=sys.stderr, flush=True)
 
@@ -130,7 +130,7 @@ class Attacker:
                 yield pid
 
     def is_anothers(self, pid: int) -> bool:
-        """Return whether a process is still not this user's: a helper that starts becomes it."""
+        """Return whether a process is still another user's: a new helper becomes this user's."""
         return pid == self.server or pid in self.victims or uid_of(pid) not in (None, os.getuid())
 
     def lingering(self, count: int) -> list[int]:
@@ -166,7 +166,7 @@ class Attacker:
 
 
 def lingering_to_server(a: Attacker) -> None:
-    """Sockets whose close sleeps, before it is known what is wanted."""
+    """Sockets whose close sleeps, sent before any frame."""
     for first in (HELLO[:3], HELLO, STATUS, b"true" + END + END, bytes(20)):
         with suppress(OSError):
             sock = a.connect()
@@ -175,7 +175,7 @@ def lingering_to_server(a: Attacker) -> None:
 
 
 def lingering_to_helper(a: Attacker) -> None:
-    """The same in the helper, with requests, halves of them, and none."""
+    """The same in the helper, with whole requests, half requests and none."""
     for data in (spawn("/bin/true"), spawn("/bin/true")[:7], b"\xff" * 9, b"x"):
         with suppress(OSError):
             sock = a.greeted()
@@ -185,7 +185,7 @@ def lingering_to_helper(a: Attacker) -> None:
 
 
 def parked_files(a: Attacker) -> None:
-    """Files and pipes that a helper has to keep, for requests that never become whole."""
+    """Files and pipes that a helper has to keep for requests that are never completed."""
     with tempfile.TemporaryFile() as file:
         r, w = os.pipe()
         a.stack.callback(os.close, r)
@@ -240,7 +240,7 @@ def garbage(a: Attacker) -> None:
 
 
 def connection_flood(a: Attacker) -> None:
-    """Connections as fast as may be, of each kind and of none."""
+    """Connections as fast as possible, of each kind and of none."""
     end = time.monotonic() + ROUND
     kept: list[socket.socket] = []
     while time.monotonic() < end:
@@ -270,7 +270,7 @@ def never_reading(a: Attacker) -> None:
 
 
 def fork_bomb(a: Attacker) -> None:
-    """Commands that start as many processes as the kernel lets them."""
+    """Commands that start as many processes as the kernel allows."""
     sock = a.greeted()
     sock.sendall(spawn("/bin/sh", "-c", BOMB, options=_wire.number(lib.EB_TAG_ON_CLOSE, 0)))
     a.hold()
@@ -313,7 +313,7 @@ def stop_own_helper(a: Attacker) -> None:
 
 
 def signal_others(a: Attacker) -> None:
-    """Signals to the server, to helpers of others and to their clients."""
+    """Signals to the server, to others' helpers and to their clients."""
     for pid in a.others():
         for number in (0, signal.SIGSTOP, signal.SIGTERM, signal.SIGKILL):
             if not a.is_anothers(pid):
@@ -333,7 +333,7 @@ def signal_others(a: Attacker) -> None:
 
 
 def read_others(a: Attacker) -> None:
-    """What /proc has of the server, of helpers of others and of their clients."""
+    """What /proc shows of the server, of others' helpers and of their clients."""
     for pid in a.others():
         for name in PRIVATE:
             with suppress(OSError), open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
@@ -351,11 +351,11 @@ def read_others(a: Attacker) -> None:
         sock = take_descriptor(a, pid, 3)
         if sock is not None and a.is_anothers(pid):
             a.breach(f"a descriptor of {pid} can be had")
-    a.hold(0.2)  # nothing of this is the daemon's work: it would show what busy CPUs do
+    a.hold(0.2)  # the daemon has no part in this: without it, the test would measure busy CPUs
 
 
 def take_descriptor(a: Attacker, pid: int, number: int) -> socket.socket | None:
-    """Return a copy of a process's socket; None: that may not be."""
+    """Return a copy of a process's socket, or None if that is forbidden."""
     with suppress(OSError):
         pidfd = os.pidfd_open(pid)
         fd = ctypes.CDLL(None).syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
@@ -366,7 +366,7 @@ def take_descriptor(a: Attacker, pid: int, number: int) -> socket.socket | None:
 
 
 def helper_taken_over(a: Attacker) -> None:
-    """What the server hears from a helper whose user says it: lies, nonsense, far too much."""
+    """Frames to the server that a user writes for their helper: lies, nonsense, far too much."""
     a.greeted()
     for pid in a.helpers():
         control = take_descriptor(a, pid, 3)
@@ -392,7 +392,7 @@ def helper_taken_over(a: Attacker) -> None:
 
 
 def endless_text(a: Attacker) -> None:
-    """Text requests that go on and on: bytes one by one, and an input without end."""
+    """Text requests without end: bytes one by one, and an endless input."""
     slow = [a.connect(b"cat" + END * (i % 2)) for i in range(20)]
     fast = a.connect(b"cat" + END)
     fast.setblocking(False)
@@ -407,7 +407,7 @@ def endless_text(a: Attacker) -> None:
 
 
 def status_flood(a: Attacker) -> None:
-    """Queries, as many as may be."""
+    """As many queries as possible."""
     end = time.monotonic() + ROUND
     while time.monotonic() < end:
         with suppress(OSError):

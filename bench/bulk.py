@@ -1,4 +1,4 @@
-"""How fast a command's bulk output arrives, and what memory the helpers have meanwhile.
+"""How fast a command's bulk output arrives, and how much memory the helpers use meanwhile.
 
     python -m bench.bulk MIB ROUNDS
 
@@ -50,7 +50,7 @@ def helpers() -> list[int]:
 
 
 def memory() -> tuple[int, int]:
-    """Return the helpers' private KiB, and the sum of their peaks so far, resident."""
+    """Return the helpers' private KiB, and the sum of their peak resident sets so far."""
     peak = 0
     for pid in helpers():
         status = Path(f"/proc/{pid}/status").read_text()

@@ -26,7 +26,7 @@ TIMEOUT = 5.0
 
 
 class CallerError(Exception):
-    """The caller could not do what it was asked for."""
+    """The caller could not do what it was asked to do."""
 
 
 def daemon(library: Any) -> None:

@@ -1,5 +1,5 @@
-/* The limit: what starting /bin/true and reaping it costs a small C program.
-   It answers the requests of heavy.py; case and library say nothing to it. */
+/* The limit: what it costs a small C program to start /bin/true and reap it.
+   It answers the requests of heavy.py, and ignores case and library. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>

@@ -29,7 +29,7 @@ measured_seconds = 0.0
 
 
 def callers_clock() -> float:
-    """pytest-benchmark's timer: the time that the callers report, without the talk with them."""
+    """pytest-benchmark's timer: the time that callers report, without the messages to them."""
     return measured_seconds
 
 
@@ -139,7 +139,7 @@ def c_loop(c_program: str) -> Iterator[Measure]:
 
 @pytest.fixture(scope="session")
 def c_limit(c_program: str) -> Iterator[Callable[[int], Measure]]:
-    """As many C loops of vfork, exec and wait as there are CPUs; so many commands at a time."""
+    """C loops of vfork, exec and wait, one for each CPU."""
     loops = [Caller([c_program]) for _ in range(CPUS)]
 
     def act(count: int) -> None:

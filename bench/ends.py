@@ -1,7 +1,7 @@
-"""Time-outs of a program that escapes what usually ends one: ``python -m bench.ends [count]``.
+"""Time-outs of a program that escapes the usual ends: ``python -m bench.ends [count]``.
 
 It forks twice, calls setsid, ignores SIGTERM and keeps the pipe. Prints how long after its steps
-each time-out was over, how many processes were left, and what a start with tree="all" costs.
+each time-out returned, how many processes were left, and what a start with tree="all" costs.
 """
 
 from __future__ import annotations

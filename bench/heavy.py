@@ -1,5 +1,5 @@
-"""A caller of known weight. Run as a program it holds what it is told to and times starts on
-request; imported, `Caller` drives such a program.
+"""A caller of known size. As a program, it holds memory and descriptors, and times starts on
+request; as a module, its `Caller` drives such a program.
 
 A request is a line `case library count`; the answer is a JSON list of that many numbers.
 """
@@ -89,7 +89,7 @@ CONSTRUCTORS: dict[str, dict[str, int]] = {"constructor": {}, "constructor_piped
 
 
 def parts(library: Any, options: Mapping[str, int], count: int) -> list[tuple[int, int]]:
-    """Return for each start how long (ns) the constructor took, and all until it was reaped."""
+    """Return for each start how long (ns) the constructor took, and the whole until reaped."""
     taken = []
     for _ in range(count):
         start = time.perf_counter_ns()
@@ -126,7 +126,7 @@ def peak_kib(library: Any) -> int:
 
 def hold_memory(size: int) -> mmap.mmap:
     held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Huge pages would make fork's copy of the page tables, which is the matter here, 500 times
+    # Huge pages would make fork's copy of the page tables, which is measured here, 500 times
     # smaller; the heap of a Python program is made of small pages.
     held.madvise(mmap.MADV_NOHUGEPAGE)
     block = b"\1" * (1 << 20)
@@ -148,13 +148,13 @@ def answer(case: str, library_name: str, count: int) -> list[int]:
 
 
 def serve(resident: float, descriptors: int, answer: Callable[[str, str, int], Any]) -> None:
-    """Hold what a caller is told to, and answer the requests on standard input."""
+    """Hold memory and descriptors as told, and answer the requests on standard input."""
     requests = os.fdopen(os.dup(0))
     replies = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    # Held before a library is imported: a helper that is started late must cost no more.
+    # Held before a library is imported: a helper that is started late must not cost more.
     held = hold_memory(int(resident * (1 << 30))) if resident else None
     opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(descriptors)]
     gc.disable()
@@ -199,7 +199,7 @@ class Caller:
 
 
 def package_parent() -> str:
-    """Where fresh interpreters find the errand_boy that this one would import."""
+    """Where new interpreters find the errand_boy that this one would import."""
     found = importlib.util.find_spec("errand_boy")
     if found is None or found.origin is None:
         raise ModuleNotFoundError("errand_boy is neither installed nor in the current directory")

@@ -1,4 +1,4 @@
-"""Eight hostile users of a daemon of root, and an honest one beside them; then the accounts.
+"""Eight hostile users of root's daemon, and an honest one beside them; then the accounts.
 
     python -m bench.hostile [--minutes 10] [--commands 10000] [--base 1000] [--only NAME ...]
 
@@ -43,9 +43,9 @@ MOST_PROCESSES = 50  # of each user
 MOST_FILES = 4096
 MOST_MEMORY = 1 << 30  # of a hostile process
 IDLE = 2.0  # seconds: --idle
-TURN = 4.0  # seconds that a hostile user goes on with one attack
-PATIENCE = 60.0  # seconds: for one command, for the daemon's start, for what is left to go
-MOST_GROWTH = 4096  # KiB of the server: 2,200 to 3,200 after 0.8 million connections and after 2.5
+TURN = 4.0  # seconds that a hostile user repeats one attack
+PATIENCE = 60.0  # seconds: for one command, for the daemon's start, for the rest to end
+MOST_GROWTH = 4096  # KiB of the server; it was 2,200 to 3,200 after 0.8 and 2.5 million connections
 ROUNDS = struct.Struct("<2Q")  # rounds, breaches
 LIMITS = {"default": {"commands": 20, "connections": 100, "starts_per_second": 50, "burst": 200}}
 
@@ -77,7 +77,7 @@ def fork_as(uid: int, work: Callable[[], None]) -> int:
 
 
 def honest(path: str, commands: int, seconds: float, pipe: int) -> None:
-    """Start commands until there have been so many or the time is over; write how it went."""
+    """Start commands up to this number or until the time is over; write how it went."""
     client = errand_boy.connect(path)
     times: dict[str, list[float]] = defaultdict(list)
     lost = []
@@ -120,7 +120,7 @@ def honest(path: str, commands: int, seconds: float, pipe: int) -> None:
 
 
 def start_honest(path: str, commands: int, seconds: float) -> tuple[int, int]:
-    """Return his pid, and the descriptor from which `outcome` reads."""
+    """Return the honest user's pid, and the descriptor from which `outcome` reads."""
     reader, writer = os.pipe()
     pid = fork_as(HONEST, lambda: honest(path, commands, seconds, writer))
     os.close(writer)
@@ -128,7 +128,7 @@ def start_honest(path: str, commands: int, seconds: float) -> tuple[int, int]:
 
 
 def outcome(pid: int, reader: int, seconds: float) -> dict[str, Any]:
-    """Wait for the honest user's end. He has `seconds` and some more for his last commands."""
+    """Wait `seconds`, and some more for the last commands, for the honest user to end."""
     deadline = time.monotonic() + seconds + 3 * PATIENCE
     data = b""
     while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -152,7 +152,7 @@ def outcome(pid: int, reader: int, seconds: float) -> dict[str, Any]:
 def hostile(
     path: str, server: int, victim: int, number: int, names: list[str], counts: mmap.mmap
 ) -> None:
-    """Attack until killed, one attack after another; another one than the other users have."""
+    """Attack until killed, one attack after another, each user with a different one."""
     limits = (
         (resource.RLIMIT_NOFILE, MOST_FILES),
         (resource.RLIMIT_AS, MOST_MEMORY),
@@ -176,9 +176,9 @@ def hostile(
 
 
 def kill_all(users: range) -> int:
-    """Kill all processes of those users, which are nobody's but this program's; return how many.
+    """Kill all processes of those users, which only this program uses; return how many.
 
-    They are stopped first: some may fork faster than they are found.
+    They are stopped first, because some may fork faster than they are found.
     """
     killed = set()
     for number in [signal.SIGSTOP, *[signal.SIGKILL] * 100]:
@@ -240,7 +240,7 @@ class Daemon:
         return found
 
     def errors(self) -> list[str]:
-        """What the log says of things that went wrong in the daemon itself."""
+        """What the log says about failures in the daemon itself."""
         return [line for line in self._log.read_text().splitlines() if " ERROR " in line]
 
     def state(self) -> dict[str, int]:
@@ -255,7 +255,7 @@ class Daemon:
         }
 
     def settled(self, like: dict[str, int] | None) -> dict[str, int]:
-        """Return its state when the users' helpers have gone and, if given, it is `like` before."""
+        """Return its state once the users have gone and, if given, it is no worse than `like`."""
         deadline = time.monotonic() + PATIENCE
         while True:
             state = self.state()
@@ -300,7 +300,7 @@ def run(options: argparse.Namespace, daemon: Daemon) -> bool:
     seconds = options.minutes * 60
     attackers = []
     try:
-        # What is loaded late is loaded now, since the users may not be able to read it.
+        # Load late imports now, because the users may not be able to read the files.
         client = errand_boy.connect(daemon.path)
         client.run(["/bin/true"], capture_output=True, check=True, timeout=PATIENCE)
         client.Popen(["/bin/true"]).wait(PATIENCE)

@@ -1,7 +1,7 @@
 """The cost of a job's keeper: 100 MB through a job, with and without followers.
 
 ``python -m bench.jobs [MB [ROUNDS]]``: in turns, the same command with its output in a pipe that a
-``cat`` writes to a file, and as a job; medians, and what a job makes of the rate.
+``cat`` writes to a file, and as a job. Prints medians, and the job's rate beside the pipe's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MEGABYTE = 10**6
 
 
 def command(size: int) -> list[str]:
-    """Return a command that writes so many bytes."""
+    """Return a command that writes this many bytes."""
     return ["/bin/sh", "-c", f"exec head -c {size} /dev/zero"]
 
 
@@ -60,7 +60,7 @@ def by_job(client: errand_boy._client.Client, size: int, follower: str) -> float
 
 
 def read(events: object) -> None:
-    """Read all that is told."""
+    """Read all events."""
     for event in events:  # type: ignore[attr-defined]
         assert isinstance(event, (Output, errand_boy.Missed))
 

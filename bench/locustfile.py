@@ -20,12 +20,12 @@ ERRAND_BOY = [sys.executable, "-m", "errand_boy"]
 
 
 class Client(User):  # type: ignore[misc]
-    """One caller after the other's answer, without pause; its host is the daemon's socket."""
+    """One request after the answer to the last, without pause; its host is the daemon's socket."""
 
     wait_time = constant(0)
 
     def measure(self, kind: str, name: str, act: Callable[[], int]) -> None:
-        """Do something that returns how many bytes it brought, and tell Locust how it went."""
+        """Call something that returns how many bytes it received; report the result to Locust."""
         failure = None
         size = 0
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What docs/benchmarks.md tells is measured here, all in one run; bench/report.py writes the page.
+"""Measures everything in docs/benchmarks.md in one run; bench/report.py writes the page.
 
 What is missing (strace, GNU parallel, a framework, memory, root) is left out, and noted.
 """
@@ -35,12 +35,12 @@ from bench.soak import PRIVATE, memory_kib
 from bench.stress import Daemon, pss_kib
 
 LIBRARIES = ("gevent", "eventlet", "uvloop", "sh", "pexpect")
-SETTLE = 0.1  # seconds, in which the kernel lets go of the page tables of what has ended
+SETTLE = 0.1  # seconds, in which the kernel frees the page tables of ended processes
 
 
 @dataclass(frozen=True)
 class Weight:
-    """What a caller is burdened with."""
+    """What a caller holds."""
 
     resident: float = 0  # GiB
     descriptors: int = 0
@@ -70,7 +70,7 @@ class Way:
         return ask(caller, self.case, self.library, count)
 
     def needs(self) -> str:
-        """Return the library without which it is left out."""
+        """Return the library that it needs."""
         return self.group if self.group in LIBRARIES else self.library.partition(".")[0]
 
     @property
@@ -120,7 +120,7 @@ C_LOOP = Way("C: vfork, exec, wait", "loop", "c")
 MEMORY_WAYS = (OURS, DAEMON, MAP, SUBPROCESS, POSIX_SPAWN, PREEXEC, FORK, GEVENT, HELPER)
 PART_WAYS = (SUBPROCESS, OURS, HELPER)
 LATE_WAYS = (SUBPROCESS, OURS)
-# By the caller's case, what is written after "Popen".
+# The text after "Popen", by the caller's case.
 PARTS = {"constructor": "(…)", "constructor_piped": "(…, stdout=PIPE, stderr=PIPE)"}
 WAITS = {"forever": "wait()", "timeout": f"wait(timeout={callers.TIMEOUT:g})"}
 STALL_WAYS = (Way("nothing: sleeps of 1 ms", "nothing", "time"), SUBPROCESS, PREEXEC, OURS)
@@ -141,8 +141,8 @@ class Plan:
     parts_most: int = 250  # turns
     parts_least: int = 10
     late_sleeps: int = 12
-    memory_seconds: float = 0.05  # for each look
-    memory_looks: int = 5  # the median counts: other processes' memory comes and goes
+    memory_seconds: float = 0.05  # for each sample
+    memory_looks: int = 5  # the median counts, because other processes' memory comes and goes
     stall_seconds: float = 3.0
     stalls_least: int = 30
     commands: int = 3_000
@@ -215,7 +215,7 @@ class Parts:
 class Memory:
     """What starting costs, in KiB.
 
-    By how much the machine's page tables and commitments grew, at most, and the peak resident set
+    The most by which the machine's page tables and commitments grew, and the peak resident set
     that the command is reported with.
     """
 
@@ -276,7 +276,7 @@ def present(ways: Sequence[Way], findings: Findings) -> list[Way]:
 
 
 def is_possible(weight: Weight, findings: Findings) -> bool:
-    # Two such callers are there at once: the loop's, and the one that it is compared with.
+    # Two such callers exist at once: the loop's, and the one that it is compared with.
     if 2 * weight.resident + 1 > available_gib():
         findings.notes.append(f"{weight}: so much memory is not available")
         return False

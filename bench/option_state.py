@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Starts commands with every option in eight threads, and looks whether the caller is what it was.
+"""Starts commands with every option in eight threads, and checks that the caller is unchanged.
 
     bench/option_state.py [STARTS]
 
@@ -29,7 +29,7 @@ run = cast(Any, errand_boy.run)
 
 
 def state() -> dict[str, object]:
-    """Return what this process hands down, and what a start might have changed."""
+    """Return what commands inherit from this process, and what a start might have changed."""
     libc = ctypes.CDLL(None)
     fields = ("Umask", "Groups", "SigBlk", "SigIgn", "SigCgt", "Cap", "NoNewPrivs", "Seccomp")
     lines = Path("/proc/thread-self/status").read_text().splitlines()
@@ -55,7 +55,7 @@ def state() -> dict[str, object]:
 
 
 def options(terminal: int) -> dict[str, Any]:
-    """Return all options, but for what this user or this system can't have."""
+    """Return all options that this user and this system can use."""
     given: dict[str, Any] = {
         "capabilities": ["kill"],
         "controlling_terminal": terminal,
@@ -82,14 +82,14 @@ def options(terminal: int) -> dict[str, Any]:
 
 
 def await_threads() -> None:
-    """Wait until the kernel has taken away the threads that have ended."""
+    """Wait until the kernel has removed the threads that have ended."""
     end = time.monotonic() + 30
     while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < end:
         time.sleep(0.001)
 
 
 def start(count: int, failures: list[str]) -> None:
-    """Start so many commands, each second one without success."""
+    """Start this many commands, every second one without success."""
     master, terminal = os.openpty()
     try:
         for number in range(count):
@@ -108,8 +108,8 @@ def start(count: int, failures: list[str]) -> None:
 
 def main() -> int:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    run(["true"])  # what is there after a first start is there to stay,
-    first = threading.Thread(target=int)  # and after a first thread the C library's handler
+    run(["true"])  # a first start leaves things that stay,
+    first = threading.Thread(target=int)  # and a first thread leaves the C library's handler
     first.start()
     first.join()
     await_threads()
@@ -121,7 +121,7 @@ def main() -> int:
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        now = state()  # also in the midst of it
+        now = state()  # also while they run
         seen.update((name, now[name]) for name in before if now[name] != before[name])
     for thread in threads:
         thread.join()

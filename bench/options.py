@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What options cost a start on the direct way, against one without, in turns.
+"""What options add to a direct start, compared in turns with one without options.
 
     bench/options.py [PAIRS]
 

@@ -2,8 +2,8 @@
 
     python -m bench.parts
 
-writes bench/parts.txt, which the page of the benchmarks shows. That takes some minutes, and the
-machine should have nothing else to do: the load is in the record.
+writes bench/parts.txt, which docs/benchmarks.md shows. That takes some minutes, and the
+machine should be idle; the record has its load.
 """
 
 from __future__ import annotations

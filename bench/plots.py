@@ -24,7 +24,7 @@ Points = Sequence[tuple[float, float, float, float]]  # x, then first quartile, 
 def cost(
     path: Path, xlabel: str, lines: Mapping[str, tuple[str, Points]], limit: float | None
 ) -> None:
-    """Draw milliseconds against a caller's weight; `lines` are colours and points by name."""
+    """Draw milliseconds against a caller's size; `lines` are colours and points by name."""
     with styled():
         figure, axes = new_figure(8.0, 4.6)
         used: dict[str, int] = {}

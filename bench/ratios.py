@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 Measure = Callable[[int], list[int]]
 
 BATCH = 100  # commands of one measure of many
-MANY = 1000  # where it is the rate that counts: beginning and end of a batch leave CPUs idle
+MANY = 1000  # where the rate counts, because CPUs are idle at a batch's beginning and end
 CPUS = len(os.sched_getaffinity(0))
 
 BATCH_NANOSECONDS = 10_000_000
@@ -25,7 +25,7 @@ PAIRS_LEAST = 10
 
 
 def timed(act: Callable[[int], None], batch: int = BATCH) -> Measure:
-    """A measure of `act`, which does so many commands at a time."""
+    """A measure of `act`, which runs this many commands at a time."""
 
     def measure(count: int) -> list[int]:
         times = []
@@ -89,7 +89,7 @@ def verdict(met: bool) -> str:
 
 
 def typical_nanoseconds(measure: Measure) -> float:
-    """Also the warm-up: the first one may start the helper."""
+    """Also the warm-up, because the first command may start the helper."""
     measure(1)
     return statistics.median(measure(3))
 

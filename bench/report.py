@@ -1,4 +1,4 @@
-"""Measures all that docs/benchmarks.md tells, in one run, and writes the page and its plots.
+"""Measures everything in docs/benchmarks.md, in one run, and writes the page and its plots.
 
     python -m bench.report [--quick] [--output DIRECTORY]
 
@@ -183,7 +183,7 @@ def ratio(series: Series) -> float:
 
 
 def over(a: Series, b: Series) -> float:
-    """Return the median ratio of two that were measured in the same turns."""
+    """Return the median ratio of two ways that were measured in the same turns."""
     return statistics.median(x / y for x, y in zip(a.times, b.times, strict=True))
 
 
@@ -192,7 +192,7 @@ def mib(kib: float) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """Return a table, whose first columns are words, and the others numbers."""
+    """Return a table whose first columns are words, and the others numbers."""
     lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -210,7 +210,7 @@ def facts(findings: Findings) -> str:
 
 
 def verdict(findings: Findings) -> str:
-    """Say where it is faster than subprocess, and where not, by this run's quartiles."""
+    """Say where errand-boy is faster than subprocess, and where not, by this run's quartiles."""
     callers: dict[str, list[str]] = {"faster": [], "equal": [], "slower": []}
     for weight, found in findings.cost.items():
         if OURS in found:
@@ -419,7 +419,7 @@ def draw(findings: Findings, directory: Path) -> None:
 
 
 def recorded(words: str, name: str) -> str:
-    """What runs have left in a file, which are too long to be part of this."""
+    """The records of runs that are too long to be part of this one."""
     record = Path(__file__).parent / name
     return f"{words}\n```text\n{record.read_text().rstrip()}\n```\n" if record.exists() else ""
 

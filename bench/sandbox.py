@@ -1,9 +1,9 @@
-"""What a sandbox costs a start: in turns with one that has none, in one process.
+"""What a sandbox adds to a start, in turns with starts without one, in one process.
 
     python -m bench.sandbox [PAIRS]
 
 Prints the medians of the pairs' differences in µs: of the constructor, and from the start until
-the command is reaped, which has the sandbox's own cost for what the program opens.
+the command is reaped, which includes the sandbox's cost for what the program opens.
 """
 
 from __future__ import annotations

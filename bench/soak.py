@@ -1,10 +1,10 @@
-"""Starts many commands, then says what they left behind. Exit status 1 if that is anything.
+"""Starts many commands, then prints what they left behind. Exit status 1 if that is anything.
 
     python -m bench.soak [--helper | --map] [--record FILE] [N]
 
 The commands are a plain one, one with its input and output captured, and one that does not exist.
 With --helper a helper starts them, with --map they go through errand_boy.map. --record adds what
-was seen to a file, as bench/soak.txt, which the page of the benchmarks shows.
+was seen to a file such as bench/soak.txt, which docs/benchmarks.md shows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from errand_boy._helper import HelperManager, launcher, runner
 
 WARM_UP = 300
 REPORTS = 10
-REST = 0.5  # seconds, in which a helper gives back what many at once took
+REST = 0.5  # seconds, in which a helper gives back the memory of many commands at once
 PRIVATE = ("Private_Clean:", "Private_Dirty:")
 
 
@@ -89,8 +89,8 @@ def inventory(keeper: HelperManager) -> dict[str, int]:
         found = {
             "helper pid": helper,
             "helper private KiB": memory_kib(helper, *PRIVATE),
-            # Of a program's file, too, is private what no other process maps: a second helper
-            # shares it. This part is each process's own.
+            # The private part includes pages of the program's file that no other process maps; a
+            # second helper would share them. The anonymous part is each process's own.
             "helper anonymous KiB": memory_kib(helper, "Anonymous:"),
             "helper descriptors": count_of(helper, "fd"),
             "helper threads": count_of(helper, "task"),

@@ -1,10 +1,10 @@
-"""Many clients of one daemon, some of which are killed, and so are its helpers; then the accounts.
+"""Many clients of one daemon; clients and helpers are killed now and then; then the accounts.
 
     python -m bench.stress [--commands 200000] [--clients 50] [--live 10000]
 
-First as many commands as told, from as many client processes, while now and then a client (replaced
-by another) or a helper is killed; then as many commands that live at the same time. Says what is
-left afterwards, and whether the counts add up. Exit status 1 if anything is wrong.
+First --clients processes run --commands commands, while now and then a client (replaced by another)
+or a helper is killed; then --live commands live at the same time. Prints what is left afterwards,
+and whether the counts add up. Exit status 1 if anything is wrong.
 """
 
 from __future__ import annotations

@@ -27,13 +27,13 @@ WAYS = {
     "map": "`map`, one worker, output captured",
 }
 FEW = 5
-MOST_LINES = 20  # that a library's start-up may have; a process that starts commands has more
+MOST_LINES = 20  # of a library's start-up; a process that starts commands has more
 
 CALLER = "caller"
 HELPER = "helper"
 CHILD = "new process, up to the exec"
 
-# Why each is there. What is not named here shows up as "unexplained".
+# The reason for each. A call that is not named here shows up as "unexplained".
 REASONS = {
     (CALLER, "clone3"): "the new process, in the caller's memory and with its table of descriptors",
     (CALLER, "rt_sigprocmask"): "no signal may be handled in the new process: all are blocked for "
@@ -115,7 +115,7 @@ def of_child(path: Path) -> Counter[str] | None:
 
 
 def trace(way: str, count: int) -> dict[str, Counter[str]]:
-    """Return the calls of the whole lives of caller or helper, and of all new processes."""
+    """Return all calls of the caller or helper, and of all new processes."""
     with tempfile.TemporaryDirectory() as directory:
         options = ["-ff", "-qq", "-e", "signal=none", "-o", os.path.join(directory, "trace")]
         program = [sys.executable, "-m", "bench.syscalls", way, str(count)]
@@ -128,7 +128,7 @@ def trace(way: str, count: int) -> dict[str, Counter[str]]:
             if pid in helpers_pids:
                 found[HELPER].update(name for name, _ in calls(path))
             elif pid == caller:
-                # Where there is a helper, what is of interest is what that does.
+                # If there is a helper, its calls are of interest.
                 if not helpers_pids:
                     found[CALLER].update(name for name, _ in calls(path))
             elif of_it := of_child(path):
@@ -139,7 +139,7 @@ def trace(way: str, count: int) -> dict[str, Counter[str]]:
 def per_start(way: str, count: int) -> dict[tuple[str, str], float]:
     """Return calls per start by who makes them.
 
-    It is the difference of two runs, so without their own start and end.
+    It is the difference of two runs, which leaves out their own start and end.
     """
     few, many = trace(way, FEW), trace(way, FEW + count)
     return {

@@ -1,4 +1,4 @@
-"""Measures starts on a terminal, and how fast what is on one comes.
+"""Measures starts on a terminal, and how fast a terminal's output arrives.
 
     python -m bench.terminals [--gib N] [--rounds N]
 
@@ -25,12 +25,12 @@ import pexpect
 import errand_boy
 from errand_boy.terminal import Pty
 
-SIZE = 300_000_000  # bytes, so many that the start of an interpreter does not count
+SIZE = 300_000_000  # bytes, so that the start of an interpreter does not count
 COMMAND = f"head -c {SIZE} /dev/zero | tr '\\0' x"
 
 
 def start() -> float:
-    """Return how long pexpect takes to start a program, which is then waited for."""
+    """Return how long pexpect takes to start a program; then wait for it."""
     begun = time.perf_counter()
     child = pexpect.spawn("true")
     taken = time.perf_counter() - begun
@@ -63,7 +63,7 @@ def through_daemon(client: Any) -> float:
 
 
 def shown_by(*command: str) -> float:
-    """Return the seconds that a program takes that shows what COMMAND writes."""
+    """Return the seconds that a program takes to show what COMMAND writes."""
     begun = time.perf_counter()
     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""Start to reaped on event loops, of errand_boy.asyncio over asyncio's and uvloop's own.
+"""Start to reaped on event loops: errand_boy.asyncio over asyncio's and uvloop's own.
 
 Run as a program (``python -m bench.test_asyncio``), it is the caller that is measured.
 """
@@ -41,7 +41,7 @@ async def start(create: Create) -> None:
 
 
 async def nanoseconds(create: Create, at_once: int) -> int:
-    """Return what each of so many starts took."""
+    """Return how long each of this many starts took."""
     before = time.perf_counter_ns()
     if at_once == 1:
         await start(create)

@@ -1,7 +1,7 @@
-"""A Celery worker that holds 2 GiB against a small one: from run_command's request to its end.
-And how long after `revoke` the command's process group has gone.
+"""A Celery worker that holds 2 GiB over a small one: from run_command's request to its end.
+Also how long after `revoke` the command's process group has gone.
 
-Workers import this file too, as the module of their app.
+Workers import this file too, as their app's module.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def measure(caller: Caller, case: str, library: str) -> Measure:
 def test_threads_over_c_limit(
     remote: CallerOf, compare: Compare, c_limit: Callable[[int], Measure]
 ) -> None:
-    """So many client threads in so many processes saturate the CPUs."""
+    """Enough client threads and processes to saturate the CPUs."""
     clients = [remote("small", f"client {n}") for n in range(CLIENTS)]
 
     def act(count: int) -> None:

@@ -1,4 +1,4 @@
-"""errand_boy.gevent over gevent.subprocess, and how late a greenlet is while others start."""
+"""errand_boy.gevent over gevent.subprocess; how late a greenlet is while others start commands."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ print(time.perf_counter_ns() - start)
 
 def import_nanoseconds(cache: Path, library: str, count: int) -> list[int]:
     command = [sys.executable, "-c", TIMED_IMPORT.format(library=library)]
-    # Compiled once, as any installed package is, whatever this process was told about that.
+    # Compiled once, like any installed package, whatever this process's own setting is.
     environment = os.environ | {
         "PYTHONPATH": package_parent(),
         "PYTHONPYCACHEPREFIX": str(cache),

@@ -1,6 +1,6 @@
 """Many short commands: errand_boy.map and `errand-boy map` over other ways, and over the limit.
 
-The times in the table are those of so many commands as MANY says, or CLI_BATCH.
+The times in the table are those of MANY commands, or CLI_BATCH.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_over_asyncio(compare: Compare) -> None:
 
 def by_command(*words: str, lines: bytes = b"x\n" * CLI_BATCH) -> Measure:
     environment = os.environ | {"PYTHONPATH": package_parent()}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # who installs it has it compiled
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled
 
     def act(_: int) -> None:
         subprocess.run(words, input=lines, stdout=subprocess.DEVNULL, check=True, env=environment)
@@ -123,7 +123,7 @@ def test_command_over_xargs(compare: Compare, jobs: int) -> None:
 def test_command_over_parallel(compare: Compare, jobs: int) -> None:
     if not shutil.which("parallel"):
         pytest.skip("needs GNU parallel: Debian's package parallel")
-    lines = b"x\n" * 200  # it takes milliseconds for each
+    lines = b"x\n" * 200  # some milliseconds for each
     compare(
         by_command(sys.executable, "-m", "errand_boy", "map", f"-j{jobs}", *LINE_TRUE, lines=lines),
         by_command("parallel", "--will-cite", f"-j{jobs}", *LINE_TRUE, lines=lines),

@@ -1,4 +1,4 @@
-"""Constructor, and start to reaped, of errand_boy over others and of heavy callers over light."""
+"""Constructor, and start to reaped: errand_boy over others, and heavy callers over light ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WRITTEN = {
 
 
 def ask(caller: CallerOf, weight: str, case: str, library: str) -> Measure:
-    # gevent's loop brings a SIGCHLD handler of its own: not for the others' process.
+    # gevent's loop installs a SIGCHLD handler, so it has a process of its own.
     name = "gevent" if library == "gevent.subprocess" else ""
     return partial(caller(weight, name).ask, case, library)
 

@@ -1,8 +1,8 @@
-"""How long many /bin/true take, several at once, with their output captured.
+"""How long many runs of /bin/true take, several at once, with their output captured.
 
     python -m bench.throughput WAY WORKERS COUNT
 
-prints seconds, for the ways that are Python programs; `seconds` runs any of them.
+prints seconds, for the ways that are Python programs; `seconds` runs any way.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def is_there(way: str) -> bool:
 
 
 def seconds(way: str, workers: int, count: int) -> float:
-    """Return how long so many commands took; a shell's way with the start of its own program."""
+    """Return how long the commands took; for a command-line tool, its own start included."""
     environment = os.environ | {"PYTHONPATH": package_parent()}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # who installs it has it compiled
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled
     if way in PYTHON:
         command = [sys.executable, "-m", "bench.throughput", way, str(workers), str(count)]
         return float(subprocess.check_output(command, env=environment))
@@ -99,7 +99,7 @@ def compile_c_loop(directory: str) -> str:
 
 
 def c_seconds(loops: Sequence[Caller], count: int) -> float:
-    """Return how long the C loops took for so many commands together."""
+    """Return how long the C loops together took for this many commands."""
     share = -(-count // len(loops))
     start = time.perf_counter()
     with ThreadPoolExecutor(len(loops)) as pool:
