@@ -30,8 +30,8 @@ static bool same_file(int fd, uint64_t device, uint64_t inode)
 
 enum { STATUS_SIZE = 16 << 10 };
 
-/* A descriptor of this thread's /proc/thread-self/status, or -1.  It is kept, since opening costs more than
- * reading; it is noticed if it has been closed under us, or belongs to another thread. */
+/* A descriptor of this thread's /proc/thread-self/status, or -1.  It is kept open, because opening it costs more
+ * than reading it.  A descriptor that somebody has closed, or that belongs to another thread, is noticed. */
 static int status_fd(struct eb_caller *c)
 {
     pid_t thread = (pid_t)syscall(SYS_gettid);
@@ -50,7 +50,7 @@ static int status_fd(struct eb_caller *c)
     return c->status_fd;
 }
 
-/* Reads the whole of that file; false without /proc, or if it does not fit (thousands of groups). */
+/* Reads the whole file; false without /proc, or if the file does not fit (thousands of groups). */
 static bool read_status(struct eb_caller *c, char *text)
 {
     int fd = status_fd(c);
@@ -61,10 +61,10 @@ static bool read_status(struct eb_caller *c, char *text)
     return true;
 }
 
-/* The number after `label`, searched from *at on, which moves there: the lines have a fixed order. */
+/* Finds the number after `label`, searching from *at on, and moves *at there: the lines have a fixed order. */
 static bool find(char **at, const char *label, int base, uint64_t *value)
 {
-    /* Labels start with a newline.  Much faster than strstr here. */
+    /* Labels start with a newline.  This is much faster than strstr here. */
     size_t length = strlen(label);
     for (char *line = strchr(*at, '\n'); line != NULL; line = strchr(line + 1, '\n'))
         if (line[1] == label[1] && strncmp(line, label, length) == 0) {
@@ -103,7 +103,7 @@ static bool identity_from_status(struct eb_caller *c)
     if (line_end == NULL)
         return false;
     id->groups = HASH_START;
-    *line_end = '\0'; /* strtoul would read on in the next line */
+    *line_end = '\0'; /* otherwise strtoul would go on reading in the next line */
     for (char *end = at = groups + 8;; at = end) {
         unsigned long group = strtoul(at, &end, 10);
         if (end == at)
@@ -164,12 +164,12 @@ static int identity_from_syscalls(struct eb_identity *id)
     id->no_new_privs = prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0);
     id->securebits = prctl(PR_GET_SECUREBITS, 0, 0, 0, 0);
     id->seccomp = prctl(PR_GET_SECCOMP, 0, 0, 0, 0);
-    /* Whether another filter has been added to the first can't be known. */
+    /* It can't be known whether another filter has been added to the first. */
     id->complete = id->seccomp == 0;
     return 0;
 }
 
-/* Also reads the signals of the state, which /proc has at no extra cost. */
+/* Also reads the signals of the state, which the same file has at no extra cost. */
 static int read_identity(struct eb_caller *c)
 {
     if (identity_from_status(c)) {
@@ -183,7 +183,7 @@ static int read_identity(struct eb_caller *c)
 
 static bool fs_differs(int helper)
 {
-    /* EPERM, ENOSYS: this can't be known here */
+    /* EPERM, ENOSYS: it can't be known here */
     return syscall(SYS_kcmp, syscall(SYS_gettid), helper, KCMP_FS, 0, 0) > 0;
 }
 
@@ -197,7 +197,7 @@ static void read_root(struct eb_caller *c)
     }
 }
 
-/* Whether the helper sees the files that the caller sees. */
+/* Whether the helper sees the same files as the caller. */
 static bool fits_fs(struct eb_caller *c, const struct eb_caller *start, int helper)
 {
     if (helper > 0)
@@ -208,7 +208,7 @@ static bool fits_fs(struct eb_caller *c, const struct eb_caller *start, int help
 
 static bool fits(struct eb_caller *c, const struct eb_caller *start, int helper)
 {
-    /* What only a privileged process can raise has not been raised since. */
+    /* Hard limits, which only a privileged process can raise, must not have been raised since. */
     for (int i = 0; i < EB_MAX_RLIMITS; i++)
         if (c->state.rlimits[i].rlim_max > start->state.rlimits[i].rlim_max)
             return false;

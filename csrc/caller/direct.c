@@ -19,12 +19,12 @@
 
 enum {
     SPARE = 16, /* each has a stack with two resident pages */
-    /* From this number on, the child reopens a pipe, which takes some 5 µs.  Otherwise the kernel copies the table up
-     * to it, which takes 0.1 µs for each descriptor. */
+    /* From this number on, the child reopens a pipe, which takes some 5 µs.  Below it, the kernel copies the table
+     * up to the pipe, which takes 0.1 µs for each descriptor. */
     HIGH = 128,
 };
 
-/* Without a lock, which a forked process could find locked for ever. */
+/* Used without a lock, because a forked process could find it locked for ever. */
 static struct eb_direct *spare[SPARE];
 static struct eb_direct *lingering; /* released while they were pending */
 
@@ -35,7 +35,7 @@ bool eb_direct_works(void)
 {
     int known = __atomic_load_n(&works, __ATOMIC_RELAXED);
     if (known < 0) {
-        /* Closes nothing: this only checks that the call exists. */
+        /* This closes nothing, only checks that the call exists. */
         known = syscall(SYS_close_range, ~0U, ~0U, 0) == 0;
         __atomic_store_n(&works, known, __ATOMIC_RELAXED);
     }
@@ -63,7 +63,7 @@ static void linger(struct eb_direct *d)
         ;
 }
 
-/* Reclaims those that were released while they were pending, and are not pending any more. */
+/* Reclaims starts that were released while they were pending, and are not pending any more. */
 static void collect(void)
 {
     if (__atomic_load_n(&lingering, __ATOMIC_RELAXED) == NULL)
@@ -112,14 +112,14 @@ static bool wait_until_cleared(volatile pid_t *word, int64_t end)
     if (rest <= 0)
         return false;
     struct timespec t = {.tv_sec = rest / 1000000, .tv_nsec = rest % 1000000 * 1000};
-    /* Not FUTEX_PRIVATE_FLAG: the kernel wakes without it. */
+    /* Not FUTEX_PRIVATE_FLAG, because the kernel wakes without it. */
     return syscall(SYS_futex, word, FUTEX_WAIT, 1, &t, NULL, 0) == 0 || errno == EAGAIN;
 }
 
 void eb_direct_give(struct eb_direct *d)
 {
     if (is_pending(d)) {
-        /* The caller is about to close descriptors that the child is to take over. */
+        /* The caller is about to close descriptors that the child must take over. */
         eb_job_await_table(d->job, &d->job->alive, d->pid);
         linger(d);
         return;
@@ -135,7 +135,7 @@ void eb_direct_give(struct eb_direct *d)
     free_direct(d);
 }
 
-/* Which of the descriptors for 0 to 2 the child reopens; `highest` is set to the highest of all others. */
+/* Returns which of the descriptors for 0 to 2 the child reopens; sets `highest` to the highest of all others. */
 static uint8_t choose_reopened(const struct eb_request *q, int flags, int *highest)
 {
     uint8_t reopened = 0;
@@ -150,7 +150,7 @@ static uint8_t choose_reopened(const struct eb_request *q, int flags, int *highe
         else if (q->sources[i] > *highest)
             *highest = q->sources[i];
     }
-    /* In a new user namespace it has no rights to look there. */
+    /* In a new user namespace the child may not look there. */
     if (reopened != 0 && *highest < HIGH && q->namespaces == 0 && !__atomic_load_n(&cannot_reopen, __ATOMIC_RELAXED))
         return reopened;
     *highest = most;
@@ -180,7 +180,7 @@ static int make_process(struct eb_direct *d)
     d->error = 0;
     d->stage = EB_STAGE_START;
     d->member = 0;
-    /* No handler of the caller's may run in the new process, whose mask is set as its last step before the exec. */
+    /* No handler of the caller may run in the new process, which sets its mask in its last step before the exec. */
     if (syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &mask, sizeof all) != 0)
         return d->error = errno;
     if (!eb_has(&d->q, EB_TAG_SIGMASK))
@@ -191,7 +191,7 @@ static int make_process(struct eb_direct *d)
     if (pid > 0)
         d->pid = pid;
     else if ((d->stage = eb_job_clone_stage(job, pid)) == EB_STAGE_START &&
-             (pid == -EPERM || pid == -EINVAL)) /* a filter may refuse with these */
+             (pid == -EPERM || pid == -EINVAL)) /* a filter may refuse with these errors */
         d->error = ENOSYS;
     else
         d->error = -pid;
@@ -204,7 +204,7 @@ int eb_direct_begin(struct eb_direct *d, int flags, const uint8_t *options, size
     char reason[EB_MAX_REASON];
     d->maker = getpid();
     d->pid = 0;
-    d->stage = EB_STAGE_EXEC; /* so that E2BIG names the program */
+    d->stage = EB_STAGE_EXEC; /* so that the error for E2BIG names the program */
     d->error = eb_spawn_frame_build(&d->frame, eb_standard_fds(), flags | EB_WITHOUT_STATE, options, size, wanted);
     if (d->error != 0)
         return d->error;
@@ -218,17 +218,17 @@ int eb_direct_begin(struct eb_direct *d, int flags, const uint8_t *options, size
 
 void eb_direct_reap(struct eb_direct *d)
 {
-    /* ECHILD: somebody waits for any child, or SIGCHLD is ignored. */
+    /* ECHILD: another thread waits for any child, or SIGCHLD is ignored. */
     while (waitpid(d->pid, NULL, 0) < 0 && errno == EINTR)
         ;
     d->pid = 0;
 }
 
-/* The new process has released the memory. Returns whether the start is decided. */
+/* Called when the new process has released the memory.  Returns whether the start is decided. */
 static bool decide(struct eb_direct *d)
 {
     const struct eb_job *job = d->job;
-    if (d->maker != getpid()) { /* only the maker learns of it, and has it as a child */
+    if (d->maker != getpid()) { /* only the maker learns the outcome, and has the process as a child */
         d->error = 0;
         return true;
     }
@@ -242,7 +242,7 @@ static bool decide(struct eb_direct *d)
         prepare_job(d);
         return make_process(d) != 0;
     }
-    /* No memory for a table of descriptors; or EAGAIN: it had none in time. */
+    /* There was no memory for a table of descriptors; or EAGAIN: the child did not get one in time. */
     bool is_short = d->error == ENOMEM || d->error == EMFILE || d->error == EAGAIN;
     if (d->error != 0 && d->stage == EB_STAGE_START && !is_short)
         d->error = ENOSYS;

@@ -1,6 +1,6 @@
 /*
  * The first steps of a new process whose maker has threads, signal handlers and many descriptors.  spawn_child.c says
- * what it may do at all.
+ * what such a process may do.
  */
 #include "caller/direct_child.h"
 
@@ -17,7 +17,7 @@ static EB_BARE long look_at(long fd, struct stat *info)
     return eb_raw(SYS_fstat, fd, (long)info, 0, 0);
 }
 
-/* Reopens the maker's `fd`, an end of a pipe or /dev/null, by its name in /proc; `wanted` is what it must be. */
+/* Reopens the maker's `fd`, an end of a pipe or /dev/null, by its name in /proc, if it is the file `wanted`. */
 static EB_BARE long reopen(const struct eb_job *job, int fd, const struct stat *wanted, int flags)
 {
     char path[sizeof job->proc_fd + 10], digits[10];
@@ -30,8 +30,8 @@ static EB_BARE long reopen(const struct eb_job *job, int fd, const struct stat *
     while (count > 0)
         path[length++] = digits[--count];
     path[length] = '\0';
-    /* If /proc belongs to another PID namespace, it may be another process's file: opening a device has effects, and
-     * opening a FIFO may take for ever. */
+    /* If /proc belongs to another PID namespace, this may be another process's file.  So check first: opening a
+     * device has effects, and opening a FIFO may take for ever. */
     struct stat info;
     long r = eb_raw(SYS_newfstatat, AT_FDCWD, (long)path, (long)&info, 0);
     if (r < 0)
@@ -46,7 +46,7 @@ static EB_BARE bool is_reopened(const struct eb_job *job, uint32_t i)
     return i < job->q->target_count && job->q->targets[i] < 3 && (job->reopened >> job->q->targets[i] & 1) != 0;
 }
 
-/* Takes its own table of descriptors; those with high numbers are reopened instead. */
+/* Takes a table of descriptors of its own; those with high numbers are reopened instead of copied. */
 static EB_BARE long own_table(struct eb_job *job)
 {
     const struct eb_request *q = job->q;
@@ -74,7 +74,7 @@ static EB_BARE long own_table(struct eb_job *job)
     return eb_tell_table(job);
 }
 
-/* For a maker with handlers, which must not run here, and a kernel without CLONE_CLEAR_SIGHAND. */
+/* The maker's handlers must not run here; this is for a kernel without CLONE_CLEAR_SIGHAND. */
 static EB_BARE long remove_handlers(void)
 {
     for (int n = 1; n <= EB_SIGNALS; n++) {

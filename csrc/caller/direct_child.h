@@ -3,7 +3,7 @@
 
 #include "spawn/spawn_job.h"
 
-/* Leaves the maker's handlers and table of descriptors, as the job says.  Returns 0 or -errno. */
+/* Parts with the maker's handlers and table of descriptors, as the job says.  Returns 0 or -errno. */
 long eb_direct_first(struct eb_job *job);
 
 #endif

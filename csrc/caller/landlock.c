@@ -4,7 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* The same numbers on all architectures; not in the headers of older systems. */
+/* These numbers are the same on all architectures; older headers lack them. */
 enum {
     CREATE_RULESET = 444,
     ADD_RULE = 445,
@@ -14,7 +14,7 @@ enum {
 };
 
 struct ruleset {
-    uint64_t files, network, scopes; /* an older kernel accepts those that it does not know if they are 0 */
+    uint64_t files, network, scopes; /* an older kernel accepts members that it does not know if they are 0 */
 };
 
 struct path_beneath {

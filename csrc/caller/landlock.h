@@ -1,10 +1,10 @@
-/* Rulesets of Landlock, by system calls, since C libraries have no functions for them. */
+/* Landlock rulesets, by system calls, because C libraries have no functions for them. */
 #ifndef EB_LANDLOCK_H
 #define EB_LANDLOCK_H
 
 #include <stdint.h>
 
-/* The version of the kernel's interface, from 1; or -errno: it has none (ENOSYS), or it is off (EOPNOTSUPP). */
+/* The version of the kernel's interface, from 1; or -errno if there is none (ENOSYS) or it is off (EOPNOTSUPP). */
 int eb_landlock_version(void);
 
 /* A close-on-exec descriptor of a ruleset that refuses these rights and scopes, except by rules; or -errno. */

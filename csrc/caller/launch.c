@@ -44,8 +44,8 @@ static EB_BARE bool is_same_file(int fd, const char *path)
            ours.st_ino == theirs.st_ino;
 }
 
-/* Executes the program that is open as PROGRAM_FD, also after a change of root or ids; under a filter that refuses
- * execveat, or a TOMOYO that looks up the made-up name /dev/fd/5 where there is none, by a name. */
+/* Executes the program that is open as PROGRAM_FD, also after a change of root or ids.  If a filter refuses
+ * execveat, or TOMOYO looks up the kernel's made-up name /dev/fd/5 and does not find it, executes it by a real name. */
 static EB_BARE long exec_open(const struct start *s, char **env)
 {
     static const char name[] = "/proc/self/fd/5";
@@ -57,11 +57,11 @@ static EB_BARE long exec_open(const struct start *s, char **env)
     return r;
 }
 
-/* Runs in the caller's memory, while one of its threads waits and the others go on. */
+/* Runs in the caller's memory, while one of the caller's threads waits and the others go on. */
 static EB_BARE int helper_child(void *arg)
 {
     struct start *s = arg;
-    char *env[] = {NULL}; /* the caller's, LD_PRELOAD included, is not for the helper */
+    char *env[] = {NULL}; /* the helper must not get the caller's, LD_PRELOAD included */
     s->step = "dup";
     long control = eb_raw(SYS_fcntl, s->control, F_DUPFD, PROGRAM_FD + 1, 0);
     long caller = control < 0 ? control : eb_raw(SYS_fcntl, s->caller, F_DUPFD, PROGRAM_FD + 1, 0);
@@ -71,8 +71,8 @@ static EB_BARE int helper_child(void *arg)
         goto failed;
     if ((r = eb_raw(SYS_dup3, control, 3, 0, 0)) < 0 || (r = eb_raw(SYS_dup3, caller, 4, 0, 0)) < 0)
         goto failed;
-    /* The helper's own 0 to 2 must be taken, lest a descriptor that it receives lands there; in a root
-     * without /dev the control socket does. */
+    /* The helper's 0 to 2 must be in use, so that no descriptor that it receives gets these numbers.  In a root
+     * without /dev the control socket takes them. */
     null = eb_raw(SYS_openat, AT_FDCWD, (long)"/dev/null", O_RDWR, 0);
     for (int fd = 0; fd < 3; fd++)
         if (null != fd && (r = eb_raw(SYS_dup3, null < 0 ? 3 : null, fd, 0, 0)) < 0)
@@ -80,7 +80,7 @@ static EB_BARE int helper_child(void *arg)
     if ((r = eb_raw(SYS_dup3, errors, 2, 0, 0)) < 0)
         goto failed;
     if (program >= 0) {
-        /* On a number below those that are closed; the exec closes it. */
+        /* Moves the program below the numbers that are closed; the exec closes it. */
         if ((r = eb_raw(SYS_dup3, program, PROGRAM_FD, O_CLOEXEC, 0)) < 0)
             goto failed;
         close_from(PROGRAM_FD + 1, s->open_max);
@@ -98,11 +98,11 @@ failed:
 }
 
 /*
- * Whether this thread's real, effective and saved ids are the same.  If they are not, an exec by a process that
- * shares its working directory, root and umask has another effect: Linux sets the effective ids to the real ones,
+ * Whether this thread's real, effective and saved ids are the same.  If they are not, an exec has another effect in a
+ * process that shares its working directory, root and umask with others: Linux sets the effective ids to the real ones,
  * if the process lacks CAP_SETUID (security/commoncap.c, cap_bprm_creds_from_file).  A root process with another
- * effective user becomes root again.  Linux 6.12 still does that; newer kernels compare the new effective id with
- * the old one, and do not.
+ * effective user becomes root again.  Linux 6.12 still does that; newer kernels compare the new effective id with the
+ * old one, and do not.
  */
 static bool has_one_identity(void)
 {
@@ -120,7 +120,7 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
     uint64_t all = ~(uint64_t)0, before;
     s.open_max = sysconf(_SC_OPEN_MAX);
     if (s.open_max < 0)
-        s.open_max = 1 << 20; /* no limit; close_range makes this moot on Linux 5.9 */
+        s.open_max = 1 << 20; /* no limit; close_range makes this irrelevant from Linux 5.9 on */
     *step = "pidfd_open";
     s.caller = (int)syscall(SYS_pidfd_open, getpid(), 0);
     if (s.caller < 0)
@@ -153,7 +153,7 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
 
 #else
 
-/* On a processor whose clone(2) we don't know.  The helper itself closes what else it inherits. */
+/* For a processor whose clone(2) we don't know.  The helper closes whatever else it inherits. */
 int eb_start_helper(int program, const char *path, char **arguments, int control, int errors, int *share_fs,
                     const char **step)
 {
@@ -171,7 +171,7 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
         return -errno;
     *step = "dup";
     int error = 0;
-    for (int i = 0; i < 3; i++) /* out of the way of the numbers that they are to get */
+    for (int i = 0; i < 3; i++) /* away from the numbers that they will get */
         if ((copies[i] = error != 0 ? -1 : fcntl(sources[i], F_DUPFD_CLOEXEC, 5)) < 0 && error == 0)
             error = errno;
     close(sources[1]);

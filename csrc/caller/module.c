@@ -1,6 +1,6 @@
 /*
- * The functions of errand_boy._native that cffi can't make: cffi releases the GIL around each call, and another
- * thread that is busy in Python gives it back after 5 ms.  So a quick start keeps it.
+ * The functions of errand_boy._native that cffi can't provide, because cffi releases the GIL around each call, and
+ * another thread that is busy in Python gives it back only after 5 ms.  A quick start must keep it.
  */
 #include <pyconfig.h>
 #ifndef Py_GIL_DISABLED
@@ -24,7 +24,7 @@
 
 enum { LAST_BYTES = 4096, MOST_LAST_READS = 16 };
 
-/* Makes the process known to `owner`, before any other code of the caller runs; or undoes that. */
+/* Sets or resets the process of `owner`, before any other code of the caller runs. */
 static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
 {
     PyObject *pid = PyLong_FromLong(d->pid);
@@ -39,13 +39,13 @@ static int set_process(PyObject *owner, const struct eb_direct *d, bool created)
 
 static const char START[] = "errand_boy start", LEFT[] = "errand_boy start, left";
 
-/* A pending start is dropped at once at an exception, for instance of a signal handler.  Whoever gets that exception
- * closes the descriptors that the child is to take over. */
+/* An exception, for instance from a signal handler, drops a pending start at once, because the code that gets the
+ * exception closes the descriptors that the child must take over. */
 static void drop(PyObject *start)
 {
     struct eb_direct *d = PyCapsule_GetPointer(start, START);
     if (d == NULL) {
-        PyErr_Clear(); /* it has been left */
+        PyErr_Clear(); /* the start has been left */
         return;
     }
     Py_BEGIN_ALLOW_THREADS
@@ -53,14 +53,14 @@ static void drop(PyObject *start)
     Py_END_ALLOW_THREADS
 }
 
-/* Py_RETURN_NONE of headers from 3.12 on counts no reference, which older Pythons need. */
+/* In headers from 3.12 on, Py_RETURN_NONE counts no reference, but older Pythons need one. */
 static PyObject *none(void)
 {
     Py_INCREF(Py_None);
     return Py_None;
 }
 
-/* None for a program that runs, else (errno, stage, member). */
+/* None if the program runs, else (errno, stage, member). */
 static PyObject *outcome(const struct eb_direct *d)
 {
     if (d->error == 0)
@@ -81,7 +81,7 @@ static void reap_if_failed(struct eb_direct *d)
 static bool has_many_starters(void)
 {
     static unsigned long last;
-    static int changes; /* grows with each start in another thread than the last, shrinks with each in the same */
+    static int changes; /* grows with each start by another thread than the last, shrinks with each by the same */
     enum { MANY = 4, MOST = 8 };
     unsigned long thread = PyThread_get_thread_ident();
     int count = __atomic_load_n(&changes, __ATOMIC_RELAXED);
@@ -94,8 +94,8 @@ static bool has_many_starters(void)
 }
 
 /*
- * Keeps the GIL, since a thread that is busy in Python gives it back only after 5 ms.  But if several threads start
- * commands, the new processes wait for a CPU, and the other threads should go on in the meantime.
+ * Keeps the GIL, because a thread that is busy in Python gives it back only after 5 ms.  But if several threads start
+ * commands, the new processes wait for a CPU, and the other threads should go on meanwhile.
  */
 static bool await_outcome(struct eb_direct *d, uint32_t microseconds)
 {
@@ -108,7 +108,7 @@ static bool await_outcome(struct eb_direct *d, uint32_t microseconds)
     return decided;
 }
 
-/* The integers of a list, allocated; NULL with an exception. */
+/* Returns the integers of a list, allocated, or NULL with an exception. */
 static int *integers(PyObject *list, uint32_t *count)
 {
     Py_ssize_t size = PyList_Size(list);
@@ -170,7 +170,7 @@ static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count
     if (failed)
         reap_if_failed(d);
     else if (set_process(args[0], d, true) != 0)
-        decided = false; /* an attribute can't be set: the child goes on */
+        decided = false; /* the attribute can't be set, but the child goes on */
     PyObject *result = PyErr_Occurred() ? NULL : decided ? outcome(d) : PyCapsule_New(d, START, drop);
     if (decided || result == NULL)
         eb_direct_give(d);
@@ -200,7 +200,7 @@ static PyObject *await_spawn(PyObject *module, PyObject *const *args, Py_ssize_t
         reap_if_failed(d);
         if (set_process(args[0], d, false) != 0)
             return NULL;
-    } else if (d->pid != pid && set_process(args[0], d, true) != 0) { /* begun anew */
+    } else if (d->pid != pid && set_process(args[0], d, true) != 0) { /* a new attempt */
         return NULL;
     }
     if (decided)
@@ -222,7 +222,7 @@ static PyObject *leave_spawn(PyObject *module, PyObject *start)
     return none();
 }
 
-/* -- functions that Python's os and signal modules lack if they were built with older headers -- */
+/* -- functions that Python's os and signal modules lack if Python was built with older headers -- */
 
 static PyObject *number_or_error(long result)
 {
@@ -261,7 +261,7 @@ static PyObject *open_memory(PyObject *module, PyObject *args)
     return number_or_error(syscall(SYS_memfd_create, name, flags));
 }
 
-/* wait4(pid, options): (pid, status, usage), the last as bytes of the kernel, since making an object of each number
+/* wait4(pid, options): (pid, status, usage), the last as the kernel's bytes, because making an object of each number
  * takes as long as the rest. */
 static PyObject *wait_with_usage(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
@@ -303,7 +303,7 @@ static PyMethodDef functions[] = {
 PyMODINIT_FUNC eb_init_by_cffi(void);
 PyMODINIT_FUNC PyInit__native(void);
 
-/* In the interpreter that imports it, which may be one of several. */
+/* Runs in the interpreter that imports the module, which may be one of several. */
 PyMODINIT_FUNC PyInit__native(void)
 {
     PyObject *module = eb_init_by_cffi();

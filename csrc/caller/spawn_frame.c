@@ -15,7 +15,7 @@ enum {
     KEEP = 64 << 10,      /* bytes of a frame whose memory is kept for the next one */
     MOST_OF_STATE = 2048, /* bytes of the options that put_state writes */
     OPTION_HEADER = 5,
-    MOST_BUILDS = 100, /* attempts to build one frame, while the environment grows */
+    MOST_BUILDS = 100, /* attempts to build one frame while the environment grows */
 };
 
 static void put_option(struct eb_writer *w, enum eb_tag tag, size_t size)
@@ -37,7 +37,7 @@ static uint64_t tags_of(const uint8_t *options, size_t size)
     return tags;
 }
 
-/* Adds the caller's state, except what is `given`. */
+/* Adds the caller's state, except for the tags that are `given`. */
 static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags, uint64_t given)
 {
     const struct eb_state *s = &c->state;
@@ -47,7 +47,7 @@ static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags,
     }
     put_option(w, EB_TAG_SIGIGN, 8);
     eb_put_u64(w, s->sigign);
-    if (flags & EB_WITH_PGROUP && s->pgrp != 0) { /* none of this pid namespace: the helper is in it too */
+    if (flags & EB_WITH_PGROUP && s->pgrp != 0) { /* 0: it is of another pid namespace, and the helper is in it too */
         put_option(w, EB_TAG_PGROUP, 4);
         eb_put_u32(w, (uint32_t)s->pgrp);
     }
@@ -71,7 +71,7 @@ static void put_state(struct eb_writer *w, const struct eb_caller *c, int flags,
     }
 }
 
-/* For an option whose size is known when it has been written: returns where that goes. */
+/* Begins an option whose size is known only when it has been written; returns where the size goes. */
 static uint8_t *open_option(struct eb_writer *w, enum eb_tag tag)
 {
     put_option(w, tag, 0);
@@ -110,7 +110,7 @@ static size_t size_of_environment(void)
 /* Fills o->fds; returns 0 or ENOMEM. */
 static int collect_fds(struct eb_spawn_frame *o, int found, const struct eb_wanted_fds *wanted, struct eb_writer *w)
 {
-    uint32_t most = wanted->other_count + 4 + wanted->carried_count; /* 0 to 2, and the working directory */
+    uint32_t most = wanted->other_count + 4 + wanted->carried_count; /* 4: 0 to 2, and the working directory */
     if (most > o->fd_capacity) {
         int *fds = realloc(o->fds, most * sizeof *fds);
         if (fds == NULL)
@@ -181,7 +181,7 @@ static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *
     error = collect_fds(o, flags & EB_WITHOUT_STANDARD ? 0 : found, wanted, &w);
     if (error != 0)
         return error;
-    if (w.bad) /* the environment has grown since: without the GIL, another thread may change it */
+    if (w.bad) /* the environment has grown since: without a GIL, another thread may change it */
         return EAGAIN;
     o->size = eb_written(&w);
     put_number(o->frame, o->size - EB_HEADER_SIZE);
@@ -223,7 +223,7 @@ void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd)
         message.msg_control = &control;
         message.msg_controllen = CMSG_SPACE(rights);
     }
-    /* If anything fails here, the caller tries again in its own way, and finds out why. */
+    /* If this fails, the caller tries again in its own way, and finds out why. */
     ssize_t n = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n > 0)
         o->sent = (size_t)n;

@@ -9,7 +9,7 @@
 enum {
     SMALL = 4 << 10,
     LARGE = 256 << 10,
-    MOST_FIRST = 32, /* bytes of a payload's first part, if there is a second */
+    MOST_FIRST = 32, /* bytes of a payload's first part, if it has two */
 };
 
 void eb_channel_close(struct eb_channel *c)
@@ -21,7 +21,7 @@ void eb_channel_close(struct eb_channel *c)
     *c = (struct eb_channel){.fd = -1};
 }
 
-/* -- what comes -- */
+/* -- receiving -- */
 
 int eb_channel_frame(const struct eb_channel *c, struct eb_frame *frame)
 {
@@ -41,7 +41,7 @@ int eb_channel_frame(const struct eb_channel *c, struct eb_frame *frame)
     return 1;
 }
 
-/* Room grows with what has really come, so that a declared length costs the sender, not us. */
+/* The buffer grows with the data that has arrived, so that a declared length costs the sender, not us. */
 static bool make_room(struct eb_channel *c)
 {
     if (c->in_at > 0)
@@ -103,7 +103,7 @@ uint8_t *eb_channel_take(struct eb_channel *c, struct eb_frame *frame)
     return bytes;
 }
 
-/* -- what goes -- */
+/* -- sending -- */
 
 static bool keep(struct eb_channel *c, const uint8_t *data, size_t size)
 {

@@ -1,4 +1,4 @@
-/* Frames over a Unix stream socket: what has arrived of the next one, and what is still to be sent. */
+/* Frames over a Unix stream socket: the part of the next one that has arrived, and the data still to be sent. */
 #ifndef EB_CHANNEL_H
 #define EB_CHANNEL_H
 
@@ -10,7 +10,7 @@ struct eb_channel {
     int fd; /* -1: closed */
     struct eb_fds fds;
     uint8_t *in;
-    size_t in_at, in_size, in_capacity; /* in_size bytes from in_at on are not consumed */
+    size_t in_at, in_size, in_capacity; /* in_size bytes from in_at on have not been consumed */
     uint8_t *out;
     size_t out_size;
 };
@@ -21,26 +21,27 @@ struct eb_frame {
     uint32_t size;
 };
 
-/* Reads once.  1: something came; 0: nothing now; -1: the peer is gone or memory is short.  `sender` as for eb_receive. */
+/* Reads once.  1: data came; 0: none is there now; -1: the peer has gone or memory is short.  `sender` as for
+ * eb_receive. */
 int eb_channel_fill(struct eb_channel *c, struct ucred *sender);
-/* Whether that read everything that was there. */
+/* Whether the last read has taken everything that was there. */
 bool eb_channel_is_drained(const struct eb_channel *c);
-/* 1: `frame` is the first frame, complete; 0: more is needed, but its kind and size are known if its header has come;
- * -1: it is not a frame of this protocol. */
+/* 1: `frame` is the first frame, complete; 0: more data is needed, but `frame` has its kind and size if its header
+ * has come; -1: this is not a frame of the protocol. */
 int eb_channel_frame(const struct eb_channel *c, struct eb_frame *frame);
 /* Removes the first `size` bytes. */
 void eb_channel_consume(struct eb_channel *c, size_t size);
 /* Removes the first frame, a complete one, and returns its payload in memory that the caller frees; NULL: memory is
  * short. */
 uint8_t *eb_channel_take(struct eb_channel *c, struct eb_frame *frame);
-/* Sends a frame, whose payload is in two parts, and keeps what the socket does not take; or keeps all of it, to `hold` it
- * back.  False: the peer is gone or memory is short. */
+/* Sends a frame, whose payload is in two parts, and keeps what the socket does not take; with `hold`, keeps all of
+ * it. False: the peer has gone or memory is short. */
 bool eb_channel_send(struct eb_channel *c, enum eb_kind kind, const void *first, size_t first_size, const void *second,
                      size_t second_size, bool hold);
 /* Sends REFUSED with a reason, if the socket takes it at once. */
 __attribute__((format(printf, 2, 0))) void eb_channel_refuse(struct eb_channel *c, const char *format,
                                                              va_list arguments);
-/* Sends what has been kept.  False: the peer is gone. */
+/* Sends what has been kept.  False: the peer has gone. */
 bool eb_channel_flush(struct eb_channel *c);
 /* Closes the socket and all descriptors, frees all buffers. */
 void eb_channel_close(struct eb_channel *c);

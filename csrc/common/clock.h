@@ -11,7 +11,7 @@ static inline uint64_t eb_clock_ns(clockid_t clock)
     return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
-/* Of CLOCK_MONOTONIC. */
+/* CLOCK_MONOTONIC in milliseconds. */
 static inline uint64_t eb_now_ms(void)
 {
     return eb_clock_ns(CLOCK_MONOTONIC) / 1000000;

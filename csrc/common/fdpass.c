@@ -59,7 +59,7 @@ ssize_t eb_receive(int socket, void *data, size_t size, struct eb_fds *fds, stru
             take(fds, CMSG_DATA(c), c->cmsg_len - CMSG_LEN(0));
         else if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_CREDENTIALS)
             memcpy(sender, CMSG_DATA(c), sizeof *sender);
-    /* The kernel installs as many as it has numbers for and drops the rest. */
+    /* The kernel installs as many descriptors as it has numbers for, and drops the rest. */
     if (message.msg_flags & MSG_CTRUNC)
         fds->lost = true;
     return n;

@@ -1,7 +1,6 @@
 /*
- * System calls without the C library: no errno (a thread-local variable, which a process made with
- * CLONE_VM shares with its maker), no cancellation, no broadcast of ids to threads.  Each returns the
- * kernel's own result: -errno on failure.
+ * System calls without the C library: no errno (a thread-local variable, which a process made with CLONE_VM shares with
+ * its maker), no cancellation, no change of all threads' ids.  Each returns the kernel's own result: -errno on failure.
  */
 #ifndef EB_RAWSYS_H
 #define EB_RAWSYS_H
@@ -10,7 +9,7 @@
 #include <sys/syscall.h>
 #include <sys/types.h>
 
-#if defined(EB_PORTABLE) /* for tests: as on other processors */
+#if defined(EB_PORTABLE) /* for tests: act as on other processors */
 #define EB_HAVE_RAW 0
 
 #elif defined(__x86_64__)
@@ -54,7 +53,7 @@ static inline long eb_raw(long n, long a, long b, long c, long d)
 }
 #endif
 
-/* The same numbers on all architectures.  Older headers lack them. */
+/* These numbers are the same on all architectures.  Older headers lack them. */
 #ifndef SYS_pidfd_send_signal
 #define SYS_pidfd_send_signal 424
 #endif

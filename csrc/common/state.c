@@ -9,7 +9,7 @@ static uint64_t ignored_signals(void)
 {
     uint64_t set = 0;
     for (int n = 1; n <= EB_SIGNALS; n++) {
-        /* glibc hides two signals; the kernel's own struct begins with the handler. */
+        /* glibc hides two signals, so this asks the kernel, whose own struct begins with the handler. */
         struct {
             uintptr_t handler, flags, restorer, mask[16];
         } action;
@@ -22,7 +22,7 @@ static uint64_t ignored_signals(void)
 
 static uint64_t blocked_signals(uint64_t known)
 {
-    /* sigset_t functions refuse the two signals that glibc keeps for itself; the kernel does not. */
+    /* The sigset_t functions refuse the two signals that glibc keeps for itself; the kernel does not. */
     uint64_t set = 0;
     return syscall(SYS_rt_sigprocmask, SIG_BLOCK, NULL, &set, sizeof set) == 0 ? set : known;
 }
@@ -36,7 +36,7 @@ void eb_state_read_signals(struct eb_state *s)
 static int read_limit(int resource, struct rlimit *limit)
 {
 #if defined(SYS_getrlimit) && defined(__LP64__)
-    /* The C library uses prlimit64, which takes more than twice as long; this call has too few bits elsewhere. */
+    /* The C library uses prlimit64, which takes more than twice as long.  Elsewhere this call has too few bits. */
     if (syscall(SYS_getrlimit, resource, limit) == 0)
         return 0;
 #endif

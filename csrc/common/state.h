@@ -14,12 +14,12 @@ struct eb_state {
     pid_t pgrp;
     int nice;
     struct rlimit rlimits[EB_MAX_RLIMITS]; /* by resource */
-    uint32_t affinity_size;                /* 0 where the system has none */
+    uint32_t affinity_size;                /* 0 if the system has none */
     uint8_t affinity[EB_MAX_AFFINITY];
 };
 
-/* Fill `s`: its signals, and all the rest.  A part that can't be read, because of a seccomp filter for instance,
- * keeps its value. */
+/* These fill `s`: the first its signals, the second the rest.  What can't be read, for instance because of a seccomp
+ * filter, keeps its value. */
 void eb_state_read_signals(struct eb_state *s);
 void eb_state_read(struct eb_state *s);
 

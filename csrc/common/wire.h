@@ -1,16 +1,16 @@
 /*
- * The wire protocol between a client and errand-boy-helper: the only definition of it.
+ * The only definition of the wire protocol between a client and errand-boy-helper.
  *
- * A connection is a Unix stream socket.  The client's first byte is NUL (a text request cannot start
- * with one); after it, and from the helper's side at once, both directions carry frames:
+ * A connection is a Unix stream socket.  The client's first byte is NUL (a text request cannot start with one).  After
+ * it, and from the helper at once, both directions carry frames:
  *
  *     u32 length of the payload | u8 kind | payload
  *
- * Integers are little-endian and unaligned.  Each side's first frame is HELLO, except that a helper sends none on its
- * control socket.  A client need not wait for the helper's HELLO before it sends its first request.
+ * Integers are little-endian, without padding.  Each side's first frame is HELLO, except that a helper sends none on
+ * its control socket.  A client need not wait for the helper's HELLO before it sends its first request.
  *
- * Descriptors ride as SCM_RIGHTS on any bytes of the frame they belong to (the kernel allows 253 for
- * each sendmsg); the last of them arrives before the frame's last byte, in the order the frame names.
+ * Descriptors travel as SCM_RIGHTS with any bytes of the frame that they belong to (the kernel allows 253 for each
+ * sendmsg), in the frame's order; the last ones come with the frame's last byte at the latest.
  */
 #ifndef EB_WIRE_H
 #define EB_WIRE_H
@@ -23,7 +23,7 @@
 
 enum {
     EB_HEADER_SIZE = 5,
-    EB_MAX_FRAME = 16 << 20,   /* above all that execve(2) accepts: 6 MiB on Linux */
+    EB_MAX_FRAME = 16 << 20,   /* more than execve(2) accepts: 6 MiB on Linux */
     EB_MAX_STRINGS = 1 << 20,  /* execve counts a pointer for each string against the same 6 MiB */
     EB_MAX_FDS = 1 << 16,      /* descriptors of one request */
     EB_MAX_FDS_PER_SEND = 253, /* SCM_MAX_FD of the kernel */
@@ -42,49 +42,49 @@ enum {
 };
 
 enum eb_kind {
-    /* either side's first frame, but see EB_STATUS */
+    /* either side's first frame, except for EB_STATUS and EB_JOB */
     EB_HELLO = 1, /* u32 version */
 
     /* client to helper */
     EB_SPAWN = 3,    /* options, see eb_tag */
-    EB_SIGNAL = 4,   /* i32 pid | i32 signal number; dropped unless pid is this connection's live child, or the
-                        negative of it: its process group, as for kill(2); or 0: the child, whichever it is; or -1: the
-                        whole tree of one with SUPERVISE. With EB_ENDS_GROUP beside the number and the group as the pid,
-                        what is left of the group when the child ends gets SIGKILL */
+    EB_SIGNAL = 4,   /* i32 pid | i32 signal number.  The pid is this connection's live child, or its negative for the
+                        process group, as for kill(2), or 0 for the child, whatever its pid, or -1 for the whole tree of
+                        a child with SUPERVISE; otherwise the frame is dropped.  With EB_ENDS_GROUP added to the number,
+                        and the group as the pid, what is left of the group when the child ends gets SIGKILL */
     EB_STDIN = 10,   /* bytes for a streamed standard input; empty: its end */
-    EB_WINSIZE = 11, /* u32 rows | u32 columns | u32 * 2: the same in pixels; of a TERMINAL, else dropped */
+    EB_WINSIZE = 11, /* u32 rows | u32 columns | u32 * 2: the same in pixels; for a TERMINAL, otherwise dropped */
 
-    /* client to daemon, its first frame in place of HELLO */
+    /* client to daemon, its first frame instead of HELLO */
     EB_STATUS = 5, /* u32 version; answered by STATUS_REPLY, then the daemon closes the connection */
-    EB_JOB = 12,   /* u32 version | u8 eb_job_operation | JSON; answered by JOB_REPLY.  After that of START, or of OPEN
-                      for a job that runs, the connection begins anew, with the job's keeper: NUL and HELLO */
+    EB_JOB = 12,   /* u32 version | u8 eb_job_operation | JSON; answered by JOB_REPLY.  After the reply to START, or to
+                      OPEN for a job that runs, the connection begins anew, with the job's keeper: NUL and HELLO */
 
     /* client to a job's keeper, to which SPAWN, SIGNAL, STDIN and WINSIZE go too */
     EB_NOTIFY = 13, /* options of a command that is run when the job is over; before SPAWN, and without descriptors */
     EB_FOLLOW =
-        14, /* u64 first sequence that is wanted, 0: all that is kept | u64 * 2: bytes of standard output and error
-                       that the follower knows of, had or missed | u8 eb_follow; answered by PIECEs, CAUGHT_UP, and
-                       EXITED when the job is over */
+        14, /* u64 first sequence that is wanted, 0: all that is kept | u64 * 2: bytes of standard output and error that
+                       the follower has received or knows to be missed | u8 eb_follow; answered by PIECEs, CAUGHT_UP,
+                       and EXITED when the job is over */
     EB_ATTACH = 15, /* u8 eb_attach | u32 * 4 of WINSIZE; 0 rows: none */
 
     /* helper to client */
     EB_SPAWNED = 16, /* i32 pid | u8 eb_owner */
-    EB_FAILED = 17,  /* i32 pid that the caller must wait for, 0: none | i32 errno | u8 eb_stage | u8 member: of
-                        what the step sets, which one was refused (a resource), or 0 */
-    EB_EXITED = 18,  /* i32 wait status | u64 * 9: user and system time (microseconds), peak resident set
-                        (KiB), minor and major faults, blocks in and out, voluntary and involuntary
-                        context switches | with SUPERVISE: u8 eb_cause | u64 * 3: user and system time of the
-                        tree, its peak memory (bytes) | u32 most processes that were seen */
+    EB_FAILED = 17,  /* i32 pid that the caller must wait for, 0: none | i32 errno | u8 eb_stage | u8 member: which of
+                        the things that the step sets was refused (a resource), or 0 */
+    EB_EXITED = 18,  /* i32 wait status | u64 * 9: user and system time (microseconds), peak resident set (KiB), minor
+                        and major faults, blocks in and out, voluntary and involuntary context switches | with
+                        SUPERVISE: u8 eb_cause | u64 * 3: user and system time of the tree, its peak memory (bytes) |
+                        u32 the most processes that were seen */
     EB_REFUSED = 19, /* UTF-8 reason; the sender closes the connection after it */
     EB_STDOUT = 20,  /* bytes of a streamed standard output; empty: its end */
     EB_STDERR = 21,
-    EB_CREDIT = 22, /* u32: so many more bytes of STDIN may be sent, beyond the first EB_WINDOW */
+    EB_CREDIT = 22, /* u32: how many more bytes of STDIN may be sent, beyond the first EB_WINDOW */
     EB_UNREAD = 30, /* empty; a private helper is about to end: it closes the connection after this, and has
                         read nothing that was sent since the connection's last command was over */
 
-    /* keeper to client, beside SPAWNED, FAILED, EXITED and CREDIT */
+    /* keeper to client, in addition to SPAWNED, FAILED, EXITED and CREDIT */
     EB_PIECE = 33,      /* u64 sequence | u64 microseconds since 1970 | u8 stream, 1 or 2 | bytes */
-    EB_MISSED = 34,     /* u8 stream | u64: how many bytes were overwritten before the follower had them */
+    EB_MISSED = 34,     /* u8 stream | u64: how many bytes were overwritten before the follower had received them */
     EB_CAUGHT_UP = 35,  /* empty: all output so far has been sent; once for each FOLLOW */
     EB_LOG_FAILED = 36, /* i32 errno: the log lacks output from here on, or is not rotated */
 
@@ -100,26 +100,26 @@ enum eb_kind {
     EB_GRANT = 9, /* u32 connection id, in answer to WANT */
 
     /* helper to server, on its control socket */
-    EB_WANT = 24,   /* u32 connection id: it asks to start a command, and waits for GRANT */
-    EB_DONE = 25,   /* u32 connection id: the command that was granted has ended or failed to start, or the
-                        wish for it is withdrawn */
-    EB_CLOSED = 26, /* u32 connection id: it has gone */
+    EB_WANT = 24,   /* u32 connection id: this connection asks to start a command, and waits for GRANT */
+    EB_DONE = 25,   /* u32 connection id: the command that was granted has ended or failed to start, or its WANT is
+                        withdrawn */
+    EB_CLOSED = 26, /* u32 connection id: the connection has gone */
     EB_FULL = 27,   /* empty: --max-tasks have been started; sent once */
     EB_REPORT = 28, /* see docs/protocol.md */
-    EB_ENDED = 32,  /* see there; of a command whose connection was adopted with EB_TELL_ENDS */
+    EB_ENDED = 32,  /* see docs/protocol.md; for a command whose connection was adopted with EB_TELL_ENDS */
 
-    /* private helper to its caller, IDS also a daemon's helper that becomes a user, on its control socket */
+    /* private helper to its caller, on its control socket; IDS also comes from a daemon's helper that becomes a user */
     EB_IDS = 29,   /* u32 * 3: its real, effective and saved user id | u32 * 3: the same of its group |
                         u32 * n: its supplementary groups.  Its first frame */
-    EB_STAYS = 31, /* empty: it takes no more requests, and ends with the commands that it owns; it shares
-                        the caller's working directory, root and umask no more.  It closes the socket after
-                        this; without this, its end of the socket goes with the process */
+    EB_STAYS = 31, /* empty: it takes no more requests, ends with the commands that it owns, and no longer shares the
+                        caller's working directory, root and umask.  It closes the socket after this; without STAYS, the
+                        socket is closed when the process ends */
 };
 
 /* How a connection is to be served. */
 enum eb_adopt {
     EB_ASK = 1,       /* each start waits for GRANT */
-    EB_TELL_ENDS = 2, /* an ENDED is sent for each command, also for one that does not start */
+    EB_TELL_ENDS = 2, /* an ENDED is sent for each command, even for one that does not start */
 };
 
 /* Operations of JOB. */
@@ -132,9 +132,9 @@ enum eb_job_operation {
 
 /* Which output is followed. */
 enum eb_follow {
-    EB_FOLLOW_ON = 1,    /* also what is still to come; else CAUGHT_UP ends it */
-    EB_FOLLOW_NEW = 2,   /* not what is there already */
-    EB_FOLLOW_QUIET = 4, /* none: EXITED only */
+    EB_FOLLOW_ON = 1,    /* also output that is still to come; without this, CAUGHT_UP ends it */
+    EB_FOLLOW_NEW = 2,   /* not the output that is already there */
+    EB_FOLLOW_QUIET = 4, /* no output, only EXITED */
 };
 
 /* How a connection is attached to a job. */
@@ -150,13 +150,13 @@ enum eb_owner {
 };
 
 /*
- * A SPAWN payload is a sequence of  u8 tag | u32 length | value, each tag at most once, in any order.
- * A string list is  u32 count | count * (bytes, NUL).  What is absent is inherited from the helper.
- * The new process takes the steps in the order of eb_stage.
+ * A SPAWN payload is a sequence of  u8 tag | u32 length | value, each tag at most once, in any order. A string list is
+ * u32 count | count * (bytes, NUL).  What no option sets is inherited from the helper. The new process takes the steps
+ * in the order of eb_stage.
  *
- * A tag that carries a descriptor has an empty value.  Its descriptor comes after those of FDS; if there are
- * several, in the order of their tags' numbers, whatever the order of the options.  The new process has it for
- * its step, and the program does not.
+ * A tag that carries a descriptor has an empty value.  Its descriptor comes after those of FDS; the descriptors of
+ * several such tags come in the order of the tags' numbers, whatever the order of the options.  The new process keeps
+ * it for its step, and the program does not get it.
  */
 enum eb_tag {
     EB_TAG_EXECUTABLES = 1, /* string list: paths to try in turn, as execvp(3) does; required */
@@ -177,42 +177,42 @@ enum eb_tag {
     EB_TAG_GROUPS = 15,     /* u32 * n: supplementary groups */
     EB_TAG_GID = 16,        /* u32: real, effective and saved */
     EB_TAG_UID = 17,        /* u32: real, effective and saved */
-    EB_TAG_STREAMS = 18,    /* u8, bit n for descriptor n of 0 to 2: it is a pipe of the helper's, whose data
-                               travel as frames; EB_JOINED: 2 is the same pipe as 1.  Helpers that own their
-                               children only */
-    EB_TAG_ON_CLOSE = 19,   /* u32 milliseconds: if the connection ends before the command, its process group
-                               gets SIGTERM, and after that time SIGKILL.  EB_LIVES_ON: it lives on.  Absent: it
-                               lives on, unless streamed; then 1,000 */
+    EB_TAG_STREAMS = 18,    /* u8, bit n for descriptor n of 0 to 2: it is a pipe to the helper, whose data travel as
+                               frames; EB_JOINED: 2 is the same pipe as 1.  Only for helpers that own their children */
+    EB_TAG_ON_CLOSE = 19,   /* u32 milliseconds: if the connection ends before the command, its process group gets
+                               SIGTERM, and after that time SIGKILL.  EB_LIVES_ON: it lives on.  By default it lives on,
+                               or 1,000 if it is streamed */
     EB_TAG_NULL = 20,       /* u8, bit n for descriptor n of 0 to 2: it is /dev/null */
-    EB_TAG_COALESCE = 21,   /* empty: no SPAWNED, and all other frames together, when the command is over or
-                               there are many or 50 ms have passed; EXITED has two more fields, u64 microseconds
-                               from the start to the end and i32 pid */
+    EB_TAG_COALESCE = 21,   /* empty: no SPAWNED, and all other frames together, when the command is over, there are
+                               many, or 50 ms have passed; EXITED has two more fields, u64 microseconds from the start
+                               to the end and i32 pid */
     EB_TAG_SIGDEFAULT = 22, /* u64: signals that get the default action, whatever other tags say */
     EB_TAG_NO_NEW_PRIVS = 23,
     EB_TAG_SET_RLIMITS = 24,          /* as RLIMITS, and overrides it; a helper does not lower it to its own limits */
     EB_TAG_CONTROLLING_TERMINAL = 25, /* carries a descriptor: the session's controlling terminal */
     EB_TAG_FOREGROUND = 26,           /* empty: the process group is the foreground group of the controlling terminal */
-    EB_TAG_CGROUP = 27,          /* carries a descriptor: the directory of the cgroup that it starts in, or joins */
-    EB_TAG_NAMESPACES = 28,      /* u32: flags of clone(2), CLONE_NEWUSER and its like; of the user and the group it has
-                               its own there, under the same numbers */
-    EB_TAG_SANDBOX = 29,         /* carries a descriptor: a ruleset of Landlock to apply; with NO_NEW_PRIVS */
-    EB_TAG_SOCKETS = 30,         /* u8 eb_sockets: no other sockets, no io_uring, no keyrings; with NO_NEW_PRIVS */
-    EB_TAG_RENICE = 31,          /* i32: added to the niceness that it would have otherwise */
+    EB_TAG_CGROUP = 27,          /* carries a descriptor: the directory of the cgroup that the command starts in, or
+                                    joins */
+    EB_TAG_NAMESPACES = 28,      /* u32: flags of clone(2), CLONE_NEW...; in a new user namespace it has its own user
+                               and group, under the same numbers */
+    EB_TAG_SANDBOX = 29,         /* carries a descriptor: a Landlock ruleset to apply; implies NO_NEW_PRIVS */
+    EB_TAG_SOCKETS = 30,         /* u8 eb_sockets: no other sockets, no io_uring, no keyrings; implies NO_NEW_PRIVS */
+    EB_TAG_RENICE = 31,          /* i32: added to the niceness that the command would otherwise have */
     EB_TAG_SCHEDULER = 32,       /* u32 policy | u32 priority, as sched_setscheduler(2) takes them */
     EB_TAG_IONICE = 33,          /* u32, as ioprio_set(2) takes it */
     EB_TAG_TIMER_SLACK = 34,     /* u64: nanoseconds */
     EB_TAG_SIGNALS_DEFAULT = 35, /* u64: in addition to those of SIGDEFAULT */
     EB_TAG_SIGNALS_IGNORED = 36, /* u64: in addition to those of SIGIGN, whatever SIGDEFAULT says */
     EB_TAG_OOM_SCORE_ADJ = 37,   /* i32 */
-    EB_TAG_ROOT = 38,            /* path, NUL: chroot, after CWD_FD; CWD is within it, and / without one */
-    EB_TAG_CAPABILITIES = 39,    /* u64, bit n for capability n: those that the program has, and can have */
+    EB_TAG_ROOT = 38,            /* path, NUL: chroot, after CWD_FD; CWD is inside it, and / by default */
+    EB_TAG_CAPABILITIES = 39,    /* u64, bit n for capability n: those that the program has, and can ever have */
     EB_TAG_SUPERVISE = 40, /* u8: 1: with all that it starts | u32 milliseconds: a supervisor ends the command when the
-                               connection has ended, and with 1 all that is left of its tree so long after the
-                               command's end.  Helpers that own their children only */
-    EB_TAG_TERMINAL = 41,  /* u32 rows | u32 columns | u32 * 2: the same in pixels | u8 eb_terminal: streamed 0
-                                    and 1, and 2 if it is JOINED, are a new terminal, the controlling one; SETSID */
+                               connection has ended, and with 1 also all that is left of its tree that long after the
+                               command's end.  Only for helpers that own their children */
+    EB_TAG_TERMINAL = 41,  /* u32 rows | u32 columns | u32 * 2: the same in pixels | u8 eb_terminal: streamed 0 and 1,
+                                    and 2 if it is JOINED, are a new terminal, the controlling one; requires SETSID */
     EB_TAG_LIMITS = 42,    /* u64 microseconds | u64 microseconds of CPU time | u64 bytes | u32 processes; 0: no limit.
-                              The supervisor kills a tree that uses more; with SUPERVISE of all */
+                              The supervisor kills a tree that uses more; requires SUPERVISE with 1 */
     EB_TAG_END             /* one past the last */
 };
 
@@ -225,7 +225,7 @@ enum eb_terminal {
 #define EB_JOINED 8             /* a bit of STREAMS */
 #define EB_LIVES_ON 0xFFFFFFFFu /* of ON_CLOSE */
 
-/* Which of LIMITS has been exceeded. */
+/* The limit of LIMITS that has been exceeded. */
 enum eb_cause {
     EB_CAUSE_NONE = 0,
     EB_CAUSE_TIMEOUT = 1,
@@ -234,13 +234,13 @@ enum eb_cause {
     EB_CAUSE_PROCESSES = 4,
 };
 
-/* Which sockets a command may make, of SOCKETS. */
+/* Values of SOCKETS: the sockets that a command may make. */
 enum eb_sockets {
     EB_SOCKETS_UNIX = 0,
     EB_SOCKETS_TCP = 1, /* and Unix ones */
 };
 
-/* What a start was doing when it failed, in the order in which it is done. */
+/* The step in which a start failed; the values are in the order of the steps. */
 enum eb_stage {
     EB_STAGE_START = 1, /* making the process */
     EB_STAGE_FDS = 2,
@@ -268,7 +268,7 @@ enum eb_stage {
     EB_STAGE_NO_NEW_PRIVS = 24,
     EB_STAGE_SANDBOX = 25,
     EB_STAGE_EXEC = 26,
-    EB_STAGE_TREE = 27, /* before all others: /proc, or its lists of children, are missing */
+    EB_STAGE_TREE = 27, /* before all others: /proc, or its lists of children, is missing */
     EB_STAGE_LOG = 28,  /* before all others: a job's log can't be opened */
     EB_STAGE_RING = 29, /* before all others: there is no room for a job's output, or for its end */
 };

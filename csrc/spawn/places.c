@@ -31,8 +31,8 @@ static EB_BARE long map_id(const char *name, unsigned id)
 
 EB_BARE long eb_map_ids(uid_t user, gid_t group)
 {
-    /* A process may write these files about itself, so no other has to, and nobody waits.  The kernel accepts a map of
-     * groups only if no group can be dropped afterwards, since a group may deny access to a file. */
+    /* A process may write these files about itself, so no other process has to, and none waits. The kernel accepts a
+     * map of groups only if no group can be dropped afterwards, because a group may deny access to a file. */
     long r = write_at(AT_FDCWD, "/proc/self/setgroups", "deny", 4);
     if (r == 0)
         r = map_id("/proc/self/uid_map", user);

@@ -21,8 +21,8 @@
 #define CHILDREN "/proc/thread-self/children"
 
 enum {
-    CHUNK = 512,     /* bytes of a list of children that are read at once */
-    MOST_DEPTH = 40, /* deeper descendants are reached when those above have ended */
+    CHUNK = 512,     /* bytes of a list of children that one read takes */
+    MOST_DEPTH = 40, /* deeper descendants are reached when those above them have ended */
     MOST_NAME = 48,
     MOST_PASSES = 100,
 };
@@ -34,7 +34,7 @@ bool eb_tree_can_be_read(void)
     if (size <= 0)
         return false;
     name[size] = '\0';
-    /* A /proc of another PID namespace has numbers of other processes. */
+    /* In a /proc of another PID namespace, these numbers belong to other processes. */
     return atoi(name) == getpid() && access(CHILDREN, F_OK) == 0;
 }
 
@@ -46,7 +46,7 @@ struct list {
     char text[CHUNK];
 };
 
-/* The next pid of the list, or 0.  The end of the buffer may cut a number. */
+/* The next pid of the list, or 0.  The end of the buffer may cut a number in two. */
 static EB_BARE pid_t next_pid(struct list *l)
 {
     pid_t pid = 0;
@@ -70,9 +70,9 @@ static EB_BARE pid_t next_pid(struct list *l)
 /* -- descendants that are not children -- */
 
 /*
- * Their pids may change their meaning: a parent may wait for one at any moment, and another process get the number.  So
- * each is signalled by a pidfd, after a check that it is a child of the process above it since the pidfd was opened,
- * and that this one has not been waited for by then.
+ * Their pids may be reused: a parent may wait for a process at any moment, and another process may then get its number.
+ * So each process is signalled through a pidfd, after a check, once the pidfd is open, that it is still a child of the
+ * process above it, and that its parent has not been waited for.
  */
 struct path {
     char text[MOST_NAME];
@@ -107,7 +107,7 @@ static EB_BARE long open_of(pid_t pid, const char *name, int flags)
     return eb_raw(SYS_openat, AT_FDCWD, (long)path.text, O_RDONLY | O_CLOEXEC | flags, 0);
 }
 
-/* The fourth field of /proc/PID/stat, and the third; 0: it has gone. */
+/* The fourth field of /proc/PID/stat, and in `state` the third; 0 if the process has gone. */
 static EB_BARE pid_t parent_of(pid_t pid, char *state)
 {
     *state = 'X';
@@ -135,8 +135,8 @@ static EB_BARE bool is_unreaped(long pidfd)
 struct walk {
     int number;
     int depth;
-    unsigned signalled, refused; /* how many processes got it, and how many could not, because of their ids */
-    unsigned running;            /* how many of the former were not stopped before */
+    unsigned signalled, refused; /* how many processes got the signal, and how many could not, because of their ids */
+    unsigned running;            /* how many of the signalled ones were not stopped before */
 };
 
 static void walk_tasks(struct walk *w, pid_t pid, long pidfd);
@@ -155,7 +155,7 @@ static EB_BARE void walk_list(struct walk *w, long fd, pid_t parent, long parent
         char state;
         pid_t of = parent_of(pid, &state);
         if (state != 'Z' && state != 'X' && (parent_fd < 0 || (of == parent && is_unreaped(parent_fd)))) {
-            bool stops = w->number == SIGSTOP; /* parents first, because they make others */
+            bool stops = w->number == SIGSTOP; /* parents first, because they make new children */
             long r = stops ? eb_raw(SYS_pidfd_send_signal, pidfd, SIGSTOP, 0, 0) : 0;
             w->running += r == 0 && state != 'T';
             w->depth++;

@@ -1,4 +1,4 @@
-/* clone(2) and clone3(2) without the C library: musl's clone() refuses CLONE_CHILD_CLEARTID since 1.2.6. */
+/* clone(2) and clone3(2) without the C library: since 1.2.6, musl's clone() refuses CLONE_CHILD_CLEARTID. */
 #ifndef EB_RAWCLONE_H
 #define EB_RAWCLONE_H
 

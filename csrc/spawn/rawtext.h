@@ -1,4 +1,5 @@
-/* Text for /proc, between clone and exec, so without the C library.  For C files that call all of it. */
+/* Writes text for /proc between clone and exec, so without the C library.  For C files that call all of these
+ * functions. */
 #ifndef EB_RAWTEXT_H
 #define EB_RAWTEXT_H
 

@@ -16,7 +16,7 @@ struct value {
 
 static const struct {
     char name[24];
-    int8_t size; /* exact; -1: the reader of the value checks it */
+    int8_t size; /* exact; -1: checked when the value is read */
 } options[EB_TAG_END] = {
     [EB_TAG_EXECUTABLES] = {"EXECUTABLES", -1},
     [EB_TAG_ARGV] = {"ARGV", -1},
@@ -68,7 +68,7 @@ static int malformed(char *reason, enum eb_tag tag, const char *what)
     return -1;
 }
 
-/* The count that a string list declares; bounded before anything is allocated for it. */
+/* The count that a string list declares, checked before anything is allocated for it. */
 static uint32_t string_count(struct value v)
 {
     struct eb_reader r = eb_reader(v.at, v.size);
@@ -120,7 +120,8 @@ static int get_string_lists(struct eb_request *q, const struct value *values, ch
     return 0;
 }
 
-/* The numbers of FDS and of the descriptors that the helper makes, which are the lowest, in one ascending list. */
+/* The numbers of FDS, and those of the descriptors that the helper makes, which are the lowest, in one ascending
+ * list. */
 static int get_targets(struct eb_request *q, struct value v, char *reason)
 {
     uint32_t count = (uint32_t)(v.size / 4);
@@ -129,7 +130,7 @@ static int get_targets(struct eb_request *q, struct value v, char *reason)
     q->targets = malloc((count + 3 + 1) * sizeof *q->targets);
     if (q->targets == NULL)
         return ENOMEM;
-    /* Without FDS there is no value. */
+    /* Without FDS, `v` has no bytes. */
     struct eb_reader r = count > 0 ? eb_reader(v.at, v.size) : (struct eb_reader){0};
     int made = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -176,7 +177,7 @@ static int get_terminal(struct eb_request *q, struct value v, char *reason)
     return q->terminal > (EB_NO_ECHO | EB_RAW) ? malformed(reason, EB_TAG_TERMINAL, "no such bit") : 0;
 }
 
-/* For RLIMITS, and then for SET_RLIMITS, whose number is higher. */
+/* Called for RLIMITS, and then for SET_RLIMITS, whose number is higher. */
 static int get_rlimits(struct eb_request *q, enum eb_tag tag, struct value v, char *reason)
 {
     if (v.size % 17 != 0 || v.size / 17 > EB_MAX_RLIMITS)
@@ -219,10 +220,10 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         q->sigign = eb_get_u64(&r);
         break;
     case EB_TAG_SIGDEFAULT:
-    case EB_TAG_SIGNALS_DEFAULT: /* its number is higher */
+    case EB_TAG_SIGNALS_DEFAULT: /* after SIGDEFAULT, whose number is lower */
         q->sigdefault |= eb_get_u64(&r) & ~((uint64_t)1 << (SIGKILL - 1) | (uint64_t)1 << (SIGSTOP - 1));
         break;
-    case EB_TAG_SIGNALS_IGNORED: { /* after those that it overrides */
+    case EB_TAG_SIGNALS_IGNORED: { /* after the tags that it overrides */
         uint64_t ignored = eb_get_u64(&r);
         q->sigign |= ignored;
         q->sigdefault &= ~ignored;
@@ -307,7 +308,7 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
     case EB_TAG_CAPABILITIES:
         q->capabilities = eb_get_u64(&r);
         break;
-    default: /* the string lists and the descriptors, read together; and the empty ones */
+    default: /* string lists and descriptors, which are read together; and empty values */
         break;
     }
     return 0;

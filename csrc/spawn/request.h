@@ -18,18 +18,18 @@ struct eb_request {
     uint64_t present; /* bit per eb_tag, see eb_has */
     /* The three lists are NULL-terminated; the strings stay in the payload, which must outlive this. */
     char **executables, **argv, **env;
-    char **strings; /* the one allocation behind them */
+    char **strings; /* the one allocation that holds them */
     int *targets;   /* allocated */
     uint32_t target_count;
-    int *sources; /* allocated, for eb_request_sources descriptors; the spawner's to change */
+    int *sources; /* allocated, for eb_request_sources descriptors; the spawner may change them */
     const char *cwd, *root;
     mode_t umask;
     uint64_t sigmask, sigign, sigdefault;
     pid_t pgroup;
     struct rlimit rlimits[EB_MAX_RLIMITS]; /* by resource, */
-    uint16_t limited;                      /* a bit for each that is given, */
-    uint16_t set_limits;                   /* and for each that is one of SET_RLIMITS */
-    rlim_t nproc;                          /* the soft limit of RLIMITS, under which the process is made */
+    uint16_t limited;                      /* a bit for each resource with a limit, */
+    uint16_t set_limits;                   /* and for each whose limit is one of SET_RLIMITS */
+    rlim_t nproc;                          /* the soft limit of RLIMITS, under which the process must be made */
     int nice, renice;
     const uint8_t *affinity;
     uint32_t affinity_size;
@@ -74,12 +74,12 @@ static inline bool eb_same_limit(const struct rlimit *a, const struct rlimit *b)
 _Static_assert(EB_TAG_END <= 64, "`present` has a bit for each tag");
 _Static_assert(EB_MAX_RLIMITS <= 16, "`limited` has a bit for each resource");
 
-/* The tags that carry a descriptor. */
+/* Tags that carry a descriptor. */
 #define EB_CARRIERS                                                                                             \
     ((uint64_t)1 << EB_TAG_CWD_FD | (uint64_t)1 << EB_TAG_CONTROLLING_TERMINAL | (uint64_t)1 << EB_TAG_CGROUP | \
      (uint64_t)1 << EB_TAG_SANDBOX)
 
-/* How many descriptors are carried by tags less than `end`. */
+/* How many descriptors the tags below `end` carry. */
 static inline uint32_t eb_carried_before(const struct eb_request *q, enum eb_tag end)
 {
     uint32_t count = 0;
@@ -100,7 +100,7 @@ static inline uint32_t eb_request_sources(const struct eb_request *q)
     return q->target_count + eb_carried_before(q, EB_TAG_END);
 }
 
-/* The descriptors of 0 to 2 that the helper makes, a bit for each. */
+/* Which of the descriptors 0 to 2 the helper makes, a bit for each. */
 static inline unsigned eb_made(const struct eb_request *q)
 {
     return (q->streams & 7u) | (q->streams & EB_JOINED ? 4u : 0) | q->nulls;
@@ -111,7 +111,7 @@ static inline bool eb_is_made(const struct eb_request *q, int target)
     return target < 3 && (eb_made(q) >> target & 1) != 0;
 }
 
-/* The number of descriptors that the request comes with. */
+/* The number of descriptors that come with the request. */
 static inline uint32_t eb_request_fds(const struct eb_request *q)
 {
     unsigned made = eb_made(q);
@@ -122,8 +122,8 @@ static inline uint32_t eb_request_fds(const struct eb_request *q)
 bool eb_is_target(const struct eb_request *q, long fd);
 
 /*
- * Reads `payload`.  Returns 0; or an errno that the command's start fails with (E2BIG, ENOMEM); or -1 if
- * the payload is malformed, with why in `reason` (EB_MAX_REASON bytes).  Call eb_request_free in each case.
+ * Reads `payload`.  Returns 0; or an errno with which the start fails (E2BIG, ENOMEM); or -1 if the payload is
+ * malformed, with the reason in `reason` (EB_MAX_REASON bytes).  Call eb_request_free in each case.
  */
 int eb_request_parse(struct eb_request *q, const uint8_t *payload, size_t size, char *reason);
 void eb_request_free(struct eb_request *q);

@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <sys/socket.h>
 
-/* The same numbers on all architectures; not in the headers of older systems. */
+/* These numbers are the same on all architectures; older headers lack them. */
 enum { IO_URING_SETUP = 425, LANDLOCK_RESTRICT_SELF = 446 };
 
 #if defined(__x86_64__)
@@ -21,28 +21,28 @@ enum { IO_URING_SETUP = 425, LANDLOCK_RESTRICT_SELF = 446 };
 #define ARCHITECTURE AUDIT_ARCH_AARCH64
 #endif
 
-enum { X32 = 0x40000000 }; /* from here on, x86-64's numbers belong to another interface */
+enum { X32 = 0x40000000 }; /* from this number on, x86-64's calls belong to another interface */
 
 EB_BARE long eb_restrict_files(int ruleset)
 {
     return eb_raw(LANDLOCK_RESTRICT_SELF, ruleset, 0, 0, 0);
 }
 
-/* Offsets of an argument's lower half, since the kernel takes these as int. */
+/* Offsets of an argument's lower half, because the kernel takes these arguments as int. */
 #define FIELD(name) (uint32_t)offsetof(struct seccomp_data, name)
 #define ARGUMENT(n) (uint32_t)(offsetof(struct seccomp_data, args) + 8 * (n))
 
 #define LOAD(offset) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offset)
 #define GIVE(action) BPF_STMT(BPF_RET | BPF_K, action)
-/* Skip a number of instructions if it holds, or if it does not. */
+/* These skip `yes` instructions if the condition holds, and `no` if it does not. */
 #define IF_EQUAL(value, yes, no) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, yes, no)
 #define IF_LEAST(value, yes, no) BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, value, yes, no)
 #define IF_SET(value, yes, no) BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, value, yes, no)
 #define REFUSE GIVE(SECCOMP_RET_ERRNO | EACCES)
 #define ALLOW GIVE(SECCOMP_RET_ALLOW)
 
-/* The calls for keyrings have three successive numbers, between those of the calls for sockets.  When a filter is set,
- * the kernel runs it once for each number, so it should do little for most of them. */
+/* The calls for keyrings have three successive numbers, between those of the calls for sockets.  When a filter is
+ * installed, the kernel runs it once for each system call number, so it should do little for most of them. */
 _Static_assert(SYS_request_key == SYS_add_key + 1 && SYS_keyctl == SYS_add_key + 2, "the order of the filters");
 _Static_assert(SYS_socket < SYS_add_key && SYS_sendto < SYS_add_key && SYS_sendmsg < SYS_add_key &&
                    SYS_sendmmsg > SYS_keyctl,
@@ -65,7 +65,8 @@ static const struct sock_filter unix_only[] = {
     REFUSE,
 };
 
-/* Only TCP sockets, since Landlock knows no others; and no message that connects, since Landlock does not check it. */
+/* Only TCP sockets, because Landlock knows no others; and no message that connects, because Landlock does not check
+ * that. */
 static const struct sock_filter unix_and_tcp[] = {
     LOAD(FIELD(arch)),
     IF_EQUAL(ARCHITECTURE, 1, 0),

@@ -1,4 +1,4 @@
-/* The sandbox of a command, which it enters itself right before its exec. */
+/* The sandbox of a command, which the new process enters by itself right before its exec. */
 #ifndef EB_SANDBOX_H
 #define EB_SANDBOX_H
 

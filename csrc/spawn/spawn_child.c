@@ -1,7 +1,7 @@
 /*
- * What the new process does.  It shares its maker's memory until it execs or exits, and runs at the same time as
- * it, on a stack of its own.  So it makes raw system calls only, and writes to nothing but its job and the
- * `sources` of its request.
+ * What the new process does.  It shares its maker's memory until it execs or exits, and runs at the same time as its
+ * maker, on a stack of its own.  So it makes raw system calls only, and writes only to its job and to the `sources` of
+ * its request.
  */
 #include "spawn/spawn_job.h"
 
@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { IOPRIO_WHO_PROCESS = 1 }; /* of linux/ioprio.h, since Linux 6.5 only */
+enum { IOPRIO_WHO_PROCESS = 1 }; /* in linux/ioprio.h only since Linux 6.5 */
 
 /* -- descriptors -- */
 
@@ -42,7 +42,7 @@ EB_BARE long eb_tell_table(struct eb_job *job)
     return 0;
 }
 
-/* A copy of `fd` with a number that is no target, from `*least` on. */
+/* Copies `fd` to a number that is no target, from `*least` on. */
 static EB_BARE long move_away(const struct eb_request *q, int fd, long *least)
 {
     for (uint32_t i = 0; i <= q->target_count; i++) {
@@ -74,7 +74,7 @@ static EB_BARE long place_fds(struct eb_job *job)
                 return r;
             q->sources[i] = (int)r;
         } else if (i >= q->target_count && !job->keeps_files) {
-            /* Carried by a tag, and not for the program, even if it is inheritable in the caller. */
+            /* The program must not get a descriptor that a tag carries, even if it is inheritable in the caller. */
             if ((r = eb_raw(SYS_fcntl, q->sources[i], F_SETFD, FD_CLOEXEC, 0)) < 0)
                 return r;
         }
@@ -90,8 +90,8 @@ static EB_BARE long place_fds(struct eb_job *job)
     return 0;
 }
 
-/* Closes all descriptors that are not needed up to the exec, which may be slow: copies in this process would keep the
- * pipes and connections of others open as long.  On an older kernel the exec closes them. */
+/* Closes all descriptors that are not needed up to the exec, because a slow exec would keep copies of others' pipes
+ * and connections open.  On an older kernel only the exec closes them. */
 static EB_BARE void close_rest(const struct eb_job *job)
 {
     const struct eb_request *q = job->q;
@@ -127,7 +127,7 @@ EB_BARE long eb_set_action(int n, bool ignored)
 /* There are no handlers here, only SIG_IGN and SIG_DFL. */
 static EB_BARE long set_signals(const struct eb_state *self, const struct eb_request *q)
 {
-    uint64_t differ = q->sigign; /* of SIGNALS_IGNORED alone */
+    uint64_t differ = q->sigign; /* the signals of SIGNALS_IGNORED alone */
     if (eb_has(q, EB_TAG_SIGIGN))
         differ = self != NULL ? q->sigign ^ self->sigign : ~EB_NEVER_IGNORED;
     differ |= q->sigdefault;
@@ -140,21 +140,21 @@ static EB_BARE long set_signals(const struct eb_state *self, const struct eb_req
     return 0;
 }
 
-/* In place of a core dump.  SIGKILL does not affect others that share the memory. */
+/* Takes the place of a core dump.  SIGKILL does not affect others that share the memory. */
 static EB_BARE void end_at_once(int n)
 {
     (void)n;
     eb_raw(SYS_kill, eb_raw(SYS_getpid, 0, 0, 0, 0), SIGKILL, 0, 0);
-    eb_raw(SYS_exit_group, 255, 0, 0, 0); /* the first process of a namespace cannot kill itself */
+    eb_raw(SYS_exit_group, 255, 0, 0, 0); /* the first process of a PID namespace cannot kill itself */
 }
 
-/* For a kernel that ends all processes that share dumped memory, our maker included: until the exec, which resets
- * this, no signal dumps core.  All signals are blocked. */
+/* Some kernels end all processes that share dumped memory, our maker included.  So no signal dumps core until the
+ * exec, which resets this.  All signals are blocked. */
 static EB_BARE long prevent_dumps(void)
 {
     static const uint8_t dumping[] = {SIGQUIT, SIGILL,  SIGTRAP, SIGABRT, SIGBUS,
                                       SIGFPE,  SIGSEGV, SIGXCPU, SIGXFSZ, SIGSYS};
-    const uint64_t with_restorer = 0x04000000; /* x86-64 refuses to run a handler without; this one does not return */
+    const uint64_t with_restorer = 0x04000000; /* x86-64 runs no handler without it; this one never returns */
     for (uint32_t i = 0; i < sizeof dumping; i++) {
         const uint64_t handler = (uintptr_t)end_at_once;
         struct eb_action action = {.handler = handler, .flags = with_restorer, .restorer = handler}, before;
@@ -169,7 +169,7 @@ static EB_BARE long prevent_dumps(void)
 
 /* -- the terminal -- */
 
-/* This stops no process, since SIGTTOU is blocked here, as all signals are. */
+/* This can't stop the process, because SIGTTOU is blocked here, as all signals are. */
 static EB_BARE long take_foreground(const struct eb_request *q)
 {
     bool given = eb_has(q, EB_TAG_CONTROLLING_TERMINAL);
@@ -189,7 +189,7 @@ static EB_BARE long take_foreground(const struct eb_request *q)
 
 /* -- limits and scheduling -- */
 
-/* This affects all that share the memory, unless the process was made with CLONE_VFORK: see spawn_job.c. */
+/* This affects all processes that share the memory, unless this one was made with CLONE_VFORK: see spawn_job.c. */
 static EB_BARE long set_oom_score_adj(int value)
 {
     char text[8];
@@ -230,7 +230,7 @@ static EB_BARE long set_nice(const struct eb_state *self, const struct eb_reques
     if (!eb_has(q, EB_TAG_NICE)) {
         if ((nice = eb_raw(SYS_getpriority, PRIO_PROCESS, 0, 0, 0)) < 0)
             return nice;
-        nice = 20 - nice; /* the raw system call has no negative results */
+        nice = 20 - nice; /* the raw system call returns 20 - nice, because its results can't be negative */
     }
     nice += q->renice;
     if (self != NULL && nice == self->nice)
@@ -258,7 +258,7 @@ static EB_BARE bool same_affinity(const struct eb_state *self, const struct eb_r
 
 /* -- the exec -- */
 
-/* The first error, as in execvp(3): ENOENT and ENOTDIR only if there was no other. */
+/* Returns the first error, as execvp(3) does: ENOENT or ENOTDIR only if there was no other. */
 static EB_BARE long exec_first(const struct eb_request *q)
 {
     extern char **environ;
@@ -313,19 +313,19 @@ EB_BARE int eb_child(void *arg)
     STEP(SIGNALS, set_signals(self, q));
     if (eb_has(q, EB_TAG_SETSID))
         STEP(SETSID, eb_raw(SYS_setsid, 0, 0, 0, 0));
-    /* A helper whose own group is of another pid namespace sees 0 as its number. */
+    /* If its own group is of another pid namespace, a helper sees 0 as the group's number. */
     if (eb_has(q, EB_TAG_PGROUP) && (self == NULL || q->pgroup == 0 || q->pgroup != self->pgrp ||
                                      job->supervisor != NULL || eb_has(q, EB_TAG_SETSID)))
         STEP(PGROUP, eb_raw(SYS_setpgid, 0, q->pgroup, 0, 0));
     else if (!eb_has(q, EB_TAG_PGROUP) && !eb_has(q, EB_TAG_SETSID) && job->supervisor != NULL)
-        STEP(PGROUP, eb_raw(SYS_setpgid, 0, 0, 0, 0)); /* not its supervisor's */
+        STEP(PGROUP, eb_raw(SYS_setpgid, 0, 0, 0, 0)); /* leave the supervisor's group */
     if (eb_has(q, EB_TAG_CONTROLLING_TERMINAL))
         STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, eb_carried(q, EB_TAG_CONTROLLING_TERMINAL), TIOCSCTTY, 0, 0));
     if (eb_has(q, EB_TAG_TERMINAL))
         STEP(CONTROLLING_TERMINAL, eb_raw(SYS_ioctl, 0, TIOCSCTTY, 0, 0));
     if (eb_has(q, EB_TAG_FOREGROUND))
         STEP(FOREGROUND, take_foreground(q));
-    if (eb_has(q, EB_TAG_OOM_SCORE_ADJ)) /* before a limit of files, and while /proc is there */
+    if (eb_has(q, EB_TAG_OOM_SCORE_ADJ)) /* before files are limited, and while /proc is there */
         STEP(OOM_SCORE_ADJ, set_oom_score_adj(q->oom_score_adj));
     STEP(RLIMITS, set_rlimits(job));
     if (eb_has(q, EB_TAG_NICE) || eb_has(q, EB_TAG_RENICE))
@@ -344,7 +344,7 @@ EB_BARE int eb_child(void *arg)
         if (eb_has(q, EB_TAG_CWD))
             STEP(CWD, eb_raw(SYS_chdir, (long)q->cwd, 0, 0, 0));
     }
-    if (eb_has(q, EB_TAG_CAPABILITIES)) /* while it has the right to do so */
+    if (eb_has(q, EB_TAG_CAPABILITIES)) /* while the process may do so */
         STEP(CAPABILITIES, eb_bound_capabilities(job));
     if (eb_has(q, EB_TAG_GROUPS))
         STEP(GROUPS, eb_raw(SYS_setgroups, q->group_count, (long)q->groups, 0, 0));

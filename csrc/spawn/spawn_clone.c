@@ -1,14 +1,14 @@
 /*
- * The new process shares this one's memory until it execs or exits, and runs at the same time, on a stack
- * of its own.  So it makes only raw system calls and writes only to its job, and what it reads stays
- * unchanged until the kernel reports that it has left: CLONE_CHILD_CLEARTID clears a word in the job when
- * the memory is released, and after that the close-on-exec pipe hangs up (Linux fs/exec.c, begin_new_exec:
- * exec_mmap comes before do_close_on_exec; kernel/exit.c: exit_mm before exit_files).  A polled start has
- * no pipe: the word is checked when something else has woken us, at the latest the process's end.
+ * The new process shares this one's memory until it execs or exits, and runs at the same time, on a stack of its own.
+ * So it makes only raw system calls and writes only to its job, and what it reads stays unchanged until the kernel
+ * reports that it no longer uses the memory: CLONE_CHILD_CLEARTID clears a word in the job when the memory is released,
+ * and after that the close-on-exec pipe hangs up (Linux fs/exec.c, begin_new_exec: exec_mmap comes before
+ * do_close_on_exec; kernel/exit.c: exit_mm before exit_files).  A polled start has no pipe: the word is checked
+ * whenever something else has woken us, at the latest the end of the process.
  *
- * A process that changes its ids here still shares our memory for a moment.  The kernel marks memory
- * undumpable at that instant (commit_creds), so its new user's processes cannot trace it, unless the
- * administrator has set fs.suid_dumpable to 1.
+ * A process that changes its ids here still shares our memory for a moment.  The kernel marks memory undumpable at that
+ * instant (commit_creds), so processes of the new user cannot trace it, unless the administrator has set
+ * fs.suid_dumpable to 1.
  */
 #include "spawn/spawn_job.h"
 #include "spawn/supervisor.h"
@@ -26,10 +26,10 @@
 #include <unistd.h>
 
 enum {
-    SPARE_STACKS = 32, /* at most; two pages of each stay resident */
-    BLOCK = 64,        /* the least number of descriptors that the kernel copies */
+    SPARE_STACKS = 32, /* at most; of each, two pages stay resident */
+    BLOCK = 64,        /* the smallest number of descriptors that the kernel copies */
     FEW = 12,          /* 0 to 2, the pipe, and what tags carry */
-    HIGH = 512,        /* from this number on, a table is too large to be copied: 0.1 µs for each */
+    HIGH = 512,        /* from this number on, the table is too large to be copied: 0.1 µs for each descriptor */
 };
 
 static const struct eb_state *self;
@@ -39,7 +39,7 @@ static uint8_t low[BLOCK]; /* reserved numbers, ascending: copies of an unused d
 static uint32_t low_count;
 static struct eb_job *spare; /* unused memory */
 static unsigned spare_count;
-static struct eb_job *lingering; /* hung up, but still in memory: not seen on Linux, for its imitations */
+static struct eb_job *lingering; /* hung up, but still in memory: never seen on Linux, but possible on imitations */
 
 static struct eb_job *new_job(void)
 {
@@ -87,7 +87,7 @@ static void trim(unsigned kept)
     }
 }
 
-/* RLIMIT_NPROC is checked when a process is made, so this process must have the caller's limit then. */
+/* The kernel checks RLIMIT_NPROC when a process is made, so this process must have the caller's limit at that time. */
 static void adopt_nproc(const struct eb_request *q)
 {
     struct rlimit limit = {.rlim_cur = q->nproc, .rlim_max = nproc.rlim_max};
@@ -104,7 +104,7 @@ static bool reserve(bool whole_block)
         low[low_count++] = (uint8_t)fd;
     if (fd >= 0)
         close(fd);
-    return fd >= 0 && syscall(SYS_close_range, ~0U, ~0U, 0) == 0; /* closes nothing: whether the call is there */
+    return fd >= 0 && syscall(SYS_close_range, ~0U, ~0U, 0) == 0; /* closes nothing, only checks that the call exists */
 }
 
 static EB_BARE long take_table(struct eb_job *job)
@@ -113,15 +113,16 @@ static EB_BARE long take_table(struct eb_job *job)
     return r == 0 ? eb_tell_table(job) : r;
 }
 
-/* The new process has its own table, or there is none: the reserved numbers are free again. */
+/* The new process has its own table, or was not made: the reserved numbers are free again. */
 static void restore_low(uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++)
         eb_raw(SYS_dup3, 0, low[i], O_CLOEXEC, 0);
 }
 
-/* Gives the new process's descriptors reserved numbers, and has it take a table with only those, if it must not have
- * copies of others or if many are open.  Otherwise copying the whole table costs less than waiting for that. */
+/* If the new process must not have copies of other descriptors, or if many are open: gives its own descriptors
+ * reserved numbers, and has it take a table with only those.  Otherwise copying the whole table costs less than
+ * waiting for that. */
 static void lower_sources(struct eb_job *job, bool apart)
 {
     const struct eb_request *q = job->q;
@@ -154,7 +155,7 @@ static pid_t make_process(struct eb_job *job, struct eb_supervisor **supervisor)
     pid_t pid = supervised ? eb_supervisor_start(supervisor, job, files)
                            : eb_job_clone(job, (use_parent ? CLONE_PARENT : 0) | files);
     if (use_parent && !supervised && job->q->namespaces == 0 && (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)) {
-        /* gVisor and some seccomp profiles lack CLONE_PARENT: from now on the children are ours. */
+        /* gVisor and some seccomp profiles refuse CLONE_PARENT: from now on the children are ours. */
         use_parent = false;
         pid = eb_job_clone(job, files);
     }
@@ -170,7 +171,7 @@ static void begin(struct eb_start *start, const struct eb_request *q, bool apart
 {
     int pipe[2] = {-1, -1};
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
-    /* Its end must be seen here, and the client must not wait for the outcome: no input, no SPAWNED. */
+    /* Polling is enough if its end is seen here, and the client does not wait for the outcome: no input, no SPAWNED. */
     bool supervised = eb_has(q, EB_TAG_SUPERVISE);
     bool polled = !use_parent && eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1) && !supervised;
     struct eb_job *job = new_job();
@@ -243,7 +244,7 @@ const struct eb_spawner *eb_spawner_clone(const struct eb_state *state, bool par
     self = state;
     nproc = state->rlimits[RLIMIT_NPROC];
     use_parent = parent;
-    /* Not if the limit leaves too few others. */
+    /* Reserves nothing if the limit would leave too few numbers. */
     if (state->rlimits[RLIMIT_NOFILE].rlim_max < 4 * BLOCK || !reserve(apart))
         low_count = 0;
     return &spawner;

@@ -18,19 +18,19 @@
 
 enum {
     STACK_SIZE = 32 << 10,
-    THREAD_STACK = 8 << 10, /* of that, for a thread that makes the process */
+    THREAD_STACK = 8 << 10, /* part of the stack, for a thread that makes the process */
     GUARD_SIZE = 64 << 10,  /* at least a page, whatever its size */
 };
 
-/* Flags of clone3 only, from Linux 5.5 and 5.7. */
+/* Flags of clone3 only, since Linux 5.5 and 5.7. */
 static const uint64_t CLEAR_SIGHAND = 0x100000000, INTO_CGROUP = 0x200000000;
 
-static int has_no_clone3; /* as under seccomp filters, which can't check its flags */
+static int has_no_clone3; /* as under seccomp filters, which can't check clone3's flags */
 
 static int dumps_spread = -1;
 
-/* Whether a core dump ends all processes that share the memory, whatever the limit of core files: Linux before 5.16.
- * Only the version shows that. */
+/* Whether a core dump ends all processes that share the memory, whatever the limit of core files, as before Linux
+ * 5.16.  Only the version shows that. */
 static bool do_dumps_spread(void)
 {
     int known = __atomic_load_n(&dumps_spread, __ATOMIC_RELAXED);
@@ -45,7 +45,7 @@ static bool do_dumps_spread(void)
     return known != 0;
 }
 
-/* A job lies above the stack of its process, in one mapping with a guard below. */
+/* A job lies above its process's stack, in one mapping with a guard area below. */
 struct eb_job *eb_job_map(void)
 {
     char *memory =
@@ -73,7 +73,7 @@ void eb_job_unmap(struct eb_job *job)
     munmap(stack_of(job) - GUARD_SIZE, GUARD_SIZE + STACK_SIZE);
 }
 
-/* Without the maker's handlers, and in the cgroup if `born` says so. */
+/* Clones without the maker's handlers, and into the cgroup if `born` says so. */
 static EB_BARE long clone3_job(struct eb_job *job, uint64_t flags, size_t stack_size, bool born)
 {
     const bool had_handlers = job->has_handlers;
@@ -94,13 +94,13 @@ static EB_BARE long clone3_job(struct eb_job *job, uint64_t flags, size_t stack_
     return pid;
 }
 
-/* Makes the process, on the lower end of the job's stack. */
+/* Makes the process, with the lower part of the job's stack. */
 static EB_BARE long make_process(struct eb_job *job, uint64_t flags, size_t stack_size)
 {
     const struct eb_request *q = job->q;
     const bool has_clone3 = !__atomic_load_n(&has_no_clone3, __ATOMIC_RELAXED), had_handlers = job->has_handlers;
     long pid = -ENOSYS;
-    /* If it can't start there, for whatever reason, it tries to join, and an error is then the cgroup's. */
+    /* If it can't start in the cgroup, for whatever reason, it tries to join, and an error is then the cgroup's. */
     if (has_clone3 && eb_has(q, EB_TAG_CGROUP) && (pid = clone3_job(job, flags, stack_size, true)) > 0)
         return pid;
     pid = -ENOSYS;
@@ -116,7 +116,7 @@ static EB_BARE long make_process(struct eb_job *job, uint64_t flags, size_t stac
     return pid;
 }
 
-/* The thread: makes the process, and is suspended until that has released the memory. */
+/* The thread: makes the process, and is suspended until the process has released the memory. */
 static EB_BARE int make_and_wait(void *arg)
 {
     struct eb_job *job = arg;
@@ -130,10 +130,10 @@ static EB_BARE int make_and_wait(void *arg)
 }
 
 /*
- * If a process writes its oom_score_adj, that of all processes that share its memory changes, its maker's too, unless
- * it was made with CLONE_VFORK (fs/proc/base.c, __set_oom_adj).  CLONE_VFORK suspends the thread that makes it, and
- * nothing can interrupt that.  So a separate thread makes it, which runs only this code, with all signals blocked.  The
- * word `alive` is cleared when this thread ends, after the new process has released the memory.
+ * If a process writes its oom_score_adj, the kernel changes that of all processes that share its memory, its maker's
+ * included, unless it was made with CLONE_VFORK (fs/proc/base.c, __set_oom_adj).  CLONE_VFORK suspends the thread that
+ * calls it, and nothing can interrupt that.  So a separate thread, which runs only this code with all signals blocked,
+ * makes the process.  The word `alive` is cleared when this thread ends, after the new process has released the memory.
  */
 static EB_BARE long make_by_thread(struct eb_job *job, uint64_t flags)
 {
@@ -162,7 +162,7 @@ EB_BARE pid_t eb_job_clone(struct eb_job *job, unsigned flags)
     if (eb_has(q, EB_TAG_OOM_SCORE_ADJ)) {
         long pid = make_by_thread(job, all);
         if (pid < 0 && !job->made)
-            job->alive = 0; /* there was no thread */
+            job->alive = 0; /* no thread was made */
         return (pid_t)pid;
     }
     long pid = make_process(job, all, (size_t)((char *)job - stack_of(job)));
@@ -184,10 +184,10 @@ void eb_job_await_table(struct eb_job *job, const volatile pid_t *alive, pid_t p
     while (__atomic_load_n(&job->shares_table, __ATOMIC_ACQUIRE) != 0 &&
            __atomic_load_n(alive, __ATOMIC_ACQUIRE) != 0) {
         if (syscall(SYS_futex, &job->shares_table, FUTEX_WAIT, 1, &pause, NULL, 0) == 0 || errno != ETIMEDOUT)
-            continue; /* it has changed the word, or a signal has come */
+            continue; /* the process has changed the word, or a signal has come */
         if (--pauses > 0)
             continue;
-        /* From here on it goes no further, so that its end is not taken for the program's. */
+        /* With EB_LATE it goes no further, so that its end is not taken for the program's. */
         if (__atomic_compare_exchange_n(&job->shares_table, &shares, EB_LATE, false, __ATOMIC_ACQ_REL,
                                         __ATOMIC_RELAXED)) {
             job->stage = EB_STAGE_START;

@@ -1,7 +1,7 @@
 /*
- * posix_spawn(3) has no way to set ids, resource limits or niceness: a request in which they differ from
- * this process's own fails with ENOTSUP.  The umask and ignored signals are set here around the call,
- * which is safe with one thread.  The call returns when the command runs, so a slow exec holds up the others.
+ * posix_spawn(3) has no way to set ids, resource limits or niceness: a request for other values than this process's own
+ * fails with ENOTSUP.  The umask and the ignored signals are set in this process around the call, which is safe with
+ * one thread.  The call returns when the command runs, so a slow exec holds up all other clients.
  */
 #include "spawn/spawn.h"
 
@@ -18,8 +18,8 @@ extern char **environ;
 
 static const struct eb_state *self;
 
-/* posix_spawn performs its actions in order, in the child: no source may be an earlier action's target.
- * If it is, it is replaced by a copy. */
+/* posix_spawn performs its actions in order, in the child, so no source may be an earlier action's target.  This
+ * replaces such a source by a copy. */
 static int move_sources(const struct eb_request *q)
 {
     for (uint32_t i = 0; i < eb_request_sources(q); i++) {
@@ -49,7 +49,7 @@ static void close_copies(const struct eb_request *q, const int *originals)
 }
 
 #ifdef __GLIBC__
-/* glibc has both from 2.29 on; a program that is also built for older ones finds none there. */
+/* glibc has both since 2.29; a program that is also built for older versions does not find them there. */
 #pragma weak posix_spawn_file_actions_addfchdir_np
 #pragma weak posix_spawn_file_actions_addchdir_np
 #endif
@@ -117,7 +117,7 @@ static bool same_rlimits(const struct eb_request *q)
     return true;
 }
 
-/* The stage that posix_spawn cannot express, or 0. */
+/* The stage that posix_spawn can't express, or 0. */
 static enum eb_stage unsupported(const struct eb_request *q)
 {
     static const struct {
@@ -178,7 +178,7 @@ static int spawn_first(const struct eb_request *q, pid_t *pid, const posix_spawn
     return first != 0 ? first : error;
 }
 
-/* posix_spawn does not say what failed.  Whether the directory can't be entered is found out by trying. */
+/* posix_spawn does not say what failed.  This tries whether the directory can be entered. */
 static enum eb_stage guess_stage(const struct eb_request *q)
 {
     struct stat info;
@@ -235,7 +235,7 @@ no_actions:
 
 static void end(struct eb_start *start)
 {
-    (void)start; /* the outcome was there at once */
+    (void)start; /* the outcome was known at once */
 }
 
 static void trim(unsigned kept)

@@ -1,6 +1,6 @@
 /*
- * Only the parent of a process knows that a pid still belongs to it.  So the supervisor kills only its children, and
- * the children of those become its own.  It goes on until wait says ECHILD.
+ * Only the parent of a process can be sure that a pid still belongs to it.  So the supervisor kills only its own
+ * children, whose children then become its own.  It goes on until wait says ECHILD.
  */
 #include "spawn/supervisor.h"
 
@@ -26,20 +26,20 @@
 
 static const unsigned long PROCESS = CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD;
 
-enum { LIVE, BUSY, REAPED }; /* values of `gate`; BUSY: the helper is about to signal it */
+enum { LIVE, BUSY, REAPED }; /* values of `gate`; BUSY: the helper is about to signal the command */
 
 enum {
     GUARD_PAGES = 64 << 10, /* at least a page, whatever its size; below each stack */
-    GUARD_STACK = 64 << 10, /* of each; two pages of it stay resident */
-    REAPS_PER_TURN = 256,   /* until those that are left are killed again */
-    TICK_NS = 20 * 1000000, /* between checks of what does not end at once */
+    GUARD_STACK = 64 << 10, /* of each stack; two pages of it stay resident */
+    REAPS_PER_TURN = 256,   /* before those that are left are killed again */
+    TICK_NS = 20 * 1000000, /* between checks of processes that do not end at once */
     PATIENCE_MS = 30,
     MOST_SPINS = 1000,
 };
 
 /* -- the helper's side -- */
 
-static struct eb_supervisor *lingering; /* whose supervisor has outlived the guard */
+static struct eb_supervisor *lingering; /* objects whose supervisor has outlived the guard */
 
 static const size_t MAPPING = 2 * (GUARD_PAGES + GUARD_STACK);
 
@@ -49,7 +49,7 @@ static char *memory_of(struct eb_supervisor *s)
     return (char *)top - MAPPING;
 }
 
-/* Two stacks, and the object above the upper one. */
+/* Maps two stacks, with the object above the upper one. */
 static struct eb_supervisor *map(void)
 {
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK;
@@ -95,7 +95,7 @@ void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number)
     if (pid == 0 || !__atomic_compare_exchange_n(&s->gate, &live, BUSY, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
         return;
     (void)kill(group ? -pid : pid, number);
-    int busy = BUSY; /* unless the supervisor has given up waiting for this */
+    int busy = BUSY; /* unless the supervisor has stopped waiting for this */
     (void)__atomic_compare_exchange_n(&s->gate, &busy, LIVE, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
@@ -111,12 +111,13 @@ void eb_supervisor_signal_all(struct eb_supervisor *s, int number)
 
 struct siginfo_raw {
     int signo, error, code, padding;
-    int pid; /* of SIGCHLD's */
+    int pid; /* of SIGCHLD */
     char rest[128 - 5 * sizeof(int)];
 };
 
-/* Before the supervisor waits for the command, the helper must have finished signalling it.  That takes a microsecond,
- * unless the helper has just been killed, or waits for the CPU of this process, whose policy yields to no other. */
+/* The helper must have finished signalling the command before the supervisor waits for it.  That takes a
+ * microsecond, unless the helper has just been killed, or needs this process's CPU, which its scheduling policy
+ * never yields. */
 static EB_BARE void close_gate(struct eb_supervisor *s)
 {
     const struct timespec pause = {.tv_nsec = 20 * 1000};
@@ -129,8 +130,8 @@ static EB_BARE void close_gate(struct eb_supervisor *s)
     }
 }
 
-/* Waits for children that have ended.  Returns 1 if there may be more, 0 if the others live, or -ECHILD.  `*child`
- * becomes 0 if it was among them. */
+/* Waits for children that have ended.  Returns 1 if there may be more, 0 if the others live, or -ECHILD.  Sets
+ * `*child` to 0 if it was one of them. */
 static EB_BARE long reap(struct eb_supervisor *s, pid_t *child)
 {
     for (int i = 0; i < REAPS_PER_TURN; i++) {
@@ -165,7 +166,7 @@ static EB_BARE int64_t now_ms(void)
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-/* Waits until a child ends or there is something to do; up to a time, if that is not negative. */
+/* Waits until a child ends or there is something to do, for at most `ns` if that is not negative. */
 static EB_BARE void pause_ns(int64_t ns)
 {
     const uint64_t taken = (uint64_t)1 << (SIGCHLD - 1) | (uint64_t)1 << (SIGTERM - 1);
@@ -173,7 +174,7 @@ static EB_BARE void pause_ns(int64_t ns)
     eb_raw(SYS_rt_sigtimedwait, (long)&taken, 0, ns < 0 ? 0 : (long)&t, sizeof taken);
 }
 
-/* Passes on the helper's requests.  Returns whether everything is to end. */
+/* Passes on the helper's signals.  Returns whether everything is to end. */
 static EB_BARE bool take_wanted(struct eb_supervisor *s, pid_t child, bool guards)
 {
     uint64_t wanted = __atomic_load_n(&s->wanted, __ATOMIC_ACQUIRE);
@@ -203,39 +204,40 @@ static EB_BARE bool end(const struct eb_supervisor *s, pid_t child, bool guards,
     return true;
 }
 
-/* Runs before all others, if it may: the more a tree has forked, the less CPU is left for the process that ends it. */
+/* Gives this process precedence over all others, if it may: the more a tree has forked, the less CPU is left for the
+ * process that ends it. */
 static EB_BARE void hurry(void)
 {
     const int priority = 1; /* struct sched_param */
     eb_raw(SYS_sched_setscheduler, 0, SCHED_FIFO, (long)&priority, 0);
 }
 
-/* Lives as long as any child.  `guards`: the child is the supervisor. */
+/* Runs as long as there is any child.  `guards`: the child is the supervisor. */
 static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child, bool guards)
 {
-    int64_t drained = -1; /* when the rest is killed */
+    int64_t drained = -1; /* when to kill the rest */
     bool ending = false;
     if (!guards && s->watch != NULL)
         hurry();
-    int64_t patient = -1; /* until then, killed processes may be about to end */
-    int64_t next = 0;     /* when they are killed again, even if not all ended ones have been waited for */
+    int64_t patient = -1; /* until then, killed processes may still be about to end */
+    int64_t next = 0;     /* when to kill them again, even if not all ended ones have been waited for */
     for (;;) {
         int64_t ns = -1;
         long r = reap(s, &child);
         if (r == -ECHILD)
             return;
         if (guards && child == 0 && s->command != 0 && __atomic_load_n(&s->gate, __ATOMIC_ACQUIRE) != REAPED) {
-            child = s->command; /* of the supervisor, which has been killed */
+            child = s->command; /* it was the child of the supervisor, which has been killed */
             guards = false;
             ending = true;
         }
         if (child == 0 && !s->all)
-            return; /* what the command leaves behind is not ended */
+            return; /* what the command leaves behind lives on */
         if (eb_raw(SYS_getppid, 0, 0, 0, 0) != parent || take_wanted(s, child, guards))
             ending = true;
         if (child == 0 && !ending && drained < 0)
             drained = now_ms() + (guards ? 0 : s->drain_ms);
-        const int64_t left = drained < 0 ? -1 : drained - now_ms(); /* once: it must not become negative below */
+        const int64_t left = drained < 0 ? -1 : drained - now_ms(); /* computed once: must not become negative below */
         if (drained >= 0 && left <= 0)
             ending = true;
         if (!ending && !guards && s->watch != NULL) {
@@ -248,7 +250,7 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
             const int64_t begun = now_ms();
             if (!end(s, child, guards, begun > patient))
                 return;                  /* the rest has other ids */
-            next = 2 * now_ms() - begun; /* it is slow with thousands of ended processes: half of the time at most */
+            next = 2 * now_ms() - begun; /* slow with thousands of ended processes: half of the time at most */
         }
         if (ending)
             ns = TICK_NS;
@@ -259,7 +261,7 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
     }
 }
 
-/* The first steps of both.  Returns 0 or -errno. */
+/* The first steps of guard and supervisor.  Returns 0 or -errno. */
 static EB_BARE long begin(pid_t parent)
 {
     eb_shorten_slices(); /* otherwise the new program would run before they have closed their descriptors */
@@ -267,9 +269,9 @@ static EB_BARE long begin(pid_t parent)
     if (r == 0)
         r = eb_raw(SYS_prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0);
     if (r == 0)
-        r = eb_raw(SYS_setpgid, 0, 0, 0, 0); /* so that signals for the caller's group don't reach them */
+        r = eb_raw(SYS_setpgid, 0, 0, 0, 0); /* so that signals to the caller's group don't reach them */
     if (r == 0 && eb_raw(SYS_getppid, 0, 0, 0, 0) != parent)
-        r = -ESRCH; /* it has just been killed */
+        r = -ESRCH; /* the parent has just been killed */
     return r;
 }
 
@@ -284,8 +286,8 @@ static EB_BARE void leave(void)
     eb_raw(SYS_exit_group, 0, 0, 0, 0);
 }
 
-/* What the command does first: the helper learns of its exec by the end of a pipe.  The kernel may have it run
- * before its maker goes on, and up to the end of its slice. */
+/* The command's first step.  The helper learns of the exec from the end of a pipe, but the kernel may run the
+ * command before its maker goes on to close the pipe, and until its slice is over. */
 static EB_BARE long await_closed(struct eb_job *job)
 {
     const struct timespec most = {.tv_sec = 1};
@@ -296,7 +298,7 @@ static EB_BARE long await_closed(struct eb_job *job)
     return 0;
 }
 
-/* Those of the guard too, which shares the table. */
+/* This closes the guard's descriptors too, because it shares the table. */
 static EB_BARE void close_all(struct eb_supervisor *s)
 {
     eb_raw(SYS_close_range, 0, ~0U, 0, 0);
@@ -310,12 +312,12 @@ static EB_BARE int supervisor(void *arg)
     long r = begin(s->guard);
     pid_t child = 0;
     if (r == 0) {
-        /* The command's own pid must be known before its end can be. */
+        /* The command's pid must be known before its end can be. */
         r = child = eb_job_clone(s->job, 0);
         s->command = child > 0 ? child : 0;
     }
     if (r < 0)
-        fail(s, r); /* while the pipe is open: after that, the job may be another command's */
+        fail(s, r); /* while the pipe is open, because after that the job may belong to another command */
     close_all(s);
     if (r >= 0)
         supervise(s, s->guard, child, false);
@@ -355,7 +357,8 @@ static EB_BARE int guard(void *arg)
 pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsigned flags)
 {
     const struct eb_request *q = job->q;
-    /* Without the latter, guard and supervisor would hold the pipe that tells of the exec, and all else. */
+    /* Without close_range, guard and supervisor would keep all descriptors, and the pipe that reports the exec,
+     * open. */
     if (!eb_tree_can_be_read() || syscall(SYS_close_range, ~0U, ~0U, 0) != 0)
         return -ENOTSUP;
     struct eb_supervisor *s = map();
@@ -386,7 +389,7 @@ pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsig
 
 #else
 
-/* There is none: spawn_posix.c refuses what needs one. */
+/* There is no supervisor: spawn_posix.c refuses requests that need one. */
 
 void eb_supervisor_free(struct eb_supervisor *s)
 {

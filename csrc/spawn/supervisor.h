@@ -1,13 +1,13 @@
 /*
- * The supervisor of one command: a process above it that ends it, and with `all` whatever it has started, when it is
- * told to, when the command ends, and when whoever made the supervisor is gone.
+ * The supervisor of one command: a process above it that ends the command, and with `all` everything that it has
+ * started, when told to, when the command ends, and when the maker of the supervisor has gone.
  *
  *     helper ── guard ── supervisor ── command ── ...
  *
- * Guard and supervisor are subreapers: what loses its parent becomes a child of the supervisor, sessions and double
- * forks notwithstanding.  If the supervisor is killed, all that becomes the guard's; if the guard or the helper is
- * killed, the next below is told by PR_SET_PDEATHSIG (each of them has one thread only).  Both share the memory of
- * the helper, make raw system calls only, and have no descriptors.
+ * Guard and supervisor are subreapers: a process that loses its parent becomes a child of the supervisor, sessions and
+ * double forks notwithstanding.  If the supervisor is killed, its children become the guard's; if the guard or the
+ * helper is killed, PR_SET_PDEATHSIG tells the next one below (each of them has one thread only).  Both share the
+ * memory of the helper, make raw system calls only, and have no descriptors.
  */
 #ifndef EB_SUPERVISOR_H
 #define EB_SUPERVISOR_H
@@ -20,39 +20,39 @@
 
 struct eb_supervisor {
     /* written by guard and supervisor */
-    volatile pid_t guard_alive, alive; /* cleared by the kernel when they let go of the memory */
-    volatile pid_t command;            /* 0: none has been made */
-    volatile int has_closed;           /* their copies of descriptors, of which the command must hold the last */
+    volatile pid_t guard_alive, alive; /* the kernel clears them when the memory is released */
+    volatile pid_t command;            /* 0: it has not been made */
+    volatile int has_closed;           /* their copies of descriptors; the command must hold the last ones */
     volatile int gate;                 /* enum of supervisor.c: whether the pid is still the command's */
-    volatile int status;               /* of the command, when it has been waited for */
+    volatile int status;               /* of the command, once it has been waited for */
     struct rusage usage;
-    struct rusage tree;           /* of all that has been waited for, at the end */
-    volatile enum eb_cause cause; /* for which it has been ended */
-    struct eb_watch *watch;       /* over its limits, or NULL */
+    struct rusage tree;           /* at the end, of all processes that have been waited for */
+    volatile enum eb_cause cause; /* why the command has been ended */
+    struct eb_watch *watch;       /* for its limits, or NULL */
     /* written by the helper */
     volatile uint64_t wanted; /* signals for the whole tree, bit n-1 for signal n */
     /* read by the others */
     pid_t maker, guard;
-    bool all;          /* else only the command is ended */
-    uint32_t drain_ms; /* after the command's end, before what is left of its tree is killed */
+    bool all;          /* otherwise only the command is ended */
+    uint32_t drain_ms; /* from the command's end until what is left of its tree is killed */
     struct eb_job *job;
-    struct eb_supervisor *next; /* among those that linger */
+    struct eb_supervisor *next; /* in the list of lingering ones */
 };
 
-/* Makes a guard, which makes a supervisor, which makes the command of `job`; `flags` are for the guard.  Returns
- * the guard, a child of the calling process, or -errno: ENOTSUP where /proc has no lists of children, or there is no
- * close_range(2). */
+/* Makes a guard, which makes a supervisor, which makes the command of `job`; `flags` are for the guard.  Returns the
+ * guard, a child of the calling process, or -errno: ENOTSUP if /proc has no lists of children, or close_range(2) is
+ * missing. */
 pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsigned flags);
 /* The guard has been waited for. */
 void eb_supervisor_free(struct eb_supervisor *s);
 
 /* Whether the command has been waited for: then `status` and `usage` are known. */
 bool eb_supervisor_has_reaped(const struct eb_supervisor *s);
-/* Sends a signal to the command, or with `group` to the process group of that number.  It never meets another
+/* Sends a signal to the command, or with `group` to the process group of that number.  It never reaches another
  * process: once the command has been waited for, nothing is sent. */
 void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number);
-/* Sends a signal to every process of the tree, after SIGKILL nothing is left; or to the command, if it is ended alone.
- * The guard must not have been waited for. */
+/* Sends a signal to every process of the tree, of which SIGKILL leaves nothing; or without `all` to the command
+ * alone. The guard must not have been waited for. */
 void eb_supervisor_signal_all(struct eb_supervisor *s, int number);
 
 #endif

@@ -1,6 +1,6 @@
 /*
- * The kernel tells of no tree's use but by cgroups.  So the supervisor looks, the more often the less is left: before
- * the next look, no more can be used than a CPU can fill, or fork, in that time.
+ * The kernel reports what a tree uses only through cgroups.  So the supervisor polls, more often the less is left:
+ * until the next poll, the tree can't use more than its CPUs can fill, or fork, in that time.
  */
 #include "spawn/watch.h"
 
@@ -16,11 +16,11 @@
 #include <time.h>
 
 enum {
-    TICKS = 100, /* USER_HZ, the unit of /proc: the same on all architectures that we know */
+    TICKS = 100, /* USER_HZ, the unit of /proc, the same on all architectures that we support */
     MOST_TEXT = 2048,
-    BYTES_PER_NS = 4,     /* that a CPU can fill */
-    NS_PER_FORK = 100000, /* that it needs at least, with its exec or without */
-    LEAST_NS = 2000000,   /* between looks */
+    BYTES_PER_NS = 4,     /* that one CPU can fill */
+    NS_PER_FORK = 100000, /* that a fork takes at least, with or without an exec */
+    LEAST_NS = 2000000,   /* between polls */
     MOST_NS = 100000000,
     MOST_MAPPED = 64 << 20, /* bytes of files that a process has mapped */
 };
@@ -63,7 +63,7 @@ static EB_BARE uint64_t number_at(const char *text)
     return number;
 }
 
-/* Its own CPU time, and that of the children that it has waited for. */
+/* The process's own CPU time, and that of the children that it has waited for. */
 static EB_BARE uint64_t ticks_of(pid_t pid)
 {
     char text[MOST_TEXT];
@@ -71,7 +71,7 @@ static EB_BARE uint64_t ticks_of(pid_t pid)
     if (read_proc(pid, "stat", text) <= 0)
         return 0;
     for (; *at != '\0'; at++)
-        if (*at == ')') /* of the name, which may hold some too */
+        if (*at == ')') /* the last one ends the name, which may contain some too */
             end = at;
     if (end == NULL)
         return 0;
@@ -83,7 +83,7 @@ static EB_BARE uint64_t ticks_of(pid_t pid)
     return ticks;
 }
 
-/* What is its own: not the files that it has mapped, which others may have too. */
+/* The process's own memory, without the files that it has mapped, which others may have mapped too. */
 static EB_BARE uint64_t memory_of(pid_t pid)
 {
     static const char anonymous[] = "\nRssAnon:", shared[] = "\nRssShmem:", swapped[] = "\nVmSwap:";
@@ -103,7 +103,7 @@ static EB_BARE uint64_t memory_of(pid_t pid)
     return kib << 10;
 }
 
-/* -- a look -- */
+/* -- one poll -- */
 
 struct look {
     pid_t *found;
@@ -157,7 +157,7 @@ static EB_BARE void find_children_of_threads(struct look *look, pid_t pid)
     eb_raw(SYS_close, fd, 0, 0, 0);
 }
 
-/* Of those that have been waited for, by their parents or by this process. */
+/* The CPU time of processes that have been waited for, by their parents or by this process. */
 static EB_BARE uint64_t cpu_of_the_past(void)
 {
     struct rusage usage = {0};
@@ -165,12 +165,12 @@ static EB_BARE uint64_t cpu_of_the_past(void)
     return eb_watch_us(&usage.ru_utime) + eb_watch_us(&usage.ru_stime);
 }
 
-/* Counts what there is, unless there are too many.  Returns the memory. */
+/* Counts the processes and their CPU time, unless there are too many.  Returns their memory. */
 static EB_BARE uint64_t count(struct eb_watch *w, struct look *look)
 {
     const pid_t self = (pid_t)eb_raw(SYS_getpid, 0, 0, 0, 0);
     uint64_t ticks = 0, memory = 0;
-    /* First, since one that forks without end makes this take longer and longer. */
+    /* This comes first, because a process that forks without end makes it take longer and longer. */
     find_children(look, self, self);
     for (uint32_t i = 0; i < look->count && !look->is_full; i++)
         find_children_of_threads(look, look->found[i]);
@@ -179,7 +179,7 @@ static EB_BARE uint64_t count(struct eb_watch *w, struct look *look)
         memory += memory_of(look->found[i]);
     }
     uint64_t cpu_us = ticks * (1000000 / TICKS) + cpu_of_the_past();
-    if (cpu_us > w->cpu_us) /* one that ends between two lines of this is missing for once */
+    if (cpu_us > w->cpu_us) /* a process that ends during this count is missing from it once */
         w->cpu_us = cpu_us;
     if (memory > w->peak_memory)
         w->peak_memory = memory;
@@ -200,7 +200,7 @@ static EB_BARE int64_t least(int64_t a, uint64_t b)
     return b < (uint64_t)a ? (int64_t)b : a;
 }
 
-/* The limit that is exceeded now; else `*ns` is the time in which none can be. */
+/* Returns the limit that is exceeded now, or sets `*ns` to the time within which none can be. */
 static EB_BARE enum eb_cause look(struct eb_watch *w, uint64_t now, int64_t *ns)
 {
     const struct eb_limits *limits = &w->limits;
@@ -220,7 +220,7 @@ static EB_BARE enum eb_cause look(struct eb_watch *w, uint64_t now, int64_t *ns)
         *ns = least(*ns, (limits->memory - memory) / BYTES_PER_NS / w->cpus);
     if (limits->cpu_us != 0)
         *ns = least(*ns, (limits->cpu_us - w->cpu_us) * 1000 / w->cpus);
-    /* Looks take a twentieth of a CPU at most. */
+    /* Polling takes at most a twentieth of a CPU. */
     uint64_t cost = (now_ns() - now) * 20;
     if (*ns < LEAST_NS)
         *ns = LEAST_NS;
@@ -255,7 +255,7 @@ EB_BARE enum eb_cause eb_watch_conclude(const struct eb_watch *w, const struct r
     const struct eb_limits *limits = &w->limits;
     if (limits->cpu_us != 0 && eb_watch_us(&tree->ru_utime) + eb_watch_us(&tree->ru_stime) >= limits->cpu_us)
         return EB_CAUSE_CPU;
-    /* The peak counts mapped files too. */
+    /* The peak includes mapped files. */
     if (limits->memory != 0 && (uint64_t)tree->ru_maxrss << 10 > limits->memory + MOST_MAPPED)
         return EB_CAUSE_MEMORY;
     return EB_CAUSE_NONE;
@@ -268,7 +268,7 @@ struct eb_watch *eb_watch_new(const struct eb_limits *limits)
     if (w == MAP_FAILED)
         return NULL;
     w->limits = *limits;
-    /* More than it can tell of are too many for the pauses to matter. */
+    /* If there are more CPUs than the call can report, the exact number no longer matters for the pauses. */
     w->cpus = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? (unsigned)CPU_COUNT(&cpus) : CPU_SETSIZE;
     w->begun_ns = now_ns();
     return w;
