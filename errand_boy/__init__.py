@@ -35,7 +35,7 @@ except ModuleNotFoundError as _error:
     from sys import implementation as _implementation
     from sys import platform as _platform
 
-    _text = f"errand_boy is partly in C, and that part is not here: {_error}. "
+    _text = f"errand_boy is partly in C, and that part is missing: {_error}. "
     if _platform != "linux":
         _text = f"errand_boy is for Linux, and this is {_platform}"
     elif _implementation.name != "cpython":
@@ -98,15 +98,15 @@ def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None 
 
     The client has the functions, constants and exceptions of subprocess, and the daemon runs its
     commands. The default path is ``$ERRAND_BOY_SOCKET``, else ``errand-boy.sock`` in
-    ``$XDG_RUNTIME_DIR`` if that directory belongs to the user, else in ``/run``; also in ``/run``
-    if only that has a socket. Threads may share the client, and so may forked processes.
+    ``$XDG_RUNTIME_DIR`` if that directory belongs to the user, else in ``/run``. If only ``/run``
+    has a socket, that one is used. Threads may share the client, and so may forked processes.
 
     Nothing is sent before the first command, which raises
 
     - NoDaemonError if nobody listens;
     - RefusedError if the daemon does not serve this user, or if the listener is not the user
-      `peer_uid`. Without `peer_uid`, the listener at a default path must be this user or root;
-      at a path that is named, here or by ``$ERRAND_BOY_SOCKET``, any listener is trusted.
+      `peer_uid`. Without `peer_uid`, the listener at a default path must be this user or root; at
+      a path that you name, here or in ``$ERRAND_BOY_SOCKET``, any listener is trusted.
     """
     from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
 
@@ -124,12 +124,12 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     - mappings with `args` and, for this command only, `input`, `timeout`, `retries`, `shell`,
       `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`, `user`,
       `group`, `extra_groups` or any of `Options`;
-    - None, which means that there is no command now, but that results may lead to some. The
-      iterator is asked again when a command has ended and when a result has been taken. The map
-      ends if it gives None when nothing runs and all results have been taken.
+    - None, which means that there is no command yet, but that results may lead to more. The map
+      asks the iterator again when a command has ended and when a result has been taken. It ends if
+      the iterator gives None when nothing runs and all results have been taken.
 
     Commands are taken from it as results are taken, so it may be endless. If it raises an
-    exception, the map raises that after the results of the commands before.
+    exception, the map raises that exception after the results of the commands before it.
 
     The keywords are
 
@@ -137,19 +137,19 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     - `ordered` (true): yield the results in the order of the commands; if false, as they end.
     - `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as in
       subprocess.run, except that output is captured unless `stdout` or `stderr` is given or
-      `capture_output` is false, and that without `input` standard input is /dev/null. `timeout`
-      may also be a percentage of the median duration of the others, such as ``"200%"``.
+      `capture_output` is false, and that without `input` standard input is /dev/null. `timeout` is
+      in seconds, or a percentage of the median duration of the others, such as ``"200%"``.
     - `retries`: how often a command that fails is run again, as a number or a Retries.
     - `halt`: when to end early. ``"never"`` is the default; ``"soon,fail=N"`` starts no more
       commands when N have failed; ``"now,fail=N"`` also ends those that run, which have no
       results. ``success=N`` counts commands that succeed, ``done=N`` all that end. ``N%`` is a
       share of all commands if `commands` has a length, else of at least three that have ended.
-    - `max_output`: how many bytes of each output are kept. With `spool`, a temporary file has
-      all of a longer output.
+    - `max_output`: how many bytes of each output are kept. With `spool`, a longer output is in a
+      temporary file in full.
     - `check`: raise an exception at the first Result that is not a success. Without it, a command
       that can't be started has a Result too.
     - `on`: a Celery app, or an errand_boy.celery.Cluster, whose workers run the commands.
-      `max_workers` is then how many tasks are sent at a time, by default 1,000.
+      `max_workers` is then how many tasks are in progress at once, by default 1,000.
     - `progress`: show a bar on a terminal, if tqdm is installed.
     - `shell`, `cwd`, `env`, `umask`, `start_new_session`, `process_group`, `restore_signals`,
       `user`, `group`, `extra_groups` and those of `Options`: as in Popen, for all commands whose
@@ -176,11 +176,11 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
 def patch() -> None:
     """Make the standard library's subprocess.Popen start commands through errand-boy.
 
-    This covers all code that uses the class, whenever it has imported it; the Popen of gevent and
-    of eventlet, asyncio's loops and uvloop, whether they are loaded before or after; ptyprocess and
-    pty.spawn. os.system, os.fork, os.posix_spawn and multiprocessing stay as they are. No command
-    goes to a daemon, whatever ``ERRAND_BOY_SOCKET`` says. Calling patch() again has no effect;
-    unpatch() undoes it.
+    This covers all code that uses the class, also where it was imported before; the Popen of gevent
+    and of eventlet, asyncio's loops and uvloop, whether they are loaded before or after; ptyprocess
+    and pty.spawn. os.system, os.fork, os.posix_spawn and multiprocessing stay as they are. No
+    command goes to a daemon, even if ``ERRAND_BOY_SOCKET`` names one. Calling patch() again has no
+    effect; unpatch() undoes it.
     """
     from errand_boy import _patching  # noqa: PLC0415
 
@@ -190,8 +190,8 @@ def patch() -> None:
 def unpatch() -> None:
     """Undo what patch() did.
 
-    Where a helper owns the children (with ``ERRAND_BOY_SPAWN=posix``, for example), wait for those
-    that were started under patch() before.
+    If a helper owns the children, as with ``ERRAND_BOY_SPAWN=posix``, wait first for those that
+    were started under patch().
     """
     from errand_boy import _patching  # noqa: PLC0415
 

@@ -33,8 +33,8 @@ class Address:
     def check(self, sock: socket.socket) -> None:
         """Raise RefusedError if another user listens at the other end of `sock`.
 
-        Call it after connecting and before sending anything. A check of the path would be about an
-        earlier moment.
+        Call it after connecting and before sending anything. Checking the path instead would leave
+        time to replace the socket.
         """
         own = os.geteuid()
         if self.peer_uid is not None:
@@ -53,7 +53,7 @@ class Address:
             )
 
     def nobody(self) -> str:
-        """Return what to say where no daemon listens: how to start one."""
+        """Return the message if no daemon listens, which says how to start one."""
         from shlex import quote  # noqa: PLC0415  it brings re
 
         command = f"errand-boy serve --socket {quote(self.path)}"
@@ -68,7 +68,7 @@ class Address:
 def credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return the pid, user id and group id of the other end, as the kernel noted them.
 
-    For the end that has connected, they are those of who called listen(2).
+    On the side that has connected, they are those of the process that called listen(2).
     """
     found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, gid = _CREDENTIALS.unpack(found)
@@ -123,7 +123,7 @@ def job_directory(kind: str) -> str:
 def _places(classic: bool) -> list[str]:
     directories = [_MACHINE]
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    # After su or sudo it may still be the other user's.
+    # After su or sudo it may still belong to the other user.
     if runtime and _is_own(runtime):
         directories.insert(0, runtime)
     elif classic and os.geteuid() != 0:

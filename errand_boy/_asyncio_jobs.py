@@ -1,4 +1,4 @@
-"""Jobs: commands of a daemon's that outlive their client, for asyncio."""
+"""Jobs, commands of a daemon that outlive their client, for asyncio."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Job(Known):
     """errand_boy's Job, whose methods are coroutines."""
 
     async def status(self) -> dict[str, Any]:
-        """Ask what has become of it; return all that is known."""
+        """Return all that the daemon knows of the job."""
         self._entry = await run(_job_steps.entry(self._client, self.id, self.uid))
         return dict(self._entry)
 
     async def wait(self, timeout: float | None = None) -> JobResult:
-        """Wait for its end and that of its output, `timeout` seconds at most.
+        """Wait for the ends of the job and of its output, `timeout` seconds at most.
 
         Raises subprocess.TimeoutExpired, and JobLostError if nobody knows how it ended.
         """
@@ -42,7 +42,7 @@ class Job(Known):
     async def logs(
         self, follow: bool = False, since: float | None = None, tail: int | None = None
     ) -> AsyncGenerator[Output | Missed, None]:
-        """Yield its output; as errand_boy's Job.logs does.
+        """Yield the job's output, as errand_boy's Job.logs does.
 
         An iterator that is left early should be closed (``contextlib.aclosing``).
         """
@@ -61,11 +61,11 @@ class Job(Known):
             course.close()
 
     async def send_signal(self, sig: int) -> None:
-        """Send a signal to its command; does nothing if it is over."""
+        """Send a signal to the job's command; do nothing if it is over."""
         await run(_job_steps.send_signal(self._client, self.id, self.uid, sig))
 
     async def stop(self, stop: Stop | None = None, tree: str | None = None) -> JobResult:
-        """End it by the steps that it was started with, or by others; return how it has ended.
+        """End the job by the steps that it was started with, or by others; return how it ended.
 
         If this is cancelled, no more steps are taken. Raises JobLostError, ValueError, TypeError.
         """
@@ -73,7 +73,7 @@ class Job(Known):
         return JobResult(self._entry)
 
     async def remove(self) -> None:
-        """Remove its output and what is known of it. Raises JobError while it runs."""
+        """Remove the job's output and all that is known of it. Raises JobError while it runs."""
         await run(_job_steps.remove(self._client, self.id, self.uid))
 
     async def attach(
@@ -83,7 +83,7 @@ class Job(Known):
         *,
         history: bool | None = None,
     ) -> Attachment:
-        """Return what its output is read from, and its input is written to; as errand_boy's Job."""
+        """Return an Attachment, to read the job's output and write its input."""
         attachment = Attachment(
             self._course(), read_only, window, has_terminal=self.has_terminal, history=history
         )
@@ -115,7 +115,7 @@ class Attachment(Attached):
             raise
 
     async def read(self, size: int = -1) -> bytes:
-        """Return output, of either stream; wait until there is some. b"" is the end."""
+        """Return output of either stream, and b"" at the end; wait until there is some."""
         while True:
             while not self._come and not self.is_over:
                 await self._move()
@@ -126,10 +126,10 @@ class Attachment(Attached):
                 return event.data
 
     async def write(self, data: bytes) -> int:
-        """Type `data`, or write it to the standard input; return its length.
+        """Type `data` at the terminal, or write it to standard input; return its length.
 
-        It is sent as the command reads; waits while there are more than 64 KiB. Raises ValueError
-        if it is attached to read only, and BlockingIOError if much output has to be read before.
+        Waits while more than 64 KiB are unsent, because the command does not read. Raises
+        ValueError if it is attached to read only, and BlockingIOError if much output is unread.
         """
         self._feed(data)
         while self.is_full and not self.is_over:
@@ -146,7 +146,7 @@ class Attachment(Attached):
 
 
 async def wait(wanted: Wait, *, both: bool = False) -> None:
-    """Wait for what steps have asked for; with `both`, for what can be read in any case."""
+    """Wait as the steps have asked; with `both`, return also when something can be read."""
     if wanted.fd < 0:
         await asyncio.sleep(wanted.seconds or 0.0)
         return
@@ -168,13 +168,13 @@ async def wait(wanted: Wait, *, both: bool = False) -> None:
     finally:
         if timer is not None:
             timer.cancel()
-        with contextlib.suppress(ValueError, OSError):  # it has been closed under us
+        with contextlib.suppress(ValueError, OSError):  # somebody else has closed it
             loop.remove_reader(wanted.fd)
             loop.remove_writer(wanted.fd)
 
 
 async def run(steps: Steps[T]) -> T:
-    """Run steps to their end, and return what they do."""
+    """Run steps to their end, and return their result."""
     try:
         while True:
             await wait(next(steps))

@@ -13,8 +13,8 @@ from typing import Any
 
 _STARTS_IN_A_TURN = 4
 
-# The starts that are awaited. If a coroutine becomes garbage together with its loop, its start can
-# be concluded only if the connection has not been finalized before.
+# The starts that are awaited. A coroutine may become garbage together with its loop. Its start can
+# then be concluded only if the garbage collector has not finalized the connection before.
 _driven: dict[int, Any] = {}
 
 
@@ -49,10 +49,10 @@ async def _ready(loop: asyncio.AbstractEventLoop, fd: int, writing: bool) -> Non
 
 
 class _Turns:
-    """Spreads the starts of a loop over its turns: many at once must leave time for other tasks."""
+    """Spreads the starts of a loop over its iterations, so that many leave time for other tasks."""
 
     def __init__(self) -> None:
-        self._count = 0  # in this turn
+        self._count = 0  # in this iteration
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def take(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -84,8 +84,8 @@ async def take_turn(loop: asyncio.AbstractEventLoop) -> None:
     """Wait until a start may begin in this loop."""
     turns = _turns.get(loop)
     if turns is None:
-        # Whose waiting starts would keep them for ever. From a copy of the dictionary's keys, since
-        # other threads add their loops meanwhile.
+        # Drop closed loops, which their waiting starts would keep for ever. Iterate over a copy of
+        # the keys, since other threads add their loops meanwhile.
         for reference in _turns.keyrefs():
             other = reference()
             if other is not None and other.is_closed():
@@ -97,14 +97,14 @@ async def take_turn(loop: asyncio.AbstractEventLoop) -> None:
 class _Readers:
     """A cheaper add_reader and remove_reader: the loop watches one epoll for all descriptors.
 
-    The loop alone holds this object for long. So what waits in a loop that has been closed and
-    forgotten is found to be garbage.
+    Only the loop refers to this object for long. So when a loop has been closed and forgotten, the
+    garbage collector finds whatever still waits in it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._epoll = select.epoll()
         self._calls: dict[int, Callable[[], Any]] = {}
-        # Without a context, because the loop would keep that of the first start.
+        # With an empty context, because the loop would keep that of the first start.
         contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._look)
 
     def add_reader(self, fd: int, call: Callable[[], Any]) -> None:
@@ -114,13 +114,13 @@ class _Readers:
     def remove_reader(self, fd: int) -> None:
         # Closing it would not be enough: a forked process may have a copy.
         if self._calls.pop(fd, None) is not None:
-            with contextlib.suppress(OSError):  # it has been closed under us
+            with contextlib.suppress(OSError):  # somebody else has closed it
                 self._epoll.unregister(fd)
 
     def _look(self) -> None:
         for fd, _ in self._epoll.poll(0, max(1, len(self._calls))):
             call = self._calls.get(fd)
-            if call is not None:  # else one before it has removed it
+            if call is not None:  # else an earlier callback has removed it
                 call()
 
 
@@ -130,7 +130,7 @@ _readers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Read
 
 
 def readers_of(loop: asyncio.AbstractEventLoop) -> _Readers | asyncio.AbstractEventLoop:
-    """Return what has the loop's add_reader and remove_reader."""
+    """Return an object with add_reader and remove_reader for the loop."""
     if not hasattr(select, "epoll"):  # eventlet takes it away
         return loop
     known = _readers.get(loop)

@@ -11,13 +11,14 @@ from typing import Any
 
 from errand_boy.terminal import write_some
 
-_HIGH = 1 << 16  # bytes that are not typed yet, for which writers wait
+_HIGH = 1 << 16  # bytes not typed yet; with more, writers wait
 
 
 def connect(process: Any, *standard: Any) -> tuple[Any, Any, Any]:
-    """Give a Popen a file to read its terminal from, in the place of a pipe; return what is PIPE.
+    """Give a Popen a file from which to read its terminal, in place of a pipe.
 
-    `standard` is what it was given for the command's standard streams.
+    `standard` are the arguments for the command's standard streams. Return them with PIPE for the
+    stream that this file replaces.
     """
     stdin, stdout, stderr = standard
     if stdout is None:
@@ -28,10 +29,10 @@ def connect(process: Any, *standard: Any) -> tuple[Any, Any, Any]:
 
 
 class Keyboard(asyncio.WriteTransport):
-    """Types at a terminal, without waiting; to close it types the end of the input.
+    """Types at a terminal, without waiting; close() types the end of the input.
 
-    No loop's transport for pipes would do: uvloop's reads too. `owner` is the process's transport,
-    which takes this for the pipe to the command, and for its protocol.
+    The loops' transports for pipes do not serve: uvloop's reads too. `owner` is the process's
+    transport, which uses this object as the pipe to the command and as that pipe's protocol.
     """
 
     disconnected = False
@@ -65,7 +66,7 @@ class Keyboard(asyncio.WriteTransport):
             with memoryview(self._rest) as rest:
                 done = write_some(self._terminal.fileno(), rest)
             del self._rest[:done]
-        except OSError as error:  # EIO: the command has gone
+        except OSError as error:  # EIO: the command has ended
             self._end(BrokenPipeError(*error.args))
             return
         if not self._rest:

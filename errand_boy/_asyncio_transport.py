@@ -26,12 +26,13 @@ from errand_boy._child import ready
 from errand_boy._connection import Connection
 
 _UNKNOWN = 255  # asyncio's own return code for a child that somebody else has waited for
-_MOMENT = 1.0  # seconds that a cancelled start waits for its command's end
+_MOMENT = 1.0  # seconds that a cancelled start waits for its command to end
 
 _cancelled_starts: set[_CancelledStart] = set()
 
-# The connections of live commands, by the id of their HelperChild. If a command becomes garbage
-# together with its loop, it can be ended only if the connection has not been finalized before.
+# The connections of live commands, by the id of their HelperChild. A command may become garbage
+# together with its loop. It can then be ended only if the garbage collector has not finalized the
+# connection before.
 _in_use: dict[int, Connection] = {}
 
 
@@ -43,11 +44,11 @@ _DRIVER = _driver.Driver(drive, _keep, ends_interrupted=True)
 
 
 class Deferred(_popen.Popen[bytes]):
-    """A Popen whose constructor does not wait: `begin` does, without blocking the loop."""
+    """A Popen whose constructor does not wait. `begin` waits, without blocking the loop."""
 
     _given: tuple[Any, ...] = ()  # to _execute_child
-    _steps: Any = None  # what is left of the start
-    _conclusion: Any = None  # what is left of one that was interrupted
+    _steps: Any = None  # the remaining steps of the start
+    _conclusion: Any = None  # the remaining steps of a start that was interrupted
 
     def _execute_child(self, *given: Any) -> None:
         original = _popen._Stdlib._execute_child
@@ -82,7 +83,7 @@ class Deferred(_popen.Popen[bytes]):
 
     @property
     def lost(self) -> OSError | None:
-        """Why nobody knows how the command ended."""
+        """The reason why the command's exit status is lost, or None."""
         child = self._helper_child
         return None if child is None else child.lost
 
@@ -126,14 +127,14 @@ class _Watch:
             _in_use[id(child)] = self._connection
             child.on_end = self._on_end
         else:
-            with contextlib.suppress(ProcessLookupError):  # somebody has waited for it
+            with contextlib.suppress(ProcessLookupError):  # somebody else has waited for it
                 self._fd = _native.pidfd_open(process.pid)
 
     def begin(self, ended: Callable[[int], Any]) -> None:
-        """From now on: call `ended` with the return code, once."""
+        """Watch from now on, and call `ended` once with the return code."""
         self._ended = ended
         if self._fd >= 0:
-            # As the loop's own watcher would: the callbacks run in the context of the start.
+            # As with the loop's own watcher, the callbacks run in the context of the start.
             look = functools.partial(contextvars.copy_context().run, self._look)
             readers_of(self._loop).add_reader(self._fd, look)
         connection, self._connection = self._connection, None
@@ -142,7 +143,7 @@ class _Watch:
 
     def _on_end(self) -> None:
         _in_use.pop(id(self._process._helper_child), None)
-        # Whoever has read the news of the end, the loop will get no more.
+        # A thread that waits has received the command's end, so the loop will not see it.
         if self._looking != threading.get_ident():
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._look)
@@ -173,7 +174,7 @@ class _Watch:
 
 
 class _CancelledStart:
-    """Ends a command whose start was interrupted when it had been asked for."""
+    """Ends a command whose start was interrupted after its request had been sent."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, process: Deferred) -> None:
         self._over: asyncio.Future[None] = loop.create_future()
@@ -189,7 +190,7 @@ class _CancelledStart:
             loop.call_soon_threadsafe(self._go_on)
 
     async def wait(self) -> None:
-        """Wait a short time for its end, even if cancelled again."""
+        """Wait a short time for the command to end, even if cancelled again."""
         end = time.monotonic() + _MOMENT
         while not self._over.done() and (rest := end - time.monotonic()) > 0:
             with contextlib.suppress(asyncio.CancelledError):
@@ -209,11 +210,11 @@ class _CancelledStart:
                 _Watch(self.loop, self._process).begin(self._end)
             else:
                 self._end()
-        except OSError:  # no descriptor is free; it is subprocess that will wait for it
+        except OSError:  # no descriptor is free; subprocess will wait for the child later
             self._end()
 
     def _next(self) -> int:
-        """Return a descriptor that must be readable first, or -1 when the start is concluded."""
+        """Return a descriptor that must become readable first, or -1 if the start is concluded."""
         if self._steps is not None:
             for fd, _ in self._steps:
                 return int(fd)
@@ -232,14 +233,14 @@ class _CancelledStart:
             self._over.set_result(None)
 
     def end_without_loop(self, timeout: float) -> None:
-        """Do as much as can be done within some seconds."""
+        """Do as much as is possible within `timeout` seconds."""
         end = time.monotonic() + timeout
         while (fd := self._next()) >= 0:
             if not ready(fd, max(0.0, end - time.monotonic())):
                 return
         with contextlib.suppress(subprocess.TimeoutExpired):
             if self._process._child_created:
-                with contextlib.suppress(OSError):  # it is lost
+                with contextlib.suppress(OSError):  # its exit status is lost
                     self._process.wait(max(0.0, end - time.monotonic()))
             self._end()
 
@@ -258,7 +259,7 @@ def _end_all_cancelled_starts() -> None:
 
 
 class _Transport(base_subprocess.BaseSubprocessTransport):
-    """asyncio's own transport, for a child that runs already."""
+    """asyncio's own transport, for a child that is already running."""
 
     _closed: bool
     _pending_calls: Any
@@ -280,8 +281,8 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         self._proc = self._started
 
     def _connect_pipes(self, waiter: asyncio.Future[Any] | None) -> Coroutine[Any, Any, None]:
-        # A loop that is closed before this has begun leaves a warning that it was never awaited.
-        # What keeps the warning keeps the coroutine, which must not keep the command alive.
+        # If the loop is closed before this has begun, Python warns that it was never awaited.
+        # Whoever keeps the warning keeps the coroutine, which must not keep the command alive.
         assert waiter is not None
         return _connect(weakref.ref(self), weakref.ref(waiter))
 
@@ -313,7 +314,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         if self._exited is not None and not self._exited.done():
             self._exited.set_result(None)
         if self._started.lost is not None:
-            self.close()  # its pipes, which the command may hold for a long time
+            self.close()  # closes the pipes, which descendants may hold open for a long time
 
     def _call_connection_lost(self, exc: BaseException | None) -> None:
         super()._call_connection_lost(exc)
@@ -334,7 +335,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
     async def exited(self, seconds: float | None = None) -> bool:
         """Wait for the process only, not for the ends of its pipes.
 
-        Return whether it has ended, within so many seconds if they are given.
+        Wait at most `seconds`, if given. Return whether the process has ended.
         """
         if self._returncode is None:
             if self._exited is None:
@@ -343,9 +344,9 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         return self._returncode is not None
 
     async def stop(self, given: Any = None) -> None:
-        """End the command, as Popen.stop does. If this is cancelled, it gets SIGKILL at once.
+        """End the command, as Popen.stop does. If this is cancelled, the command gets SIGKILL.
 
-        In any case this returns only when the command has been waited for.
+        In any case, this returns only after it has waited for the command.
         """
         process = self._started
         ends: _ends.Ends = process._ends or _ends.Ends()
@@ -393,14 +394,14 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
         self.send_signal(signal.SIGKILL)
 
     def abandon(self) -> None:
-        """End the command, when nothing can be awaited any more."""
+        """End the command where nothing can be awaited any more."""
         self._closed = True
         with contextlib.suppress(OSError):
             self._started.kill()
         _in_use.pop(id(self._started._helper_child), None)
 
     def __del__(self, _warn: Callable[..., Any] = warnings.warn) -> None:
-        # asyncio's own would have the pipes call a loop that is closed, before it kills.
+        # asyncio's own first closes the pipes, which call a loop that is closed, and kills later.
         loop: asyncio.AbstractEventLoop | None = self._loop
         if not self._closed and loop is not None and loop.is_closed():
             _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)

@@ -1,4 +1,4 @@
-"""One who is attached to a job, whoever waits: what comes of it, and what is sent to it."""
+"""An attachment to a job, without I/O waits: its output, and the input that is sent to it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _MOST_COME = 64  # pieces of output
 
 
 class Attached:
-    """The terminal of a job, or its standard streams, for one who is attached to it.
+    """The terminal of a job, or its standard streams, for a client that is attached to it.
 
-    `is_over`: the job is, and all has been read.
+    `is_over`: the job is over, and all of its output has been read.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Attached:
         self._window = _four(window)
         if history is None:
             history = not has_terminal
-        self._past = None if history else Past()  # until all is told that was written before
+        self._past = None if history else Past()  # the earlier output, until all of it has come
         self._course = course
         self._course.greeting = self._greeting()
         self._steps: Generator[Any, None, None] = self._course.events()
         self._waits: Wait | None = None
         self._come: deque[Output | Missed] = deque()
         self._unsent = bytearray()  # input
-        self._room = int(lib.EB_WINDOW)  # for input on its way
+        self._room = int(lib.EB_WINDOW)  # bytes of input that may be on their way
         self._outbox = b""
         self._ends_input = False
         self._connections = 0
@@ -64,32 +64,32 @@ class Attached:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the attachment is closed."""
         return self.is_over
 
     def fileno(self) -> int:
-        """Return the descriptor; -1 while there is none."""
+        """Return the descriptor, or -1 if there is none yet."""
         sock = self._course.sock
         return -1 if sock is None else sock.fileno()
 
     @property
     def wants_write(self) -> bool:
-        """Whether the descriptor has to be writable for what is to be sent."""
+        """Whether to wait until the descriptor is writable, because input is waiting."""
         return bool(self._outbox)
 
     @property
     def is_full(self) -> bool:
-        """Whether `write` would wait now."""
+        """Whether `write` would have to wait."""
         return len(self._unsent) >= MOST_UNSENT
 
     @property
     def room(self) -> int:
-        """How many bytes `write` takes without waiting."""
+        """How many bytes `write` accepts without waiting."""
         return max(0, MOST_UNSENT - 1 - len(self._unsent))
 
     @property
     def winsize(self) -> tuple[int, ...]:
-        """The rows and columns of the screen on which it is shown."""
+        """The rows and columns of the screen that shows the terminal."""
         return self._window[:2]
 
     @winsize.setter
@@ -99,13 +99,13 @@ class Attached:
         self._send()
 
     def redraw(self) -> None:
-        """Have the program draw its terminal anew, as far as it does that for a new size."""
+        """Have the program redraw its terminal, if it redraws when the size changes."""
         if self._past is None:  # else it will
             self._outbox += self._greeting()
             self._send()
 
     def end_input(self) -> None:
-        """End the standard input, for all who are attached; type that at a terminal."""
+        """End standard input for all who are attached; on a terminal, type ^D."""
         self._check_writes()
         self._ends_input = True
         self._send()
@@ -115,11 +115,11 @@ class Attached:
         self._outbox += _follow.signal(0, sig)
         self._send()
 
-    # -- for who waits --
+    # -- for the code that waits --
 
     @property
     def is_begun(self) -> bool:
-        """Whether it is attached, or has been."""
+        """Whether it is attached now or was before."""
         return (self._course.has_begun and self._past is None) or self.is_over
 
     def _feed(self, data: bytes) -> None:
@@ -132,7 +132,10 @@ class Attached:
             raise ValueError("attached to read only")
 
     def _greeting(self) -> bytes:
-        """Return an ATTACH. What is drawn anew for a window must not be taken for the past."""
+        """Return an ATTACH. It has no window while earlier output is still to come.
+
+        Otherwise output that is redrawn for the window would be taken for earlier output.
+        """
         flags = 0 if self.read_only else int(lib.EB_ATTACH_WRITES)
         if self._past is not None:
             return _follow.attach(flags, _NO_WINDOW)
@@ -141,7 +144,7 @@ class Attached:
         return _follow.attach(flags, self._window)
 
     def _catch_up(self) -> None:
-        """Begin to look, with a window."""
+        """Show what the earlier output has left on the screen, and set the window."""
         past, self._past = self._past, None
         if past is None:
             return
@@ -150,7 +153,7 @@ class Attached:
         self.redraw()
 
     def _next_wait(self) -> Wait | None:
-        """Move what can be moved; return what is to be waited for, None: something has come."""
+        """Move data; return what to wait for, or None if something has arrived."""
         come = len(self._come)
         self._send()
         self._advance()
@@ -162,7 +165,7 @@ class Attached:
         return waits
 
     def _take(self, size: int = -1) -> Output | Missed | None:
-        """Return what has come, with `size` bytes at most, or None."""
+        """Return the next output, at most `size` bytes, or None if there is none."""
         if not self._come:
             return None
         event = self._come.popleft()
@@ -172,9 +175,9 @@ class Attached:
         return event
 
     def _advance(self) -> None:
-        """Take what has come, without waiting."""
+        """Receive what is there, without waiting."""
         if len(self._come) >= _MOST_COME:  # by `write`, whose caller should read
-            raise BlockingIOError(errno.EAGAIN, "output has to be read before input is written")
+            raise BlockingIOError(errno.EAGAIN, "read the output before you write more input")
         self._waits = None
         while (event := self._next_event()) is not None:
             if isinstance(event, Wait):
@@ -209,7 +212,7 @@ class Attached:
         return event
 
     def _send(self) -> None:
-        """Send what there is room for."""
+        """Send as much input as there is room for."""
         course = self._course
         if self._unsent and self._room and not self._outbox:
             data = bytes(self._unsent[: min(self._room, MOST_UNSENT)])

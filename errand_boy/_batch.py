@@ -1,4 +1,4 @@
-"""The commands of one `map`: when which is started, and what the results are."""
+"""The commands of one `map`: when each one starts, and what the results are."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
         """Decides when commands may be started."""
 
         def closed_for(self, live: int) -> float:
-            """Return 0 if a command may be started now, else in how many seconds to ask again."""
+            """Return in how many seconds to ask again, or 0 if a command may start now."""
 
         def count_start(self) -> None:
-            """Take note that one has been started."""
+            """Count a command that has started."""
 
     class Runner(Protocol):
-        """Runs the commands of a Batch, and reports each to it by one of these calls.
+        """Runs the commands of a Batch, and reports the end of each by one of these calls.
 
-        `Batch.finish`: it is over. `Batch.start_again`: it was not started, and is to be given
-        again. `Batch.put_off`: the same, for want of descriptors. `Batch.abandoned`: it has no
-        result.
+        `Batch.finish`: the command is over. `Batch.start_again`: it was not started, and the batch
+        must give it again. `Batch.put_off`: the same, for lack of descriptors. `Batch.abandoned`:
+        it has no result.
         """
 
         def start(self, job: Job) -> None:
-            """Start a command. Raises errors that concern all commands."""
+            """Start a command. Raises only errors that concern all commands."""
 
         def on_ready(self, fd: int) -> None:
-            """Handle a descriptor that is ready, and that the batch was told to watch."""
+            """Handle a watched descriptor that is ready."""
 
         def running(self) -> list[Job]:
             """Return the commands that are known to run, in the order of their starts."""
@@ -56,16 +56,16 @@ if TYPE_CHECKING:
             """Send a signal to the process group of a command that runs."""
 
         def stop(self, now: bool) -> None:
-            """Abandon the commands that have not begun and, with `now`, those that run."""
+            """Abandon the commands that have not begun; if `now`, also those that run."""
 
         def abandon(self, index: int) -> None:
-            """End a command, if it is one of those given."""
+            """End the command of this index, if it is one of those given."""
 
         def close(self) -> None:
             """End what still runs."""
 
 
-NOT_NOW = object()  # from an iterator of commands: none now; the driver knows when to ask
+NOT_NOW = object()  # from an iterator of commands: none yet; the driver knows when to ask again
 
 _LEAST_AHEAD = 64  # commands
 _PER_CPU = 4  # workers
@@ -78,11 +78,11 @@ def _unwatched(*_: Any) -> None:
 class Batch:
     """The commands of one `map`: those that run, and the results that nobody has taken yet.
 
-    `runner` is called with the batch, for what runs them. A driver sets `watch` and `unwatch`, and
-    waits for what they name to be readable, or writable too where `watch` says so, for
-    `timers.rest()` seconds at most; it then calls `on_ready` for what is ready, and `timers.ring`.
-    `fill` starts commands, `take` takes a result, and there is none to come any more when `pending`
-    says so after that.
+    `runner` is called with the batch, and returns a Runner. A driver sets `watch` and `unwatch`. It
+    waits, for `timers.rest()` seconds at most, until a watched descriptor is readable, or also
+    writable where `watch` says so. Then it calls `on_ready` for those that are ready, and
+    `timers.ring`. `fill` starts commands and `take` takes a result. If `pending` is false after
+    that, no more results will come.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Batch:
             stdout = stderr = subprocess.PIPE
         self.watch: Callable[[int, bool], Any] = _unwatched
         self.unwatch: Callable[[int], Any] = _unwatched
-        self.on_result: Callable[[Result], Any] | None = None  # called before its turn
+        self.on_result: Callable[[Result], Any] | None = None  # called as soon as a command ends
         self._owner = os.getpid()
         self._commands = iter(commands)
         self.max_workers = max_workers
@@ -173,16 +173,16 @@ class Batch:
             spool=spool,
         )
         self._given = 0  # commands taken from the iterator
-        self._failure: Exception | None = None  # of the iterator's, for when its turn comes
+        self._failure: Exception | None = None  # of the iterator, raised after the earlier results
         self._exhausted = False
         self._stopped = False
-        self._is_dry = False  # there are no commands now, but results may lead to some
+        self._is_dry = False  # there are no commands now, but results may lead to more
         self._gate = gate
         self._gate_timer: Timer | None = None
         self._live = 0
-        self._waiting: deque[Job] = deque()  # to be started again
-        self._delayed: dict[Job, Timer] = {}  # the same, but not yet
-        self._slots: list[int] = []  # that are free, of those that have been used
+        self._waiting: deque[Job] = deque()  # to start again
+        self._delayed: dict[Job, Timer] = {}  # to start again after a delay
+        self._slots: list[int] = []  # used before, and free now
         self._most_slots = 0
         self.timers = Timers()
         self._results = Results(ordered)
@@ -196,7 +196,7 @@ class Batch:
 
     @property
     def max_workers(self) -> int:
-        """How many commands run at once, at most."""
+        """How many commands may run at once."""
         return self._most
 
     @max_workers.setter
@@ -206,12 +206,12 @@ class Batch:
 
     @property
     def next_slot(self) -> int:
-        """The slot of the next command: the smallest that no other has."""
+        """The slot of the next command: the smallest number that no other command has."""
         return self._slots[0] if self._slots else self._most_slots + 1
 
     @property
     def open_output(self) -> Callable[[int, int], Any] | None:
-        """What takes a command's output, as Jobs has it; None: it is kept for the result."""
+        """The function that takes a command's output, as in Jobs; None: the result keeps it."""
         return self.jobs.open_output
 
     @open_output.setter
@@ -219,7 +219,7 @@ class Batch:
         self.jobs.open_output = function
 
     def fill(self) -> None:
-        """Start what may be started."""
+        """Start as many commands as may start now."""
         if self._owner != os.getpid():
             text = "the commands were started in another process, before a fork"
             raise ChildProcessError(errno.ECHILD, text)
@@ -236,9 +236,9 @@ class Batch:
             self._runner.start(job)
 
     def ready(self, check: bool) -> Iterator[Result]:
-        """Start what may be started, and take the results that are ready.
+        """Start as many commands as may start now, and yield the results that are ready.
 
-        With `check`, raise at the first that is no success.
+        With `check`, raise an exception at the first result that is not a success.
         """
         self.fill()
         while (result := self.take()) is not None:
@@ -250,7 +250,8 @@ class Batch:
     def pending(self) -> bool:
         """Return whether there is anything to wait for.
 
-        Raises what the iterator of commands raised, once the results of those before it are taken.
+        If the iterator of commands has raised an exception, raise it once the earlier results have
+        been taken.
         """
         if self._live or self._waiting or self._delayed:
             return True
@@ -261,11 +262,11 @@ class Batch:
 
     def take(self) -> Result | None:
         """Return a result if one is ready."""
-        # When it was stopped there may be some before it that never come.
+        # After a stop, some results before this one may never come.
         return self._results.take(self._stopped and not self._live)
 
     def stop(self, *, now: bool = False) -> None:
-        """Start no more commands; what runs may end, or `now` is ended, and has no result."""
+        """Start no more commands. Those that run may end; if `now`, end them without results."""
         self._exhausted = self._stopped = True
         for timer in self._delayed.values():
             timer.cancel()
@@ -278,7 +279,7 @@ class Batch:
         self._runner.stop(now)
 
     def cancel(self, index: int) -> None:
-        """Have a command not be started, or end it; it has no result."""
+        """Do not start the command of this index, or end it. It has no result."""
         for job in [*self._waiting, *self._delayed]:
             if job.index == index:
                 with suppress(ValueError):
@@ -300,32 +301,32 @@ class Batch:
         if job.retries is not None and result.failed and not self._stopped:
             delay = job.retries.delay(job.runs, result)
             if delay is not None:
-                self._put_back(job, result, delay)  # in its slot, which it may have been told
+                self._put_back(job, result, delay)  # in the same slot, which it may know
                 return
         self._free(job)
         self._put(result)
 
     def start_again(self, job: Job) -> None:
-        """Start a command again, as soon as possible, that was not started."""
+        """Start a command as soon as possible, because an attempt has failed to start it."""
         self._live -= 1
         self._waiting.append(job)
 
     def put_off(self, job: Job, error: int | None) -> bool:
-        """Go on with fewer commands at once, if descriptors are short; else return False."""
+        """If descriptors are short, run fewer commands at once; else return False."""
         if self._live == 1 or error not in (errno.EMFILE, errno.ENFILE):
             return False
         self._most = self._live - 1
-        job.attempts = 0  # another ends before the next
+        job.attempts = 0  # another command ends before the next attempt
         self.start_again(job)
         return True
 
     def abandoned(self, job: Job) -> None:
-        """Take note that a command has no result."""
+        """Note that a command has no result."""
         self._live -= 1
         self._free(job)
 
     def _next(self) -> Job | None:
-        """Return the next command, or None if there is none or enough results are waiting."""
+        """Return the next command; None if there is none, or if enough results are waiting."""
         while not self._exhausted and self._given - self._results.taken < self._ahead:
             try:
                 command: Any = next(self._commands)
@@ -338,7 +339,7 @@ class Batch:
             except StopIteration:
                 self._exhausted = True
                 return None
-            except Exception as error:  # those before it have their results first
+            except Exception as error:  # the earlier results come first
                 self._exhausted = True
                 self._failure = error
                 return None
@@ -347,7 +348,7 @@ class Batch:
         return None
 
     def _may_start(self, gate: Gate) -> bool:
-        """Return whether a command may be started now; if not, set a timer to ask again."""
+        """Return whether a command may start now; if not, set a timer to ask again."""
         seconds = gate.closed_for(self._live)
         if not seconds:
             return True
@@ -356,7 +357,7 @@ class Batch:
         return False
 
     def _ask_again(self) -> None:
-        self._gate_timer = None  # the driver does
+        self._gate_timer = None  # the driver calls `fill`, which asks
 
     def _slot(self) -> int:
         if self._slots:
@@ -369,7 +370,7 @@ class Batch:
         job.slot = 0
 
     def _put_back(self, job: Job, result: Result, delay: float) -> None:
-        """Have a command run again, after some seconds."""
+        """Have a command run again after `delay` seconds."""
         if job.last is not None:
             job.last.close()
         job.last = result

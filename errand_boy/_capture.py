@@ -1,4 +1,4 @@
-"""A daemon's commands whose output is captured: it comes with their end, in one message."""
+"""Commands of a daemon whose output is captured, and comes with their end in one message."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _OUTPUTS = (None, subprocess.DEVNULL, _PIPE)
 _SETTINGS = {"cwd", "env", "umask", "restore_signals", "start_new_session"}
 if sys.version_info >= (3, 11):
     _SETTINGS.add("process_group")
-_ENDS = ("stop", "tree", "drain")  # Popen does it
+_ENDS = ("stop", "tree", "drain")  # only Popen handles these
 _TEXT = {"text", "universal_newlines", "encoding", "errors"}
 _NOT_SETTINGS = {"stdin", "stdout", "stderr", "shell", "executable", *_TEXT}
 _STANDARD = _SETTINGS | _NOT_SETTINGS
 
 
 def can_capture(options: Mapping[str, Any]) -> bool:
-    """Return whether `capture` can take Popen's `options`; it need not take the rarer ones."""
+    """Return whether `capture` can take these `options` of Popen. The rarer ones it leaves out."""
     outputs = options.get("stdout"), options.get("stderr")
     return (
         options.get("stdin") in _INPUTS
@@ -42,7 +42,7 @@ def can_capture(options: Mapping[str, Any]) -> bool:
         and outputs[1] in (*_OUTPUTS, subprocess.STDOUT)
         and _PIPE in outputs
         and options.keys().isdisjoint(_ENDS)
-        and not options.get("pty")  # its descriptor travels
+        and not options.get("pty")  # the caller needs its descriptor
         and not _request.unknown(options.keys() - _STANDARD)
         and not options.keys() >= {"text", "universal_newlines"}  # they may contradict each other
     )
@@ -51,18 +51,18 @@ def can_capture(options: Mapping[str, Any]) -> bool:
 def capture(
     client: Any, args: Any, options: Mapping[str, Any], time_limit: float | None
 ) -> tuple[CompletedProcess[Any], int, tuple[int, ...]]:
-    """Run a command of `client`'s daemon to its end, and that of its output.
+    """Run a command by `client`'s daemon until it ends and its output ends.
 
-    Return the result of run(), the pid, and the usage in the order of wire.h. Raises as Popen
-    and `communicate`. After `time_limit` seconds the command is killed, and TimeoutExpired has
-    what it wrote until then.
+    Return the result of run(), the pid, and the usage in the order of wire.h. Raises what Popen
+    and `communicate` raise. After `time_limit` seconds the command is killed, and TimeoutExpired
+    has the output up to then.
     """
     get = options.get
     executable, env, cwd = get("executable"), get("env"), get("cwd")
     argv = _request.arguments(args, get("shell", False), executable)
     program = argv[0] if executable is None else executable
     sys.audit("subprocess.Popen", program, argv, cwd, env)
-    # For a command that waits for its turn in the daemon, the time begins with its start.
+    # A command may wait for its turn in the daemon, so the time begins with its start.
     brief = time_limit is None
     streams, request = _request.streamed(
         _request.command(argv, program, env),
@@ -116,7 +116,7 @@ def capture(
 
 
 def runner(client: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return subprocess.run by `capture` for the commands that it can take, else by `plain`."""
+    """Return a run() that calls `capture` where that is possible, else `plain`."""
 
     @functools.wraps(plain)
     def run(

@@ -13,7 +13,7 @@ OutcomeT_co = TypeVar("OutcomeT_co", covariant=True)
 
 
 class TaskParameters(Options, total=False):
-    """Those of run_command that are given by name."""
+    """The parameters of run_command that are given by name."""
 
     shell: bool
     input: str | None
@@ -31,7 +31,7 @@ class TaskParameters(Options, total=False):
 
 
 class Pending(Protocol[OutcomeT_co]):
-    """celery.result.AsyncResult of an Outcome."""
+    """The celery.result.AsyncResult of an Outcome."""
 
     id: str
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def signal_all(cgroup: Any, number: int) -> None:
-    """Send a signal to all processes in a cgroup and below; a path, or its directory's descriptor.
+    """Send a signal to all processes of `cgroup`, a path or a descriptor, and of those below it.
 
     Raises OSError, and ValueError if this process is one of them.
     """
@@ -32,7 +32,7 @@ def signal_all(cgroup: Any, number: int) -> None:
             with contextlib.suppress(OSError):  # it has just ended
                 pidfd = _native.pidfd_open(pid)
                 try:
-                    # Check again, now that the number can't go to another process unnoticed.
+                    # Check again: from now on, another process can't get this number unnoticed.
                     if pid in _pids(fd):
                         _native.pidfd_send_signal(pidfd, number, 0)
                 finally:
@@ -59,6 +59,6 @@ def _pids(directory: int) -> set[int]:
     for _, _, names, at in os.fwalk(".", dir_fd=directory):
         if "cgroup.procs" in names:
             fd = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
-            with open(fd, "rb") as file, contextlib.suppress(OSError):  # a threaded one
+            with open(fd, "rb") as file, contextlib.suppress(OSError):  # ENOTSUP: a threaded cgroup
                 pids.update(map(int, file.read().split()))
     return pids

@@ -1,8 +1,8 @@
 """A cgroup for each command, with its limits and its counters, where this process may make one.
 
-That needs cgroup v2, and a directory of it that is delegated to this user, or root's rights. The
-directory is the cgroup of this process, or the one above, if its controllers for memory and
-processes are enabled or can be. ``ERRAND_BOY_CGROUP`` names another one.
+This needs cgroup v2, and a directory that is delegated to this user, or root's rights. The
+directory is the cgroup of this process, or the one above it, if the controllers for memory and
+processes are enabled there or can be enabled. ``ERRAND_BOY_CGROUP`` names another one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _CONTROLLERS = {"memory", "pids"}
-_PATIENCE = 5.0  # seconds, for those that have been killed to be gone
+_PATIENCE = 5.0  # seconds that killed processes may take to disappear
 
 _numbers = itertools.count()
 _found: dict[str | None, str | None] = {}  # the directory for each value of ERRAND_BOY_CGROUP
@@ -43,7 +43,7 @@ def _candidates() -> list[str]:
                 before, _, after = line.partition(" - ")
                 if after.startswith("cgroup2 "):
                     root, mount = before.split(" ")[3:5]
-                    # What is mounted may be a part of the hierarchy, as in a container.
+                    # Only a part of the hierarchy may be mounted, as in a container.
                     if root != "/" and own.startswith(root):
                         own = own[len(root) :]
                     break
@@ -54,10 +54,10 @@ def _candidates() -> list[str]:
 
 
 def _is_usable(path: str) -> bool:
-    """Return whether cgroups with the controllers can be made there; enable these if necessary.
+    """Return whether cgroups with the controllers can be made there; enable them if necessary.
 
-    The kernel refuses that, except at the root, in a cgroup with processes. Then it must have been
-    done before, in a directory above this process's own.
+    The kernel refuses to enable them in a cgroup that has processes, except at the root. Somebody
+    must then have enabled them before, in the directory above this process's cgroup.
     """
     try:
         if not _CONTROLLERS.issubset(_read(path, "cgroup.controllers").split()):
@@ -93,11 +93,11 @@ class Cgroup:
             raise
 
     def fileno(self) -> int:
-        """Return its directory's descriptor."""
+        """Return the descriptor of the cgroup's directory."""
         return self._fd
 
     def cpu(self) -> float:
-        """Return the seconds that all of its processes have used."""
+        """Return the CPU time in seconds that all of its processes have used."""
         return _counters(self.path, "cpu.stat").get("usage_usec", 0) / 1e6
 
     def exceeded(self) -> str | None:
@@ -108,7 +108,7 @@ class Cgroup:
         return "processes" if _counters(self.path, "pids.events").get("max") else None
 
     def peak(self) -> int | None:
-        """Return the most memory (bytes) that it has had, or None before Linux 5.19."""
+        """Return the peak memory of all its processes in bytes, or None before Linux 5.19."""
         with contextlib.suppress(OSError, ValueError):
             return int(_read(self.path, "memory.peak"))
         return None
@@ -123,7 +123,7 @@ class Cgroup:
                     os.kill(int(pid), 9)
 
     def close(self) -> None:
-        """Kill what is left in it, and remove it; calling it again has no effect."""
+        """Kill the remaining processes and remove the cgroup; calling it again has no effect."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -138,12 +138,12 @@ class Cgroup:
                     return
                 with contextlib.suppress(OSError):
                     self.kill()
-                select.select([], [], [], pause)  # there is nothing to wait on for this
+                select.select([], [], [], pause)  # nothing reports that the cgroup is empty
                 pause *= 2
             else:
                 return
 
-    __del__ = close  # of one that was not started
+    __del__ = close  # for a command that was not started
 
 
 def _read(path: str, name: str) -> str:
@@ -160,7 +160,7 @@ def _write(path: str, name: str, text: str) -> None:
 
 
 def _counters(path: str, name: str) -> dict[str, int]:
-    """Return the numbers of a flat keyed file; none if there is no such file."""
+    """Return the numbers of a flat keyed file, or an empty mapping if there is no such file."""
     try:
         lines = _read(path, name).splitlines()
     except OSError:

@@ -32,9 +32,9 @@ class Channel:
         self.job: Job | None = None
 
     def send(self, fds: Sequence[int] = ()) -> bool:
-        """Send what the socket takes, and all of `fds`; return whether `awaits_room` has changed.
+        """Send as much as the socket takes; return whether `awaits_room` has changed.
 
-        Nothing else may be on its way when there are `fds`.
+        All of `fds` are sent. With `fds`, no earlier data may still be unsent.
         """
         stream = self.stream
         try:
@@ -46,7 +46,7 @@ class Channel:
         except BlockingIOError:
             pass
         except (BrokenPipeError, ConnectionResetError):
-            stream.unsent = b""  # the reader will see why
+            stream.unsent = b""  # reading will show why
         awaits_room = bool(stream.unsent)
         changed = awaits_room != self.awaits_room
         self.awaits_room = awaits_room

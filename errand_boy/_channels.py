@@ -1,4 +1,4 @@
-"""The commands of one `map` that a helper runs: which over which connection."""
+"""The commands of one `map` that a helper runs, each over a connection."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class Channels:
         self._generation = 0  # of channels
         self._ending = Ending(batch.timers, batch.options, self._send, self._on_killed)
         self._expiry = Expiry(batch.timers, self._expire, batch.share)
-        # recv() would allocate as much each time, which may be a system call or three.
+        # recv() would allocate as much each time, which can take up to three system calls.
         self._buffer = memoryview(bytearray(_CHUNK))
 
     def start(self, job: Job) -> None:
-        """Start a command. Raises what is wrong for all of them."""
+        """Start a command. Raises only errors that concern all commands."""
         while job.attempts < MOST_ATTEMPTS:
             if self._source.changed():
                 self._renew()
             job.begin()
-            # The time of one that waits for its turn in a daemon begins with the news of its start.
+            # A command may wait for its turn in a daemon: its time begins when it runs.
             brief = job.timeout is None and self._without_pids
             if job.options is not None or self._drains:
                 brief = brief and not self._ending.drains(job)
@@ -71,7 +71,7 @@ class Channels:
                 if isinstance(error, ErrandBoyError):
                     raise
                 if template is None and job.options is None and isinstance(error, ValueError):
-                    raise  # it is wrong for all of them
+                    raise  # it concerns all commands
                 if not self._batch.put_off(job, getattr(error, "errno", None)):
                     self._finish(job, self._jobs.failed(job, error))
                 return
@@ -117,7 +117,7 @@ class Channels:
             assert job is not None
             if type(event) is Ended:
                 self._over(channel, self._jobs.ended(job, event))
-                if not stream.is_free:  # the rest is of those who hold its output
+                if not stream.is_free:  # descendants still hold its output open
                     return
             elif type(event) is Output:
                 self._jobs.write(job, event.number, event.data)
@@ -129,7 +129,7 @@ class Channels:
             elif type(event) is Failed:
                 if event.stage <= lib.EB_STAGE_FDS and self._batch.put_off(job, event.errno):
                     channel.job = None
-                    self._drop(channel)  # it takes a descriptor of the helper's
+                    self._drop(channel)  # it takes up a descriptor in the helper
                     return
                 options = self._options if job.options is None else job.options
                 why = _request.spawn_error(event, job.argv[0], options["cwd"], options)
@@ -140,7 +140,7 @@ class Channels:
             self._ending.drain(channel, channel.job)
 
     def running(self) -> list[Job]:
-        """Return the commands that run, by the time of their start; needs `with_pids`."""
+        """Return the running commands, in the order of their starts; needs `with_pids`."""
         jobs = [c.job for c in self._channels.values() if c.job is not None and c.stream.pid]
         return sorted(jobs, key=lambda job: job.begun)
 
@@ -152,7 +152,7 @@ class Channels:
                 self._send(channel)
 
     def stop(self, now: bool) -> None:
-        """Abandon what runs, if `now`."""
+        """If `now`, abandon the commands that run."""
         if now:
             for channel in list(self._channels.values()):
                 self._abandon(channel)
@@ -164,7 +164,7 @@ class Channels:
                 self._abandon(channel)
 
     def close(self) -> None:
-        """End what still runs: its process group gets SIGTERM, and SIGKILL a second later."""
+        """End the commands that still run: their groups get SIGTERM, and SIGKILL a second later."""
         for channel in list(self._channels.values()):
             self._batch.unwatch(channel.fd)
             connection = channel.connection
@@ -189,14 +189,14 @@ class Channels:
         return channel
 
     def _renew(self) -> None:
-        """Let go of what belongs to a former helper, or to who this process was."""
+        """Drop the connections to a former helper, or from before a change of ids or a fork."""
         self._generation += 1
         while self._idle:
             self._drop(self._idle.pop())
         self._templates.forget()
 
     def _release(self, channel: Channel) -> None:
-        """Keep a channel for another command, if it may carry one."""
+        """Keep a channel for another command, if it can carry one."""
         if channel.stream.is_free and channel.generation == self._generation:
             self._idle.append(channel)
         else:
@@ -211,7 +211,7 @@ class Channels:
             self._batch.unwatch(channel.fd)
         channel.connection.close()
 
-    # -- the course of one --
+    # -- the course of a command --
 
     def _expire(self, channel: Channel, job: Job) -> None:
         job.timed_out = True
@@ -252,7 +252,7 @@ class Channels:
         if job is not None:
             self._expiry.end(job)
             if lost.may_resend:
-                # A helper that is short of descriptors closes what it can't take.
+                # A helper that is short of descriptors closes the connections that it can't take.
                 is_short = not channel.stream.greeted and self._source.is_there()
                 if not (is_short and self._batch.put_off(job, errno.EMFILE)):
                     self._batch.start_again(job)

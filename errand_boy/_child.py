@@ -1,9 +1,9 @@
 """A started command: its end, and signals to it, for a process object of any class.
 
 The classes keep their state as subprocess.Popen does: `pid`, `returncode`, `_waitpid_lock`. A child
-of this process needs nothing else. The pid belongs to it until it has been waited for, and nobody
-waits without the lock; so the holder of the lock may send it a signal, or open a pidfd. If a helper
-owns the child, it is a HelperChild, which the object has as `_helper_child`.
+of this process needs nothing else. The pid belongs to the child until somebody has waited for it,
+and nobody waits without the lock. So the holder of the lock may send a signal, or open a pidfd. If
+a helper owns the child, the object has a HelperChild as `_helper_child`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
 # Since Python 3.15 subprocess itself waits by pidfd.
 _STDLIB_POLLS = sys.version_info < (3, 15)
 
-_LONGEST = 3600.0  # seconds, of one wait: poll(2) takes no more than 24 days, a lock not infinity
+_LONGEST = 3600.0  # seconds of one wait: poll(2) takes at most 24 days, a lock no infinity
 
 
-_LONGEST_POLL = 1e6  # seconds; a C int has room for so many milliseconds
+_LONGEST_POLL = 1e6  # seconds; in milliseconds that fits a C int
 
 
 def ready(fd: int, seconds: float | None, *, reading: bool = True, writing: bool = False) -> bool:
-    """Wait until `fd` is readable, or writable, or has failed; return whether it is.
+    """Wait until `fd` is readable, writable or in an error state; return whether it is.
 
-    The process's select module waits, so under gevent and eventlet other greenlets run.
+    Waits at most `seconds`, with the process's select module, so that under gevent and eventlet
+    other greenlets run.
     """
     if not hasattr(select, "poll"):  # eventlet has taken it away; its select knows no limit
         return any(select.select([fd] if reading else [], [fd] if writing else [], [], seconds))
@@ -56,11 +57,11 @@ def ready(fd: int, seconds: float | None, *, reading: bool = True, writing: bool
 
 
 class HelperChild:
-    """A command that a helper owns: signals and the news of its end go over the connection.
+    """A command that a helper owns. Its signals and its exit status go over the connection.
 
     `status` is its wait status, once it is known to have ended, and `usage` what it used, as in
-    Exited. `lost` is the reason why its end is not known; it counts as killed then. The thread
-    that reads the news of the end calls `on_end`, when the process object has its return code.
+    Exited. `lost` is the reason if its exit status is lost; it then counts as killed. The thread
+    that receives the exit status calls `on_end`, after the process object has its return code.
     """
 
     __slots__ = ("connection", "lost", "on_end", "status", "tree", "usage")
@@ -75,10 +76,10 @@ class HelperChild:
         self.on_end: Callable[[], Any] | None = None
 
     def wait(self, timeout: float | None) -> None:
-        """Wait for the end, at most `timeout` seconds. Only one thread at a time may do so.
+        """Wait for the end, at most `timeout` seconds. Only one thread at a time may call this.
 
-        Raises TimeoutError; ChildProcessError in a process forked since the start; and if the end
-        is lost, HelperDiedError or another OSError.
+        Raises TimeoutError; ChildProcessError in a process forked since the start; and
+        HelperDiedError or another OSError if the exit status is lost.
         """
         connection = self.connection
         if connection is None:
@@ -106,17 +107,17 @@ class HelperChild:
     def _end(self, status: int) -> None:
         assert self.connection is not None
         self.status = status
-        # Once it is given back, another command's request may use the connection.
+        # Once it has been given back, another command may use the connection.
         with self.connection.lock:
             self.connection = None
 
     def is_foreign(self) -> bool:
-        """Return whether it was started in another process, from which this one was forked."""
+        """Return whether this process was forked from the one that started the command."""
         connection = self.connection
         return connection is not None and connection.is_foreign()
 
     def send_signal(self, pid: int, number: int, flags: int = 0) -> None:
-        """Send a signal to its pid, or to its process group, a negative pid. Raises OSError.
+        """Send a signal to the command; a negative `pid` means its process group. Raises OSError.
 
         `flags` is 0, or EB_ENDS_GROUP as in the frame SIGNAL.
         """
@@ -145,30 +146,30 @@ def helper_child(process: Any) -> HelperChild | None:
 
 
 class Verdict:
-    """What Popen tells about the command's end. All attributes are None until that is known.
+    """What Popen knows about the command's end. All attributes are None until it has ended.
 
-    - `cause`: "exit"; "signal" if one ended it; "client" if this object sent that signal; or the
-      limit that it exceeded: "timeout", "cpu", "memory", "output" or "processes".
+    - `cause`: "exit"; "signal" if a signal ended it; "client" if this object sent that signal; or
+      the limit that it exceeded: "timeout", "cpu", "memory", "output" or "processes".
     - `duration`: seconds from the start until the end was noticed.
     - `rusage`: a resource.struct_rusage of the command and the children that it has waited for.
-      With `limits` or ``tree="all"`` it is about everything that the command has started.
-    - `peak_memory`: bytes. Of several processes it is the peak of the largest or, with `limits`,
-      what they had at the same time, as far as that was seen. Without `limits`, a command that
-      this process has started itself has at least what this process had then.
+      With `limits` or ``tree="all"`` it covers everything that the command has started.
+    - `peak_memory`: bytes. For several processes it is the peak of the largest one or, with
+      `limits`, the highest observed sum. Without `limits`, a command that this process has started
+      itself has at least the memory of this process at that time.
     """
 
     _begun: float | None = None
     _over: float | None = None
     _usage: bytes | resource.struct_rusage | None = (
-        None  # as wait4(2) has it, until it is asked for
+        None  # as wait4(2) returns it, until somebody asks
     )
     _sent = 0  # the last signal that this object has sent
-    _ends_group = False  # what the command leaves of its process group is killed at its end
+    _ends_group = False  # when the command ends, the rest of its process group is killed
     _limited: Any = None  # a _limits.Tracker
 
     @property
     def cause(self) -> str | None:
-        """Why the command ended."""
+        """Why the command ended: "exit", "signal", "client" or the name of a limit."""
         returncode: int | None = vars(self).get("returncode")
         if returncode is None:
             return None
@@ -189,7 +190,7 @@ class Verdict:
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
-        """What the command has used."""
+        """The resources that the command used, as a resource.struct_rusage."""
         child = helper_child(self)
         if child is not None and child.usage:
             return _wire.rusage(child.usage, child.tree)
@@ -199,7 +200,7 @@ class Verdict:
 
     @property
     def peak_memory(self) -> int | None:
-        """The most memory that the command had, in bytes."""
+        """The peak memory of the command, in bytes."""
         rusage = self.rusage
         if rusage is None:
             return None
@@ -222,7 +223,7 @@ def _tree(process: Any) -> tuple[int, ...]:
 
 
 def verdict(process: Any) -> dict[str, Any]:
-    """Return the attributes that a result of run() has for `process`."""
+    """Return the attributes about the end of `process`, for a result of run()."""
     return {name: getattr(process, name, None) for name in VERDICT}
 
 
@@ -230,14 +231,14 @@ VERDICT = ("cause", "duration", "rusage", "peak_memory", "limits_by")
 
 
 def note_end(process: Any) -> None:
-    """Note when the end of `process` became known."""
+    """Record the time at which the end of `process` was noticed."""
     process._over = time.monotonic()
     if process._limited is not None:
         process._limited.finish()
 
 
 def tell_verdict(process: Any, error: BaseException | None) -> None:
-    """Add what is known to an exception that leaves a `with` statement of run()."""
+    """Add the attributes of Verdict to an exception that leaves the `with` statement of run()."""
     if isinstance(error, subprocess.SubprocessError):
         vars(error).update(verdict(process))
         if isinstance(error, subprocess.TimeoutExpired):
@@ -245,7 +246,7 @@ def tell_verdict(process: Any, error: BaseException | None) -> None:
 
 
 class Told:
-    """A CompletedProcess that tells about the end as Popen does, computed when asked for."""
+    """A CompletedProcess with the attributes of Verdict, which are computed when they are read."""
 
     _end: tuple[Any, ...] | None = None
 
@@ -259,7 +260,7 @@ class Told:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __reduce__(self) -> Any:
-        """A copy, also in another process, is of the ordinary class, and says all of it."""
+        """Make copies instances of the ordinary class, with all values, also in other processes."""
         getattr(self, "cause", None)
         return _copied, (type(self).__mro__[2], vars(self))
 
@@ -270,11 +271,11 @@ def _copied(kind: Any, attributes: Mapping[str, Any]) -> Any:
     return done
 
 
-_PLAIN_END = ("returncode", "_sent", "_begun", "_over", "_usage")  # all that the verdict is made of
+_PLAIN_END = ("returncode", "_sent", "_begun", "_over", "_usage")  # all that Verdict needs
 
 
 def completed(kind: type[Any], args: Any, returncode: int, *output: Any) -> Any:
-    """Return a CompletedProcess, `kind`; for the code of subprocess.run, whose process it takes."""
+    """Return a CompletedProcess of class `kind`, for the `process` of the run() that calls this."""
     done = kind(args, returncode, *output)
     process = sys._getframe(1).f_locals.get("process")
     if isinstance(process, Verdict) and process._limited is helper_child(process) is None:
@@ -284,7 +285,7 @@ def completed(kind: type[Any], args: Any, returncode: int, *output: Any) -> Any:
     return done
 
 
-# -- the methods of subprocess.Popen; `original` is the one that the class of `process` has --
+# -- methods of subprocess.Popen; `original` is the method of the class of `process` --
 
 
 def internal_poll(
@@ -303,7 +304,7 @@ def internal_poll(
         if _deadstate is None:
             raise _not_ours()
         process.returncode = _deadstate
-    # The standard library polls forgotten objects, whatever else is being started.
+    # The standard library polls forgotten objects when it starts another command.
     ignored = TimeoutError if _deadstate is None else OSError
     if process.returncode is None and process._waitpid_lock.acquire(False):
         try:
@@ -316,7 +317,7 @@ def internal_poll(
 
 
 def _poll(process: Any, _deadstate: int | None) -> int | None:
-    """Do as subprocess's own, but get the usage too."""
+    """Do what subprocess's own method does, and get the usage too."""
     if not process._waitpid_lock.acquire(False):
         return None
     try:
@@ -346,7 +347,7 @@ def try_wait(process: Any, flags: int) -> tuple[int, int]:
 def wait_for(process: Any, flags: int) -> tuple[int, int]:
     """Wait for a child of this process as os.waitpid does, and note what it has used."""
     if process._ends_group:
-        # While the leader has not been waited for, the number of the group is its own.
+        # Until somebody has waited for the leader, no other group can get its number.
         options = os.WEXITED | os.WNOWAIT | (flags & os.WNOHANG)
         if os.waitid(os.P_PID, process.pid, options) is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -361,8 +362,8 @@ def wait(original: Callable[..., int], process: Any, timeout: float | None) -> i
     """Return the return code; see subprocess.Popen._wait."""
     child = helper_child(process)
     if child is None:
-        # Without a time-out too, to wait first and reap then would let go of the GIL twice, which
-        # costs 10 ms beside a busy thread.
+        # Also without a time-out, waiting first and reaping afterwards would release the GIL
+        # twice, which costs 10 ms beside a busy thread.
         if timeout is None or not _STDLIB_POLLS or not wait_by_pidfd(process, timeout):
             return original(process, timeout)
         return int(process.returncode)
@@ -377,7 +378,7 @@ def wait(original: Callable[..., int], process: Any, timeout: float | None) -> i
             rest = max(0.0, rest - (time.monotonic() - start))
         _await_end(process, child, rest)
     except TimeoutError:
-        if timeout is None:  # it is a signal handler's
+        if timeout is None:  # a signal handler raised it
             raise
         raise subprocess.TimeoutExpired(process.args, timeout) from None
     finally:
@@ -396,7 +397,7 @@ def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
 
 
 def _await_end(process: Any, child: HelperChild, timeout: float | None) -> None:
-    """Wait for the end of a helper's command. Call it with the lock held. Raises as `wait` does."""
+    """Wait for a helper's command to end, with the lock held. Raises as `wait` does."""
     if process.returncode is not None:
         return
     try:
@@ -418,8 +419,8 @@ def wait_by_pidfd(
 ) -> bool:
     """Wait for the end of `process`, as _wait of subprocess.Popen does, but without polling.
 
-    `timeout` is in seconds; `until_readable` waits for so long for a descriptor. Raises
-    TimeoutExpired. Returns False at once if no pidfd can be had.
+    `until_readable` waits for a descriptor, at most for the seconds given. Raises TimeoutExpired
+    after `timeout` seconds. Returns False at once if no pidfd is available.
     """
     if process.returncode is not None:
         return True
@@ -439,7 +440,7 @@ def wait_by_pidfd(
             try:
                 fd = _native.pidfd_open(process.pid)
             except OSError:
-                # No descriptor is free, or a kernel or a filter refuses it.
+                # No descriptor is free, or the kernel or a filter refuses the call.
                 return False
         finally:
             process._waitpid_lock.release()
@@ -451,16 +452,16 @@ def wait_by_pidfd(
 
 
 def _send_signal(process: Any, sig: int) -> bool:
-    """Send a signal to `process` and return True; if it may have ended, only return False.
+    """Send a signal to `process` and return True; return False if it may have ended.
 
-    It may have ended while the lock is held by another thread that is about to wait for it, or by
-    the code that a signal handler of this thread has interrupted.
+    It may have ended if another thread holds the lock, since that thread is about to wait for it,
+    or if a signal handler of this thread has interrupted the code that holds the lock.
     """
     if not process._waitpid_lock.acquire(False):
         return False
     try:
         if not _reap(process):
-            with contextlib.suppress(ProcessLookupError):  # it is being waited for by somebody else
+            with contextlib.suppress(ProcessLookupError):  # somebody else is waiting for it
                 os.kill(process.pid, sig)
     finally:
         process._waitpid_lock.release()
@@ -468,7 +469,7 @@ def _send_signal(process: Any, sig: int) -> bool:
 
 
 def _reap(process: Any) -> bool:
-    """Return whether `process` is known to have ended, after a look. Call it with the lock held."""
+    """Check whether `process` has ended, with the lock held; return whether it has."""
     if process.returncode is None:
         pid, status = process._try_wait(os.WNOHANG)
         if pid == process.pid:

@@ -1,4 +1,4 @@
-"""The client of the daemon: what subprocess offers, with the commands started by the daemon."""
+"""The client of the daemon: subprocess's interface, with the daemon starting the commands."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ else:
     AnyStr = str
 
 _MOST_IDLE = 32  # connections kept for later
-_PAUSE = 0.01  # seconds between attempts to reach a daemon that has many others waiting
-_LOOK = 0.5  # seconds between looks whether the helper is there, in communicate()
+_PAUSE = 0.01  # seconds between attempts to connect to a daemon with a full backlog
+_LOOK = 0.5  # seconds between checks that the helper lives, in communicate()
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 
 _clients: dict[tuple[str, int | None, bool], Client] = {}
@@ -50,8 +50,8 @@ def connect(
 ) -> Client:
     """Return the client of the daemon at `path`, as errand_boy.connect does.
 
-    One path and `peer_uid` have one client. `classic`: without ``$XDG_RUNTIME_DIR``, the default is
-    in a directory of the user's under ``$TMPDIR`` or ``/tmp``, but for root.
+    The same path and `peer_uid` give the same client. `classic`: without ``$XDG_RUNTIME_DIR``, the
+    default path is in a directory of the user under ``$TMPDIR`` or ``/tmp``, except for root.
     """
     address = _address.find(path, peer_uid, classic=classic)
     key = (address.path, peer_uid, address.is_default)
@@ -62,7 +62,7 @@ def connect(
 
 
 class _Idle(Connection):
-    """A connection to a daemon, who knows it by the ids that this process had when it was made."""
+    """A connection to a daemon, and the ids that this process had when it connected."""
 
     __slots__ = ("ids",)
 
@@ -76,12 +76,11 @@ class Popen(_popen.Popen[AnyStr]):
 
     Parameters, methods and exceptions are those of subprocess.Popen, except that
 
-    - the child leads a process group of its own, unless `start_new_session` or `process_group` says
-      something else;
+    - the child leads its own process group, unless `start_new_session` or `process_group` says
+      otherwise;
     - with `kill_on_client_exit`, the child's process group gets SIGTERM when this process ends, and
-      SIGKILL `kill_grace` seconds later; without it, the child lives on. (An object that is dropped
-      before its child has ended keeps its connection, in the standard library's list of such
-      objects.);
+      SIGKILL `kill_grace` seconds later; without it, the child lives on. (If you drop a Popen
+      before its child has ended, the standard library keeps it, and so its connection.);
     - a `preexec_fn` must be one of those that the documentation lists;
     - `wait`, `poll` and `communicate` raise HelperDiedError if the helper has ended and the exit
       status is lost, and ChildProcessError in a process forked from the one that started the
@@ -212,7 +211,7 @@ class Popen(_popen.Popen[AnyStr]):
             child.send_signal(-self.pid, sig)
 
     def _exchange_output(self, input: Any, timeout: float | None) -> tuple[Any, Any]:
-        """Do as subprocess does, but notice if the helper dies while the pipes stay open."""
+        """Do what subprocess does, but notice if the helper dies while the pipes stay open."""
         if not (self.stdin or self.stdout or self.stderr):
             return super()._exchange_output(input, timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -255,7 +254,7 @@ class Client:
             Generator[Result[Any], None, None],
         ]
         run: Run
-        # In fact a class derived from it, which starts commands by this client.
+        # At run time it is a derived class, which starts commands through this client.
         Popen = Popen
     else:
 
@@ -300,21 +299,23 @@ class Client:
     def start(self, args: Args, name: str | None = None, **options: Unpack[StartParameters]) -> Job:
         """Start a command that outlives this process, and return it as a Job when it runs.
 
-        `name`: letters, digits and ``._-``; by default the program's with the job's number. `ring`:
-        how many bytes of each output are kept (256 KiB). `log`: a file that gets all of it, renamed
-        to ``log.1`` and so on at `log_size` bytes, `log_count` of which are kept. `notify`: a
-        command that is run at the end, a string by the shell, with ERRAND_BOY_JOB, _NAME, _STATUS
-        and _CAUSE in its environment. `stdin`: None, nothing; PIPE: what those write who attach; or
-        a file. The other options are those of Popen, but for `stdout`; `tree` is "all" by default.
+        - `name`: letters, digits and ``._-``; by default the program's name and the job's number.
+        - `ring`: how many bytes of each output are kept, by default 256 KiB.
+        - `log`: a file that gets all output. At `log_size` bytes it is renamed to ``log.1`` and so
+          on; `log_count` renamed files are kept.
+        - `notify`: a command to run when the job ends, with ERRAND_BOY_JOB, _NAME, _STATUS and
+          _CAUSE in its environment; a shell runs a string.
+        - `stdin`: None for empty input, PIPE for what attached clients write, or a file.
 
-        Raises what Popen does, NoDaemonError, and JobError with the daemon's reason.
+        The other options are those of Popen without `stdout`; `tree` is "all" by default. Raises
+        what Popen raises, NoDaemonError, and JobError with the daemon's reason.
         """
         from errand_boy import _jobs  # noqa: PLC0415
 
         return _jobs.start(self, args, name, **options)
 
     def job(self, job: str | int, *, uid: int | None = None) -> Job:
-        """Return the job of this number, or the newest of this name; `uid`: another user's.
+        """Return the job of this number, or the newest of this name. `uid`: of another user.
 
         Raises NoJobError, NoDaemonError and JobError.
         """
@@ -323,16 +324,16 @@ class Client:
         return _jobs.find(self, job, uid)
 
     def jobs(self, all: bool = False, *, uid: int | str | None = None) -> list[Job]:
-        """Return the jobs that run, or `all`, with those that are over and kept.
+        """Return the running jobs; if `all`, also those that are over and kept.
 
-        `uid`: another user's, or "all": everybody's, for root and the daemon's own user. Raises
-        NoDaemonError and JobError.
+        `uid`: another user, or "all" for the jobs of all users, which only root and the daemon's
+        own user may see. Raises NoDaemonError and JobError.
         """
         from errand_boy import _jobs  # noqa: PLC0415
 
         return _jobs.find_all(self, all, uid)
 
-    # -- for Popen: what is asked of it is as in _start.Local --
+    # -- for Popen: the interface of _start.Local --
 
     default_group = 0  # the command's own
     is_daemon = True
@@ -349,20 +350,20 @@ class Client:
         )
 
     def until_reachable(self) -> Generator[float, None, None]:
-        """Yield a time to wait while `acquire` would wait for a connection."""
-        # Nothing tells of room in the backlog of a Unix socket.
+        """Yield seconds to wait while `acquire` would have to wait for a connection."""
+        # Nothing reports room in the backlog of a Unix socket.
         while not self._idle:
             try:
                 connection = self._connect(blocking=False)
             except BlockingIOError:
                 yield _PAUSE
-            except OSError:  # `acquire` will meet it too
+            except OSError:  # `acquire` will raise it
                 return
             else:
                 self.take_back(connection)
 
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
-        """Prepare `request`, and send it as far as that does not wait; return the connection.
+        """Prepare `request`, and send as much as possible without waiting; return the connection.
 
         Raises NoDaemonError, RefusedError, and OSError for a lack of descriptors or a request that
         is too long (E2BIG).
@@ -376,12 +377,12 @@ class Client:
                 check(found)
             if found & lib.EB_CONNECTION:
                 return connection
-            # Its descriptor was closed under us, or it is from before a fork.
+            # Somebody else has closed its descriptor, or it is from before a fork.
             spawn_frame.connection = None
             connection.close()
 
     def connection(self) -> Connection:
-        """Return a connection that nothing is using. Raises NoDaemonError and RefusedError."""
+        """Return a connection that is not in use. Raises NoDaemonError and RefusedError."""
         while True:
             connection = self._pop() or self._connect()
             if connection.is_ours():
@@ -396,7 +397,7 @@ class Client:
             connection.close()
 
     def discard(self, connection: Connection) -> None:
-        """Close a connection that broke; it says nothing about the others."""
+        """Close a broken connection. The others may be intact."""
         connection.close()
 
     def _pop(self) -> Connection | None:
@@ -406,7 +407,7 @@ class Client:
                 connection = self._idle.pop()
             except IndexError:  # another thread took it
                 break
-            # The daemon may run a connection's commands with the rights that its maker had.
+            # The daemon may run a connection's commands with the rights of whoever made it.
             if isinstance(connection, _Idle) and connection.ids == ids:
                 return connection
             connection.close()
@@ -416,7 +417,7 @@ class Client:
         sock = self.new_socket(blocking)
         try:
             connection = _Idle(sock, self)
-            # If it is closed already, the reason is read where a reply is awaited.
+            # If the daemon has closed it, the reason is read where a reply is awaited.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.open()
         except BaseException:
@@ -425,7 +426,7 @@ class Client:
         return connection
 
     def new_socket(self, blocking: bool) -> socket.socket:
-        """Return a new connection of which nothing has been sent, for jobs too.
+        """Return a new connection over which nothing has been sent yet; jobs use it too.
 
         Raises NoDaemonError, RefusedError, BlockingIOError and other OSError.
         """

@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 TASK = "errand_boy.run_command"
 
 _MOST_OUTPUT = 1 << 24  # bytes of each output, unless said otherwise
-_ENCODING = "latin-1"  # of bytes as JSON's text
+_ENCODING = "latin-1"  # for bytes in JSON strings
 _NOT_STARTED = 126  # as a return code
-_MESSAGES = 2  # from Redis for each task: it has subscribed, and unsubscribed
-_SHORTEST = 0.01  # seconds between looks while results come
-_GROWTH = 1.5  # of that time when there were none
+_MESSAGES = 2  # from Redis for each task: subscribed and unsubscribed
+_SHORTEST = 0.01  # seconds between checks while results come
+_GROWTH = 1.5  # factor for that time if there were none
 _READY = states.READY_STATES
 _TOLD = _READY | {states.STARTED}
 _MOST_AWAY = 60.0  # seconds for which the result backend may be away
-_CHECK = 10.0  # seconds between looks for workers that have gone
-_ANSWER = 1.0  # seconds that they have to answer
-_MOST_SILENCES = 3  # in a row, until one has
-# What Celery's workers say of these is no different.
+_CHECK = 10.0  # seconds between checks for workers that have gone
+_ANSWER = 1.0  # seconds that workers have to answer
+_MOST_SILENCES = 3  # unanswered checks in a row, after which a worker counts as gone
+# Settings with these values are not sent: run_command has the same defaults.
 _DEFAULTS = {"umask": -1, "start_new_session": False, "restore_signals": True}
 _REFUSED = {"uid": "user", "gid": "group", "gids": "extra_groups", "process_group": "process_group"}
 _ENDS = (WorkerLostError, TimeLimitExceeded, SoftTimeLimitExceeded, TaskRevokedError, Terminated)
@@ -57,10 +57,10 @@ _USAGE = (  # the fields of resource.struct_rusage, in its order
 
 
 class Cluster:
-    """The workers of a Celery `app`, for errand_boy.map's `on`, where `app` alone is one too.
+    """The workers of a Celery `app`, for errand_boy.map's `on`, which also takes `app` itself.
 
-    `send`: options of Celery's apply_async, such as `queue` or `soft_time_limit`. `interval`:
-    seconds between looks for results, at most.
+    `send`: options of Celery's apply_async, such as `queue` or `soft_time_limit`. `interval`: the
+    longest time in seconds between two checks for results.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class Cluster:
 
 
 class RemoteResult(Result):
-    """A Result as the Outcome of a task has it.
+    """A Result made from the Outcome of a task.
 
-    `is_again`: Celery has run it again, since a worker had gone.
+    `is_again`: Celery has run the command again, because a worker disappeared.
     """
 
     is_again = False
@@ -84,23 +84,23 @@ class RemoteResult(Result):
 
     @property
     def started(self) -> float:
-        """When the command was started, by the clock of its host."""
+        """When the command started, in seconds since 1970, by the clock of its host."""
         return self._outcome.get("started") or super().started
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
-        """What the command, and the children it waited for, have used."""
+        """What the command used, and the children that it has waited for."""
         used = self._outcome.get("rusage")
         return None if used is None else resource.struct_rusage(used.get(n, 0) for n in _USAGE)
 
     @property
     def cause(self) -> str | None:
-        """Why the command has ended."""
+        """Why the command ended."""
         return self._outcome.get("cause")
 
     @property
     def peak_memory(self) -> int | None:
-        """The most memory that it had, in bytes."""
+        """The peak memory of the command, in bytes."""
         return self._outcome.get("peak_memory")
 
     @property
@@ -110,7 +110,7 @@ class RemoteResult(Result):
 
 
 class _Sent:
-    """A job as a task that has been sent; `worker` and its process, once it is known to run."""
+    """A job that has been sent as a task. `worker` and its process are known once it runs."""
 
     __slots__ = ("begun", "is_again", "job", "misses", "worker")
 
@@ -118,7 +118,7 @@ class _Sent:
         self.job = job
         self.worker: tuple[str, int] | None = None
         self.begun = 0.0
-        self.misses = 0  # how often in a row nobody knew of it
+        self.misses = 0  # checks in a row in which no worker knew the task
         self.is_again = False
 
 
@@ -141,13 +141,13 @@ class Tasks:
         self._revoked: set[str] = set()
         self._timer: Timer | None = None
         self._checked = 0.0
-        self._away_since = 0.0  # the result backend
-        self._owed = 0  # messages of Redis about tasks, which nobody needs
+        self._away_since = 0.0  # when the result backend stopped answering
+        self._owed = 0  # messages of Redis about tasks, to be read and dropped
 
     def start(self, job: Job) -> None:
         """Send a command. Raises ConnectionError if there is no broker."""
         job.begin()
-        job.limited = None  # the worker keeps its limits
+        job.limited = None  # the worker enforces its limits
         try:
             args, options = self._arguments(job)
             task = self._app.signature(TASK, (args,), options)
@@ -168,19 +168,19 @@ class Tasks:
         """Do nothing: there is no descriptor."""
 
     def running(self) -> list[Job]:
-        """Return the commands that are known to run, by the time of their start."""
+        """Return the commands that are known to run, in the order of their starts."""
         live = [sent for sent in self._sent.values() if sent.worker is not None]
         return [sent.job for sent in sorted(live, key=lambda sent: sent.begun)]
 
     def signal_group(self, job: Job, number: int) -> None:
-        """Do nothing: nobody asks for it."""
+        """Do nothing: nobody calls this."""
 
     def stop(self, now: bool) -> None:
-        """Revoke what has not begun yet, and `now` what runs."""
+        """Revoke the tasks that have not begun; if `now`, also those that run."""
         if now:
             self._revoke(list(self._sent))
             return
-        # Whether a task has begun by now is for its worker to say: it gives its result, or REVOKED.
+        # Only a task's worker knows whether it has begun: it reports its result, or REVOKED.
         self._revoked.update(id for id, sent in self._sent.items() if sent.worker is None)
         if self._revoked:
             self._app.control.revoke(list(self._revoked))
@@ -190,7 +190,7 @@ class Tasks:
         self._revoke([id for id, sent in self._sent.items() if sent.job.index == index])
 
     def close(self) -> None:
-        """Revoke what is left, and end what runs."""
+        """Revoke the remaining tasks, and end those that run."""
         self._revoke(list(self._sent))
         self._look_away()
 
@@ -225,16 +225,16 @@ class Tasks:
         options["max_output"] = _MOST_OUTPUT if most is None else most
         return args, {**options, "shell": job.shell, "encoding": _ENCODING}
 
-    # -- the course of one --
+    # -- the course of a task --
 
     def _look(self) -> None:
-        """Take what results there are, and come back."""
+        """Take the available results, and set a timer for the next check."""
         self._timer = None
         backend = self._app.backend
         had_some = False
         for id, meta in self._metas(backend):
             sent = self._sent.get(id)
-            if sent is None:  # another's end has led to its own
+            if sent is None:  # another result has caused its end
                 continue
             if meta["status"] in _READY:
                 had_some = True
@@ -253,7 +253,7 @@ class Tasks:
             self._timer = self._batch.timers.after(self._interval, self._look)
 
     def _metas(self, backend: Any) -> list[tuple[str, Mapping[str, Any]]]:
-        """Return what the result backend knows of the tasks. Raises ConnectionError."""
+        """Return what the result backend knows about the tasks. Raises ConnectionError."""
         ids = list(self._sent)
         try:
             consumer = getattr(backend, "result_consumer", None)
@@ -261,12 +261,12 @@ class Tasks:
                 self._owed -= 1
                 consumer.drain_events(timeout=0)
             if hasattr(backend, "mget"):
-                # At once, and not by messages, which may be lost with a connection.
+                # Ask for all at once. Messages could be lost with a connection.
                 metas = backend.get_many(ids, interval=0, max_iterations=1, READY_STATES=_TOLD)
             else:
                 metas = [(id, backend.get_task_meta(id)) for id in ids]
             found = [(id, meta) for id, meta in metas if meta["status"] in _TOLD]
-        except Exception as error:  # each backend has its own
+        except Exception as error:  # each backend raises its own
             now = time.monotonic()
             if not self._away_since:
                 self._away_since = now
@@ -290,7 +290,7 @@ class Tasks:
         told = meta["result"]
         if meta["status"] == states.SUCCESS:
             result = self._result(job, told)
-            # Its broker may not say that it ran before, and the last start may have gone unseen.
+            # The broker may not say that it ran before, and its last start may not have been seen.
             moved = sent.worker not in (None, (told["worker"], told["pid"]))
             result.is_again = sent.is_again or moved or told["redelivered"]
             job.runs += result.is_again
@@ -333,7 +333,7 @@ class Tasks:
         result._begun = now - result.duration
         self._batch.finish(job, result)
 
-    # -- the end of one --
+    # -- the end of a task --
 
     def _revoke(self, ids: list[str]) -> None:
         if not ids:
@@ -348,9 +348,9 @@ class Tasks:
             self._timer = None
 
     def _look_for_lost(self, now: float) -> None:
-        """Give up the tasks of workers that have gone: nobody else would tell.
+        """Give up the tasks of workers that have gone, which nobody else reports.
 
-        Not where Celery itself gives them to others.
+        Leave out those that Celery itself gives to other workers.
         """
         if self._app.conf.task_acks_late:
             return
@@ -371,15 +371,15 @@ class Tasks:
             if entry.misses < _MOST_SILENCES:
                 continue
             del self._sent[id]
-            self._app.control.revoke(id, terminate=True)  # if it is there after all
+            self._app.control.revoke(id, terminate=True)  # in case the worker is there after all
             assert entry.worker is not None
-            text = f"the worker {entry.worker[0]} has gone, and its command with it"
+            text = f"the worker {entry.worker[0]} disappeared, and its command with it"
             without = self._batch.jobs.without_end
             self._finish(entry.job, without(entry.job, -signal.SIGKILL, WorkerLostError(text)))
 
 
 def _told(outcome: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the arguments of the OSError that an Outcome tells as text."""
+    """Return the arguments of the OSError that an Outcome has as text."""
     number, text = outcome["errno"], outcome["error"].partition(": ")[2]
     text = text.removeprefix(f"[Errno {number}] ")
     why, colon, name = text.partition(": ")

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 _NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
-_BUFFER_SIZE = 512  # bytes, above the longest reply: a reason
+_BUFFER_SIZE = 512  # bytes, more than the longest reply, a REFUSED
 _HEADER_SIZE = _wire.HEADER.size
-_KIND = _HEADER_SIZE - 1  # where it is in a frame
+_KIND = _HEADER_SIZE - 1  # the offset of a frame's kind
 
 _unpack_header = _wire.HEADER.unpack_from
 
@@ -42,7 +42,7 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def close_all() -> None:
-    """Close the copies of the parent's connections in a forked process."""
+    """Close the parent's connections in a forked process."""
     for connection in list(_connections):
         connection.close()
 
@@ -50,8 +50,8 @@ def close_all() -> None:
 class Connection:
     """A socket whose other end a helper serves, one command at a time.
 
-    `pool` has it between commands: a helper of this process, or the client of a daemon. (Their
-    modules import this one, so their types can't be named here.)
+    `pool` keeps it between commands: a helper of this process, or the client of a daemon. (Their
+    modules import this one, so this one can't import their types.)
     """
 
     __slots__ = (
@@ -77,11 +77,12 @@ class Connection:
         self.device: int = info.st_dev
         self.inode: int = info.st_ino
         self._buffer = bytearray(_BUFFER_SIZE + _HEADER_SIZE)  # zeros at the end
-        self._size = 0  # of what has come into it
+        self._size = 0  # bytes in the buffer
         self.greeted: bool = False
-        self.reply: Reply | None = None  # the last one, to the command that is being started
-        # Held while a signal is sent to the live command, and while that one gives the connection
-        # back. It is reentrant: a signal handler may signal the command of the code it interrupts.
+        self.reply: Reply | None = None  # the last one, about the command that is being started
+        # Held while a signal is sent to the live command, and while that command gives the
+        # connection back. It is reentrant, because a signal handler may send a signal to the
+        # command of the code that it interrupts.
         self.lock: AbstractContextManager[Any] = threading.RLock()
         _connections.add(self)
 
@@ -97,12 +98,12 @@ class Connection:
         self.sock.close()
 
     def give_back(self) -> None:
-        """Return it to its pool, when its last command has ended or is the caller's own child."""
+        """Return it to its pool, after its command has ended or if that is the caller's child."""
         self.reply = None
         self.pool.take_back(self)
 
     def discard(self) -> None:
-        """Close it because it broke before the request was read."""
+        """Close it, because it broke before the helper read the request."""
         self.pool.discard(self)
 
     def is_ours(self) -> bool:
@@ -114,7 +115,7 @@ class Connection:
         return (info.st_dev, info.st_ino) == (self.device, self.inode)
 
     def is_foreign(self) -> bool:
-        """Return whether it was made in another process, from which this one was forked."""
+        """Return whether this process was forked from the one that made the connection."""
         return self._owner != os.getpid()
 
     def open(self) -> None:
@@ -149,7 +150,7 @@ class Connection:
             raise NotServedError from None
 
     def send_some(self, data: memoryview, fds: Sequence[int]) -> int:
-        """Send what the socket takes without waiting, and all descriptors; return the bytes sent.
+        """Send as much as possible without waiting, and all of `fds`; return how many bytes.
 
         Raises BlockingIOError if none can be sent now, and the exceptions of `send`.
         """
@@ -160,23 +161,23 @@ class Connection:
             raise
 
     def send_signal(self, pid: int, number: int) -> None:
-        """Have a signal sent to the live command, or with its negative pid to its process group.
+        """Have the helper send a signal to the live command; a negative `pid` means its group.
 
-        The receiver of replies, maybe another thread, notices if the helper has ended.
+        Whoever receives replies, maybe another thread, will notice if the helper has ended.
         """
         frame = _wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)])
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.sock.sendall(frame, _NOSIGNAL)
 
     def has_received(self) -> bool:
-        """Return whether the buffer has part of the next reply, which the socket does not show."""
+        """Return whether part of the next reply is in the buffer, where poll() can't see it."""
         return self._size > 0
 
     def receive(self, timeout: float | None = None) -> Reply:
         """Return the next reply.
 
-        Raises TimeoutError after `timeout` seconds, NotServedError or HelperDiedError if the
-        helper has gone before or after it read what was sent, and ProtocolError.
+        Raises TimeoutError after `timeout` seconds; NotServedError if the helper ended before it
+        read the request, HelperDiedError if it ended later; and ProtocolError.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         buffer = self._buffer
@@ -205,7 +206,7 @@ class Connection:
         return reply
 
     def answer(self, timeout: float | None = None) -> Spawned | Failed:
-        """Return the answer to a request, as `receive`. Raises ProtocolError for another reply."""
+        """Return the answer to a request, as `receive` does. Raises ProtocolError for another."""
         reply = self.receive(timeout)
         if isinstance(reply, Exited):
             raise ProtocolError(errno.EPROTO, "EXITED in answer to SPAWN")
@@ -238,8 +239,8 @@ class Connection:
         except BlockingIOError:
             raise TimeoutError from None
         except ConnectionResetError:
-            # The kernel says so when the other end was closed with bytes that nobody read
-            # (unix_release_sock). Then the other side never had the whole request.
+            # ECONNRESET: the other end was closed with unread bytes (unix_release_sock). So the
+            # helper never read the whole request.
             raise NotServedError from None
         finally:
             if deadline is not None:

@@ -9,9 +9,10 @@ _MOST = 1 << 20  # Linux's own default limit, fs.nr_open
 
 
 def open_descriptors() -> list[int]:
-    """Return their numbers, ascending; one more may be among them that is closed by now.
+    """Return their numbers in ascending order, and maybe one more, which is closed by now.
 
-    Without /proc those below the limit are tried, so one is missed whose limit has been lowered.
+    Without /proc, all numbers below the limit are tried. If the limit has been lowered, those above
+    it are missed.
     """
     try:
         return sorted(map(int, os.listdir("/proc/self/fd")))

@@ -1,17 +1,17 @@
 """Commands that are started in this process, without a helper: the default way.
 
-`spawn(owner, options, stdin, stdout, stderr, others, carried, flags, microseconds)` begins a start,
-with the fields of a Request, and waits for its outcome, for so long at most, without giving up the
-GIL. As soon as there is a process, the owner's `pid` and `_child_created` say so. It returns
+`spawn(owner, options, stdin, stdout, stderr, others, carried, flags, microseconds)` begins a start
+with the fields of a Request. It waits for the outcome, for at most so many microseconds, without
+releasing the GIL. As soon as there is a process, it sets the owner's `pid` and `_child_created`. It
+returns
 
 - None if the program runs;
-- ``(errno, stage, member)`` if it does not: nothing is left to be waited for;
-- the start, of a type of its own, if that is pending: the program is slow to execute, or a signal
-  has come.
+- ``(errno, stage, member)`` if the start failed; there is no child to wait for;
+- a start object if the start is pending, because the exec is slow or a signal has arrived.
 
-`await_spawn(owner, start, microseconds)` waits on, without the GIL, and returns the same. It may
-return early, where a signal has come. `leave_spawn(start)` must be called once for each that has
-been pending, whatever came of it; one that is dropped is left.
+`await_spawn(owner, start, microseconds)` goes on waiting, without the GIL, and returns the same. It
+may return early after a signal. `leave_spawn(start)` must be called once for each pending start,
+whatever its outcome; the destructor of the start object calls it too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-# How long (microseconds) a start keeps the GIL, and an event loop, at most. An exec takes 60, and a
-# busy thread keeps the GIL for 5,000, sys.getswitchinterval(). A wait for less than the time to the
+# The longest time in microseconds that a start keeps the GIL, or an event loop. An exec takes 60,
+# and a busy thread keeps the GIL for 5,000 (sys.getswitchinterval()). A wait that ends before the
 # kernel's next tick sets a timer, which costs 25 in a virtual machine.
 PATIENCE_US = 5000
 LOOP_PATIENCE_US = 200
@@ -36,7 +36,7 @@ leave_spawn: Callable[[object], None] = _native.leave_spawn
 
 
 def pauses() -> Iterator[float]:
-    """Return how long (seconds) an event loop waits between looks at a pending start."""
+    """Yield the seconds that an event loop waits between checks of a pending start."""
     pause = 0.0005
     while True:
         yield pause
@@ -51,20 +51,20 @@ def _look() -> str | None:
     return None
 
 
-_missing = _look()  # a filter that comes later is met by a start
+_missing = _look()  # a filter that is installed later makes a start fail, see give_up
 
 
 def missing() -> str | None:
-    """Return what the system lacks or forbids, in words; None for nothing, as far as is known."""
+    """Return in words what the system lacks or forbids, or None, as far as is known."""
     return _missing
 
 
 def works() -> bool:
-    """Return whether the system has all that is needed, as far as that is known."""
+    """Return whether the system has everything that is needed, as far as is known."""
     return _missing is None
 
 
 def give_up() -> None:
-    """Take note that a start has met a kernel or a filter that lacks something."""
+    """Record that a start failed because the kernel or a filter refuses what it needs."""
     global _missing
     _missing = "a seccomp filter forbids clone(2) or close_range(2)"

@@ -1,4 +1,4 @@
-"""What errand-boy finds on this system. Each thing is tried, and what comes of it is told."""
+"""Examines this system by trying everything that errand-boy can do."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PROGRAM = shutil.which("true") or "/bin/true"
-_STARTS = 9  # of which a median is taken
+_STARTS = 9  # for the median
 _PATIENCE = 10.0  # seconds for one command
 
-# The values of ERRAND_BOY_SPAWN, and what they are.
+# The values of ERRAND_BOY_SPAWN, and what they mean.
 _WAYS = {
     "direct": "by this process, with clone(2)",
     "helper": "by a helper",
     "posix": "by a helper, with posix_spawn(3)",
 }
 
-# What a command can be given that not every system has.
+# Options that don't work on every system.
 _OPTIONS: dict[str, dict[str, Any]] = {
     'tree="all"': {"tree": "all"},
     "limits=": {"limits": {"cpu": 10}},
@@ -53,15 +53,15 @@ _ADVICE = {
 
 
 def examine(socket: str | None = None) -> dict[str, Any]:
-    """Return what is found, of JSON's types; `socket` is where a daemon may listen.
+    """Return the findings, in types of JSON; `socket` is where a daemon may listen.
 
-    `way` is how a plain command is started here, `why` says what decides that, and `without_fork`
-    whether it needs no fork. `ways` and `options` have a mapping for each that was tried, with
-    `works`, with `error`, the text of the exception, or None, and the ways with `seconds`, what a
-    short command takes from its start to its end, at the median.
+    `way` is how a plain command is started here, `why` is the reason, and `without_fork` is whether
+    it needs no fork. `ways` and `options` have a mapping for each one that was tried: `works`;
+    `error`, the text of the exception, or None; and for the ways `seconds`, the median time that a
+    short command takes from its start to its end.
     """
     before = os.environ.get("ERRAND_BOY_SPAWN")
-    plain = _try({})  # a filter is met by a start
+    plain = _try({})  # first, since only a start reveals a filter
     try:
         way = _ways.way(False)
     except (OSError, ValueError) as error:
@@ -90,7 +90,7 @@ def examine(socket: str | None = None) -> dict[str, Any]:
 
 
 def _system() -> dict[str, Any]:
-    """Return what the kernel is, and has."""
+    """Return the kernel's version and features."""
     status = _proc_status()
     version = lib.eb_landlock_version()
     return {
@@ -122,13 +122,13 @@ def _proc_status() -> dict[str, str]:
 
 
 def _try(options: Mapping[str, Any], run: Any = None) -> dict[str, Any]:
-    """Run a command with these options, and return what comes of it."""
+    """Run a command with these options, and return whether it works."""
     run = _run if run is None else run
     error = _raises(lambda: run([_PROGRAM], timeout=_PATIENCE, check=True, **options))
     return {"works": error is None, "error": error}
 
 
-# By this process also where ERRAND_BOY_SOCKET names a daemon.
+# run() in this process, even if ERRAND_BOY_SOCKET names a daemon.
 _run = errand_boy._functions.rebind(errand_boy._popen.Popen)["run"]
 
 
@@ -149,7 +149,7 @@ def _text(error: BaseException) -> str:
 def _using(way: str) -> Iterator[None]:
     before = os.environ.get("ERRAND_BOY_SPAWN")
     os.environ["ERRAND_BOY_SPAWN"] = way
-    errand_boy.stop()  # a helper of another way
+    errand_boy.stop()  # a helper may have been started another way
     try:
         yield
     finally:
@@ -188,7 +188,7 @@ def _daemon(socket: str | None) -> dict[str, Any]:
 
 
 def _advice(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what would make starts faster, or possible."""
+    """Yield advice on making starts faster, or possible."""
     direct = found["ways"]["direct"]
     if found["way"] == "helper" and direct["works"]:
         yield (

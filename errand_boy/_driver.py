@@ -1,8 +1,8 @@
-"""How a start waits: by blocking this thread, or as an event loop or a hub of greenlets does.
+"""How a start waits: by blocking this thread, or in an event loop or a hub of greenlets.
 
 A start is a generator. It yields what it waits for: a time in seconds (a float), or a descriptor
-and whether it is to be writable, else readable. A driver waits, and goes on. When the generator is
-closed, as for any exception in the driver, the start is interrupted.
+and whether it must become writable instead of readable. A driver waits, and then continues the
+generator. If the driver closes it, for example after an exception, the start is interrupted.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class Driver:
     """How a start waits.
 
-    `run(steps)` runs steps to their end; `conclude(process, steps)` runs those of a start that was
-    interrupted, now or later. With `blocking`, nothing else goes on in this thread meanwhile: steps
-    wait themselves, and yield nothing. With `ends_interrupted`, the command is ended after that.
+    `run(steps)` runs the steps of a start to their end. `conclude(process, steps)` runs those of an
+    interrupted start, now or later. With `blocking`, the thread does nothing else meanwhile: the
+    steps wait by themselves, and yield nothing. With `ends_interrupted`, the command of an
+    interrupted start is ended.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Driver:
 
 
 def run(steps: Steps, pause: Callable[[float], Any], wait: Callable[[int, bool], Any]) -> None:
-    """Run `steps` to their end; wait by `pause` for a time, by `wait` for a descriptor."""
+    """Run `steps` to their end, with `pause` to wait for a time and `wait` for a descriptor."""
     try:
         for wanted in steps:
             if isinstance(wanted, float):
@@ -58,7 +59,7 @@ def run(steps: Steps, pause: Callable[[float], Any], wait: Callable[[int, bool],
 
 
 def _block(steps: Steps) -> None:
-    next(steps, None)  # they wait themselves
+    next(steps, None)  # blocking steps wait by themselves
 
 
 def _conclude_now(process: Any, steps: Steps) -> None:

@@ -1,4 +1,4 @@
-"""Ends the commands of one `map`: when their time is up, and when others hold their output."""
+"""Ends the commands of one `map`, at their time-outs or if descendants hold their output open."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Ending:
-    """Ends commands by their `stop`, `tree` and `drain`, or those of `options`.
+    """Ends commands as their `stop`, `tree` and `drain` say, or those of `options`.
 
-    `send` is called with a channel that has something to be sent, `over` for a command that has
-    ended, when its output is not waited for any more.
+    `send` is called with a channel that has something to send; `over` for a command that has ended,
+    if its output is no longer awaited.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class Ending:
         """End a command: by default, its process group gets SIGKILL."""
         ends = _ends.of(self._given(job), "group")
         if ends is None:
-            self._kill(channel, job, -channel.stream.pid, channel.stream.pid)  # it may lead none
+            self._kill(channel, job, -channel.stream.pid, channel.stream.pid)  # no leader, maybe
         else:
             course = ends.course(_ends.signaller(channel.stream, ends, self._given(job)))
             self._step(channel, job, course, None)
 
     def drains(self, job: Job) -> bool:
-        """Return whether the news of its end are needed before those of its output's end."""
+        """Return whether `drain` is set, so that EXITED must come before the end of the output."""
         return self._given(job).get("drain") is not None
 
     def drain(self, channel: Channel, job: Job) -> None:
-        """Read for so long what others hold, now that a command has ended."""
+        """After the end of a command, read for `drain` seconds what descendants write."""
         if not job.drains and self.drains(job):
             job.drains = True
             kill = partial(self._kill, channel, job)
@@ -66,7 +66,7 @@ class Ending:
             seconds = next(course) if has_ended is None else course.send(has_ended)
         except StopIteration:
             seconds = None
-        if seconds is None:  # SIGKILL has been sent, or whatever comes last
+        if seconds is None:  # the last signal has been sent
             self._kill(channel, job)
             return
         self._send(channel)
@@ -82,5 +82,5 @@ class Ending:
         ended = channel.stream.kill(*pids)
         if ended is None:
             self._send(channel)
-        else:  # it has left others that hold its output
+        else:  # only descendants still hold its output open
             self._over(channel, job, ended)

@@ -1,7 +1,7 @@
-"""How a command is ended: which signals, how long each is given, and whom they reach.
+"""How a command is ended: by which signals, after which times, and who gets them.
 
-`stop` is a signal, or steps of a signal and seconds; `tree` says whom they are for. No I/O: whoever
-waits drives `course`, by blocking, by a hub, by a loop or by timers.
+`stop` is a signal, or steps of a signal and seconds; `tree` says which processes get them. No I/O:
+callers drive `course`, by blocking, by a hub, by a loop or by timers.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ _PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP
 _SUPERVISE = struct.Struct("<BI")
 _STOPS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT)
 _MOST_DRAIN = 4e6  # seconds
-_AFTERWARDS = 0.05  # seconds for the output of a command that has been ended
+_AFTERWARDS = 0.05  # seconds to read the output of a command that has been ended
 
 
 class Ends:
     """How one command is ended. Raises ValueError and TypeError.
 
-    `steps` are pairs of a signal and the seconds until the next, None in the last. `drain` is how
-    long its output is read after its end while others hold it, None: without end. `is_given`:
-    something was said of that, so that `communicate` ends the command when its time is up.
+    `steps` are pairs of a signal and the seconds until the next one, or None for the last. `drain`
+    is how many seconds to read output that descendants hold open after the command's end; None
+    means no limit. `is_given`: one of them is set, so `communicate` ends the command at its
+    time-out.
     """
 
     __slots__ = ("drain", "is_given", "steps", "tree")
@@ -57,19 +58,19 @@ class Ends:
 
     @property
     def patience(self) -> float:
-        """How long (seconds) the output of a command that has been ended is read."""
+        """How many seconds to read the output of a command that has been ended."""
         return _AFTERWARDS if self.drain is None else self.drain
 
     def course(self, send: Callable[[int], Any]) -> Generator[float | None, bool, None]:
-        """Send the signals in their turn; each yield is how long to wait for the command's end.
+        """Send the signals in turn; yield the seconds to wait for the command's end after each.
 
-        None: until then. It is sent whether the end has come. What is left then of the group or the
-        cgroup gets SIGKILL; what is left of the tree ends by itself.
+        None means no limit. The caller sends whether the command has ended. Then the rest of the
+        group or cgroup gets SIGKILL; the rest of the tree ends by itself.
         """
         for number, seconds in self.steps:
             send(number)
             if number not in _STOPS:
-                send(signal.SIGCONT)  # stopped, it would not notice
+                send(signal.SIGCONT)  # a stopped process would not notice the signal
             if (yield seconds):
                 break
         if self.tree in ("group", "cgroup"):
@@ -77,7 +78,7 @@ class Ends:
 
 
 def of(given: Mapping[str, Any], tree: str = "process") -> Ends | None:
-    """Return what the options say, `tree` where they leave that open; None: nothing."""
+    """Return the Ends for these options, or None if none is set; `tree` is the default."""
     if not any(given.get(name) is not None for name in _NAMES):
         return None
     ends = Ends(given.get("stop"), given.get("tree") or tree, given.get("drain"))
@@ -87,7 +88,7 @@ def of(given: Mapping[str, Any], tree: str = "process") -> Ends | None:
 
 
 def signaller(stream: Stream, ends: Ends, given: Mapping[str, Any]) -> Callable[[int], Any]:
-    """Return what has signals sent to a streamed command, whose pid is known."""
+    """Return a function that sends signals to a streamed command, whose pid must be known."""
     pid = {"process": stream.pid, "all": lib.EB_WHOLE_TREE}.get(ends.tree, -stream.pid)
     flags = lib.EB_ENDS_GROUP if ends.tree == "group" else 0
 
@@ -103,10 +104,10 @@ def signaller(stream: Stream, ends: Ends, given: Mapping[str, Any]) -> Callable[
 
 
 def signal_left(pidfd: int, number: int) -> None:
-    """Send a signal to what is left of the group whose leader a pidfd stands for.
+    """Send a signal to the rest of a process group, given a pidfd of its leader.
 
-    The leader may have been waited for, and another group have its number by now. Before Linux 6.9
-    there is no such call.
+    Somebody may have waited for the leader, and another group may have its number by now. This does
+    nothing before Linux 6.9, which lacks the call.
     """
     with contextlib.suppress(OSError):
         _native.pidfd_send_signal(pidfd, number, _PROCESS_GROUP)
@@ -122,13 +123,13 @@ def steps(stop: Any) -> tuple[Step, ...]:
             raise ValueError(f"stop: {number!r} is not a signal")
         if seconds is None and position + 1 < len(given):
             raise ValueError(
-                f"stop: {step!r} must say how many seconds it is given before the next: "
+                f"stop: {step!r} must be followed by the seconds until the next signal: "
                 "((SIGTERM, 5), SIGKILL)"
             )
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise ValueError(f"stop: {seconds!r} is not a number of seconds")
         result.append((int(number), seconds))
-        if number == signal.SIGKILL:  # nothing can be left to be done
+        if number == signal.SIGKILL:  # nothing can come after it
             break
     if not result:
         raise ValueError("stop: at least one signal is needed")
@@ -141,12 +142,12 @@ def steps(stop: Any) -> tuple[Step, ...]:
 
 
 def is_supervised(given: Mapping[str, Any]) -> bool:
-    """Return whether a supervisor is above the command, so that a helper must own it."""
+    """Return whether the command has a supervisor, so that a helper must own it."""
     return given.get("tree") == "all" or bool(given.get("dies_with_caller"))
 
 
 def encode(given: Mapping[str, Any]) -> bytes | None:
-    """Return SUPERVISE's value, or None. Raises ValueError and TypeError."""
+    """Return the value of the option SUPERVISE, or None. Raises ValueError and TypeError."""
     ends = of(given)
     if ends is None or not is_supervised(given):
         return None

@@ -44,8 +44,7 @@ class CommandFuture(_Future):
     The process group of the command then gets SIGTERM, and SIGKILL a second later.
     """
 
-    # The base class takes it for pending until the command has ended, because it does not cancel
-    # what runs.
+    # The base class can't cancel a running future, so to it this one is pending until the end.
 
     def __init__(self, executor: Executor[Any], job: Job, check: bool) -> None:
         super().__init__()
@@ -72,12 +71,12 @@ class Executor(_Executor[OutputT]):
     """A concurrent.futures.Executor that runs commands, not functions.
 
     - `max_workers`: how many commands run at once; by default four for each CPU.
-    - `client`: that of a daemon, which then runs the commands.
+    - `client`: the client of a daemon, which then runs the commands.
     - `options`: those of errand_boy.map, for all commands, except `ordered`, `halt`, `check` and
       `progress`.
 
-    A thread drives the commands while there are any. The interpreter waits for it at its end, as it
-    does for the threads of the standard library's executors.
+    A thread drives the commands while there are any. At exit, the interpreter waits for it, as for
+    the threads of the standard library's executors.
     """
 
     if TYPE_CHECKING:
@@ -153,24 +152,25 @@ class Executor(_Executor[OutputT]):
         self._options = {**options, "max_workers": max_workers, "ordered": False}
         self._batch = self._make()
         self._owner = os.getpid()
-        self._lock = threading.Lock()  # of all below
+        self._lock = threading.Lock()  # for all attributes below
         self._queued: deque[CommandFuture] = deque()
         self._cancelled: list[CommandFuture] = []
         self._submitted = 0
         self._thread: threading.Thread | None = None
         self._wake_fd = -1
-        self._is_awake = False  # or has been woken
+        self._is_awake = False  # or about to wake up
         self._is_shut = False
-        self._futures: dict[int, CommandFuture] = {}  # of the thread, by index
+        self._futures: dict[int, CommandFuture] = {}  # used by the thread only; by index
 
     def submit(  # type: ignore[override]
         self, args: Command, /, *, check: bool = False, **options: Unpack[SubmitParameters]
     ) -> concurrent.futures.Future[Result[OutputT]]:
-        """Have a command run; return a Future of its Result, which is a CompletedProcess.
+        """Run a command; return a Future of its Result, which is a CompletedProcess.
 
         `options` are those that errand_boy.map takes in a command's mapping. The Future raises the
-        exceptions of subprocess.run (OSError, TimeoutExpired, with `check` CalledProcessError), and
-        HelperDiedError and HelperError. Its `cancel` ends the command even if it runs.
+        exceptions of subprocess.run (OSError, TimeoutExpired and, with `check`,
+        CalledProcessError), HelperDiedError and HelperError. Its `cancel` also ends a running
+        command.
 
         Raises RuntimeError after shutdown, and TypeError and ValueError for bad arguments.
         """
@@ -203,9 +203,9 @@ class Executor(_Executor[OutputT]):
         check: bool = False,
         **options: Unpack[SubmitParameters],
     ) -> Generator[Result[OutputT], None, None]:
-        """Submit all of `commands` now, with the `options` of submit; yield their Results in order.
+        """Submit all `commands` at once, with `options` as for submit; yield the Results in order.
 
-        If the Future of a command raises an exception, this raises it in the command's turn.
+        If a command's Future raises an exception, the iterator raises it in that command's place.
         Closing the iterator cancels the other commands.
         """
         futures = deque([self.submit(command, check=check, **options) for command in commands])
@@ -221,9 +221,10 @@ class Executor(_Executor[OutputT]):
         return results()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more commands; wait for the others, but for those not started if told to cancel.
+        """Accept no more commands. If `wait`, wait for those that were submitted.
 
-        To end those that run, cancel their futures.
+        With `cancel_futures`, cancel those that have not started. To end running commands, cancel
+        their futures.
         """
         with self._lock:
             self._is_shut = True
@@ -329,7 +330,7 @@ class Executor(_Executor[OutputT]):
 
 
 def _notify(future: CommandFuture) -> bool:
-    """Tell those who wait for a future that it is cancelled; return False if it is."""
+    """Return whether the future can be set; if it was cancelled, notify those who wait for it."""
     return future.set_running_or_notify_cancel()
 
 

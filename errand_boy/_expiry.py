@@ -1,4 +1,4 @@
-"""The end of `map`'s commands that take too long."""
+"""The time-outs of `map`'s commands."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Expiry:
-    """Calls `expire` with a command that has run for its time-out.
+    """Calls `expire` with each command that reaches its time-out.
 
-    Those without one of their own have `timeout`, which changes. It is the same for all of them, so
-    one timer, for the oldest, is enough.
+    Commands without their own time-out have `timeout`, which may change but is the same for all of
+    them. So one timer, for the oldest, is enough.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class Expiry:
         self._timeout = timeout
         self._by_age: dict[Job, Channel] = {}
         self._timer: Timer | None = None
-        self._due = 0.0  # the timer
+        self._due = 0.0  # when the timer is due
 
     def begin(self, channel: Channel, job: Job) -> None:
-        """Take note that a command has been started, at ``job.begun``."""
+        """Start the time-out of a command that was started at ``job.begun``."""
         if job.timeout is not None:
             due = job.begun + job.timeout
             job.timer = self._timers.at(due, partial(self._expire, channel, job))
@@ -44,7 +44,7 @@ class Expiry:
             self._look()
 
     def end(self, job: Job, result: Result | None = None) -> None:
-        """Take note that it is over."""
+        """Cancel the time-out of a command that is over."""
         if job.timer is not None:
             job.timer.cancel()
         if self._timeout is not None:
@@ -54,7 +54,7 @@ class Expiry:
             self._look()
 
     def _look(self) -> None:
-        """Set the timer, unless it comes early enough."""
+        """Set the timer, unless it is early enough."""
         assert self._timeout is not None
         seconds = self._timeout.seconds
         if seconds is None or not self._by_age:

@@ -1,4 +1,4 @@
-"""What a job's keeper tells, without I/O: bytes of a connection in, events out."""
+"""The messages of a job's keeper, without I/O: bytes from a connection in, events out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _NEVER = (1 << 64) - 1  # a sequence that no piece has
 
 
 class Output(NamedTuple):
-    """A piece of output. `stream`: 1, standard output, or 2, standard error; `time`: since 1970."""
+    """A piece of output, read at `time` (seconds since 1970).
+
+    `stream` is 1 for standard output, 2 for standard error.
+    """
 
     stream: int
     time: float
@@ -37,24 +40,24 @@ class Output(NamedTuple):
 
 
 class Missed(NamedTuple):
-    """So many bytes of a stream are not kept any more, and were not read before."""
+    """`size` bytes of a stream were lost: they are no longer kept, and had not been read."""
 
     stream: int
     size: int
 
 
 class LogFailed(NamedTuple):
-    """The file that was to have all output lacks what comes from here on."""
+    """From here on, output is missing in the job's log file."""
 
     errno: int
 
 
 class CaughtUp(NamedTuple):
-    """All that was there has been told."""
+    """All earlier output has been sent."""
 
 
 class Credit(NamedTuple):
-    """So many more bytes of input may be sent."""
+    """`size` more bytes of input may be sent."""
 
     size: int
 
@@ -64,7 +67,7 @@ class Over(NamedTuple):
 
 
 class Frames:
-    """Splits what comes over a connection to a keeper."""
+    """Splits the bytes from a keeper's connection into frames."""
 
     __slots__ = ("_rest", "greeted")
 
@@ -73,9 +76,9 @@ class Frames:
         self.greeted = False
 
     def receive(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield the kinds and payloads that are whole, but for HELLO.
+        """Yield the kinds and payloads of complete frames, without HELLO.
 
-        Raises ProtocolError, RefusedError.
+        Raises ProtocolError and RefusedError.
         """
         data = self._rest + data
         at, header = 0, _wire.HEADER.size
@@ -94,35 +97,35 @@ class Frames:
                 _wire.check_version(payload)
                 self.greeted = True
             else:
-                self._rest = data[at:]  # for who stops here
+                self._rest = data[at:]  # the caller may stop here
                 yield kind, payload
                 self._rest = b""
         self._rest = data[at:]
 
 
 class Follower:
-    """One who follows a job, over as many connections as it takes: where he is in its output.
+    """The position of a client that follows a job's output, maybe over several connections.
 
-    With `quiet` he is told of the end only, with `goes_on` of what is still to come too.
+    With `quiet` it gets only the end. With `goes_on` it also gets output that is still to come.
     """
 
     def __init__(self, *, quiet: bool = False, goes_on: bool = True) -> None:
         self._flags = (lib.EB_FOLLOW_ON if goes_on else 0) | (lib.EB_FOLLOW_QUIET if quiet else 0)
         self.goes_on = goes_on
         self.quiet = quiet
-        self._next = 0  # sequence
-        self._positions = {1: 0, 2: 0}  # bytes of each stream that he knows of
+        self._next = 0  # sequence number of the next piece
+        self._positions = {1: 0, 2: 0}  # bytes of each stream up to there
         self._frames = Frames()
 
     def begin(self) -> bytes:
-        """Return what is sent first over a new connection."""
+        """Return the first bytes to send over a new connection."""
         self._frames = Frames()
         return _wire.OPENING + follow(
             self._next, self._positions[1], self._positions[2], self._flags
         )
 
     def receive(self, data: bytes) -> Iterator[Any]:
-        """Take what has come, and yield what it tells. Raises ProtocolError and RefusedError."""
+        """Yield the events in `data` from the keeper. Raises ProtocolError and RefusedError."""
         for kind, payload in self._frames.receive(data):
             try:
                 event = self._take(kind, payload)
@@ -158,7 +161,7 @@ class Follower:
         return None
 
     def replay(self, ring: RingFile) -> Iterator[Any]:
-        """Yield the rest, as a file says it whose keeper has gone. Raises RingError and OSError."""
+        """Yield the rest from the file of a keeper that has gone. Raises RingError and OSError."""
         if self.quiet:
             return
         for sequence, microseconds, stream, position, data in ring.records(self._next):
@@ -168,14 +171,14 @@ class Follower:
             self._next = sequence + 1
             self._positions[stream] = position + len(data)
             yield Output(stream, microseconds / 1e6, data)
-        for stream, end in ring.ends():  # the last of it may have found no room
+        for stream, end in ring.ends():  # the last bytes may have found no room
             missed = end - self._positions[stream]
             if missed > 0:
                 self._positions[stream] = end
                 yield Missed(stream, missed)
 
     def miss(self, sizes: Sequence[int]) -> Iterator[Missed]:
-        """Yield that nothing is there of what he does not know; `sizes`: of both streams."""
+        """Yield a Missed for all later output, because it is gone; `sizes` of both streams."""
         for stream, size in zip(_STREAMS, sizes, strict=False):
             missed = size - self._positions[stream]
             if missed > 0 and not self.quiet:
@@ -189,12 +192,12 @@ def follow(sequence: int, first: int, second: int, flags: int) -> bytes:
 
 
 def ask_whether_read() -> bytes:
-    """Return what a keeper answers by CAUGHT_UP alone, when it has read what was sent before."""
+    """Return a frame that a keeper answers with CAUGHT_UP after it has read the earlier frames."""
     return follow(_NEVER, 0, 0, lib.EB_FOLLOW_QUIET)
 
 
 def attach(flags: int, size: tuple[int, int, int, int]) -> bytes:
-    """Return an ATTACH; `size` as WINSIZE has it."""
+    """Return an ATTACH, with `size` as in WINSIZE."""
     return _wire.frame(lib.EB_ATTACH, [_ATTACH.pack(flags, *size)])
 
 
@@ -209,7 +212,7 @@ def signal(pid: int, number: int) -> bytes:
 
 
 def last_lines(events: list[Any], count: int) -> list[Any]:
-    """Return the end of what was told that has so many lines, of both streams together."""
+    """Return the last events, with `count` lines of both streams together."""
     kept: list[Any] = []
     starts = 0  # of lines
     at_end = True

@@ -1,6 +1,6 @@
-"""Programs on a new terminal, for those who want a pid and a descriptor, as os.forkpty gives them.
+"""Starts programs on a new terminal, and returns a pid and a descriptor, as os.forkpty does.
 
-They are ptyprocess and pty.spawn.
+ptyprocess and pty.spawn need this.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from errand_boy.terminal import Pty, open_pair
 
 
 class _Child:
-    """What a start makes of a program; see _start.begin."""
+    """The process object of a start, see _start.begin."""
 
     pid = 0
     _child_created = False
@@ -40,8 +40,8 @@ def start(
 ) -> tuple[int, int]:
     """Start a program as os.forkpty and an exec would; return its pid and the caller's side.
 
-    It is a child of this process, and ignores the signals that this one does. Without a `pty` the
-    terminal has no size. Raises OSError.
+    It is a child of this process, and ignores the same signals. Without a `pty`, the terminal has
+    no size. Raises OSError.
     """
     if pty is None:
         pty = Pty(0, 0)
@@ -83,7 +83,7 @@ def spawn(original: Any, argv: Any, *args: Any, **kwargs: Any) -> Any:
         words = [argv] if isinstance(argv, str) else list(argv)
         return start(words, None, close_fds=False)
 
-    # Its own code, but for where that forks.
+    # The code of the original, with another fork().
     namespace = {**original.__globals__, "fork": fork}
     function = FunctionType(original.__code__, namespace, original.__name__, original.__defaults__)
     return function(argv, *args, **kwargs)
@@ -95,4 +95,4 @@ def can_start() -> bool:
 
 
 def _no_original(*_: Any) -> None:
-    raise AssertionError("there are options, which the standard library does not have")
+    raise AssertionError("the standard library lacks these options")

@@ -1,4 +1,4 @@
-"""The frame of a request: what was asked for, and what the child inherits."""
+"""The frame of a request, with the state that the child inherits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from errand_boy._connection import Connection
     from errand_boy._request import Request
 
-MOST_ATTEMPTS = 100  # attempts at one command, of a process whose threads differ in what they are
+MOST_ATTEMPTS = 100  # threads with different ids replace each other's helper
 _MOST_SPARE = 8
 
 _spare: list[SpawnFrame] = []
 
 
 class Caller:
-    """The state of the thread that made this, as the kernel had it then."""
+    """The state of the calling thread at the time when this was made."""
 
     __slots__ = ("c",)
 
@@ -36,7 +36,7 @@ class Caller:
 
 
 class SpawnFrame:
-    """The frame of a request, for reuse; and the connection that it goes over."""
+    """A reusable buffer for the frame of a request, and the connection for it."""
 
     __slots__ = ("_c", "connection", "is_sent")
 
@@ -46,10 +46,10 @@ class SpawnFrame:
             raise MemoryError
         self._c: Any = ffi.gc(c, lib.eb_spawn_frame_free)
         self.connection: Connection | None = None
-        self.is_sent: bool = True  # whole, by `prepare`, and so `done` has nothing to release
+        self.is_sent: bool = True  # `prepare` has sent all of it, so `done` has nothing to release
 
     def read(self, start: Caller, helper: int) -> int:
-        """Read the calling thread's state; return what was found, as csrc/caller has it."""
+        """Read the calling thread's state; return the flags of csrc/caller."""
         caller = ffi.addressof(self._c, "caller")
         return check(lib.eb_caller_read(caller, start.c, helper, 0, -1, 0, 0))
 
@@ -61,11 +61,11 @@ class SpawnFrame:
         flags: int,
         connection: Connection | None,
     ) -> int:
-        """Read the calling thread's state, and build the frame; send it where that does not wait.
+        """Read the calling thread's state, build the frame, and send it if that does not wait.
 
-        Returns what was found, as csrc/caller has it: without EB_FITS there is no frame. A negative
-        number is for `check`: then nothing has been sent. (An exception comes from outside, and
-        tells nothing of that.)
+        Return the flags of csrc/caller: without EB_FITS there is no frame. If the number is
+        negative, nothing has been sent; pass it to `check`. (After an exception, which can only
+        come from outside, the frame may have been sent.)
         """
         self.is_sent = False
         if connection is None:
@@ -95,7 +95,7 @@ class SpawnFrame:
 
     @property
     def rest(self) -> memoryview:
-        """What has not been sent of the frame; valid until the next `prepare` or `done`."""
+        """The unsent part of the frame; valid until the next `prepare` or `done`."""
         c = self._c
         if c.sent == c.size:  # its memory may have been released
             return memoryview(b"")
@@ -103,14 +103,14 @@ class SpawnFrame:
 
     @property
     def fds(self) -> list[int]:
-        """The descriptors that have not been sent; they belong to the frame's first byte."""
+        """The unsent descriptors, which must be sent with the frame's first byte."""
         c = self._c
         return [] if c.sent else ffi.unpack(c.fds, c.fd_count) if c.fd_count else []
 
     def sending(self) -> Generator[tuple[int, bool], None, None]:
-        """Send what has not been sent; raises what Connection.send does.
+        """Send the unsent part. Raises what Connection.send raises.
 
-        Yields (descriptor, True) whenever that has to be writable first.
+        Yields (descriptor, True) whenever the descriptor must become writable first.
         """
         assert self.connection is not None
         fds, most = self.fds, lib.EB_MAX_FDS_PER_SEND
@@ -124,7 +124,7 @@ class SpawnFrame:
                 fds = fds[most:]
 
     def done(self) -> None:
-        """Release what only this request needed, and be spare."""
+        """Release the memory of this request, and keep this object for reuse."""
         if not self.is_sent:
             lib.eb_spawn_frame_done(self._c)
         self.connection = None
@@ -133,7 +133,7 @@ class SpawnFrame:
 
 
 def acquire() -> SpawnFrame:
-    """Return a spare one, or a new one."""
+    """Return a spare SpawnFrame, or a new one."""
     try:
         return _spare.pop()
     except IndexError:
@@ -141,16 +141,16 @@ def acquire() -> SpawnFrame:
 
 
 def forget() -> None:
-    """Let go of the spare ones."""
+    """Drop the spare SpawnFrames."""
     _spare.clear()
 
 
 def check(found: int) -> int:
-    """Return what was found; raise OSError for a negative number, as csrc/caller has it."""
+    """Return the flags of csrc/caller. Raises OSError if they are a negative errno."""
     if found < 0:
         raise OSError(-found, os.strerror(-found))
     return found
 
 
-# Another process must not read the state of its parent's threads.
+# A forked process must not read the state of its parent's threads.
 os.register_at_fork(after_in_child=forget)

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 class _Captured(int):
-    """The functions' own PIPE: a Popen with a terminal can tell it from its user's."""
+    """The PIPE that functions pass, which a Popen with a terminal can tell from its user's."""
 
 
 CAPTURED = _Captured(subprocess.PIPE)
 
 
 def _told(kind: type[Any]) -> type[Any]:
-    """Return the class CompletedProcess with what is told of the end."""
+    """Return a CompletedProcess class that also has the attributes of Verdict."""
     return type(
         kind.__name__, (Told, kind), {"__doc__": kind.__doc__, "__module__": kind.__module__}
     )
 
 
 def one_shot(popen: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what makes objects of the class for functions that kill them for any exception."""
+    """Return a function that makes Popen objects for functions that kill them after exceptions."""
 
     def make(*args: Any, **kwargs: Any) -> Any:
         process = popen(*args, **kwargs)
@@ -40,12 +40,12 @@ def one_shot(popen: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-ERRORS = ("SubprocessError", "CalledProcessError", "TimeoutExpired")  # those that are caught
+ERRORS = ("SubprocessError", "CalledProcessError", "TimeoutExpired")  # users catch them
 NAMES = ("call", "check_call", "check_output", "getoutput", "getstatusoutput", "run")
 
 
 def original_popen() -> type[subprocess.Popen[Any]]:
-    """Return the standard library's own Popen, also where gevent or eventlet has replaced it."""
+    """Return the standard library's own Popen, even if gevent or eventlet has replaced it."""
     if subprocess.Popen.__module__.startswith("eventlet."):
         return _popen_of_a_copy()
     for base in subprocess.Popen.__mro__:
@@ -64,8 +64,8 @@ def parameters(function: Any) -> frozenset[str]:
 
 
 def _popen_of_a_copy() -> type[subprocess.Popen[Any]]:
-    # eventlet has dropped the original, and the one that its own is derived from uses modules that
-    # are not eventlet's, so that to communicate would make all others wait.
+    # eventlet has dropped the original. The base class of its own Popen uses modules that are not
+    # eventlet's, so communicate() would make all greenlets wait.
     spec = subprocess.__spec__
     assert spec is not None and spec.loader is not None
     copy = ModuleType("subprocess")
@@ -82,18 +82,18 @@ def rebind(
     module: ModuleType = subprocess,
     wrap_run: Callable[[Any], Any] = lambda run: run,
 ) -> dict[str, Any]:
-    """Return the functions of `module`, by name, with `popen` in the place of Popen.
+    """Return the functions of `module`, by name, with `popen` in place of Popen.
 
-    `module` is subprocess or one that stands for it; by default they are the running Python's own.
-    They are the same code objects over another global namespace, so they stay what this Python's
-    are, and none of its users sees a change. In the place of `run` there is what `wrap_run` returns
-    for that, and `check_output` calls it.
+    `module` is subprocess or a module like it; by default the functions are those of the running
+    Python. The new functions have the same code objects and another global namespace. So they
+    behave as this Python's do, and other users of the module see no change. `run` is replaced by
+    what `wrap_run` returns for it, and `check_output` calls that.
     """
     functions: dict[str, Any] = {}
     namespace: dict[str, Any] = {}
     for name in NAMES:
         original: FunctionType = getattr(module, name)
-        if not namespace:  # that of subprocess, or of gevent.subprocess
+        if not namespace:  # the module of the first function: subprocess or gevent.subprocess
             namespace = {**original.__globals__, "Popen": one_shot(popen), "PIPE": CAPTURED}
             namespace.update((each, getattr(module, each)) for each in ERRORS)
             namespace["CompletedProcess"] = partial(completed, _told(namespace["CompletedProcess"]))

@@ -30,7 +30,7 @@ _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
 _FIRST_FREE = 3  # behind the standard streams
 _GRACE = 1.0  # seconds
 _MOST_SAID = 1 << 10  # bytes
-_START = 30.0  # seconds, for a program of which the kernel has said that it runs
+_START = 30.0  # seconds for its first message, after the exec
 
 _NAMES = (
     "user ids (real, effective, saved)",
@@ -41,7 +41,7 @@ _NAMES = (
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 
 _lock = threading.RLock()
-_unreaped: list[Helper] = []  # retired; they have ended, or will soon
+_unreaped: list[Helper] = []  # retired helpers, which have ended or will soon
 
 
 def _open_program() -> tuple[int, int, int]:
@@ -49,8 +49,8 @@ def _open_program() -> tuple[int, int, int]:
     try:
         fd = os.open(_EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
     except OSError:
-        return -1, 0, 0  # starting it will show why
-    if fd < _FIRST_FREE:  # a standard stream that is closed stays so
+        return -1, 0, 0  # starting it will raise the error
+    if fd < _FIRST_FREE:  # leave standard streams closed
         low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
         os.close(low)
     info = os.fstat(fd)
@@ -70,9 +70,9 @@ def _program_fd() -> int:
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:
-    """Return our end of a connection and the helper's, which reports who has sent what it reads."""
-    # Where gevent or eventlet has replaced them, sockets would let others run, and gevent's loop
-    # reap the command, before its pid is known.
+    """Return our end of a connection and the helper's end, which reports who sends."""
+    # Sockets that gevent or eventlet has replaced would let other greenlets run, and gevent's loop
+    # could reap the command before its pid is known.
     classes = _socket.socket.__subclasses__()
     native: type[socket.socket]
     native = next(c for c in classes if c.__module__ == "socket")  # type: ignore[assignment]
@@ -102,10 +102,7 @@ def _frame(sock: socket.socket, seconds: float) -> tuple[int, bytes] | None:
 
 
 def _ids_after_exec() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the calling thread's ids, as the kernel passes them on to a program.
-
-    That is, with the effective ids as the saved ones.
-    """
+    """Return the calling thread's ids as they are after an exec: the effective ids become saved."""
     (uid, euid, _), (gid, egid, _) = os.getresuid(), os.getresgid()
     return (uid, euid, euid), (gid, egid, egid), tuple(os.getgroups())
 
@@ -150,8 +147,8 @@ class Helper:
         self.pid: int = pid
         manager.last_end = None
         self.shares_fs: bool = share_fs[0] != 0
-        self.owns_children = False  # until a reply says so
-        self._stays = False  # it is retired, but lives on with its commands
+        self.owns_children = False  # a reply will say so
+        self._stays = False  # retired, but alive until its commands have ended
         self.idle: list[Connection] = []
         self._control = Connection(ours)
         try:
@@ -165,7 +162,7 @@ class Helper:
             os.close(errors)
 
     def _check_ids(self, path: str, errors: int) -> None:
-        # How an exec changes the ids depends on the kernel, and on the program's mode.
+        # An exec changes ids depending on the kernel and on the program's mode.
         try:
             frame = _frame(self._control.sock, _START)
         except TimeoutError:
@@ -187,12 +184,12 @@ class Helper:
                 )
 
     def _check_end(self, path: str, errors: int) -> None:
-        """Raise HelperError if it has ended by itself, since the next one would do so too."""
+        """Raise HelperError if the helper ended by itself, since the next one would too."""
         has_ended = self.ended(_GRACE)
         status = self._manager.last_end if has_ended else None
         if status is None or not os.WIFEXITED(status):
             return  # somebody has killed it: connect() will notice
-        os.set_blocking(errors, False)  # others may have copies of the other end
+        os.set_blocking(errors, False)  # other processes may have the other end open
         try:
             said = os.read(errors, _MOST_SAID).decode(errors="replace").strip()
         except BlockingIOError:
@@ -203,7 +200,7 @@ class Helper:
         raise HelperError(errno.ENOEXEC, text + SEE_DOCTOR, path)
 
     def fits(self, fresh: Helper | None) -> bool:
-        """Return whether the calling thread may use it; `fresh` is a helper it has just started."""
+        """Return whether it fits the calling thread; `fresh` is the helper it has just started."""
         spawn_frame = acquire()
         try:
             found = spawn_frame.read(self.caller, self.pid if self.shares_fs else 0)
@@ -212,14 +209,14 @@ class Helper:
         return _fits(found, self is fresh)
 
     def connect(self) -> Connection | None:
-        """Return a new connection; None if the helper has ended."""
+        """Return a new connection, or None if the helper has ended."""
         ours, theirs = _socketpair()
         connection = Connection(ours, self)
         try:
             with theirs:
                 rights = struct.pack("i", theirs.fileno())
                 if self._control.is_ours():
-                    # A message this small is sent in full, whatever other threads send.
+                    # A message this small is never mixed with those of other threads.
                     self._control.sock.sendmsg(
                         [_wire.HEADER.pack(0, lib.EB_ADOPT)],
                         [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
@@ -230,7 +227,7 @@ class Helper:
         except (BrokenPipeError, ConnectionResetError):
             pass
         except OSError as error:
-            if error.errno != errno.EBADF:  # else retired by another thread just now
+            if error.errno != errno.EBADF:  # else another thread has just retired it
                 connection.close()
                 raise
         except BaseException:
@@ -240,7 +237,7 @@ class Helper:
         return None
 
     def is_there(self) -> bool:
-        """Return whether it is alive, as far as its connections show."""
+        """Return whether the helper is alive, as far as its connections show."""
         try:
             return bool(self._control.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
@@ -258,7 +255,7 @@ class Helper:
             connection.close()
 
     def discard(self, connection: Connection) -> None:
-        """Take note that `connection` broke, and probably this helper with it."""
+        """Drop `connection`, which broke, and this helper, which has probably ended."""
         connection.close()
         self._manager.dismiss(self)
 
@@ -268,7 +265,7 @@ class Helper:
                 self.idle.pop().close()
 
     def retire(self) -> None:
-        """Have it take no more requests, and end when its current ones are done."""
+        """Have the helper take no more requests, and end after the current ones."""
         self._close_idle()
         if self._owner != os.getpid():
             self._control.close()
@@ -278,18 +275,18 @@ class Helper:
             with contextlib.suppress(OSError):  # it has ended
                 self._control.sock.shutdown(socket.SHUT_WR)
         else:
-            # Closed under us: it can't be told to end, and forked processes may have copies that
-            # keep it.
+            # Somebody else has closed the socket, so we can't tell the helper to end, and copies in
+            # forked processes may keep it alive.
             self._kill()
             self._control.close()
 
     def ended(self, grace: float) -> bool:
-        """Return whether it has ended, and reap it.
+        """Return whether the helper has ended, and reap it.
 
-        With a grace (seconds), it has ended, or it stays with its commands and shares nothing with
-        this process any more.
+        With a `grace` in seconds, wait so long, and then kill it if it may be killed. A helper that
+        stays with its commands no longer shares anything with this process.
         """
-        # Somebody may have waited for any child.
+        # Somebody may have waited for any child, including this one.
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid == 0:
@@ -302,7 +299,7 @@ class Helper:
         return True
 
     def _ends(self, grace: float) -> bool:
-        """Wait for its end, or for its message that it stays; return whether it ends."""
+        """Wait until the helper ends or says that it stays; return whether it ends."""
         if self._stays:
             return False
         deadline = time.monotonic() + grace
@@ -323,11 +320,11 @@ class Helper:
                 return True
         finally:
             os.close(pidfd)
-        # A start takes long, or the helper has been stopped. It must not lose its commands.
+        # Some start takes long, or somebody has stopped the helper. Do not lose its commands.
         return not self.owns_children and self._kill()
 
     def _kill(self) -> bool:
-        """Kill it, unless others have waited for it; return whether it ends."""
+        """Kill the helper, unless somebody has waited for it; return whether it ends."""
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 try:
@@ -352,7 +349,7 @@ def _not_started(error: int, step: str, path: str) -> HelperError:
 
 
 def ends_at_once(manager: HelperManager) -> HelperError:
-    """Return the error for a helper that cannot be kept alive."""
+    """Return the error for helpers that keep dying."""
     text = f"the helper ends again and again as soon as it is started, {manager.how_it_ended()}"
     return HelperError(errno.EAGAIN, text + SEE_DOCTOR)
 
@@ -366,10 +363,10 @@ class HelperManager:
     def __init__(self, own_children: bool) -> None:
         self.own_children = own_children
         self.current: Helper | None = None
-        self.last_end: int | None = None  # of its last helper: the wait status, where known
+        self.last_end: int | None = None  # the wait status of the last helper, if known
 
     def how_it_ended(self) -> str:
-        """Return in words how its last helper ended."""
+        """Return in words how the last helper ended."""
         if self.last_end is None:
             return "for an unknown reason"
         code = os.waitstatus_to_exitcode(self.last_end)
@@ -378,9 +375,9 @@ class HelperManager:
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
         """Prepare `request` for a helper that fits the calling thread; return its connection.
 
-        `spawn_frame` keeps the connection for the case of an exception from outside, when the
-        request may have been sent. Raises HelperError if no helper can be started, and OSError
-        for a lack of descriptors or a request that is too long (E2BIG).
+        `spawn_frame` keeps the connection, because the request may have been sent when an exception
+        comes from outside. Raises HelperError if no helper can be started, and OSError if
+        descriptors are short or the request is too long (E2BIG).
         """
         fresh: Helper | None = None
         if _unreaped:
@@ -415,16 +412,16 @@ class HelperManager:
         raise ends_at_once(self)
 
     def until_reachable(self) -> Generator[tuple[int, bool], None, None]:
-        """Yield (descriptor, True) while `acquire` would wait for that to be writable."""
+        """Yield (descriptor, True) while `acquire` would wait until the descriptor is writable."""
         while (helper := self.current) is not None and not helper.idle:
-            # One for each start that waits: event loops have one waiter for each descriptor.
+            # Each start gets its own copy: event loops have one waiter for each descriptor.
             with contextlib.closing(helper._control.sock.dup()) as sock:
                 if ready(sock.fileno(), 0, reading=False, writing=True):
                     return
                 yield sock.fileno(), True
 
     def start(self) -> None:
-        """Have a helper that fits the calling thread."""
+        """Start a helper, unless there is one that fits the calling thread."""
         fresh: Helper | None = None
         for _ in range(MOST_ATTEMPTS):
             helper = self.current
@@ -444,7 +441,7 @@ class HelperManager:
                 self.retire()
 
     def _replace(self, old: Helper | None) -> Helper:
-        """Start a helper in place of `old`, unless another thread has."""
+        """Replace `old` by a new helper, unless another thread has done so."""
         with _lock:
             if self.current is old:
                 self.retire()
@@ -452,7 +449,7 @@ class HelperManager:
                 helper = Helper(self)
                 if self.current is None:
                     self.current = helper
-                else:  # a signal handler has started one meanwhile, in this very thread
+                else:  # a signal handler has meanwhile started one, in this thread
                     helper.retire()
                     _reap()
             return self.current
@@ -466,11 +463,11 @@ class HelperManager:
 
 
 launcher = HelperManager(own_children=False)  # starts children of the calling process
-runner = HelperManager(own_children=True)  # runs commands of its own, whose streams are frames
+runner = HelperManager(own_children=True)  # owns its commands, and can stream their output
 
 
 def _reap(grace: float = 0.0) -> None:
-    """Wait for the retired helpers; kill those that own no children and live after `grace`."""
+    """Reap the retired helpers; kill those without own children that outlive `grace` seconds."""
     for helper in _unreaped[:]:
         if helper.ended(grace):
             with contextlib.suppress(ValueError):  # a signal handler was here first
@@ -480,8 +477,8 @@ def _reap(grace: float = 0.0) -> None:
 def stop() -> None:
     """End all helpers and wait for them.
 
-    One that has commands of its own, those of a `map` that has not come to its end, stays until
-    they end, but shares nothing with this process any more.
+    A helper with commands of an unfinished `map` stays until they end, but no longer shares
+    anything with this process.
     """
     with _lock:
         launcher.retire()
@@ -492,7 +489,7 @@ def stop() -> None:
 
 def _after_fork() -> None:
     global _lock
-    # The parent's helpers are not ours, and a lock may be held by a thread that no longer exists.
+    # The parent's helpers are not ours, and a thread that no longer exists may hold the lock.
     _lock = threading.RLock()
     _unreaped.clear()
     launcher.current = runner.current = None

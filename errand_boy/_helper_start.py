@@ -1,4 +1,4 @@
-"""A start by a helper: the request goes over a connection, and the outcome comes back."""
+"""Starts by a helper: sends the request over a connection, and receives the outcome."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _answer(connection: Connection, driver: Driver) -> Generator[Wait, None, Spa
         return connection.answer()
     while True:
         yield connection.sock.fileno(), False
-        with contextlib.suppress(TimeoutError):  # only a part of it has arrived
+        with contextlib.suppress(TimeoutError):  # only a part of the answer has arrived
             return connection.answer(0.0)
 
 
@@ -90,26 +90,24 @@ def _take(process: Any, connection: Connection, reply: Reply) -> None:
 def _interrupt(
     process: Any, connection: Connection, is_sent: bool, source: Any, driver: Driver
 ) -> None:
-    """Deal with a request whose start was interrupted, if its command may be running."""
-    if (
-        not is_sent and not driver.blocking
-    ):  # known exactly, since the exception came while it waited
+    """Handle a start that was interrupted, if its command may be running."""
+    if not is_sent and not driver.blocking:  # exactly known: the exception came while it waited
         connection.close()
     elif source.is_daemon and not driver.ends_interrupted:
-        # The outcome may take long, where commands wait for their turn, and is not needed, since
-        # we don't wait for the child. This withdraws a command that waits for its turn.
+        # The child is not ours to wait for, so the outcome is not needed. It could take long, if
+        # the command waits for its turn; closing withdraws it.
         connection.close()
     else:
         driver.conclude(process, _conclude(process, connection, driver))
 
 
 def _conclude(process: Any, connection: Connection, driver: Driver) -> Steps:
-    """Receive the outcome after all, because a child must be waited for."""
+    """Receive the outcome after all, because this process must wait for its child."""
     try:
         reply = connection.reply
         if reply is None:
             if driver.blocking:
-                # The helper answers complete requests, and then closes; so this wait is bounded.
+                # The helper answers complete requests and then closes, so this wait is bounded.
                 connection.sock.shutdown(socket.SHUT_WR)
             reply = yield from _answer(connection, driver)
         _take(process, connection, reply)

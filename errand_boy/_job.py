@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 _PLAIN = (list, tuple)
 _IDS = ("user", "group", "extra_groups")
-_UNDECODABLE = 125  # the return code, where the command's own would say success
+_UNDECODABLE = 125  # return code for undecodable output of a successful command
 
 
 def check_several(commands: Any, shell: bool) -> None:
-    """Raise TypeError for one command in place of several.
+    """Raise TypeError if one command is given instead of several.
 
-    A list of strings is several commands: ["true", "false"]. But no program's name begins like an
-    option, so ["ls", "-l"] must be meant as one.
+    A list of strings is several commands: ["true", "false"]. But the names of programs don't begin
+    with a hyphen, so ["ls", "-l"] must be meant as one command.
     """
     if isinstance(commands, (str, bytes)):
         raise TypeError(
@@ -44,13 +44,13 @@ def check_several(commands: Any, shell: bool) -> None:
         for command in commands:
             if isinstance(command, str) and command.startswith("-"):
                 raise TypeError(
-                    f"{command!r} can't be a command of its own, as each item is; one command with "
-                    "its arguments is a list within the list: [[...]]"
+                    f"each item is a command, and {command!r} can't be one; a command with its "
+                    "arguments is a list within the list: [[...]]"
                 )
 
 
 def unknown_options(names: Iterable[str], known: Iterable[str]) -> TypeError:
-    """Return the error for unknown options, with those that are probably meant."""
+    """Return the TypeError for unknown options, which suggests similar ones."""
     from difflib import get_close_matches  # noqa: PLC0415
 
     all_known = [*known, *_request.own_options()]
@@ -62,7 +62,7 @@ def unknown_options(names: Iterable[str], known: Iterable[str]) -> TypeError:
 
 
 class Job:
-    """A command, and what is known about it while it runs."""
+    """A command of a `map` and its state."""
 
     __slots__ = (
         "args",
@@ -89,20 +89,20 @@ class Job:
         self.index = index
         self.args = args
         self.argv: Sequence[Any] = ()
-        self.options: Mapping[str, Any] | None = None  # its own
+        self.options: Mapping[str, Any] | None = None  # its own, if any
         self.input: bytes | None = None
         self.shell = False
         self.timeout: float | None = None
         self.timer: Timer | None = None
-        self.attempts = 0  # to have it started
+        self.attempts = 0  # attempts to start it
         self.retries: Retries | None = None
-        self.runs = 0  # that are over
+        self.runs = 0  # finished runs
         self.limited: Tracker | None = None
         self.slot = 0
-        self.last: Result | None = None  # of a run that failed, while there is to be another
+        self.last: Result | None = None  # of a failed run, while another one is due
 
     def begin(self) -> None:
-        """Reset it to the state before anything was sent or received."""
+        """Reset the state before an attempt to start the command."""
         if self.limited is not None:
             self.limited = type(self.limited)(self.limited.limits)
         self.attempts += 1
@@ -113,7 +113,7 @@ class Job:
 
 
 class Jobs:
-    """Makes a Job of each command; `options` apply to commands that have none of their own."""
+    """Makes a Job of each command. `options` apply where a command has none of its own."""
 
     def __init__(
         self,
@@ -141,11 +141,11 @@ class Jobs:
         self._timeout = timeout
         self._retries = _policy.retries(retries)
         self._shell = shell
-        # How many bytes of each output are kept at all; None: all of them.
+        # How many bytes of each output are kept, or None for all.
         self.max_output = None if spool else max_output
         self._most_in_memory = max_output
         self._open_file: Callable[[], IO[bytes]] | None = _temporary_file if spool else None
-        # Is called with a command's index and 0 or 1; returns what takes its output, like a Spool.
+        # Called with a command's index, and 0 or 1; returns an object like Spool for its output.
         self.open_output: Callable[[int, int], Any] | None = None
 
     def make(self, index: int, command: Command) -> Job:
@@ -186,7 +186,7 @@ class Jobs:
         return job
 
     def _merged(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return all options of a command, with those of its mapping."""
+        """Return the options of a command, with those of its mapping."""
         ids = _request.ids(*(given.pop(name, None) for name in _IDS))
         unknown = _request.unknown(given.keys() - self.options.keys() - ids.keys())
         if unknown:
@@ -194,7 +194,7 @@ class Jobs:
         return {**self.options, **given, **ids}
 
     def write(self, job: Job, number: int, data: bytes) -> None:
-        """Keep what a command has written. Raises OSError."""
+        """Keep a command's output. Raises OSError."""
         if job.limited is not None:
             data = job.limited.take(data)
         output = job.outputs[number]
@@ -227,14 +227,14 @@ class Jobs:
         return self.without_end(job, 127 if isinstance(error, FileNotFoundError) else 126, error)
 
     def without_end(self, job: Job, returncode: int, error: Exception) -> Result:
-        """Return the result of a command whose end is not known."""
+        """Return the result of a command whose exit status is lost."""
         result = Result(job.args, returncode)
         self.put_output(result, job)
         result.error = error
         return result
 
     def put_output(self, result: Result, job: Job) -> None:
-        """Put the output that `write` has kept into a result."""
+        """Store the output that `write` has kept in a result."""
         for number, output in enumerate(job.outputs):
             if not self._captured[number]:
                 continue
@@ -258,7 +258,7 @@ class Jobs:
         try:
             return output.text(self._encoding, self._errors)
         except UnicodeError as error:
-            # subprocess would raise it. Here it must not count as a success, nor stop the others.
+            # subprocess would raise the error. Here it must not count as success, or stop others.
             result.error = error
             result.returncode = result.returncode or _UNDECODABLE
             return output.text(self._encoding, "backslashreplace")

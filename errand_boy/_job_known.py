@@ -1,4 +1,4 @@
-"""What is said of a job, and of how it has ended; what is shown of its output."""
+"""The state of a job as the daemon reported it, its result, and the choice of its output."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 
 class JobResult(subprocess.CompletedProcess[None]):
-    """How a job has ended: as subprocess.CompletedProcess, without output, and as Popen tells.
+    """The end of a job: a subprocess.CompletedProcess without output, with these attributes.
 
-    `cause`: "exit", "signal", or the limit for which it was ended. `duration`: in seconds.
-    `rusage`: a resource.struct_rusage. `peak_memory`: in bytes. `bytes`: how many it has written to
-    its standard output and its standard error.
+    - `cause`: "exit", "signal", or the limit that it exceeded.
+    - `duration`: in seconds.
+    - `rusage`: a resource.struct_rusage.
+    - `peak_memory`: in bytes.
+    - `bytes`: how many bytes it has written to standard output and to standard error.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -32,41 +34,43 @@ class JobResult(subprocess.CompletedProcess[None]):
 
     @property
     def cause(self) -> str:
-        """Why it has ended."""
+        """Why the job ended: "exit", "signal", or a limit."""
         by_limit = CAUSES.get(self._entry.get("cause", 0))
         return by_limit or ("exit" if self.returncode >= 0 else "signal")
 
     @property
     def duration(self) -> float:
-        """How long it took, in seconds."""
+        """How long the job took, in seconds."""
         return max(0.0, float(self._entry["ended"] - self._entry["started"]))
 
     @property
     def rusage(self) -> resource.struct_rusage:
-        """What it has used."""
+        """The resources that the job used."""
         tree = self._entry.get("tree", ())
         return _wire.rusage(self._entry["usage"], (0, *tree) if tree else ())
 
     @property
     def peak_memory(self) -> int:
-        """The most memory that it had, in bytes."""
+        """The peak memory of the job, in bytes."""
         tree = self._entry.get("tree", ())
         return int(tree[2]) if tree else self.rusage.ru_maxrss * 1024
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """How much it has written."""
+        """How many bytes it wrote to standard output and to standard error."""
         first, second = self._entry.get("bytes", (0, 0))
         return first, second
 
 
 class Known:
-    """What was said of a job last, which `status` renews.
+    """The state of a job, as last reported by the daemon. `status` updates it.
 
-    `id`: its number among those of user `uid`; `name`; `args`: its command, or the beginning of a
-    long one; `pid`: the command's, None before it runs; `started`: seconds since 1970;
-    `state`: "starting", "running", "ended", or "lost", when its keeper was killed or the machine
-    went down; `returncode`: as Popen has it, None while it is not known.
+    - `id`: its number among the jobs of user `uid`; `name`: its name.
+    - `args`: its command, which may be cut short.
+    - `pid`: the command's, or None before it runs; `started`: seconds since 1970.
+    - `state`: "starting", "running", "ended", or "lost" if its keeper was killed or the machine
+      went down.
+    - `returncode`: as in Popen, or None while it is not known.
     """
 
     def __init__(self, client: Client, entry: Entry) -> None:
@@ -97,25 +101,25 @@ class Known:
 
     @property
     def state(self) -> str:
-        """What has become of it."""
+        """The state: "starting", "running", "ended" or "lost"."""
         return str(self._entry["state"])
 
     @property
     def returncode(self) -> int | None:
-        """How it has ended."""
+        """The return code as in Popen, or None while it is not known."""
         status = self._entry.get("status")
         return None if status is None else os.waitstatus_to_exitcode(status)
 
     @property
     def cause(self) -> str | None:
-        """Why it is over, as JobResult has it, or why it is lost: "killed" or "reboot"."""
+        """Why the job ended, as in JobResult, or why it is lost: "killed" or "reboot"."""
         if self.state == "lost":
             return str(self._entry.get("why", "killed"))
         return None if self.returncode is None else JobResult(self._entry).cause
 
     @property
     def ended(self) -> float | None:
-        """When it ended."""
+        """When the job ended, in seconds since 1970, or None."""
         ended: float | None = self._entry.get("ended")
         return ended
 
@@ -130,15 +134,15 @@ class Known:
 
 
 class Chooser:
-    """Which of the events `logs` yields."""
+    """Chooses the events that `logs` yields."""
 
     def __init__(self, since: float | None, tail: int | None) -> None:
         self._since = since
         self._tail = tail
-        self._kept: list[Any] = []  # until all that was there is known
+        self._kept: list[Any] = []  # until all earlier output is known
 
     def take(self, event: Any) -> list[Any]:
-        """Return what is to be yielded now."""
+        """Return the events to yield now."""
         if isinstance(event, (CaughtUp, Over)):
             return self.rest()
         if isinstance(event, Output):
@@ -152,7 +156,7 @@ class Chooser:
         return []
 
     def rest(self) -> list[Any]:
-        """Return what has been kept back."""
+        """Return the events that were held back."""
         tail, self._tail = self._tail, None
         kept, self._kept = self._kept, []
         return [] if tail is None else _follow.last_lines(kept, tail)

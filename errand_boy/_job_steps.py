@@ -1,7 +1,7 @@
-"""What a client does with jobs, as generators that say what they wait for.
+"""A client's operations on jobs, as generators that yield what they wait for.
 
-One yields a Wait, and goes on when that is over; those of `follow` and `attach` yield events too.
-`_jobs` waits by blocking its thread, `_asyncio_jobs` as its loop does.
+A generator yields a Wait, and is continued after it. Those of `follow` and `attach` also yield
+events. `_jobs` waits by blocking its thread, `_asyncio_jobs` in its loop.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from errand_boy._ends import Stop
 
     class Client(Protocol):
-        """That of a daemon."""
+        """The client of a daemon."""
 
         path: str
 
         def new_socket(self, blocking: bool) -> socket.socket:
-            """Return a new connection of which nothing has been sent."""
+            """Return a new connection over which nothing has been sent yet."""
 
     T = TypeVar("T")
     Steps: TypeAlias = Generator["Wait", None, T]
@@ -63,14 +63,14 @@ _CHUNK = 1 << 16  # bytes
 _PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between attempts
 _PATIENCE = 30.0  # seconds without progress
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
-_MOST_WORDS = 2000  # bytes of a command, as the journal has it
+_MOST_WORDS = 2000  # bytes of a command in the journal
 _MOST_CWD = 1000
 SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _IDS = ("user", "group", "extra_groups")
 
 
 class Wait(NamedTuple):
-    """For a descriptor, -1: none, for so many seconds at most, None: without end."""
+    """A wait for a descriptor (-1: none), for at most some seconds (None: no limit)."""
 
     fd: int
     writing: bool = False
@@ -78,7 +78,7 @@ class Wait(NamedTuple):
 
 
 def pause(seconds: float) -> Steps[None]:
-    """Wait for a time."""
+    """Wait for some seconds."""
     yield Wait(-1, seconds=seconds)
 
 
@@ -90,14 +90,14 @@ def connect(client: Client) -> Steps[socket.socket]:
     while True:
         try:
             return client.new_socket(blocking=False)
-        except BlockingIOError:  # it has many others waiting
+        except BlockingIOError:  # its backlog is full
             yield from pause(_PAUSE)
 
 
 def ask(
     client: Client, operation: int, value: Mapping[str, Any]
 ) -> Steps[tuple[Any, socket.socket, int]]:
-    """Ask the daemon; return its answer, the connection, and the descriptor with it or -1.
+    """Ask the daemon; return its answer, the connection, and the descriptor that came, or -1.
 
     Raises JobError, NoJobError, NoDaemonError, RefusedError and OSError.
     """
@@ -111,7 +111,7 @@ def ask(
     sock = yield from connect(client)
     fd = -1
     try:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has said why
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it said why
             yield from send(sock, b"\0" + _wire.frame(lib.EB_JOB, [payload]))
         kind, data, fd = yield from _answer(sock, client.path)
         if kind == lib.EB_REFUSED:
@@ -130,7 +130,7 @@ def ask(
 
 
 def _answer(sock: socket.socket, path: str) -> Steps[tuple[int, bytes, int]]:
-    """Return kind and payload of one frame, and the descriptor with it or -1; read no more."""
+    """Read exactly one frame; return its kind and payload, and the descriptor with it, or -1."""
     data, fd = b"", -1
     size = _wire.HEADER.size
     while len(data) < size:
@@ -163,7 +163,7 @@ def _receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
 
 
 def send(sock: socket.socket, data: bytes) -> Steps[None]:
-    """Send all of it. Raises OSError."""
+    """Send all of `data`. Raises OSError."""
     rest = memoryview(data)
     while rest:
         try:
@@ -173,7 +173,7 @@ def send(sock: socket.socket, data: bytes) -> Steps[None]:
 
 
 def entries(client: Client, **wanted: Any) -> Steps[list[Entry]]:
-    """Return what the daemon says of jobs, as LIST has it."""
+    """Return the daemon's entries of jobs, by LIST."""
     found: list[Entry] = []
     after = None
     while True:
@@ -188,13 +188,13 @@ def entries(client: Client, **wanted: Any) -> Steps[list[Entry]]:
 
 
 def entry(client: Client, job: str | int, uid: int | None) -> Steps[Entry]:
-    """Return what the daemon says of one job."""
+    """Return the daemon's entry of one job."""
     found = yield from entries(client, job=job, uid=uid, all=True)
     return found[0]
 
 
 def user(wanted: int | str | None) -> int | None:
-    """Return whose jobs are meant: a user's number, or "all". Raises ValueError."""
+    """Return the number of the user whose jobs are meant; "all" has one too. Raises ValueError."""
     if wanted == "all":
         return EVERYBODY
     if isinstance(wanted, str):
@@ -203,7 +203,7 @@ def user(wanted: int | str | None) -> int | None:
 
 
 def remove(client: Client, job: int, uid: int) -> Steps[None]:
-    """Remove what is kept of a job that is over."""
+    """Remove a job that is over."""
     _, sock, _ = yield from ask(client, lib.EB_JOB_REMOVE, {"job": job, "uid": uid})
     sock.close()
 
@@ -212,7 +212,7 @@ def remove(client: Client, job: int, uid: int) -> Steps[None]:
 
 
 class Start:
-    """What is asked for. Raises TypeError, ValueError and OSError for what can't be."""
+    """The request for a new job. Raises TypeError, ValueError and OSError for bad arguments."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class Start:
         self.cwd, self.env = get("cwd"), get("env")
         sys.audit("subprocess.Popen", self.program, argv, self.cwd, self.env)
         if get("tree") is None:
-            options["tree"] = "all"  # so that nothing is left behind a keeper that is killed
+            options["tree"] = "all"  # so that a killed keeper leaves nothing behind
         if get("tree") == "cgroup" or get("dies_with_caller"):
             raise ValueError("tree='cgroup' and dies_with_caller can't be given for a job")
         if stderr not in (None, subprocess.PIPE, subprocess.STDOUT):
@@ -255,7 +255,7 @@ class Start:
         )
         self._notify = notify
         if notify is not None:
-            self._notification("", 0)  # to raise what is wrong with it now
+            self._notification("", 0)  # to raise its errors now
         self.wanted: Entry = {
             "name": name,
             "ring": ring,
@@ -292,11 +292,11 @@ class Start:
         return frame
 
     def begin(self, name: str, number: int) -> bytes:
-        """Return what is sent before the request."""
+        """Return the bytes to send before the request."""
         return b"" if self._notify is None else self._notification(name, number)
 
     def error(self, failed: _wire.Failed) -> OSError:
-        """Return what the failure raises."""
+        """Return the exception for a failed start."""
         log = self.wanted["log"]
         if failed.stage == lib.EB_STAGE_LOG:
             return OSError(failed.errno, os.strerror(failed.errno), log)
@@ -304,7 +304,7 @@ class Start:
 
 
 def _words(words: Any) -> Generator[str, None, None]:
-    """Yield the beginning of a command that a journal has room for."""
+    """Yield as many words of a command as a journal has room for."""
     room = _MOST_WORDS
     for word in words:
         encoded = json.dumps(word)
@@ -316,7 +316,7 @@ def _words(words: Any) -> Generator[str, None, None]:
 
 
 def start(client: Client, wanted: Start) -> Steps[Entry]:
-    """Start a job; return what is known of it. Raises what Popen does, and what `ask` does."""
+    """Start a job; return its entry. Raises what Popen and `ask` raise."""
     reply, sock, _ = yield from ask(client, lib.EB_JOB_START, wanted.wanted)
     connection = Connection(sock)
     sock.setblocking(False)
@@ -330,7 +330,7 @@ def start(client: Client, wanted: Start) -> Steps[Entry]:
 
 
 def _request_start(connection: Connection, wanted: Start, reply: Entry) -> Steps[None]:
-    """Send all that the keeper needs; one that refuses it says why."""
+    """Send the request to the keeper, which may send a reason if it refuses."""
     yield from send(connection.sock, _wire.OPENING + wanted.begin(reply["name"], reply["id"]))
     spawn_frame = acquire()
     try:
@@ -346,7 +346,7 @@ def _request_start(connection: Connection, wanted: Start, reply: Entry) -> Steps
 
 
 def _outcome(sock: socket.socket, wanted: Start) -> Steps[int]:
-    """Return the command's pid. An exception that comes from outside has the command killed."""
+    """Return the command's pid. On an exception from outside, kill the command."""
     frames = Frames()
     try:
         while data := (yield from _some(sock)):
@@ -365,7 +365,7 @@ def _outcome(sock: socket.socket, wanted: Start) -> Steps[int]:
 
 
 def _some(sock: socket.socket) -> Steps[bytes]:
-    """Return what has come; b"" at the end of the connection."""
+    """Return some bytes, or b"" at the end of the connection."""
     while True:
         try:
             return sock.recv(_CHUNK)
@@ -375,14 +375,14 @@ def _some(sock: socket.socket) -> Steps[bytes]:
             return b""
 
 
-# -- a job that there is --
+# -- an existing job --
 
 
 class Course:
-    """One who follows a job: over a connection to its keeper, and another where that breaks.
+    """Follows a job over a connection to its keeper, and over a new one if that breaks.
 
-    `entry` is what was said of the job last. While there is a connection, `sock` is that, and
-    `has_begun` whether FOLLOW and the greeting have been sent.
+    `entry` is the last entry of the job. `sock` is the connection, if there is one, and `has_begun`
+    is whether FOLLOW and the greeting have been sent over it.
     """
 
     def __init__(self, client: Client, job: int, uid: int, follower: Follower) -> None:
@@ -393,19 +393,19 @@ class Course:
         self.sock: socket.socket | None = None
         self.has_begun: bool = False
         self.connections: int = 0
-        self.greeting = b""  # sent over each connection, behind FOLLOW
+        self.greeting = b""  # sent over each connection after FOLLOW
 
     def close(self) -> None:
-        """Follow no more."""
+        """Stop following."""
         sock, self.sock = self.sock, None
         self.has_begun = False
         if sock is not None:
             sock.close()
 
     def events(self) -> Generator[Any, None, None]:
-        """Yield what is told, and Waits, up to Over, or to CaughtUp for one who does not go on.
+        """Yield events and Waits, up to Over, or up to CaughtUp if the follower does not go on.
 
-        Raises NoJobError, HelperDiedError and what `ask` does.
+        Raises NoJobError, HelperDiedError and what `ask` raises.
         """
         seconds, since = _PAUSE, time.monotonic()
         while True:
@@ -429,20 +429,20 @@ class Course:
             finally:
                 self.close()
             if time.monotonic() - since > _PATIENCE:
-                raise HelperDiedError(errno.EPIPE, "the job's keeper does not serve")
+                raise HelperDiedError(errno.EPIPE, "the job's keeper does not answer")
             yield from pause(seconds)
             seconds = min(2 * seconds, _LONGEST_PAUSE)
 
     def _connected(self, sock: socket.socket) -> Generator[Any, None, None]:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # what came is to be read
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # read on
             yield from send(sock, self.follower.begin() + self.greeting)
         self.has_begun = True
         while data := (yield from _some(sock)):
             yield from self.follower.receive(data)
 
     def _rest(self, fd: int) -> Generator[Any, None, None]:
-        """Yield what the file has, of descriptor `fd`."""
-        if fd < 0:  # it was in memory, and the machine went down
+        """Yield the rest of the output from the ring file with descriptor `fd`."""
+        if fd < 0:  # the file was in memory, and the machine went down
             yield from self.follower.miss(self.entry.get("bytes", ()))
             return
         try:
@@ -451,7 +451,8 @@ class Course:
                 raise _ring.RingError("it has been removed")
             yield from self.follower.replay(ring)
         except _ring.RingError as error:
-            yield from entry(self._client, self.entry["id"], self.entry["uid"])  # if it is there
+            # Raises NoJobError if the job has been removed.
+            yield from entry(self._client, self.entry["id"], self.entry["uid"])
             raise JobError(errno.EIO, f"the output of job {self.entry['id']}: {error}") from None
         finally:
             os.close(fd)
@@ -460,7 +461,7 @@ class Course:
 def until_over(
     client: Client, job: int, uid: int, timeout: float | None, args: Any
 ) -> Steps[Entry]:
-    """Return what is said of a job when it is over. Raises TimeoutExpired, JobLostError."""
+    """Return the entry of a job when it is over. Raises TimeoutExpired and JobLostError."""
     deadline = None if timeout is None else time.monotonic() + timeout
     found = yield from entry(client, job, uid)
     if found["state"] not in LIVE:
@@ -475,7 +476,7 @@ def until_over(
 
 
 def _known(found: Entry) -> Entry:
-    """Return what is said of a job that is over, if its end is known. Raises JobLostError."""
+    """Return `found`, the entry of a job that is over. Raises JobLostError if it was lost."""
     if found["state"] == "lost":
         why = {"reboot": "the machine went down"}.get(found.get("why", ""), "its keeper was killed")
         raise JobLostError(errno.EPIPE, f"job {found['id']} is lost: {why}")
@@ -483,7 +484,7 @@ def _known(found: Entry) -> Entry:
 
 
 def _wait_until(wait: Wait, deadline: float | None) -> Steps[bool]:
-    """Wait, but not beyond a time; return whether that has not come."""
+    """Wait, but not beyond `deadline`; return False if the deadline has passed."""
     if deadline is None:
         yield wait
         return True
@@ -495,7 +496,7 @@ def _wait_until(wait: Wait, deadline: float | None) -> Steps[bool]:
 
 
 def target(found: Entry) -> tuple[int, int]:
-    """Return the pid for signals to what a job's `tree` says, and what is added to a number."""
+    """Return the pid for signals to a job by its `tree`, and the flags to add to a signal."""
     whom = found.get("whom", "")
     if whom == "all":
         return lib.EB_WHOLE_TREE, 0
@@ -505,7 +506,7 @@ def target(found: Entry) -> tuple[int, int]:
 
 
 def send_signal(client: Client, job: int, uid: int, number: int) -> Steps[None]:
-    """Have a signal sent to a job's command; does nothing if it is over. Raises ValueError."""
+    """Send a signal to a job's command; do nothing if it is over. Raises ValueError."""
     if not 0 <= number < signal.NSIG:
         raise ValueError(f"{number!r} is not a signal")
     found, sock, fd = yield from ask(client, lib.EB_JOB_OPEN, {"job": job, "uid": uid})
@@ -514,7 +515,7 @@ def send_signal(client: Client, job: int, uid: int, number: int) -> Steps[None]:
             os.close(fd)
         if found["state"] not in LIVE:
             return
-        # Its answer to the last frame says that it has read the others.
+        # When the keeper answers the last frame, it has read the others.
         frames = _wire.OPENING + _follow.signal(0, number) + _follow.ask_whether_read()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             yield from send(sock, frames)
@@ -525,7 +526,7 @@ def send_signal(client: Client, job: int, uid: int, number: int) -> Steps[None]:
 
 
 def stop(client: Client, job: int, uid: int, given: Stop | None, tree: str | None) -> Steps[Entry]:
-    """End a job as its `stop` and `tree` say, or as these; return what is said of it then.
+    """End a job by its own `stop` and `tree`, or by those given; return its last entry.
 
     Raises ValueError, TypeError and JobLostError.
     """

@@ -584,7 +584,7 @@ def test_steps(given: Any, steps: Any) -> None:
     ("options", "text"),
     [
         ({"tree": "forest"}, "tree: 'forest' is not one of process, group, cgroup, all"),
-        ({"stop": (SIGTERM, SIGKILL)}, "must say how many seconds"),
+        ({"stop": (SIGTERM, SIGKILL)}, "must be followed by the seconds"),
         ({"stop": 0}, "stop: 0 is not a signal"),
         ({"stop": ()}, "stop: at least one signal is needed"),
         ({"drain": -1}, "drain: -1 is not a number of seconds"),

@@ -62,9 +62,9 @@ def nested(depth: int) -> str:
 @pytest.mark.parametrize(
     ("operation", "request_text", "reason"),
     [
-        (START, "", "the request is no JSON object"),
-        (START, "[]", "the request is no JSON object"),
-        (START, nested(1900), "the request is no JSON object"),
+        (START, "", "the request is not a JSON object"),
+        (START, "[]", "the request is not a JSON object"),
+        (START, nested(1900), "the request is not a JSON object"),
         (START, '{"argv": "a"}', "argv must be of type list"),
         (START, '{"argv": [1]}', "argv must be strings"),
         (START, '{"argv": ["\\ud800"]}', "argv and cwd must be what a system call takes"),
@@ -293,10 +293,10 @@ def test_long_time_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["run", "--detach", "--ring=infK", "true"], "'infK' is no size"),
-        (["run", "--detach", "--ring=K", "true"], "'K' is no size"),
-        (["logs", "--since=yesterday", "1"], "'yesterday' is no time"),
-        (["logs", "--since=0001-01-01", "1"], "'0001-01-01' is no time"),
+        (["run", "--detach", "--ring=infK", "true"], "'infK' is not a size"),
+        (["run", "--detach", "--ring=K", "true"], "'K' is not a size"),
+        (["logs", "--since=yesterday", "1"], "'yesterday' is not a time"),
+        (["logs", "--since=0001-01-01", "1"], "'0001-01-01' is not a time"),
     ],
 )
 def test_mistaken_arguments(arguments: list[str], reason: str) -> None:

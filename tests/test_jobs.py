@@ -415,7 +415,7 @@ def test_signal(client: Client) -> None:
 def test_remove(served: tuple[Daemon, Client, Path], client: Client) -> None:
     _, _, directory = served
     job = client.start(sh(FOREVER))
-    with pytest.raises(JobError, match=f"job {job.id} runs: stop it first"):
+    with pytest.raises(JobError, match=f"job {job.id} is running: stop it first"):
         job.remove()
     job.stop()
     job.remove()

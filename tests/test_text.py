@@ -349,7 +349,7 @@ def test_unfinished_request(tmp_path: Path, part: bytes) -> None:
         sock = connected(daemon)
         sock.sendall(part)
         stderr = refusal(split(rest(sock)))
-        assert stderr == b"the request was not whole, and nothing came for 0.2 seconds\n"
+        assert stderr == b"the request was not complete, and nothing came for 0.2 seconds\n"
 
 
 def test_slow_request_is_no_unfinished_one(tmp_path: Path) -> None:
@@ -373,7 +373,9 @@ def test_request_has_a_time(tmp_path: Path) -> None:
         sock.sendall(b"cat" + END)
         while not select.select([sock], [], [], 0.05)[0]:
             sock.sendall(b"x")
-        assert refusal(split(read_answer(sock))) == b"the request was not whole after 2 seconds\n"
+        assert (
+            refusal(split(read_answer(sock))) == b"the request was not complete after 2 seconds\n"
+        )
 
 
 def test_what_a_user_holds_is_bounded(daemon: Daemon) -> None:

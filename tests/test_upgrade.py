@@ -428,7 +428,7 @@ def test_text_request_that_never_becomes_whole(tmp_path: Path) -> None:
         sock.sendall(b"echo begun")
         until(lambda: unread(sock) == 0)
         upgrade(daemon)
-        assert b"the request was not whole, and nothing came for 1 seconds" in answer(sock)
+        assert b"the request was not complete, and nothing came for 1 seconds" in answer(sock)
 
 
 def status_of(reply: bytes) -> dict[str, Any]:

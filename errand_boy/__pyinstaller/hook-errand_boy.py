@@ -1,4 +1,4 @@
-"""What PyInstaller does not find by itself: the helper, and what is imported by a name."""
+"""What PyInstaller does not find by itself: the helper, and modules imported by their name."""
 
 from __future__ import annotations
 

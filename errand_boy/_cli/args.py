@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
     from typing import Any
 
-# A subcommand is in a module of this package that has two functions. `parser` gets the name of the
-# program and returns an ArgumentParser, from which the completions and the manual page are made,
-# too. `main` gets that and the arguments, and returns the exit status.
+# A subcommand is a module of this package with two functions. `parser` gets the name of the program
+# and returns an ArgumentParser, from which the completions and the manual page are made, too.
+# `main` gets that parser and the arguments, and returns the exit status.
 COMMANDS = {
     "run": ("run_options", "run one command on this terminal, and exit with its status"),
     "map": ("map", "run a command for each line of the input or each argument, several at once"),
@@ -27,7 +27,7 @@ COMMANDS = {
     "logs": ("detached", "write what a detached command has written"),
     "wait": ("detached", "wait for detached commands"),
     "stop": ("detached", "end detached commands"),
-    "rm": ("detached", "forget detached commands that are over, and their output"),
+    "rm": ("detached", "remove detached commands that are over, and their output"),
     "serve": ("serve", "run the daemon"),
     "status": ("status", "show what the daemon is doing"),
     "completion": ("completion", "write a completion of this command line for a shell"),
@@ -49,7 +49,7 @@ def _module_of(command: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status. To serve, this process becomes the daemon."""
+    """Run the command line; return the exit status. For `serve`, the process becomes the daemon."""
     open_standard_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -93,7 +93,7 @@ def _unknown(arguments: list[str]) -> str:
 
     name = arguments[0]
     if name.startswith("-"):
-        return f"{name} is no option; those of the daemon follow its name: errand-boy serve {name}"
+        return f"unknown option {name}; the daemon's come after its name: errand-boy serve {name}"
     likely = [] if which(name) else get_close_matches(name, COMMANDS, 1)
     meant = f"errand-boy {likely[0]}, or " if likely else ""
     return f"there is no command {name}; try {meant}errand-boy run -- {shlex.join(arguments)}"

@@ -1,4 +1,4 @@
-"""A detached command, shown on this terminal: `errand-boy attach`."""
+"""Shows a detached command on this terminal: `errand-boy attach`."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from errand_boy._modes import Modes
 from errand_boy.errors import JobLostError
 
 _CHUNK = 1 << 12  # bytes that are typed at once
-_LEAST_ROOM = 2 * _CHUNK  # for these and for keys that were held
-_MOST_SHOWN = 64  # pieces, before keys are looked for
+_LEAST_ROOM = 2 * _CHUNK  # for these and for keys that were held back
+_MOST_SHOWN = 64  # pieces of output before the next check for keys
 _LOOK = 0.05  # seconds, while there is no descriptor to wait for
 _BETWEEN_REDRAWS = 0.2  # seconds
-_HELD = 0.5  # seconds that the first of the keys to detach is kept back
+_HELD = 0.5  # seconds for which the first of the detach keys is held back
 _KEY = re.compile(r"(?:ctrl-|\^)(?P<control>.)|(?P<plain>[^,])|,", re.IGNORECASE | re.DOTALL)
 _STREAMS = {1: "standard output", 2: "standard error"}
 _LEAVING = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
 
 class DetachKeys:
-    """Finds the keys that detach among those that are typed.
+    """Finds the detach keys among the keys that are typed.
 
-    `text` is as ``^P^Q``, ``ctrl-a,d`` or ``none``. Raises ValueError.
+    `text` is for example ``^P^Q``, ``ctrl-a,d`` or ``none``. Raises ValueError.
     """
 
     def __init__(self, text: str) -> None:
         self._keys = b"" if text == "none" else b"".join(map(_key, _KEY.finditer(text)))
         if not self._keys and text != "none":
             raise ValueError("--detach-keys: no keys; none turns them off")
-        self.held = b""  # typed keys that may be the beginning of those
+        self.held = b""  # typed keys that may begin the detach keys
 
     def take(self, typed: bytes) -> tuple[bytes, bool]:
-        """Return the part of the typed keys that the command gets, and whether to detach then."""
+        """Return the typed keys that the command gets, and whether to detach after them."""
         data = self.held + typed
         before, found, _ = data.partition(self._keys) if self._keys else (data, b"", b"")
         if found:
@@ -63,7 +63,7 @@ def _key(match: re.Match[str]) -> bytes:
 
 
 def run(job: Job, read_only: bool, keys: str) -> int:
-    """Show a job until it is over or left; return the exit status."""
+    """Show a job until it is over or the user detaches; return the exit status."""
     detach_keys = DetachKeys(keys)
     outer = Outer(interrupts=read_only)
     has_terminal = job.has_terminal
@@ -118,7 +118,7 @@ class _Session:
         self._left: int | None = None
 
     def run(self) -> int | None:
-        """Return None when the job is over, 0 if keys left it, else the number of a signal."""
+        """Return None if the job is over, 0 after the detach keys, else the number of a signal."""
         while self._left is None and not self._attachment.is_over:
             has_more = self._show_some()
             if self._left is None and not self._attachment.is_over:
@@ -126,13 +126,13 @@ class _Session:
         return self._left
 
     def restore(self) -> None:
-        """Undo what the program's output has changed in this terminal."""
+        """Undo the changes that the program's output has made to this terminal."""
         if self._has_terminal and os.isatty(1):
             with contextlib.suppress(OSError):
                 write_all(1, self._modes.undoing() + b"\r\n" * (self._left is not None))
 
     def _show_some(self) -> bool:
-        """Show what has come, but not for long; return whether there may be more."""
+        """Show some output, but not for long; return whether there may be more."""
         for _ in range(_MOST_SHOWN):
             event = self._attachment.read_some()
             if event is None:
@@ -146,7 +146,7 @@ class _Session:
     def _on_missed(self, event: Missed) -> None:
         if not self._has_terminal:
             print_missed(event)
-        elif self._redraws_at is None:  # what is on the screen is wrong
+        elif self._redraws_at is None:  # the screen is wrong now
             self._redraws_at = time.monotonic() + _BETWEEN_REDRAWS
 
     def _wait(self, has_more: bool) -> None:
@@ -226,7 +226,7 @@ class _Session:
             self._attachment.winsize = self._outer.size()
 
     def _suspend(self) -> None:
-        """Stop this process only. The job's output in the meantime is shown after `fg`."""
+        """Stop this process only. After `fg` it shows the job's output of the meantime."""
         raw = self._outer if self._has_terminal else contextlib.nullcontext()
         raw.__exit__(None, None, None)
         os.kill(os.getpid(), signal.SIGSTOP)

@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--celery",
         metavar="APP",
         help="have the workers of this Celery app run the commands (module or module:app, as for "
-        "celery -A); -j is how many tasks are sent at a time then (default: 1000)",
+        "celery -A); -j is then how many tasks are in progress at once (default: 1000)",
     )
     group.add_argument("--celery-queue", metavar="NAME", help="the queue that the tasks go to")
 
@@ -35,14 +35,14 @@ def of(options: argparse.Namespace) -> Any:
     """Return the Cluster that the options ask for, or None. Raises UsageError."""
     if options.celery is None:
         if options.celery_queue is not None:
-            raise UsageError("--celery-queue is for --celery")
+            raise UsageError("--celery-queue needs --celery")
         return None
     if options.socket:
         raise UsageError("the commands are run by a daemon or by Celery's workers, not both")
     if options.memsuspend:
-        raise UsageError("--memsuspend is for commands on this machine")
+        raise UsageError("--memsuspend can't be combined with --celery")
     if options.grouping == "none":
-        raise UsageError("with --celery output comes with the end of a command: no --ungroup")
+        raise UsageError("--ungroup can't be combined with --celery: output comes with the end")
     try:
         from celery.app.utils import find_app  # noqa: PLC0415
 
@@ -58,11 +58,11 @@ def of(options: argparse.Namespace) -> Any:
     try:
         return Cluster(app, send=None if queue is None else {"queue": queue})
     except TypeError:
-        raise UsageError(f"--celery {options.celery} is no Celery app") from None
+        raise UsageError(f"--celery {options.celery} is not a Celery app") from None
 
 
 class Interrupted(BaseException):
-    """A signal asks for the end; `number` says which."""
+    """Signal `number` asks this process to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -70,15 +70,15 @@ class Interrupted(BaseException):
 
 
 def notes(result: Result) -> Iterator[str]:
-    """Yield what there is to be said of a command that a worker has run."""
+    """Yield messages about a command that a worker has run."""
     if result.truncated:
-        yield "what it wrote beyond 16 MiB is lost"
+        yield "its output beyond 16 MiB is lost"
     if getattr(result, "is_again", False):
-        yield "Celery has run it again, since a worker had gone"
+        yield "Celery has run it again, because a worker disappeared"
 
 
 def take_signals() -> None:
-    """Have signals that end this process raise Interrupted, since its tasks would go on."""
+    """Have signals that end this process raise Interrupted, so that its tasks are revoked."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)

@@ -1,4 +1,4 @@
-"""Options for what the command gets, as `errand-boy run` and `errand-boy map` have them."""
+"""The options of the command itself, for `errand-boy run` and `errand-boy map`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _UNLIMITED = ("unlimited", "infinity")
 
-# Options that these commands don't have, and why.
+# Popen's options that these commands don't have, and why.
 ABSENT = {
     "controlling_terminal": "errand-boy run --pty gives the command a terminal",
     "foreground": "the shell's job control does it",
@@ -25,7 +25,7 @@ ABSENT = {
 
 
 def add_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Add them to `parser`, or only those of these names."""
+    """Add the options to `parser`, or only those in `names`."""
     group: argparse._ActionsContainer = parser
     if names is None:
         group = parser.add_argument_group("options of the command", f"See {page('options')}")
@@ -58,7 +58,7 @@ def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
     name, _, limits = text.partition("=")
     soft, _, hard = limits.partition(":")
     pair = _limit(soft), _limit(hard or soft)
-    _options.encode({"rlimits": {name: pair}}, False, False)  # raises where that is no limit
+    _options.encode({"rlimits": {name: pair}}, False, False)  # raises for an invalid limit
     return name, pair
 
 
@@ -68,7 +68,7 @@ def _limit(text: str) -> int:
 
 def _own_limit(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
-    _options.encode({"limits": {name: value}}, False, False)  # raises where that is no limit
+    _options.encode({"limits": {name: value}}, False, False)  # raises for an invalid limit
     return name, value
 
 
@@ -112,7 +112,7 @@ def _checked(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
             if name not in _REPEATED and name != "cgroup":
                 _options.encode({name: value}, False, False)
         except KeyError as error:
-            raise argparse.ArgumentTypeError(f"{error.args[0]} is not known") from None
+            raise argparse.ArgumentTypeError(f"unknown name {error.args[0]}") from None
         except (TypeError, ValueError) as error:
             raise argparse.ArgumentTypeError(str(error)) from None
         return value
@@ -143,7 +143,7 @@ _PREFIX = "option_"  # of the names in argparse's namespace
 _REPEATED: dict[str, Callable[[Any], Any]] = {"limits": dict, "rlimits": dict, "sandbox": _boxed}
 _SPELLINGS = {"limits": "limit", "rlimits": "rlimit"}
 
-# For each: the metavar of its value (None: it has none), the function that reads it, its help.
+# For each option: the metavar (None: it takes no value), the function that parses it, its help.
 _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "capabilities": ("NAME,...", _listed, "the only capabilities that the command keeps"),
     "cgroup": ("DIRECTORY", str, "the cgroup that the command starts in"),
@@ -164,18 +164,18 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     ),
     "namespaces": ("NAME,...", _listed, "give the command new namespaces: user, net, pid, ..."),
     "nice": ("N", int, "add N to the niceness"),
-    "no_new_privs": (None, str, "let the command gain no privileges by what it executes"),
-    "oom_score_adj": ("N", int, "-1000 to 1000; the highest is killed first when memory is short"),
+    "no_new_privs": (None, str, "let the command gain no privileges by executing programs"),
+    "oom_score_adj": ("N", int, "-1000 to 1000; when memory is short, the highest is killed first"),
     "rlimits": ("NAME=SOFT[:HARD]", _rlimit, "a resource limit; repeatable"),
     "root": ("DIRECTORY", str, "the root directory, by chroot(2)"),
-    "sandbox": ("read=PATH|...", _box, "what the command may use, and nothing else; repeatable"),
+    "sandbox": ("read=PATH|...", _box, "all that the command may use; repeatable"),
     "scheduler": (
         "POLICY[:N]",
         _with_level,
         "the scheduling policy: other, batch, idle, fifo or rr",
     ),
     "signals_blocked": ("NAME,...", _signals, "the only signals that are blocked"),
-    "signals_default": ("NAME,...", _signals, "signals that have their default action"),
+    "signals_default": ("NAME,...", _signals, "signals that get their default action"),
     "signals_ignored": ("NAME,...", _signals, "signals that the command ignores"),
     "stop": (
         "SIGNAL[:SECONDS],...",
@@ -186,6 +186,6 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "tree": (
         "process|group|cgroup|all",
         str,
-        "which processes get them (default: process; with map, group)",
+        "which processes get these signals (default: process; with map, group)",
     ),
 }

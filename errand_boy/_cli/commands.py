@@ -1,4 +1,4 @@
-"""The commands of one `errand-boy map`, made on demand, and their origins."""
+"""The commands of one `errand-boy map`, made on demand, and where they come from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Origin:
-    """What a command was made of: its number from 1, its slot (0: unused), its values."""
+    """What a command was made from: its number from 1, its slot (0: unused), its values."""
 
     __slots__ = ("seq", "slot", "values")
 
@@ -26,7 +26,7 @@ class Origin:
 
 
 class Commands:
-    """Iterates over the commands for a Batch, or NOT_NOW while values are still to come.
+    """Iterates over the commands for a Batch, with NOT_NOW while no values have arrived.
 
     `done` are the numbers of commands to leave out. `next_slot`, if set, returns a command's slot.
     `on_made`, if set, is called with each command, and returns the command to use. `origins` has
@@ -37,7 +37,7 @@ class Commands:
         self.records = records
         self._template = template
         self._done = done
-        self.made = 0  # how many have been taken up to now
+        self.made = 0  # how many have been taken so far
         self.origins: dict[int, Origin] = {}
         self.next_slot: Callable[[], int] | None = None
         self.on_made: Callable[[Origin, list[bytes] | bytes], Any] | None = None
@@ -60,5 +60,5 @@ class Commands:
             yield command if self.on_made is None else self.on_made(origin, command)
 
     def sample(self, values: Values) -> list[bytes] | bytes:
-        """Return roughly the command for these values."""
+        """Return approximately the command for these values."""
         return self._template(values, 1, 1)

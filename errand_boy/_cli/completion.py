@@ -1,7 +1,7 @@
 """Completions of the command line for shells: `errand-boy completion`.
 
-They are made from the parsers, so that they have the options that there are. The names of jobs are
-asked for when they are wanted, of `errand-boy ps`.
+They are made from the parsers, so they always have all options. The shell asks `errand-boy ps` for
+the names of jobs when it needs them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Write what makes a shell complete the command line of errand-boy. "
+        description="Write the script with which a shell completes the command line of errand-boy. "
         + "; ".join(_WHERE.values())
         + ".",
     )
@@ -33,7 +33,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Write it; return the exit status."""
+    """Write the script; return the exit status."""
     shell = parser.parse_args(arguments).shell
     print(_MAKERS[shell](outlines()))
     return 0
@@ -60,7 +60,7 @@ _errand_boy() {{
 {tables}
     *) return ;;
     esac
-    # bash takes --option=value for three words.
+    # bash divides --option=value into three words.
     if [[ $word == = ]]; then
         word=
     elif [[ $before == = ]]; then

@@ -1,4 +1,4 @@
-"""Commands that outlive their client: `errand-boy run --detach`, and what is done with them."""
+"""Commands that outlive their client: `errand-boy run --detach`, `ps`, `attach` and so on."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _EXPIRED = 124  # the exit status
 _FAILED = 125
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_NAME = "its name or number; of several with one name, the newest is meant"
+_NAME = "the job's name or number; if several have that name, the newest one"
 
 
 # -- the options --
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add those of `errand-boy run` that are about jobs."""
+    """Add the options of `errand-boy run` for jobs."""
     group = parser.add_argument_group(
         "jobs: commands that go on without errand-boy run", f"See {page('jobs')}"
     )
@@ -43,15 +43,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "-d",
         "--detach",
         action="store_true",
-        help="print the command's name and number when it runs, and leave it to the daemon",
+        help="print the job's name and number when the command runs, and leave it to the daemon",
     )
-    text = "what it is called (default: the program's name and the number)"
+    text = "the job's name (default: the program's name and the job's number)"
     group.add_argument("--name", help=text)
     group.add_argument(
         "-i",
         "--interactive",
         action="store_true",
-        help="its standard input is what those type who attach (default: nothing, or the terminal)",
+        help="let those who attach write to standard input (default: it is empty, or a terminal)",
     )
     group.add_argument(
         "--ring",
@@ -59,16 +59,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="how much of each output is kept (default: 256K)",
     )
-    group.add_argument("--log", metavar="FILE", help="write all its output to FILE, too")
+    group.add_argument("--log", metavar="FILE", help="also write all output to FILE")
     group.add_argument(
-        "--log-size", type=_size, metavar="SIZE", help="rename FILE to FILE.1 when it is as large"
+        "--log-size", type=_size, metavar="SIZE", help="rename FILE to FILE.1 at this size"
     )
-    text = "how many of these are kept"
+    text = "how many renamed files are kept"
     group.add_argument("--log-count", type=number(int, 0), metavar="N", help=text)
     group.add_argument(
         "--notify",
         metavar="COMMAND",
-        help="a line for the shell, run at the end, with ERRAND_BOY_JOB, ERRAND_BOY_NAME, "
+        help="run this shell command when the job ends, with ERRAND_BOY_JOB, ERRAND_BOY_NAME, "
         "ERRAND_BOY_STATUS and ERRAND_BOY_CAUSE in its environment",
     )
 
@@ -78,7 +78,7 @@ ONLY_DETACHED = ("interactive", *_START)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return what reads the command line of a command on jobs."""
+    """Return the parser of the command line of `ps`, `attach` and so on."""
     command = prog.rpartition(" ")[2]
     add_options, handler, description = _COMMANDS[command]
     parser = argparse.ArgumentParser(prog=prog, description=description)
@@ -89,21 +89,21 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _ps_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-a", "--all", action="store_true", help="also those that are over")
+    parser.add_argument("-a", "--all", action="store_true", help="also list jobs that are over")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="for programs")
-    form.add_argument("-q", "--quiet", action="store_true", help="the names only")
-    _add_user(parser, "another user's, or everybody's: all; root may")
+    form.add_argument("--json", action="store_true", help="write JSON, for programs")
+    form.add_argument("-q", "--quiet", action="store_true", help="write only the names")
+    _add_user(parser, "list the jobs of this user, or of all users (all); for root")
 
 
 def _attach_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB", help=_NAME)
-    parser.add_argument("-r", "--read-only", action="store_true", help="only look")
+    parser.add_argument("-r", "--read-only", action="store_true", help="only show the output")
     parser.add_argument(
         "--detach-keys",
         metavar="KEYS",
         default=os.environ.get("ERRAND_BOY_DETACH_KEYS", "^P^Q"),
-        help="what leaves it, such as ^P^Q, ctrl-a,d or none (default: "
+        help="the keys that detach, such as ^P^Q, ctrl-a,d or none (default: "
         "$ERRAND_BOY_DETACH_KEYS, else ^P^Q)",
     )
     _add_user(parser)
@@ -111,23 +111,23 @@ def _attach_options(parser: argparse.ArgumentParser) -> None:
 
 def _logs_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB", help=_NAME)
-    parser.add_argument("-f", "--follow", action="store_true", help="also what is still to come")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with new output")
     parser.add_argument(
         "--since",
         type=_moment,
         metavar="WHEN",
-        help="only what was written since then: 90, 10m, 2h or 1d ago, or 2026-11-25T20:15",
+        help="only output since then: 90 (seconds), 10m, 2h or 1d ago, or 2026-11-25T20:15",
     )
-    text = "of what is there, only the last N lines"
+    text = "of the existing output, write only the last N lines"
     parser.add_argument("-n", "--tail", type=number(int, 0), metavar="N", help=text)
-    text = "put the time before each line"
+    text = "begin each line with the time"
     parser.add_argument("-t", "--timestamps", action="store_true", help=text)
     _add_user(parser)
 
 
 def _wait_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
-    text = "how long at most, for all of them"
+    text = "how long to wait for all of them together"
     parser.add_argument("--timeout", type=number(float, 0), metavar="SECONDS", help=text)
     _add_user(parser)
 
@@ -143,7 +143,7 @@ def _rm_options(parser: argparse.ArgumentParser) -> None:
     _add_user(parser)
 
 
-def _add_user(parser: argparse.ArgumentParser, text: str = "whose it is; root may") -> None:
+def _add_user(parser: argparse.ArgumentParser, text: str = "the job's user; for root") -> None:
     parser.add_argument("--user", type=_user if "all" in text else user, help=text)
 
 
@@ -156,7 +156,7 @@ def _size(text: str) -> int:
     try:
         return int(text) if unit is None else int(float(text[:-1]) * unit)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 64K or 1M") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64K or 1M") from None
 
 
 def _moment(text: str) -> float:
@@ -166,7 +166,7 @@ def _moment(text: str) -> float:
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError):
-        message = f"{text!r} is no time, such as 10m (ago) or 2026-11-25T20:15"
+        message = f"{text!r} is not a time such as 10m (ago) or 2026-11-25T20:15"
         raise argparse.ArgumentTypeError(message) from None
 
 
@@ -174,7 +174,7 @@ def _moment(text: str) -> float:
 
 
 def start(argv: Sequence[str], options: argparse.Namespace, wanted: Mapping[str, Any]) -> int:
-    """Start a command that goes on without this one; return the exit status."""
+    """Start a job; return the exit status."""
     from errand_boy._cli.run import failure  # noqa: PLC0415
 
     more: dict[str, Any] = {name: getattr(options, name) for name in _START}
@@ -194,7 +194,7 @@ def start(argv: Sequence[str], options: argparse.Namespace, wanted: Mapping[str,
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Do what the command is to do; return the exit status."""
+    """Run the subcommand; return the exit status."""
     options = parser.parse_args(arguments)
     try:
         status: int = options.handler(options)
@@ -209,7 +209,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
 
 def find(options: argparse.Namespace, name: str) -> Job:
-    """Return a job. Raises what Client.job does."""
+    """Return a job. Raises what Client.job raises."""
     job = int(name) if name.isdecimal() else name
     return errand_boy.connect(options.socket).job(job, uid=options.user)
 
@@ -257,7 +257,7 @@ def _row(job: Job, with_user: bool) -> tuple[str, ...]:
 
 
 def _shown(argv: Sequence[str]) -> str:
-    """Return a command for the terminal, which gets no control characters of another's."""
+    """Return a command for the terminal, without control characters that another user chose."""
     return shlex.join(word if word.isprintable() else ascii(word)[1:-1] for word in argv)
 
 
@@ -368,22 +368,22 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], _Handler, 
     "attach": (
         _attach_options,
         _attach,
-        "Show a detached command here, and type to it. With a terminal, this one is in raw mode, "
-        "and the command's has the smallest size of all that are attached. Exit status: the "
-        "command's, if it ends meanwhile; 0 after the keys to detach.",
+        "Show a detached command here, and type to it. If it has a terminal, this terminal is in "
+        "raw mode, and the command's has the size of the smallest one that is attached. The exit "
+        "status is the command's if it ends meanwhile, and 0 after the detach keys.",
     ),
-    "logs": (_logs_options, _logs, "Write what a detached command has written."),
+    "logs": (_logs_options, _logs, "Write the output of a detached command."),
     "wait": (
         _wait_options,
         _wait,
-        "Wait for detached commands. Exit status: that of the last, as run has it; 124 if "
-        "--timeout is over; 125 if nobody knows how it ended.",
+        "Wait for detached commands. The exit status is that of the last one, as run returns it; "
+        "124 after --timeout; 125 if nobody knows how the last one ended.",
     ),
     "stop": (
         _stop_options,
         _stop,
-        "End detached commands. By default as --stop and --tree of run said, else by SIGTERM and, "
-        "ten seconds later, SIGKILL.",
+        "End detached commands, by default in the way that --stop and --tree of run set, else by "
+        "SIGTERM and, ten seconds later, SIGKILL.",
     ),
-    "rm": (_rm_options, _rm, "Forget detached commands that are over, and their output."),
+    "rm": (_rm_options, _rm, "Remove detached commands that are over, and their output."),
 }

@@ -1,4 +1,4 @@
-"""What errand-boy finds on this system: `errand-boy doctor`."""
+"""Shows what works on this system: `errand-boy doctor`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         prog=prog,
         description="Try what errand-boy can do on this system, and show what works, how commands "
         "are started and why, and what would make that faster. The exit status is 0 if commands "
-        "are started without a fork, and 1 if the standard library has to start them or nothing "
-        "can; options and daemons that are missing do not count.",
+        "are started without a fork, and 1 if only the standard library can start them or nothing "
+        "can. Missing options and daemons do not count.",
     )
     add_socket(parser)
     parser.add_argument("--json", action="store_true", help="write JSON, for programs")
@@ -34,7 +34,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Show it; return the exit status."""
+    """Examine the system and show the result; return the exit status."""
     options = parser.parse_args(arguments)
     found = _doctor.examine(options.socket)
     print(json.dumps(found, indent=2) if options.json else "\n".join(_lines(found)))

@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_timeout,
         metavar="TIME",
         help="kill a command's process group after TIME, in seconds (or 2m, 1.5h, 1d) or as a "
-        "share of the median duration of the others (200%%); the command has failed then",
+        "share of the median duration of the others (200%%); the command then counts as failed",
     )
     group.add_argument(
         "--retries",
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="never",
         metavar="POLICY",
         help="when to end early: never (the default); soon,fail=N, to start no more commands when "
-        "N have failed; now,fail=N, to end those that run too. success=N counts those that "
+        "N have failed; now,fail=N, to end the running ones too. success=N counts those that "
         "succeed, done=N all that end. N%% is a share of all commands if their number is known, "
         "else of at least three that have ended",
     )
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def seconds(text: str) -> float:
-    """Return a time on the command line in seconds."""
+    """Return the seconds of a time on the command line, such as 2m."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([smhd]?)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text} is not a time such as 10, 2m, 1.5h or 1d")

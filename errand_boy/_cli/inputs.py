@@ -1,4 +1,4 @@
-"""Where the arguments of `errand-boy map` come from."""
+"""The sources of the arguments of `errand-boy map`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="skip blank lines, which are empty arguments otherwise",
     )
-    group.add_argument("-E", "--eof", metavar="LINE", help="take no more lines when LINE comes")
+    group.add_argument("-E", "--eof", metavar="LINE", help="stop reading at the line LINE")
     group.add_argument(
         "--trim",
         choices=("n", "l", "r", "lr", "rl"),
@@ -69,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--link",
         "--xapply",
         action="store_true",
-        help="link all sources, in place of combining them",
+        help="link all sources instead of combining them",
     )
     group.add_argument(
         "-C",
@@ -80,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--csv",
         action="store_true",
-        help="lines are CSV, with line ends allowed in quotes; --colsep is the delimiter then",
+        help="lines are CSV, and may have line ends in quotes; --colsep is then the delimiter",
     )
     group.add_argument(
         "--header",
@@ -88,17 +88,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="with `:`, the first line of each source names the columns, for {NAME}. With --pipe, "
         "`:` or a number of lines, which come first in each block",
     )
-    group.add_argument("--arg-sep", default=":::", metavar="WORD", help="use WORD in place of :::")
+    group.add_argument("--arg-sep", default=":::", metavar="WORD", help="use WORD instead of :::")
     group.add_argument(
-        "--arg-file-sep", default="::::", metavar="WORD", help="use WORD in place of ::::"
+        "--arg-file-sep", default="::::", metavar="WORD", help="use WORD instead of ::::"
     )
 
 
-# -- lines, as they come --
+# -- lines, as they arrive --
 
 
 class Lines:
-    """Divides bytes into lines, as they come. No I/O."""
+    """Divides bytes into lines as they arrive. No I/O."""
 
     def __init__(self, separator: bytes) -> None:
         self._separator = separator
@@ -110,7 +110,7 @@ class Lines:
         return lines
 
     def end(self) -> list[bytes]:
-        """Return what is left at the end."""
+        """Return the last line, if it has no separator."""
         rest, self._rest = self._rest, b""
         return [rest] if rest else []
 
@@ -120,14 +120,14 @@ class CsvLines(Lines):
 
     def __init__(self) -> None:
         super().__init__(b"\n")
-        self._open = b""  # of a record with a quote that has not ended
+        self._open = b""  # an incomplete record, with an open quote
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the records that `data` completes."""
         return list(self._records(super().feed(data)))
 
     def end(self) -> list[bytes]:
-        """Return what is left at the end."""
+        """Return the last line, if it has no separator."""
         records = list(self._records(super().end()))
         if self._open:
             records.append(self._open.removesuffix(b"\n"))
@@ -149,8 +149,8 @@ class CsvLines(Lines):
 class Source:
     """Values, one list for each command or part of one.
 
-    `fd`: a descriptor to wait for, or None; call `read` when it is ready and more is `wanted`.
-    `total`: how many records there are, if that is known.
+    `fd`: a descriptor to wait for, or None; call `read` when it is ready and `wanted` is true.
+    `total`: how many records there are, or None if that is not known.
     """
 
     fd: int | None = None
@@ -167,7 +167,7 @@ class Source:
         return False
 
     def read(self) -> None:
-        """Read what has come."""
+        """Read what is available."""
 
     def read_all(self) -> None:
         """Read everything, to know `total`."""
@@ -178,7 +178,7 @@ class Source:
 
 
 class Stream(Source):
-    """The lines of a descriptor, which are read only when they are needed."""
+    """The lines that come from a descriptor, read only when they are needed."""
 
     def __init__(self, fd: int, lines: Lines, divide: Callable[[bytes], Values] | None) -> None:
         self.fd: int | None = fd
@@ -213,7 +213,7 @@ class Stream(Source):
 class Inputs:
     """The sources that the command line names.
 
-    `words` are those of the command and the sources after it. Raises UsageError.
+    `words` are the command and the sources after it. Raises UsageError.
     """
 
     def __init__(self, options: argparse.Namespace, words: Sequence[str]) -> None:
@@ -286,7 +286,7 @@ class Inputs:
 def _sources(
     options: argparse.Namespace, words: Sequence[str]
 ) -> tuple[list[str], list[tuple[str, list[str], bool]]]:
-    """Return the command's words, and for each source its kind, its items, and if it is linked."""
+    """Return the command, and of each source the kind, the items and whether it is linked."""
     separators = {
         options.arg_sep: ("values", False),
         options.arg_sep + "+": ("values", True),
@@ -299,7 +299,7 @@ def _sources(
         found.append(("file", [path.removeprefix("+")], is_linked))
     starts = [number for number, word in enumerate(words) if word in separators]
     ends = [*starts[1:], len(words)]
-    for start, end in zip(starts, ends, strict=False):  # without any, the end is still there
+    for start, end in zip(starts, ends, strict=False):  # without sources, there is still one end
         kind, is_linked = separators[words[start]]
         items = list(words[start + 1 : end])
         # Each file is a source of its own.
@@ -327,14 +327,14 @@ def _separator(options: argparse.Namespace) -> bytes:
 
 
 def _divider(options: argparse.Namespace) -> Callable[[bytes], Values] | None:
-    """Return the function that divides a line into columns; None if it is one column."""
+    """Return the function that divides a line into columns, or None for a single column."""
     colsep = options.colsep
     if options.csv:
         import csv  # noqa: PLC0415
 
         delimiter = unescaped(colsep or ",")
         if len(delimiter) != 1:
-            raise UsageError("with --csv, --colsep is one character")
+            raise UsageError("with --csv, --colsep must be one character")
 
         def fields(line: bytes) -> Values:
             rows = list(csv.reader([os.fsdecode(line)], delimiter=delimiter))
@@ -349,7 +349,7 @@ def _divider(options: argparse.Namespace) -> Callable[[bytes], Values] | None:
         pattern = re.compile(os.fsencode(colsep))
     except re.error as error:
         raise UsageError(f"--colsep {colsep}: {error}") from None
-    # A group in it must not become a column.
+    # A group in the pattern must not become a column.
     return pattern.split if not pattern.groups else lambda line: _split(pattern, line)
 
 
@@ -371,7 +371,7 @@ def open_source(path: str) -> int:
 
 
 def _first(source: Source) -> Values:
-    """Return the first record, and wait for it."""
+    """Wait for the first record, and return it."""
     if source.total:
         source.total -= 1
     for values in source.records:
@@ -397,10 +397,10 @@ def _not_blank(records: Records) -> Records:
 
 
 def _groups(tables: Sequence[tuple[list[Values], bool]], link_all: bool) -> list[list[Values]]:
-    """Return the records of the sources, with linked sources made into one.
+    """Return the records of the sources, with linked sources merged into one.
 
-    With --link, the values of a source that has fewer than the longest start again. Sources that
-    are linked by a separator end with the shortest. GNU parallel does both.
+    With --link, a source that is shorter than the longest one starts again. Sources that are linked
+    by a separator end with the shortest one. GNU parallel does both.
     """
     groups: list[list[list[Values]]] = []
     for table, is_linked in tables:

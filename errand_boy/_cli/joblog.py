@@ -15,7 +15,7 @@ _TITLE = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command MaxR
 
 
 class Seqs:
-    """A set of commands' numbers, with a bit for each, since there may be millions."""
+    """A set of command numbers, with a bit for each, since there may be millions."""
 
     def __init__(self) -> None:
         self._bits = bytearray()
@@ -37,9 +37,9 @@ class Seqs:
 class JobLog:
     """The commands that have run, a line for each, in the order of their ends.
 
-    The columns are GNU parallel's, and MaxRSS (KiB). `done` are the numbers (from 1) of the
-    commands that it had already and with `resume` are not to be run again; with `resume_failed`
-    those that failed are. Raises OSError.
+    The columns are GNU parallel's, and MaxRSS (KiB). With `resume`, `done` are the numbers (from 1)
+    of the commands that the log had already, which must not run again. `resume_failed` leaves out
+    those that failed, so they run again. Raises OSError.
     """
 
     def __init__(self, path: str, resume: bool, resume_failed: bool = False) -> None:
@@ -56,7 +56,7 @@ class JobLog:
         whole = rows = 0
         with open(self._fd, "rb", closefd=False) as file:
             for line in file:
-                if not line.endswith(b"\n"):  # it was cut short: that command runs again
+                if not line.endswith(b"\n"):  # cut short: that command runs again
                     break
                 whole += len(line)
                 fields = line.split(b"\t", 8)
@@ -73,7 +73,7 @@ class JobLog:
         return rows > 0
 
     def add(self, seq: int, result: Result, received: int) -> None:
-        """Write the line of a command that has ended, with the bytes of its standard output."""
+        """Write the line of a command that has ended; `received`: bytes of its standard output."""
         usage = result.rusage
         code = result.returncode
         fields = (
@@ -91,13 +91,13 @@ class JobLog:
         self._write(b"%b\t%b\t%d\n" % (line, written(result.args), peak))
 
     def _write(self, line: bytes) -> None:
-        """Write it at once, so that the log is useful if this process is killed."""
+        """Write the line at once, so that the log is useful if this process is killed."""
         while line:
             line = line[os.write(self._fd, line) :]
 
 
 def written(args: list[bytes] | bytes) -> bytes:
-    """Return a command as one line, for a shell."""
+    """Return a command as one line, quoted for a shell."""
     if isinstance(args, list):
         args = os.fsencode(shlex.join(os.fsdecode(word) for word in args))
     return args.replace(b"\n", b"\\n")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import argparse
 
 _JOBS = re.compile(r"\s*([+-]?)([0-9]+)(%?)\s*")
-_OTHERS = 64  # descriptors that are left for other than connections
+_OTHERS = 64  # descriptors that are not for connections
 _MOST = 1 << 14
 DEFAULT = "100%"
 
@@ -25,9 +25,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-P",
         "--max-procs",
         metavar="N",
-        help="how many commands run at a time: N; the number of CPUs and N more (+N) or less "
-        "(-N); N%% of the CPUs; as many as possible (0); or a file that says one of these and is "
-        "read again when a command ends (default: 100%%)",
+        help="how many commands run at a time: N; N more (+N) or fewer (-N) than there are CPUs; "
+        "N%% of the CPUs; as many as possible (0); or a file with one of these, which is read "
+        "again when a command ends (default: 100%%)",
     )
 
 
@@ -65,9 +65,9 @@ class Jobs:
                 raise ValueError(f"{text} contains no number of commands") from None
 
     def read(self) -> bool:
-        """Read the file again if it has changed; return whether the number has.
+        """Read the file again if it has changed; return whether the number has changed.
 
-        A file that has no number or has gone changes nothing, since it may be about to be written.
+        If the file is missing or has no number, nothing changes: somebody may be writing it.
         """
         assert self.path is not None
         before = self.count

@@ -11,11 +11,11 @@ from errand_boy._cli.outline import Option, Outline, outlines
 from errand_boy._hints import DOCUMENTATION
 
 _ENVIRONMENT = {
-    "ERRAND_BOY_SOCKET": "where the daemon listens; no other one, and no other way, is taken",
+    "ERRAND_BOY_SOCKET": "where the daemon listens; if it is set, nothing else starts commands",
     "ERRAND_BOY_SPAWN": "how this process starts commands: direct, helper or posix",
-    "ERRAND_BOY_HELPER": "another file for the program of the helper, for tests",
+    "ERRAND_BOY_HELPER": "another program to use as the helper, for tests",
     "ERRAND_BOY_CGROUP": "the directory in which cgroups of commands are made",
-    "ERRAND_BOY_DETACH_KEYS": "the keys that leave errand-boy attach",
+    "ERRAND_BOY_DETACH_KEYS": "the keys that detach from errand-boy attach",
 }
 
 
@@ -28,7 +28,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Write it; return the exit status."""
+    """Write the page; return the exit status."""
     parser.parse_args(arguments)
     print("\n".join(_page()))
     return 0

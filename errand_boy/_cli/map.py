@@ -1,4 +1,4 @@
-"""Many commands at once: `errand-boy map`."""
+"""Runs many commands at once: `errand-boy map`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from errand_boy._cli.commands import Origin
     from errand_boy._cli.template import Template
 
-_MOST_FAILED = 101  # the exit status for so many, or more
+_MOST_FAILED = 101  # the exit status if that many or more commands failed
 _TROUBLE = 125  # the exit status if errand-boy itself failed
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """Return the parser of the command line, without `:::` and what follows."""
+    """Return the parser of the command line up to `:::`."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="errand-boy map [option ...] [--] [COMMAND [ARGUMENT ...]] "
@@ -82,7 +82,7 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the words from the command on.
 
-    The options end where the command begins. The value in `-j -1` begins like an option.
+    The options end where the command begins. In `-j -1`, the value looks like an option.
     """
     takes_value = {
         option: action.nargs != 0 for action in parser._actions for option in action.option_strings
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     """
     policy = failing.halt(options)
     if (options.resume or options.resume_failed) and options.joblog is None:
-        raise UsageError("--resume and --resume-failed need a --joblog")
+        raise UsageError("--resume and --resume-failed need --joblog")
     workers = cluster.of(options)
     try:
         count = jobs.Jobs(
@@ -214,7 +214,7 @@ def _source(options: argparse.Namespace, given: inputs.Inputs, count: int) -> in
 
 
 def _check_program(command: Sequence[str], make: Template) -> None:
-    """Raise UsageError for a command line that is given as one word, without --shell."""
+    """Raise UsageError if a whole command line is given as one word, without --shell."""
     if make.shell or not command or len(command[0].split()) < 2 or shutil.which(command[0]):
         return
     word = command[0]
@@ -261,7 +261,7 @@ def _run(
         commands.on_made = on_made
     if options.celery is not None:
         cluster.take_signals()
-    else:  # dying of these is enough: the helper ends what runs when it sees our end
+    else:  # die of the signal: the helper then ends the running commands
         for number in (signal.SIGINT, signal.SIGPIPE):
             if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
                 signal.signal(number, signal.SIG_DFL)
@@ -284,14 +284,14 @@ def _run(
             watch.end()
     if work.halt.result is not None:
         code = work.halt.result.returncode
-        if code == 0 and work.halt.result.failed:  # it had ended, but its output was still open
+        if code == 0 and work.halt.result.failed:  # its output was still open at the halt
             return 1
         return code if code >= 0 else 128 - code
     return min(failed, _MOST_FAILED)
 
 
 def _show(source: inputs.Source, commands: Commands) -> int:
-    """Write the commands, and run none."""
+    """Write the commands without running them."""
     commands.next_slot = lambda: 1
     for command in commands:
         if command is NOT_NOW:

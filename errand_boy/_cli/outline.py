@@ -1,4 +1,4 @@
-"""What the parsers of the subcommands say of themselves, for completions and the manual page."""
+"""The options of the subcommands, taken from their parsers, for completions and the manual page."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Option:
 
 
 class Outline:
-    """A subcommand: `name`, `summary`, `usage`, `description`, `options`, and what follows them.
+    """A subcommand: `name`, `summary`, `usage`, `description`, `options` and `operands`.
 
-    That is `operands`: "command", a program and its arguments; "jobs", names of jobs; or "none"; or
-    one of `words`.
+    `operands` is what follows the options: "command" (a program and its arguments), "jobs" (names
+    of jobs) or "none". If there are `words`, one of them follows.
     """
 
     def __init__(self, name: str) -> None:
@@ -74,5 +74,5 @@ class Outline:
 
 
 def outlines() -> list[Outline]:
-    """Return that of each subcommand."""
+    """Return the outline of each subcommand."""
     return [Outline(name) for name in COMMANDS]

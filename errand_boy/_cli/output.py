@@ -1,4 +1,4 @@
-"""What `errand-boy map` writes about its commands, and when."""
+"""What `errand-boy map` writes about its commands, and when it writes it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-k",
         "--keep-order",
         action="store_true",
-        help="write output in the order of the commands, not as they end",
+        help="write the outputs in the order of the commands, not as they end",
     )
     form = group.add_mutually_exclusive_group()
     form.add_argument(
@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="grouping",
         action="store_const",
         const="none",
-        help="let the commands write themselves, which may mix parts of lines",
+        help="let the commands write directly, which may mix parts of lines",
     )
     group.add_argument(
         "--tag", action="store_true", help="begin each line with the arguments and a tab"
@@ -75,13 +75,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--results",
         metavar="DIRECTORY",
         help="write output to the files stdout and stderr in DIRECTORY/1/ARGUMENT/2/ARGUMENT..., "
-        "with the names of a header in place of numbers. If DIRECTORY has {} or the like in it, "
-        "it names the directory if it ends in /, else the file itself, with .err added for errors",
+        "with the names of a header instead of numbers. If DIRECTORY contains {} or the like, it "
+        "names the directory if it ends in /, else the file itself, and FILE.err for errors",
     )
     group.add_argument(
         "--files",
         action="store_true",
-        help="write the name of a file with each command's output in place of the output",
+        help="write each command's output to a file, and the file's name instead",
     )
     group.add_argument("--tmpdir", metavar="DIRECTORY", help="the directory of these files")
     group.add_argument("-v", action="store_true", help="write each command before its output")
@@ -134,7 +134,7 @@ class Output:
         self.open_output = self._open if self._lines or self._files is not None else None
 
     def started(self, origin: Origin, command: list[bytes] | bytes) -> None:
-        """Take note of a command that is about to start."""
+        """Record a command that is about to start."""
         if self._traces:
             self.before_writing()
             sys.stderr.buffer.write(written(command) + b"\n")
@@ -183,13 +183,13 @@ class Output:
         return len(result.stdout or b"") if file is None else os.fstat(file.fileno()).st_size
 
     def ended(self, index: int) -> None:
-        """Take note of a command's end, before its turn."""
+        """Record a command's end, before its output is due."""
         for sink in self._sinks.get(index, ()):
             if isinstance(sink, _Kept):
                 sink.close()
 
     def write(self, result: Result) -> None:
-        """Write the output of a command at its turn."""
+        """Write the output of a command, when it is due."""
         index = result.index
         self.before_writing()
         sinks = self._sinks.pop(index, (None, None))
@@ -271,7 +271,7 @@ class _Live:
         self._to = to
         self._before_writing = before_writing
         self._tag = tag
-        self._rest = b""  # of a line
+        self._rest = b""  # an incomplete line
         self._held: Spool | None = Spool(KEPT, nameless_file) if held else None
         self.size = 0
 
@@ -292,7 +292,7 @@ class _Live:
             self._rest += rest
 
     def release(self) -> None:
-        """Write what was kept, and from then on what comes."""
+        """Write what was kept, and write later output at once."""
         held, self._held = self._held, None
         if held is not None:
             while data := held.read(_COPIED):
@@ -300,14 +300,14 @@ class _Live:
             held.close()
 
     def end(self) -> None:
-        """Write the last line if it has no line end."""
+        """Write the last line even if it has no newline."""
         if self._rest:
             self._to.write(self._tag + self._rest)
             self._rest = b""
 
 
 class _Kept:
-    """Output that goes to a file with a name."""
+    """Output that goes to a named file."""
 
     data = b""
     file = None
@@ -378,17 +378,17 @@ class _Files:
         self._paths[origin.seq] = out, err
 
     def path(self, origin: Origin, number: int) -> bytes | None:
-        """Return the path of an output of a command; None if it is not in a file."""
+        """Return the path of a command's output, or None if it is not in a file."""
         return self._paths[origin.seq][number]
 
     def forget(self, origin: Origin) -> None:
-        """Take note that the files of a command are not needed any more."""
+        """Forget the files of a command."""
         with contextlib.suppress(KeyError):
             del self._paths[origin.seq]
 
 
 def _file_name(value: bytes) -> bytes:
-    """Return a value as the name of a file, nearly as GNU parallel does."""
+    """Return a value as a file name, almost as GNU parallel does."""
     escaped = value.replace(b"\\", b"\\\\").replace(b"\t", b"\\t").replace(b"\0", b"\\0")
     escaped = escaped.replace(b"/", b"\\_")
     # The last three can't be names of files there.

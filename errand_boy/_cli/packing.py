@@ -1,4 +1,4 @@
-"""How many arguments each command of `errand-boy map` gets."""
+"""Packs several arguments into each command of `errand-boy map`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from errand_boy._cli.inputs import Records, Values
 
-_ONE_STRING = 1 << 17  # bytes, of Linux: the longest argument, and so the longest shell command
+_ONE_STRING = 1 << 17  # bytes: Linux's longest argument, and so the longest shell command
 _HEADROOM = 4096  # bytes
 _POINTER = 8  # bytes
 
@@ -30,8 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="max_args",
         type=number(int, 0),
         metavar="N",
-        help="give each command N arguments, {1} to {N}; 0: one command for each argument, which "
-        "it does not get. With --pipe, give it N records",
+        help="give each command N arguments, {1} to {N}; 0: run the command once for each "
+        "argument, without it. With --pipe, give each command N records",
     )
     group.add_argument(
         "-L",
@@ -68,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--max-chars",
         type=number(int, 1),
         metavar="N",
-        help="how many bytes a packed command may have (default: what the system allows)",
+        help="how long a packed command may be, in bytes (default: what the system allows)",
     )
 
 
@@ -78,10 +78,10 @@ def packed(
     make: Callable[[Values], Sequence[bytes] | bytes],
     jobs: int,
 ) -> Records:
-    """Yield the values for each command. `make` makes a command of such values."""
+    """Yield the values for each command. `make` makes a command from such values."""
     if options.pack is not None:
         if options.max_args == 0:
-            raise UsageError("-n 0 gives no arguments to pack")
+            raise UsageError("-n 0 can't be combined with -m, -X or --xargs")
         count = options.max_args or options.max_lines
         shares = jobs if options.pack != "xargs" else 1
         if options.max_chars is not None or options.shell:
@@ -127,7 +127,7 @@ def _fitting(
         alone = size(record)
         if alone > most:
             raise UsageError(f"an argument is too long for a command of {most} bytes")
-        more = size(record + record) - alone  # how much it adds to the others
+        more = size(record + record) - alone  # how much it adds to a command that has others
         if used + more > most or len(held) == count:
             yield _joined(held)
             held, used = [], 0
@@ -143,7 +143,7 @@ def _joined(records: Sequence[Values]) -> Values:
 
 
 def size_of(command: Sequence[bytes] | bytes) -> int:
-    """Return the bytes of a command, as xargs counts them."""
+    """Return the size of a command in bytes, as xargs counts it."""
     if isinstance(command, bytes):
         return len(command) + 1
     return sum(map(len, command)) + len(command)

@@ -13,19 +13,17 @@ _WHERE = (
 
 
 class UsageError(ValueError):
-    """The command line makes no sense."""
+    """The command line is wrong; the text says why."""
 
 
 def add_socket(
     parser: argparse.ArgumentParser, text: str = _WHERE, *, or_local: bool = False
 ) -> None:
-    """Add --socket to `parser`, with that help; and --local, which asks no daemon."""
+    """Add --socket to `parser`, with this help, and --local."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--socket", metavar="PATH", help=text)
     if or_local:
-        group.add_argument(
-            "--local", action="store_true", help="ask no daemon, but start commands from here"
-        )
+        group.add_argument("--local", action="store_true", help="start commands without a daemon")
 
 
 def message(error: BaseException) -> str:
@@ -37,7 +35,7 @@ def message(error: BaseException) -> str:
 
 
 def number(of: type[int] | type[float], least: float) -> Callable[[str], float]:
-    """Return a function for argparse's `type` that makes a number, `least` or more."""
+    """Return a function for argparse's `type` that accepts numbers of `least` or more."""
 
     def parse(text: str) -> float:
         value = of(text)
@@ -50,7 +48,7 @@ def number(of: type[int] | type[float], least: float) -> Callable[[str], float]:
 
 
 def user(text: str) -> int:
-    """Return a user's number, for argparse's `type`."""
+    """Return the id of a user, given by name or number, for argparse's `type`."""
     import pwd  # noqa: PLC0415
 
     if text.isdecimal():

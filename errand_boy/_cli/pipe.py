@@ -1,4 +1,4 @@
-"""Blocks of standard input, or of a file, for the standard input of `errand-boy map`'s commands."""
+"""Divides standard input or a file into blocks, the input of `errand-boy map`'s commands."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--block",
         metavar="SIZE",
         default="1M",
-        help="how many bytes a block has, about, with the units K, M, G, or k, m, g for powers of "
-        "1000; with --pipe-part, -N: so many that each slot gets N blocks (default: 1M)",
+        help="the approximate size of a block, with the units K, M, G, or k, m, g for powers of "
+        "1000; with --pipe-part, -N divides the file into N blocks for each slot (default: 1M)",
     )
     group.add_argument("--recend", metavar="STRING", help="the end of a record (default: \\n)")
     group.add_argument(
@@ -53,7 +53,7 @@ def size(text: str) -> int:
     """Return a SIZE in bytes. Raises UsageError."""
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise UsageError(f"--block {text} is not a size, as 10M or 64k")
+        raise UsageError(f"--block {text} is not a size such as 10M or 64k")
     unit = match[3]
     power = _UNITS.index(unit.lower()) + 1 if unit else 0
     value = int(float(match[2]) * (1024 if unit.isupper() else 1000) ** power)
@@ -63,9 +63,10 @@ def size(text: str) -> int:
 
 
 class Divider:
-    """Divides bytes into blocks of whole records, as they come. No I/O.
+    """Divides bytes into blocks of whole records as they arrive. No I/O.
 
-    A block has `count` records; without that, as many as `most` bytes hold, but at least one.
+    A block has `count` records. If `count` is None, it has as many as fit in `most` bytes, but at
+    least one.
     """
 
     def __init__(self, end: bytes, start: bytes, most: int, count: int | None) -> None:
@@ -74,7 +75,7 @@ class Divider:
         self._most = most
         self._count = count
         self._data = bytearray()
-        self._looked = 0  # up to where there is no boundary, or `_records` of them
+        self._looked = 0  # up to here there is no boundary, or there are `_records` of them
         self._records = 0
 
     def feed(self, data: bytes) -> None:
@@ -82,7 +83,7 @@ class Divider:
         self._data += data
 
     def header(self, lines: int) -> bytes | None:
-        """Take the first lines; return None if they have not come yet."""
+        """Take the first lines; return None if they have not all arrived yet."""
         end = 0
         for _ in range(lines):
             end = self._data.find(b"\n", end) + 1
@@ -91,7 +92,7 @@ class Divider:
         return self._take(end)
 
     def block(self, final: bool) -> bytes | None:
-        """Take the next block; return None if it has not come. `final`: nothing more will come."""
+        """Take the next block, or return None if it is incomplete. `final`: no more data comes."""
         end = self._by_count() if self._count is not None else self._by_size(final)
         if end is None:
             return self._take(len(self._data)) if final and self._data else None
@@ -129,13 +130,13 @@ class Divider:
 
 
 class Blocks(Source):
-    """The blocks of a descriptor. `data` is the block of the record that was taken last."""
+    """The blocks that come from a descriptor. `data` is the block that was taken last."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         end, start = _boundaries(options)
         most = size(options.block)
         if most < 0:
-            raise UsageError("a negative --block is for --pipe-part")
+            raise UsageError("a negative --block needs --pipe-part")
         self.fd: int | None = open_source(STDIN)
         self.ended = False
         self.data = b""
@@ -192,7 +193,7 @@ class Parts(Source):
 
     @property
     def data(self) -> bytes:
-        """The block of the record that was taken last. Raises OSError."""
+        """The block that was taken last. Raises OSError."""
         at, stop = self._part
         found = [self._header]
         while at < stop and (part := os.pread(self._fd, stop - at, at)):

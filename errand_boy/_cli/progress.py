@@ -1,4 +1,4 @@
-"""What `errand-boy map` shows while it runs, and its report afterwards."""
+"""The progress that `errand-boy map` shows while it runs, and its report afterwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the same, and read all of the input first to know that number",
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="write the commands, one on each line, and run none"
+        "--dry-run",
+        action="store_true",
+        help="only write the commands, one on each line",
     )
     group.add_argument(
         "--html",
@@ -71,7 +73,7 @@ class Progress:
             source.read_all()
 
     def begin(self, timers: Timers) -> None:
-        """Show the bar, from now on."""
+        """Show the bar from now on."""
         if self._file is None:
             return
         self._bar = Bar(self._tally, self._file)
@@ -84,7 +86,7 @@ class Progress:
         tick()
 
     def count(self, seq: int, result: Result) -> None:
-        """Take note of the end of a command."""
+        """Count a command that has ended."""
         if self._report is not None:
             self._report.add(seq, result)
         if self._bar is not None:
@@ -92,12 +94,12 @@ class Progress:
             self._bar.show()
 
     def clear(self) -> None:
-        """Make room for output."""
+        """Remove the bar from the screen, to make room for output."""
         if self._bar is not None:
             self._bar.clear()
 
     def end(self) -> None:
-        """Leave the bar as it is, and write the report. Raises OSError."""
+        """Stop updating the bar, and write the report. Raises OSError."""
         if self._bar is not None:
             bar, self._bar = self._bar, None
             bar.close()

@@ -1,4 +1,4 @@
-"""The report that `errand-boy map --html` writes: one file, for a browser."""
+"""The report that `errand-boy map --html` writes, one file for a browser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SLOWEST = 10
 _MOST_FAILURES = 200  # with their output
 _TAIL = 2000  # bytes of output
 _MOST_WORDS = 300  # characters of a command
-_COLUMNS = 2000  # of the chart, within which commands become one bar
+_COLUMNS = 2000  # of the chart; commands within one become one bar
 
 
 class Report:
@@ -44,7 +44,7 @@ class Report:
         self._count_failed = 0
 
     def add(self, seq: int, result: Result) -> None:
-        """Take note of the end of a command."""
+        """Record the end of a command."""
         self._starts.append(result.started)
         self._durations.append(result.duration)
         self._slots.append(result.slot)
@@ -61,7 +61,7 @@ class Report:
                 self._failures.append((seq, _words(result), _end(result), _tail(result)))
 
     def write(self) -> None:
-        """Write it, replacing the file. Raises OSError."""
+        """Write the report, replacing the file. Raises OSError."""
         draft = f"{self._path}.{os.getpid()}"
         try:
             with open(draft, "w", encoding="utf-8", errors="replace") as file:
@@ -108,7 +108,7 @@ class Report:
         yield f"<script>const span={last - first:.6f},bars={bars};\n{_SCRIPT}</script>\n"
 
     def _bars(self, first: float, last: float) -> Iterator[tuple[float, float, int, int, int, int]]:
-        """Yield start, duration, slot, whether it failed, number and how many for each bar."""
+        """Yield for each bar the start, duration, slot, failure, number and count of commands."""
         merges = len(self._starts) > _MOST_BARS
         width = (last - first) / _COLUMNS
         open_bars: dict[int, list[Any]] = {}

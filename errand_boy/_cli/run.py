@@ -1,4 +1,4 @@
-"""One command in the foreground of a terminal: `errand-boy run`."""
+"""Runs one command in the foreground of a terminal: `errand-boy run`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _EXPIRED = 124  # the exit status
 
-# Signals from a supervisor or a user to one process; the terminal's go to the whole group.
+# Signals that a supervisor or a user sends to one process. The terminal's go to the whole group.
 _FORWARDED = {
     signal.SIGHUP,
     signal.SIGINT,
@@ -31,7 +31,7 @@ _FORWARDED = {
     signal.SIGUSR2,
     signal.SIGWINCH,
 }
-# The daemon's commands are not in this process's session, so the terminal stops only us.
+# The daemon's commands are not in this session, so the terminal stops only this process.
 
 _JOB_CONTROL = {signal.SIGTSTP, signal.SIGCONT}
 
@@ -45,19 +45,20 @@ def run(
     *,
     classic: bool = False,
 ) -> int:
-    """Run a command; return its exit status as a shell does: 128 + n for an end by signal n.
+    """Run a command; return its exit status as a shell does: 128 + n after signal n.
 
-    After `timeout` seconds it is ended, and the status is 124, as that of timeout(1); so it is
-    after the limit of `wall` seconds.
+    After `timeout` seconds the command is ended, and the status is 124, as for timeout(1). The
+    status is also 124 after the limit `wall`.
 
-    The daemon at `socket` or at ``$ERRAND_BOY_SOCKET`` runs it; without both, the daemon at a
-    default path. If none listens there, or `socket` is false, it is a child of this process.
+    The daemon at `socket` or at ``$ERRAND_BOY_SOCKET`` runs the command; without both, the daemon
+    at a default path. If none listens there, or if `socket` is False, the command is a child of
+    this process.
 
-    `options` are Popen's. `stats` is the format in which standard error gets the usage, or None.
-    `classic`: daemons listen where those of 2014 do.
+    `options` are Popen's. `stats` is the format for the usage on standard error, or None.
+    `classic`: look for the daemon where those of 2014 listen.
     """
     early: list[int] = []
-    # Ignored signals (nohup, a shell's background job) stay ignored, for the command too.
+    # Signals that are ignored (nohup, a shell's background job) stay ignored, in the command too.
     candidates = _FORWARDED | _JOB_CONTROL
     forwarded = {n for n in candidates if signal.getsignal(n) is not signal.SIG_IGN}
     for number in forwarded:
@@ -81,7 +82,7 @@ def run(
         _forward(process, early_one)
     while process.returncode is None:
         info = signal.sigwaitinfo(awaited)
-        # A positive code means the terminal, which has sent the signal to our own child, too.
+        # A positive code means the terminal, which has also sent the signal to our own child.
         by_terminal = info.si_code > 0 and not isinstance(process, _client.Popen)
         if info.si_signo != signal.SIGCHLD and not by_terminal:
             _forward(process, info.si_signo)
@@ -97,7 +98,7 @@ def run(
 
 
 def exit_status(ended: _popen.Popen[Any] | JobResult) -> int:
-    """Return the exit status for the end of a command."""
+    """Return the exit status for a command that has ended."""
     if ended.cause == "timeout":  # its limit, wall
         return _EXPIRED
     status: int = ended.returncode
@@ -111,9 +112,9 @@ def start(
     classic: bool = False,
     **options: Any,
 ) -> _popen.Popen[Any] | int:
-    """Start a command, as `run` says; return its process object.
+    """Start a command as `run` does; return its process object.
 
-    If that fails, write why to standard error, and return the exit status.
+    If that fails, write the reason to standard error, and return the exit status.
     """
     try:
         if socket is not False:
@@ -121,7 +122,7 @@ def start(
             try:
                 return client.Popen(argv, **options)
             except errand_boy.NoDaemonError:
-                # Whoever names a daemon wants its rights and its limits, not this process's.
+                # A user who names a daemon wants its rights and limits, not those of this process.
                 if not client.address.is_default:
                     raise
         return _popen.Popen(argv, **options)
@@ -130,14 +131,14 @@ def start(
 
 
 def failure(error: OSError | ValueError, argv: Sequence[str]) -> int:
-    """Write to standard error why a command could not be started; return the exit status."""
+    """Write the reason for a failed start to standard error; return the exit status."""
     if not isinstance(error, OSError):
         print(f"errand-boy: {error}", file=sys.stderr)
         return 125
     if isinstance(error, errand_boy.ErrandBoyError):
         print(f"errand-boy: {message(error)}", file=sys.stderr)
         return 125
-    named = os.fsdecode(error.filename or argv[0])  # a directory that an option names, perhaps
+    named = os.fsdecode(error.filename or argv[0])  # perhaps a directory that an option names
     print(f"errand-boy: {named}: {error.strerror}", file=sys.stderr)
     missing = isinstance(error, FileNotFoundError) and named == argv[0]
     return 127 if missing and error.filename is not None else 126
@@ -159,7 +160,7 @@ def _await_end(
         process.wait()
     except OSError as error:
         failures.append(error)
-    # The kernel sends it only for our own child, and it may have come before the wait.
+    # The kernel sends SIGCHLD only for our own child, and maybe before this wait.
     os.kill(os.getpid(), signal.SIGCHLD)
 
 

@@ -31,7 +31,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="end the command after SECONDS, as --stop and --tree say",
+        help="end the command after SECONDS, in the way that --stop and --tree set",
     )
     parser.add_argument(
         "--stats",
@@ -50,7 +50,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--record",
         metavar="FILE",
-        help="the same, and record what is shown in FILE, as asciicast v2",
+        help="the same, and record the screen in FILE, as asciicast v2",
     )
     detached.add_run_options(parser)
     parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND")
@@ -69,7 +69,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     if options.timeout is not None and (options.pty or options.record is not None):
         parser.error("--timeout can't be given with a terminal")
     if "output" in wanted.get("limits", ()):
-        parser.error("--limit output needs errand-boy map: here the command writes by itself")
+        parser.error("--limit output needs errand-boy map: here the command writes directly")
     if options.detach:
         if options.timeout is not None or options.stats or options.record is not None:
             parser.error("--timeout, --stats and --record can't be given with --detach")

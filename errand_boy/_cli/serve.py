@@ -25,7 +25,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Become the daemon; return only for an error."""
+    """Become the daemon; return an exit status only if that fails."""
     return run_server(parser, parser.parse_args(arguments))
 
 
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
         type=number(int, 1),
         metavar="N",
         default=len(os.sched_getaffinity(0)),
-        help="how many helpers each user has (default: the number of CPUs that the daemon may use)",
+        help="how many helpers each user has (default: as many as the daemon may use CPUs)",
     )
     parser.add_argument(
         "--max-accepts",
@@ -76,14 +76,14 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
         type=number(int, 1),
         metavar="N",
         default=256,
-        help="as root: how many other users are served at the same time (default: 256)",
+        help="as root: how many other users may have helpers at the same time (default: 256)",
     )
     parser.add_argument(
         "--idle",
         type=number(float, 0),
         metavar="SECONDS",
         default=60.0,
-        help="as root: how long another user's helper waits for a connection (default: 60)",
+        help="as root: how long another user's idle helper stays (default: 60)",
     )
     parser.add_argument(
         "--chdir",
@@ -103,12 +103,12 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
         type=count,
         metavar="N",
         default=0,
-        help="the same for each user (default: 0, no limit)",
+        help="how many commands of each user run at a time (default: 0, no limit)",
     )
     parser.add_argument(
         "--limits",
         metavar="FILE",
-        help="a file with the limits of each user, read again on SIGHUP",
+        help="a file with each user's limits, which is read again on SIGHUP",
     )
     parser.add_argument(
         "--grace",
@@ -144,13 +144,13 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
     parser.add_argument(
         "--no-new-privs",
         action="store_true",
-        help="let no command gain rights, as by a set-user-ID program; also the daemon and its "
+        help="let no command gain rights, as from a set-user-ID program; also the daemon and its "
         "helpers",
     )
     parser.add_argument(
         "--pid-file",
         metavar="PATH",
-        help="write the pid to PATH when the daemon listens; the file is removed when it ends",
+        help="write the pid to PATH when the daemon listens, and remove the file when it ends",
     )
     parser.add_argument(
         "--job-state",
@@ -188,7 +188,7 @@ def _group(text: str) -> int:
 def run_server(
     parser: argparse.ArgumentParser, options: argparse.Namespace, *, classic: bool = False
 ) -> int:
-    """Become the daemon that `options` describe; return only for an error."""
+    """Become the daemon that `options` describe; return an exit status only if that fails."""
     values = vars(options)
     kept = {name: value for name, value in values.items() if name != "transport"}
     kept["socket"] = os.path.abspath(options.socket or _address.default_path(classic=classic))
@@ -200,7 +200,7 @@ def run_server(
     kept["version"] = errand_boy.__version__
     program = os.path.join(os.path.dirname(errand_boy.__file__), "_daemon", "serve.py")
     if getattr(sys, "frozen", False) or not sys.executable or not os.path.isfile(program):
-        # sys.executable would be the application, which would run again.
+        # sys.executable is the application, which would run a second time.
         parser.error(
             "the daemon needs a Python interpreter and errand_boy as files, and this program is "
             "frozen: install errand-boy with pip, and start its daemon"
@@ -208,11 +208,11 @@ def run_server(
     argument = json.dumps({"path": _safe_path(), "options": kept})
     sys.stdout.flush()
     sys.stderr.flush()
-    # In the same process, for its supervisor, but without the memory of this command line.
+    # Stay in the same process, for its supervisor, but free the memory of this command line.
     os.execv(sys.executable, [sys.executable, "-I", "-S", program, argument])
 
 
 def _safe_path() -> list[str]:
-    """Return sys.path without the directory of the script, or, with -m, the current one."""
+    """Return sys.path without the script's directory or, with -m, the current one."""
     is_safe = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
     return [path for path in sys.path[0 if is_safe else 1 :] if path]

@@ -1,4 +1,4 @@
-"""What a command has used, after its end: `errand-boy run --stats`."""
+"""Shows what a command used, after its end: `errand-boy run --stats`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FORMS = ("text", "json")
 
-# Of a struct_rusage, in the order and with the names of time(1).
+# Fields of a struct_rusage, in the order and with the names of time(1).
 _USAGE = {
     "ru_utime": "User time (seconds)",
     "ru_stime": "System time (seconds)",
@@ -27,7 +27,7 @@ _USAGE = {
 
 
 def show(process: Any, argv: Sequence[str], form: str, cause: str | None) -> None:
-    """Write to standard error what is known of a process object whose command has ended."""
+    """Write to standard error what the ended command of a process object has used."""
     text = _json(process, argv, cause) if form == "json" else _text(process, argv, cause)
     print(text, file=sys.stderr, flush=True)
 

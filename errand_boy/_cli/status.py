@@ -1,4 +1,4 @@
-"""What the daemon is doing: `errand-boy status`."""
+"""Shows what the daemon is doing: `errand-boy status`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=number(float, 0.05),
         const=1.0,
         metavar="SECONDS",
-        help="show a live screen, with rates, every SECONDS (default: 1); needs rich",
+        help="show a live screen, with rates, updated every SECONDS (default: 1); needs rich",
     )
     return parser
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Show it; return the exit status."""
+    """Show the status; return the exit status."""
     options = parser.parse_args(arguments)
     address = _address.find(options.socket)
     if options.watch is not None:

@@ -1,4 +1,4 @@
-"""The command of `errand-boy map`: what replaces {}, and what a shell gets."""
+"""Makes the commands of `errand-boy map`: replaces {} and quotes for a shell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _VARIABLE = b"errand_boy_"
 # Without any of these before it, a quoted word is one word. Otherwise it may be in quotes, in a
 # comment, a here-document or an arithmetic expression, and end that.
 _INTRICATE = re.compile(rb"['\"\\`#$]|<<")
-# Characters with a meaning to a shell; not those that only could have one, as { or ~ in a word.
+# Characters that have a meaning in any shell word; { and ~ only have one in some places.
 _OPERATORS = "|&;<>()$`*"
 
 
@@ -66,7 +66,7 @@ _CHANGES: dict[bytes, Callable[[bytes], bytes]] = {
     b"+...": lambda value: _extension(value, 3),
 }
 
-# Own names for some replacement strings: the option, its destination, and the string it replaces.
+# Options that rename a replacement string: the option, its destination, and the string.
 _RENAMED = (
     ("-I", "", "replace", b"{}"),
     ("--extensionreplace", "--er", "extension_replace", b"{.}"),
@@ -86,14 +86,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "{/} without its directory, {//} by the directory, {/.} by the basename without "
         "extension, {#} by the command's number, and {%} by its slot. {N} is replaced by the "
         "argument of source, column or position N ({-N}: from the end), and {NAME} by that of a "
-        "column that --header names; there are {N.}, {NAME/} and so on, too. Without any of "
+        "column that --header names; {N.}, {NAME/} and so on exist too. Without any of "
         "these, the arguments come last.",
     )
     group.add_argument(
         "--shell",
         action="store_true",
-        help="COMMAND is a shell command; without COMMAND, each line of input is one. What "
-        "replaces {} in it is one word, so put {} outside quotes. ARGUMENTs are quoted",
+        help="COMMAND is a shell command; without COMMAND, each line of input is one. Each value "
+        "that replaces {} is one word, so write {} outside quotes. ARGUMENTs are quoted",
     )
     for option, short, name, place in _RENAMED:
         names = [option, short] if short else [option]
@@ -103,12 +103,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             metavar="STRING",
             help=f"in place of {place.decode()}".replace("%", "%%"),
         )
-    for option in ("--plus", "-q", "--quote"):  # of GNU parallel: so it is always
+    for option in ("--plus", "-q", "--quote"):  # accepted for GNU parallel; always in effect
         group.add_argument(option, dest="ignored", action="store_true", help=argparse.SUPPRESS)
 
 
 class Field:
-    """A replacement string: of which values, and what part of them."""
+    """A replacement string: which values it stands for, and which part of them."""
 
     __slots__ = ("change", "index", "special")
 
@@ -123,7 +123,7 @@ class Field:
         self.special = special  # "#" or "%"
 
     def values(self, values: Sequence[bytes], seq: int, slot: int) -> list[bytes]:
-        """Return what replaces it."""
+        """Return the values that replace it."""
         if self.special:
             return [b"%d" % (seq if self.special == b"#" else slot)]
         if self.index is None:
@@ -131,18 +131,18 @@ class Field:
         else:
             try:
                 chosen = [values[self.index]]
-            except IndexError:  # of a source, a column or a group that has fewer
+            except IndexError:  # a source, a column or a group has fewer values
                 chosen = [b""]
         return chosen if self.change is None else [self.change(value) for value in chosen]
 
 
 class Template:
-    """Makes the command for the values of its arguments.
+    """Makes commands from values.
 
-    `words` are those of the command; without any, the values are a command line. `names` are those
-    of the values, from a header. With `shell`, the shell parses the first word, but not the
-    others or the values. `contexts`: several values replace {} together with the word around
-    it. Raises UsageError for an unknown name.
+    `words` are the command; without any, the values are a command line. `names` are the names of
+    the values, from a header. With `shell`, a shell parses the first word, but neither the others
+    nor the values. `contexts`: if several values replace {}, the text around it is repeated for
+    each. Raises UsageError for an unknown name.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Template:
         if words and appends and not fields:
             self._words.append([Field(None)])
             encoded.append(_PLACE)
-        # The most frequent case by far: words, some of which one value replaces.
+        # By far the most frequent case: one value replaces some of the words.
         self._simple: list[bytes | None] | None = None
         if not shell and encoded and all(map(_is_simple, self._words)):
             self._simple = [
@@ -207,7 +207,7 @@ class Template:
         return Field(None, _CHANGES.get(change))
 
     def __call__(self, values: Sequence[bytes], seq: int, slot: int) -> list[bytes] | bytes:
-        """Return the command for `values`. Raises UsageError for a line that needs a shell."""
+        """Return the command for `values`. Raises UsageError if a line needs a shell."""
         simple = self._simple
         if simple is not None and len(values) == 1:
             value = values[0]
@@ -223,7 +223,7 @@ class Template:
         return words
 
     def text(self, values: Sequence[bytes], seq: int, slot: int) -> bytes:
-        """Return the words, with replacements, as one text."""
+        """Return the words with their replacements, joined by spaces."""
         words = [word for parts in self._words for word in self._expand(parts, values, seq, slot)]
         return b" ".join(words)
 
@@ -232,8 +232,8 @@ class Template:
     ) -> list[bytes]:
         """Return the words that replace a word.
 
-        With several values, each makes a word. With `contexts` each gets all of the text around it,
-        else the first one gets the text before and the last one the text after.
+        Each of several values makes a word. With `contexts` each gets all of the text around it;
+        otherwise the first one gets the text before it, and the last one the text after it.
         """
         words = [b""]
         if self._contexts:
@@ -267,7 +267,8 @@ class Template:
             quoted = quote(value)
             if quoted == value or not self._is_intricate:
                 return quoted
-            # Not pasted, since a {} in quotes could end them. A variable is not parsed again.
+            # Pass it in a variable, which the shell does not parse. Pasted into quotes, it could
+            # end them.
             name = _VARIABLE + b"%d" % (len(variables) + 1)
             variables.append(b"%b=%b; " % (name, quoted))
             return b'"$%b"' % name
@@ -301,7 +302,7 @@ def _pattern(names: Sequence[bytes], renamed: Sequence[bytes]) -> re.Pattern[byt
 
 
 def renamed(options: argparse.Namespace) -> list[tuple[bytes, bytes]]:
-    """Return the user's names of replacement strings, and the strings that they replace."""
+    """Return the user's names of replacement strings, each with the original string."""
     found = [(getattr(options, name), place) for *_, name, place in _RENAMED]
     if "" in [new for new, _ in found]:
         raise UsageError("a replacement string must not be empty")
@@ -309,7 +310,7 @@ def renamed(options: argparse.Namespace) -> list[tuple[bytes, bytes]]:
 
 
 def split(line: bytes) -> list[bytes]:
-    """Return the words of a command line. Raises UsageError if only a shell can divide it."""
+    """Return the words of a command line. Raises UsageError if only a shell can parse it."""
     text = os.fsdecode(line)
     try:
         words = shlex.split(text)

@@ -1,4 +1,4 @@
-"""One command on a terminal of its own, shown on this one: `errand-boy run --pty`."""
+"""Runs one command on its own terminal, shown on this one: `errand-boy run --pty`."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def run(
     record: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> int:
-    """Run a command on a new terminal; return its status as a shell gives it.
+    """Run a command on a new terminal; return its exit status as a shell does.
 
-    If standard input is a terminal, it is raw in the meantime, and the new one is like it. With
-    `record`, what is shown is also written to a file of that name, as asciicast v2.
+    If standard input is a terminal, the new one gets its attributes, and standard input is raw
+    while the command runs. With `record`, the output is also written to that file, as asciicast v2.
     `options` are Popen's.
     """
     outer = Outer()
@@ -82,7 +82,7 @@ def run(
 
 @contextlib.contextmanager
 def catching(numbers: set[signal.Signals]) -> Iterator[int]:
-    """Have signals written to a pipe, a byte each; yield the other end of it."""
+    """Have each signal write a byte to a pipe; yield the pipe's reading end."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -97,9 +97,9 @@ def catching(numbers: set[signal.Signals]) -> Iterator[int]:
 
 
 class Outer:
-    """The terminal of this process, if it has one. As a context manager, it makes that raw.
+    """The terminal of this process, if there is one. As a context manager, make it raw.
 
-    With `interrupts`, ^C and ^Z keep their meaning there.
+    With `interrupts`, ^C and ^Z keep their meaning.
     """
 
     def __init__(self, *, interrupts: bool = False) -> None:
@@ -110,7 +110,7 @@ class Outer:
         self._tty = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
 
     def size(self) -> tuple[int, int, int, int]:
-        """Return its rows and columns, and its size in pixels."""
+        """Return the rows and columns, and the size in pixels."""
         found = (0, 0, 0, 0) if self._tty is None else get_size(self._tty)
         return found if found[0] and found[1] else (24, 80, 0, 0)
 
@@ -136,7 +136,7 @@ class Outer:
             termios.tcsetattr(0, termios.TCSADRAIN, attributes)
 
     def is_suspend(self, typed: bytes) -> bool:
-        """Return whether a key suspends what runs."""
+        """Return whether `typed` is the key that suspends a program."""
         return self.saved is not None and typed == self.saved[6][termios.VSUSP] != b"\0"
 
 
@@ -162,7 +162,7 @@ class _Session:
         self._failure: OSError | None = None
 
     def run(self) -> int:
-        """Move keys and output until the command has ended."""
+        """Pass on keys and output until the command has ended; return the exit status."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
         waiter = threading.Thread(target=self._await_end, args=[writer], daemon=True)
         waiter.start()
@@ -176,8 +176,8 @@ class _Session:
                 reading |= {fd} if shows else set()
                 reading |= {0} if self._reads_keys and len(self._typed) < _MOST_TYPED else set()
                 writing = {fd} if shows and self._typed else set()
-                # Others may have the terminal for long: when the command has ended, only what is
-                # there is shown.
+                # Other processes may keep the terminal open for long. Once the command has
+                # ended, show only what is already there.
                 readable, writable = wait_for(select, reading, writing, 0 if ended else None)
                 if ended and fd not in readable:
                     break
@@ -226,7 +226,7 @@ class _Session:
         return goes_on
 
     def _read_screen(self) -> tuple[int, bool]:
-        """Fill the buffer with what there is; return how much, and whether more may come.
+        """Read the available output into the buffer; return its size, and whether more may come.
 
         One write for many reads halves the time that this process takes.
         """
@@ -274,7 +274,7 @@ class _Session:
         try:
             done = write_some(self._terminal.fileno(), memoryview(self._typed))
             self._typed = self._typed[done:]
-        except OSError:  # EIO: it has gone
+        except OSError:  # EIO: the command has ended
             self._typed = b""
 
     # -- signals and job control --
@@ -303,8 +303,8 @@ class _Session:
                 self._recording.resize(size)
 
     def _would_ignore_suspend(self) -> bool:
-        # The kernel does not stop the command's own group from the keyboard, since no process of
-        # its session could continue it. A shell's jobs are different.
+        # The kernel does not stop the command's own group from the keyboard, since the group is
+        # orphaned: no process of the session could continue it. The jobs of a shell are not.
         with contextlib.suppress(OSError):
             flags = self._terminal.attributes()[3]
             return bool(flags & termios.ISIG) and (
@@ -344,24 +344,24 @@ class Recording:
         )
 
     def output(self, data: bytes) -> None:
-        """Note what has been shown."""
+        """Record some output."""
         text = self._decoder.decode(data)
         if text:
             self._event("o", text)
 
     def resize(self, size: tuple[int, int, int, int]) -> None:
-        """Note a change of the size."""
+        """Record a change of the size."""
         self._event("r", f"{size[1]}x{size[0]}")
 
     def close(self) -> None:
-        """Write what is left, and close the file."""
+        """Write the rest, and close the file."""
         rest = self._decoder.decode(b"", final=True)
         if rest:
             self._event("o", rest)
         self._file.close()
 
     def discard(self) -> None:
-        """Remove the file, because nothing has run."""
+        """Remove the file, because no command has run."""
         self._file.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)

@@ -1,4 +1,4 @@
-"""When `errand-boy map` starts no commands for a while, or pauses some."""
+"""Keeps `errand-boy map` from starting commands for a while, and pauses some."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         metavar="TIME",
         default=0.0,
-        help="let TIME pass between two starts",
+        help="wait TIME between two starts",
     )
     group.add_argument(
         "--load",
         metavar="N",
-        help="start no command while N or more processes of the system want to run; N%% is "
+        help="start no command while N or more processes of the system are runnable; N%% is "
         "relative to the number of CPUs",
     )
     group.add_argument(
@@ -66,7 +66,7 @@ class Gate:
         self._free = 0
 
     def closed_for(self, live: int) -> float:
-        """Return in how many seconds to ask again; 0: one may be started now."""
+        """Return in how many seconds to ask again, or 0 if a command may start now."""
         now = time.monotonic()
         if now < self._next_start:
             return self._next_start - now
@@ -75,7 +75,7 @@ class Gate:
         if now - self._looked >= _INTERVAL:
             self._look(live)
             self._looked = now
-        # The kernel's figures don't count commands that were started since.
+        # The kernel's figures don't include commands that have started since then.
         running = self._running + live - self._live
         if self._most_running is not None and running >= self._most_running:
             return _INTERVAL
@@ -84,7 +84,7 @@ class Gate:
         return 0.0
 
     def count_start(self) -> None:
-        """Take note that one has been started."""
+        """Count a command that has started."""
         if self._delay:
             self._next_start = time.monotonic() + self._delay
 
@@ -125,7 +125,7 @@ class Pauses:
 
 
 def runnable() -> int:
-    """Return how many other processes and threads of the system run or want to."""
+    """Return how many other processes and threads of the system are runnable."""
     with open("/proc/loadavg") as file:
         return int(file.read().split()[3].partition("/")[0]) - 1
 

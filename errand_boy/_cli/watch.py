@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from errand_boy._address import Address
 
-_COUNTED = ("accepted", "started", "ended", "failed")  # of the totals, of which rates are shown
+_COUNTED = ("accepted", "started", "ended", "failed")  # the totals whose rates are shown
 
 
 class Rates:
@@ -26,18 +26,18 @@ class Rates:
         self._before: tuple[float, Mapping[str, int]] | None = None
 
     def take(self, at: float, totals: Mapping[str, int]) -> dict[str, float | None]:
-        """Return the rates per second since the last call; None where that is not known."""
+        """Return the rates per second since the last call; None for those that are not known."""
         before, self._before = self._before, (at, dict(totals))
         if before is None or at <= before[0]:
             return dict.fromkeys(_COUNTED)
-        # A new daemon has counted from 0.
+        # A new daemon counts from 0.
         return {
             name: max(0, totals[name] - before[1][name]) / (at - before[0]) for name in _COUNTED
         }
 
 
 def run(address: Address, interval: float) -> int:
-    """Show it until ^C; return the exit status. A daemon that does not answer may come back."""
+    """Show the screen until ^C; return the exit status. Keep asking if the daemon is away."""
     try:
         from rich.console import Console  # noqa: PLC0415
         from rich.live import Live  # noqa: PLC0415
@@ -71,7 +71,7 @@ def _look(address: Address, rates: Rates, height: int) -> RenderableType:
 def screen(
     status: Mapping[str, Any], rates: Mapping[str, float | None], height: int
 ) -> RenderableType:
-    """Return the screen for a status, with a number of lines at most."""
+    """Return the screen for a status, at most `height` lines high."""
     from rich.console import Group  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
@@ -142,5 +142,5 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> RenderableT
     for row in rows:
         table.add_row(
             *(Text(str(cell)) for cell in row)
-        )  # not markup, since anybody may have chosen it
+        )  # not parsed as markup, since any user may have chosen it
     return table

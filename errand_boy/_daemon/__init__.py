@@ -1,1 +1,1 @@
-"""The daemon: errand-boy for other users and other languages."""
+"""The daemon, which starts commands for other users and programs in other languages."""

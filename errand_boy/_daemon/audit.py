@@ -1,4 +1,4 @@
-"""One line for each command: to systemd's journal where that listens, else to standard error."""
+"""Logs a line for each command, to systemd's journal if it listens, else to standard error."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _SIGNALS = {number.value: number.name for number in signal.Signals}
 class Ended:
     """A command that has ended, or did not start, as its helper reports it.
 
-    `error` and `stage`: why it did not start, else 0; `argv`: the beginning of it; times are in
-    seconds, `since` since 1970; `max_rss` is in KiB.
+    `error` and `stage` say why it did not start, else they are 0. `argv` may be cut short. Times
+    are in seconds, and `since` counts from 1970; `max_rss` is in KiB.
     """
 
     __slots__ = (
@@ -79,7 +79,7 @@ class Ended:
         self.argv = [os.fsdecode(word) for word in argv.removesuffix(b"\0").split(b"\0")]
 
     def outcome(self) -> dict[str, object]:
-        """Return how it ended: `error` and `stage`, `signal` or `status`."""
+        """Return how it ended, as `error` and `stage`, or `signal`, or `status`."""
         if self.error:
             name = errno.errorcode.get(self.error, str(self.error))
             return {"error": name, "stage": _wire.stage_name(self.stage)}
@@ -97,7 +97,7 @@ def _text(payload: bytes, at: int) -> tuple[bytes, int]:
 
 
 class Audit:
-    """Writes the lines. What cannot be written is lost, and counted in the next one.
+    """Writes the lines. Lines that can't be written are lost, and counted in the next line.
 
     `form` is the format of lines on standard error, text or json.
     """
@@ -130,7 +130,7 @@ class Audit:
         self._write("command", fields)
 
     def write_job(self, message: str, uid: int, entry: dict[str, Any]) -> None:
-        """Write a line of a job of user `uid`; `entry` is what its journal says."""
+        """Write a line about a job of user `uid`, whose journal is `entry`."""
         fields: dict[str, object] = {
             "uid": uid,
             "user": self._name(uid),
@@ -157,21 +157,21 @@ class Audit:
             self._log.info(message, **fields)
 
     def _tell_journal(self, message: str, fields: dict[str, object]) -> bool:
-        """Send it; return False if nobody listens there."""
+        """Send a line to the journal; return False if nobody listens there."""
         if self._lost:
             fields = {**fields, "lost": self._lost}
         try:
             self._journal.sendto(b"".join(_entry(message, fields)), self._path)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError, PermissionError):
             return False
-        except OSError:  # the journal does not keep up
+        except OSError:  # the journal can't keep up
             self._lost += 1
         else:
             self._lost = 0
         return True
 
     def _name(self, uid: int) -> str | None:
-        """Return a user's name from /etc/passwd, since other sources may be slow."""
+        """Return a user's name from /etc/passwd only, since other sources may be slow."""
         if uid not in self._names and len(self._names) < _MOST_NAMES:
             try:
                 with open("/etc/passwd", "rb") as file:
@@ -184,7 +184,7 @@ class Audit:
 
 
 def _outcome_of_job(entry: dict[str, Any]) -> dict[str, object]:
-    """Return how it ended, as Ended.outcome does, or nothing while it runs."""
+    """Return how a job ended, as Ended.outcome does; an empty dictionary while it runs."""
     if "why" in entry:
         return {"lost": entry["why"]}
     if "failed" in entry:
@@ -199,7 +199,7 @@ def _outcome_of_job(entry: dict[str, Any]) -> dict[str, object]:
 
 
 def _entry(message: str, fields: dict[str, object]) -> Iterator[bytes]:
-    """Yield the parts of an entry, as systemd's journal takes it from programs."""
+    """Yield the parts of an entry in the native protocol of systemd's journal."""
     argv = fields["argv"]
     assert isinstance(argv, list)
     words = _words(argv)

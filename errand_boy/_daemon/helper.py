@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "errand-boy-helper")
-_FIRST_FD = 3  # of those that a helper is given
+_FIRST_FD = 3  # the first descriptor that a helper gets, after the standard streams
 _LONGEST_WORD = 100 << 10  # bytes; a word of a command line has at most 128 KiB
 _READ = 1 << 10  # bytes; a millisecond's work if the frames are small
-_MOST_READ = 1 << 16  # of one frame
+_MOST_READ = 1 << 16  # bytes of one frame
 _MOST_LAST_READS = 256
-_LATELY = 0.5  # seconds
-_LONGEST_READING = 0.01  # seconds: of what a helper has left unread
-_LONGEST = 4 << 10  # bytes of a frame, but for what a report has of live commands:
-_LONGEST_LIVE = 18 + 255  # of each
+_LATELY = 0.5  # seconds for which a reading of its memory is used
+_LONGEST_READING = 0.01  # seconds for reading a helper's last frames
+_LONGEST = 4 << 10  # bytes of a frame, without the live commands in a report
+_LONGEST_LIVE = 18 + 255  # bytes for each of these
 
 ID = struct.Struct("<I")
 _ADOPT = struct.Struct("<IB")
@@ -48,16 +48,16 @@ OnExit = Callable[["Helper", int, Unserved], None]
 
 
 class Process(NamedTuple):
-    """A helper's process. `figures`: the file in which it counts what it does."""
+    """A helper's process. `figures` is the file in which it counts what it does."""
 
     pid: int
     sock: socket.socket  # our end of its control socket
     figures: int
-    program: tuple[int, ...]  # which file it has executed
+    program: tuple[int, ...]  # the file that it executes
 
 
 def installed_program() -> tuple[int, ...]:
-    """Return which file a new helper would execute. Raises OSError."""
+    """Return the identity of the file that a new helper would execute. Raises OSError."""
     info = os.stat(_PROGRAM)
     return info.st_dev, info.st_ino, info.st_mtime_ns
 
@@ -69,7 +69,7 @@ def start(options: Sequence[str], credentials: Credentials | None) -> Process:
         ours, theirs = socket.socketpair()
         undo.callback(ours.close)
         with theirs:
-            # Its figures, which are read here if it is killed.
+            # The file of its figures. The server reads it if the helper is killed.
             figures = open_memory("errand-boy-figures")
             undo.callback(os.close, figures)
             os.ftruncate(figures, FILE_SIZE)
@@ -83,15 +83,15 @@ def start(options: Sequence[str], credentials: Credentials | None) -> Process:
 
 
 class Helper:
-    """A helper process, of this process's user, or of that of `credentials`.
+    """A helper process, of this process's user or of the user of `credentials`.
 
-    It becomes that user by itself, and gets no connection before it has reported that. From then on
-    it belongs to that user, who may do anything with it. So nothing that comes from it is trusted,
-    and it is killed if it breaks the rules, or if it serves connections and has not answered for
-    `patience` seconds.
+    The helper becomes that user by itself, and gets no connection before it has reported this. From
+    then on it belongs to that user, who may do anything with it. So the server trusts nothing that
+    comes from it, and kills it if it breaks the rules, or if it has connections and does not answer
+    for `patience` seconds.
 
-    `on_frame` is called with each frame from it; `on_exit` once, with its exit status and the ids
-    and sockets of the connections that it had not been handed yet.
+    `on_frame` is called with each of its frames; `on_exit` once, with its exit status and the ids
+    and sockets of the connections that it had not received yet.
     """
 
     def __init__(
@@ -107,17 +107,17 @@ class Helper:
         self.credentials = credentials
         self.connections: set[int] = set()
         self.is_ready = credentials is None
-        self.is_full = False  # to be replaced
+        self.is_full = False  # it has run its maximum of commands, and is to be replaced
         self.draining = False
-        self.gone = False  # seen before its end was told
-        self.unsent = 0  # connections that it is to be handed
+        self.gone = False  # its socket has ended, but it has not been waited for
+        self.unsent = 0  # connections that wait to be sent to it
         self.started = time.monotonic()
         self.report = Report()  # its last one
         self._loop = loop
         self._on_frame = on_frame
         self._exited = on_exit
         self._patience = patience
-        self._asked_at = 0.0  # of time.monotonic(): when the first question was put; 0.0: none is
+        self._asked_at = 0.0  # when the oldest question was sent, by time.monotonic(), or 0.0
         self._watchdog = loop.call_later(patience / 3, self._watch_over)
         self._questions: deque[Callable[[Report | None], None]] = deque()
         self._inbox = bytearray()
@@ -130,37 +130,37 @@ class Helper:
         loop.watch(self._sock, selectors.EVENT_READ, self._on_control, self.uid)
 
     def adopt(self, connection: int, flags: int, sock: socket.socket) -> None:
-        """Have it serve `sock`, and take ownership of that."""
+        """Have the helper serve `sock`, and take ownership of it."""
         self.connections.add(connection)
         self.send(lib.EB_ADOPT, _ADOPT.pack(connection, flags), sock)
 
     def ask(self, callback: Callable[[Report | None], None]) -> None:
-        """Ask for its report; `callback` is called with it, or with None if the helper ends."""
+        """Ask for a report; call `callback` with it, or with None if the helper ends."""
         self._questions.append(callback)
         self._asked_at = self._asked_at or time.monotonic()
         self.send(lib.EB_QUERY)
 
     def send(self, kind: int, payload: bytes = b"", passed: socket.socket | None = None) -> None:
-        """Send a frame and the descriptor `passed`, and take ownership of that; never wait."""
+        """Send a frame and the socket `passed`, and take ownership of it; never wait."""
         self._outbox.append((_wire.HEADER.pack(len(payload), kind) + payload, passed))
         self.unsent += passed is not None
         if self.is_ready and len(self._outbox) == 1:
             self._flush()
 
     def drain(self) -> None:
-        """Have it end when its commands have ended."""
+        """Have the helper end when its commands have ended."""
         if not self.draining:
             self.draining = True
             self.send(lib.EB_DRAIN)
             self._release()
 
     def forget(self, connection: int) -> None:
-        """Take note that a connection has gone."""
+        """Forget a connection that has ended."""
         self.connections.remove(connection)
         self._release()
 
     def _release(self) -> None:
-        """Let it end if it is draining and its last connection has gone."""
+        """Let the helper end if it is draining and its last connection has ended."""
         if self.draining and not self.connections:
             with suppress(OSError):  # it has ended already
                 self._sock.shutdown(socket.SHUT_WR)
@@ -173,18 +173,16 @@ class Helper:
                 fd = struct.pack("i", passed.fileno())
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd)]
             try:
-                # A frame this small goes whole or not at all (unix_stream_sendmsg).
+                # The kernel sends a frame this small in full or not at all (unix_stream_sendmsg).
                 self._sock.sendmsg([frame], rights, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 self._watch(selectors.EVENT_READ | selectors.EVENT_WRITE)
                 return
             except (BrokenPipeError, ConnectionResetError):
-                self.gone = (
-                    True  # its end will be reported; what was not sent goes to another helper
-                )
+                self.gone = True  # at its end, unsent connections go to another helper
                 return
             except OSError as error:
-                # Too many descriptors in flight, for example. The client sees that it is closed.
+                # For example too many descriptors in flight. The client's connection is closed.
                 self._loop.log.warning("cannot reach a helper", pid=self.pid, error=error.strerror)
             self._outbox.popleft()
             if passed is not None:
@@ -193,7 +191,7 @@ class Helper:
         self._watch(selectors.EVENT_READ)
 
     def _watch(self, events: int) -> None:
-        if self._loop.is_watched(self._sock):  # not so at its end
+        if self._loop.is_watched(self._sock):  # no longer after its end
             self._loop.watch(self._sock, events, self._on_control, self.uid)
 
     def _on_control(self, events: int) -> None:
@@ -203,7 +201,7 @@ class Helper:
             self._watch(0)
 
     def _read(self, size: int) -> bool:
-        """Act on what has come, up to `size` bytes; return False at the end."""
+        """Handle up to `size` bytes of frames; return False at the end of the stream."""
         try:
             data = receive(self._sock, size)
         except BlockingIOError:
@@ -236,10 +234,10 @@ class Helper:
         return bool(data)
 
     def _longest(self) -> int:
-        """Return how many bytes the payload of its next frame may have."""
+        """Return the longest payload in bytes that its next frame may have."""
         if not self.is_ready:
             return int(lib.EB_MAX_FRAME)
-        # In a report, each live command has a connection, whose end it would have reported.
+        # Each live command in a report has a connection, whose end would have been reported.
         return _LONGEST + (len(self.connections) * _LONGEST_LIVE if self._questions else 0)
 
     def _act(self, kind: int, payload: bytes) -> None:
@@ -255,17 +253,17 @@ class Helper:
             self._on_frame(self, kind, payload)
 
     def _on_ids(self, kind: int, payload: bytes) -> None:
-        """Begin to use it, if it has become the right user."""
+        """Begin to use the helper if it has become the right user."""
         ids = [number for (number,) in ID.iter_unpack(payload)] if kind == lib.EB_IDS else []
         uid, gid, groups = self.credentials or Credentials.own()
         if ids[:6] != [uid] * 3 + [gid] * 3 or tuple(sorted(ids[6:])) != groups:
-            self._kill(f"it has not the ids of user {uid}")
+            self._kill(f"it does not have the ids of user {uid}")
             return
         self.is_ready = True
         self._flush()
 
     def _watch_over(self) -> None:
-        """Ask whether it responds: it may sleep in a close, or somebody may have stopped it."""
+        """Check that it responds: it may sleep in a close(), or somebody may have stopped it."""
         self._watchdog = self._loop.call_later(self._patience / 3, self._watch_over)
         if self._asked_at and time.monotonic() - self._asked_at > self._patience:
             if not self.gone:
@@ -276,12 +274,12 @@ class Helper:
     def _kill(self, reason: str) -> None:
         self._loop.complaints.warning("a helper is killed", pid=self.pid, reason=reason)
         self.gone = True
-        os.kill(self.pid, signal.SIGKILL)  # not waited for yet, or it would not be called
+        os.kill(self.pid, signal.SIGKILL)  # safe: nobody has waited for it yet
 
     def on_exit(self, status: int) -> None:
-        """Take note that it has ended, with `status` as os.waitpid gives it."""
+        """Handle the helper's end; `status` is as from os.waitpid."""
         self._watchdog.cancel()
-        # Its last frames. Another process may have a copy of the socket, and never stop sending.
+        # Read its last frames, but not for long: another process may have a copy of the socket.
         if self._loop.is_watched(self._sock):
             self._watch(0)
             end = time.monotonic() + _LONGEST_READING
@@ -292,13 +290,13 @@ class Helper:
         self.report = self.counted()
         os.close(self._figures)
         self._exited(self, os.waitstatus_to_exitcode(status), self.unserved())
-        while self._questions:  # its caller may be kept alive by it, and keep us alive
+        while self._questions:  # break reference cycles with those who asked
             self._questions.popleft()(None)
 
     def private_kib(self) -> int | None:
-        """Return its private memory, which may be a little old; None if it has just ended.
+        """Return its private memory in KiB, maybe half a second old; None if it has just ended.
 
-        The kernel walks page tables for that, and thousands of clients may ask.
+        The kernel walks the page tables for it, and thousands of clients may ask.
         """
         now = time.monotonic()
         if now - self._private_at > _LATELY:
@@ -307,7 +305,7 @@ class Helper:
         return self._private_kib
 
     def counted(self) -> Report:
-        """Return the counts in its file of figures, whether it lives or not."""
+        """Return the counts in its file of figures, also after its end."""
         return Report.read(self._figures)
 
     def unserved(self) -> Unserved:
@@ -352,7 +350,7 @@ class Helper:
         self.started = state["started"]
         self.report = self.counted()
         self._asked_at = state["asked_at"]
-        # Those who asked have gone; the answers still come.
+        # Whoever asked has gone, but the answers still come.
         self._questions.extend([lambda report: None] * state["questions"])
         self._inbox += bytes.fromhex(state["inbox"])
         for frame, fd in state["outbox"]:
@@ -364,17 +362,17 @@ class Helper:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether the installed program is no longer the one that it executes."""
+        """Whether another program has been installed since the helper was started."""
         try:
             return self._program != installed_program()
-        except OSError:  # at least this one runs
+        except OSError:  # there is none to replace it
             return False
 
 
 def spawn(
     title: str, options: Sequence[str], credentials: Credentials | None, fds: Sequence[int]
 ) -> int:
-    """Start the helper's program, which gets `fds` from descriptor 3 on; return the pid.
+    """Start the helper's program, with `fds` as descriptors 3, 4 and so on; return the pid.
 
     The helper becomes the user of `credentials`. Raises OSError.
     """
@@ -386,15 +384,15 @@ def spawn(
     with ExitStack() as copies:
         actions = []
         for number, fd in enumerate(fds, _FIRST_FD):
-            # Move them away from the numbers that they are to get.
+            # Move the descriptors away from the numbers that they will get.
             copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD + len(fds))
             copies.callback(os.close, copy)
             actions.append((os.POSIX_SPAWN_DUP2, copy, number))
-        # A session of its own, so that commands get no signals from the terminal.
+        # It gets its own session, so that commands get no signals from the terminal.
         return os.posix_spawn(
             _PROGRAM,
             arguments,
-            # This process's own environment is not for others.
+            # Other users must not see this process's environment.
             os.environ if credentials is None or credentials.uid == os.geteuid() else {},
             file_actions=actions,
             setsid=True,
@@ -412,7 +410,7 @@ def _private_kib(pid: int) -> int | None:
 
 
 def _words(groups: Sequence[int]) -> Iterator[str]:
-    """Yield all of them, comma between, in words that a command line takes."""
+    """Yield the groups, separated by commas, in words short enough for a command line."""
     most = _LONGEST_WORD // len("4294967295,")
     for i in range(0, len(groups), most):
         yield ",".join(map(str, groups[i : i + most]))

@@ -1,9 +1,9 @@
-"""The files of jobs, in directories that the server alone may enter.
+"""The files of jobs, in directories that only the server may enter.
 
-Of job N of a user, ``STATE/UID/N.job`` is its journal, on disk; ``RUNTIME/UID/N.ring`` is its
-output, and ``N.sock`` where its keeper listens. The keeper gets their descriptors, and holds a lock
-on the journal for as long as it lives. It is a process of the user's: what it has written is
-checked as anything of a stranger's.
+For job N of a user, ``STATE/UID/N.job`` is the journal, on disk; ``RUNTIME/UID/N.ring`` has the
+output, and the keeper listens at ``N.sock``. The keeper gets their descriptors, and holds a lock on
+the journal as long as it lives. It is a process of the user, so what it writes is checked like
+anything that comes from a stranger.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-WHOMS = "", "process", "group", "all"  # what a stop is for: as `tree` has it
+WHOMS = "", "process", "group", "all"  # which processes a stop is for, as in `tree`
 MOST_RING = 1 << 30  # bytes, of each stream
-MOST_READ = 64 << 10  # bytes of a journal; the server's line takes half of that at most
-_BACKLOG = 16  # connections that a keeper has not taken yet
+MOST_READ = 64 << 10  # bytes of a journal; the server's line takes at most half of them
+_BACKLOG = 16  # connections that a keeper has not accepted yet
 _NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OLD = os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | _OLD
@@ -34,13 +34,13 @@ _LATEST = 1e12  # seconds since 1970
 
 
 class JobsError(Exception):
-    """What was asked for is refused; the text says why, in one line."""
+    """A request is refused; the text says why, in one line."""
 
     is_missing = False  # there is no such job
 
 
 def boot_id() -> str:
-    """Return what the kernel calls the time since the machine was started; "" without /proc."""
+    """Return the kernel's id of this boot of the machine, or "" without /proc."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
@@ -67,7 +67,7 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Leave the directories to another daemon."""
+        """Release the directories for another daemon."""
         for fd in self._state, self._runtime:
             if fd >= 0:
                 os.close(fd)
@@ -88,7 +88,7 @@ class Store:
 
 
 def _directory(path: str, create: bool) -> int:
-    """Open a directory of ours that is closed to others, and make it if it is missing."""
+    """Open a directory that belongs to us and is closed to others; make it if `create`."""
     if create:
         os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
         with suppress(FileExistsError):
@@ -127,7 +127,7 @@ class New:
 
 
 class Files:
-    """Those of one user's jobs; `state` and `runtime` are directories, which stay open."""
+    """The files of one user's jobs; `state` and `runtime` are descriptors of its directories."""
 
     def __init__(self, uid: int, state: int, runtime: int) -> None:
         self.uid = uid
@@ -140,12 +140,12 @@ class Files:
         os.close(self._runtime)
 
     def numbers(self) -> list[int]:
-        """Return the numbers of all jobs, ascending."""
+        """Return the numbers of all jobs in ascending order."""
         names = (name.partition(".") for name in os.listdir(self._state))
         return sorted(int(number) for number, _, kind in names if kind == "job" and _is_id(number))
 
     def last_removed(self) -> int:
-        """Return the number of the newest job if that has been removed, 0 if nobody knows."""
+        """Return the number of the newest job if it has been removed; 0 if that is not known."""
         try:
             fd = os.open("last", os.O_RDONLY | _OLD, dir_fd=self._state)
             try:
@@ -156,7 +156,7 @@ class Files:
             return 0
 
     def note_last(self, number: int) -> None:
-        """Note the number of the newest job, which is to be removed, so that none gets it again."""
+        """Save the number of the newest job before its removal, so that no other job gets it."""
         with suppress(OSError):
             fd = os.open("last", os.O_WRONLY | os.O_CREAT | _OLD, 0o600, dir_fd=self._state)
             try:
@@ -165,9 +165,9 @@ class Files:
                 os.close(fd)
 
     def create(self, number: int, entry: dict[str, Any]) -> New:
-        """Make the files of a job, and write `entry`. Raises OSError; FileExistsError: it exists.
+        """Make the files of a job, and write `entry`. Raises OSError; FileExistsError if it exists.
 
-        The journal is locked by the descriptor that is returned, and its copies.
+        The returned descriptor of the journal, and its copies, hold the lock.
         """
         journal = os.open(
             f"{number}.job", os.O_WRONLY | os.O_APPEND | _NEW, 0o600, dir_fd=self._state
@@ -176,11 +176,11 @@ class Files:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(journal, _line(entry))
-            for kind in "ring", "sock":  # left of a number that was lost on disk
+            for kind in "ring", "sock":  # from before the number was lost on disk
                 self._unlink(number, kind)
             ring = os.open(f"{number}.ring", os.O_RDWR | _NEW, 0o600, dir_fd=self._runtime)
             listener.setblocking(False)
-            # Others can't enter the directory. So short a path always fits an address.
+            # Others can't enter the directory. A path this short always fits an address.
             listener.bind(self._socket_path(number))
             listener.listen(_BACKLOG)
         except BaseException:
@@ -193,7 +193,7 @@ class Files:
         return New(journal, ring, listener)
 
     def read(self, number: int) -> dict[str, Any]:
-        """Return what the journal of a job says. Raises OSError."""
+        """Return the contents of a job's journal. Raises OSError."""
         fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self._state)
         try:
             data = os.read(fd, MOST_READ)
@@ -202,7 +202,7 @@ class Files:
         return {**_checked_entry(data), "id": number, "uid": self.uid}
 
     def is_held(self, number: int) -> bool:
-        """Return whether the keeper of a job lives. Raises OSError."""
+        """Return whether the keeper of a job is alive. Raises OSError."""
         fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self._state)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -223,11 +223,11 @@ class Files:
                 os.close(fd)
 
     def open_ring(self, number: int) -> int:
-        """Return a new descriptor that can only be read. Raises OSError."""
+        """Return a new read-only descriptor of the output. Raises OSError."""
         return os.open(f"{number}.ring", os.O_RDONLY | _OLD, dir_fd=self._runtime)
 
     def connect(self, number: int) -> socket.socket:
-        """Return a connection to the keeper of a job. Raises OSError; BlockingIOError: later."""
+        """Return a connection to a job's keeper. Raises OSError, BlockingIOError if it is busy."""
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.setblocking(False)
@@ -238,13 +238,13 @@ class Files:
         return sock
 
     def leave(self, number: int) -> None:
-        """Remove what only a keeper needs."""
+        """Remove the files that only a keeper needs."""
         self._unlink(number, "sock")
 
     def remove(self, number: int) -> None:
         """Remove all files of a job, whose keeper has ended."""
         self._unlink(number, "sock")
-        with suppress(OSError):  # somebody may keep it open, and it counts no more
+        with suppress(OSError):  # free the memory, since somebody may keep it open
             flags = os.O_WRONLY | os.O_TRUNC | _OLD
             os.close(os.open(f"{number}.ring", flags, dir_fd=self._runtime))
         self._unlink(number, "ring")
@@ -267,7 +267,7 @@ def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry).encode("ascii") + b"\n"
 
 
-# -- what a journal may say --
+# -- checks of a journal's contents --
 
 
 def _is_number(value: object, most: int = 1 << 63) -> bool:
@@ -279,7 +279,7 @@ def _is_pid(value: object) -> bool:
 
 
 def _is_status(value: object) -> bool:
-    """Whether it is one of a process that has ended, as wait(2) has it."""
+    """Return whether it is the wait status of a process that has ended."""
     return _is_number(value, 1 << 16) and (os.WIFEXITED(value) or os.WIFSIGNALED(value))  # type: ignore[arg-type]
 
 
@@ -300,7 +300,7 @@ def _is_text(value: object) -> bool:
 
 
 def are_steps(value: object) -> bool:
-    """Return whether they are a `stop`: signals, each with the seconds until the next, or none."""
+    """Return whether `value` is a `stop`: a list of signals, each with seconds or None."""
     return type(value) is list and all(
         type(step) is list
         and len(step) == 2
@@ -316,7 +316,7 @@ def _are_texts(value: object) -> bool:
 
 
 def _numbers(count: int, most: int = 1 << 63) -> Callable[[object], bool]:
-    """Return what says whether a value is so many of them."""
+    """Return a function that checks whether a value is a list of `count` numbers."""
 
     def are_numbers(value: object) -> bool:
         return (
@@ -368,7 +368,7 @@ def _checked_entry(data: bytes) -> dict[str, Any]:
     for line in _lines(data):
         try:
             values = json.loads(line)
-        except (ValueError, RecursionError):  # cut short, by a machine that went down say
+        except (ValueError, RecursionError):  # cut short, for example because the machine went down
             values = None
         if isinstance(values, dict):
             for name, value in values.items():

@@ -1,8 +1,8 @@
-"""Which jobs there are, and which of them have a keeper.
+"""The jobs that exist, and which of them have a keeper.
 
-All else is in their files, which the next server reads, whatever has become of this one. The end of
-a keeper is told by its pidfd, and known by the lock that it had; so it does not matter whose pid
-that of a journal is.
+Everything else is in their files, which the next server reads even if this one is killed. A pidfd
+reports that a keeper may have ended, and the lock that it held decides. So it does no harm if the
+pid in a journal now belongs to another process.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 LIVE = ("running", "starting")  # states
 
-_LOOK, _LONGEST_LOOK = 0.05, 1.0  # seconds between looks whether a keeper lives
+_LOOK, _LONGEST_LOOK = 0.05, 1.0  # seconds between checks whether a keeper is alive
 _TRY_AGAIN = 5.0  # seconds
 
 
 def size_of(ring: int) -> int:
-    """Return how many bytes the file of rings may have, whatever the command is given then."""
+    """Return the largest size in bytes of the file of a job's rings, for any kind of command."""
     return int(lib.EB_RING_HEADER) + int(lib.EB_RINGS) * ring
 
 
 class Job:
-    """One that there is."""
+    """A job that exists."""
 
     __slots__ = ("is_held", "is_removed", "name", "number", "over_at", "pidfd", "size")
 
     def __init__(self, number: int, name: str, size: int) -> None:
         self.number = number
         self.name = name
-        self.size = size  # bytes that its rings may have
+        self.size = size  # the most bytes that its rings take
         self.is_held = True  # its keeper is not known to have ended
         self.over_at = 0.0  # of time.time()
-        self.is_removed = False  # as soon as that has
+        self.is_removed = False  # to be removed as soon as its keeper has ended
         self.pidfd: Pidfd | None = None
 
 
@@ -63,7 +63,7 @@ class User:
         return [job for job in self.jobs.values() if job.is_held]
 
     def over(self) -> list[Job]:
-        """Return those that are over, the first to end first."""
+        """Return the jobs that are over, in the order of their ends."""
         jobs = (job for job in self.jobs.values() if not job.is_held)
         return sorted(jobs, key=lambda job: job.over_at)
 
@@ -71,7 +71,7 @@ class User:
         return sum(job.size for job in self.jobs.values())
 
     def find(self, wanted: object) -> Job | None:
-        """Return the job of that number, or the newest of that name."""
+        """Return the job of this number, or the newest of this name."""
         if isinstance(wanted, str) and wanted.isdecimal():
             wanted = int(wanted)
         if type(wanted) is int:
@@ -96,18 +96,18 @@ class Index:
         self._is_over = False
 
     def start(self) -> None:
-        """Find those that there are, soon."""
+        """Begin to look for the existing jobs."""
         if self._is_over or self._store is not None or self._options.job_state is None:
             return
         try:
             for uid in self.uids():
                 self._loop.post(uid, partial(self._load, uid))
         except (JobsError, OSError) as error:
-            self._loop.log.debug("jobs are not looked for", reason=str(error))
+            self._loop.log.debug("existing jobs can't be read", reason=str(error))
             self._loop.call_later(_TRY_AGAIN, self.start)
 
     def close(self) -> None:
-        """Leave them to another server."""
+        """Release the jobs for another server."""
         self._is_over = True
         for user in self._users.values():
             for job in user.jobs.values():
@@ -133,7 +133,7 @@ class Index:
                 raise
             raise JobsError(
                 f"no place for jobs: {error.filename}: {error.strerror}; --job-state and "
-                "--job-runtime name others"
+                "--job-runtime name other directories"
             ) from None
         return self._store
 
@@ -145,13 +145,13 @@ class Index:
             return []
 
     def known(self, uid: int) -> User | None:
-        """Return a user's jobs if he has had any. Raises JobsError and OSError."""
+        """Return a user's jobs, or None if there never were any. Raises JobsError and OSError."""
         if uid not in self._users and uid not in self.uids():
             return None
         return self.user(uid)
 
     def user(self, uid: int) -> User:
-        """Return a user's jobs, whose place is made if need be. Raises JobsError and OSError."""
+        """Return a user's jobs; make their directories if needed. Raises JobsError and OSError."""
         return self._users.get(uid) or self._load_now(uid)
 
     def _load(self, uid: int) -> None:
@@ -181,7 +181,7 @@ class Index:
         return user
 
     def watch(self, user: User, job: Job, keeper: int | None) -> None:
-        """Be told of the end of a job's keeper, whose pid may be another's."""
+        """Watch a job's keeper, whose pid may by now belong to another process."""
         try:
             if keeper is None or keeper <= 0:
                 raise ProcessLookupError
@@ -214,7 +214,7 @@ class Index:
         self._loop.call_later(seconds, look)
 
     def _look(self, user: User, job: Job, seconds: float) -> None:
-        """See whether the keeper has ended; a process that it has just made may have the lock."""
+        """Check whether the keeper has ended. A process that it has just made may hold the lock."""
         is_held = False  # as if its journal had been removed
         with suppress(OSError):
             is_held = user.files.is_held(job.number)
@@ -225,7 +225,7 @@ class Index:
         self._prune(user)
 
     def _finish(self, user: User, job: Job) -> None:
-        """Take note that a job is over."""
+        """Record that a job is over."""
         files, number = user.files, job.number
         job.is_held = False
         files.leave(number)
@@ -238,11 +238,11 @@ class Index:
         job.over_at = entry.get("ended", entry.get("seen", now))
         if "seen" not in entry:
             self._tell(files, entry, now)
-        if job.is_removed or "pid" not in entry:  # it did not start, and its client has been told
+        if job.is_removed or "pid" not in entry:  # it did not start, and its client knows
             self.remove(user, job)
 
     def _tell(self, files: Files, entry: dict[str, Any], now: float) -> None:
-        """Note in the journal that the end has been seen, and tell the log and the audit."""
+        """Note in the journal that the end has been seen, and write it to the log and the audit."""
         if "pid" not in entry:
             pass  # its files are about to be removed
         elif entry["state"] == "lost":
@@ -256,7 +256,7 @@ class Index:
             self._audit.write_job(what, files.uid, entry)
 
     def _prune(self, user: User) -> None:
-        """Remove the oldest of those that are over, if there are too many."""
+        """Remove the oldest jobs that are over, if there are too many."""
         most = self._limits.of(user.files.uid).kept_jobs
         over = user.over()
         for job in over[: max(0, len(over) - most)] if most else ():
@@ -265,9 +265,9 @@ class Index:
     def remove(self, user: User, job: Job) -> None:
         """Remove a job that is over. Raises JobsError."""
         if job.is_held:
-            # Its keeper may have followers, though the command has ended.
+            # Its command may have ended, but the keeper still has followers.
             if self.entry(user, job)["state"] in LIVE:
-                raise JobsError(f"job {job.number} runs: stop it first")
+                raise JobsError(f"job {job.number} is running: stop it first")
             job.is_removed = True
             user.files.note(job.number, removed=True)
             return
@@ -277,7 +277,7 @@ class Index:
         del user.jobs[job.number]
 
     def entry(self, user: User, job: Job) -> dict[str, Any]:
-        """Return what is told of a job."""
+        """Return what clients get to know about a job."""
         try:
             entry = user.files.read(job.number)
         except OSError as error:
@@ -297,10 +297,10 @@ class Index:
     def why(self, entry: dict[str, Any]) -> str:
         return "killed" if entry["boot_id"] == self.boot else "reboot"
 
-    # -- what is told of them --
+    # -- information about jobs --
 
     def figures(self, uid: int) -> tuple[int, int, int]:
-        """Return how many of a user's run, how many are over, and the bytes of their rings."""
+        """Return how many of a user's jobs run, how many are over, and the bytes of their rings."""
         user = self._users.get(uid)
         if user is None:
             return 0, 0, 0
@@ -308,5 +308,5 @@ class Index:
         return running, len(user.jobs) - running, user.size()
 
     def users(self) -> Iterator[int]:
-        """Yield those who have some, as far as that is known yet."""
+        """Yield the users who have jobs, as far as that is known yet."""
         return (uid for uid, user in self._users.items() if user.jobs)

@@ -1,7 +1,7 @@
-"""What clients ask of jobs, commands that outlive them. Each job has a keeper, its own process.
+"""The requests of clients about jobs, commands that outlive them. Each job has its own keeper.
 
-A keeper gets its client's connection when it is started, and those of later ones by its socket. So
-no byte of a job passes through here.
+A keeper gets its client's connection when it is started, and those of later clients through its
+socket. So no byte of a job passes through this process.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from errand_boy._daemon.peer import Peer
     from errand_boy._daemon.pool import Pool
 
-REQUEST = struct.Struct("<IB")  # of a JOB: version and operation; JSON follows
+REQUEST = struct.Struct("<IB")  # the payload of a JOB: version and operation, then JSON
 
 _NOT_OF_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _LEAST_RING, _USUAL_RING = 4 << 10, 256 << 10  # bytes, of each stream
-_PAGE, _MOST_PAGE = 24, 48 << 10  # jobs of a list's part, and its bytes
+_PAGE, _MOST_PAGE = 24, 48 << 10  # jobs and bytes of one part of a list
 _EVERYBODY = -1
 
 
 class Jobs:
-    """Does it, for those of `index`."""
+    """Serves the requests, for the jobs of `index`."""
 
     def __init__(self, loop: Loop, pool: Pool, index: Index) -> None:
         self._loop = loop
@@ -49,20 +49,20 @@ class Jobs:
         self._audit = pool.audit
         self._index = index
 
-    # -- what is asked for --
+    # -- requests --
 
     def serve(self, sock: socket.socket, peer: Peer, request: bytes) -> bool:
-        """Serve a connection whose first frame has the payload `request`, and is unread.
+        """Serve a connection whose first frame, with the payload `request`, is still unread.
 
-        Returns whether that is done, so that `sock` can be closed; else a keeper is busy, and it
-        should be tried again. Raises OSError.
+        Return True if that is done and the caller can close `sock`, and False if a keeper is busy
+        and the caller should try again. Raises OSError.
         """
         take = partial(self._take, sock, 1 + _wire.HEADER.size + len(request))
         try:
             return self._serve(sock, peer, request, take)
         except JobsError as error:
             with suppress(JobsError, OSError):
-                take()  # what is closed unread is ECONNRESET to the peer
+                take()  # if it stayed unread, the peer would get ECONNRESET
             self._loop.log.debug("a job is refused", uid=peer.uid, reason=str(error))
             self._reply(sock, {"error": str(error), "missing": error.is_missing})
         return True
@@ -76,7 +76,7 @@ class Jobs:
         except (ValueError, RecursionError):
             wanted = None
         if not isinstance(wanted, dict):
-            raise JobsError("the request is no JSON object")
+            raise JobsError("the request is not a JSON object")
         if operation == lib.EB_JOB_START:
             self._start(sock, peer, wanted, take)
         elif operation == lib.EB_JOB_LIST:
@@ -94,7 +94,7 @@ class Jobs:
         return True
 
     def _take(self, sock: socket.socket, size: int) -> None:
-        """Read the request, and nothing behind it."""
+        """Read the request, and nothing after it."""
         if len(receive(sock, size)) != size:
             raise JobsError("the request is cut short")
 
@@ -115,7 +115,7 @@ class Jobs:
         return uid
 
     def _find(self, peer: Peer, wanted: dict[str, Any]) -> tuple[User, Job]:
-        """Return the job that is meant, and whose it is. Raises JobsError."""
+        """Return the requested job and its user. Raises JobsError."""
         uid = self._whose(peer, wanted)
         user = self._index.known(uid)
         job = None if user is None else user.find(wanted.get("job"))
@@ -126,7 +126,7 @@ class Jobs:
         return user, job
 
     def _list(self, peer: Peer, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Return a part of what is wanted, and where the next one begins."""
+        """Return one part of the requested list, and where the next part begins."""
         if wanted.get("job") is not None:
             return {"jobs": [self._index.entry(*self._find(peer, wanted))], "next": None}
         asked = self._whose(peer, wanted)
@@ -195,7 +195,7 @@ class Jobs:
         finally:
             os.close(ring)
 
-    # -- a new one --
+    # -- a new job --
 
     def _start(
         self, sock: socket.socket, peer: Peer, wanted: dict[str, Any], take: Callable[[], None]
@@ -261,7 +261,7 @@ class Jobs:
             self._audit.write_job("job started", peer.uid, entry)
 
     def _spawn(self, peer: Peer, ring: int, log: list[str], sock: socket.socket, files: New) -> int:
-        """Start a keeper, which is handed its client's connection; return its pid."""
+        """Start a keeper with its client's connection; return its pid."""
         credentials, options = self._pool.identity(peer)
         arguments = ["--job", f"--ring={ring}", *log, *options]
         ours, theirs = socket.socketpair()
@@ -272,7 +272,7 @@ class Jobs:
         return pid
 
     def _make_room(self, user: User, size: int) -> None:
-        """Remove old jobs if that has a new one's rings fit. Raises JobsError."""
+        """Remove old jobs to make room for a new job's rings. Raises JobsError."""
         limits = self._pool.limits.of(user.files.uid)
         running = len(user.running())
         if limits.jobs and running >= limits.jobs:
@@ -333,7 +333,7 @@ def _checked(wanted: dict[str, Any], name: str, kind: type, default: Any) -> Any
 
 
 def _log_options(wanted: dict[str, Any]) -> list[str]:
-    """Return the keeper's options for the file that is to have all output."""
+    """Return the keeper's options for the file that gets all output."""
     path = _checked(wanted, "log", str, "")
     if not path:
         return []

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 class Limits(NamedTuple):
     """The limits of one user; 0 means no limit."""
 
-    commands: int = 0  # at a time; the next ones wait
-    connections: int = 0  # open; one more is refused
-    bytes: int = 128 << 20  # kept here for requests of the text protocol; with more, one is cut off
-    starts_per_second: float = 0.0  # in the long run; the next ones wait
-    burst: int = 1  # starts at once, after a time without
-    jobs: int = 256  # that run; one more is refused
-    kept_jobs: int = 100  # that are over; the oldest ones are removed
-    ring: int = 256 << 20  # bytes that the output of all of them may take
+    commands: int = 0  # at a time; more have to wait
+    connections: int = 0  # open at a time; more are refused
+    bytes: int = 128 << 20  # held for requests of the text protocol; beyond it, one is cut off
+    starts_per_second: float = 0.0  # on average; more have to wait
+    burst: int = 1  # starts at once, after a pause
+    jobs: int = 256  # running; more are refused
+    kept_jobs: int = 100  # over; beyond it, the oldest ones are removed
+    ring: int = 256 << 20  # bytes for the output of all jobs
 
 
 class Holdings:
@@ -34,15 +34,15 @@ class Holdings:
         self._held: dict[int, int] = {}
 
     def users(self) -> set[int]:
-        """Return the users for whom bytes are kept."""
+        """Return the users for whom bytes are held."""
         return set(self._held)
 
     def of(self, uid: int) -> int:
-        """Return how many bytes are kept for user `uid`."""
+        """Return how many bytes are held for user `uid`."""
         return self._held.get(uid, 0)
 
     def take(self, uid: int, size: int) -> None:
-        """Count `size` more bytes. Raises OSError if there are too many."""
+        """Count `size` more bytes. Raises OSError if that exceeds the user's limit."""
         held = self.of(uid) + size
         most = self._limits(uid).bytes
         if held > most > 0:
@@ -50,18 +50,18 @@ class Holdings:
         self._held[uid] = held
 
     def give_back(self, uid: int, size: int) -> None:
-        """Count `size` bytes less."""
+        """Count `size` bytes as released."""
         held = self._held.pop(uid, 0) - size
         if held > 0:
             self._held[uid] = held
 
 
 class LimitsError(Exception):
-    """The file cannot be used; the text says why, in one line."""
+    """The file is invalid; the text says why, in one line."""
 
 
 class Table:
-    """The limits of all users: those of the file at `path`, if any, and the defaults in `base`."""
+    """The limits of all users, from the file at `path`, if any, with the defaults in `base`."""
 
     def __init__(self, path: str | None, base: Limits) -> None:
         self._path = path
@@ -70,7 +70,7 @@ class Table:
 
     @property
     def is_used(self) -> bool:
-        """Whether starts may have to wait, now or after the file has changed."""
+        """Whether starts may have to wait, now or after a change of the file."""
         return self._path is not None or self._base != Limits()
 
     def of(self, uid: int) -> Limits:
@@ -78,7 +78,7 @@ class Table:
         return self._users.get(uid, self._default)
 
     def state(self) -> list[Any]:
-        """Return what was read last, for `restore`."""
+        """Return the limits, for `restore`."""
         return [self._default, list(self._users.items())]
 
     def restore(self, state: list[Any]) -> None:
@@ -88,7 +88,7 @@ class Table:
         self._users = {uid: Limits(*limits) for uid, limits in users}
 
     def read(self) -> None:
-        """Read the file again. If that raises LimitsError, nothing has changed."""
+        """Read the file again. If that raises LimitsError, the limits stay as they were."""
         if self._path is None:
             return
         try:

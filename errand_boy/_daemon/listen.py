@@ -1,4 +1,4 @@
-"""Where the daemon listens: the path, the lock beside it, and sockets that systemd hands over."""
+"""The socket on which the daemon listens, at a path with a lock beside it, or from systemd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LONGEST = 107  # bytes of a path in struct sockaddr_un, without its NUL
 
 
 class ListenError(Exception):
-    """The daemon cannot listen; the text says why, in one line."""
+    """The daemon can't listen; the text says why, in one line."""
 
 
 class Listener:
@@ -58,26 +58,26 @@ class Listener:
         return cls(socket.socket(fileno=state["sock"]), state["path"], state["lock"], bound)
 
     def close(self, close: Callable[[socket.socket], object] = socket.socket.close) -> None:
-        """Stop listening, and leave the path to another daemon.
+        """Stop listening, and release the path for another daemon.
 
-        `close` closes the socket, and with it the connections that wait to be accepted. A socket
-        from systemd stays open in systemd, and so do connections in its backlog.
+        `close` closes the socket, and with it the connections that wait to be accepted. systemd
+        keeps its own copy of a socket open, and the connections in the backlog with it.
         """
         if self._lock is not None:
             try:
                 info = os.stat(self.path)
-                if (info.st_dev, info.st_ino) == self._bound:  # unless somebody replaced it
+                if (info.st_dev, info.st_ino) == self._bound:  # unless somebody has replaced it
                     os.unlink(self.path)
             except OSError:
                 pass
         close(self.sock)
         if self._lock is not None:
-            os.close(self._lock)  # last, because the path belongs to the holder of the lock
+            os.close(self._lock)  # last, because whoever holds the lock owns the path
             self._lock = None
 
 
 def listen(path: str, mode: int) -> Listener:
-    """Listen on the socket that systemd has handed over, or at `path`.
+    """Listen on the socket that systemd has passed, or at `path`.
 
     `mode` is that of the new socket. Raises ListenError.
     """
@@ -111,8 +111,8 @@ def _make_private(directory: str) -> None:
 def _bind(path: str, mode: int) -> Listener:
     if len(os.fsencode(path)) > _LONGEST:
         raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {_LONGEST} bytes", path)
-    # Held until the process ends in any way, and never removed: a lock on a file that another
-    # process has unlinked in the meantime would protect nothing.
+    # The lock is held until the process ends, and its file is never removed: a lock on a file that
+    # another process has unlinked meanwhile would protect nothing.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     lock = os.open(path + ".lock", flags, 0o600)
     sock = socket.socket(socket.AF_UNIX)
@@ -122,7 +122,7 @@ def _bind(path: str, mode: int) -> Listener:
         except BlockingIOError:
             raise ListenError(f"another errand-boy listens on {path}") from None
         _remove_stale(path)
-        before = os.umask(0o777 & ~mode)  # from the first instant; chmod would be too late
+        before = os.umask(0o777 & ~mode)  # so that the socket has its mode from the start
         try:
             sock.bind(path)
         finally:
@@ -137,7 +137,7 @@ def _bind(path: str, mode: int) -> Listener:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on. Call it with the lock held."""
+    """Remove a socket on which nobody listens. Call it with the lock held."""
     try:
         info = os.lstat(path)
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def _remove_stale(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
             return
-        except BlockingIOError:  # its backlog is full, so it is alive
+        except BlockingIOError:  # its backlog is full, so somebody listens
             pass
     raise ListenError(f"another program listens on {path}")
 
@@ -163,7 +163,7 @@ def _passed() -> Listener | None:
     if pid != str(os.getpid()) or count is None:
         return None
     if count != "1":
-        raise ListenError(f"systemd handed over {count} sockets; the daemon takes exactly one")
+        raise ListenError(f"systemd passed {count} sockets; the daemon takes exactly one")
     try:
         sock = socket.socket(fileno=_FIRST_PASSED)
         path = sock.getsockname()
@@ -182,7 +182,7 @@ class Supervisor:
         self.address = address
 
     def notify(self, state: str) -> None:
-        """Send `state`, such as "READY=1"; do nothing if nobody reads it."""
+        """Send `state`, such as "READY=1"; do nothing if nobody listens."""
         if not self.address:
             return
         address = "\0" + self.address[1:] if self.address[0] == "@" else self.address

@@ -12,9 +12,9 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class Log:
-    """Lines on standard error. One that can't be written is lost, and holds nothing up."""
+    """Writes lines to standard error. A line that can't be written is lost; nothing waits."""
 
-    _longest = 4096  # bytes that go into a pipe at once, or not at all
+    _longest = 4096  # PIPE_BUF: bytes that go into a pipe together or not at all
 
     def __init__(self, level: str, form: str) -> None:
         self._least = LEVELS.index(level)
@@ -24,7 +24,7 @@ class Log:
         self._poll.register(2, select.POLLOUT)
 
     def debug(self, message: str, **fields: object) -> None:
-        """Write an event that matters for debugging only."""
+        """Write an event that matters only for debugging."""
         self._log(0, message, fields)
 
     def info(self, message: str, **fields: object) -> None:
@@ -54,7 +54,7 @@ class Log:
             line = f"{stamp} {LEVELS[level].upper()} {message}{pairs}"
         data = line.encode("utf-8", "backslashreplace")[: self._longest - 1] + b"\n"
         try:
-            # A reader that has stopped must not stop us; O_NONBLOCK would affect others, too.
+            # A reader that has stopped must not stop us. O_NONBLOCK would affect other processes.
             if self._poll.poll(0) and os.write(2, data) == len(data):
                 self._lost = 0
                 return
@@ -64,9 +64,9 @@ class Log:
 
 
 class Complaints:
-    """Warnings that clients can cause at will: only some of each kind are written in a time.
+    """Warnings that clients can cause at will. In each period, only some of each kind are written.
 
-    The number that was left out is written when the time is over. `call_later` is the loop's.
+    At its end, the number of those left out is written. `call_later` is the loop's method.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Complaints:
         self._call_later = call_later
         self._most = most
         self._seconds = seconds
-        self._counts: dict[str, int] = {}  # of this time, by message
+        self._counts: dict[str, int] = {}  # of this period, by message
 
     def warning(self, message: str, **fields: object) -> None:
-        """Write it, or count it as left out."""
+        """Write a warning, or count it as left out."""
         if not self._counts:
             self._call_later(self._seconds, self.conclude)
         count = self._counts[message] = self._counts.get(message, 0) + 1
@@ -91,7 +91,7 @@ class Complaints:
             self._log.warning(message, **fields)
 
     def conclude(self) -> None:
-        """Write how many were left out, and start counting again."""
+        """Write how many warnings were left out, and start counting again."""
         for message, count in self._counts.items():
             if count > self._most:
                 self._log.warning(message, left_out=count - self._most)

@@ -15,16 +15,16 @@ from errand_boy._daemon.log import Complaints, Log
 from errand_boy._daemon.strangers import Closer
 from errand_boy._timers import Timer, Timers
 
-_SLICE = 0.001  # seconds of CPU until it checks again who is ready
-_HALF_LIFE = 0.25  # seconds for which the time spent on somebody counts
+_SLICE = 0.001  # seconds of CPU time before it checks again which sockets are ready
+_HALF_LIFE = 0.25  # seconds after which the time spent on an owner counts half
 
-NEWCOMERS = -1  # owner of connections before it is known whose they are
-_SHARE = 4  # times the share of another owner, since all who connect wait for this
-URGENT = -2  # owner of signals, which go before everything else
+NEWCOMERS = -1  # owner of connections whose user is not known yet
+_SHARE = 4  # times another owner's share, since everybody who connects waits for it
+URGENT = -2  # owner of signals, which come before everything else
 
 
 class Pidfd:
-    """Lets a selector report the end of a process. Raises OSError."""
+    """A descriptor by which a selector reports the end of a process. Raises OSError."""
 
     def __init__(self, pid: int) -> None:
         self._fd = int(_native.pidfd_open(pid))
@@ -40,7 +40,7 @@ class Pidfd:
 
 
 class _Source:
-    """The callbacks of a descriptor, or the posted ones. `turn`: the number of its last turn."""
+    """The callbacks of a descriptor, or those posted by an owner. `turn` numbers its last turn."""
 
     __slots__ = ("callback", "owner", "turn")
 
@@ -54,10 +54,10 @@ class Loop:
     """Calls the callbacks of ready sockets, with their events, and of timers that are due.
 
     Each socket has an owner, the number of a user, and the loop counts the time that it spends on
-    each owner. Of the ready sockets, those go first whose owners have taken the least time
-    recently, so an owner who keeps the loop busy holds up only himself. That needs callbacks of at
-    most a millisecond. Of one owner's sockets, the one goes first whose last turn is longest ago.
-    Time is that of this thread on a CPU, because the owner is not responsible for other programs.
+    each owner. It serves those ready sockets first whose owners have taken the least time recently,
+    so an owner who keeps the loop busy delays only himself. This works if no callback takes more
+    than a millisecond. Of one owner's sockets, the one that has waited longest comes first. The
+    time is this thread's CPU time, because other programs are not the owner's fault.
 
     If a callback raises an exception, it is logged, and the loop goes on.
     """
@@ -65,15 +65,15 @@ class Loop:
     def __init__(self, log: Log) -> None:
         self.log = log
         self._selector = selectors.DefaultSelector()
-        self._taken: defaultdict[int, float] = defaultdict(float)  # seconds of CPU, by owner
+        self._taken: defaultdict[int, float] = defaultdict(float)  # seconds of CPU time, by owner
         self._halved_at = 0.0  # of time.monotonic()
         self._turn = 0
         self._posted: dict[int, tuple[_Source, deque[Callable[[], None]]]] = {}  # by owner
         self._timers = Timers()
         self.complaints = Complaints(log, self.call_later)
         self.closer = Closer(self.call_later)
-        # A selector has no event for a hang-up alone, and its EVENT_READ is true all the time when
-        # the peer has ended its side. Made here, while descriptors are available.
+        # Selectors have no event for a hang-up alone, and report EVENT_READ all the time after the
+        # peer has shut down its side. The epoll is made here, while descriptors are available.
         self._hangups = select.epoll()
         self._on_hangup: dict[int, Callable[[], None]] = {}
         self.watch(self._hangups, selectors.EVENT_READ, self._on_hangups, NEWCOMERS)
@@ -85,9 +85,9 @@ class Loop:
         callback: Callable[[int], None] | None = None,
         owner: int = 0,
     ) -> None:
-        """Call `callback` with those of `events` that come, for `owner`; 0 stops that.
+        """Call `callback` with those of `events` that occur, on behalf of `owner`; 0 stops this.
 
-        Stop it before `file` is closed, since others may hold a copy.
+        Stop it before you close `file`, since other processes may have a copy.
         """
         if file.fileno() < 0:
             return
@@ -104,11 +104,11 @@ class Loop:
             self._selector.modify(file, events, key.data)
 
     def is_watched(self, file: socket.socket) -> bool:
-        """Return whether it has a callback."""
+        """Return whether `file` has a callback."""
         return file.fileno() >= 0 and file in self._selector.get_map()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """Call `callback` after some seconds, unless the returned timer is cancelled."""
+        """Call `callback` after `seconds`, unless the returned timer is cancelled."""
         return self._timers.after(seconds, lambda: self.call(callback))
 
     def post(self, owner: int, callback: Callable[[], None]) -> None:
@@ -126,12 +126,12 @@ class Loop:
         callback()
 
     def await_hangup(self, sock: socket.socket, callback: Callable[[], None]) -> None:
-        """Call `callback` when the peer has closed its socket altogether."""
+        """Call `callback` when the peer has closed its socket completely."""
         self._hangups.register(sock, 0)
         self._on_hangup[sock.fileno()] = callback
 
     def forget_hangup(self, sock: socket.socket) -> None:
-        """Stop waiting for it."""
+        """Stop waiting for the hang-up of `sock`."""
         self._hangups.unregister(sock)
         del self._on_hangup[sock.fileno()]
 
@@ -142,7 +142,7 @@ class Loop:
                 self.call(callback)
 
     def run(self, is_finished: Callable[[], bool]) -> None:
-        """Run until `is_finished`."""
+        """Run until `is_finished` returns true."""
         while not is_finished():
             self.closer.flush()
             rest = 0.0 if self._posted else self._timers.rest()
@@ -167,7 +167,7 @@ class Loop:
                 self._taken[source.owner] += (now - before) / share
                 before = now
                 if now - begun > _SLICE:
-                    break  # those that have not had their turn are still ready
+                    break  # the sockets that have not had their turn stay ready
             self._timers.ring()
 
     def _order(self, ready: tuple[_Source, object, int]) -> tuple[float, int]:
@@ -184,7 +184,7 @@ class Loop:
                     del self._taken[owner]
 
     def call(self, callback: Callable[..., None], *arguments: object) -> None:
-        """Call `callback` for one connection; if that fails, the others go on."""
+        """Call `callback`; log an exception, so that other connections go on."""
         try:
             callback(*arguments)
         except Exception as error:
@@ -192,7 +192,7 @@ class Loop:
 
 
 def _trace(error: BaseException) -> str:
-    """Return where it was raised. (The module traceback would cost 1 MB.)"""
+    """Return where an exception was raised. (Importing traceback would cost 1 MB.)"""
     places = []
     at = error.__traceback__
     while at is not None:

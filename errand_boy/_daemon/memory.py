@@ -1,4 +1,4 @@
-"""A file without a name."""
+"""Files without a name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _FOLDERS = ("/dev/shm", "/run", "/tmp")
 def open_memory(name: str) -> int:
     """Return a descriptor of a new file in memory, closed by an exec. Raises OSError.
 
-    `name` is shown in /proc. If the kernel or a filter refuses memfd_create, it is a deleted file
-    of a file system.
+    /proc shows it as `name`. If the kernel or a filter refuses memfd_create, it is a deleted file
+    in a file system.
     """
     try:
         return int(_native.memfd_create(name, _MFD_CLOEXEC))

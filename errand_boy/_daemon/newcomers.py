@@ -1,4 +1,4 @@
-"""Connections whose first bytes have not come yet."""
+"""Connections whose first bytes have not arrived yet."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.strangers import peek
 from errand_boy._native import lib
 
-FIRST = 1 + _wire.HEADER.size + 4  # bytes that show what a connection is
-_EDGES = 8  # of one turn
+FIRST = 1 + _wire.HEADER.size + 4  # bytes that show which protocol a connection speaks
+_EDGES = 8  # events in one turn
 _MOST_UNSEEN = 100  # of a user who has too many connections already
 _STRANGERS = 64  # of users who may not use the daemon
 
 
 class Newcomer:
-    """A connection that has just come. `refusal`: why it will not be served, or ""."""
+    """A new connection. `refusal`: why it will not be served, or ""."""
 
     __slots__ = ("deadline", "fd", "has_descriptors", "peer", "refusal", "sock")
 
@@ -32,11 +32,11 @@ class Newcomer:
         self.fd = sock.fileno()
         self.peer = peer
         self.refusal = refusal
-        self.has_descriptors = False  # with its first bytes
+        self.has_descriptors = False  # they came with its first bytes
         self.deadline = deadline  # of time.monotonic()
 
     def first(self) -> bytes | None:
-        """Return the bytes that show what it is, unread; b"" if it has gone, None if they lack."""
+        """Peek at its first bytes; return them, b"" if it has gone, or None if some are missing."""
         size = FIRST
         try:
             first, self.has_descriptors = peek(self.sock, size)
@@ -52,17 +52,17 @@ class Newcomer:
         return None if first[:1] == b"\0" and len(first) < size else first
 
     def has_gone(self) -> bool:
-        """Return whether its peer has closed it, whatever is unread."""
+        """Return whether its peer has closed it, even if something is unread."""
         poll = select.poll()
         poll.register(self.fd, 0)
         return bool(poll.poll(0))
 
 
 class Newcomers:
-    """The connections that are waited for.
+    """Waits for the first bytes of connections.
 
-    `on_first` is called with each and its first bytes, b"" if it has gone; `on_late` with one whose
-    time is over, or for which there is no room.
+    `on_first` is called with each connection and its first bytes, or b"" if it has gone; `on_late`
+    if its time is over or there is no room for it.
     """
 
     def __init__(
@@ -79,21 +79,20 @@ class Newcomers:
         self._waiting: OrderedDict[int, Newcomer] = OrderedDict()  # in the order of deadlines
         self._strangers = 0
         self._is_timed = False
-        # Edge-triggered: it reports each further byte, and not the same half of a frame again and
-        # again.
+        # Edge-triggered: it reports each further byte, and not the same half of a frame for ever.
         self._edges = select.epoll()
         loop.watch(self._edges, selectors.EVENT_READ, self._on_edges, NEWCOMERS)
 
     def __iter__(self) -> Iterator[Newcomer]:
-        """Iterate over the connections that are waited for."""
+        """Iterate over the waiting connections."""
         return iter([*self._unseen.values(), *self._waiting.values()])
 
     def __len__(self) -> int:
-        """Return how many are waited for."""
+        """Return the number of waiting connections."""
         return len(self._unseen) + len(self._waiting)
 
     def add(self, newcomer: Newcomer) -> None:
-        """Check the first bytes of `newcomer` when it is its user's turn, or wait for them."""
+        """Look at the first bytes of `newcomer` at its user's turn, or wait for them."""
         uid = newcomer.peer.uid
         unseen = self._unseen_of.get(uid, 0)
         if newcomer.refusal and unseen >= _MOST_UNSEEN:
@@ -135,7 +134,7 @@ class Newcomers:
             del self._unseen_of[uid]
 
     def _forget(self, newcomer: Newcomer) -> None:
-        # Closing would not be enough: the helper's copy would still report to us.
+        # Closing would not be enough: the helper's copy would still cause events.
         self._edges.unregister(newcomer.fd)
         del self._waiting[newcomer.fd]
         self._strangers -= bool(newcomer.refusal)

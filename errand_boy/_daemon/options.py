@@ -1,4 +1,4 @@
-"""How to serve."""
+"""The daemon's options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class Options:
-    """How to serve. Times are in seconds; 0 is no limit; uids and gids are numbers."""
+    """The daemon's options. Times are in seconds; 0 means no limit; uids and gids are numbers."""
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""Commands that were to end with their connections, when their helper has been killed.
+"""Ends commands that were to end with their connections, if their helper has been killed.
 
-The server is the subreaper of everything that its helpers start, so it becomes their parent. The
-helper has left their pids in a file that is open to its user, who may have written anything there.
-So only processes that this user could signal are signalled.
+The server is the subreaper of everything that its helpers start, so it becomes the parent of these
+commands. The helper has left their pids in a file that is open to its user, who may have written
+anything there. So the server sends signals only to processes that this user may signal.
 
-That means checking every process of the machine. It is done a little at a time, and one pass
-serves all helpers that have ended: users who kill their helpers must not keep the server busy.
+For that it checks every process of the machine, a little at a time, and one pass serves all helpers
+that have ended: users who kill their helpers must not keep the server busy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_SLICE = 0.0005  # seconds, between which others are served
+_SLICE = 0.0005  # seconds of work at a time
 _NOT_REAPED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
@@ -35,15 +35,15 @@ class Orphans:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._left: list[tuple[Iterable[tuple[int, int]], int]] = []  # by helpers, and whose
+        self._left: list[tuple[Iterable[tuple[int, int]], int]] = []  # by helpers; with their users
         self._jobs: list[_Job] = []
         self._doomed: list[_Doomed] = []
-        self._work: Iterator[None] | None = None  # under way
+        self._work: Iterator[None] | None = None  # in progress
 
     def end(self, commands: Iterable[tuple[int, int]], uid: int) -> None:
-        """End the process groups of `commands`: pids, and milliseconds from SIGTERM to SIGKILL.
+        """End the process groups of `commands` soon, with the rights of the user `uid`.
 
-        This is done soon, with the rights of the user `uid`.
+        Each command is a pid and the milliseconds from SIGTERM to SIGKILL.
         """
         self._left.append((commands, uid))
         self._begin()
@@ -108,7 +108,7 @@ class Orphans:
 
 
 class _Job(NamedTuple):
-    """Signals for the processes of `groups` that the user `uid` may signal."""
+    """A signal for those processes of `groups` that the user `uid` may signal."""
 
     groups: set[int]
     uid: int
@@ -116,7 +116,7 @@ class _Job(NamedTuple):
 
 
 class _Doomed(NamedTuple):
-    """Groups for SIGKILL, except those whose leader has got its number after they were orphaned."""
+    """Groups that get SIGKILL, unless their leader's number was reused after they were orphaned."""
 
     groups: list[int]
     uid: int
@@ -125,7 +125,7 @@ class _Doomed(NamedTuple):
 
 
 def _start_of(pid: int) -> float | None:
-    """Return when a process was started, by CLOCK_BOOTTIME; None if it has ended."""
+    """Return when a process started, by CLOCK_BOOTTIME, or None if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[19]) / _TICKS
@@ -134,7 +134,7 @@ def _start_of(pid: int) -> float | None:
 
 
 def _users(pid: int) -> set[int]:
-    """Return who, besides root, may signal it: its real and its saved user. Raises OSError."""
+    """Return which users besides root may signal it: the real and the saved one. Raises OSError."""
     with open(f"/proc/{pid}/status", "rb") as file:
         uids = file.read().partition(b"\nUid:")[2].split(None, 4)
     return {int(uids[0]), int(uids[2])}
@@ -156,7 +156,7 @@ def _signal(jobs: list[_Job]) -> Iterator[None]:
                 continue
             pidfd = _native.pidfd_open(pid)
             try:
-                # Check again, now that the number can't go to another process unnoticed.
+                # Check again: from now on, another process can't get this number unnoticed.
                 group, users = os.getpgid(pid), _users(pid)
                 for job in jobs:
                     if group in job.groups and (job.uid == 0 or job.uid in users):

@@ -1,4 +1,4 @@
-"""Who has connected, and with which rights."""
+"""The process that has connected, and its rights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_GROUPS = 1 << 16  # NGROUPS_MAX
 
 
 class Credentials(NamedTuple):
-    """The ids by which the kernel decides what a process may do."""
+    """The ids that decide what a process may do."""
 
     uid: int
     gid: int
@@ -27,7 +27,7 @@ class Credentials(NamedTuple):
 
     @classmethod
     def of_state(cls, state: Sequence[Any]) -> Credentials:
-        """Return the credentials that JSON has as `state`."""
+        """Return the credentials in `state`, which comes from JSON."""
         uid, gid, groups = state
         return cls(uid, gid, tuple(groups))
 
@@ -38,7 +38,7 @@ class Credentials(NamedTuple):
 
 
 class Peer:
-    """Who has connected, as the kernel noted it then."""
+    """The process that has connected, as the kernel recorded it at that time."""
 
     __slots__ = ("credentials", "pid", "uid")
 
@@ -49,13 +49,13 @@ class Peer:
 
     @classmethod
     def of(cls, sock: socket.socket) -> Peer:
-        """Return who is at the other end of `sock`. Raises OSError if the kernel cannot tell."""
+        """Return the peer at the other end of `sock`. Raises OSError if the kernel can't tell."""
         pid, uid, gid = credentials(sock)
         return cls(pid, Credentials(uid, gid, _groups(sock)))
 
 
 def _groups(sock: socket.socket) -> tuple[int, ...]:
-    # Not socket.getsockopt: it takes 1,024 bytes at most, and a process may have more groups.
+    # Not socket.getsockopt, which returns at most 1,024 bytes: a process may have more groups.
     for most in (64, _MOST_GROUPS):
         groups = ffi.new("uint32_t[]", most)
         size = ffi.new("unsigned int *", 4 * most)

@@ -1,4 +1,4 @@
-"""The helpers of all users: which serves a connection, and which command may start."""
+"""The helpers of all users: which one serves a connection, and which command may start."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-_TRIM = 5.0  # seconds after the end of a helper, when the memory for its clients is given back
-_MOST_SETS = 8  # of credentials of one user: newgrp(1) makes another one
+_TRIM = 5.0  # seconds from a helper's end until the memory for its clients is given back
+_MOST_SETS = 8  # sets of credentials of one user: newgrp(1) makes a new one
 
 
 class Pool:
     """The helpers of a server.
 
-    As root it has helpers for each set of credentials that uses it, else only its own.
+    As root it has helpers for each set of credentials that clients have, else only its own user's.
     `open_files` is the soft limit of open files for commands whose request has none.
     """
 
     def __init__(self, loop: Loop, options: Options, open_files: int) -> None:
         self.retired = Report()  # the counts of helpers that have ended
-        self.lost = 0  # helpers that ended without being told to
-        self.lost_commands = 0  # commands that they had live, whose ends are not known
+        self.lost = 0  # helpers that ended unexpectedly
+        self.lost_commands = 0  # their live commands, whose exit statuses are lost
         self.limits = Table(options.limits, Limits(commands=options.max_processes_per_user))
         self.holdings = Holdings(self.limits.of)
         self.turns: Turns | None = None
@@ -49,7 +49,7 @@ class Pool:
         self.peers: dict[int, tuple[Helper, Peer]] = {}  # by connection id
         self.connections: dict[int, int] = {}  # of clients at helpers, by user
         self._clients: set[int] = set()  # their ids; the others are the server's own
-        self.processes: dict[int, Callable[[int], None]] = {}  # others that are waited for
+        self.processes: dict[int, Callable[[int], None]] = {}  # called at the ends of others
         self._leftover: set[int] = set()  # helpers that speak another version of the protocol
         self._turn_timer: Timer | None = None
         self._trim_timer: Timer | None = None
@@ -64,11 +64,11 @@ class Pool:
         if os.environ.get("ERRAND_BOY_SPAWN") == "posix":  # where clone is forbidden
             self._options.append("--posix-spawn")
         most = options.max_child_tasks
-        self._more_options = [f"--max-tasks={most}"] if most else []  # that no keeper has
+        self._more_options = [f"--max-tasks={most}"] if most else []  # keepers don't have it
         self._is_root = os.geteuid() == 0
         self._own = Credentials.own()
         self._users: dict[Credentials | None, User] = {None: self._new_user(None)}
-        self._leaving: list[User] = []  # that have made room for others
+        self._leaving: list[User] = []  # users whose helpers end to make room for others
         self._last_id = 0
 
     @property
@@ -102,10 +102,10 @@ class Pool:
             self._grant()
 
     def hand_over(self, sock: socket.socket, peer: Peer, *, is_client: bool = False) -> None:
-        """Have a helper of the user `peer` serve `sock`, and take ownership of that.
+        """Have a helper of the user `peer` serve `sock`, and take ownership of it.
 
-        It counts as a connection of that user if it `is_client`. Raises OSError if there is no
-        helper and none can be started; then `sock` stays the caller's.
+        If it `is_client`, it counts as a connection of that user. Raises OSError if there is no
+        helper and none can be started; then `sock` still belongs to the caller.
         """
         helper = self._user(peer).choose()
         self._last_id = self._last_id % 0xFFFFFFFF + 1
@@ -121,7 +121,7 @@ class Pool:
             self.connections[peer.uid] = self.connections.get(peer.uid, 0) + 1
 
     def reap(self) -> None:
-        """Wait for all processes that have ended: helpers, and orphans of theirs."""
+        """Reap all children that have ended: helpers, and orphans that they left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -157,11 +157,11 @@ class Pool:
         for helper in self.helpers:
             helper.send(lib.EB_END, bytes([number]))
 
-    # -- the successor --
+    # -- handing over to the successor --
 
     def state(self, keep: Keep) -> dict[str, Any]:
         """Return what the server's successor needs to know, for `restore`."""
-        everybody: dict[Credentials, int] = {}  # and their places in a list
+        everybody: dict[Credentials, int] = {}  # each with its place in a list
         peers = [
             (
                 connection,
@@ -183,9 +183,9 @@ class Pool:
         }
 
     def state_without_helpers(self) -> dict[str, Any]:
-        """Return the same for a successor that cannot talk to the helpers we have.
+        """Return the same for a successor that can't talk to the existing helpers.
 
-        They see that their control sockets end, and end with their last commands.
+        These see the end of their control sockets, and end with their last commands.
         """
         retired = Report()
         retired.add(self.retired)
@@ -212,7 +212,7 @@ class Pool:
         }
 
     def unsent(self, uid: int) -> int:
-        """Return how many sockets are open here for which the helpers of `uid` have no room yet."""
+        """Return how many sockets wait here because the helpers of `uid` have no room yet."""
         helpers = (helper for user in self._of(uid) for helper in user.helpers)
         return sum(helper.unsent for helper in helpers)
 
@@ -222,11 +222,11 @@ class Pool:
                 yield user
 
     def unserved(self) -> list[socket.socket]:
-        """Return the connections that have not been handed to a helper yet."""
+        """Return the connections that no helper has received yet."""
         return [sock for helper in self.helpers for _, sock in helper.unserved()]
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the predecessor's `state`, in place of `start`."""
+        """Restore the predecessor's `state`, instead of `start`."""
         self.retired = Report.of_state(state["retired"])
         self.lost = state["lost"]
         self.lost_commands = state["lost_commands"]
@@ -234,7 +234,7 @@ class Pool:
         self._last_id = state["last_id"]
         self._orphans.restore(state["orphans"])
         self._leftover.update(state["leftover"])
-        # Nothing is reported about connections before all of them are known.
+        # Know all connections before helpers report anything about them.
         for known in state["users"]:
             user = self._restored(known)
             self._users[user.credentials] = user
@@ -264,12 +264,12 @@ class Pool:
     # -- users --
 
     def identity(self, peer: Peer) -> tuple[Credentials | None, list[str]]:
-        """Return the user whom a process that serves `peer` becomes, None: ours; its options."""
+        """Return the user that a process for `peer` becomes (None: our own), and its options."""
         credentials = peer.credentials if self._is_root and peer.credentials != self._own else None
         return credentials, self._options_of(credentials)
 
     def _options_of(self, credentials: Credentials | None) -> list[str]:
-        # Where this process was started concerns only its own user.
+        # The directory of this process concerns only its own user.
         directory = self._settings.chdir or (None if credentials is None else "/")
         return [*self._options, *([] if directory is None else [f"--chdir={directory}"])]
 
@@ -296,17 +296,17 @@ class Pool:
         return user
 
     def _make_room(self, uid: int) -> None:
-        """Raise OSError if one more set of credentials, of user `uid`, would be too many."""
+        """Make room for one more set of credentials, of user `uid`. Raises OSError."""
         others = [user for user in self._users.values() if user.credentials is not None]
         same = [user for user in others if user.credentials and user.credentials.uid == uid]
         if len(same) >= _MOST_SETS:
-            self._send_away(same, f"user {uid} is here with {_MOST_SETS} other sets of groups")
+            self._send_away(same, f"user {uid} is connected with {_MOST_SETS} other sets of groups")
         elif len(others) >= self._settings.max_users:
             most = self._settings.max_users
             self._send_away(others, f"{most} users are served, and --max-users allows no more")
 
     def _send_away(self, users: list[User], refusal: str) -> None:
-        """End the helpers of the user who has not used them for the longest time."""
+        """End the helpers that have been unused for the longest time. Raises OSError."""
         idle = [user for user in users if user.is_idle]
         if not idle:
             raise OSError(refusal)
@@ -321,7 +321,7 @@ class Pool:
             return user
         return next(user for user in self._leaving if helper in user.helpers)
 
-    # -- reports of helpers --
+    # -- frames from helpers --
 
     def _on_frame(self, helper: Helper, kind: int, payload: bytes) -> None:
         if kind == lib.EB_FULL and self._settings.max_child_tasks:

@@ -1,4 +1,4 @@
-"""The daemon's process: what is set up before the server runs, and undone after."""
+"""The daemon's process: sets it up before the server runs, and cleans up after it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NICENESS = -10
 
 
 def check(values: dict[str, Any]) -> int:
-    """Describe this program to a server that may be upgraded to it; return the exit status."""
+    """Describe this program to a server that is about to upgrade to it; return the exit status."""
     Options(**values)
     print(introduce())
     return 0
@@ -73,7 +73,7 @@ def serve(values: dict[str, Any], state: int | None) -> int:
         return 1
     log.info("listening", path=listener.path, pid=os.getpid(), helpers=options.pool_size)
     if not os.path.exists("/proc/self"):
-        log.warning("no /proc: what a killed helper leaves behind is not ended")
+        log.warning("no /proc: commands that a killed helper leaves are not ended")
     supervisor.notify("READY=1")
     return _run(server, supervisor, files)
 
@@ -107,8 +107,8 @@ def _run(server: Server, supervisor: Supervisor, open_files: int) -> int:
 
 
 def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
-    """Execute the server's successor in its place; return if that can't be done now."""
-    # Signals from here on wait for the successor, whose handlers are not installed yet.
+    """Execute the server's successor in its place; return if that fails."""
+    # From here on, signals wait until the successor has installed its handlers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handover = Handover()
     try:
@@ -136,30 +136,30 @@ def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
 
 
 def _close_on_exec() -> None:
-    # What we were started with is not for the helpers, which may live longer.
+    # The descriptors that we inherited are not for the helpers, which may live longer.
     for fd in open_descriptors():
         if fd > 2:
-            with contextlib.suppress(OSError):  # that of the listing itself
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
                 os.set_inheritable(fd, False)
 
 
 def _prctl(option: int) -> None:
-    """Set to 1 what can't fail on the kernels that we support."""
+    """Set an option to 1. This can't fail on supported kernels."""
     one, zero = ffi.cast("unsigned long", 1), ffi.cast("unsigned long", 0)
     lib.prctl(option, one, zero, zero, zero)
 
 
 def _raise_file_limit() -> int:
-    """Raise the soft limit to the hard one, and return what it was."""
+    """Raise the soft limit of open files to the hard limit, and return the old one."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return files
 
 
 def _raise_priority() -> None:
-    """Have this process go before those whom it serves, if it may and its niceness is 0.
+    """Give this process priority over its clients, if it may and its niceness is 0.
 
-    They must be served while they keep the CPUs busy. Helpers and commands get niceness 0 again.
+    It must serve clients while others keep the CPUs busy. Helpers and commands get niceness 0.
     """
     if os.getpriority(os.PRIO_PROCESS, 0) != 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return
@@ -173,7 +173,7 @@ def _raise_priority() -> None:
 
 
 def _set_title(title: str) -> None:
-    # Only its extension, because the package around it imports logging and more, for 1 MB.
+    # Only its extension module: the package around it imports logging and more, which costs 1 MB.
     package = ModuleType("setproctitle")
     package.__path__ = [os.path.join(path, "setproctitle") for path in sys.path]
     sys.modules["setproctitle"] = package

@@ -19,11 +19,11 @@ _KIND = struct.Struct("<IiQ")
 _TIED = struct.Struct("<7900Q")  # pid and milliseconds
 _TIED_AT = _FIGURES.size + 64 * _KIND.size
 
-FILE_SIZE = 64 << 10  # bytes: of the file in which a helper keeps its figures
+FILE_SIZE = 64 << 10  # bytes of the file in which a helper keeps its figures
 
 
 class Command:
-    """A live command. `since`: its start in seconds since 1970; `argv`: the beginning of it."""
+    """A live command. `since`: its start in seconds since 1970; `argv` may be cut short."""
 
     __slots__ = ("argv", "connection", "pid", "since")
 
@@ -35,11 +35,12 @@ class Command:
 
 
 class Report:
-    """What a helper has done. The counts of several helpers can be added up.
+    """The counts of a helper. Those of several helpers can be added up.
 
-    `failures` are by stage and errno; `latency[i]` are the starts that took less than 2**(i/4)
-    microseconds and not less than the entry before; `tied` are pids of commands that were to end
-    with their connections, and milliseconds from SIGTERM to SIGKILL: a killed helper leaves some.
+    `failures` counts by stage and errno. `latency[i]` counts the starts that took less than
+    2**(i/4) microseconds, but not less than the limit before it. `tied` are the commands that were
+    to end with their connections, left by a killed helper: pids, and milliseconds from SIGTERM to
+    SIGKILL.
     """
 
     __slots__ = ("commands", "ended", "failures", "latency", "started", "tied")
@@ -116,7 +117,7 @@ class Report:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Report:
-        """Return the counts that `state` had."""
+        """Return a report with the counts of `state`."""
         report = cls()
         report.started, report.ended = state["started"], state["ended"]
         report.failures = {(stage, error): times for stage, error, times in state["failures"]}

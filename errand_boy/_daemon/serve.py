@@ -1,9 +1,9 @@
-"""Runs the server, in an interpreter that has loaded nothing for it yet.
+"""Runs the server, in an interpreter that has loaded little else.
 
 ``python -I -S serve.py`` with a JSON object: "path", the sys.path to use, and "options", those of
 options.Options. The package's ``__init__`` is for clients and costs 3 MB, so it is not loaded.
-"state" is the descriptor that a predecessor has left. With ``--check`` before the object, it only
-describes itself.
+"state" is the descriptor that a predecessor has left. With ``--check`` before the object, the
+program only describes itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import ModuleType
 
 
 def main() -> int:
-    """Read the argument and serve."""
+    """Read the arguments and serve; return the exit status."""
     import json  # noqa: PLC0415
 
     argument = json.loads(sys.argv[-1])

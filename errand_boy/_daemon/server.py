@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 
 ENDED, TERMINATED, KILLED = 0, 3, 4  # exit statuses: how the last commands ended
 
-_SETTLE = 5.0  # seconds for clients that have connected to ask for a command
-_TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
-_LAST_WAIT = 1.0  # seconds without accepting, and then with it, until a successor may take over
-_BUSY, _LONGEST_BUSY = 0.02, 1.0  # seconds until a job's keeper may have time for a connection
-_PAUSE = 0.1  # seconds without accepting, when descriptors are short
-_LONG_SHORTAGE = 1.0  # seconds, after which waiting clients are refused one by one
+_SETTLE = 5.0  # seconds in which connected clients may still ask for a command
+_TERMINATE = 5.0  # seconds from SIGTERM to SIGKILL, and again until it gives up
+_LAST_WAIT = 1.0  # seconds of not accepting, and then of accepting, until a successor may take over
+_BUSY, _LONGEST_BUSY = 0.02, 1.0  # seconds until the next attempt to reach a job's busy keeper
+_PAUSE = 0.1  # seconds of not accepting, when descriptors are short
+_LONG_SHORTAGE = 1.0  # seconds of this, after which waiting clients are refused one by one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
-_ACCEPTS = 8  # of one turn
+_ACCEPTS = 8  # in one turn
 
 
 class Server:
@@ -76,22 +76,20 @@ class Server:
         self.jobs = Index(self.loop, options, self.pool)
         self._job_requests = Jobs(self.loop, self.pool, self.jobs)
         self._newcomers = Newcomers(self.loop, self._serve, self._on_late)
-        self._held: dict[int, int] = {}  # connections of a user whose sockets are open here
+        self._held: dict[int, int] = {}  # by user: connections whose sockets are open here
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_held = max(files // 4, 8) if options.allow_uid or options.allow_gid else 0
         self._admitted = 0
-        self._short_since = (
-            0.0  # by time.monotonic(), since when nothing can be accepted; 0.0 if it can
-        )
+        self._short_since = 0.0  # since when nothing can be accepted, by time.monotonic(), or 0.0
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._closing = False  # no more connections are accepted
-        self.successor: Successor | None = None  # that waits until it can take over
+        self.successor: Successor | None = None  # it waits until it can take over
         self._is_checking = False
-        self._busy: set[Newcomer] = set()  # whose jobs' keepers have been too busy for them
-        self._put_off: list[tuple[Newcomer, bytes]] = []  # for the successor, and their first bytes
+        self._busy: set[Newcomer] = set()  # newcomers for whom a job's keeper was too busy
+        self._put_off: list[tuple[Newcomer, bytes]] = []  # for the successor; their first bytes
         self._successor_timer: Timer | None = None
-        self._is_leaving = False  # it can take over as soon as the last closes are over
-        self._leave_timer: Timer | None = None  # of the time that this lasts, and a rest after it
+        self._is_leaving = False  # the successor takes over when the last sockets are closed
+        self._leave_timer: Timer | None = None  # for the end of this state, and of a rest after it
         self._given_up = False
         self._status = ENDED
         self._next_step: Callable[[], None] = self._drain
@@ -104,13 +102,13 @@ class Server:
         self._listen()
 
     def run(self) -> int | None:
-        """Serve until told to stop; return the exit status, None if a successor may take over."""
+        """Serve until told to stop; return the exit status, or None if a successor takes over."""
         self.loop.run(lambda: self._is_finished() or self.may_be_replaced())
         self.loop.complaints.conclude()
         return self._status if self._closing else None
 
     def catch_signals(self) -> None:
-        """Have signals wake the loop from now on. Call this first."""
+        """From now on, have signals wake the loop. Call this first."""
         self._signals, self._wakeup = socket.socketpair()
         self._signals.setblocking(False)
         self._wakeup.setblocking(False)
@@ -122,7 +120,7 @@ class Server:
             signal.signal(number, lambda number, frame: None)
 
     def take_signals(self) -> None:
-        """Handle the signals that have come."""
+        """Handle the signals that have arrived."""
         with suppress(BlockingIOError):
             for number in self._signals.recv(100):
                 if number in (signal.SIGTERM, signal.SIGINT):
@@ -132,7 +130,7 @@ class Server:
                     self.pool.read_limits()
                 elif number == signal.SIGUSR2:
                     self._upgrade()
-        self.pool.reap()  # in any case, because there may have been no room for the byte of SIGCHLD
+        self.pool.reap()  # always, since there may have been no room for SIGCHLD's byte
 
     # -- connections --
 
@@ -170,7 +168,7 @@ class Server:
                 self._schedule(_SETTLE, self._settle)
 
     def _pause(self, reason: str) -> None:
-        """Accept nothing for a while: clients wait, and the loop does not spin."""
+        """Accept nothing for a while, so that clients wait and the loop does not spin."""
         now = time.monotonic()
         if not self._short_since:
             self.log.warning("cannot accept", error=reason)
@@ -181,7 +179,7 @@ class Server:
         self.loop.call_later(_PAUSE, self._listen)
 
     def _turn_one_away(self, reason: str) -> None:
-        """Use the spare descriptor to refuse the client that has waited longest."""
+        """Refuse the client that has waited longest, by means of the spare descriptor."""
         with suppress(OSError):
             os.close(self._spare)
             self._spare = -1
@@ -202,7 +200,7 @@ class Server:
             return
         refusal = self._refusal(peer)
         if not refusal:
-            self._admitted += 1  # a stranger does not count for the daemon's end
+            self._admitted += 1  # strangers do not count for --max-accepts
             refusal = self._excess(peer)
         self._await_first(sock, peer, refusal, time.monotonic() + self.options.patience)
 
@@ -211,10 +209,10 @@ class Server:
         self._newcomers.add(Newcomer(sock, peer, refusal, deadline))
 
     def _excess(self, peer: Peer) -> str:
-        """Return why `peer` may have no more connections, or ""."""
+        """Return the reason why `peer` may have no more connections, or ""."""
         held = self._held.get(peer.uid, 0)
         served = self.pool.connections.get(peer.uid, 0)
-        if held + served >= self._most_held > 0:  # they may all be open here, or few
+        if held + served >= self._most_held > 0:  # maybe few of them are open here
             held_in_all = held + self.pool.unsent(peer.uid)
             if held_in_all >= self._most_held:
                 return f"user {peer.uid} has {held_in_all} connections that no helper serves yet"
@@ -228,7 +226,7 @@ class Server:
         self._held[peer.uid] = self._held.get(peer.uid, 0) + 1
 
     def _let_go(self, peer: Peer) -> None:
-        """Count one client less whose socket is open here."""
+        """Stop counting a client whose socket was open here."""
         held = self._held.pop(peer.uid, 0) - 1
         if held > 0:
             self._held[peer.uid] = held
@@ -249,7 +247,7 @@ class Server:
         )
 
     def _serve(self, newcomer: Newcomer, first: bytes) -> None:
-        """Decide by its first bytes who serves a connection; they stay unread."""
+        """Decide by its first bytes who serves a connection. The bytes stay unread."""
         sock, peer = newcomer.sock, newcomer.peer
         if not first:
             self.log.debug("gone", pid=peer.pid, uid=peer.uid)
@@ -291,7 +289,7 @@ class Server:
                     self._refuse(newcomer, first, str(error))
 
     def _refuse(self, newcomer: Newcomer, first: bytes, reason: str) -> None:
-        """Send the reason in the peer's own protocol, if the socket takes it at once, and close."""
+        """Send the reason in the peer's protocol, if that does not wait, and close."""
         self.refused += 1
         sock, peer = newcomer.sock, newcomer.peer
         self._let_go(peer)
@@ -299,7 +297,7 @@ class Server:
         if first[:1] in (b"", b"\0"):
             answer = _wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]])
         else:
-            # The text protocol's answer, as text.py gives it.
+            # An answer of the text protocol, as in text.py.
             answer = f"\r\n0:\r\n1:errand-boy: {reason}\r\n\r\n127\r\n\r\n".encode()
         with suppress(OSError):
             sock.send(answer, socket.MSG_NOSIGNAL)
@@ -310,7 +308,7 @@ class Server:
     # -- jobs --
 
     def _serve_job(self, newcomer: Newcomer, first: bytes, seconds: float = _BUSY) -> None:
-        """Handle a request about jobs, now or when the job's keeper has time for it."""
+        """Handle a request about jobs, now or when the job's keeper has time."""
         request = first[1 + _wire.HEADER.size :]
         try:
             is_done = not first or self._job_requests.serve(newcomer.sock, newcomer.peer, request)
@@ -324,7 +322,7 @@ class Server:
                 self._refuse(newcomer, first, "the keeper of this job does not answer")
             else:
                 self._busy.add(newcomer)
-                # When it is its user's turn: as many may wait as he likes.
+                # At the user's turn, since one user may have many waiting.
                 retry = partial(self._retry, newcomer, first, min(2 * seconds, _LONGEST_BUSY))
                 self.loop.call_later(seconds, lambda: self.loop.post(newcomer.peer.uid, retry))
 
@@ -380,7 +378,7 @@ class Server:
             **value,
         }
 
-    # -- the successor --
+    # -- handing over to the successor --
 
     def _upgrade(self) -> None:
         """Have the installed version replace this process's program, if it can."""
@@ -402,7 +400,10 @@ class Server:
             self._successor_timer = self.loop.call_later(wait, self._on_long_wait)
 
     def _awaits_texts(self) -> bool:
-        """Return whether a successor must wait for text requests, whose helpers speak to us."""
+        """Return whether a successor must wait for text requests.
+
+        This process speaks with their helpers, in a protocol that the successor does not know.
+        """
         successor = self.successor
         return bool(successor and successor.protocol != lib.EB_VERSION and self.texts)
 
@@ -415,13 +416,13 @@ class Server:
         self.keep_place()
 
     def may_be_replaced(self) -> bool:
-        """Return whether there is a successor, and nothing going on that it could not continue."""
+        """Return whether there is a successor that could continue all that goes on."""
         if self._closing or self.successor is None or self._awaits_texts():
             return False
         if self.loop.closer.is_idle:
             return True
         if self._leave_timer is None:
-            # New connections would bring new closes all the time.
+            # With new connections, there would always be more sockets to close.
             self._is_leaving = True
             self._pause_listening()
             self._leave_timer = self.loop.call_later(_LAST_WAIT, self._rest_from_leaving)
@@ -475,7 +476,7 @@ class Server:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the predecessor's `state`, in place of `start`."""
+        """Restore the predecessor's `state`, instead of `start`."""
         self.started = state["started"]
         self.accepted = state["accepted"]
         self.refused = state["refused"]
@@ -515,7 +516,7 @@ class Server:
         self._on_stopping()
 
     def stop(self) -> None:
-        """Stop accepting and let the commands finish; when called again, don't wait for them."""
+        """Stop accepting, and let the commands finish; when called again, end them."""
         if not self._closing:
             self._stop_accepting()
         elif self._next_step == self._settle:
@@ -532,12 +533,12 @@ class Server:
         self._step_timer = self.loop.call_later(seconds, self._advance)
 
     def _settle(self) -> None:
-        """End when the last connection was accepted a while ago (`--max-accepts`)."""
-        if self._newcomers or self.texts:  # they have their own deadlines
+        """End some time after the last connection that --max-accepts allows."""
+        if self._newcomers or self.texts:  # these have their own deadlines
             self._schedule(_SETTLE, self._settle)
         else:
             self.pool.drain()
-            self._next_step = self._drain  # only if told to
+            self._next_step = self._drain  # which runs only when told to stop
 
     def _drain(self) -> None:
         newcomers = [*self._newcomers.clear(), *self._busy]
@@ -551,15 +552,15 @@ class Server:
 
     def _terminate(self) -> None:
         if self.pool.is_over:
-            self._given_up = True  # only clients that don't read or don't send are left
+            self._given_up = True  # only clients that don't read or don't send remain
             return
-        self.log.warning("terminating what still runs")
+        self.log.warning("terminating the commands that still run")
         self._status = TERMINATED
         self.pool.end(signal.SIGTERM)
         self._schedule(_TERMINATE, self._kill)
 
     def _kill(self) -> None:
-        self.log.warning("killing what still runs")
+        self.log.warning("killing the commands that still run")
         self._status = KILLED
         self.pool.end(signal.SIGKILL)
         self._schedule(_TERMINATE, self._give_up)
@@ -576,7 +577,7 @@ class Server:
         if self._next_step == self._settle and not (
             self._newcomers or self.texts or self.pool.peers
         ):
-            self._advance()  # no client is left that could ask for a command
+            self._advance()  # no client could ask for a command any more
         return self.pool.is_over and not (self.texts or self._replies)
 
 
@@ -587,5 +588,5 @@ def _may_be_first(kind: int, length: int) -> bool:
 
 
 def _kind(first: bytes) -> int | None:
-    """Return the kind of a first frame, or None if it is not one."""
+    """Return the kind of the first frame, or None if these bytes are not a first frame."""
     return int(_wire.HEADER.unpack_from(first, 1)[1]) if first[0] == 0 else None

@@ -1,4 +1,4 @@
-"""The server's services for a text connection."""
+"""The services of the server that a text connection uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from errand_boy._daemon.pool import Pool
 
 
 class _ClientPool:
-    """The pool as one client of the text protocol may use it."""
+    """The pool, restricted to what one client of the text protocol may do."""
 
     def __init__(self, pool: Pool, peer: Peer) -> None:
         self._pool = pool
@@ -26,7 +26,7 @@ class _ClientPool:
 class Services:
     """The services for a text connection of `peer`.
 
-    `limits` are the server's options, `close` closes a socket to somebody else, `forget` is called
+    `limits` are the server's options. `close` closes the socket of a stranger. `forget` is called
     with a connection that has been closed.
     """
 
@@ -54,16 +54,16 @@ class Services:
     def watch(
         self, sock: socket.socket, events: int, callback: Callable[[int], None] | None = None
     ) -> None:
-        """Call `callback` with those of `events` that come; 0 stops that."""
+        """Call `callback` with those of `events` that occur; 0 stops this."""
         self._loop.watch(sock, events, callback, self._uid)
 
     def take(self, size: int) -> None:
-        """Count bytes that the connection holds until its end. Raises OSError for too many."""
+        """Count bytes that the connection holds until its end. Raises OSError if too many."""
         self._holdings.take(self._uid, size)
         self.held += size
 
     def forget(self, connection: object) -> None:
-        """Take note that it has been closed."""
+        """Forget a connection that has been closed."""
         self._holdings.give_back(self._uid, self.held)
         self.held = 0
         self._forget(connection)

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 _ANSWER = 2.0  # seconds to wait for the helpers' reports
 _OF_JOBS = ("jobs_running", "jobs_over", "ring_bytes")
-_MOST_COMMANDS = lib.EB_MAX_FRAME // 2  # bytes of a reply, as JSON; the rest is far below that
+_MOST_COMMANDS = lib.EB_MAX_FRAME // 2  # bytes of JSON; all the rest of a reply is much shorter
 
 Reports = dict[Helper, Report]
 
 
 class Reply:
-    """A STATUS_REPLY: waits for the reports of `helpers`, and is sent at the pace of its reader.
+    """A STATUS_REPLY. It waits for the reports of `helpers`, and is sent as its reader reads.
 
-    `owner` is the user who has asked; the request stays unread until it is answered.
+    `owner` is the user who has asked; the request stays unread until it has been answered.
     `describe` makes the answer from the reports that came in time; `on_done` is called at the end.
     """
 
@@ -55,10 +55,10 @@ class Reply:
         self._describe = describe
         self._patience = patience
         self._on_done = on_done
-        self._rest: memoryview | None = None  # None: the answer has not been made yet
+        self._rest: memoryview | None = None  # None until the answer has been made
         self._reports: Reports = {}
         self._awaited = set(helpers)
-        # A helper may be stopped, by a debugger for instance.
+        # A helper may be stopped, for instance by a debugger.
         self._timer = loop.call_later(_ANSWER if helpers else 0, self._begin)
         for helper in helpers:
             self._ask(helper)
@@ -79,20 +79,20 @@ class Reply:
         self._awaited.clear()
         with suppress(OSError):
             self._sock.recv(FIRST)
-        # ASCII: what is no UTF-8 in argv came as lone surrogates, which JSON can only escape.
+        # ASCII, because invalid UTF-8 in argv becomes lone surrogates, which must be escaped.
         text = json.dumps(self._describe(self._reports)).encode("ascii")
         self._reports.clear()
         self.send(_wire.frame(lib.EB_STATUS_REPLY, [text]))
 
     def send(self, answer: bytes) -> None:
-        """Send `answer`, or what is left of it."""
+        """Send `answer`, or the rest of one."""
         self._timer.cancel()
         self._timer = self._loop.call_later(self._patience, self._close)
         self._rest = memoryview(answer)
         self._loop.watch(self._sock, selectors.EVENT_WRITE, self._on_writable, self._owner)
 
     def state(self, keep: Keep) -> tuple[int, str | None]:
-        """Return its socket and the answer, or None if the reports must be asked for again."""
+        """Return its socket, and the answer or None if the successor must ask for reports again."""
         return keep(self._sock.fileno()), None if self._rest is None else self._rest.hex()
 
     def _on_writable(self, events: int) -> None:
@@ -109,13 +109,13 @@ class Reply:
     def _close(self) -> None:
         self._timer.cancel()
         self._loop.watch(self._sock, 0)
-        self._rest = memoryview(b"")  # a helper that has not answered keeps this object alive
+        self._rest = memoryview(b"")  # a helper that has not answered keeps this object
         self._loop.closer.close(self._sock)
         self._on_done(self)
 
 
 def may_see(peer: Peer, helper: Helper) -> bool:
-    """Return whether `peer` is told of this helper and its commands."""
+    """Return whether `peer` may see this helper and its commands."""
     return helper.uid == peer.uid or _may_see_all(peer)
 
 
@@ -126,7 +126,7 @@ def _may_see_all(peer: Peer) -> bool:
 def of_pool(pool: Pool, jobs: Index, reports: Reports, peer: Peer) -> dict[str, Any]:
     """Return the figures of `pool`, from `reports` and older ones, and of `jobs`.
 
-    `peer` is told of the helpers and commands of others if it is root or this process's user.
+    `peer` sees the helpers and commands of others if it is root or the daemon's own user.
     """
     totals = Report()
     totals.add(pool.retired)
@@ -194,7 +194,7 @@ def of_pool(pool: Pool, jobs: Index, reports: Reports, peer: Peer) -> dict[str, 
 
 
 def _users(pool: Pool, jobs: Index, peer: Peer) -> list[dict[str, Any]]:
-    """Return the users who have anything here, and their limits, as far as `peer` may see."""
+    """Return the users whom `peer` may see, with what they have here and their limits."""
     uids = set(pool.connections) | pool.holdings.users() | set(jobs.users())
     if pool.turns is not None:
         uids |= pool.turns.users()
@@ -223,9 +223,9 @@ def _failures(report: Report) -> dict[str, int]:
 
 
 def quantile(histogram: list[int], share: float) -> float | None:
-    """Return the microseconds that `share` of the starts took at most, or None without starts.
+    """Return a quantile of the start times in microseconds, or None without starts.
 
-    `histogram` is as in Report.
+    `share` is between 0 and 1, and `histogram` is as in Report.
     """
     rest = share * sum(histogram)
     if not rest:

@@ -1,8 +1,9 @@
-"""Sockets of strangers: reading and closing them without ever sleeping.
+"""Reads and closes the sockets of strangers without ever sleeping.
 
-Descriptors that were sent over a Unix socket wait in its queue. Taking the last copy of one off the
-queue closes it, which may take as long as its sender likes, for example with a TCP socket with
-SO_LINGER. So the server takes no descriptors off, and does not close such a socket itself.
+Descriptors that were sent over a Unix socket wait in its queue. If one is taken off the queue and
+there is no other copy, it is closed. This may take as long as its sender likes, for example for a
+TCP socket with SO_LINGER. So the server takes no descriptors off the queue, and does not close such
+a Unix socket itself.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from itertools import count
 from errand_boy._native import lib
 
 INTERRUPT = signal.SIGUSR1  # must have a handler
-_LOOK = 0.02  # seconds that a close may sleep
-_REST = 5.0  # seconds without work, after which all threads but one end
-_BATCH = 16  # are closed in one call, without the GIL, for which the loop would have to wait
+_LOOK = 0.02  # seconds that a close may sleep before it is interrupted
+_REST = 5.0  # seconds without work after which a thread ends, except the first one
+_BATCH = 16  # sockets closed in one call without the GIL, so that the loop waits less often
 _MOST_THREADS = 8
 _MOST_WAITING = 64  # batches
 
 
 class DescriptorsError(OSError):
-    """Somebody has sent descriptors where none are wanted; they are still in the queue."""
+    """Unexpected descriptors have arrived; they are still in the queue."""
 
 
 def peek(sock: socket.socket, size: int) -> tuple[bytes, bool]:
-    """Return up to `size` bytes, which stay unread, and whether descriptors are with them.
+    """Return up to `size` bytes, which stay unread, and whether descriptors came with them.
 
-    Raises OSError, BlockingIOError if there is nothing.
+    Raises OSError, and BlockingIOError if nothing is there.
     """
-    # The queue keeps a copy of descriptors that are only peeked at.
+    # After a peek, the queue still has a copy of each descriptor.
     data, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_PEEK)
     return data, bool(flags & socket.MSG_CTRUNC)
 
@@ -46,24 +47,24 @@ def receive(sock: socket.socket, size: int) -> bytes:
     data, has_descriptors = peek(sock, size)
     if has_descriptors:
         raise DescriptorsError("it came with descriptors")
-    # Not more, since descriptors may have come after these bytes by now.
+    # Not more, since bytes with descriptors may have arrived after these.
     return sock.recv(len(data)) if data else b""
 
 
 class Closer:
-    """Closes such sockets in threads of its own, and interrupts a close that sleeps.
+    """Closes such sockets in its own threads, and interrupts a close that sleeps.
 
-    The loop calls `flush` before it waits. `call_later` is the loop's.
+    The loop calls `flush` before it waits. `call_later` is the loop's method.
     """
 
     def __init__(self, call_later: Callable[[float, Callable[[], None]], object]) -> None:
         self._call_later = call_later
-        self._fds: list[int] = []  # of the next batch,
-        self._unread: list[bool] = []  # and whether they are to be read
+        self._fds: list[int] = []  # the next batch,
+        self._unread: list[bool] = []  # and whether to read these first
         self._queue: SimpleQueue[tuple[int, list[int], bytes]] = SimpleQueue()
         self._number = count()
         self._unclosed: set[int] = set()  # batches, by number
-        self._since: dict[int, float] = {}  # by thread: when its current close began
+        self._since: dict[int, float] = {}  # when the current batch began, by thread
         self._threads: set[int] = set()
         self._is_looking = False
         self._start_thread(None)
@@ -75,11 +76,11 @@ class Closer:
 
     @property
     def is_behind(self) -> bool:
-        """Whether so many wait to be closed that no more should be accepted."""
+        """Whether so many sockets wait to be closed that no more should be accepted."""
         return self._queue.qsize() > _MOST_WAITING
 
     def close(self, sock: socket.socket, *, read: bool = False) -> None:
-        """Close `sock` a little later; `read` what has come first, to give the peer no error."""
+        """Close `sock` a little later. If `read`, read it first, so that the peer gets no error."""
         fd = sock.detach()
         if fd >= 0:
             self._fds.append(fd)
@@ -88,7 +89,7 @@ class Closer:
                 self.flush()
 
     def flush(self) -> None:
-        """Have the sockets closed that were given since the last call."""
+        """Give the threads the sockets that were passed to `close` since the last call."""
         if self._fds:
             number = next(self._number)
             self._unclosed.add(number)
@@ -101,10 +102,10 @@ class Closer:
         self._threads.add(_thread.start_new_thread(self._run, (rest,)))
 
     def _run(self, rest: float | None) -> None:
-        # The main thread handles the others, and may leave them to the server's successor.
+        # The main thread handles other signals, and may leave them to the server's successor.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {INTERRUPT})
         me = _thread.get_ident()
-        with suppress(OSError):  # no less than the main thread, for which we may hold the lock
+        with suppress(OSError):  # as high as the main thread, which may need a lock of ours
             os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, os.getpid()))
         while True:
             try:
@@ -131,7 +132,7 @@ class Closer:
         if len(sleepers) == len(self._threads) < _MOST_THREADS:
             with suppress(RuntimeError):  # out of memory
                 self._start_thread(_REST)
-        # What the threads close now does not show that: between two steps it is nothing. The last
-        # close must wake the loop, because a successor may wait for it.
+        # `_since` does not show whether work is left: between two batches it is empty. After the
+        # last close the loop must wake, because a successor may wait for it.
         if self._unclosed:
             self._look_later()

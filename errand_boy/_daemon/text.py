@@ -31,23 +31,23 @@ _SHELL = b"/bin/sh"
 _LONGEST_LINE = (128 << 10) - 1  # bytes: MAX_ARG_STRLEN, without the NUL
 _MOST_INPUT = 64 << 20  # bytes
 _MOST_ERRORS = 64 << 20
-_IN_MEMORY = 32 << 10  # of each that has to be kept
+_IN_MEMORY = 32 << 10  # bytes of input or errors; more are in a file
 _CHUNK = 32 << 10
 _STREAMS = 0b111  # all three
 
-_NOT_RUN = 127  # return codes: those by which a shell says that it has not run a command,
-_NOT_RUNNABLE = 126  # or could not,
-_UNKNOWN = 255  # and as ssh says that it does not know
+_NOT_RUN = 127  # a shell's return code for a command that is not found,
+_NOT_RUNNABLE = 126  # and for one that can't be run;
+_UNKNOWN = 255  # ssh's, if the command's own is not known
 
 _MOST_ATTEMPTS = 50
-_MOST_SILENCES = 10  # until a request must be whole, in times that its client may be silent
-_PAUSE = 0.02  # seconds between two; a helper's sockets close before its pid is known to be dead
+_MOST_SILENCES = 10  # times `patience` until a request must be complete
+_PAUSE = 0.02  # seconds between attempts: a helper's sockets close before its death is known
 
 
 class _Request:
     """A client's request. `refusal`: why it is refused, or ""; `whole`: whether it is complete.
 
-    A request that is refused is read to its end too, because its client reads only then.
+    Refused requests are read to the end too, because the client reads the answer only then.
     """
 
     def __init__(self, server: Services) -> None:
@@ -57,10 +57,10 @@ class _Request:
         self.refusal = ""
         self.whole = False
         self._has_line = False
-        self._tail = b""  # that may be the beginning of an end
+        self._tail = b""  # the last bytes, if they may begin the end mark
 
     def feed(self, data: bytes) -> None:
-        """Add data; what comes after the end is dropped."""
+        """Add data; drop what comes after the end of the request."""
         data = self._tail + data
         while not self.whole:
             part, end, data = data.partition(_END)
@@ -74,7 +74,7 @@ class _Request:
             self.whole, self._has_line = self._has_line, True
 
     def end(self) -> None:
-        """Take note that nothing more comes, which ends the input, but not a command line."""
+        """Handle the end of the stream. It completes the input, but not a command line."""
         if self._has_line and not self.whole:
             self._take(self._tail)
             self.whole = True
@@ -122,25 +122,25 @@ class _Request:
         self.close()
 
     def close(self) -> None:
-        """Drop what was sent."""
+        """Drop the data of the request."""
         self.line.clear()
         self.input.close()
 
 
 def _is_http(line: bytearray) -> bool:
-    """Return whether a command line begins as an HTTP request does.
+    """Return whether a command line begins like an HTTP request.
 
-    If the socket is relayed to TCP, a web page can make the user's browser send one.
+    If the socket is forwarded to TCP, a web page can make the user's browser send one.
     """
     first = line.partition(b"\n")[0].rstrip()
     return first[-9:-1] == b" HTTP/1."
 
 
 class _Command:
-    """A command of a helper with streamed output, from `start` on. Closing this ends it.
+    """A helper's command with streamed output, which begins with `start`. Closing this ends it.
 
-    `on_output` is called with its output; `on_end` once, with its return code and a message of
-    errand-boy itself. The errors are kept until then.
+    `on_output` is called with its output; `on_end` once, with its return code and a message from
+    errand-boy itself. Its standard error is kept until then.
     """
 
     def __init__(
@@ -159,10 +159,10 @@ class _Command:
         self._note = ""
         self._closed = False
         self._paused = False
-        self._sock: socket.socket | None = None  # None: before `start`, and between two attempts
+        self._sock: socket.socket | None = None  # None before `start` and between two attempts
 
     def start(self) -> None:
-        """Have a helper start it, or another helper if the first has died. Raises OSError."""
+        """Have a helper start the command; try another one if it has died. Raises OSError."""
         self._attempts += 1
         self._sock = self._server.pool.connect()
         self._sock.setblocking(False)
@@ -201,14 +201,14 @@ class _Command:
             self._server.call_later(0, self._start_again)
 
     def pause(self, paused: bool) -> None:
-        """Take no output while `paused`."""
+        """Stop taking output, or go on."""
         if self._paused != paused and not self._closed:
             self._paused = paused
             if self._sock is not None:
                 self._watch()
 
     def close(self) -> None:
-        """End it, if it has not ended."""
+        """End the command, if it has not ended."""
         if not self._closed:
             self._closed = True
             self._disconnect()
@@ -244,7 +244,7 @@ class _Command:
                 self._stream.count_sent(self._sock.send(self._stream.unsent, socket.MSG_NOSIGNAL))
             except BlockingIOError:
                 pass
-            except OSError:  # the reader will see why
+            except OSError:  # reading will show why
                 self._stream.unsent = b""
         self._watch()
 
@@ -338,12 +338,12 @@ def _failure(reply: Failed) -> tuple[int, str]:
 
 
 def refusal(reason: str) -> bytes:
-    """Return the whole answer to a request that is not served."""
+    """Return the complete answer to a request that is refused."""
     return b"\r\n0:\r\n1:" + _ending(_NOT_RUN, reason)
 
 
 def _ending(code: int, note: str) -> bytes:
-    """Return what follows the errors; `note` is a message of errand-boy itself, or ""."""
+    """Return the end of an answer, after standard error. `note`: errand-boy's message, or ""."""
     said = b"errand-boy: " + os.fsencode(note) + b"\n" if note else b""
     return said + _END + str(code).encode() + _END
 
@@ -361,7 +361,7 @@ class TextConnection:
         self._closed = False
         self._half_closed = False
         self._out = bytearray()
-        self._trailer: bytes | None = None  # what follows the errors; None: not known yet
+        self._trailer: bytes | None = None  # the end of the answer, when it is known
         self._heard = time.monotonic()
         self._latest = self._heard + _MOST_SILENCES * server.limits.patience
         self._timer = server.call_later(server.limits.patience, self._on_time)
@@ -388,9 +388,10 @@ class TextConnection:
             return
         self._begun = True
         if now >= self._latest:
-            self._refuse(f"the request was not whole after {_MOST_SILENCES * patience:g} seconds")
+            patience *= _MOST_SILENCES
+            self._refuse(f"the request was not complete after {patience:g} seconds")
         else:
-            self._refuse(f"the request was not whole, and nothing came for {patience:g} seconds")
+            self._refuse(f"the request was not complete, and nothing came for {patience:g} seconds")
 
     # -- the request --
 
@@ -418,7 +419,7 @@ class TextConnection:
             self._begin()
 
     def _has_gone(self) -> bool:
-        """Return whether the client has closed its socket, not only ended its side."""
+        """Return whether the client has closed its socket, not only its sending side."""
         poll = select.poll()
         poll.register(self._sock, 0)  # POLLHUP
         return bool(poll.poll(0))
@@ -446,7 +447,7 @@ class TextConnection:
     def _new_command(self) -> _Command:
         return _Command(self._server, self._request, self._on_output, self._on_end)
 
-    # -- the successor --
+    # -- handing over to the successor --
 
     def state(self, keep: Keep) -> dict[str, Any]:
         """Return what the server's successor needs to know, for `restore`."""
@@ -549,10 +550,8 @@ class TextConnection:
         self._server.watch(self._sock, 0)
         self._server.close(self._sock)
         self._request.close()
-        command, self._command = (
-            self._command,
-            None,
-        )  # each keeps the other alive, and large buffers
+        # Break a reference cycle that keeps large buffers.
+        command, self._command = self._command, None
         if command is not None:
             command.close()
             command.errors.close()

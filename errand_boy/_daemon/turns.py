@@ -1,4 +1,4 @@
-"""Who may start a command next, if not all may."""
+"""Decides who may start a command next, if not everybody may."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_MOST_BUCKETS = 1000  # kept of users who start nothing
+_MOST_BUCKETS = 1000  # kept for users who start nothing
 
 
 class _Bucket:
-    """Tokens, one for each start: at most `burst`, and a number of new ones a second."""
+    """Tokens, one for each start: at most `burst`, refilled at a number per second."""
 
     __slots__ = ("time", "tokens")
 
@@ -37,7 +37,7 @@ class _User:
         self.clients: OrderedDict[int, OrderedDict[int, None]] = OrderedDict()  # that wait
 
     def pop(self) -> int:
-        """Take the first client's first connection; the client goes behind the others."""
+        """Take the first client's first connection, and move the client behind the others."""
         client, connections = self.clients.popitem(last=False)
         connection, _ = connections.popitem(last=False)
         if connections:
@@ -46,29 +46,29 @@ class _User:
 
 
 class Turns:
-    """Who may start a command next: users take turns, and each user's clients among themselves.
+    """The commands that wait. Users take turns, and so do the clients of each user.
 
-    At most `most` commands run at a time (0: no limit), and for each user as many as `limits` says
-    for the uid.
+    At most `most` commands run at a time (0: no limit), and for each user as many as `limits`
+    returns for the uid.
     """
 
     def __init__(self, most: int, limits: Callable[[int], Limits]) -> None:
-        self.next_at: float | None = None  # when a user who has started too many may go on
+        self.next_at: float | None = None  # when a user who has started too many commands may go on
         self._most = most
         self._limits = limits
         self._running = 0
         self._granted: dict[int, int] = {}  # connections, and their users
         self._waiting: dict[int, tuple[int, int]] = {}  # connections, their users and clients
         self._users: dict[int, _User] = {}
-        self._ready: OrderedDict[int, _User] = OrderedDict()  # that wait, and may run one more
+        self._ready: OrderedDict[int, _User] = OrderedDict()  # who may run one more
         self._buckets: dict[int, _Bucket] = {}
 
     def __len__(self) -> int:
-        """Return how many wait."""
+        """Return how many commands wait."""
         return len(self._waiting)
 
     def users(self) -> set[int]:
-        """Return the users who run a command or wait."""
+        """Return the users who have running or waiting commands."""
         return set(self._users)
 
     def waiting(self, user: int) -> int:
@@ -81,7 +81,7 @@ class Turns:
         return self._users[user].running if user in self._users else 0
 
     def want(self, connection: int, user: int, client: int) -> None:
-        """Take note that `connection`, which is one of `client` of `user`, waits for its turn."""
+        """Add `connection`, which belongs to `client` of `user`, to those that wait."""
         if connection not in self._waiting and connection not in self._granted:
             self._waiting[connection] = user, client
             state = self._users.setdefault(user, _User())
@@ -89,7 +89,7 @@ class Turns:
             self._update(user)
 
     def done(self, connection: int) -> None:
-        """Take note that it neither runs a command nor waits for its turn any more."""
+        """Remove a connection, which no longer runs a command or waits."""
         if connection in self._waiting:
             user, client = self._waiting.pop(connection)
             clients = self._users[user].clients
@@ -105,7 +105,7 @@ class Turns:
         self._update(user)
 
     def next(self, now: float) -> Iterator[int]:
-        """Yield the connections whose turn it is; they count as running from then on.
+        """Yield the connections whose turn it is. From then on they count as running.
 
         `now` is by the same clock in all calls, and so is `next_at`.
         """
@@ -122,7 +122,7 @@ class Turns:
             self._granted[connection], _ = self._waiting.pop(connection)
             self._running += 1
             state.running += 1
-            self._update(user)  # behind the others, if it waits for more
+            self._update(user)  # behind the others, if it has more to start
             yield connection
         self._ready.update(early)
 
@@ -149,7 +149,7 @@ class Turns:
             self.want(connection, user, client)
 
     def refresh(self) -> None:
-        """Take note that the limits have changed."""
+        """Apply changed limits."""
         for user in list(self._users):
             self._update(user)
 
@@ -164,7 +164,7 @@ class Turns:
             self._ready[user] = state
 
     def _take_token(self, user: int, now: float) -> float:
-        """Take a token and return `now`; if there is none, return when there will be."""
+        """Take a token and return `now`; if there is none, return when the next one comes."""
         limits = self._limits(user)
         if not limits.starts_per_second:
             return now

@@ -1,9 +1,9 @@
-"""A server is replaced by the installed version, which the same process executes.
+"""Replaces a server by the installed version, which the same process executes.
 
-A child process first finds out whether that starts at all, while the server goes on. Then the
-server waits until it is doing nothing itself, and writes its state as JSON into a file in memory.
-The new program finds this file, the listening socket, the helpers' sockets and those of connections
-that nobody serves yet open under the same numbers.
+First a child process finds out whether that version starts at all, while the server goes on. Then
+the server waits until it has nothing to do itself, and writes its state as JSON into a file in
+memory. The new program finds this file, the listening socket, the helpers' sockets and those of
+connections that nobody serves yet open at the same numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-STATE_VERSION = 1  # of what is written down
+STATE_VERSION = 1  # of the JSON
 
 _PATIENCE = 30.0  # seconds
 _MOST_SAID = 4 << 10  # bytes
@@ -33,7 +33,7 @@ _SPARE = 64  # descriptors that a program needs to start
 
 
 class Successor(NamedTuple):
-    """A version that can take over. `version`: errand-boy's; `protocol`: the protocol's."""
+    """A program that can take over. `version`: of errand-boy; `protocol`: of the protocol."""
 
     version: str
     protocol: int
@@ -41,7 +41,7 @@ class Successor(NamedTuple):
 
 
 def introduce() -> str:
-    """Return this program's answer to `check`. Imports the whole package afresh."""
+    """Return this program's answer to `check`, after importing the whole package."""
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[0]))))
     for name in [name for name in sys.modules if name.partition(".")[0] == "errand_boy"]:
         del sys.modules[name]
@@ -57,8 +57,8 @@ def check(
 ) -> None:
     """Find out whether the installed version can take over.
 
-    `done` is called with it, or with the reason why it can't. `processes` has functions by pid,
-    which are called with the wait status.
+    `done` is called with a Successor, or with the reason why there is none. `processes` has
+    functions by pid, which are called with the wait status.
     """
     said = open_memory("errand-boy-check")
     try:
@@ -88,13 +88,13 @@ def check(
 def _judge(status: int, said: str) -> Successor | str:
     line = (said.splitlines() or ["it says nothing"])[-1]
     if status != 0:
-        return f"what is installed does not start: {line}"
+        return f"the installed version does not start: {line}"
     try:
         found = Successor(*json.loads(line))
     except (ValueError, TypeError):
-        return f"what is installed is not understood: {line}"
+        return f"the installed version gave no valid answer: {line}"
     if found.state != STATE_VERSION:
-        return f"version {found.version} cannot go on from here: it has to be restarted"
+        return f"version {found.version} cannot take over: restart the daemon"
     return found
 
 
@@ -115,7 +115,7 @@ class Handover:
         return fd
 
     def execute(self, version: str, state: dict[str, Any]) -> None:
-        """Execute the successor, of `version`, with `state`. Returns only by raising OSError."""
+        """Execute the successor, of `version`, with `state`. Raises OSError, and never returns."""
         if len(open_descriptors()) + _SPARE > os.sysconf("SC_OPEN_MAX"):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         fd = open_memory("errand-boy-state")
@@ -132,13 +132,13 @@ class Handover:
             os.close(fd)
 
     def undo(self) -> None:
-        """Let the descriptors be closed by an exec again."""
+        """Mark the descriptors close-on-exec again."""
         for fd in self._kept:
             os.set_inheritable(fd, False)
 
 
 def read(fd: int) -> dict[str, Any]:
-    """Return the state that a predecessor has left in descriptor `fd`, which is closed."""
+    """Read the state that a predecessor has left in descriptor `fd`, and close it."""
     with open(fd, encoding="ascii") as file:
         state: dict[str, Any] = json.load(file)
     return state

@@ -15,18 +15,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_CROWD = 256  # connections: a start copies the helper's table of descriptors, which they fill
+_CROWD = 256  # connections of a helper: a start copies its descriptors, which they fill
 _MOST_HELPERS = 64
 _TOO_SOON = 1.0  # seconds
-_MOST_TOO_SOON = 10  # helpers that die so young, one after another, are replaced at once
+_MOST_TOO_SOON = 10  # helpers in a row that may die this soon and be replaced at once
 
 
 class User:
-    """The helpers for one set of credentials; None: those of this process.
+    """The helpers for one set of credentials, or for this process's own if these are None.
 
-    At most `size` of them serve, unless there is a crowd; those that are replaced stay until their
-    last command has ended. Our own are started by `start`. Another user's are started when there is
-    work for them, and end when they have had no connection for `idle` seconds.
+    At most `size` helpers serve, unless each has many connections. Replaced ones stay until their
+    last command has ended. `start` starts our own. Another user's are started when there is work
+    for them, and end when they have had no connection for `idle` seconds.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class User:
         patience: float,
     ) -> None:
         self.credentials = credentials
-        self.helpers: list[Helper] = []  # that serve, and those that are draining
+        self.helpers: list[Helper] = []  # those that serve, and those that are draining
         self.last_used = time.monotonic()
-        self.failed_until = 0.0  # of time.monotonic(): a helper could not become its user
+        self.failed_until = 0.0  # of time.monotonic(), after a helper could not become its user
         self._loop = loop
         self._size = size
         self._idle = idle
@@ -51,27 +51,27 @@ class User:
         self._on_frame = on_frame
         self._exited = on_exit
         self._patience = patience
-        self._timers: dict[Helper, Timer] = {}  # of those without a connection
+        self._timers: dict[Helper, Timer] = {}  # for those without a connection
         self._too_soon = 0
         self._closing = False
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has no connection."""
+        """Whether no helper has a connection."""
         return not any(helper.connections for helper in self.helpers)
 
     @property
     def is_over(self) -> bool:
-        """Whether it can be forgotten."""
+        """Whether all helpers have ended and no more will be started."""
         return not self.helpers and time.monotonic() >= self.failed_until
 
     def start(self) -> None:
-        """Start all that may serve. Raises OSError."""
+        """Start as many helpers as may serve. Raises OSError."""
         while len(self._serving()) < self._size:
             self._start_one()
 
     def choose(self) -> Helper:
-        """Return the helper for one more connection: the least busy, or a new one.
+        """Return the helper for one more connection: the least busy one, or a new one.
 
         Raises OSError if there is none and none can be started.
         """
@@ -85,13 +85,13 @@ class User:
             try:
                 helper = self._start_one()
             except OSError:
-                if helper is None:  # else a busy one is better than none
+                if helper is None:  # otherwise, a busy one will do
                     raise
         self._use(helper)
         return helper
 
     def forget(self, helper: Helper, connection: int) -> None:
-        """Take note that a connection of `helper` has gone."""
+        """Forget a connection of `helper` that has ended."""
         helper.forget(connection)
         if helper.connections or helper.draining:
             return
@@ -99,10 +99,10 @@ class User:
             self.last_used = time.monotonic()
             self._timers[helper] = self._loop.call_later(self._idle, helper.drain)
         elif len(self._serving()) > self._size:
-            helper.drain()  # it was started for a crowd
+            helper.drain()  # no longer needed: it is beyond `size`
 
     def replace(self, helper: Helper) -> None:
-        """Replace a helper that has started its share of commands."""
+        """Replace a helper that has started its maximum of commands."""
         if self._closing or helper.draining or helper not in self.helpers:
             return
         helper.is_full = True
@@ -151,7 +151,7 @@ class User:
         return [helper for helper in self.helpers if not (helper.draining or helper.gone)]
 
     def _needs_more(self, count: int, least: int) -> bool:
-        """Whether another is needed beside `count` with at least `least` connections each."""
+        """Return whether `count` helpers with at least `least` connections each are too few."""
         return least >= _CROWD or (count < self._size and least > 0)
 
     def _start_one(self) -> Helper:
