@@ -45,6 +45,7 @@ class Keyboard(asyncio.WriteTransport):
         self._owner = owner
         self._rest = bytearray()
         self._closing = False
+        self._ended = False
         self._paused = False
         os.set_blocking(terminal.fileno(), False)
 
@@ -60,7 +61,7 @@ class Keyboard(asyncio.WriteTransport):
             self._owner._protocol.pause_writing()
 
     def _go_on(self) -> None:
-        if self.disconnected:
+        if self._ended:
             return
         try:
             with memoryview(self._rest) as rest:
@@ -78,16 +79,20 @@ class Keyboard(asyncio.WriteTransport):
                 self._end()
 
     def _end(self, error: Exception | None = None) -> None:
-        if self.disconnected:
+        if self._ended:
             return
-        self._closing = self.disconnected = True
+        self._closing = self._ended = True
         if not self._terminal.closed:
             if self._rest:
                 self._loop.remove_writer(self._terminal.fileno())
             with contextlib.suppress(OSError):
                 os.write(self._terminal.fileno(), self._terminal.end_of_input(False))
         self._rest.clear()
-        self._loop.call_soon(self._owner._pipe_connection_lost, 0, error)
+        self._loop.call_soon(self._lose, error)
+
+    def _lose(self, error: Exception | None) -> None:
+        self.disconnected = True  # not before: the process's transport expects to hear of it
+        self._owner._pipe_connection_lost(0, error)
 
     def close(self) -> None:
         self._closing = True

@@ -261,6 +261,8 @@ def _end_all_cancelled_starts() -> None:
 class _Transport(base_subprocess.BaseSubprocessTransport):
     """asyncio's own transport, for a child that is already running."""
 
+    keyboard: asyncio.WriteTransport | None = None  # which types at the terminal
+
     _closed: bool
     _pending_calls: Any
     _pipes: dict[int, Any]
@@ -327,9 +329,8 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
 
     def _close_terminal(self) -> None:
         if self._started.terminal is not None:
-            keyboard = self._pipes.get(0)
-            if keyboard is not None:
-                keyboard.pipe.abort()
+            if self.keyboard is not None:
+                self.keyboard.abort()
             self._started.terminal.close()
 
     async def exited(self, seconds: float | None = None) -> bool:
@@ -446,7 +447,8 @@ async def make_transport(
         process, loop, protocol, args, shell, stdin, stdout, stderr, bufsize, waiter, extra
     )
     if process.terminal is not None and stdin is None:
-        transport._pipes[0] = _asyncio_terminal.Keyboard(loop, process.terminal, transport)
+        transport.keyboard = _asyncio_terminal.Keyboard(loop, process.terminal, transport)
+        transport._pipes[0] = transport.keyboard
     watch.begin(transport._process_exited)
     try:
         await waiter

@@ -153,7 +153,7 @@ def test_who_holds_the_output_at_the_end_does_not_prolong_it(keeper: Keeper) -> 
 
 def test_tree_and_limits(keeper: Keeper) -> None:
     limits = option(lib.EB_TAG_LIMITS, struct.pack("<QQQI", 200_000, 0, 0, 0))
-    keeper.start(shell("sleep 100 & sleep 100", options=[SUPERVISED, limits]))
+    keeper.start(shell("sleep 100 & exec sleep 100", options=[SUPERVISED, limits]))
     assert keeper.follower().exit_status() == signal.SIGKILL
     entry = keeper.journal()
     assert entry["cause"] == lib.EB_CAUSE_TIMEOUT

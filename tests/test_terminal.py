@@ -723,7 +723,10 @@ def test_greenlets_go_on(name: str) -> None:
 
 ASYNCIO = """
     import asyncio, errand_boy.asyncio as it
+    unhandled = []
     async def main(it):
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: unhandled.append(repr(context)))
         done = await it.run(["cat"], pty=True, capture_output=True, input=b"a\\nb")
         process = await it.create_subprocess_exec("sh", "-c", "stty size; read x; echo got $x",
                                                   pty=(5, 6))
@@ -741,7 +744,7 @@ ASYNCIO = """
         many = await asyncio.gather(*(it.run(["stty", "size"], pty=(n, n)) for n in range(1, 30)))
         sizes = [many.stdout.split()[0].decode() for many in many]
         return [done.stdout.decode(), first.decode(), rest.decode(), returncode,
-                plain.stdout.decode(), plain.stderr.decode(), late, sizes]
+                plain.stdout.decode(), plain.stderr.decode(), late, sizes, unhandled]
     before = os.listdir("/proc/self/fd")
     path = sys.argv[2]
     source = it.connect(path) if path else it
@@ -769,7 +772,7 @@ def test_asyncio_streams(loop: str, way: str, daemon: Daemon) -> None:
     assert first == "5 6\r\n"
     assert rest.endswith("got c\r\n")
     sizes = [str(n) for n in range(1, 30)]
-    assert others == [0, "", "e\r\n", True, sizes]
+    assert others == [0, "", "e\r\n", True, sizes, []]
 
 
 @pytest.mark.parametrize("by", ["private", "daemon"])

@@ -130,8 +130,7 @@ def test_top() -> None:
 
 
 def test_python() -> None:
-    environment = "import os; os.environ.pop('PYTHONSTARTUP', None)"
-    with program([sys.executable, "-q", "-i", "-c", environment]) as screen:
+    with program([sys.executable, "-q"], PYTHONSTARTUP="") as screen:
         screen.has(">>>")
         screen.type("6 * 7\r")
         screen.until(lambda lines: "42" in lines)
@@ -140,7 +139,8 @@ def test_python() -> None:
         screen.terminal.intr()
         screen.has("KeyboardInterrupt")
         screen.type("\x04")
-        assert screen.end() == 0
+        # Before 3.13, Python ends by the interrupt that it has survived.
+        assert screen.end() in (0, -signal.SIGINT)
 
 
 def test_hang_up_ends_them() -> None:
