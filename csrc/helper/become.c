@@ -1,7 +1,7 @@
 /*
- * The order matters.  First comes what needs the rights of root: the audit's login id, groups, gid, uid.  Then,
- * with the user's rights, what belongs to the user: a session keyring and the working directory.  Last, the process
- * becomes traceable for its user, like any program that the user has executed; until then nobody may trace it.
+ * The order matters.  First come the steps that need root's rights: the audit's login id, groups, gid, uid.  Then
+ * follow those that need the user's rights: the session keyring and the working directory.  Last, the process becomes
+ * traceable for its user, like any program that the user has executed; until then nobody may trace it.
  */
 #include "helper/become.h"
 
@@ -34,7 +34,7 @@ static _Noreturn void fail(const char *what)
     exit(1);
 }
 
-/* A number and, after it, `end`; returns what follows. */
+/* Parses a number that `end` follows; returns the rest. */
 static const char *number(const char *text, char end, unsigned *value)
 {
     char *rest;
@@ -83,7 +83,8 @@ bool eb_has_become(void)
     return user.given;
 }
 
-/* The id that audit and `ps -o luid` show.  If the kernel has no audit, or lets nobody set it, it stays as it is. */
+/* Sets the id that audit and `ps -o luid` show.  It stays unchanged if the kernel has no audit, or lets nobody set
+ * it. */
 static void set_login_uid(void)
 {
     int fd = open("/proc/self/loginuid", O_WRONLY | O_CLOEXEC);
@@ -104,16 +105,16 @@ static void check_ids(void)
             errno = EPERM;
             fail("ids");
         }
-    /* In the place of those that were asked for, which are there in this order, for the kernel sorts them. */
+    /* The kernel sorts groups, so get them in its order, to replace those that were asked for. */
     if (getgroups(0, NULL) != (int)user.count) {
         errno = EPERM;
         fail("groups");
     }
 }
 
-/* The kernel takes them from a process that leaves user 0, unless securebits say otherwise.  A process that stays closed
- * to its user keeps one, which is of no use: even while it is dumpable, only a process with that capability may trace it.
- * What it executes has none. */
+/* The kernel drops the capabilities of a process that leaves user 0, unless securebits say otherwise.  A process
+ * that stays closed to its user keeps one, which permits nothing useful: even while the process is dumpable, only a
+ * process with that capability may trace it.  Programs that it executes have none. */
 static void drop_capabilities(bool opens)
 {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
@@ -130,14 +131,15 @@ static void drop_capabilities(bool opens)
         fail("capabilities");
 }
 
-/* Otherwise it would have the daemon's.  Containers often forbid the call, and have no keys then. */
+/* Otherwise the process would keep the daemon's keyring.  Containers often forbid the call, but then there are no
+ * keys. */
 static void join_keyring(void)
 {
     if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 && errno != ENOSYS && errno != EPERM)
         fail("session keyring");
 }
 
-/* Its user may look into it from now on, so the daemon's log or terminal must not be open. */
+/* From now on its user may look into this process, so the daemon's log or terminal must not be open. */
 static void close_standard(void)
 {
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -172,7 +174,7 @@ void eb_become(bool opens)
         fail(user.directory);
     if (user.given) {
         close_standard();
-        /* As an exec would set it: a program that its user may not read stays closed to him. */
+        /* As after an exec: a program that its user may not read stays closed to that user. */
         if (opens && access("/proc/self/exe", R_OK) == 0)
             (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
     }

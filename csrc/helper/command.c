@@ -94,8 +94,8 @@ void eb_command_end_group(pid_t pid)
             (void)kill(-pid, SIGKILL);
 }
 
-/* Signals the group of a dying command whose leader has been waited for.  By its pidfd, since another group
- * may have the number by now; before Linux 6.9 there is no such call, and the leader's end is the end. */
+/* Signals the group of a dying command whose leader has been waited for.  It does so by the pidfd, because another
+ * group may have the number by now; before Linux 6.9 that is not possible, and the command ends with its leader. */
 static bool signal_group(const struct eb_command *k, int number)
 {
     const unsigned process_group = 1 << 2; /* PIDFD_SIGNAL_PROCESS_GROUP */
@@ -123,7 +123,7 @@ static void end_command(struct eb_command *k)
     k->kill_at = eb_now_ms() + k->on_close_ms;
     eb_wake_by(eb_now_ms());
     eb_command_kill(k, SIGTERM);
-    eb_command_kill(k, SIGCONT); /* stopped, it would not notice */
+    eb_command_kill(k, SIGCONT); /* a stopped process would not notice the signal */
 }
 
 void eb_command_wake(struct eb_command *k, uint64_t now)
@@ -145,7 +145,7 @@ void eb_command_wake(struct eb_command *k, uint64_t now)
 
 /* -- from start to end -- */
 
-/* Nothing reads it any more; the part that the report needs takes its place. */
+/* Nothing reads the request any more; the part that the report needs takes its place. */
 static void release_request(struct eb_command *k)
 {
     struct eb_request q = k->request;
@@ -222,7 +222,7 @@ void eb_command_ended(struct eb_command *k)
 void eb_command_started(struct eb_command *k)
 {
     static bool has_started;
-    const bool polled = k->start.polled; /* its program may have run for long */
+    const bool polled = k->start.polled; /* its program may have been running for long */
     helper.spawner->end(&k->start);
     helper.starting--;
     release_request(k);
@@ -239,7 +239,7 @@ void eb_command_started(struct eb_command *k)
     k->state = k->start.owner == EB_OWNER_HELPER ? EB_RUNNING : EB_OVER;
     report_start(k);
     if (!has_started)
-        eb_drop_rare_text(); /* by now the rest of what a start needs is mapped */
+        eb_drop_rare_text(); /* by now all other code that a start needs is mapped */
     has_started = true;
     if (k->connection == NULL && k->child != 0 && k->on_close)
         end_command(k);
@@ -271,8 +271,7 @@ static struct eb_command *use_spare(struct eb_connection *c)
     return k;
 }
 
-/* Closes the descriptors that came with a request.  Those behind them belong to the next frame, unless the order is
- * lost. */
+/* Closes the descriptors that came with a request.  Later ones belong to the next frame, unless the order is lost. */
 static void drop_fds(struct eb_command *k)
 {
     struct eb_fds *fds = &k->connection->channel.fds;
@@ -283,7 +282,7 @@ static void drop_fds(struct eb_command *k)
         eb_fds_drop(fds, count);
 }
 
-/* It can't be started; the loop sees that the outcome is known. */
+/* The command can't be started; the loop sees that the outcome is known. */
 static void fail(struct eb_command *k, int error, enum eb_stage stage)
 {
     drop_fds(k);
@@ -316,7 +315,7 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
         eb_refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(q),
                   (unsigned)c->channel.fds.count);
     else if (!helper.owns_children && (q->streams != 0 || eb_has(q, EB_TAG_COALESCE) || eb_has(q, EB_TAG_SUPERVISE)))
-        /* It could not tell of the end. */
+        /* Such a helper could not report the end. */
         eb_refuse(c, "malformed SPAWN: option %s needs a helper that owns its children",
                   q->streams != 0              ? "STREAMS"
                   : eb_has(q, EB_TAG_COALESCE) ? "COALESCE"
@@ -346,7 +345,7 @@ void eb_command_begin(struct eb_command *k)
         return;
     }
     eb_stdio_place(q, &c->channel.fds, ends, helper.null_fd);
-    q->present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN; /* our own are none to inherit */
+    q->present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN; /* not inherited from us */
     if (helper.pool)
         eb_self_complete(&helper.self, q);
     c->coalesces = eb_has(q, EB_TAG_COALESCE);
@@ -355,18 +354,18 @@ void eb_command_begin(struct eb_command *k)
     k->on_close_ms = given ? q->on_close_ms : q->streams != 0 ? STREAMED_GRACE_MS : 0;
     k->begun_ns = eb_clock_ns(CLOCK_MONOTONIC);
     k->state = EB_STARTING;
-    /* A daemon's clients may send anything, and may never complete their request. */
+    /* A daemon's clients may send any descriptors, and may never complete their request. */
     helper.spawner->begin(&k->start, q, helper.pool && eb_fds_held() > eb_request_fds(q));
     if (++helper.starting > 1)
         helper.needs_trim = true;
-    /* The new process has its own by now. */
+    /* The new process has its own copies by now. */
     drop_fds(k);
     eb_stdio_close(ends);
     if (k->start.pid > 0 && k->start.owner == EB_OWNER_HELPER) {
         add_child(k, k->start.pid);
         if (helper.pool)
             k->since_ms = eb_clock_ns(CLOCK_REALTIME) / 1000000;
-        if (k->on_close && !supervised) /* a guard sees by itself that we have been killed */
+        if (k->on_close && !supervised) /* a guard notices by itself that we have been killed */
             k->tied_slot = eb_tied_keep(k->start.pid, k->on_close_ms);
     }
 }

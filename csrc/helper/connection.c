@@ -7,7 +7,7 @@
 enum {
     CORK_MS = 10,
     MOST_CORKED = 32 << 10, /* bytes */
-    GRAIN_MS = 4,           /* wakes are put off to multiples of it, so that few are for one object only */
+    GRAIN_MS = 4,           /* wakes are put off to multiples of this, so that most are for several objects */
 };
 
 struct eb_helper helper;
@@ -37,7 +37,7 @@ void eb_mark_closing(struct eb_connection *c)
     eb_mark(c);
 }
 
-/* -- the beginning and the end -- */
+/* -- beginning and end -- */
 
 struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool control)
 {
@@ -75,7 +75,7 @@ void eb_connection_close(struct eb_connection *c)
     c->spare = NULL;
 }
 
-/* -- what comes -- */
+/* -- receiving -- */
 
 static bool same_sender(const struct ucred *a, const struct ucred *b)
 {
@@ -94,7 +94,7 @@ int eb_connection_fill(struct eb_connection *c)
     return got;
 }
 
-/* -- what goes -- */
+/* -- sending -- */
 
 bool eb_is_at_rest(const struct eb_connection *c)
 {

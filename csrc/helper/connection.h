@@ -1,5 +1,5 @@
 /*
- * One framed connection: what has arrived of the next frame, what is still to be sent.
+ * One framed connection: the part of the next frame that has arrived, and the data still to be sent.
  *
  *   state                                       frames that it takes
  *   NEW      until HELLO                        HELLO
@@ -8,9 +8,10 @@
  *            still to come
  *   CONTROL  the control socket, after HELLO    what the server says
  *
- * It takes none while its command waits for GRANT, or for the outcome of its start (see command.h), and while it is
- * blocked: then neither frames nor output are read until the socket has taken what is kept for it.  Corked, it keeps
- * frames that are to go together, and reads on.  Closing, it only waits for the loop to close it.
+ * It takes no frames while its command waits for GRANT, or for the outcome of its start (see command.h), nor while the
+ * connection is blocked: then neither frames nor output are read until the socket has taken what is kept for it.  While
+ * corked, it keeps frames that are to go together, and reads on.  While closing, it only waits for the loop to close
+ * it.
  */
 #ifndef EB_CONNECTION_H
 #define EB_CONNECTION_H
@@ -20,53 +21,52 @@
 
 struct eb_connection {
     enum eb_source source;            /* EB_SOURCE_CONNECTION */
-    enum eb_source stream_sources[3]; /* EB_SOURCE_STDIN and its neighbours */
+    enum eb_source stream_sources[3]; /* EB_SOURCE_STDIN and the two after it */
     struct eb_channel channel;
     uint32_t id; /* the server's number for it */
     bool control;
     bool asks;            /* each start needs a GRANT */
     bool tells_ends;      /* the server gets an ENDED for each command */
     bool opened, greeted; /* the NUL byte has come; and the peer's HELLO */
-    bool ended;           /* the peer has ended its side, but we go on */
+    bool ended;           /* the peer has ended its side, but we still send */
     /* Marks for the loop. */
     bool marked;  /* in its list */
-    bool closing; /* nothing more is read or sent: close it */
+    bool closing; /* nothing more is read or sent, and the loop must close it */
     /* The loop's. */
     bool watched;
-    uint32_t events;         /* watched for */
+    uint32_t events;         /* those that are watched for */
     uint64_t frame_deadline; /* of eb_now_ms: for the rest of a frame; 0: none */
 
-    struct eb_command *command; /* requested, starting or running; NULL: none */
-    /* The memory for the next, when there is none.  It comes with the connection: made for each command, it would
-     * outlive the buffers around it, and keep their pages after a burst. */
+    struct eb_command *command; /* requested, starting or running, or NULL */
+    /* Memory for the next command, while there is none.  It is allocated with the connection: if it were allocated
+     * for each command, it would outlive the buffers around it, and keep their pages in use after a burst. */
     struct eb_command *spare;
-    struct eb_streams *streams; /* its standard streams, which may outlast it; NULL: none */
-    bool coalesces;             /* the command's frames are to go together */
-    bool corked;                /* `out` holds such frames back, at most until then */
+    struct eb_streams *streams; /* the command's standard streams, which may outlast it, or NULL */
+    bool coalesces;             /* the command's frames are sent together */
+    bool corked;                /* `out` holds such frames back, at most until `corked_until` */
     bool large_output;          /* the last command wrote much */
     uint64_t corked_until;      /* of eb_now_ms */
 
-    const struct ucred *only;              /* the only one who may ask for anything; NULL: anybody */
-    bool foreign;                          /* some of what is not consumed came from another sender */
-    struct eb_connection *next, *previous; /* among all; or `next` among the dead */
+    const struct ucred *only;              /* the only process that may ask for anything; NULL: any process */
+    bool foreign;                          /* some of the data that is not consumed came from another sender */
+    struct eb_connection *next, *previous; /* in the list of all; or `next` in the list of the dead */
     struct eb_connection *next_marked;
 };
 
 /* Makes a connection of the socket `fd`, one of helper.connections, and says HELLO.  NULL: memory is short, and `fd`
  * is closed. */
 struct eb_connection *eb_connection_new(int fd, uint32_t id, uint8_t flags, bool control);
-/* Has the loop handle it: what has come, its marks, and those of its command and streams. */
+/* Has the loop handle it: the data that has arrived, its marks, and those of its command and streams. */
 void eb_mark(struct eb_connection *c);
 /* Has the loop close it. */
 void eb_mark_closing(struct eb_connection *c);
 
-/* Reads once.  1: something came; 0: nothing now; -1: the peer is gone or memory is short. */
+/* Reads once.  1: data came; 0: none is there now; -1: the peer has gone or memory is short. */
 int eb_connection_fill(struct eb_connection *c);
-/* Sends a frame, or holds it back for a moment if the command's are to go together. */
+/* Sends a frame, or holds it back for a moment if the command's frames are sent together. */
 void eb_reply(struct eb_connection *c, enum eb_kind kind, const void *payload, size_t size);
 void eb_reply_u32(struct eb_connection *c, enum eb_kind kind, uint32_t number);
-/* The same with the reason, and has the loop close the connection.  The reason is sent only if the socket takes it at
- * once. */
+/* Sends REFUSED with the reason, if the socket takes it at once, and has the loop close the connection. */
 __attribute__((format(printf, 2, 3))) void eb_refuse(struct eb_connection *c, const char *format, ...);
 /* Sends what is held back. */
 void eb_uncork(struct eb_connection *c);

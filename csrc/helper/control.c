@@ -56,7 +56,7 @@ bool eb_tell_ids(void)
     bool known = ids != NULL && getresuid(&ids[0], &ids[1], &ids[2]) == 0 &&
                  getresgid(&ids[3], &ids[4], &ids[5]) == 0 && getgroups(count, &ids[6]) == count;
     if (known) {
-        struct eb_writer w = eb_writer(ids, (6 + (size_t)count) * sizeof *ids); /* in their own place */
+        struct eb_writer w = eb_writer(ids, (6 + (size_t)count) * sizeof *ids); /* encoded in place */
         for (int i = 0; i < 6 + count; i++)
             eb_put_u32(&w, ids[i]);
         send_control(EB_IDS, ids, eb_written(&w));
@@ -111,7 +111,7 @@ void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
     struct eb_reader r = eb_reader(frame->payload, frame->size);
     struct eb_fds *fds = &control->channel.fds;
     struct eb_connection *c = NULL;
-    const uint32_t id = eb_get_u32(&r); /* 0, if the frame is empty */
+    const uint32_t id = eb_get_u32(&r); /* 0 if the frame is empty */
     const uint8_t flags = eb_get_u8(&r);
     const bool lost = fds->count == 0 && fds->lost;
     eb_channel_consume(&control->channel, EB_HEADER_SIZE + frame->size);
@@ -120,14 +120,14 @@ void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
         return;
     }
     if (lost) {
-        eb_fds_clear(fds); /* the other end of what was dropped reads end-of-file before any HELLO */
+        eb_fds_clear(fds); /* the peers of dropped descriptors read end-of-file before any HELLO */
     } else if (fds->count == 0) {
         eb_refuse(control, "ADOPT came without a descriptor");
         return;
     } else {
         int fd = eb_fds_take(fds);
-        /* It may have been on its way when we were told to stop; its client has not been served, and may go
-         * elsewhere. */
+        /* The connection may have been on its way when we were told to stop; its client has not been served, and may
+         * go elsewhere. */
         if (helper.draining)
             close(fd);
         else
@@ -142,8 +142,8 @@ void eb_on_adopt(struct eb_connection *control, const struct eb_frame *frame)
 void eb_drain(void)
 {
     helper.draining = true;
-    /* A private helper's caller must not take one that ends for one that serves: its next ADOPT fails at once.
-     * What it has sent is still read, and then the end. */
+    /* A private helper's caller must not mistake a helper that ends for one that serves, so its next ADOPT fails at
+     * once. What it has already sent is still read, up to the end. */
     if (!helper.pool && helper.control != NULL)
         (void)shutdown(helper.control->channel.fd, SHUT_RD);
     for (struct eb_connection *c = helper.connections; c != NULL; c = c->next)
@@ -183,14 +183,14 @@ void eb_on_grant(struct eb_connection *control, const struct eb_frame *frame)
             grant(k);
             return;
         }
-    /* It has withdrawn meanwhile. */
+    /* The request has been withdrawn meanwhile. */
 }
 
 void eb_server_gone(void)
 {
     if (!helper.pool)
         return;
-    /* No server is left that could grant or limit anything: waiting requests are started. */
+    /* No server is left that could grant or limit anything, so waiting requests are started. */
     for (struct eb_command *k = helper.commands; k != NULL; k = k->next)
         if (k->state == EB_WAITING)
             grant(k);

@@ -10,18 +10,18 @@ void eb_on_end(struct eb_connection *control, const struct eb_frame *frame);
 void eb_on_query(struct eb_connection *control, const struct eb_frame *frame);
 void eb_on_grant(struct eb_connection *control, const struct eb_frame *frame);
 
-/* Takes no more commands: has the loop close idle connections, and the others when they become idle. */
+/* Stops taking commands: has the loop close idle connections, and the others when they become idle. */
 void eb_drain(void);
-/* The control socket is at its end. */
+/* Called at the end of the control socket. */
 void eb_server_gone(void);
 
 /* Sends the server WANT, DONE or CLOSED for a connection. */
 void eb_tell(enum eb_kind kind, uint32_t id);
-/* Reports the end of a command that has a record. */
+/* Sends ENDED for a command that has a record. */
 void eb_tell_end(const struct eb_command *k);
 /* Sends FULL or STAYS, which have no payload, to the server, or from a private helper to its caller. */
 void eb_tell_empty(enum eb_kind kind);
-/* Sends the caller the ids of this process; false if memory is short. */
+/* Sends IDS, the ids of this process; false if memory is short. */
 bool eb_tell_ids(void);
 
 #endif

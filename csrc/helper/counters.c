@@ -3,12 +3,12 @@
 #include <sys/mman.h>
 
 enum {
-    MOST_FAILURES = 64, /* kinds of failure that are told apart */
+    MOST_FAILURES = 64, /* kinds of failure that are counted separately */
     BUCKETS = 96,       /* of start times: up to 2^24 microseconds */
     MOST_TIED = 7900,   /* 64 KiB in all */
 };
 
-/* The server reads it by the same layout, see docs/protocol.md. */
+/* The server reads this layout, see docs/protocol.md. */
 static struct counters {
     uint64_t started, ended;
     uint64_t failure_kinds;
@@ -19,10 +19,10 @@ static struct counters {
         uint64_t count;
     } failures[MOST_FAILURES];
     struct {
-        int32_t pid; /* 0 or less: none; the negative of the next that is free, counted from 1 */
+        int32_t pid; /* 0 or less: none; then it is the negated number of the next free entry, counted from 1 */
         uint32_t grace_ms;
     } tied[MOST_TIED];
-} *counters; /* NULL: none are kept */
+} *counters; /* NULL: no counts are kept */
 
 bool eb_counters_keep(int fd)
 {
@@ -34,7 +34,7 @@ bool eb_counters_keep(int fd)
     return true;
 }
 
-/* The lowest are taken first, so that few pages of the file are in use. */
+/* The lowest entries are used first, so that few pages of the file are in use. */
 static uint32_t tied_count, first_free;
 
 uint32_t eb_tied_keep(pid_t pid, uint32_t grace_ms)
@@ -64,7 +64,7 @@ bool eb_counters_are_kept(void)
     return counters != NULL;
 }
 
-/* The least i for which it is less than 2^(i/4). */
+/* The least i for which `microseconds` is less than 2^(i/4). */
 static unsigned bucket(uint64_t microseconds)
 {
     static const unsigned quarters[] = {11892, 14142, 16818}; /* 10^4 * 2^(1/4), and so on */
@@ -98,7 +98,7 @@ void eb_count_failure(enum eb_stage stage, int error)
            (counters->failures[i].stage != (uint32_t)stage || counters->failures[i].error != error))
         i++;
     if (i == MOST_FAILURES)
-        i = MOST_FAILURES - 1; /* the rest together */
+        i = MOST_FAILURES - 1; /* all other kinds together */
     if (i == counters->failure_kinds) {
         counters->failures[i].stage = (uint32_t)stage;
         counters->failures[i].error = error;

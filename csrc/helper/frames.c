@@ -29,7 +29,7 @@ static unsigned state_of(const struct eb_connection *c)
 
 static const struct rule {
     char name[8];
-    uint8_t states; /* in which it may come */
+    uint8_t states; /* states in which it may come */
     uint32_t least, most;
     void (*act)(struct eb_connection *c, const struct eb_frame *frame);
 } rules[] = {
@@ -46,10 +46,10 @@ static const struct rule {
 };
 
 /*
- * The caller may have fewer rights than this helper by now, and another process may have got its connections:
- * neither may start anything here.  The kernel reports the sender's real ids, so a process that can take back the
- * rights which it had may still ask.  Input and signals only affect the connection's live command, which closing
- * the connection would end as well.
+ * By now the caller may have fewer rights than this helper, and another process may have got its connections: neither
+ * may start anything here.  The kernel reports the sender's real ids, so a process that can regain the rights that it
+ * had may still ask.  Input and signals affect only the connection's live command, which could be ended by closing the
+ * connection anyway.
  */
 static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
 {
@@ -57,7 +57,7 @@ static bool may_ask(const struct eb_connection *c, const struct eb_frame *frame)
            frame->kind == EB_HELLO;
 }
 
-/* Checked as soon as the header has come, so that nobody sends 16 MiB only to be refused. */
+/* Checked as soon as the header has come, so that nobody sends 16 MiB just to be refused. */
 static bool is_admitted(struct eb_connection *c, const struct eb_frame *frame)
 {
     const struct rule *rule = frame->kind < sizeof rules / sizeof *rules ? &rules[frame->kind] : &rules[0];
@@ -102,7 +102,7 @@ bool eb_take_frame(struct eb_connection *c)
         eb_refuse(c, "a frame of more than %d bytes", EB_MAX_FRAME);
     if (whole < 0 || c->channel.in_size < EB_HEADER_SIZE || !is_admitted(c, &frame) || whole == 0)
         return false;
-    c->frame_deadline = 0; /* the next one has its own */
+    c->frame_deadline = 0; /* the next frame has its own */
     rules[frame.kind].act(c, &frame);
     return true;
 }

@@ -1,12 +1,12 @@
 /*
  * One round of the loop:
  *
- *   1. Each event goes to its owner: bytes are read or sent, output is passed on, a start is finished.  After each of
- *      them the connections that were marked have their turn, until no mark is left.
- *   2. The processes that have ended are waited for, all of them, and then reported.  This comes after the events,
- *      since it may finish a start whose own event is in this round, and begin the next with the same memory.
- *   3. Starts that no descriptor reports are looked at, and what is due is done.
- *   4. What has been closed is freed.  Events of this round may point to it until here.
+ *   1. Each event goes to its owner: bytes are read or sent, output is passed on, a start is finished.  After each
+ *      event the marked connections have their turn, until no mark is left.
+ *   2. All processes that have ended are waited for, and then reported.  This comes after the events, because it may
+ *      finish a start whose own event is in this round, and begin the next start in the same memory.
+ *   3. Starts that no descriptor reports are checked, and due timers run.
+ *   4. Closed objects are freed.  Until here, events of this round may point to them.
  */
 #include "helper/loop.h"
 
@@ -30,17 +30,17 @@
 #include <unistd.h>
 
 enum {
-    READS_PER_TURN = 16, /* of one connection, before the others have theirs */
-    MOST_FDS = 1024,     /* that a daemon's client may have sent for its next request */
-    TRIM_MS = 100,       /* without an event, after which memory is given back, */
-    KEPT_STARTS = 1,     /* but for that of so many starts */
+    READS_PER_TURN = 16, /* of one connection, before the others have their turn */
+    MOST_FDS = 1024,     /* that a daemon's client may send for its next request */
+    TRIM_MS = 100,       /* without an event until memory is given back, */
+    KEPT_STARTS = 1,     /* except that of this many starts */
     START_TICK_MS = 40,  /* poll interval for starts that no descriptor reports */
 };
 
 static int epoll_fd, signals_fd, caller_fd;
 static bool caller_gone;
-static struct eb_command *polled; /* whose start is under way, and could not or need not be watched */
-/* Freed between two rounds of events, which may point to them. */
+static struct eb_command *polled; /* commands whose start is under way, and can't or need not be watched */
+/* These are freed between two rounds, because events of a round may point to them. */
 static struct eb_connection *dead_connections;
 static struct eb_command *dead_commands;
 
@@ -57,7 +57,7 @@ static void unwatch_fd(int fd)
     (void)epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
 }
 
-/* Watches for `events`, 0 for a hang-up only. */
+/* Watches for `events`; 0 means a hang-up only. */
 static bool watch(struct eb_connection *c, uint32_t events)
 {
     if (c->watched && c->events == events)
@@ -70,7 +70,7 @@ static bool watch(struct eb_connection *c, uint32_t events)
     return true;
 }
 
-/* Removed, not masked: a hang-up is reported whatever the mask says. */
+/* This removes the descriptor, because a hang-up is reported whatever the mask says. */
 static void unwatch(struct eb_connection *c)
 {
     if (c->watched)
@@ -80,13 +80,13 @@ static void unwatch(struct eb_connection *c)
 
 /* -- a command's streams -- */
 
-/* Whether the outcome of its command's start is awaited, before which nothing else matters. */
+/* Whether it waits for the outcome of its command's start, before which nothing else matters. */
 static bool is_starting(const struct eb_connection *c)
 {
     return c->command != NULL && (c->command->state == EB_STARTING || c->command->state == EB_FAILING);
 }
 
-/* Closes the pipes that are over, and watches for what the others want. */
+/* Closes the pipes that are over, and watches the others as needed. */
 static void sync_streams(struct eb_connection *c)
 {
     struct eb_streams *s = c->streams;
@@ -99,7 +99,7 @@ static void sync_streams(struct eb_connection *c)
             continue;
         bool over = (s->over & bit) != 0, wanted = !over && !is_starting(c) && eb_streams_want(c, i);
         if (wanted != ((s->watched & bit) != 0)) {
-            /* Also before it is closed: a new process may hold a copy, which would keep it in the set. */
+            /* Also before a close, because a new process may hold a copy, which would keep the pipe in the set. */
             if (!wanted)
                 unwatch_fd(s->fds[i]);
             else if (!watch_fd(s->fds[i], i == 0 ? EPOLLOUT : EPOLLIN, &c->stream_sources[i]))
@@ -119,8 +119,8 @@ static void sync_streams(struct eb_connection *c)
 
 static void finish_start(struct eb_command *k)
 {
-    /* Closing is not enough: other new processes hold copies of it until they exec, and with them it would
-     * go on to report events, for a start that is over. */
+    /* Closing is not enough: other new processes hold copies until they exec, and through these the pipe would go on
+     * reporting events for a start that is over. */
     if (k->start.done_fd >= 0)
         unwatch_fd(k->start.done_fd);
     eb_command_started(k);
@@ -130,7 +130,7 @@ static void finish_start(struct eb_command *k)
     if (k->state != EB_FAILING)
         return;
     if (k->connection != NULL && k->connection->streams != NULL)
-        sync_streams(k->connection); /* nothing is left of it when the client is told */
+        sync_streams(k->connection); /* so that it has been cleaned up when the client is told */
     if (k->child == 0)
         eb_command_ended(k);
 }
@@ -157,7 +157,7 @@ static void release(struct eb_command *k)
 static void begin(struct eb_command *k)
 {
     eb_command_begin(k);
-    /* Memory or the user's number of watches may be exhausted. */
+    /* This may fail for lack of memory, or of the user's watches. */
     if (k->start.polled || (k->start.done_fd >= 0 && !watch_fd(k->start.done_fd, 0, &k->source))) {
         k->next_polled = polled;
         polled = k;
@@ -165,7 +165,7 @@ static void begin(struct eb_command *k)
     }
 }
 
-/* Does what a command waits for of the loop. */
+/* Does what a command needs from the loop. */
 static void attend(struct eb_command *k)
 {
     if (k->state == EB_REQUESTED && k->connection->asks && !k->asked && helper.control != NULL) {
@@ -179,7 +179,7 @@ static void attend(struct eb_command *k)
         finish_start(k);
     if (k->state != EB_OVER)
         return;
-    /* A request that was dropped is no command that has ended. */
+    /* A dropped request is not reported as an ended command. */
     if (k->record != NULL && (k->start.pid != 0 || k->start.error != 0))
         eb_tell_end(k);
     free(k->record);
@@ -191,7 +191,8 @@ static void attend(struct eb_command *k)
         release(k);
 }
 
-/* Its state has changed: its connection has its turn, or it alone if that has ended. */
+/* Called when the state of a command has changed: its connection has its turn, or the command alone if that has
+ * ended. */
 static void touch(struct eb_command *k)
 {
     if (k->connection != NULL)
@@ -227,7 +228,7 @@ static pid_t wait_for_child(int *status, struct rusage *usage)
     return wait4(info.si_pid, status, WNOHANG, usage);
 }
 
-/* Waits for all that have ended before it reports any of them, since a report may lead to new ones. */
+/* Waits for all ended processes before it reports any of them, because a report may lead to new ones. */
 static void reap(void)
 {
     struct eb_command *first = NULL, **last = &first, *k;
@@ -241,7 +242,7 @@ static void reap(void)
         }
     while ((k = first) != NULL) {
         first = k->next_child;
-        /* It may have come and gone before its start was noticed; the outcome is known by now. */
+        /* The process may have come and gone before its start was noticed; the outcome is known by now. */
         if (k->state == EB_STARTING)
             finish_start(k);
         eb_command_ended(k);
@@ -251,7 +252,7 @@ static void reap(void)
 
 /* -- connections -- */
 
-/* Whether it is time for more of its frames. */
+/* Whether the loop may take more of its frames. */
 static bool takes_frames(const struct eb_connection *c)
 {
     return !c->closing && !eb_is_blocked(c) && (c->command == NULL || c->command->state == EB_RUNNING);
@@ -302,7 +303,7 @@ static void sweep(void)
 
 /* -- a connection's turn -- */
 
-/* The rest of a frame must come in time. */
+/* Sets the time by which the rest of a frame must come. */
 static void set_frame_deadline(struct eb_connection *c)
 {
     if (c->channel.in_size == 0 || !eb_is_at_rest(c) || eb_is_blocked(c) || !helper.pool || c->control) {
@@ -313,19 +314,19 @@ static void set_frame_deadline(struct eb_connection *c)
     }
 }
 
-/* Has a connection closed over which nothing is under way, now that no command is taken any more. */
+/* Has an idle connection closed, because the helper takes no more commands. */
 static void close_if_at_rest(struct eb_connection *c)
 {
     if (c->control || !eb_is_at_rest(c) || c->channel.in_size > 0 || c->channel.out_size > 0)
         return;
-    /* A request may come between our last look and the close.  That the kernel tells its sender of unread bytes
-     * is not enough where input followed the request: it may be the input alone that was not read. */
+    /* A request may come between our last read and the close.  The kernel tells its sender of unread bytes, but that
+     * is not enough if input followed the request: perhaps only the input was not read. */
     if (!helper.pool)
         eb_reply(c, EB_UNREAD, NULL, 0);
     c->closing = true;
 }
 
-/* While a command runs, no frame may come with descriptors. */
+/* No frame may come with descriptors while a command runs. */
 static void check_fds(struct eb_connection *c)
 {
     if (c->channel.fds.count > 0 && (c->channel.in_size == 0 || (!c->control && !eb_is_at_rest(c))))
@@ -334,7 +335,7 @@ static void check_fds(struct eb_connection *c)
         eb_refuse(c, "more than %d descriptors", MOST_FDS);
 }
 
-/* Handles at most one frame, so that its effects on others come before the next: a DRAIN before a QUERY. */
+/* Handles at most one frame, so that its effects on other objects precede the next frame: a DRAIN before a QUERY. */
 static void step(struct eb_connection *c)
 {
     if (!c->closing && c->command != NULL)
@@ -381,11 +382,11 @@ static void on_connection(struct eb_connection *c, uint32_t events)
     if (c->channel.fd < 0)
         return;
     if (is_starting(c)) {
-        /* More requests, or the peer's end: neither matters before this start is decided. */
+        /* More requests, or the peer's end; neither matters before this start is decided. */
         unwatch(c);
         return;
     }
-    /* Also on a hang-up, which is reported again and again until the socket is closed. */
+    /* This is right for a hang-up too, which is reported again and again until the socket is closed. */
     if (eb_is_blocked(c)) {
         eb_connection_flush(c);
         eb_mark(c);
@@ -398,7 +399,7 @@ static void on_connection(struct eb_connection *c, uint32_t events)
         if (got == 0)
             return;
         if (got < 0 && c->control && !helper.pool) {
-            c->ended = true; /* it is closed after its last frames, see tell_of_the_end */
+            c->ended = true; /* closed after its last frames, see tell_of_the_end */
             unwatch(c);
             eb_drain();
             return;
@@ -415,7 +416,7 @@ static void on_connection(struct eb_connection *c, uint32_t events)
     }
 }
 
-/* The caller has ended. */
+/* Called when the caller has ended. */
 static void leave(void)
 {
     caller_gone = true;
@@ -424,7 +425,7 @@ static void leave(void)
         eb_mark_closing(c);
 }
 
-/* Whether a command is still to be ended with the caller. */
+/* Whether a command must still be ended with the caller. */
 static bool has_duties(void)
 {
     for (const struct eb_command *k = helper.commands; k != NULL; k = k->next)
@@ -434,20 +435,20 @@ static bool has_duties(void)
 }
 
 /*
- * A private helper that takes no more requests: its caller may wait for the end, since an exec of a set-user-ID
- * program or a setns() are not what they should be while another process shares the caller's fs.  Commands that
- * are its own may keep it for long, but no fs of the caller's.
+ * For a private helper that takes no more requests.  Its caller may be waiting for its end, because an exec of a
+ * set-user-ID program, or a setns(), does not work as it should while another process shares the caller's fs.  The
+ * helper's own commands may keep it alive for long, so it stops sharing the fs.
  */
 static void tell_of_the_end(void)
 {
     if (helper.count > 0) {
         for (const struct eb_command *k = helper.commands; k != NULL; k = k->next)
             if (k->state < EB_RUNNING)
-                return; /* soon over, or soon more than that */
+                return; /* it will soon be over, or running */
         for (const struct eb_connection *c = helper.connections; c != NULL; c = c->next)
             if (!c->control && eb_is_at_rest(c))
                 return;
-        (void)syscall(SYS_unshare, CLONE_FS); /* needs no right, and fails only for lack of memory */
+        (void)syscall(SYS_unshare, CLONE_FS); /* needs no privilege, and fails only for lack of memory */
         eb_tell_empty(EB_STAYS);
     }
     eb_mark_closing(helper.control);
@@ -544,7 +545,7 @@ void eb_serve(int signals, int caller)
 {
     static enum eb_source signals_source = EB_SOURCE_SIGNALS, caller_source = EB_SOURCE_CALLER;
     struct epoll_event events[64];
-    int idle = 0; /* milliseconds without an event, in several waits if wakes are due */
+    int idle = 0; /* milliseconds without an event, over several waits if timers were due */
     signals_fd = signals;
     caller_fd = caller;
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -558,7 +559,7 @@ void eb_serve(int signals, int caller)
         int n = epoll_wait(epoll_fd, events, 64, timeout);
         idle = n == 0 && helper.needs_trim ? idle + timeout : 0;
         if (idle >= TRIM_MS) {
-            /* At rest after a burst: what it took goes back. */
+            /* The helper is idle after a burst: give back its memory. */
             eb_trim_heap();
             eb_drop_rare_text();
             helper.spawner->trim(KEPT_STARTS);
@@ -583,7 +584,7 @@ void eb_serve(int signals, int caller)
         }
         sweep();
         if (caller_gone && !has_duties())
-            _exit(0); /* processes that are being started share our memory, which stays until they are done */
+            _exit(0); /* processes that are being started share our memory, which stays until they have left it */
     }
     close(epoll_fd);
     close(signals_fd);

@@ -1,6 +1,6 @@
 /*
- * errand-boy-helper: serves connections that it is handed over its control socket, and starts the
- * commands that they ask for.  One thread, never waiting but in epoll_wait.
+ * errand-boy-helper: serves connections that it gets over its control socket, and starts the commands that they ask
+ * for.  It has one thread, which waits only in epoll_wait.
  *
  *   --private         started by the process that it serves: descriptor 4 is that process's pidfd, and new
  *                     processes become that process's children; else it is one of a daemon's
@@ -34,8 +34,8 @@
 
 enum {
     CONTROL_FD = 3,
-    CALLER_FD = 4,   /* a caller's own helper */
-    COUNTERS_FD = 4, /* a daemon's */
+    CALLER_FD = 4,   /* of a private helper */
+    COUNTERS_FD = 4, /* of a daemon's helper */
 };
 
 enum { PRIVATE, OWN_CHILDREN, POSIX_SPAWN, COUNTERS, FLAGS };
@@ -76,7 +76,7 @@ int main(int argc, char **argv)
         eb_fatal("counters");
     if (!private && counters)
         close(COUNTERS_FD);
-    int signals = eb_self_block_signals(private); /* SIGTERM: a caller may send it to all of its children */
+    int signals = eb_self_block_signals(private); /* also SIGTERM, which a caller may send to all of its children */
     eb_self_read(&helper.self, posix);
     helper.caller = (struct ucred){.pid = getppid(), .uid = getuid(), .gid = getgid()};
     eb_shorten_slices();

@@ -22,8 +22,8 @@ void eb_process_signal(const struct eb_start *start, pid_t child, pid_t pid, int
             eb_supervisor_signal(start->supervisor, pid < 0, number);
         return;
     }
-    /* Not yet waited for, so the pid is still its own.  A signal may cross with EXITED: then it is late,
-     * as it would be with kill(2). */
+    /* The child has not been waited for, so the pid is still its own.  A signal that crosses with EXITED comes too
+     * late, as with kill(2). */
     if (pid == 0 || pid == child || pid == -child)
         (void)kill(pid != 0 ? pid : child, number);
 }
@@ -32,7 +32,7 @@ void eb_process_kill(const struct eb_start *start, pid_t child, int number)
 {
     if (start->supervisor != NULL)
         eb_supervisor_signal_all(start->supervisor, number);
-    /* Not yet waited for, so the pid is its own, and a group of that number can only be its. */
+    /* The child has not been waited for, so the pid is its own, and so is a group of that number. */
     else if (kill(-child, number) != 0)
         (void)kill(child, number);
 }
@@ -44,7 +44,7 @@ struct eb_end eb_process_end(const struct eb_start *start, int status, const str
         u = &s->usage;
         status = s->status;
     } else if (s != NULL) {
-        status = SIGKILL; /* so has the guard been, and the supervisor is about to do it */
+        status = SIGKILL; /* the guard was killed by it, and the supervisor is about to kill the command */
     }
     return (struct eb_end){
         .status = status,

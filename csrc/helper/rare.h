@@ -3,7 +3,7 @@
 #define EB_RARE_H
 
 /* Unmaps its pages from this process's memory: the kernel also maps pages around those that are executed, and counts
- * them as private if no other process has them.  They come back by themselves. */
+ * them as private if no other process has them.  Pages that are executed again come back by themselves. */
 void eb_drop_rare_text(void);
 
 #endif

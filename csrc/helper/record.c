@@ -13,7 +13,7 @@ static size_t append(char *text, size_t size, size_t most, const char *more, siz
     return size + length;
 }
 
-/* As the request has it; nothing if the kernel cannot tell. */
+/* The directory as the request names it; empty if the kernel can't tell. */
 static size_t read_cwd(const struct eb_request *q, const struct eb_fds *fds, char *cwd)
 {
     char name[40] = "/proc/self/cwd";

@@ -1,4 +1,4 @@
-/* The report to the server about a command that has ended, if it asked for that: what ran, and where. */
+/* What the report of a command's end tells the server, if it asked for that: what ran, and where. */
 #ifndef EB_RECORD_H
 #define EB_RECORD_H
 
@@ -12,7 +12,7 @@ struct eb_record {
     char text[];
 };
 
-/* Of a request that came with `fds`.  Allocated; NULL: memory is short. */
+/* Makes the record of a request that came with `fds`.  Allocated; NULL: memory is short. */
 struct eb_record *eb_record_new(const struct eb_request *q, const struct eb_fds *fds);
 
 #endif

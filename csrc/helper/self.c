@@ -19,7 +19,7 @@ void eb_fatal(const char *what)
 }
 
 /* All signals stay blocked for good, so that only SIGKILL ends this process in the middle of something; keys at the
- * caller's terminal are not meant for it.  New processes start with none pending. */
+ * caller's terminal are not meant for it.  New processes start with no pending signals. */
 int eb_self_block_signals(bool ends)
 {
     sigset_t all, taken;
@@ -28,7 +28,7 @@ int eb_self_block_signals(bool ends)
     sigaddset(&taken, SIGCHLD);
     if (ends)
         sigaddset(&taken, SIGTERM);
-    /* An ignored SIGCHLD, inherited, would reap behind our back. */
+    /* An inherited, ignored SIGCHLD would have the kernel reap our children. */
     if (sigprocmask(SIG_SETMASK, &all, NULL) != 0 || signal(SIGCHLD, SIG_DFL) == SIG_ERR)
         eb_fatal("signals");
     int fd = signalfd(-1, &taken, SFD_CLOEXEC | SFD_NONBLOCK);
@@ -42,11 +42,11 @@ void eb_self_keep_descriptors(int last)
     for (int fd = 0; fd <= last; fd++)
         if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)
             eb_fatal("descriptors from 0 on");
-    /* What else the server was given is not for the commands. */
+    /* Commands must not get the server's other descriptors. */
     (void)syscall(SYS_close_range, last + 1, ~0u, 0);
 }
 
-/* Not by the user's id: root of a container often lacks them. */
+/* The user's id can't tell, because root of a container often lacks capabilities. */
 static bool capable(unsigned number)
 {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
@@ -60,7 +60,7 @@ void eb_self_read(struct eb_self *s, bool posix)
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
         if (s->open_files == 0)
             s->open_files = files.rlim_cur;
-        files.rlim_cur = posix ? s->open_files : files.rlim_max; /* posix_spawn can't give another one */
+        files.rlim_cur = posix ? s->open_files : files.rlim_max; /* posix_spawn can't set another limit for a command */
         (void)setrlimit(RLIMIT_NOFILE, &files);
     }
     s->raises_limits = capable(CAP_SYS_RESOURCE);
@@ -69,7 +69,7 @@ void eb_self_read(struct eb_self *s, bool posix)
     eb_state_read(&s->state);
 }
 
-/* Where the request has no limit of this resource. */
+/* Sets a limit that the request does not have. */
 static void default_limit(const struct eb_self *s, struct eb_request *q, int resource, rlim_t soft)
 {
     if (eb_limits(q, resource))
@@ -80,15 +80,15 @@ static void default_limit(const struct eb_self *s, struct eb_request *q, int res
     q->limited |= (uint16_t)(1 << resource);
 }
 
-/* Commands must not inherit this process's own limit of files, nor that of processes, which is the last request's (see
- * adopt_nproc).  Limits above this process's hard ones are lowered to these; otherwise no start would succeed if a
- * daemon's limits are lower than its client's. */
+/* Commands must inherit neither this process's own limit of files, nor its limit of processes, which is the last
+ * request's (see adopt_nproc).  Limits above this process's hard limits are lowered to these; otherwise no start
+ * would succeed if the daemon's limits are lower than its client's. */
 void eb_self_complete(const struct eb_self *s, struct eb_request *q)
 {
     for (int i = 0; i < EB_MAX_RLIMITS && !s->raises_limits; i++) {
         struct rlimit *limit = &q->rlimits[i];
         if (q->set_limits >> i & 1)
-            continue; /* asked for, and so refused rather than changed */
+            continue; /* asked for explicitly, so it is refused rather than changed */
         rlim_t most = s->state.rlimits[i].rlim_max;
         limit->rlim_max = limit->rlim_max < most ? limit->rlim_max : most;
         limit->rlim_cur = limit->rlim_cur < limit->rlim_max ? limit->rlim_cur : limit->rlim_max;

@@ -11,8 +11,8 @@
 enum {
     LEAST_CREDIT = 16 << 10,
     LAZY_MS = 10,
-    LARGE_OUTPUT = 32 << 10, /* bytes, half of what a pipe takes */
-    MOST_READS = 3,          /* a full pipe's bytes, its end, and one to spare */
+    LARGE_OUTPUT = 32 << 10, /* bytes, half of what a pipe holds */
+    MOST_READS = 3,          /* for a full pipe's bytes, its end, and one to spare */
 };
 
 static uint8_t chunk[EB_MAX_OUTPUT];
@@ -47,7 +47,7 @@ bool eb_streams_make(struct eb_connection *c, const struct eb_request *q, int en
         return false;
     *s = (struct eb_streams){.fds = {-1, -1, -1}, .window = EB_WINDOW, .last = '\n'};
     c->streams = s;
-    /* What a short command says, its pipe can hold until it has ended: that saves watching the pipe. */
+    /* A pipe can hold a short command's output until the command has ended, which saves watching the pipe. */
     if (eb_has(q, EB_TAG_COALESCE) && !c->large_output) {
         s->lazy_until = eb_now_ms() + LAZY_MS;
         eb_wake_by(s->lazy_until);
@@ -76,10 +76,10 @@ static void give_credit(struct eb_connection *c, uint32_t size)
     eb_reply_u32(c, EB_CREDIT, s->credit);
     s->window += s->credit;
     s->credit = 0;
-    eb_uncork(c); /* it is waited for */
+    eb_uncork(c); /* the client may wait for it */
 }
 
-/* Returns how much of it is done with. */
+/* Returns how many of the bytes are done with. */
 static uint32_t write_input(struct eb_streams *s, const uint8_t *data, uint32_t size)
 {
     if (!is_open(s, 0))
@@ -106,7 +106,7 @@ static void drain_input(struct eb_connection *c)
         if (s->ended)
             mark_over(s, 0);
     }
-    /* Of no use after the end, and what ends a terminal's input is nothing that the client has sent. */
+    /* Credit is of no use after the end of the input, and the keys that end a terminal's input are not the client's. */
     if (n > 0 && !s->ended)
         give_credit(c, n);
 }
@@ -126,7 +126,7 @@ void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame)
 {
     struct eb_streams *s = c->streams;
     uint32_t size = frame->size;
-    /* Late input, for a command that has ended meanwhile, is dropped. */
+    /* Input that comes late, for a command that has ended meanwhile, is dropped. */
     if (s == NULL || s->ended) {
         eb_channel_consume(&c->channel, EB_HEADER_SIZE + size);
         return;
@@ -157,7 +157,7 @@ void eb_on_stdin(struct eb_connection *c, const struct eb_frame *frame)
 void eb_on_winsize(struct eb_connection *c, const struct eb_frame *frame)
 {
     struct eb_streams *s = c->streams;
-    /* Late, for one that has ended meanwhile, it is dropped. */
+    /* A frame that comes late, for a command that has ended meanwhile, is dropped. */
     if (s != NULL && s->terminal && is_open(s, 1))
         eb_terminal_resize(s->fds[1], frame->payload, frame->size);
     eb_channel_consume(&c->channel, EB_HEADER_SIZE + frame->size);
@@ -212,7 +212,7 @@ void eb_on_stream(struct eb_connection *c, int number)
 {
     struct eb_streams *s = c->streams;
     if (s == NULL || !is_open(s, number) || !(s->watched >> number & 1) || (number > 0 && eb_is_blocked(c)))
-        return; /* the event is older than what has been done since */
+        return; /* the event is out of date */
     if (number == 0)
         drain_input(c);
     else

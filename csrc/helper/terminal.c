@@ -4,7 +4,7 @@
 #include <sys/ioctl.h>
 #include <termios.h>
 
-/* For the command it is open in blocking mode, and its new session has none before it takes this one. */
+/* The command gets it in blocking mode.  Opening it does not make it anybody's controlling terminal. */
 static int open_theirs(int ours)
 {
     int locked = 0;
@@ -44,7 +44,7 @@ void eb_terminal_resize(int fd, const uint8_t *payload, size_t size)
     w.ws_col = (unsigned short)eb_get_u32(&r);
     w.ws_xpixel = (unsigned short)eb_get_u32(&r);
     w.ws_ypixel = (unsigned short)eb_get_u32(&r);
-    (void)ioctl(fd, TIOCSWINSZ, &w); /* fails for one that has gone */
+    (void)ioctl(fd, TIOCSWINSZ, &w); /* fails if the terminal has gone */
 }
 
 uint32_t eb_terminal_end(int fd, uint8_t last, uint8_t keys[EB_MOST_KEYS])
@@ -54,7 +54,7 @@ uint32_t eb_terminal_end(int fd, uint8_t last, uint8_t keys[EB_MOST_KEYS])
     if (tcgetattr(fd, &t) != 0 || !(t.c_lflag & ICANON) || t.c_cc[VEOF] == 0)
         return 0;
     if (last != '\n')
-        keys[n++] = t.c_cc[VEOF]; /* sends the line that has been begun */
+        keys[n++] = t.c_cc[VEOF]; /* first sends the line that has been begun */
     keys[n++] = t.c_cc[VEOF];
     return n;
 }

@@ -6,13 +6,12 @@
 
 enum { EB_MOST_KEYS = 2 };
 
-/* Opens one.  Two descriptors of either side are for the streams 0 and 1; those not opened are left.  False: see
- * errno. */
+/* Opens a terminal, with two descriptors of each side for the streams 0 and 1; leaves those that it can't open
+ * unchanged. False: see errno. */
 bool eb_terminal_open(const struct eb_request *q, int ours[2], int theirs[2]);
-/* Sets the size, as WINSIZE has it. */
+/* Sets the size to a WINSIZE. */
 void eb_terminal_resize(int fd, const uint8_t *payload, size_t size);
-/* Writes the keys that end the input, whose last byte is `last`, and returns how many there are: none if that has no
- * meaning. */
+/* Stores the keys that end the input, whose last byte is `last`, and returns their number: 0 if no keys end it. */
 uint32_t eb_terminal_end(int fd, uint8_t last, uint8_t keys[EB_MOST_KEYS]);
 
 #endif
