@@ -9,15 +9,15 @@
 
 enum {
     LEAST_CREDIT = 16 << 10,
-    REDRAW_MS = 50, /* between two sizes, so that a program notices both */
+    REDRAW_MS = 50, /* between two sizes, so that a program notices each */
 };
 
 static struct attached {
-    bool input_ended; /* it is closed when all that was typed before has been written */
+    bool input_ended; /* close the input when all that was typed before has been written */
     uint8_t last_typed;
-    uint64_t turns;      /* of those who type */
-    struct winsize size; /* of the terminal */
-    uint64_t redraw_at;  /* of eb_now_ms: it gets its size again, after another one; 0: it has it */
+    uint64_t turns;      /* counts turns of clients that type */
+    struct winsize size; /* the terminal's size */
+    uint64_t redraw_at;  /* of eb_now_ms: when the terminal gets its size back, after another one; 0: it has it */
 } attached;
 
 /* -- windows -- */
@@ -25,7 +25,7 @@ static struct attached {
 static void set_size(struct winsize w)
 {
     if (eb_keeper_has(1))
-        (void)ioctl(keeper.fds[1], TIOCSWINSZ, &w); /* fails for a terminal that has gone */
+        (void)ioctl(keeper.fds[1], TIOCSWINSZ, &w); /* fails if the terminal has gone */
 }
 
 static unsigned short less(unsigned short a, unsigned short b)
@@ -53,13 +53,13 @@ void eb_attach_fit(void)
         least.ws_ypixel = less(least.ws_ypixel, w->ws_ypixel);
     }
     if (!keeper.terminal || least.ws_row == 0 || memcmp(&least, &attached.size, sizeof least) == 0)
-        return; /* the last one's stays */
+        return; /* the last client's size stays */
     attached.size = least;
     attached.redraw_at = 0;
     set_size(attached.size);
 }
 
-/* By a size that it has not, since a program may do nothing about a SIGWINCH without a change. */
+/* Sets another size for a moment, because a program may ignore a SIGWINCH without a change of size. */
 static void redraw(void)
 {
     struct winsize w = attached.size;
@@ -161,7 +161,7 @@ void eb_attach_end_input(void)
         forget_typed(c);
 }
 
-/* Who has waited for the longest. */
+/* The client that has waited for the longest time. */
 static struct eb_client *next_writer(void)
 {
     struct eb_client *next = NULL;
@@ -219,7 +219,7 @@ void eb_on_typed(struct eb_client *c, const struct eb_frame *frame)
     }
     c->room -= count;
     if (!eb_keeper_has(0) || attached.input_ended) {
-        give_credit(c); /* nobody reads it */
+        give_credit(c); /* nobody reads the input */
         return;
     }
     if (count > 0) {

@@ -50,7 +50,7 @@ bool eb_client_is_blocked(const struct eb_client *c)
     return c->channel.out_size > 0;
 }
 
-/* What has failed is due to the peer's end, or to lack of memory: then a part of a frame may be missing. */
+/* A send fails when the peer has gone, or when memory is short; then a part of a frame may be missing. */
 static void stop_sending(struct eb_client *c)
 {
     c->broken = errno == ENOMEM;

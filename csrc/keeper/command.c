@@ -21,20 +21,20 @@
 
 enum {
     READS_PER_TURN = 8,
-    LAST_READ = 1 << 20, /* bytes, of each stream, when the command has ended: no pipe holds more */
-    HUNG_MS = 100,       /* poll interval for what nothing tells of: that a terminal is opened again */
-    BUSY_READS = 16,     /* full ones in a row, after which a larger pipe pays */
+    LAST_READ = 1 << 20, /* bytes of each stream, when the command has ended: no pipe holds more */
+    HUNG_MS = 100,       /* poll interval for events that no descriptor reports: a terminal is opened again */
+    BUSY_READS = 16,     /* full reads in a row, after which a larger pipe pays off */
     BUSY_PIPE = 256 << 10,
 };
 
-/* What the start reads, up to its outcome. */
+/* Read by the start, up to its outcome. */
 static uint8_t *bytes;
 static struct eb_request request;
 static struct run {
-    bool was_hidden;        /* this process from its user, before the start */
-    bool ends_group;        /* what the command leaves of its process group gets SIGKILL */
+    bool was_hidden;        /* whether this process was closed to its user before the start */
+    bool ends_group;        /* what is left of the command's process group gets SIGKILL */
     unsigned full_reads[3]; /* in a row */
-    bool enlarged[3];       /* its pipe */
+    bool enlarged[3];       /* whether the pipe is enlarged */
 } run;
 
 /* -- the start -- */
@@ -93,8 +93,8 @@ static void fail(struct eb_client *c, int error, enum eb_stage stage)
     eb_kept_started();
 }
 
-/* The files of a new process in /proc, which it writes for some of its options, are root's if this one is hidden from its
- * user. */
+/* Some options have the new process write its own files in /proc, which belong to root while this process is hidden
+ * from its user. */
 static void show(void)
 {
     if (!eb_has(&request, EB_TAG_NAMESPACES) && !eb_has(&request, EB_TAG_OOM_SCORE_ADJ))
@@ -115,7 +115,7 @@ static void begin(struct eb_client *c)
     int ends[3] = {-1, -1, -1};
     run = (struct run){.was_hidden = false};
     if (eb_has(&request, EB_TAG_UMASK))
-        umask(request.umask); /* for the log, too */
+        umask(request.umask); /* for the log too */
     if (!eb_log_open()) {
         fail(c, errno, EB_STAGE_LOG);
         return;
@@ -133,7 +133,7 @@ static void begin(struct eb_client *c)
     keeper.terminal = eb_has(&request, EB_TAG_TERMINAL);
     eb_attach_begin(&request.size);
     eb_stdio_place(&request, &c->channel.fds, ends, keeper.null_fd);
-    request.present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN; /* our own are none to inherit */
+    request.present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN; /* not inherited from us */
     eb_self_complete(&keeper.self, &request);
     show();
     keeper.spawner->begin(&keeper.start, &request, false);
@@ -174,7 +174,7 @@ void eb_kept_spawn(struct eb_client *c, const struct eb_frame *frame)
     else
         begin(c);
     if (c->broken)
-        be_over(); /* it has been refused */
+        be_over(); /* the request has been refused */
 }
 
 /* -- signals -- */
@@ -194,7 +194,7 @@ void eb_kept_signal(struct eb_client *c, const struct eb_frame *frame)
 
 /* -- its output -- */
 
-/* Returns how much has been read; 0: nothing is there now, or that was the end. */
+/* Returns the number of bytes read; 0: nothing is there now, or this is the end. */
 static size_t read_some(int number)
 {
     const size_t most = eb_ring_most();
@@ -206,7 +206,7 @@ static size_t read_some(int number)
     ssize_t n = read(keeper.fds[number], buffer, most);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
-    if (n < 0 && keeper.terminal) { /* it may be opened again */
+    if (n < 0 && keeper.terminal) { /* the terminal may be opened again */
         keeper.hung_until = eb_now_ms() + HUNG_MS;
         return 0;
     }
@@ -228,7 +228,8 @@ void eb_kept_read(int number)
 {
     for (int i = 0; i < READS_PER_TURN && eb_keeper_has(number) && read_some(number) > 0; i++)
         eb_follow_all();
-    /* Not from the beginning: a user has so many pages for all pipes together, and beyond that only small ones. */
+    /* Not from the beginning, because a user has a limited number of pages for all pipes, and beyond that gets only
+     * small pipes. */
     if (run.full_reads[number] >= BUSY_READS && !run.enlarged[number] && eb_keeper_has(number)) {
         run.enlarged[number] = true;
         (void)fcntl(keeper.fds[number], F_SETPIPE_SZ, BUSY_PIPE);
@@ -313,7 +314,7 @@ void eb_kept_reap(void)
         info.si_pid = 0;
         if (pid != keeper.child)
             continue;
-        /* It may have come and gone before its start was noticed; the outcome is known by now. */
+        /* The process may have come and gone before its start was noticed; the outcome is known by now. */
         if (keeper.state == EB_KEEPER_STARTING)
             eb_kept_started();
         keeper.child = 0;

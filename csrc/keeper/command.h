@@ -6,13 +6,13 @@
 
 void eb_kept_spawn(struct eb_client *c, const struct eb_frame *frame);
 void eb_kept_signal(struct eb_client *c, const struct eb_frame *frame);
-/* The outcome of its start is known. */
+/* Called when the outcome of its start is known. */
 void eb_kept_started(void);
-/* Reads what it has written, a bounded part of it at a time. */
+/* Reads its output, a bounded part at a time. */
 void eb_kept_read(int number);
 /* Waits for the processes that have ended. */
 void eb_kept_reap(void);
-/* Does what is due. */
+/* Lets reading go on when that is due. */
 void eb_kept_wake(uint64_t now);
 
 #endif

@@ -43,8 +43,8 @@ static void tell_log(struct eb_client *c)
     c->log_error = keeper.log_error;
 }
 
-/* From the buffer, not from the file by sendfile(2): that would put pages into the socket which are overwritten before
- * they have been received. */
+/* This sends from the buffer, not from the file by sendfile(2), which would put pages into the socket that may be
+ * overwritten before they are received. */
 static void send_piece(struct eb_client *c, int stream)
 {
     uint8_t head[17];

@@ -9,7 +9,7 @@
 
 enum {
     MOST_FDS = 1024,     /* with a SPAWN */
-    FRAMES_PER_TURN = 8, /* a FOLLOW may have all records looked at */
+    FRAMES_PER_TURN = 8, /* a FOLLOW may have to search all records */
 };
 
 static void on_hello(struct eb_client *c, const struct eb_frame *frame)
@@ -29,7 +29,7 @@ static void on_adopt(struct eb_client *server, const struct eb_frame *frame)
     struct eb_fds *fds = &server->channel.fds;
     (void)frame;
     if (fds->count == 0 && fds->lost) {
-        eb_fds_clear(fds); /* the other end of what was dropped reads end-of-file before any HELLO */
+        eb_fds_clear(fds); /* the peers of dropped descriptors read end-of-file before any HELLO */
         return;
     }
     if (fds->count == 0) {
@@ -44,7 +44,7 @@ static void on_adopt(struct eb_client *server, const struct eb_frame *frame)
 
 enum { NEW = 1, SERVER = 2, STARTER = 4, CLIENT = 8 };
 
-/* What a client may send; a starter also what is a client's, but before its SPAWN. */
+/* The roles in which a client may send frames; a starter has the role of a client too, except before its SPAWN. */
 static unsigned role_of(const struct eb_client *c)
 {
     if (!c->greeted)
@@ -56,8 +56,8 @@ static unsigned role_of(const struct eb_client *c)
 
 static const struct rule {
     char name[8];
-    uint8_t roles; /* of whom it may come */
-    bool taken;    /* the action removes it from what has come */
+    uint8_t roles; /* roles that may send it */
+    bool taken;    /* the action itself removes the frame */
     uint32_t least, most;
     void (*act)(struct eb_client *c, const struct eb_frame *frame);
 } rules[] = {
@@ -72,7 +72,7 @@ static const struct rule {
     [EB_ATTACH] = {"ATTACH", CLIENT, false, 17, 17, eb_on_attach},
 };
 
-/* Checked as soon as the header is there, so that nobody sends 16 MiB to be told that they are not wanted. */
+/* Checked as soon as the header has come, so that nobody sends 16 MiB just to be refused. */
 static bool is_admitted(struct eb_client *c, const struct eb_frame *frame)
 {
     const struct rule *rule = frame->kind < sizeof rules / sizeof *rules ? &rules[frame->kind] : &rules[0];
@@ -115,14 +115,14 @@ static bool take_frame(struct eb_client *c)
     if (whole < 0 || in->in_size < EB_HEADER_SIZE || !is_admitted(c, &frame) || whole == 0)
         return false;
     const struct rule *rule = &rules[frame.kind];
-    c->deadline = 0; /* the next one has its own */
+    c->deadline = 0; /* the next frame has its own */
     rule->act(c, &frame);
     if (!rule->taken)
         eb_channel_consume(in, EB_HEADER_SIZE + frame.size);
     return true;
 }
 
-/* Descriptors are for ADOPT and SPAWN alone. */
+/* Only ADOPT and SPAWN may come with descriptors. */
 static void check_fds(struct eb_client *c)
 {
     const struct eb_fds *fds = &c->channel.fds;

@@ -21,7 +21,7 @@ bool eb_journal_reserve(void)
     struct stat info;
     if (fstat(journal, &info) != 0)
         return false;
-    /* Where a file system can't, the room is there, or is not. */
+    /* If the file system can't reserve room, hope that there is some. */
     return fallocate(journal, FALLOC_FL_KEEP_SIZE, info.st_size, RESERVED) == 0 || (errno != ENOSPC && errno != EDQUOT);
 }
 

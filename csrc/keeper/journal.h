@@ -1,15 +1,15 @@
-/* The journal of a job: lines of JSON, the first of which is the server's. */
+/* A job's journal: lines of JSON, the first of which the server has written. */
 #ifndef EB_JOURNAL_H
 #define EB_JOURNAL_H
 
 #include <stdbool.h>
 
-/* Of a file that is open for appending. */
+/* Uses a file that is open for appending. */
 void eb_journal_use(int fd);
-/* Has room for all that will be added, for the end must not be lost because others have filled the disk.  False: see
+/* Reserves room for all that will be added, so that the end is not lost when others fill the disk.  False: see
  * errno. */
 bool eb_journal_reserve(void);
-/* Appends a line by one write; where there is no room, it is missing. */
+/* Appends a line by one write; if there is no room, the line is lost. */
 __attribute__((format(printf, 1, 2))) void eb_journal_add(const char *format, ...);
 
 #endif

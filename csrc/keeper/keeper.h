@@ -1,9 +1,10 @@
 /*
- * A job's keeper: the parent of one command, which outlives whoever asked for it.  It keeps the command's output in rings,
- * serves those who follow it or type, notes the end in the journal, and ends with the job.
+ * A job's keeper: the parent of one command, which outlives the client that asked for it.  It keeps the command's
+ * output in rings, serves the clients that follow it or type, records the end in the journal, and ends with the job.
  *
- * Calls go one way: main -> loop -> frames -> command, attach -> follow -> client -> ring, journal, log.  Only the loop has the
- * epoll set, and frees clients; it gives each of them a turn in each round, so that nothing needs to be marked for it.
+ * Calls go one way: main -> loop -> frames -> command, attach -> follow -> client -> ring, journal, log.  Only the loop
+ * has the epoll set, and frees clients; it gives each client a turn in each round, so the other parts need not leave
+ * marks for it.
  */
 #ifndef EB_KEEPER_H
 #define EB_KEEPER_H
@@ -13,7 +14,7 @@
 #include "helper/self.h"
 #include "spawn/spawn.h"
 
-/* Descriptors that it is started with. */
+/* Descriptors with which it is started. */
 enum {
     EB_CONTROL_FD = 3, /* the server, which hands over the first connection */
     EB_LISTENER_FD = 4,
@@ -33,32 +34,32 @@ enum eb_keeper_source {
     EB_KEEPER_CLIENT,
 };
 
-/* How a descriptor is watched. */
+/* A descriptor, and how it is watched. */
 struct eb_watched {
-    int fd; /* -1: it is not */
+    int fd; /* -1: it is not watched */
     uint32_t events;
 };
 
 enum eb_keeper_state {
-    EB_KEEPER_NEW, /* nobody has asked for the command yet */
+    EB_KEEPER_NEW, /* no client has asked for the command yet */
     EB_KEEPER_STARTING,
     EB_KEEPER_RUNNING,
-    EB_KEEPER_OVER, /* the command has ended, or has not been started */
+    EB_KEEPER_OVER, /* the command has ended, or could not be started */
 };
 
 struct eb_keeper {
-    /* What main sets. */
+    /* Set by main. */
     struct eb_self self;
     const struct eb_spawner *spawner;
-    uid_t server; /* who may hand over connections */
+    uid_t server; /* the user that may hand over connections */
     uint64_t ring_size, frame_timeout_ms, linger_ms;
     int null_fd;
 
     enum eb_keeper_state state;
-    bool terminal;       /* 0 and 1 are two descriptors of one */
-    int fds[3];          /* ours of the command's standard streams; -1: none, or closed */
+    bool terminal;       /* 0 and 1 are two descriptors of one terminal */
+    int fds[3];          /* our ends of the command's standard streams; -1: none, or closed */
     uint8_t over;        /* a mark for the loop, bit n: close that one */
-    uint64_t hung_until; /* of eb_now_ms: no output can be read before; 0: it can */
+    uint64_t hung_until; /* of eb_now_ms: no output can be read until then; 0: it can be read */
     struct eb_start start;
     pid_t child; /* not yet waited for; 0: none */
     uint8_t exited[EB_MOST_EXITED];
@@ -67,9 +68,9 @@ struct eb_keeper {
 
     struct eb_client *clients;
     unsigned count;
-    bool adopted;  /* the first of them, but for the server, has come */
-    int log_error; /* errno, of which followers are to be told; 0: none */
-    uint64_t wake; /* of eb_now_ms: when a round is due, at the latest; 0: never; set anew in each round */
+    bool adopted;  /* the first client other than the server has come */
+    int log_error; /* the errno to report to followers; 0: none */
+    uint64_t wake; /* of eb_now_ms: the latest time for the next round; 0: none; set anew in each round */
 };
 
 extern struct eb_keeper keeper;

@@ -11,7 +11,7 @@
 enum { MOST_ROTATED = 1000, MOST_SUFFIX = 8 };
 
 static const char *path; /* NULL: there is none */
-static uint64_t most;    /* bytes, 0: as many as there are */
+static uint64_t most;    /* bytes; 0: no limit */
 static unsigned long rotated = 5;
 static int fd = -1;
 static bool regular;
@@ -33,7 +33,7 @@ bool eb_log_option(const char *argument)
     return true;
 }
 
-/* A FIFO without a reader is refused, and one whose reader is slow loses what it has no room for. */
+/* A FIFO without a reader is refused; one whose reader is slow loses output for which it has no room. */
 static bool open_file(int flags)
 {
     struct stat info;
@@ -59,7 +59,7 @@ bool eb_log_open(void)
     return path == NULL || open_file(0);
 }
 
-/* FILE.2 becomes FILE.3, FILE.1 becomes FILE.2, FILE becomes FILE.1.  If that can't be, FILE goes on. */
+/* FILE.2 becomes FILE.3, FILE.1 becomes FILE.2, FILE becomes FILE.1.  If that fails, FILE goes on. */
 static bool rotate(void)
 {
     if (rotated == 0)
@@ -94,7 +94,7 @@ int eb_log_add(const uint8_t *data, size_t count)
         return 0;
     if (regular && most != 0 && size > 0 && size + count > most && !rotate()) {
         error = errno;
-        size = 0; /* tried again after as much */
+        size = 0; /* try again after as many bytes */
     }
     while (count > 0) {
         ssize_t n = write(fd, data, count);

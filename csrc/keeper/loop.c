@@ -1,10 +1,10 @@
 /*
  * One round of the loop:
  *
- *   1. Each client has its turn: its frames are acted on, and it is sent what there is for it.  Who is done with is
- *      closed and freed, here alone, so that no event of a round points to one that is gone.
- *   2. What else is due is done, and all descriptors are watched for what is wanted of them now.
- *   3. Each event goes to its owner.  The command's output goes to its followers at once.
+ *   1. Each client has its turn: its frames are acted on, and it is sent what there is for it.  Only here are finished
+ *      clients closed and freed, so that no event of a round points to a freed one.
+ *   2. Due timers run, and all descriptors are watched for what is needed now.
+ *   3. Each event goes to its owner.  The command's output is sent to its followers at once.
  *   4. The processes that have ended are waited for.
  */
 #include "keeper/loop.h"
@@ -23,13 +23,13 @@
 #include <unistd.h>
 
 enum {
-    TRIM_MS = 100,          /* without an event, after which memory is given back */
-    RETRY_MS = 100,         /* what failed for lack of memory or descriptors */
-    SPARE_CONNECTIONS = 16, /* beyond EB_MOST_CLIENTS: of the server, and of those who are told of that */
+    TRIM_MS = 100,          /* without an event until memory is given back */
+    RETRY_MS = 100,         /* until what failed for lack of memory or descriptors is tried again */
+    SPARE_CONNECTIONS = 16, /* beyond EB_MOST_CLIENTS: for the server, and for clients that are refused */
 };
 
 static int epoll_fd;
-static uint64_t accept_from; /* of eb_now_ms: there are no descriptors before, perhaps; 0: there are */
+static uint64_t accept_from; /* of eb_now_ms: accept no connection until then, for lack of descriptors; 0: accept */
 
 static void unwatch(struct eb_watched *w)
 {
@@ -38,7 +38,7 @@ static void unwatch(struct eb_watched *w)
     w->fd = -1;
 }
 
-/* Watches `fd` for `events`, 0 for a hang-up only.  False: memory or the user's number of watches is exhausted. */
+/* Watches `fd` for `events`; 0 means a hang-up only.  False: there is no memory, or the user has no more watches. */
 static bool watch(struct eb_watched *w, int fd, uint32_t events, const enum eb_keeper_source *source)
 {
     if (w->fd == fd && w->events == events)
@@ -57,7 +57,7 @@ static void refuse_late(struct eb_client *c)
     eb_client_refuse(c, "the rest of a frame has not come in %llu ms", (unsigned long long)keeper.frame_timeout_ms);
 }
 
-/* What has been begun must come in time. */
+/* Refuses a client that does not complete in time what it has begun. */
 static void check_deadline(struct eb_client *c, uint64_t now)
 {
     const bool asks = c->kind == EB_CLIENT_STARTER && keeper.state == EB_KEEPER_NEW;
@@ -105,7 +105,7 @@ static void take_turn(struct eb_client *c, uint64_t now)
     }
     const bool blocked = eb_client_is_blocked(c);
     if (!blocked && !eb_client_takes_frames(c))
-        unwatch(&c->watch); /* its end is reported, whatever it is watched for */
+        unwatch(&c->watch); /* a hang-up is reported whatever the mask says */
     else if (!watch(&c->watch, c->channel.fd, blocked ? EPOLLOUT : EPOLLIN | (behind ? EPOLLOUT : 0u), &c->source))
         eb_keeper_wake_by(now + RETRY_MS);
 }
@@ -185,7 +185,7 @@ static void dispatch(const enum eb_keeper_source *source, bool *signalled)
         accept_servers();
         break;
     case EB_KEEPER_START:
-        unwatch(&watches[*source]); /* new processes hold copies of it, which would keep it in the set */
+        unwatch(&watches[*source]); /* new processes hold copies, which would keep it in the set */
         if (keeper.state == EB_KEEPER_STARTING)
             eb_kept_started();
         break;
@@ -212,7 +212,7 @@ static void take_signals(int signals)
     struct signalfd_siginfo info;
     while (read(signals, &info, sizeof info) > 0)
         ;
-    unwatch(&watches[EB_KEEPER_START]); /* the end of a process tells the outcome of its start, and closes that */
+    unwatch(&watches[EB_KEEPER_START]); /* the end of the process has decided the start, and closed its descriptor */
     eb_kept_reap();
 }
 
@@ -243,7 +243,7 @@ static void trim(void)
 void eb_keeper_serve(int signals)
 {
     struct epoll_event events[32];
-    uint64_t busy = 0; /* of eb_now_ms: the last event, if memory has not been given back since */
+    uint64_t busy = 0; /* of eb_now_ms: the time of the last event, if memory has not been given back since */
     for (int i = 0; i < EB_KEEPER_CLIENT; i++)
         watches[i].fd = -1;
     accept_from = 0;

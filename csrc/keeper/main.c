@@ -1,17 +1,17 @@
 /*
- * errand-boy-helper --job: keeps one job.  Without waiting but in epoll_wait, and, if it has a log, for that file.
+ * errand-boy-helper --job: keeps one job.  It waits only in epoll_wait, and for the log, if there is one.
  *
  *   --ring=N          bytes of each ring
  *   --log=PATH and others, see log.h
  *   --posix-spawn     start through posix_spawn(3)
- *   --frame-timeout=N milliseconds for what a client has begun or owes
- *   --linger=N        milliseconds, after the end, for followers that don't read
+ *   --frame-timeout=N milliseconds within which a client must complete what it has begun
+ *   --linger=N        milliseconds to wait, after the end, for followers that don't read
  *   --open-files=N    the soft limit of open files for the command, if its request has none
  *   --uid=N and others: whose process it becomes, see become.h
  *
- * Descriptors: 3 a connection of the server's, 4 the socket to which the server connects later on, 5 the ring file, 6 the
- * journal, whose lock it has.  Over its connections the server hands over those of clients by ADOPT, the first of which
- * may start the command.  They may end at any time.
+ * Descriptors: 3 is a connection of the server, 4 the socket to which the server connects later, 5 the ring file, 6 the
+ * journal, which this process has locked.  Over its connections the server hands over those of clients by ADOPT; the
+ * first client may start the command.  All of them may end at any time.
  */
 #include "keeper/main.h"
 
@@ -31,7 +31,7 @@
 
 enum { LEAST_RING = 4 << 10, MOST_RING = 1 << 30 };
 
-/* Not initialized here, lest it be in a page that helpers change. */
+/* Not initialized here, so that it does not share a page with data that helpers change. */
 struct eb_keeper keeper;
 
 static bool take_number(const char *option)

@@ -1,4 +1,4 @@
-/* The keeper of a job, as the helper's program does it: see keeper.h. */
+/* The entry point of a job's keeper, in the helper's program: see keeper.h. */
 #ifndef EB_KEEPER_MAIN_H
 #define EB_KEEPER_MAIN_H
 

@@ -10,7 +10,7 @@
 
 enum { ADDED = 2 };
 
-static uint8_t *bytes; /* the request; NULL: there is none */
+static uint8_t *bytes; /* the request, or NULL */
 static uint32_t bytes_size;
 static struct eb_request request;
 static char **environment;
@@ -56,7 +56,7 @@ static bool is_told(const char *entry)
     return false;
 }
 
-/* Adds what it is told to its environment. */
+/* Adds to its environment what it must be told. */
 static bool extend(int status, const char *cause)
 {
     size_t count = 0;

@@ -13,14 +13,14 @@ _Static_assert(sizeof(struct eb_ring_header) <= EB_RING_HEADER, "the header has 
 
 static int file;
 static struct eb_ring_header header;
-static uint64_t added[EB_RINGS]; /* bytes of output */
-static uint64_t sequence;        /* the last one's */
+static uint64_t added[EB_RINGS]; /* bytes of output so far */
+static uint64_t sequence;        /* of the last record */
 static size_t most;
-static uint8_t *buffer; /* NULL: not now */
+static uint8_t *buffer; /* NULL while there is none */
 
-/* The newest record while the buffer has its data: most readers want that one. */
+/* The newest record, while the buffer has its data: most readers want this one. */
 static struct {
-    const struct eb_ring_state *ring; /* NULL: there is none */
+    const struct eb_ring_state *ring; /* NULL: there is no such record */
     uint64_t at, time_us;
     uint32_t size;
 } newest;
@@ -59,7 +59,8 @@ static bool get(const struct eb_ring_state *r, uint64_t at, uint8_t *data, size_
            (first == size || pread(file, data + first, size - first, (off_t)r->offset) == (ssize_t)(size - first));
 }
 
-/* In its page, which the file has since it was made: it can't fail for lack of room, and no kill cuts it short. */
+/* The header's page has existed since the file was made, so this can't fail for lack of room, and no kill cuts it
+ * short. */
 static void put_state(const struct eb_ring_state *r)
 {
     (void)write_all(r, sizeof *r, (uint64_t)((const char *)r - (const char *)&header));
@@ -78,7 +79,7 @@ static bool put_record(const struct eb_ring_state *r, const uint8_t *head, size_
     return n == (ssize_t)(EB_RING_RECORD + size);
 }
 
-/* Returns the size of the record at `at`; 0: there is none that makes sense, since somebody else has written there. */
+/* Returns the size of the record at `at`; 0 if there is no valid one, because somebody else has written there. */
 static uint32_t get_head(const struct eb_ring_state *r, uint64_t at, uint64_t *number, uint64_t *time_us)
 {
     uint8_t head[EB_RING_RECORD];
@@ -131,9 +132,9 @@ void eb_ring_trim(void)
     buffer = NULL;
 }
 
-/* -- what is added -- */
+/* -- adding records -- */
 
-/* Empties a ring.  The next record begins at the start of the ring, where pages of the file are most likely there. */
+/* Empties a ring.  The next record begins at the start of the ring, where the file most likely has pages. */
 static void lose_all(struct eb_ring_state *r, uint64_t before)
 {
     r->head = r->tail = (r->head + r->capacity - 1) / r->capacity * r->capacity;
@@ -201,7 +202,7 @@ uint64_t eb_ring_lost(int stream)
 
 /* -- cursors -- */
 
-/* Has it be where something is, and the head of that record known.  False: there is none. */
+/* Moves the cursor to a record that exists, and reads its head.  False: there is none. */
 static bool settle(struct eb_cursor_ring *c, const struct eb_ring_state *r)
 {
     if (c->at < r->tail || c->passed < r->lost) {
