@@ -1,4 +1,5 @@
-/* A new process that does not take a table of descriptors of its own in time goes no further, and its start fails. */
+/* Tests that a new process that does not take its own table of descriptors in time goes no further, and that its
+ * start fails. */
 #include <errno.h>
 #include <signal.h>
 #include <sys/wait.h>

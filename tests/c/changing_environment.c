@@ -1,6 +1,6 @@
 /*
- * The environment changes while a request is built, as another thread may have it do where there is no GIL: after its
- * size has been found out, and before it is copied.  For tests/test_wire.py.
+ * Changes the environment while a request is built, after its size is known and before it is copied, as another thread
+ * may do without a GIL.  For tests/test_wire.py.
  */
 #include <string.h>
 
@@ -24,7 +24,7 @@ static size_t strlen_then_change(const char *string)
     return strlen(string);
 }
 
-/* Builds one while the environment becomes another, which the request must be whole with. */
+/* Builds a request while the environment changes `from` one `to` another, which the request must contain completely. */
 static void check_change(char **from, char **to, uint32_t count)
 {
     static const uint8_t options[] = {EB_TAG_EXECUTABLES, 6, 0, 0, 0, 1, 0, 0, 0, 'x', 0,

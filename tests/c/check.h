@@ -1,4 +1,4 @@
-/* For test programs: says what does not hold, and ends. */
+/* For test programs: prints the condition that does not hold, and ends. */
 #ifndef EB_CHECK_H
 #define EB_CHECK_H
 

@@ -1,7 +1,7 @@
 /*
- * What C makes of a SPAWN payload, for tests/test_wire.py.  The payload comes from standard input.
+ * Shows how C understands a SPAWN payload, for tests/test_wire.py.  The payload comes from standard input.
  *
- *   parse_request           prints what was understood, an option a line, or "error N", or "refused: WHY"
+ *   parse_request           prints each option in a line, or "error N", or "refused: WHY"
  *   parse_request truncate  parses each shorter payload; prints how many gave each kind of answer
  *   parse_request corrupt   the same with each byte replaced by each other value
  *   parse_request bounds    tests the reader and the writer
@@ -25,7 +25,7 @@ static void print_strings(const char *name, char **list)
     printf("%s", name);
     for (char **string = list; *string != NULL; string++) {
         putchar(' ');
-        putchar('.'); /* an empty string is one too */
+        putchar('.'); /* so that an empty string can be seen */
         print_hex(*string, strlen(*string));
     }
     putchar('\n');
@@ -152,7 +152,7 @@ static void print_request(const struct eb_request *q)
         printf("ON_CLOSE %u\n", (unsigned)q->on_close_ms);
 }
 
-/* From an allocation of exactly that size, so that a sanitizer sees one byte too far. */
+/* Parses from an allocation of exactly this size, so that a sanitizer notices a read of one byte too many. */
 static int parse(const uint8_t *data, size_t size, bool print)
 {
     struct eb_request q;
@@ -211,7 +211,7 @@ static void check_bounds(void)
         eb_put_u64(&w, 0x0102030405060708);
         CHECK(w.bad == (size < 8) && eb_written(&w) == (size < 8 ? 0 : 8));
         eb_put_u32(&w, 0x090a0b0c);
-        CHECK(w.bad == (size < 12)); /* bad once, bad for good, even if this one would fit */
+        CHECK(w.bad == (size < 12)); /* once bad, it stays bad, even if this value would fit */
         eb_put_u8(&w, 1);
         eb_put_bytes(&w, NULL, 0);
         CHECK(w.bad == (size < 13) && eb_written(&w) == (size < 8 ? 0 : size < 12 ? 8 : size < 13 ? 12 : 13));

@@ -1,7 +1,6 @@
 /*
- * Linked into a helper that is built with sanitizers: it runs with an empty environment and no stderr,
- * so their options and where they report cannot come from outside.  SANITIZER_LOG is the file name's
- * beginning, the pid its end.
+ * Linked into a helper that is built with sanitizers: it runs with an empty environment and no stderr, so the
+ * sanitizers' options and their log must be built in.  The log's name is SANITIZER_LOG followed by the pid.
  */
 #define OPTIONS "log_path=" SANITIZER_LOG ":print_stacktrace=1:"
 

@@ -1,12 +1,12 @@
 /*
  * Fuzzes a daemon's helper: its loop, all of its states, and what it tells the server and its clients.  The loop runs
- * in this process.  Its sockets, pipes and epoll set are real; the clock, processes and signals are ours.  An input is a
- * script: each time the loop waits, the next step is done, until there are no more; then all clients go, all commands
- * end, and so must the loop.
+ * in this process.  Its sockets, pipes and epoll set are real; the clock, processes and signals are simulated.  An
+ * input is a script: each time the loop waits, the harness takes the next step, until there are no more; then all
+ * clients leave and all commands end, and so must the loop.
  *
  *     tests/fuzz/run 600      # ten minutes, with libFuzzer
  *
- * With random_scripts.c in the place of libFuzzer, it takes a seed and a number of scripts.
+ * With random_scripts.c instead of libFuzzer, it takes a seed and a number of scripts.
  */
 #include "fuzz_helper.h"
 
@@ -27,7 +27,7 @@
 #include "helper/loop.h"
 #include "spawn/supervisor.h"
 
-/* These are the real ones here. */
+/* In this file, these are the real functions. */
 #undef epoll_wait
 #undef clock_gettime
 #undef kill
@@ -39,11 +39,11 @@
 enum { CLIENTS = 8, CHILDREN = 32, FIRST_PID = 1000, BUFFER = 1 << 18 };
 
 struct client {
-    int fd; /* -1: none yet, or it has gone */
+    int fd; /* -1: not connected yet, or gone */
     uint32_t id;
     bool greeted, refused, wanting, closed;
     unsigned requests, outcomes, ends;
-    uint8_t *in; /* what has come of the next frame */
+    uint8_t *in; /* the part of the next frame that has come */
     size_t in_size;
 };
 
@@ -53,12 +53,12 @@ struct child {
     enum child_state state;
     pid_t pid;
     int status, error;
-    int done; /* our end of the pipe that tells of the outcome; -1: none */
+    int done; /* our end of the pipe that reports the outcome; -1: none */
     int fds[3];
-    int pidfd;                        /* by which the helper knows its group; -1: it does not */
-    bool group;                       /* has others */
+    int pidfd;                        /* for the helper's signals to the group; -1: none */
+    bool group;                       /* its group has other members */
     bool stubborn;                    /* ignores SIGTERM */
-    struct eb_supervisor *supervisor; /* of the command whose guard this is; NULL: it is a command itself */
+    struct eb_supervisor *supervisor; /* if this is a guard, its supervisor; NULL: this is a command */
 };
 
 static struct client clients[CLIENTS];
@@ -86,7 +86,7 @@ static void end_child(struct child *k, int status)
             k->fds[i] = -1;
         }
     if (k->state == MADE)
-        k->error = 0; /* it has run, and nobody has looked yet */
+        k->error = 0; /* the program has run, but the helper has not checked yet */
     k->state = GONE;
     if (!signalled)
         CHECK(write(signals[1], &info, sizeof info) == sizeof info);
@@ -103,7 +103,7 @@ static struct child *child_of(pid_t pid)
 
 int fuzz_kill(pid_t pid, int number)
 {
-    /* A process of its own that has not been waited for, or that one's group: nothing else may be hit. */
+    /* The helper may signal only its own processes that have not been waited for, and their groups. */
     struct child *k = child_of(pid < 0 ? -pid : pid);
     CHECK(pid != 0 && pid != -1 && k != NULL);
     if (number < 0 || number > 64) {
@@ -154,7 +154,7 @@ long fuzz_syscall(long number, ...)
     return result;
 }
 
-/* -- the supervisor: it ends with its command, whose status it then knows -- */
+/* -- the supervisor, which ends with its command and then knows its status -- */
 
 static struct child *guard_of(const struct eb_supervisor *s)
 {
@@ -220,7 +220,7 @@ static void begin(struct eb_start *start, const struct eb_request *q, bool apart
         k->supervisor->command = ++last_pid;
     }
     for (uint32_t t = 0; t < eb_request_sources(q); t++) {
-        int copy = fcntl(q->sources[t], F_DUPFD_CLOEXEC, 3); /* all of them are open */
+        int copy = fcntl(q->sources[t], F_DUPFD_CLOEXEC, 3); /* all sources are open */
         CHECK(copy >= 0);
         if (t < q->target_count && q->targets[t] < 3 && q->targets[t] >= 0)
             k->fds[q->targets[t]] = copy;
@@ -266,7 +266,7 @@ static void trim(unsigned kept)
 
 static const struct eb_spawner spawner = {.begin = begin, .is_decided = is_decided, .end = end, .trim = trim};
 
-/* -- what the helper says -- */
+/* -- what the helper sends -- */
 
 static struct client *client_by(uint32_t id)
 {
@@ -336,7 +336,7 @@ static void parse(struct client *c)
     c->in_size -= at;
 }
 
-/* Takes what has come; false: it is at its end. */
+/* Takes what has come; false at the end of the connection. */
 static bool listen_to(struct client *c)
 {
     ssize_t n;
@@ -459,7 +459,7 @@ static void adopt(void)
     eb_put_u32(&w, c->id);
     eb_put_u8(&w, flags & (EB_ASK | EB_TELL_ENDS));
     int kept = helper.null_fd;
-    helper.null_fd = pair[1]; /* what send_to passes */
+    helper.null_fd = pair[1]; /* the descriptor that send_to passes */
     send_frame(server.fd, EB_ADOPT, payload, sizeof payload, 1, SIZE_MAX);
     helper.null_fd = kept;
     close(pair[1]);
@@ -498,7 +498,7 @@ static void act_as(struct child *k, uint8_t what)
     if (k->state < MADE || k->state > FAILED)
         return;
     switch (what % 8) {
-    case 0: /* it has not been possible */
+    case 0: /* the exec fails */
         k->error = k->state == MADE ? ENOENT : k->error;
         /* fall through */
     case 1:
@@ -599,7 +599,7 @@ static bool all_closed(void)
     return true;
 }
 
-/* Does what is left; returns whether that was anything. */
+/* Does what is left to do; returns whether there was anything. */
 static bool finish(void)
 {
     bool done = false;
@@ -647,7 +647,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         buffers = malloc((CLIENTS + 1) * BUFFER);
         null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
         CHECK(buffers != NULL && null_fd >= 0 && eb_counters_keep(-1));
-        CHECK(signal(SIGPIPE, SIG_IGN) != SIG_ERR); /* which the helper blocks */
+        CHECK(signal(SIGPIPE, SIG_IGN) != SIG_ERR); /* the helper blocks it */
     }
     int before = count_fds();
     script = data;

@@ -1,4 +1,4 @@
-/* The helper's sources are compiled with this before all else, so that its kernel is the harness's: see fuzz_helper.c. */
+/* Included first when the helper's sources are compiled, so that the harness replaces the kernel: see fuzz_helper.c. */
 #ifndef FUZZ_HELPER_H
 #define FUZZ_HELPER_H
 

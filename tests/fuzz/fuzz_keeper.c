@@ -1,11 +1,12 @@
 /*
- * Fuzzes a job's keeper: its loop, what its clients send, its rings and who reads them.  Its sockets, pipes, files and epoll
- * set are real; the clock and the command are ours.  An input is a script: each time the loop waits, the next step is done,
- * until there are no more; then the command ends, all clients go, and so must the loop.
+ * Fuzzes a job's keeper: its loop, what its clients send, its rings and their readers.  Its sockets, pipes, files and
+ * epoll set are real; the clock and the command are simulated.  An input is a script: each time the loop waits, the
+ * harness takes the next step, until there are no more; then the command ends and all clients leave, and the loop must
+ * end.
  *
  *     tests/fuzz/run 600      # ten minutes together with the others, with libFuzzer
  *
- * Of a follower that has asked for all of the output once, the pieces and what it is told to have missed make up what the
+ * For a follower that has asked once for all of the output, the pieces and what MISSED reports must add up to what the
  * command has written.
  */
 #include "fuzz_keeper.h"
@@ -23,7 +24,7 @@
 #include "keeper/loop.h"
 #include "spawn/supervisor.h"
 
-/* These are the real ones here. */
+/* In this file, these are the real functions. */
 #undef epoll_wait
 #undef clock_gettime
 
@@ -32,10 +33,10 @@
 enum { CLIENTS = 6, BUFFER = 1 << 18, PID = 1000, LONGEST_WRITE = 4 << 10, NULL_FD = 7 };
 
 struct client {
-    int fd;              /* -1: none yet, or it has gone */
+    int fd;              /* -1: not connected yet, or gone */
     bool follows_on;     /* to the end */
-    bool ended, follows; /* EXITED or REFUSED has come; it is one whose output is checked */
-    bool odd;            /* it has sent something else than that */
+    bool ended, follows; /* EXITED or REFUSED has come; the client's output is checked */
+    bool odd;            /* it has sent other frames */
     uint64_t known[EB_RINGS];
     uint8_t *in;
     size_t in_size;
@@ -174,7 +175,7 @@ static void connect_client(struct client *c)
 {
     int pair[2];
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
-    /* Little room, so that a follower soon misses something. */
+    /* A small buffer, so that a follower soon misses something. */
     CHECK(setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &(int){1}, sizeof(int)) == 0);
     *c = (struct client){.fd = pair[0], .in = c->in};
     uint8_t adopt[EB_HEADER_SIZE] = {0, 0, 0, 0, EB_ADOPT};
@@ -237,7 +238,7 @@ static void take_frame(struct client *c, enum eb_kind kind, const uint8_t *paylo
     CHECK(!r.bad);
 }
 
-/* Reads once; returns whether something has come. */
+/* Reads once; returns whether anything came. */
 static bool listen_to(struct client *c)
 {
     if (c->fd < 0)
@@ -348,7 +349,7 @@ static void act(void)
     }
 }
 
-/* Does what is left; returns whether that was anything. */
+/* Does what is left to do; returns whether there was anything. */
 static bool finish(void)
 {
     bool done = lives;
@@ -372,7 +373,7 @@ static void spawn(void)
     send_frame(clients[0].fd, EB_SPAWN, options, sizeof options);
 }
 
-/* Out of the way of the numbers that have a meaning. */
+/* Moves a descriptor above the numbers that have a meaning. */
 static int move_up(int fd)
 {
     int moved = fcntl(fd, F_DUPFD_CLOEXEC, 10);
@@ -406,7 +407,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         replace(move_up(memfd_create("ring", 0)), EB_RING_FD);
         replace(move_up(open("/dev/null", O_WRONLY)), EB_JOURNAL_FD);
         replace(move_up(open("/dev/null", O_RDWR)), NULL_FD);
-        CHECK(signal(SIGPIPE, SIG_IGN) != SIG_ERR); /* which the keeper blocks */
+        CHECK(signal(SIGPIPE, SIG_IGN) != SIG_ERR); /* the keeper blocks it */
         eb_journal_use(EB_JOURNAL_FD);
     }
     int before = count_fds();

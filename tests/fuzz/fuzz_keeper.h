@@ -1,4 +1,4 @@
-/* The keeper's sources are compiled with this before all else, so that its kernel is the harness's: see fuzz_keeper.c. */
+/* Included first when the keeper's sources are compiled, so that the harness replaces the kernel: see fuzz_keeper.c. */
 #ifndef FUZZ_KEEPER_H
 #define FUZZ_KEEPER_H
 

@@ -1,9 +1,9 @@
 /*
- * Fuzzes eb_request_parse: no input may crash it, and what it accepts must be what it was given.
+ * Fuzzes eb_request_parse: no input may crash it, and it must understand what it accepts correctly.
  *
- *     tests/fuzz/run 600      # ten minutes, with libFuzzer, of which it gets the half
+ *     tests/fuzz/run 600      # ten minutes, with libFuzzer; a third of them for this one
  *
- * Built with -DSTANDALONE, it takes a seed and a number of inputs, which are made near to good requests.
+ * Built with -DSTANDALONE, it takes a seed and a number of inputs, which it makes similar to valid requests.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,7 +45,7 @@ static void check_accepted(const struct eb_request *q, const uint8_t *data, size
     CHECK((q->set_limits & ~q->limited) == 0);
     CHECK(eb_request_fds(q) <= eb_request_sources(q));
     for (uint32_t i = 0; i < eb_request_sources(q); i++)
-        q->sources[i] = -1; /* is there room? */
+        q->sources[i] = -1; /* checks that there is room */
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -96,7 +96,7 @@ static void put_numbers(struct eb_writer *w, uint8_t tag, uint32_t size)
         eb_put_u8(w, (uint8_t)(below(32) == 0 ? below(256) : i / 4));
 }
 
-/* Near to a good request, for else hardly one gets past its first option. */
+/* Makes an input similar to a valid request, because others hardly ever get past their first option. */
 static size_t make(uint8_t *data, size_t size)
 {
     static const uint8_t sizes[EB_TAG_END] = {
@@ -166,7 +166,7 @@ static size_t make(uint8_t *data, size_t size)
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed);
 
-/* With all tags, which it would hardly come upon. */
+/* Covers all tags, which libFuzzer would hardly find. */
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed)
 {
     state = (uint64_t)seed * 2 + 1;
@@ -183,7 +183,7 @@ int main(int argc, char **argv)
     state = seed * 2 + 1;
     for (unsigned long i = 0; i < count; i++) {
         size_t size = make(buffer, sizeof buffer);
-        /* An allocation of its own, so that the sanitizer sees one byte too far. */
+        /* An allocation of exactly this size, so that the sanitizer notices a read of one byte too many. */
         uint8_t *data = malloc(size == 0 ? 1 : size);
         struct eb_request q;
         char reason[EB_MAX_REASON];

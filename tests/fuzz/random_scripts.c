@@ -1,4 +1,4 @@
-/* In the place of libFuzzer: takes a seed and a number of random scripts. */
+/* Replaces libFuzzer: takes a seed and a number of random scripts. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

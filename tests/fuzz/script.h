@@ -1,6 +1,6 @@
 /*
- * The part of a harness that runs a loop by a script: an input of which each byte is used once, a clock that stands
- * still but for the harness, and an epoll_wait that has the next step done where the loop would wait.
+ * The part of a harness that runs a loop by a script: an input of which each byte is used once, a clock that only the
+ * harness moves, and an epoll_wait that takes the next step of the script instead of waiting.
  */
 #ifndef FUZZ_SCRIPT_H
 #define FUZZ_SCRIPT_H
@@ -11,7 +11,8 @@ static const uint8_t *script, *script_end;
 static unsigned rounds;
 static uint64_t now_ns;
 
-/* The harness's: the next step of the script; one to the end of all, false if there is none. */
+/* Defined by the harness: act() takes the next step of the script, and finish() a step towards the end of
+ * everything; finish() returns false if there is none left. */
 static void act(void);
 static bool finish(void);
 
@@ -38,7 +39,7 @@ int fuzz_epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
         if (script < script_end)
             act();
         else if (!finish()) {
-            CHECK(timeout > 0); /* else it would wait for ever */
+            CHECK(timeout > 0); /* otherwise the loop would wait for ever */
             now_ns += 1000000ull * (unsigned)timeout;
         }
         if (now_ns != before)
