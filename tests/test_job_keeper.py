@@ -177,6 +177,34 @@ def test_killed_keeper_leaves_no_process_and_a_ring_that_can_be_read(keeper: Kee
     assert "ended" not in keeper.journal()
 
 
+@pytest.mark.parametrize("which", ["guard", "supervisor", "both"])
+def test_killed_supervisor_leaves_no_process(keeper: Keeper, which: str) -> None:
+    """Both at once, too: neither of them can do anything between the two signals."""
+    script = """
+        (setsid sleep 100 & echo $!)
+        (setsid sh -c 'trap "" TERM; echo $$; while :; do sleep 0.01 & wait; done' &)
+        exec sleep 100
+    """
+    pid = keeper.start(shell(script, options=[SUPERVISED]))
+    visitor = keeper.follower()
+    said = b""
+    while said.count(b"\n") < 2:
+        said += visitor.piece().data
+    processes = [psutil.Process(p) for p in (pid, *map(int, said.split()))]
+    supervisor = psutil.Process(processes[0].ppid())
+    guard = psutil.Process(supervisor.ppid())
+    assert guard.ppid() == keeper.pid
+    killed = {"guard": [guard], "supervisor": [supervisor], "both": [supervisor, guard]}[which]
+    for number in signal.SIGSTOP, signal.SIGKILL:
+        for process in killed:
+            process.send_signal(number)
+    assert visitor.exit_status() == signal.SIGKILL
+    assert not any(process.is_running() for process in (guard, supervisor, *processes))
+    entry = keeper.journal()
+    assert (entry["status"], entry["cause"]) == (signal.SIGKILL, lib.EB_CAUSE_NONE)
+    assert entry["tree"][2] > 0
+
+
 @pytest.mark.parametrize("turn", range(10))
 def test_killed_at_any_moment(tmp_path: Path, turn: int) -> None:
     script = f"while :; do echo {LINE.decode()}; done"

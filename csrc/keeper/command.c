@@ -25,6 +25,7 @@ enum {
     HUNG_MS = 100,       /* poll interval for events that no descriptor reports: a terminal is opened again */
     BUSY_READS = 16,     /* full reads in a row, after which a larger pipe pays off */
     BUSY_PIPE = 256 << 10,
+    KILL_MS = 20, /* between attempts to end a tree that has lost its supervisor */
 };
 
 /* Read by the start, up to its outcome. */
@@ -35,6 +36,10 @@ static struct run {
     bool ends_group;        /* what is left of the command's process group gets SIGKILL */
     unsigned full_reads[3]; /* in a row */
     bool enlarged[3];       /* whether the pipe is enlarged */
+    bool has_ended;         /* whether `child` has been waited for, with this result: */
+    int status;
+    struct rusage usage;
+    uint64_t kill_at; /* of eb_now_ms: when a tree without a supervisor is killed again; 0: it has not been killed */
 } run;
 
 /* -- the start -- */
@@ -136,6 +141,8 @@ static void begin(struct eb_client *c)
     request.present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN; /* not inherited from us */
     eb_self_complete(&keeper.self, &request);
     show();
+    if (eb_has(&request, EB_TAG_SUPERVISE))
+        (void)prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); /* if it fails, so does the guard's */
     keeper.spawner->begin(&keeper.start, &request, false);
     eb_stdio_close(ends);
     eb_fds_clear(&c->channel.fds);
@@ -238,6 +245,10 @@ void eb_kept_read(int number)
 
 void eb_kept_wake(uint64_t now)
 {
+    if (run.has_ended && keeper.state == EB_KEEPER_RUNNING) {
+        eb_kept_reap();
+        eb_keeper_wake_by(keeper.state == EB_KEEPER_RUNNING ? run.kill_at : now);
+    }
     if (keeper.hung_until != 0 && now >= keeper.hung_until)
         keeper.hung_until = 0;
     else if (keeper.hung_until != 0)
@@ -300,25 +311,47 @@ static void finish(int status, const struct rusage *usage)
     be_over();
 }
 
+/* A guard ends after its tree.  If it has been killed, the tree is killed here. */
+static void finish_unless_any(bool any)
+{
+    struct eb_supervisor *s = keeper.start.supervisor;
+    if (any && s != NULL) {
+        if (eb_now_ms() < run.kill_at)
+            return;
+        const bool killed = eb_supervisor_kill_rest(s, run.kill_at != 0);
+        run.kill_at = eb_now_ms() + KILL_MS;
+        if (killed)
+            return;
+    }
+    if (run.kill_at != 0)
+        (void)getrusage(RUSAGE_CHILDREN, &s->tree);
+    finish(run.status, &run.usage);
+}
+
 void eb_kept_reap(void)
 {
     siginfo_t info = {.si_pid = 0};
     struct rusage usage;
-    int status;
-    while (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid != 0) {
+    int status, r;
+    while ((r = waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT)) == 0 && info.si_pid != 0) {
         const pid_t pid = info.si_pid;
         if (pid == keeper.child && run.ends_group)
             (void)kill(-pid, SIGKILL);
         if (wait4(pid, &status, WNOHANG, &usage) != pid)
             return;
         info.si_pid = 0;
+        if (keeper.start.supervisor != NULL)
+            eb_supervisor_note(keeper.start.supervisor, pid, status, &usage);
         if (pid != keeper.child)
             continue;
         /* The process may have come and gone before its start was noticed; the outcome is known by now. */
         if (keeper.state == EB_KEEPER_STARTING)
             eb_kept_started();
         keeper.child = 0;
-        if (keeper.state == EB_KEEPER_RUNNING)
-            finish(status, &usage);
+        run.has_ended = true;
+        run.status = status;
+        run.usage = usage;
     }
+    if (run.has_ended && keeper.state == EB_KEEPER_RUNNING)
+        finish_unless_any(r == 0);
 }

@@ -261,6 +261,20 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
     }
 }
 
+void eb_supervisor_note(struct eb_supervisor *s, pid_t pid, int status, const struct rusage *usage)
+{
+    if (pid != s->command)
+        return;
+    s->usage = *usage;
+    s->status = status;
+    __atomic_store_n(&s->gate, REAPED, __ATOMIC_RELEASE);
+}
+
+bool eb_supervisor_kill_rest(struct eb_supervisor *s, bool again)
+{
+    return (s->all || !eb_supervisor_has_reaped(s)) && end(s, 0, false, again);
+}
+
 /* The first steps of guard and supervisor.  Returns 0 or -errno. */
 static EB_BARE long begin(pid_t parent)
 {
@@ -350,6 +364,8 @@ static EB_BARE int guard(void *arg)
         fail(s, r);
     else
         supervise(s, s->maker, (pid_t)r, true);
+    if (s->tree.ru_maxrss == 0) /* the supervisor has been killed */
+        eb_raw(SYS_getrusage, RUSAGE_CHILDREN, (long)&s->tree, 0, 0);
     leave();
     return 0;
 }
@@ -399,6 +415,17 @@ void eb_supervisor_free(struct eb_supervisor *s)
 bool eb_supervisor_has_reaped(const struct eb_supervisor *s)
 {
     (void)s;
+    return false;
+}
+
+void eb_supervisor_note(struct eb_supervisor *s, pid_t pid, int status, const struct rusage *usage)
+{
+    (void)s, (void)pid, (void)status, (void)usage;
+}
+
+bool eb_supervisor_kill_rest(struct eb_supervisor *s, bool again)
+{
+    (void)s, (void)again;
     return false;
 }
 

@@ -6,8 +6,10 @@
  *
  * Guard and supervisor are subreapers: a process that loses its parent becomes a child of the supervisor, sessions and
  * double forks notwithstanding.  If the supervisor is killed, its children become the guard's; if the guard or the
- * helper is killed, PR_SET_PDEATHSIG tells the next one below (each of them has one thread only).  Both share the
- * memory of the helper, make raw system calls only, and have no descriptors.
+ * helper is killed, PR_SET_PDEATHSIG tells the next one below (each of them has one thread only).  If both are killed at
+ * once, a job's keeper, which is a subreaper too, ends the tree.  A helper is none: it could not tell the orphans of one
+ * command from those of another.  Both share the memory of the helper, make raw system calls only, and have no
+ * descriptors.
  */
 #ifndef EB_SUPERVISOR_H
 #define EB_SUPERVISOR_H
@@ -43,6 +45,12 @@ struct eb_supervisor {
  * guard, a child of the calling process, or -errno: ENOTSUP if /proc has no lists of children, or close_range(2) is
  * missing. */
 pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsigned flags);
+/* For a maker that is a subreaper, which gets the tree if guard and supervisor are both killed. */
+/* It has waited for the process `pid`. */
+void eb_supervisor_note(struct eb_supervisor *s, pid_t pid, int status, const struct rusage *usage);
+/* Kills what is left when it has waited for the guard; `again` if a first call did not suffice.  Returns false if no
+ * process is left that it may kill. */
+bool eb_supervisor_kill_rest(struct eb_supervisor *s, bool again);
 /* The guard has been waited for. */
 void eb_supervisor_free(struct eb_supervisor *s);
 
