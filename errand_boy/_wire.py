@@ -169,7 +169,11 @@ def check_version(payload: bytes) -> None:
 
 
 def refusal(reason: str, greeted: bool) -> ProtocolError:
-    """Return the error for a REFUSED, before or after the other side's HELLO."""
+    """Return the error for a REFUSED, before or after the other side's HELLO.
+
+    The reason may be a stranger's: it is no sequence for a terminal.
+    """
+    reason = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in reason)
     if greeted:
         return ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
     return RefusedError(errno.EACCES, f"the daemon refused: {reason}")  # before it took a helper

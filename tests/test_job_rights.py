@@ -16,13 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, has_ended, until
+from conftest import PATIENCE, has_ended, script_environment, until
 from daemon import Daemon, acting_as
 from errand_boy._native import lib
 from jobs import await_output, keeper_of, keeping_jobs, text
 
 import errand_boy
-from errand_boy import JobError, NoJobError, _wire
+from errand_boy import JobError, NoJobError, RefusedError, _follow, _wire
 from errand_boy._client import Client
 from errand_boy._jobs import Job
 
@@ -383,8 +383,101 @@ def test_root_sees_and_touches_all(place: Place) -> None:
         mine.status()
 
 
+HOSTILE = rb"\33]0;title\7\33[6n\302\2331m\377\342\200\256\r\ta\303\251\nb\n"
+SHOWN = b"\\x1b]0;title\\x07\\x1b[6n\\x9b1m\\xff\\u202e\\r\ta\xc3\xa9\nb\n"
+
+
+def cli(*arguments: str, pty: bool, place: Place) -> tuple[bytes, int]:
+    """Run errand-boy as root; return what it writes, to a terminal or not, and its status."""
+    options: dict[str, Any] = {"pty": True} if pty else {"stdout": -1, "stderr": -2}
+    environment = {**script_environment(), "ERRAND_BOY_SOCKET": place.daemon.path}
+    command = [sys.executable, "-m", "errand_boy", *arguments]
+    errand: Any = errand_boy
+    with errand.Popen(command, env=environment, stdin=None if pty else -3, **options) as process:
+        data = (process.terminal if pty else process.stdout).read()
+    return data.replace(b"\r\n", b"\n") if pty else data, process.returncode
+
+
+@pytest.fixture
+def hostile(place: Place) -> Iterator[Callable[..., Job]]:
+    """Start a job of the victim's that writes what a terminal would obey."""
+    jobs: list[Job] = []
+
+    def start(script: str, **options: Any) -> Job:
+        with acting_as(VICTIM, VICTIM, []):
+            script = f"printf '{HOSTILE.decode()}'; {script}"
+            jobs.append(place.client.start(["/bin/sh", "-c", script], cwd="/", **options))
+            await_output(jobs[-1], b"b")
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        found = place.client.job(job.id, uid=VICTIM)
+        found.stop(stop=[signal.SIGKILL])
+        found.remove()
+
+
+@pytest.mark.parametrize("pty", [False, True])
+def test_output_of_another_user_on_a_terminal(
+    place: Place, hostile: Callable[..., Job], pty: bool
+) -> None:
+    """It is shown, not obeyed; who wants it as it is says so, or writes it to a file."""
+    job = hostile("exit 0", **({"pty": True} if pty else {}))
+    who = job.name, "--user", str(VICTIM)
+    written = text(place.client.job(job.id, uid=VICTIM))
+    assert b"\33]0;title\7" in written
+    assert cli("logs", *who, pty=True, place=place) == (SHOWN, 0)
+    data, status = cli("logs", "--timestamps", *who, pty=True, place=place)
+    assert status == 0
+    assert b"\33" not in data and data.count(b" ") > 1
+    assert cli("logs", *who, pty=False, place=place) == (written, 0)
+    assert cli("logs", "--raw", *who, pty=True, place=place) == (written, 0)
+
+
+def test_attaching_to_another_users_terminal(place: Place, hostile: Callable[..., Job]) -> None:
+    job = hostile("read x", pty=True)
+    who = job.name, "--user", str(VICTIM)
+    data, status = cli("attach", *who, pty=True, place=place)
+    assert status == 125
+    assert data.startswith(b"errand-boy: ") and b"--raw" in data and b"\33" not in data
+    with acting_as(VICTIM, VICTIM, []), job.attach() as attachment:
+        attachment.write(b"\n")
+        assert job.wait(PATIENCE).returncode == 0
+
+
+def test_attaching_to_another_users_streams(place: Place, hostile: Callable[..., Job]) -> None:
+    job = hostile("read x; kill -9 $$", stdin=-1)
+    who = job.name, "--user", str(VICTIM)
+    errand: Any = errand_boy
+    command = [sys.executable, "-m", "errand_boy", "attach", *who]
+    environment = {**script_environment(), "ERRAND_BOY_SOCKET": place.daemon.path}
+    with errand.Popen(command, env=environment, pty=True) as process:
+        data = b""
+        while not data.endswith(b"b\r\n"):
+            data += process.terminal.read(1)
+        process.terminal.write(b"\n")
+        process.terminal.read()
+        assert process.wait(PATIENCE) == 128 + signal.SIGKILL
+    assert data.replace(b"\r\n", b"\n") == SHOWN
+
+
+def test_own_output_is_written_as_it_is(place: Place) -> None:
+    job = place.client.start(["printf", HOSTILE.decode()], name="own")
+    job.wait(PATIENCE)
+    assert b"\33" in text(job)
+    assert cli("logs", "own", pty=True, place=place) == (text(job), 0)
+    job.remove()
+
+
+def test_reasons_of_strangers_are_no_sequences() -> None:
+    frame = _wire.frame(lib.EB_REFUSED, ["no\33[2J\n\u202eway".encode()])
+    with pytest.raises(RefusedError) as caught:
+        list(_follow.Frames().receive(frame))
+    assert str(caught.value).endswith("no\ufffd[2J\ufffd\ufffdway")
+
+
 def test_strangers_are_refused(place: Place) -> None:
     with acting_as(4321, 4321, []):
         for act in place.client.jobs, lambda: place.client.start(["true"], cwd="/"):
-            with pytest.raises(errand_boy.RefusedError, match="may not use this daemon"):
+            with pytest.raises(RefusedError, match="may not use this daemon"):
                 act()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
@@ -10,6 +11,7 @@ import signal
 import sys
 import time
 
+from errand_boy._cli.escaping import Writer, is_anothers, write_all
 from errand_boy._cli.run import exit_status
 from errand_boy._cli.terminal import Outer, catching
 from errand_boy._jobs import Attachment, Job, Missed
@@ -62,16 +64,25 @@ def _key(match: re.Match[str]) -> bytes:
     return bytes([code & 0x1F])
 
 
-def run(job: Job, read_only: bool, keys: str) -> int:
-    """Show a job until it is over or the user detaches; return the exit status."""
+def run(job: Job, read_only: bool, keys: str, *, raw: bool) -> int:
+    """Show a job until it is over or the user detaches; return the exit status.
+
+    Raises PermissionError.
+    """
     detach_keys = DetachKeys(keys)
-    outer = Outer(interrupts=read_only)
     has_terminal = job.has_terminal
+    if has_terminal and is_anothers(job) and os.isatty(1) and not raw:
+        raise PermissionError(
+            errno.EPERM,
+            "a program of another user would write whatever it likes to this terminal: --raw lets "
+            "it; errand-boy logs --follow shows control characters escaped",
+        )
+    outer = Outer(interrupts=read_only)
     window = outer.size() if has_terminal and outer.has_size else None
     handled = _LEAVING | {signal.SIGWINCH, signal.SIGTSTP}
-    raw = outer if has_terminal else contextlib.nullcontext()
-    with catching(handled) as arrived, job.attach(read_only, window) as attachment, raw:
-        session = _Session(attachment, outer, arrived, detach_keys)
+    in_raw_mode = outer if has_terminal else contextlib.nullcontext()
+    with catching(handled) as arrived, job.attach(read_only, window) as attachment, in_raw_mode:
+        session = _Session(attachment, outer, arrived, detach_keys, Writer(job, raw=raw))
         try:
             number = session.run()
         finally:
@@ -92,21 +103,17 @@ def print_missed(event: Missed) -> None:
     print(f"errand-boy: {event.size} bytes of {where} are not kept any more", file=sys.stderr)
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of it, also to a non-blocking descriptor. Raises OSError."""
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except BlockingIOError:
-            select.select([], [fd], [])
-
-
 class _Session:
     def __init__(
-        self, attachment: Attachment, outer: Outer, arrived: int, keys: DetachKeys
+        self,
+        attachment: Attachment,
+        outer: Outer,
+        arrived: int,
+        keys: DetachKeys,
+        writer: Writer,
     ) -> None:
         self._attachment = attachment
+        self._writer = writer
         self._outer = outer
         self._arrived = arrived
         self._keys = keys
@@ -127,6 +134,8 @@ class _Session:
 
     def restore(self) -> None:
         """Undo the changes that the program's output has made to this terminal."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
         if self._has_terminal and os.isatty(1):
             with contextlib.suppress(OSError):
                 write_all(1, self._modes.undoing() + b"\r\n" * (self._left is not None))
@@ -184,7 +193,7 @@ class _Session:
         if self._has_terminal:
             self._modes.feed(data)
         try:
-            write_all(stream, data)
+            self._writer.write(stream, data)
         except OSError:  # nobody reads the output any more
             self._left = signal.SIGPIPE
 

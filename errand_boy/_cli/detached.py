@@ -106,6 +106,7 @@ def _attach_options(parser: argparse.ArgumentParser) -> None:
         help="the keys that detach, such as ^P^Q, ctrl-a,d or none (default: "
         "$ERRAND_BOY_DETACH_KEYS, else ^P^Q)",
     )
+    _add_raw(parser)
     _add_user(parser)
 
 
@@ -122,6 +123,7 @@ def _logs_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--tail", type=number(int, 0), metavar="N", help=text)
     text = "begin each line with the time"
     parser.add_argument("-t", "--timestamps", action="store_true", help=text)
+    _add_raw(parser)
     _add_user(parser)
 
 
@@ -141,6 +143,11 @@ def _stop_options(parser: argparse.ArgumentParser) -> None:
 def _rm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
     _add_user(parser)
+
+
+def _add_raw(parser: argparse.ArgumentParser) -> None:
+    text = "let another user's program write control characters to this terminal"
+    parser.add_argument("--raw", action="store_true", help=text)
 
 
 def _add_user(parser: argparse.ArgumentParser, text: str = "the job's user; for root") -> None:
@@ -309,14 +316,16 @@ def _attach(options: argparse.Namespace) -> int:
     if job.state not in ("running", "starting"):
         print(f"errand-boy: {job.name} is over: see errand-boy logs {job.name}", file=sys.stderr)
         return _FAILED
-    return run(job, options.read_only, options.detach_keys)
+    return run(job, options.read_only, options.detach_keys, raw=options.raw)
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from errand_boy._cli.attach import print_missed, write_all  # noqa: PLC0415
+    from errand_boy._cli.attach import print_missed  # noqa: PLC0415
+    from errand_boy._cli.escaping import Writer  # noqa: PLC0415
     from errand_boy._jobs import Missed  # noqa: PLC0415
 
     job = find(options, options.job)
+    writer = Writer(job, raw=options.raw)
     at_start = {1: True, 2: True}
     for event in job.logs(options.follow, options.since, options.tail):
         if isinstance(event, Missed):
@@ -329,7 +338,9 @@ def _logs(options: argparse.Namespace) -> int:
             begins, at_start[event.stream] = at_start[event.stream], data.endswith(b"\n")
             lines = data.splitlines(keepends=True)
             data = stamp * begins + stamp.join(lines)
-        write_all(event.stream, data)
+        if data:
+            writer.write(event.stream, data)
+    writer.close()
     return 0
 
 
