@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -258,6 +259,36 @@ def test_damaged_journal(places: Callable[[], Any], tmp_path: Path, damage: byte
         assert [known.id for known in client.jobs(all=True)] == [other.id]
         assert client.start(["true"]).wait(PATIENCE).returncode == 0
         assert "internal error" not in daemon.log()
+
+
+@pytest.mark.parametrize("part", ["run", "state", "run/{uid}", "state/{uid}"])
+def test_directory_that_somebody_removes(tmp_path: Path, part: str) -> None:
+    """It is made again for the next job; those that ran can't be reached, which their user is told.
+
+    The rest of what was there is lost as that of a machine that has gone down.
+    """
+    with keeping_jobs(tmp_path) as (daemon, client):
+        job = client.start(["sleep", "1000"], name="before")
+        over = client.start(["echo", "word"])
+        over.wait(PATIENCE)
+        keeper = keeper_of(job)
+        shutil.rmtree(tmp_path / part.format(uid=os.getuid()))
+        after = client.start(["echo", "after"])
+        assert (after.id, after.wait(PATIENCE).returncode) == (3, 0)
+        assert text(after) == b"after\n"
+        is_told = "has been removed: made again" in daemon.log()
+        assert is_told == ("/" not in part)
+        reason = f"can't be reached.* is process {job.pid}$|the journal of job 1: No such file"
+        for act in job.wait, job.stop, job.attach, lambda: job.send_signal(9), lambda: text(job):
+            with pytest.raises(errand_boy.JobError, match=reason):
+                act()
+        if part.startswith("run"):
+            assert list(over.logs()) == [Missed(1, 5)]
+        keeper.kill()
+        until(lambda: has_ended(keeper.pid))
+        if part.startswith("run"):
+            until(lambda: job.status()["state"] == "lost")
+        assert client.start(["true"], name="before").wait(PATIENCE).returncode == 0
 
 
 @pytest.mark.parametrize("damage", ["magic", "head", "record", "short", "empty"])

@@ -53,14 +53,9 @@ class Store:
 
     def __init__(self, state: str, runtime: str, *, create: bool) -> None:
         self._state = self._runtime = -1
+        self._paths = state, runtime
         try:
-            self._state = _directory(state, create)
-            try:
-                fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JobsError(
-                    f"another daemon keeps its jobs in {state}: give this one --job-state"
-                ) from None
+            self._state = _locked(state, create)
             self._runtime = _directory(runtime, create=True)
         except BaseException:
             self.close()
@@ -76,6 +71,23 @@ class Store:
     def uids(self) -> list[int]:
         """Return the users who have jobs."""
         return sorted(int(name) for name in os.listdir(self._state) if name.isdecimal())
+
+    def mend(self) -> list[str]:
+        """Make those again that somebody has removed, and return their paths. Raises as above."""
+        made = []
+        for fd, path, opened in zip(
+            (self._state, self._runtime), self._paths, (_locked, _directory), strict=True
+        ):
+            if _is_removed(fd):
+                _replace(fd, opened(path, True))
+                made.append(path)
+        return made
+
+    def mend_files(self, files: Files) -> None:
+        """Do so for the directories of one user. Raises OSError."""
+        for fd, directory in (files.state, self._state), (files.runtime, self._runtime):
+            if _is_removed(fd):
+                _replace(fd, _enter(str(files.uid), directory))
 
     def of(self, uid: int) -> Files:
         """Return the files of a user's jobs. Raises OSError."""
@@ -94,6 +106,30 @@ def _directory(path: str, create: bool) -> int:
         with suppress(FileExistsError):
             os.mkdir(path, 0o700)
     return _checked(os.open(path, _DIRECTORY), path)
+
+
+def _locked(path: str, create: bool) -> int:
+    fd = _directory(path, create)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise JobsError(
+            f"another daemon keeps its jobs in {path}: give this one --job-state"
+        ) from None
+    return fd
+
+
+def _is_removed(directory: int) -> bool:
+    return os.fstat(directory).st_nlink == 0
+
+
+def _replace(fd: int, new: int) -> None:
+    """Have `fd` be what `new` is, which is closed."""
+    try:
+        os.dup2(new, fd, inheritable=False)
+    finally:
+        os.close(new)
 
 
 def _enter(name: str, directory: int) -> int:
@@ -131,23 +167,23 @@ class Files:
 
     def __init__(self, uid: int, state: int, runtime: int) -> None:
         self.uid = uid
-        self._state = state
-        self._runtime = runtime
+        self.state = state
+        self.runtime = runtime
 
     def close(self) -> None:
         """Close the directories."""
-        os.close(self._state)
-        os.close(self._runtime)
+        os.close(self.state)
+        os.close(self.runtime)
 
     def numbers(self) -> list[int]:
         """Return the numbers of all jobs in ascending order."""
-        names = (name.partition(".") for name in os.listdir(self._state))
+        names = (name.partition(".") for name in os.listdir(self.state))
         return sorted(int(number) for number, _, kind in names if kind == "job" and _is_id(number))
 
     def last_removed(self) -> int:
         """Return the number of the newest job if it has been removed; 0 if that is not known."""
         try:
-            fd = os.open("last", os.O_RDONLY | _OLD, dir_fd=self._state)
+            fd = os.open("last", os.O_RDONLY | _OLD, dir_fd=self.state)
             try:
                 return int(os.read(fd, 20))
             finally:
@@ -158,7 +194,7 @@ class Files:
     def note_last(self, number: int) -> None:
         """Save the number of the newest job before its removal, so that no other job gets it."""
         with suppress(OSError):
-            fd = os.open("last", os.O_WRONLY | os.O_CREAT | _OLD, 0o600, dir_fd=self._state)
+            fd = os.open("last", os.O_WRONLY | os.O_CREAT | _OLD, 0o600, dir_fd=self.state)
             try:
                 os.pwrite(fd, b"%020d" % number, 0)
             finally:
@@ -170,7 +206,7 @@ class Files:
         The returned descriptor of the journal, and its copies, hold the lock.
         """
         journal = os.open(
-            f"{number}.job", os.O_WRONLY | os.O_APPEND | _NEW, 0o600, dir_fd=self._state
+            f"{number}.job", os.O_WRONLY | os.O_APPEND | _NEW, 0o600, dir_fd=self.state
         )
         ring, listener = -1, socket.socket(socket.AF_UNIX)
         try:
@@ -178,7 +214,7 @@ class Files:
             os.write(journal, _line(entry))
             for kind in "ring", "sock":  # from before the number was lost on disk
                 self._unlink(number, kind)
-            ring = os.open(f"{number}.ring", os.O_RDWR | _NEW, 0o600, dir_fd=self._runtime)
+            ring = os.open(f"{number}.ring", os.O_RDWR | _NEW, 0o600, dir_fd=self.runtime)
             listener.setblocking(False)
             # Others can't enter the directory. A path this short always fits an address.
             listener.bind(self._socket_path(number))
@@ -194,7 +230,7 @@ class Files:
 
     def read(self, number: int) -> dict[str, Any]:
         """Return the contents of a job's journal. Raises OSError."""
-        fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self._state)
+        fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self.state)
         try:
             data = os.read(fd, MOST_READ)
         finally:
@@ -203,7 +239,7 @@ class Files:
 
     def is_held(self, number: int) -> bool:
         """Return whether the keeper of a job is alive. Raises OSError."""
-        fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self._state)
+        fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self.state)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -215,7 +251,7 @@ class Files:
     def note(self, number: int, **values: object) -> None:
         """Add a line to the journal of a job that is over."""
         with suppress(OSError):
-            fd = os.open(f"{number}.job", os.O_WRONLY | os.O_APPEND | _OLD, dir_fd=self._state)
+            fd = os.open(f"{number}.job", os.O_WRONLY | os.O_APPEND | _OLD, dir_fd=self.state)
             try:
                 if os.fstat(fd).st_size < MOST_READ:
                     os.write(fd, _line(values))
@@ -224,7 +260,7 @@ class Files:
 
     def open_ring(self, number: int) -> int:
         """Return a new read-only descriptor of the output. Raises OSError."""
-        return os.open(f"{number}.ring", os.O_RDONLY | _OLD, dir_fd=self._runtime)
+        return os.open(f"{number}.ring", os.O_RDONLY | _OLD, dir_fd=self.runtime)
 
     def connect(self, number: int) -> socket.socket:
         """Return a connection to a job's keeper. Raises OSError, BlockingIOError if it is busy."""
@@ -246,17 +282,17 @@ class Files:
         self._unlink(number, "sock")
         with suppress(OSError):  # free the memory, since somebody may keep it open
             flags = os.O_WRONLY | os.O_TRUNC | _OLD
-            os.close(os.open(f"{number}.ring", flags, dir_fd=self._runtime))
+            os.close(os.open(f"{number}.ring", flags, dir_fd=self.runtime))
         self._unlink(number, "ring")
         with suppress(OSError):
-            os.unlink(f"{number}.job", dir_fd=self._state)
+            os.unlink(f"{number}.job", dir_fd=self.state)
 
     def _socket_path(self, number: int) -> str:
-        return f"/proc/self/fd/{self._runtime}/{number}.sock"
+        return f"/proc/self/fd/{self.runtime}/{number}.sock"
 
     def _unlink(self, number: int, kind: str) -> None:
         with suppress(OSError):
-            os.unlink(f"{number}.{kind}", dir_fd=self._runtime)
+            os.unlink(f"{number}.{kind}", dir_fd=self.runtime)
 
 
 def _is_id(text: str) -> bool:

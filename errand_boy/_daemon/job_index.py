@@ -154,6 +154,15 @@ class Index:
         """Return a user's jobs; make their directories if needed. Raises JobsError and OSError."""
         return self._users.get(uid) or self._load_now(uid)
 
+    def mended_user(self, uid: int) -> User:
+        """Do the same, and make directories again that have been removed since."""
+        store = self._opened(create=True)
+        for path in store.mend():
+            self._loop.log.warning("a directory of jobs has been removed: made again", path=path)
+        user = self.user(uid)
+        store.mend_files(user.files)
+        return user
+
     def _load(self, uid: int) -> None:
         with suppress(JobsError):
             self.user(uid)

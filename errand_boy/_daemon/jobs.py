@@ -167,8 +167,10 @@ class Jobs:
                 keeper = user.files.connect(job.number)
             except BlockingIOError:
                 return False
-            except OSError:  # it has just ended
+            except OSError as error:  # it has just ended
                 if user.files.is_held(job.number):
+                    if isinstance(error, FileNotFoundError):
+                        raise JobsError(_unreachable(entry)) from None
                     return False
                 entry = self._index.entry(user, job)
                 if entry["state"] in LIVE:
@@ -200,7 +202,7 @@ class Jobs:
     def _start(
         self, sock: socket.socket, peer: Peer, wanted: dict[str, Any], take: Callable[[], None]
     ) -> None:
-        user = self._index.user(peer.uid)
+        user = self._index.mended_user(peer.uid)
         ring = _checked(wanted, "ring", int, _USUAL_RING)
         if not _LEAST_RING <= ring <= MOST_RING:
             raise JobsError(f"ring: {ring} is not from {_LEAST_RING} to {MOST_RING} bytes")
@@ -308,6 +310,13 @@ class Jobs:
         while name in taken:
             name += "-"
         return name
+
+
+def _unreachable(entry: dict[str, Any]) -> str:
+    return (
+        f"job {entry['id']} runs, but its socket has been removed from --job-runtime, so it can't "
+        f"be reached until it ends; its command is process {entry.get('pid', 'unknown')}"
+    )
 
 
 def _rights(fd: int | None) -> list[tuple[int, int, bytes]]:
