@@ -207,7 +207,7 @@ def test_bad_opening_is_refused(case: str, helper: Helper, witness: Client) -> N
 
 BAD_FRAMES = {
     "second HELLO": (_wire.HELLO, "unknown frame kind 1"),
-    "ADOPT on a connection": (frame(lib.EB_ADOPT), "ADOPT is not for this connection"),
+    "ADOPT on a connection": (frame(lib.EB_ADOPT), "ADOPT is not allowed on this connection"),
     "SIGNAL without a number": (frame(lib.EB_SIGNAL), "SIGNAL with a payload of 0 bytes"),
     "long SIGNAL": (frame(lib.EB_SIGNAL, bytes(9)), "SIGNAL with a payload of 9 bytes"),
     "header of the longest frame and a byte": (
@@ -220,7 +220,7 @@ BAD_FRAMES = {
     ),
     "header alone of a frame that is not for us": (
         _wire.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_ADOPT),
-        "ADOPT is not for this connection",
+        "ADOPT is not allowed on this connection",
     ),
     **{
         f"kind {kind}": (frame(kind), f"unknown frame kind {kind}")
@@ -409,8 +409,8 @@ def test_truncated_frame_then_silence_then_close(
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (spawn("/bin/true"), "SPAWN is not for this connection"),
-        (frame(lib.EB_SIGNAL, bytes(8)), "SIGNAL is not for this connection"),
+        (spawn("/bin/true"), "SPAWN is not allowed on this connection"),
+        (frame(lib.EB_SIGNAL, bytes(8)), "SIGNAL is not allowed on this connection"),
         (frame(lib.EB_ADOPT), "ADOPT came without a descriptor"),
         (frame(lib.EB_ADOPT, b"\0"), "ADOPT with a payload of 1 bytes"),
         (frame(99), "unknown frame kind 99"),

@@ -145,7 +145,7 @@ def test_so_many_may_write(keeper: Keeper) -> None:
         writer.send(follow(flags=lib.EB_FOLLOW_QUIET))
         assert writer.pieces() == []
     assert keeper.visitor(attach(WRITES)).refusal() == (
-        "16 others write to this job, which is the most"
+        "16 other clients write to this job, which is the limit"
     )
     writers[0].send(attach(WRITES))
     writers.pop().sock.close()

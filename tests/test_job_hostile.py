@@ -42,9 +42,9 @@ def lives(keeper: Keeper) -> bool:
         (b"\0" + frame(lib.EB_FOLLOW, bytes(25)), "the first frame must be HELLO"),
         (b"\0" + frame(lib.EB_HELLO), "the first frame must be HELLO with a version"),
         (b"GET / HTTP/1.1\r\n", "a framed connection starts with a NUL byte"),
-        (_wire.OPENING + SLEEP, "SPAWN is not for this connection"),
-        (_wire.OPENING + frame(lib.EB_ADOPT), "ADOPT is not for this connection"),
-        (_wire.OPENING + frame(lib.EB_NOTIFY, b"a"), "NOTIFY is not for this connection"),
+        (_wire.OPENING + SLEEP, "SPAWN is not allowed on this connection"),
+        (_wire.OPENING + frame(lib.EB_ADOPT), "ADOPT is not allowed on this connection"),
+        (_wire.OPENING + frame(lib.EB_NOTIFY, b"a"), "NOTIFY is not allowed on this connection"),
         (_wire.OPENING + frame(200), "unknown frame kind 200"),
         (_wire.OPENING + frame(0), "unknown frame kind 0"),
         (_wire.OPENING + frame(lib.EB_HELLO, u32(1)), "unknown frame kind 1"),
@@ -131,7 +131,7 @@ def test_thousand_connections(keeper: Keeper) -> None:
         kind, payload = client.frame()
         if kind == lib.EB_REFUSED:
             refused += 1
-            assert payload == b"this job has %d connections, which is the most" % MOST
+            assert payload == b"this job has %d connections, which is the limit" % MOST
     assert 1000 - MOST <= refused <= 1000 - MOST + 20
     assert keeper.descriptors() < before + MOST + 20
     for client in clients:

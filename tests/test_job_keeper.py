@@ -90,15 +90,15 @@ def test_start_that_fails(keeper: Keeper) -> None:
         (frame(lib.EB_SPAWN), "malformed SPAWN: options EXECUTABLES and ARGV are required"),
         (
             job("/bin/true", options=[option(lib.EB_TAG_COALESCE)]),
-            "malformed SPAWN: options COALESCE and ON_CLOSE are not for a job",
+            "malformed SPAWN: options COALESCE and ON_CLOSE are not allowed for a job",
         ),
         (
             job("/bin/true", options=[option(lib.EB_TAG_LIMITS, bytes(28))]),
             "malformed SPAWN: option LIMITS needs SUPERVISE with 1",
         ),
         (shell("", targets=[3]), "malformed SPAWN: 1 descriptors named, 0 sent"),
-        (follow(), "FOLLOW is not for this connection before SPAWN"),
-        (frame(lib.EB_ADOPT), "ADOPT is not for this connection before SPAWN"),
+        (follow(), "FOLLOW is not allowed on this connection before SPAWN"),
+        (frame(lib.EB_ADOPT), "ADOPT is not allowed on this connection before SPAWN"),
     ],
 )
 def test_request_that_is_refused_ends_the_keeper(keeper: Keeper, data: bytes, reason: str) -> None:

@@ -190,10 +190,10 @@ def keeper(tmp_path: Path) -> Iterator[Keeper]:
 @pytest.mark.parametrize(
     ("frames", "reason"),
     [
-        ([notify("")] * 2, "NOTIFY twice"),
+        ([notify("")] * 2, "a second NOTIFY"),
         (
             [notify("", [option(lib.EB_TAG_STREAMS, b"\0"), SUPERVISED])],
-            "malformed NOTIFY: descriptors, STREAMS, SUPERVISE and COALESCE are not for it",
+            "malformed NOTIFY: descriptors, STREAMS, SUPERVISE and COALESCE are not allowed",
         ),
         ([frame(lib.EB_NOTIFY, b"\0")], "malformed NOTIFY: an option is longer than its frame"),
         ([frame(lib.EB_NOTIFY, bytes(65537))], "NOTIFY with a payload of 65537 bytes"),

@@ -68,7 +68,7 @@ static bool is_admitted(struct eb_connection *c, const struct eb_frame *frame)
     } else if (state != NEW && (rule->states & ~NEW) == 0) {
         eb_refuse(c, "unknown frame kind %u", (unsigned)frame->kind);
     } else if ((rule->states == CONTROL) != (state == CONTROL) && state != NEW) {
-        eb_refuse(c, "%s is not for this connection", rule->name);
+        eb_refuse(c, "%s is not allowed on this connection", rule->name);
     } else if (!fits) {
         eb_refuse(c, "%s with a payload of %u bytes", rule->name, (unsigned)frame->size);
     } else if (!may_ask(c, frame)) {

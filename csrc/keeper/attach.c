@@ -112,7 +112,7 @@ void eb_on_attach(struct eb_client *c, const struct eb_frame *frame)
     for (const struct eb_client *other = keeper.clients; other != NULL; other = other->next)
         writers += other->writes && other != c;
     if ((flags & EB_ATTACH_WRITES) && writers >= EB_MAX_WRITERS) {
-        eb_client_refuse(c, "%d others write to this job, which is the most", writers);
+        eb_client_refuse(c, "%d other clients write to this job, which is the limit", writers);
         return;
     }
     c->attached = true;

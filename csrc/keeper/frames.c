@@ -39,7 +39,7 @@ static void on_adopt(struct eb_client *server, const struct eb_frame *frame)
     struct eb_client *c = eb_client_new(eb_fds_take(fds), keeper.adopted ? EB_CLIENT_VISITOR : EB_CLIENT_STARTER);
     keeper.adopted = true;
     if (c != NULL && keeper.count > EB_MOST_CLIENTS)
-        eb_client_refuse(c, "this job has %d connections, which is the most", EB_MOST_CLIENTS);
+        eb_client_refuse(c, "this job has %d connections, which is the limit", EB_MOST_CLIENTS);
 }
 
 enum { NEW = 1, SERVER = 2, STARTER = 4, CLIENT = 8 };
@@ -83,7 +83,8 @@ static bool is_admitted(struct eb_client *c, const struct eb_frame *frame)
     else if ((rule->roles & ~(unsigned)NEW) == 0 && role != NEW)
         eb_client_refuse(c, "unknown frame kind %u", (unsigned)frame->kind);
     else if (!(rule->roles & role))
-        eb_client_refuse(c, "%s is not for this connection%s", rule->name, role == STARTER ? " before SPAWN" : "");
+        eb_client_refuse(c, "%s is not allowed on this connection%s", rule->name,
+                         role == STARTER ? " before SPAWN" : "");
     else if (!fits)
         eb_client_refuse(c, "%s with a payload of %u bytes", rule->name, (unsigned)frame->size);
     else

@@ -23,12 +23,12 @@ void eb_on_notify(struct eb_client *c, const struct eb_frame *frame)
     char reason[EB_MAX_REASON];
     int error = eb_request_parse(&request, frame->payload, frame->size, reason);
     if (bytes != NULL)
-        eb_client_refuse(c, "NOTIFY twice");
+        eb_client_refuse(c, "a second NOTIFY");
     else if (error < 0)
         eb_client_refuse(c, "malformed NOTIFY: %s", reason);
     else if (request.streams != 0 || eb_request_fds(&request) != 0 || eb_has(&request, EB_TAG_SUPERVISE) ||
              eb_has(&request, EB_TAG_COALESCE))
-        eb_client_refuse(c, "malformed NOTIFY: descriptors, STREAMS, SUPERVISE and COALESCE are not for it");
+        eb_client_refuse(c, "malformed NOTIFY: descriptors, STREAMS, SUPERVISE and COALESCE are not allowed");
     else if (error > 0 || (bytes = malloc(frame->size)) == NULL)
         eb_client_refuse(c, "out of memory");
     else
