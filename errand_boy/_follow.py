@@ -25,7 +25,6 @@ _NUMBER = struct.Struct("<I")
 _ERRNO = struct.Struct("<i")
 _LONGEST = (1 << 20) + _PIECE.size  # bytes of a payload
 _STREAMS = (1, 2)
-_NEVER = (1 << 64) - 1  # a sequence that no piece has
 
 
 class Output(NamedTuple):
@@ -106,10 +105,12 @@ class Frames:
 class Follower:
     """The position of a client that follows a job's output, maybe over several connections.
 
-    With `quiet` it gets only the end. With `goes_on` it also gets output that is still to come.
+    `before` is sent first over each connection. With `quiet` it gets only the end. With `goes_on`
+    it also gets output that is still to come.
     """
 
-    def __init__(self, *, quiet: bool = False, goes_on: bool = True) -> None:
+    def __init__(self, *, quiet: bool = False, goes_on: bool = True, before: bytes = b"") -> None:
+        self._before = before
         self._flags = (lib.EB_FOLLOW_ON if goes_on else 0) | (lib.EB_FOLLOW_QUIET if quiet else 0)
         self.goes_on = goes_on
         self.quiet = quiet
@@ -117,12 +118,16 @@ class Follower:
         self._positions = {1: 0, 2: 0}  # bytes of each stream up to there
         self._frames = Frames()
 
+    @property
+    def is_served(self) -> bool:
+        """Whether the keeper has this connection."""
+        return self._frames.greeted
+
     def begin(self) -> bytes:
         """Return the first bytes to send over a new connection."""
         self._frames = Frames()
-        return _wire.OPENING + follow(
-            self._next, self._positions[1], self._positions[2], self._flags
-        )
+        positions = self._positions[1], self._positions[2]
+        return _wire.OPENING + self._before + follow(self._next, *positions, self._flags)
 
     def receive(self, data: bytes) -> Iterator[Any]:
         """Yield the events in `data` from the keeper. Raises ProtocolError and RefusedError."""
@@ -162,8 +167,6 @@ class Follower:
 
     def replay(self, ring: RingFile) -> Iterator[Any]:
         """Yield the rest from the file of a keeper that has gone. Raises RingError and OSError."""
-        if self.quiet:
-            return
         for sequence, microseconds, stream, position, data in ring.records(self._next):
             missed = position - self._positions[stream]
             if missed > 0:
@@ -181,7 +184,7 @@ class Follower:
         """Yield a Missed for all later output, because it is gone; `sizes` of both streams."""
         for stream, size in zip(_STREAMS, sizes, strict=False):
             missed = size - self._positions[stream]
-            if missed > 0 and not self.quiet:
+            if missed > 0:
                 self._positions[stream] = size
                 yield Missed(stream, missed)
 
@@ -189,11 +192,6 @@ class Follower:
 def follow(sequence: int, first: int, second: int, flags: int) -> bytes:
     """Return a FOLLOW."""
     return _wire.frame(lib.EB_FOLLOW, [_FOLLOW.pack(sequence, first, second, flags)])
-
-
-def ask_whether_read() -> bytes:
-    """Return a frame that a keeper answers with CAUGHT_UP after it has read the earlier frames."""
-    return follow(_NEVER, 0, 0, lib.EB_FOLLOW_QUIET)
 
 
 def attach(flags: int, size: tuple[int, int, int, int]) -> bytes:

@@ -361,6 +361,11 @@ def _outcome(sock: socket.socket, wanted: Start) -> Steps[int]:
         with contextlib.suppress(OSError):
             sock.send(_follow.signal(0, signal.SIGKILL), SEND_FLAGS)
         raise
+    if not frames.greeted:
+        text = (
+            "the daemon ended before it handed the request over: the command has not been started"
+        )
+        raise NoDaemonError(errno.ECONNRESET, text)
     raise HelperDiedError(errno.EPIPE, "the job's keeper ended before the command ran")
 
 
@@ -409,7 +414,9 @@ class Course:
         """
         seconds, since = _PAUSE, time.monotonic()
         while True:
-            self.entry, sock, fd = yield from ask(self._client, lib.EB_JOB_OPEN, self._wanted)
+            with _told_that_it_goes_on(self.entry):
+                asked = ask(self._client, lib.EB_JOB_OPEN, self._wanted)
+                self.entry, sock, fd = yield from asked
             if self.entry["state"] not in LIVE:
                 sock.close()
                 yield from self._rest(fd)
@@ -442,6 +449,10 @@ class Course:
 
     def _rest(self, fd: int) -> Generator[Any, None, None]:
         """Yield the rest of the output from the ring file with descriptor `fd`."""
+        if self.follower.quiet:
+            if fd >= 0:
+                os.close(fd)
+            return
         if fd < 0:  # the file was in memory, and the machine went down
             yield from self.follower.miss(self.entry.get("bytes", ()))
             return
@@ -471,8 +482,23 @@ def until_over(
         if isinstance(event, Wait) and not (yield from _wait_until(event, deadline)):
             course.close()
             raise subprocess.TimeoutExpired(args, timeout or 0)
-    found = yield from entry(client, job, uid)
+    with _told_that_it_goes_on(course.entry):
+        found = yield from entry(client, job, uid)
     return _known(found)
+
+
+@contextlib.contextmanager
+def _told_that_it_goes_on(found: Entry) -> Generator[None, None, None]:
+    """If the daemon has ended since it told of a job, say that the job has not ended with it."""
+    try:
+        yield
+    except NoDaemonError as error:
+        if not found:
+            raise
+        text = (
+            f"{error.strerror}; job {found['id']} does not depend on it: ask again when one listens"
+        )
+        raise NoDaemonError(error.errno, text, error.filename) from None
 
 
 def _known(found: Entry) -> Entry:
@@ -509,20 +535,11 @@ def send_signal(client: Client, job: int, uid: int, number: int) -> Steps[None]:
     """Send a signal to a job's command; do nothing if it is over. Raises ValueError."""
     if not 0 <= number < signal.NSIG:
         raise ValueError(f"{number!r} is not a signal")
-    found, sock, fd = yield from ask(client, lib.EB_JOB_OPEN, {"job": job, "uid": uid})
-    with sock:
-        if fd >= 0:
-            os.close(fd)
-        if found["state"] not in LIVE:
-            return
-        # When the keeper answers the last frame, it has read the others.
-        frames = _wire.OPENING + _follow.signal(0, number) + _follow.ask_whether_read()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            yield from send(sock, frames)
-            splitter = Frames()
-            while data := (yield from _some(sock)):
-                if any(kind == lib.EB_CAUGHT_UP for kind, _ in splitter.receive(data)):
-                    return
+    # The keeper answers FOLLOW when it has read the signal.
+    follower = Follower(quiet=True, goes_on=False, before=_follow.signal(0, number))
+    for event in Course(client, job, uid, follower).events():
+        if isinstance(event, Wait):
+            yield event
 
 
 def stop(client: Client, job: int, uid: int, given: Stop | None, tree: str | None) -> Steps[Entry]:
@@ -538,7 +555,8 @@ def stop(client: Client, job: int, uid: int, given: Stop | None, tree: str | Non
     ends = Ends(given or USUAL_STOP, found.get("whom") or "process")
     if found["state"] in LIVE:
         yield from _stop(Course(client, job, uid, Follower(quiet=True)), found, ends)
-        found = yield from entry(client, job, uid)
+        with _told_that_it_goes_on(found):
+            found = yield from entry(client, job, uid)
     return _known(found)
 
 
@@ -552,7 +570,7 @@ def _stop(course: Course, found: Entry, ends: Ends) -> Steps[None]:
         for event in course.events():
             if not isinstance(event, Wait):
                 continue
-            if course.sock is not None and event.fd == course.sock.fileno() and not event.writing:
+            if course.sock is not None and course.follower.is_served and not event.writing:
                 late = begun and deadline is not None and time.monotonic() >= deadline
                 if not begun or late:
                     seconds = steps.send(False) if begun else next(steps)

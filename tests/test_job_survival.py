@@ -7,8 +7,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import PATIENCE, has_ended, until
 from daemon import Daemon, started_daemon
+from errand_boy._native import lib
 from jobs import (
     await_output,
     end_all,
@@ -28,7 +31,7 @@ from jobs import (
 )
 
 import errand_boy
-from errand_boy import JobLostError
+from errand_boy import JobLostError, _wire
 from errand_boy._client import Client
 from errand_boy._jobs import Missed, Output
 
@@ -115,6 +118,77 @@ def test_killed_daemon(places: Callable[[], Any], tmp_path: Path) -> None:
         assert client.start(["true"], name="next").id > over.id
         until(lambda: daemon.status()["jobs"]["jobs_running"] == 0)
         assert daemon.log().count("job ended") == 3
+
+
+@contextmanager
+def ending_daemon(path: Path) -> Iterator[Client]:
+    """A daemon that ends as soon as it has answered two requests about a job that runs."""
+    entry = {"id": 1, "uid": os.getuid(), "name": "x", "state": "running", "pid": 1, "argv": []}
+
+    def serve(listener: socket.socket) -> None:
+        for reply in {"jobs": [entry], "next": None}, entry:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(1 << 16)
+                sock.sendall(_wire.frame(lib.EB_JOB_REPLY, [json.dumps(reply).encode()]))
+                if reply is entry:
+                    listener.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=[listener], daemon=True)
+        thread.start()
+        yield errand_boy.connect(path)
+        thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda job: job.send_signal(signal.SIGTERM),
+        lambda job: list(job.logs(follow=True)),
+        lambda job: job.attach(),
+    ],
+)
+def test_daemon_that_ends_before_the_keeper_has_the_client(
+    tmp_path: Path, act: Callable[[Any], object]
+) -> None:
+    with ending_daemon(tmp_path / "socket") as client:
+        job = client.job(1)
+        with pytest.raises(
+            errand_boy.NoDaemonError, match="job 1 does not depend on it: ask again"
+        ):
+            act(job)
+
+
+def test_daemon_that_ends_during_a_start(tmp_path: Path) -> None:
+    with ending_daemon(tmp_path / "socket") as client:
+        client.job(1)
+        with pytest.raises(errand_boy.NoDaemonError, match="has not been started"):
+            client.start(["true"])
+
+
+def test_daemon_that_ends_before_the_job(places: Callable[[], Any], tmp_path: Path) -> None:
+    """Who waits is told of the end by the keeper, but not how the job has ended."""
+    with places() as (daemon, client):
+        job = client.start(waiting(tmp_path / "fifo"))
+        events = job.logs(follow=True)
+        next(events)
+        with ThreadPoolExecutor() as pool:
+            waits = [
+                pool.submit(act) for act in (job.wait, lambda: job.stop([(signal.SIGURG, 99)]))
+            ]
+            (keeper,) = keepers(tmp_path)
+            until(lambda: len(keeper.net_connections("unix")) >= 4)
+            kill(daemon)
+            (tmp_path / "fifo").write_bytes(b"end\n")
+            for wait in waits:
+                with pytest.raises(errand_boy.NoDaemonError, match="does not depend on it"):
+                    wait.result()
+        assert [event.data for event in events if isinstance(event, Output)] == [b"end\n"]
+    with places() as (_, client):
+        assert client.job(job.id).wait(PATIENCE).returncode == 5
 
 
 def test_end_without_a_daemon(places: Callable[[], Any], tmp_path: Path) -> None:

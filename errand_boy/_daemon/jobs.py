@@ -249,8 +249,7 @@ class Jobs:
         user.last = number
         job = Job(number, name, size)
         try:
-            self._reply(sock, {"id": number, "name": name, "uid": peer.uid})
-            pid = self._spawn(peer, ring, log, sock, files)
+            pid = self._spawn(peer, entry, log, sock, files)
         except BaseException:
             user.files.remove(number)
             raise
@@ -262,14 +261,17 @@ class Jobs:
         if self._audit is not None:
             self._audit.write_job("job started", peer.uid, entry)
 
-    def _spawn(self, peer: Peer, ring: int, log: list[str], sock: socket.socket, files: New) -> int:
-        """Start a keeper with its client's connection; return its pid."""
+    def _spawn(
+        self, peer: Peer, entry: dict[str, Any], log: list[str], sock: socket.socket, files: New
+    ) -> int:
+        """Start a keeper, answer its client, and hand the connection over; return the pid."""
         credentials, options = self._pool.identity(peer)
-        arguments = ["--job", f"--ring={ring}", *log, *options]
+        arguments = ["--job", f"--ring={entry['ring']}", *log, *options]
         ours, theirs = socket.socketpair()
         with ours, theirs:
             fds = theirs.fileno(), files.listener.fileno(), files.ring, files.journal
             pid = spawn("errand-boy: keeper of a job", arguments, credentials, fds)
+            self._reply(sock, {name: entry[name] for name in ("id", "name", "uid")})
             _hand_over(ours, sock)
         return pid
 
