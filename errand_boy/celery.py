@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -202,10 +203,20 @@ class _Command:
 
 
 _live: dict[str, _Command] = {}  # those of this process's tasks, by id
+_acknowledging = threading.Lock()
 
 
 class _CommandRequest(_TaskRequest):  # type: ignore[misc]  # Celery has no types
-    """A request for `run_command`, that can be terminated in a pool of threads too."""
+    """A request for `run_command`, that can be terminated in a pool of threads too.
+
+    Then the worker's main thread acknowledges it, and so does the thread whose command has ended.
+    Celery looks whether that has been done already, but without a lock, and what is acknowledged
+    twice ends the worker.
+    """
+
+    def acknowledge(self) -> None:
+        with _acknowledging:
+            super().acknowledge()
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         if not isinstance(pool, ThreadPool):

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ pytest.importorskip("celery", reason="Celery is not installed")
 from celery import chord
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from celery_app import make_app
+from kombu.message import Message
 
 import errand_boy
 from errand_boy.celery import map as cluster_map
@@ -192,6 +194,27 @@ def test_revoke_ends_the_group(
     until(lambda: result.state == "REVOKED", "the word of a revocation")
     # The worker goes on.
     assert send(app, ["echo", "on"]).get(PATIENCE)["stdout"] == "on\n"
+
+
+def test_two_threads_acknowledge_once() -> None:
+    """The main thread after a revocation, and the one whose command it has ended."""
+    threads: list[threading.Thread] = []
+
+    def on_ack(*_: object) -> None:
+        threads.append(threading.current_thread())
+        if len(threads) == 1:
+            second.start()
+            second.join(0.2)  # it would be through by then
+
+    headers = {"id": "some", "task": run_command.name}
+    message: Any = Message
+    request = run_command.Request(
+        message(), on_ack, task=run_command, headers=headers, body=((), {}, {}), decoded=True
+    )
+    second = threading.Thread(target=request.acknowledge)
+    request.acknowledge()
+    second.join()
+    assert threads == [threading.current_thread()]
 
 
 @pytest.mark.parametrize("pool", POOLS)
