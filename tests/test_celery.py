@@ -87,8 +87,18 @@ class Worker:
                 process.kill()
 
     def pool_processes(self) -> list[psutil.Process]:
-        processes = psutil.Process(self.process.pid).children()
-        return [process for process in processes if "helper" not in process.name()]
+        return [process for process in self._children() if not _is_helper(process)]
+
+    def helpers(self) -> list[psutil.Process]:
+        """Return those of the worker itself, in a pool of threads."""
+        return [process for process in self._children() if _is_helper(process)]
+
+    def _children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+
+def _is_helper(process: psutil.Process) -> bool:
+    return "helper" in process.cmdline()[0]
 
 
 StartWorker = Callable[..., Worker]
@@ -285,7 +295,7 @@ def test_prefork_children_have_small_helpers(
     helpers = [child for process in processes for child in process.children()]
     assert len(helpers) == len(processes) == 4
     for helper in helpers:
-        assert "helper" in helper.cmdline()[0]
+        assert _is_helper(helper)
         rollup = Path(f"/proc/{helper.pid}/smaps_rollup").read_text()
         lines = [line.split() for line in rollup.splitlines() if line.startswith("Private_")]
         assert sum(int(line[1]) for line in lines[:2]) <= 150, rollup
