@@ -212,7 +212,7 @@ def test_one_that_is_lost_is_told(
     group.await_end()
     start_worker("threads", "two")
     (lost,) = results
-    assert isinstance(lost.error, WorkerLostError) and "has gone" in str(lost.error)
+    assert isinstance(lost.error, WorkerLostError) and "disappeared" in str(lost.error)
     assert (lost.returncode, lost.failed) == (-signal.SIGKILL, True)
     assert (tmp_path / "count").read_text() == "x\n"
 
@@ -269,7 +269,7 @@ def test_interrupt(app: Any, broker: str, start_worker: StartWorker, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--ungroup", "true"], "no --ungroup"),
+        (["--ungroup", "true"], "--ungroup can't"),
         (["--socket", "/x", "true"], "not both"),
         (["--memsuspend", "1G", "true"], "--memsuspend"),
         (["--celery", "json", "true"], "json"),
