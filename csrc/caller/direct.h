@@ -9,7 +9,7 @@
 #include "spawn/request.h"
 
 struct eb_direct {
-    struct eb_spawn_frame frame; /* what the child reads, and */
+    struct eb_spawn_frame frame; /* read by the child, as is the next */
     struct eb_request q;         /* parsed */
     int flags;
     struct eb_job *job;

@@ -21,7 +21,7 @@ bool eb_journal_reserve(void)
     struct stat info;
     if (fstat(journal, &info) != 0)
         return false;
-    /* If the file system can't reserve room, hope that there is some. */
+    /* A file system that can't reserve room is accepted: there may be enough. */
     return fallocate(journal, FALLOC_FL_KEEP_SIZE, info.st_size, RESERVED) == 0 || (errno != ENOSPC && errno != EDQUOT);
 }
 
