@@ -323,7 +323,7 @@ def start(client: Client, wanted: Start) -> Steps[Entry]:
     try:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, NotServedError):
             yield from _request_start(connection, wanted, reply)
-        pid = yield from _outcome(sock, wanted)
+        pid = yield from _outcome(client, sock, wanted)
     finally:
         connection.close()
     return {**wanted.wanted, **reply, "pid": pid, "state": "running", "started": time.time()}
@@ -345,7 +345,7 @@ def _request_start(connection: Connection, wanted: Start, reply: Entry) -> Steps
         spawn_frame.done()
 
 
-def _outcome(sock: socket.socket, wanted: Start) -> Steps[int]:
+def _outcome(client: Client, sock: socket.socket, wanted: Start) -> Steps[int]:
     """Return the command's pid. On an exception from outside, kill the command."""
     frames = Frames()
     try:
@@ -361,11 +361,12 @@ def _outcome(sock: socket.socket, wanted: Start) -> Steps[int]:
         with contextlib.suppress(OSError):
             sock.send(_follow.signal(0, signal.SIGKILL), SEND_FLAGS)
         raise
-    if not frames.greeted:
-        text = (
-            "the daemon ended before it handed the request over: the command has not been started"
-        )
-        raise NoDaemonError(errno.ECONNRESET, text)
+    if not frames.greeted:  # maybe the daemon ended before it handed the connection over
+        try:
+            (yield from connect(client)).close()
+        except NoDaemonError as error:
+            text = f"{error.strerror}; the one there was ended before it had the command started"
+            raise NoDaemonError(error.errno, text, error.filename) from None
     raise HelperDiedError(errno.EPIPE, "the job's keeper ended before the command ran")
 
 
@@ -482,9 +483,20 @@ def until_over(
         if isinstance(event, Wait) and not (yield from _wait_until(event, deadline)):
             course.close()
             raise subprocess.TimeoutExpired(args, timeout or 0)
-    with _told_that_it_goes_on(course.entry):
-        found = yield from entry(client, job, uid)
-    return _known(found)
+    return _known((yield from _last_entry(client, course.entry)))
+
+
+def _last_entry(client: Client, found: Entry) -> Steps[Entry]:
+    """Return the entry of a job of whose end its keeper has told; `found` is an earlier one."""
+    give_up = time.monotonic() + _PATIENCE
+    while True:
+        with _told_that_it_goes_on(found):
+            found = yield from entry(client, found["id"], found["uid"])
+        if found["state"] not in LIVE:
+            return found
+        if time.monotonic() > give_up:
+            raise JobLostError(errno.EPIPE, f"the end of job {found['id']} is not in its journal")
+        yield from pause(_PAUSE)  # its keeper could not note the end, and is about to end itself
 
 
 @contextlib.contextmanager
@@ -504,7 +516,8 @@ def _told_that_it_goes_on(found: Entry) -> Generator[None, None, None]:
 def _known(found: Entry) -> Entry:
     """Return `found`, the entry of a job that is over. Raises JobLostError if it was lost."""
     if found["state"] == "lost":
-        why = {"reboot": "the machine went down"}.get(found.get("why", ""), "its keeper was killed")
+        killed = "its keeper was killed, or could not write its journal"
+        why = {"reboot": "the machine went down"}.get(found.get("why", ""), killed)
         raise JobLostError(errno.EPIPE, f"job {found['id']} is lost: {why}")
     return found
 
@@ -555,8 +568,7 @@ def stop(client: Client, job: int, uid: int, given: Stop | None, tree: str | Non
     ends = Ends(given or USUAL_STOP, found.get("whom") or "process")
     if found["state"] in LIVE:
         yield from _stop(Course(client, job, uid, Follower(quiet=True)), found, ends)
-        with _told_that_it_goes_on(found):
-            found = yield from entry(client, job, uid)
+        found = yield from _last_entry(client, found)
     return _known(found)
 
 

@@ -146,10 +146,16 @@ class Keeper:
     """A keeper's process, and its server: this one."""
 
     def __init__(
-        self, directory: Path, *arguments: str, ring: int | None = None, hands_over: bool = True
+        self,
+        directory: Path,
+        *arguments: str,
+        ring: int | None = None,
+        hands_over: bool = True,
+        journal_path: Path | None = None,
     ) -> None:
-        self.journal_path = directory / "journal"
-        self.journal_path.write_text('{"id": 1}\n')
+        self.journal_path = journal_path or directory / "journal"
+        if journal_path is None:
+            self.journal_path.write_text('{"id": 1}\n')
         self.ring_path = directory / "ring"
         self.address = str(directory / "socket")
         self.control, theirs = socket.socketpair()

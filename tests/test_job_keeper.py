@@ -84,6 +84,17 @@ def test_start_that_fails(keeper: Keeper) -> None:
     assert keeper.journal() == {"id": 1, "failed": [errno.ENOENT, lib.EB_STAGE_EXEC, 0]}
 
 
+def test_start_that_the_journal_does_not_take(tmp_path: Path) -> None:
+    """The command is killed: the next server would take the job for one that did not start."""
+    with keeping(tmp_path, journal_path=Path("/dev/full")) as keeper:
+        assert keeper.starter.frame() == HELLO
+        keeper.starter.send(job("/bin/sleep", "1000", options=[SUPERVISED]))
+        answer = keeper.starter.reply()
+        assert isinstance(answer, Failed)
+        assert (answer.errno, answer.stage) == (errno.ENOSPC, lib.EB_STAGE_RING)
+        assert keeper.wait() == 0
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

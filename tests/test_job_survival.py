@@ -148,7 +148,7 @@ def ending_daemon(path: Path) -> Iterator[Client]:
     [
         lambda job: job.send_signal(signal.SIGTERM),
         lambda job: list(job.logs(follow=True)),
-        lambda job: job.attach(),
+        lambda job: job.attach().read(),
     ],
 )
 def test_daemon_that_ends_before_the_keeper_has_the_client(
@@ -165,7 +165,9 @@ def test_daemon_that_ends_before_the_keeper_has_the_client(
 def test_daemon_that_ends_during_a_start(tmp_path: Path) -> None:
     with ending_daemon(tmp_path / "socket") as client:
         client.job(1)
-        with pytest.raises(errand_boy.NoDaemonError, match="has not been started"):
+        with pytest.raises(
+            errand_boy.NoDaemonError, match="ended before it had the command started"
+        ):
             client.start(["true"])
 
 

@@ -73,17 +73,21 @@ void eb_kept_started(void)
     uint8_t payload[16];
     struct eb_writer w = eb_writer(payload, sizeof payload);
     struct eb_client *c = starter();
-    const struct eb_start *start = &keeper.start;
-    keeper.spawner->end(&keeper.start);
+    struct eb_start *start = &keeper.start;
+    keeper.spawner->end(start);
     release_request();
     if (run.was_hidden)
         (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+    if (start->error == 0 && !eb_journal_add("{\"pid\": %d, \"keeper\": %d}", (int)start->pid, (int)getpid())) {
+        start->error = errno; /* a job that is not in its journal would be taken for one that has not been started */
+        start->stage = EB_STAGE_RING;
+        eb_process_kill(start, keeper.child, SIGKILL);
+    }
     eb_process_put_start(&w, start);
     if (start->error != 0) {
-        eb_journal_add("{\"failed\": [%d, %d, %d]}", start->error, (int)start->stage, (int)start->member);
+        (void)eb_journal_add("{\"failed\": [%d, %d, %d]}", start->error, (int)start->stage, (int)start->member);
         be_over();
     } else {
-        eb_journal_add("{\"pid\": %d, \"keeper\": %d}", (int)start->pid, (int)getpid());
         keeper.state = EB_KEEPER_RUNNING;
     }
     if (c != NULL)
@@ -224,7 +228,7 @@ static size_t read_some(int number)
     eb_ring_add(number, (size_t)n);
     int error = eb_log_add(buffer, (size_t)n);
     if (error != 0) {
-        eb_journal_add("{\"log_errno\": %d}", error);
+        (void)eb_journal_add("{\"log_errno\": %d}", error);
         keeper.log_error = error;
     }
     run.full_reads[number] = (size_t)n == most ? run.full_reads[number] + 1 : 0;
@@ -278,7 +282,7 @@ static void note(const struct eb_end *end, const struct eb_tree_usage *tree)
                         tree->user_us, tree->system_us, tree->peak, tree->processes);
     if (eb_log_lost() != NULL)
         (void)snprintf(more + size, sizeof more - (size_t)size, ", \"log_lost\": %" PRIu64, *eb_log_lost());
-    eb_journal_add("{\"ended\": %" PRIu64 ".%06" PRIu64 ", \"status\": %d, \"cause\": %d, \"usage\": [%" PRIu64
+    (void)eb_journal_add("{\"ended\": %" PRIu64 ".%06" PRIu64 ", \"status\": %d, \"cause\": %d, \"usage\": [%" PRIu64
                    ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64
                    ", %" PRIu64 "], \"bytes\": [%" PRIu64 ", %" PRIu64 "], \"lost\": [%" PRIu64 ", %" PRIu64 "]%s}",
                    now_us / 1000000, now_us % 1000000, end->status, (int)tree->cause, u[0], u[1], u[2], u[3], u[4],

@@ -25,16 +25,25 @@ bool eb_journal_reserve(void)
     return fallocate(journal, FALLOC_FL_KEEP_SIZE, info.st_size, RESERVED) == 0 || (errno != ENOSPC && errno != EDQUOT);
 }
 
-void eb_journal_add(const char *format, ...)
+bool eb_journal_add(const char *format, ...)
 {
     char line[1024];
     va_list arguments;
     va_start(arguments, format);
     int length = vsnprintf(line, sizeof line - 1, format, arguments);
     va_end(arguments);
-    if (length < 0 || length >= (int)sizeof line - 1)
-        return;
+    if (length < 0 || length >= (int)sizeof line - 1) {
+        errno = EOVERFLOW;
+        return false;
+    }
     line[length] = '\n';
-    ssize_t written = write(journal, line, (size_t)length + 1);
-    (void)written;
+    const char *const end = line + length + 1;
+    for (const char *at = line; at < end;) {
+        ssize_t n = write(journal, at, (size_t)(end - at));
+        if (n > 0)
+            at += n;
+        else if (n == 0 || errno != EINTR)
+            return false;
+    }
+    return true;
 }

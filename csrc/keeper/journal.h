@@ -9,7 +9,7 @@ void eb_journal_use(int fd);
 /* Reserves room for all that will be added, so that the end is not lost when others fill the disk.  False: see
  * errno. */
 bool eb_journal_reserve(void);
-/* Appends a line by one write; if there is no room, the line is lost. */
-__attribute__((format(printf, 1, 2))) void eb_journal_add(const char *format, ...);
+/* Appends a line.  False: see errno. */
+__attribute__((format(printf, 1, 2))) bool eb_journal_add(const char *format, ...);
 
 #endif

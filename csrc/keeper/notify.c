@@ -39,7 +39,7 @@ void eb_on_notify(struct eb_client *c, const struct eb_frame *frame)
 static void finish(int error)
 {
     if (error != 0)
-        eb_journal_add("{\"notify_errno\": %d}", error);
+        (void)eb_journal_add("{\"notify_errno\": %d}", error);
     if (!start.still_read) {
         eb_request_free(&request);
         free(environment);
