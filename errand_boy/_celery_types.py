@@ -36,18 +36,32 @@ class Pending(Protocol[OutcomeT_co]):
     id: str
 
     @property
-    def state(self) -> str: ...
-    def get(self, timeout: float | None = None, **options: Any) -> OutcomeT_co: ...
-    def ready(self) -> bool: ...
-    def successful(self) -> bool: ...
-    def failed(self) -> bool: ...
-    def revoke(self, **options: Any) -> None: ...
-    def forget(self) -> None: ...
+    def state(self) -> str:
+        """The task's state: "PENDING", "STARTED", "SUCCESS", "FAILURE", "REVOKED" and so on."""
+
+    def get(self, timeout: float | None = None, **options: Any) -> OutcomeT_co:
+        """Wait for the Outcome, at most `timeout` seconds. Raises the exception of the task."""
+
+    def ready(self) -> bool:
+        """Return whether the task is over."""
+
+    def successful(self) -> bool:
+        """Return whether the task is over and has an Outcome, even of a failed command."""
+
+    def failed(self) -> bool:
+        """Return whether the task raised an exception."""
+
+    def revoke(self, **options: Any) -> None:
+        """Cancel the task; with ``terminate=True``, end its command if it runs."""
+
+    def forget(self) -> None:
+        """Remove the Outcome from the result backend."""
+
     def __getattr__(self, name: str) -> Any: ...
 
 
 class Task(Protocol[OutcomeT_co]):
-    """The task: a function here, and a message to a worker."""
+    """The task: calling it runs a command here; its methods send it to a worker."""
 
     name: str
 
@@ -56,13 +70,21 @@ class Task(Protocol[OutcomeT_co]):
     ) -> OutcomeT_co: ...
     def delay(
         self, args: Sequence[str] | str, **options: Unpack[TaskParameters]
-    ) -> Pending[OutcomeT_co]: ...
+    ) -> Pending[OutcomeT_co]:
+        """Send the task to a worker."""
+
     def apply_async(
         self,
         args: tuple[Sequence[str] | str],
         kwargs: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> Pending[OutcomeT_co]: ...
-    def s(self, args: Sequence[str] | str, **options: Unpack[TaskParameters]) -> Any: ...
-    def si(self, args: Sequence[str] | str, **options: Unpack[TaskParameters]) -> Any: ...
+    ) -> Pending[OutcomeT_co]:
+        """Send the task to a worker, with options of Celery such as `queue` or `countdown`."""
+
+    def s(self, args: Sequence[str] | str, **options: Unpack[TaskParameters]) -> Any:
+        """Return a signature of the task, for chains and groups."""
+
+    def si(self, args: Sequence[str] | str, **options: Unpack[TaskParameters]) -> Any:
+        """Return an immutable signature, which ignores the result of the task before it."""
+
     def __getattr__(self, name: str) -> Any: ...

@@ -32,14 +32,14 @@ class Job(Known):
     """
 
     def status(self) -> dict[str, Any]:
-        """Ask the daemon about the job; return all that is known."""
+        """Return all that the daemon knows of the job."""
         self._entry = run(_job_steps.entry(self._client, self.id, self.uid))
         return dict(self._entry)
 
     def wait(self, timeout: float | None = None) -> JobResult:
-        """Wait at most `timeout` seconds for the end of the job and its output.
+        """Wait for the ends of the job and of its output, `timeout` seconds at most.
 
-        Raises subprocess.TimeoutExpired, and JobLostError if its end is not known.
+        Raises subprocess.TimeoutExpired, and JobLostError if nobody knows how it ended.
         """
         steps = _job_steps.until_over(self._client, self.id, self.uid, timeout, self.args)
         self._entry = run(steps)
@@ -48,21 +48,21 @@ class Job(Known):
     def logs(
         self, follow: bool = False, since: float | None = None, tail: int | None = None
     ) -> Generator[Output | Missed, None, None]:
-        """Yield its output in pieces, and a Missed for output that is not kept any more.
+        """Yield its output in pieces, and a Missed for output that is no longer kept.
 
-        With `follow`, wait for more, up to the end. `since` (seconds since 1970): only output from
-        then on. `tail`: only so many lines of the output that is there already.
+        With `follow`, go on with new output until the end. `since` (seconds since 1970): only
+        output from then on. `tail`: of the existing output, only the last lines of this number.
         """
         chooser = Chooser(since, tail)
         for event in _events(self._course(goes_on=follow)):
             yield from chooser.take(event)
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal to its command; do nothing if it is over."""
+        """Send a signal to the job's command; do nothing if it is over."""
         run(_job_steps.send_signal(self._client, self.id, self.uid, sig))
 
     def stop(self, stop: Stop | None = None, tree: str | None = None) -> JobResult:
-        """End it by the steps that it was started with, or by other steps; return the result.
+        """End the job by the steps that it was started with, or by others; return how it ended.
 
         By default: SIGTERM, and SIGKILL after ten seconds. Raises JobLostError, and ValueError and
         TypeError for bad steps.
@@ -71,7 +71,7 @@ class Job(Known):
         return JobResult(self._entry)
 
     def remove(self) -> None:
-        """Remove its output and its entry. Raises JobError while it runs."""
+        """Remove the job's output and all that is known of it. Raises JobError while it runs."""
         run(_job_steps.remove(self._client, self.id, self.uid))
 
     def attach(
@@ -81,12 +81,12 @@ class Job(Known):
         *,
         history: bool | None = None,
     ) -> Attachment:
-        """Return an Attachment, for reading its output and writing its input.
+        """Return an Attachment, to read the job's output and write its input.
 
-        `window`: rows and columns of the screen that shows its terminal, if it has one. That gets
-        the smallest size of all attachments, and is drawn anew. `history`: earlier output comes
-        first. By default, for a terminal, that is only what a screen needs: the modes that
-        are on, and the last lines unless the program fills the screen.
+        `window`: rows and columns of the screen that shows the job's terminal. The terminal gets
+        the smallest size of all attachments, and is redrawn. `history`: begin with all earlier
+        output. Without it, a terminal begins with the modes that are on and the last lines, unless
+        the program fills the screen.
         """
         attachment = Attachment(
             self._course(), read_only, window, has_terminal=self.has_terminal, history=history
@@ -98,8 +98,8 @@ class Job(Known):
 class Attachment(Attached):
     """The terminal or the standard streams of a job, to read and to write.
 
-    It is a context manager, and has a descriptor for select: call `read_some` when that is
-    readable, or writable if `wants_write`. The descriptor may change with each call.
+    It is a context manager, and has a `fileno` for select: call `read_some` when the descriptor is
+    readable, or writable if `wants_write`. Each call may change the descriptor.
     """
 
     def __enter__(self) -> Attachment:
@@ -120,9 +120,9 @@ class Attachment(Attached):
             raise
 
     def read_some(self, seconds: float | None = 0.0) -> Output | Missed | None:
-        """Return the next output, or None if none comes within a time (None: no limit).
+        """Return the next output, or None if none comes within `seconds` (None: no limit).
 
-        Moves input, too. Raises HelperDiedError and OSError.
+        This also sends input. Raises HelperDiedError and OSError.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         is_late = False
@@ -142,7 +142,7 @@ class Attachment(Attached):
         return self._take()
 
     def read(self, size: int = -1) -> bytes:
-        """Return output of either stream; wait until there is some. b"" means the end."""
+        """Return output of either stream, and b"" at the end; wait until there is some."""
         while True:
             while not self._come and not self.is_over:
                 waits = self._next_wait()
@@ -155,10 +155,10 @@ class Attachment(Attached):
                 return event.data
 
     def write(self, data: bytes) -> int:
-        """Type `data`, or write it to the standard input; return its length.
+        """Type `data` at the terminal, or write it to standard input; return its length.
 
-        This waits while more than 64 KiB have not been read by the command. Raises ValueError if it
-        is attached for reading only, and BlockingIOError if much output must be read first.
+        Waits while more than 64 KiB are unsent, because the command does not read. Raises
+        ValueError if it is attached to read only, and BlockingIOError if much output is unread.
         """
         self._feed(data)
         while self.is_full and not self.is_over:
@@ -169,7 +169,7 @@ class Attachment(Attached):
 
 
 def _events(course: Course) -> Iterator[Any]:
-    """Yield what is told, but for Waits, which are waited for."""
+    """Yield the events of `course`, and wait for its Waits."""
     steps = course.events()
     try:
         for event in steps:
@@ -186,7 +186,7 @@ def _events(course: Course) -> Iterator[Any]:
 
 
 def wait(wanted: Wait, *, both: bool = False) -> None:
-    """Wait for what steps have asked for; with `both`, for what can be read in any case."""
+    """Wait as the steps have asked; with `both`, return also when something can be read."""
     if wanted.fd < 0:
         time.sleep(wanted.seconds or 0.0)
     else:
@@ -195,7 +195,7 @@ def wait(wanted: Wait, *, both: bool = False) -> None:
 
 
 def run(steps: Steps[T]) -> T:
-    """Run steps to their end, and return what they do."""
+    """Run steps to their end, and return their result."""
     try:
         while True:
             wait(next(steps))

@@ -1,4 +1,4 @@
-"""Limits of a command and of all that it starts, and its verdict: why it ended."""
+"""Limits of a command and of all that it starts, and the verdict: why it ended."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = ("wall", "cpu", "memory", "output", "processes", "file_size", "open_file
 _SECONDS = ("wall", "cpu")
 _SIZES = ("memory", "output", "file_size")
 
-# What the supervisor reports, by its number in the protocol.
+# The causes that the supervisor reports, by their numbers in the protocol.
 CAUSES = {
     lib.EB_CAUSE_TIMEOUT: "timeout",
     lib.EB_CAUSE_CPU: "cpu",
@@ -58,7 +58,7 @@ class Limits:
     open_files: int | None
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self.by_cgroup = False  # which enforces what it can
+        self.by_cgroup = False  # a cgroup enforces as much as it can
         unknown = given.keys() - set(NAMES)
         if unknown:
             raise ValueError(f"limits: {min(unknown)!r} is not one of {', '.join(NAMES)}")
@@ -71,7 +71,7 @@ class Limits:
             )
 
     def encode(self) -> bytes:
-        """Return the value for the supervisor."""
+        """Return the value for the supervisor, as bytes."""
         wall, cpu = (
             0 if value is None else max(1, round(value * 1e6)) for value in (self.wall, self.cpu)
         )
@@ -79,15 +79,15 @@ class Limits:
         return _ENCODED.pack(wall, cpu, memory, processes)
 
     def rlimits(self) -> dict[str, tuple[int, int]]:
-        """Return the resource limits of each process."""
+        """Return the resource limits for each process."""
         found = {}
         if self.cpu is not None:
-            # The supervisor is exact; this limit is in case that it is late.
+            # The supervisor is exact; this limit is for the case that it is late.
             seconds = math.ceil(self.cpu) + 1
             found["cpu"] = (seconds, seconds + 1)
         if self.processes is not None and not self.by_cgroup and os.geteuid() != 0:
-            # It counts all of the user's processes, so it only bounds how far a tree is ahead of
-            # the supervisor; it does not bind root.
+            # This counts all processes of the user, so it only bounds how far a tree can get ahead
+            # of the supervisor. It does not apply to root.
             most = _processes() + 4 * self.processes + _SPARE
             found["nproc"] = (most, most)
         if self.file_size is not None:
@@ -98,14 +98,14 @@ class Limits:
 
 
 def _processes() -> int:
-    """Return how many processes and threads the machine has, or 0."""
+    """Return how many processes and threads the machine has, or 0 if that is not known."""
     with contextlib.suppress(OSError), open("/proc/loadavg") as file:
         return int(file.read().split()[3].partition("/")[2])
     return 0
 
 
 def size(value: Any) -> int:
-    """Return a number of bytes for a number or a text such as "1.5G". Raises ValueError."""
+    """Return the bytes in `value`, a number or a text such as "1.5G". Raises ValueError."""
     if isinstance(value, str):
         found = _SIZE.fullmatch(value.strip())
         if found is None:
@@ -124,16 +124,16 @@ def _number(name: str, value: Any) -> float | int:
             number = float(value) if name in _SECONDS else int(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"limits: {name}: {error}") from None
-    # With a limit of 0, nothing could run.
+    # With a limit of 0, no command could run.
     if not (0 if name in ("output", "file_size") else 1e-6) <= number <= _MOST:
         raise ValueError(f"limits: {name}: {value!r} is out of range")
     return number
 
 
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with those that follow from `limits`. Raises ValueError.
+    """Return the options, with those that follow from `limits`. Raises ValueError.
 
-    Without a call of `prepare` before, there is no cgroup.
+    There is no cgroup, unless `prepare` was called before.
     """
     limits, by = given["limits"], given.get("limits_by")
     if by not in (None, "cgroup", "rlimits"):
@@ -150,9 +150,9 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, dict[str, Any]]:
-    """Return the Tracker for a command with such options, and the options expanded.
+    """Return the Tracker for a command with these options, and the expanded options.
 
-    Raises ValueError, and OSError if a cgroup is required and can't be had.
+    Raises ValueError, and OSError if a cgroup is required and none is available.
     """
     limits, by = Limits(given["limits"]), given.get("limits_by")
     expanded = expand({**given, "limits": limits})
@@ -181,7 +181,7 @@ def _no_cgroup(where: str) -> OSError:
 
 
 class Tracker:
-    """What the process that waits for a command with limits knows about it."""
+    """Keeps account of a command with limits, in the process that waits for it."""
 
     __slots__ = ("_by_kernel", "_counted", "_peak", "cgroup", "is_too_loud", "limits", "room")
 
@@ -208,11 +208,11 @@ class Tracker:
         return cause(returncode, tree, self.limits, self._by_kernel)
 
     def peak_memory(self, tree: Sequence[int]) -> int | None:
-        """Return the most bytes that all had at the same time, or None if that is not known."""
+        """Return the peak memory of all its processes in bytes, or None if it is not known."""
         return self._peak if self._peak is not None else peak_memory(tree)
 
     def take(self, data: bytes) -> bytes:
-        """Return the part of more output that may be kept; if less than all, it is too much."""
+        """Return the part of `data` that may be kept; if it is less than all, the limit is hit."""
         size = len(data)
         if size > self.room:
             data = data[: self.room]
@@ -221,7 +221,7 @@ class Tracker:
         return data
 
     def keep(self, process: Any, data: bytes) -> bytes:
-        """Return the part of more output that may be kept; if it is less, end the command."""
+        """Return the part of `data` that may be kept; if it is less than all, end the command."""
         was_too_loud = self.is_too_loud
         data = self.take(data)
         if self.is_too_loud and not was_too_loud:
@@ -229,7 +229,7 @@ class Tracker:
         return data
 
     def count(self, process: Any, *outputs: list[bytes] | None) -> None:
-        """Count the pieces that have come, and end the command if they exceed the limit."""
+        """Count the pieces of output, and end the command if they exceed the limit."""
         for number, pieces in enumerate(outputs):
             if pieces is not None:
                 for i in range(self._counted[number], len(pieces)):
@@ -238,14 +238,14 @@ class Tracker:
 
 
 def end(process: Any) -> None:
-    """Kill a command and all that it has started."""
+    """Kill a command and everything that it has started."""
     child = helper_child(process)
     if child is not None:
         child.send_signal(lib.EB_WHOLE_TREE, signal.SIGKILL)
 
 
 def peak_memory(tree: Sequence[int]) -> int | None:
-    """Return the figure in EXITED, or None; `tree` may be empty."""
+    """Return the peak memory in bytes, or None if `tree`, which is as in Exited, is empty."""
     return tree[3] if tree else None
 
 

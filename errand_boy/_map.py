@@ -1,4 +1,4 @@
-"""Many commands at once. The helper does the pipes, the waiting and the reaping."""
+"""Runs many commands at once. The helper handles pipes, waits and reaps."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
-MOST_SENT = 1000  # tasks of Celery's at a time, unless said otherwise
+MOST_SENT = 1000  # tasks of Celery at a time, by default
 
 
 def waiter(batch: Batch) -> Callable[[float | None], Iterable[int]]:
-    """Watch the descriptors of `batch`; return a function that waits, and returns those ready."""
+    """Watch the descriptors of `batch`; return a function that waits, and returns ready ones."""
     watched: dict[int, bool] = {}
     if hasattr(select, "poll"):
         poll = select.poll()
@@ -92,7 +92,7 @@ def map(
     client: Any = None,
     **options: Any,
 ) -> Generator[Result, None, None]:
-    """Run commands as errand_boy.map does; `client` is that of a daemon, or None."""
+    """Run commands as errand_boy.map does; `client` is the client of a daemon, or None."""
     results = drive(make(commands, client, **options), check)
     if not progress:
         return results
@@ -100,7 +100,7 @@ def map(
 
 
 class Counter:
-    """A line on a terminal that counts results."""
+    """A progress line on a terminal."""
 
     def __init__(self, total: int | None, file: TextIO) -> None:
         from errand_boy import _progress  # noqa: PLC0415  only those who need it pay for it
@@ -111,13 +111,13 @@ class Counter:
         self._bar.show()
 
     def count(self, result: Any) -> None:
-        """Take note of a result."""
+        """Count a result."""
         self._tally.count(*_outcome(result))
         self._bar.show()
 
 
 def shown(commands: Any) -> tuple[int | None, TextIO] | None:
-    """Return the arguments of a Counter for `commands`; None if there is no terminal for it."""
+    """Return the arguments of a Counter for `commands`, or None if there is no terminal."""
     from errand_boy import _progress  # noqa: PLC0415
 
     file = _progress.terminal()
@@ -127,7 +127,7 @@ def shown(commands: Any) -> tuple[int | None, TextIO] | None:
 
 
 def with_bar(results: Generator[T, None, None], commands: Any) -> Generator[T, None, None]:
-    """Return `results`; on a terminal, with a line that counts them."""
+    """Return `results`; on a terminal, also show a progress line."""
     place = shown(commands)
     return results if place is None else _counted(results, *place)
 
@@ -142,7 +142,7 @@ def _counted(
 
 
 def _outcome(result: Any) -> tuple[bool, float]:
-    """Return whether a Result, or Celery's Outcome, is a failure, and the seconds it took."""
+    """Return whether a Result or an Outcome is a failure, and the seconds that it took."""
     if isinstance(result, dict):
         return bool(result["returncode"] != 0 or result["error"]), result["duration"]
     return result.failed, result.duration

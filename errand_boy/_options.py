@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from errand_boy.terminal import Pty
 
     class HasFileno(Protocol):
-        def fileno(self) -> int: ...
+        """An object with a descriptor, such as a file or a socket."""
+
+        def fileno(self) -> int:
+            """Return the descriptor."""
 
     Limit = int | tuple[int, int]
 else:
@@ -88,7 +91,7 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
     """Return options of a request, and the descriptors that they carry, in their order there.
 
     `has_session`: the command leads a session; `has_group`: its process group is given.
-    A descriptor is a number, or an object with a `fileno`, which must live until it has been used.
+    A descriptor is a number, or an object with a `fileno`, which must stay alive until it is used.
     Raises TypeError for an unknown option, and TypeError, ValueError and OSError for a bad value.
     """
     global _last
@@ -130,18 +133,18 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
     if given.get("foreground") and not (has_session or has_group):
         raise ValueError("foreground needs start_new_session=True or a process_group")
     encoded = b"".join(options)
-    if not carried and "sandbox" not in given:  # which can't be copied
+    if not carried and "sandbox" not in given:  # a Sandbox can't be copied
         _last = ({name: copy(value) for name, value in given.items()}, form, encoded)
     carried.sort(key=lambda pair: pair[0])
     return encoded, [fd for _, fd in carried]
 
 
-# What was encoded last: many starts have the same options. With copies, since some may change.
+# The last encoding, since many starts have the same options. With copies, since values may change.
 _last: tuple[Mapping[str, Any], tuple[bool, bool], bytes] = ({}, (False, False), b"")
 
 
 def refusal(failed: Failed, given: Mapping[str, Any]) -> str:
-    """Return why a start failed, with the option's name and value if it was one of `given`."""
+    """Return why a start failed, with the name and value of the option, if one of `given` did."""
     text = os.strerror(failed.errno)
     step = _wire.stage_name(failed.stage)
     name = "cpu_affinity" if step == "affinity" else step
@@ -165,15 +168,15 @@ class Descriptor:
         self._fd = fd
 
     def fileno(self) -> int:
-        """Return its number."""
+        """Return the descriptor."""
         return self._fd
 
     def __del__(self) -> None:
         os.close(self._fd)
 
 
-# -- each: its value as the request has it: bytes, a descriptor to be carried, or None for nothing;
-# -- or, if it is several of a request's options, a list of pairs of tag and value
+# -- one encoder for each option. It returns the value in the request: bytes, a descriptor to carry,
+# -- None for nothing, or for several options of a request a list of pairs of tag and value
 
 
 def _flag(value: object) -> bytes | None:
@@ -216,7 +219,7 @@ def _affinity(value: Iterable[Any]) -> bytes:
     return sum(1 << cpu for cpu in cpus).to_bytes(max(cpus) // 64 * 8 + 8, "little")
 
 
-_POLICIES = {"other": 0, "fifo": 1, "rr": 2, "batch": 3, "idle": 5}  # as linux/sched.h has them
+_POLICIES = {"other": 0, "fifo": 1, "rr": 2, "batch": 3, "idle": 5}  # numbers of linux/sched.h
 
 
 def _scheduler(value: Any) -> bytes:
@@ -228,7 +231,7 @@ def _scheduler(value: Any) -> bytes:
     return struct.pack("<II", _POLICIES[policy], priority)
 
 
-_CLASSES = {"realtime": 1, "best-effort": 2, "idle": 3}  # as linux/ioprio.h has them
+_CLASSES = {"realtime": 1, "best-effort": 2, "idle": 3}  # numbers of linux/ioprio.h
 
 
 def _ionice(value: Any) -> bytes:
@@ -375,7 +378,7 @@ def _affinity_refused(value: Iterable[int], failed: Failed) -> str:
 
 
 def _terminal(value: Any) -> bytes:
-    # Of one that the helper opens. For a Popen the caller does, see _pty.
+    # For a terminal that a helper opens. A Popen opens its own, see _pty.
     from errand_boy.terminal import as_pty  # noqa: PLC0415  only those who need it pay for it
 
     pty = as_pty(value)
@@ -408,7 +411,7 @@ _TABLE: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "timer_slack": (lib.EB_TAG_TIMER_SLACK, _number("timer_slack", 0, (1 << 63) - 1, "<Q")),
 }
 
-# Where more is to be said than the value and the kernel's error.
+# Options whose errors say more than the value and the kernel's error.
 _REFUSALS: dict[str, Callable[[Any, Failed], str]] = {
     "capabilities": _capability_refused,
     "cpu_affinity": _affinity_refused,

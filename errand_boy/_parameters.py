@@ -17,7 +17,7 @@ Input: TypeAlias = str | Bytes | None
 
 
 class CommandParameters(Options, total=False):
-    """Those that every command can have."""
+    """Parameters of every command."""
 
     cwd: StrOrPath | None
     env: Mapping[str, StrOrPath] | Mapping[bytes, StrOrPath] | None
@@ -31,7 +31,7 @@ class CommandParameters(Options, total=False):
 
 
 class ProcessParameters(CommandParameters, total=False):
-    """Those that every process object's command can have."""
+    """Parameters of every command with a process object."""
 
     preexec_fn: Callable[[], object] | None
     close_fds: bool
@@ -39,25 +39,25 @@ class ProcessParameters(CommandParameters, total=False):
     creationflags: int
     pass_fds: Collection[int]
     pipesize: int
-    # Of a daemon's commands. The module's own functions are a daemon's with ERRAND_BOY_SOCKET.
+    # For a daemon's commands. With ERRAND_BOY_SOCKET, the module's own functions use a daemon.
     kill_on_client_exit: bool
     kill_grace: float
 
 
 class ExecParameters(ProcessParameters, total=False):
-    """Those of asyncio's functions that start a process."""
+    """Parameters of asyncio's functions that start a process."""
 
     executable: StrOrPath | None
 
 
 class Parameters(ProcessParameters, total=False):
-    """Those of subprocess.Popen that can't be given by position here, and the options."""
+    """The keyword-only parameters of Popen, and the options."""
 
     shell: bool
 
 
 class CallParameters(Parameters, total=False):
-    """Those of call and check_call."""
+    """Parameters of call and check_call."""
 
     timeout: float | None
     text: bool | None
@@ -67,7 +67,7 @@ class CallParameters(Parameters, total=False):
 
 
 class RunParameters(Parameters, total=False):
-    """Those of run that go beyond Popen's."""
+    """Parameters of run."""
 
     capture_output: bool
     check: bool
@@ -75,13 +75,13 @@ class RunParameters(Parameters, total=False):
 
 
 class OutputParameters(Parameters, total=False):
-    """Those of check_output."""
+    """Parameters of check_output."""
 
     timeout: float | None
 
 
 class AsyncRunParameters(ExecParameters, total=False):
-    """Those of asyncio's run."""
+    """Parameters of asyncio's run."""
 
     shell: bool
     capture_output: bool
@@ -91,7 +91,7 @@ class AsyncRunParameters(ExecParameters, total=False):
 
 
 class StartParameters(CommandParameters, total=False):
-    """Those of a client's start."""
+    """Parameters of Client.start."""
 
     executable: StrOrPath | None
     log: StrOrPath | None
@@ -105,7 +105,7 @@ class StartParameters(CommandParameters, total=False):
 
 
 class JobParameters(CommandParameters, total=False):
-    """Those of one command of many."""
+    """Parameters of one command of a map."""
 
     input: Input
     retries: int | Retries | None
@@ -113,13 +113,13 @@ class JobParameters(CommandParameters, total=False):
 
 
 class SubmitParameters(JobParameters, total=False):
-    """Those of one command of an Executor, but `check`."""
+    """Parameters of Executor.submit, without `check`."""
 
     timeout: float | None
 
 
 class ExecutorParameters(JobParameters, total=False):
-    """Those of an Executor that do not decide between str and bytes."""
+    """Parameters of an Executor that do not decide between str and bytes."""
 
     capture_output: bool
     stdout: File
@@ -131,7 +131,7 @@ class ExecutorParameters(JobParameters, total=False):
 
 
 class MapParameters(ExecutorParameters, total=False):
-    """Those of map that do not decide between str and bytes."""
+    """Parameters of map that do not decide between str and bytes."""
 
     check: bool
     halt: str

@@ -13,7 +13,7 @@ from typing import Any
 
 from errand_boy import _child, _popen, _start
 
-_originals: dict[tuple[Any, str], Any] = {}  # what the class itself had; None: it inherits
+_originals: dict[tuple[Any, str], Any] = {}  # a class's own member, or None if inherited
 
 
 def patch() -> None:
@@ -40,7 +40,7 @@ def unpatch() -> None:
 
 
 def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Replace a member of a class or a module by what `replacement` returns for it."""
+    """Replace a member of a class or a module by `replacement(original)`."""
     if (owner, name) in _originals:
         return
     original = getattr(owner, name)
@@ -49,15 +49,15 @@ def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
 
 def _patch_stdlib() -> None:
-    # eventlet loads copies of the module, and replaces the original class by one derived from a
-    # copy's; other modules may have imported any of them.
+    # eventlet loads copies of the module, and replaces the original class by a subclass of a copy's
+    # class. Other modules may have imported any of them.
     for owner in {_popen._Base, subprocess.Popen, *object.__subclasses__()}:
         if (owner.__module__, owner.__name__) == ("subprocess", "Popen"):
             _patch_class(owner, _execute_child)
 
 
 def _execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
-    if isinstance(process, _popen.Popen):  # errand_boy's own, for a preexec_fn
+    if isinstance(process, _popen.Popen):  # our own class, which forks for a preexec_fn
         original(process, *args)
     else:
         _start.execute(process, args, original)
@@ -84,9 +84,9 @@ def _with_original(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _late(module: ModuleType, name: str) -> Callable[..., Any]:
-    """Return a function that calls one of our module's, looked up at the call.
+    """Return a function that calls the function `name` of our module, looked up at each call.
 
-    The module may be only half loaded now, if its own import of the framework has led here.
+    The module may still be loading, if its own import of the framework has led here.
     """
 
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -224,7 +224,7 @@ def _execute_with(loader: Any, patch_module: Callable[[ModuleType], None]) -> No
         if _finder in sys.meta_path:
             patch_module(module)
 
-    loader.exec_module = exec_module  # for one module only: finders make a loader for each
+    loader.exec_module = exec_module  # affects only this module: finders make a loader for each
 
 
 _finder: Any = _Finder()

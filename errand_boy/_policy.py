@@ -1,4 +1,4 @@
-"""What `map` does about failures: run again, end early, end what takes too long. No I/O."""
+"""`map`'s policies: running failed commands again, ending early, and time-outs. No I/O."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
     from errand_boy._result import Result
 
-_LEAST_ENDED = 3  # commands before a share of them, or their median, says anything
-_MOST_DURATIONS = 999  # of which a median is taken
+_LEAST_ENDED = 3  # commands that must have ended before a share or a median counts
+_MOST_DURATIONS = 999  # in a median
 
 
 class Retries:
     """How often and when `map` runs a failed command again.
 
-    - `most`: how many runs there may be after the first.
+    - `most`: how many more runs there may be after the first.
     - `delay`: seconds from the failure to the next run. After each further failure it is `factor`
       times as long, but at most `longest` seconds.
-    - `jitter`: the share of a delay that is random, from 0 to 1.
-    - `only_if`: is called with the Result, and returns whether to run the command again.
+    - `jitter`: the random share of a delay, from 0 to 1.
+    - `only_if`: a function that is called with the Result, and returns whether to run again.
 
     Raises ValueError for a negative number, and for a `jitter` above 1.
     """
@@ -49,7 +49,7 @@ class Retries:
         self._only_if = only_if
 
     def delay(self, runs: int, result: Result) -> float | None:
-        """Return the seconds to wait after so many runs, or None if there is to be no other."""
+        """Return the seconds to wait after this many runs, or None not to run again."""
         if runs > self.most or not (self._only_if is None or self._only_if(result)):
             return None
         seconds, factor, longest, jitter = self._times
@@ -75,7 +75,7 @@ def retries(given: int | Retries | None) -> Retries | None:
 
 
 class Halt:
-    """When to start no more commands (soon), or to end those that run at once (now).
+    """When to start no more commands (soon), or also to end the running ones (now).
 
     `policy` is ``never``; or ``soon`` or ``now``, a comma, and ``fail=N``, ``success=N`` or
     ``done=N``: when N commands have failed, have succeeded, or have ended. ``N%`` is a share of all
@@ -94,17 +94,17 @@ class Halt:
         self._count = int(count or 0)
         self._ended = self._counted = 0
         self.never = self._when is None
-        self.total: int | None = None  # commands
-        self.due: str | None = None  # or "soon" or "now"
-        self.result: Result | None = None  # that made it due
+        self.total: int | None = None  # the number of commands, if known
+        self.due: str | None = None  # "soon" or "now", once the condition holds
+        self.result: Result | None = None  # the one that made it due
 
     @property
     def needs_total(self) -> bool:
-        """Whether it says nothing without `total`."""
+        """Whether the policy needs `total`."""
         return bool(self._percent) and self._what == "done"
 
     def count(self, result: Result) -> None:
-        """Take note of a command's end."""
+        """Count a command that has ended."""
         self._ended += 1
         if self.never or self.due:
             return
@@ -124,29 +124,29 @@ class Halt:
 
 
 class Median:
-    """The median of the last durations (seconds)."""
+    """The median of the last durations, in seconds."""
 
     def __init__(self) -> None:
         self._sorted: list[float] = []
         self._in_turn: deque[float] = deque()
 
     def add(self, duration: float) -> None:
-        """Take note of one more."""
+        """Add a duration."""
         if len(self._in_turn) == _MOST_DURATIONS:
             del self._sorted[bisect_left(self._sorted, self._in_turn.popleft())]
         self._in_turn.append(duration)
         insort(self._sorted, duration)
 
     def get(self) -> float | None:
-        """Return it, or None while there are too few."""
+        """Return the median, or None while there are too few durations."""
         size = len(self._sorted)
         return self._sorted[size // 2] if size >= _LEAST_ENDED else None
 
 
 class Timeout:
-    """``timeout="200%"``: so much of the median of the others' durations.
+    """A `timeout` such as ``"200%"``, relative to the median of the other commands' durations.
 
-    Raises ValueError for what is no percentage.
+    Raises ValueError for anything but a percentage.
     """
 
     def __init__(self, percent: str) -> None:
@@ -157,11 +157,11 @@ class Timeout:
         self._median = Median()
 
     def count(self, duration: float) -> None:
-        """Take note of a command that has ended by itself."""
+        """Add the duration of a command that ended by itself."""
         self._median.add(duration)
 
     @property
     def seconds(self) -> float | None:
-        """What it is now; None while too few have ended."""
+        """The current time-out, or None while too few commands have ended."""
         median = self._median.get()
         return None if median is None else self._share * median

@@ -1,4 +1,4 @@
-"""Popen: the standard library's, except for the step that starts the child."""
+"""The standard library's Popen, with another way to start the child."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ else:
     AnyStr = str  # typing takes milliseconds to import
     _Base = original_popen()
 
-# Its methods, by a class of ours: pytest-subprocess replaces all names that modules have for Popen.
+# A class of our own, because pytest-subprocess replaces every name for Popen in any module.
 _Stdlib: Any = type("Popen", (_Base,), {})
 _STANDARD = parameters(_Base.__init__)
 
 
 class WithTerminal:
-    """The part of every Popen class that deals with `pty`."""
+    """The part of every Popen class that handles `pty`."""
 
     terminal: Terminal | None = None
     _select: Any = select  # the module, or a framework's replacement
@@ -49,22 +49,22 @@ class WithTerminal:
         if self.terminal is None:
             super().__exit__(*args)  # type: ignore[misc]
             return
-        if not self.terminal.at_end:  # otherwise SIGHUP might hit a command that is about to end
+        if not self.terminal.at_end:  # otherwise SIGHUP might reach a command that is about to end
             self.terminal.close()
         super().__exit__(*args)  # type: ignore[misc]
         self.terminal.close()
 
 
 class WithEnds:
-    """The part of every Popen class that deals with `stop`, `tree` and `drain`."""
+    """The part of every Popen class that handles `stop`, `tree` and `drain`."""
 
     _ends: Ends | None = None  # None if none of the three was given
-    # What its waits may raise. The methods here raise the first.
+    # The exceptions that its waits may raise. The methods here raise the first one.
     _expired: Any = (subprocess.TimeoutExpired,)
-    _is_one_shot = False  # made by run or call, which kill it at any exception
+    _is_one_shot = False  # made by run or call, which kill it after any exception
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
-        """Do as subprocess.Popen.communicate; with `stop`, end the command at the time-out."""
+        """Do what subprocess.Popen.communicate does; with `stop`, end the command at a time-out."""
         if self._ends is None:
             return self._exchange_output(input, timeout)
         return _start.stopping().communicate(self, input, timeout)  # type: ignore[no-any-return]
@@ -75,14 +75,14 @@ class WithEnds:
     def stop(self, stop: Stop | None = None) -> int:
         """End the command as its `stop` and `tree` say, or by other steps; return its return code.
 
-        Without these, only the process itself gets SIGKILL. This waits for the end; if SIGKILL is
-        not among the steps and nothing else ends the command, it waits for ever. Raises ValueError
-        and TypeError for bad steps, and the exceptions of `wait`.
+        Without these, only the process itself gets SIGKILL. This waits for the end, and for ever if
+        SIGKILL is not among the steps and nothing else ends the command. Raises ValueError and
+        TypeError for bad steps, and the exceptions of `wait`.
         """
         return _start.stopping().stop(self, stop)  # type: ignore[no-any-return]
 
     def kill(self) -> None:
-        """Send SIGKILL to the process; with ``tree="all"``, all its descendants end with it."""
+        """Send SIGKILL to the process; with ``tree="all"``, end all its descendants too."""
         if self._is_one_shot:
             self.stop()
         else:
@@ -95,9 +95,9 @@ class WithEnds:
 
 
 class WithVerdict(Verdict):
-    """The part of every Popen class that tells how the command ended.
+    """The part of every Popen class that says how the command ended.
 
-    The class notes in `_begun` when it starts the command, and in `_sent` which signal it sends.
+    The class keeps the time of the start in `_begun`, and the last signal that it sent in `_sent`.
     """
 
     _try_wait = _child.try_wait
@@ -120,28 +120,28 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
     """subprocess.Popen whose child is started without a fork, at the same cost from any process.
 
     All parameters, methods and exceptions are those of the running Python's subprocess.Popen, and
-    on Linux the child is a child of this process. This process starts it. A helper does so if
-    `user`, `group` or `extra_groups` is given, after errand_boy.start(), or if the environment
-    variable ``ERRAND_BOY_SPAWN`` says so. Where the system lacks what is needed, the standard
-    library starts the child. A wait with a time-out returns when the child ends.
+    on Linux the child is a child of this process. This process itself starts it. A helper starts it
+    if `user`, `group` or `extra_groups` is given, after errand_boy.start(), or if the environment
+    variable ``ERRAND_BOY_SPAWN`` says so. If the system lacks what both need, the standard library
+    starts it. A wait with a time-out returns as soon as the child ends.
 
     Popen replaces a `preexec_fn` that it knows by options that do the same: the documentation lists
     these functions, and `errand_boy.chain` joins several. Any other function runs in a fork of this
     process, as in subprocess, with a warning.
 
-    With `pty`, the command leads a session of its own with a new terminal, which takes the place of
-    those standard streams that are not redirected. `pty` is True, (rows, columns), or a
-    terminal.Pty. `terminal` is then this process's side of the terminal: see errand_boy.terminal.
-    `communicate` types the input, and returns what the command shows on the terminal.
+    With `pty`, the command leads its own session on a new terminal, which replaces those standard
+    streams that are not redirected. `pty` is True, (rows, columns), or a terminal.Pty. `terminal`
+    is then this process's side of the terminal: see errand_boy.terminal. `communicate` types the
+    input, and returns what the command shows on the terminal.
 
     The other options are those of `errand_boy.Options`. Together with a `preexec_fn` that forks,
     they raise ValueError. Where the system lacks what is needed, or with
     ``ERRAND_BOY_SPAWN=posix``, they raise OSError (ENOTSUP).
 
-    Where a helper is needed, the constructor raises HelperError if there is none, and
+    If a helper is needed, the constructor raises HelperError if none can be started, and
     HelperDiedError if it ends during the start. With ``ERRAND_BOY_SPAWN=direct`` it raises OSError
-    (ENOTSUP, ENOSYS) for what can't be started in this process, and for an unknown value of that
-    variable ValueError.
+    (ENOTSUP, ENOSYS) if this process can't start the command, and ValueError for an unknown value
+    of that variable.
     """
 
     _source: Any = _start.LOCAL
@@ -264,7 +264,7 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
                 construct(*args, **kwargs)
 
         if sys.flags.warn_default_encoding:
-            # EncodingWarning names the first caller that is not in subprocess's own file.
+            # EncodingWarning names the first caller outside subprocess's own file.
             __init__.__code__ = __init__.__code__.replace(
                 co_filename=_Stdlib.__init__.__code__.co_filename
             )
@@ -275,7 +275,7 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
             self, given, _Stdlib._execute_child, self._source, _driver.BLOCKING, self._more
         )
 
-    # Most commands need nothing that the base classes do for a few: plain ones must not pay for it.
+    # Most commands don't need what the base classes add, and must not pay for it.
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
         """Write `input`, read all output, and wait for the end; see subprocess.Popen."""
@@ -296,7 +296,7 @@ class Popen(WithEnds, WithTerminal, WithVerdict, _Base[AnyStr]):
         return _child.wait(_Stdlib._wait, self, timeout)
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal to the process; does nothing if it is known to have ended."""
+        """Send a signal to the process; do nothing if it is known to have ended."""
         if self.returncode is None:
             self._sent = sig
         _child.send_signal(_Stdlib.send_signal, self, sig)

@@ -1,7 +1,7 @@
 """Replaces a known `preexec_fn` by parameters and options that do the same without a fork.
 
-Known are functions of os, resource and signal, in functools.partial with their arguments, and
-chains of these. The standard library runs any other function, and these with other arguments.
+It knows functions of os, resource and signal, with their arguments in functools.partial, and chains
+of these. The standard library runs any other function, and these with other arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# The parameters of Popen that functions set, in addition to options, by the names in `begin`.
+# The parameters of Popen that functions set besides options, with their names in `begin`.
 PARAMETERS = ("cwd", "umask", "uid", "gid", "gids", "start_new_session", "process_group")
 
 
@@ -50,16 +50,16 @@ def chain(*functions: Callable[[], Any]) -> Chain:
 
 
 def translate(function: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return `given`, which has PARAMETERS and options, with what a `preexec_fn` would change.
+    """Return `given`, a mapping of PARAMETERS and options, as changed by a `preexec_fn`.
 
-    Return None if the function is not known, or would fail.
+    Return None if the function is not known, or if it would fail.
     """
     wanted = dict(given)
     known = _known_functions()
     for called, arguments in _calls(function):
         try:
             change = known.get(called)
-        except TypeError:  # it has no hash
+        except TypeError:  # it is not hashable
             return None
         if change is None or arguments is None:
             return None
@@ -72,7 +72,7 @@ def translate(function: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def substitutes(function: Any) -> list[str]:
-    """Return the names of the options that do what `function` seems to do."""
+    """Return the names of options that do what `function` seems to do."""
     names: dict[str, None] = {}
     for called, _ in _calls(function):
         code = getattr(called, "__code__", None)
@@ -83,7 +83,7 @@ def substitutes(function: Any) -> list[str]:
 
 
 def _calls(function: Any) -> Iterator[tuple[Any, tuple[Any, ...] | None]]:
-    """Yield what is called, and its arguments, None if some have names."""
+    """Yield each called function and its arguments, or None if some are keywords."""
     if isinstance(function, Chain):
         for part in function.functions:
             yield from _calls(part)
@@ -100,7 +100,7 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-# -- what each does to the parameters; _UNKNOWN: with these arguments, it is not known --
+# -- the effect of each function on the parameters; _UNKNOWN: not known with these arguments --
 
 _UNKNOWN = object()
 
@@ -178,11 +178,11 @@ def _sigmask(wanted: dict[str, Any], how: int, signals: Any) -> None:
 
 
 def _ids(name: str, count: int) -> Callable[..., object]:
-    """Return the change for a function that sets the real, the effective and the saved id."""
+    """Return the effect of a function that sets the real, the effective and the saved id."""
 
     def change(wanted: dict[str, Any], *ids: int) -> object:
-        # Only root sets all three by a function that takes fewer; and who changes the user first
-        # may not change the group after.
+        # A function that takes fewer ids sets all three only for root. After a change of the user,
+        # the group can't be changed any more.
         all_are_set = count == 3 or os.geteuid() == 0
         if len(ids) != count or len({*ids}) != 1 or ids[0] < 0 or not all_are_set:
             return _UNKNOWN
@@ -228,7 +228,7 @@ _KNOWN: dict[Any, Callable[..., object]] = {
     signal.pthread_sigmask: _sigmask,
 }
 
-# By the names that a function uses.
+# Options by the names that a function uses.
 _SUBSTITUTES = {
     "PR_SET_NO_NEW_PRIVS": "no_new_privs",
     "PR_SET_PDEATHSIG": "dies_with_caller",

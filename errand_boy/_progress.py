@@ -1,4 +1,4 @@
-"""The progress of a `map`: done, failed, rate, and the time left."""
+"""The progress of a `map`: commands done and failed, the rate, and the time left."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _CLEAR = "\r\x1b[K"
 
 
 class Tally:
-    """Counts what has ended; `total` is None if it is not known."""
+    """Counts the commands that have ended. `total` is None if it is not known."""
 
     def __init__(self, total: int | None = None) -> None:
         self.total = total
         self.done = self.failed = 0
-        self._busy = 0.0  # seconds of all commands together
+        self._busy = 0.0  # seconds that all commands took together
         self._median = Median()
         self._start = time.monotonic()
 
     def count(self, failed: bool, duration: float) -> None:
-        """Take note of a command's end."""
+        """Count a command that has ended."""
         self.done += 1
         self.failed += failed
         self._busy += duration
         self._median.add(duration)
 
     def text(self) -> str:
-        """Return it in words."""
+        """Return the progress in words."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         of = "" if self.total is None else f"/{self.total}"
         text = f"{self.done}{of} done, {self.failed} failed, {self.done / elapsed:.1f}/s"
@@ -51,7 +51,7 @@ class Tally:
         median = self._median.get()
         if not median or not self._busy:
             return left * elapsed / self.done
-        # One that takes long is no sign that the others will. So many have run at a time:
+        # A single slow command says nothing about the others. The average number at a time:
         return left * median / max(self._busy / elapsed, 1.0)
 
 
@@ -88,7 +88,7 @@ class _Line:
 
 
 class _Tqdm:
-    """The same words behind tqdm's bar."""
+    """The same words after tqdm's bar."""
 
     def __init__(self, tally: Tally, file: TextIO, tqdm: Callable[..., Any]) -> None:
         self._tally = tally
@@ -114,7 +114,7 @@ class _Tqdm:
 
 
 class Bar:
-    """A line on a terminal that shows `tally`, with tqdm's bar if that is installed."""
+    """A line on a terminal that shows `tally`, with a bar if tqdm is installed."""
 
     def __init__(self, tally: Tally, file: TextIO) -> None:
         self._line: _Line | _Tqdm
@@ -128,7 +128,7 @@ class Bar:
         self._is_there = False
 
     def show(self, at_once: bool = False) -> None:
-        """Update it, but not too often."""
+        """Update the line, but not too often."""
         now = time.monotonic()
         if at_once or now >= self._next:
             self._next = now + _INTERVAL
@@ -136,13 +136,13 @@ class Bar:
             self._line.show()
 
     def clear(self) -> None:
-        """Make room for what is to be written."""
+        """Remove the line, to make room for output."""
         if self._is_there:
             self._is_there = False
             self._line.clear()
 
     def close(self) -> None:
-        """Show it a last time, and leave it there."""
+        """Update the line a last time, and leave it there."""
         self._line.close()
 
 

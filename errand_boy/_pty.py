@@ -1,4 +1,4 @@
-"""A Popen with a terminal: the command gets one side of it, the caller the other."""
+"""A Popen with a terminal, of which the command gets one side and the caller the other."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def construct(
     args: tuple[Any, ...],
     options: dict[str, Any],
 ) -> None:
-    """Run the constructor of a Popen of any class, for one with a `pty`.
+    """Run the constructor of a Popen of any class with `pty`.
 
-    Those standard streams of the command that are not redirected are the terminal, and so are those
-    that run() would capture.
+    The command's standard streams are the terminal, except those that are redirected. Those that
+    run() would capture are the terminal, too.
     """
     more = {**process._more}
     pty = as_pty(more.pop("pty"))
@@ -70,7 +70,7 @@ def construct(
 
 
 def is_text(process: Any) -> bool:
-    """Return whether a Popen is in text mode; gevent's class knows its empty string then."""
+    """Return whether a Popen is in text mode. gevent's class only has an attribute of type str."""
     known = vars(process)
     return bool(known.get("text_mode")) or known.get("_communicate_empty_value") == ""
 
@@ -78,8 +78,8 @@ def is_text(process: Any) -> bool:
 def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
     """Do what Popen.communicate does for `process`, which has a terminal.
 
-    `input` is typed, and then the end of the input, unless there is a pipe to the command. What is
-    on the terminal takes the place of the output, unless there is a pipe for that.
+    Unless there is a pipe to the command, `input` and then the end of the input are typed. Unless
+    there is a pipe for the output, the terminal's output is returned instead.
     """
     exchange: _Exchange | None = vars(process).get("_exchange")
     if exchange is None:
@@ -96,7 +96,7 @@ def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, A
 
 
 class _Exchange:
-    """The rest of the work of a communicate(), also after a time-out."""
+    """The state of a communicate(), which may go on after a time-out."""
 
     def __init__(self, process: Any, input: Any) -> None:
         terminal: Terminal = process.terminal
@@ -133,7 +133,7 @@ class _Exchange:
         return to_text(output, *how), None if errors is None else to_text(errors, *how)
 
     def go_on(self, seconds: float | None) -> bool:
-        """Wait up to a time, and move data; return whether more may come."""
+        """Wait at most `seconds`, and move data; return whether more may come."""
         if not self._reading:
             return False
         has_ended = False
@@ -153,14 +153,14 @@ class _Exchange:
                 self._is_idle = True
             elif data is not None:
                 del self._reading[fd]
-                if file is not self._terminal:  # a command that is about to end would get SIGHUP
+                if file is not self._terminal:  # SIGHUP could hit a command that is about to end
                     file.close()
         if writable and self._into is not None and not (self._is_idle and self._pipe is None):
             self._write(self._into)
         return bool(self._reading)
 
     def _pause(self, seconds: float) -> bool:
-        """Wait for all except the terminal, which is idle; return whether the command ended."""
+        """Wait for all but the terminal, which is idle; return whether the command has ended."""
         reading = self._reading.keys() - {self._terminal.fileno()}
         writing = () if self._into is None or self._pipe is None else (self._into,)
         if reading or writing:
@@ -174,7 +174,7 @@ class _Exchange:
         try:
             with non_blocking(fd):
                 self._rest = self._rest[write_some(fd, self._rest) :]
-        except OSError:  # EPIPE, EIO: the command has closed it, or gone
+        except OSError:  # EPIPE, EIO: the command has closed it or ended
             self._rest = self._rest[:0]
         self._end_input()
 

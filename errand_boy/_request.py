@@ -1,6 +1,6 @@
-"""Popen's arguments as a request: what `args`, `shell`, `env`, `cwd` and the others mean.
+"""Makes a request of Popen's arguments: `args`, `shell`, `env`, `cwd` and the others.
 
-This is the only place that interprets them, for all front ends.
+Only this module interprets them, for all front ends.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 
     from errand_boy._wire import Failed
 
-_PATH_MAX = 4096  # bytes, of Linux
+_PATH_MAX = 4096  # bytes: Linux's limit
 _INT_MAX = 0x7FFFFFFF
 
 
 class Request:
-    """A command that is to be started.
+    """A command to start.
 
-    `options` are encoded; `standard` are the descriptors for the child's 0 to 2, -1 where it
-    inherits its parent's; `others`, ascending, keep their numbers; `carried` are those of options,
-    see `settings`; `flags` are EB_WITH_* and EB_RESTORE_SIGNALS.
+    - `options`: encoded.
+    - `standard`: the descriptors for the child's 0 to 2, or -1 to inherit the parent's.
+    - `others`: descriptors that keep their numbers, in ascending order.
+    - `carried`: descriptors of options, see `settings`.
+    - `flags`: EB_WITH_* and EB_RESTORE_SIGNALS.
     """
 
     __slots__ = ("carried", "flags", "options", "others", "standard")
@@ -57,7 +59,7 @@ class Request:
 
 def arguments(args: Any, shell: bool, executable: Any = None) -> list[Any]:
     """Return the argument list that `args` stands for. Raises TypeError."""
-    if isinstance(args, (list, tuple)):  # first, because the other checks take longer
+    if isinstance(args, (list, tuple)):  # checked first, because the other checks take longer
         args = list(args)
     elif isinstance(args, (str, bytes)):
         args = [args]
@@ -81,20 +83,20 @@ def command(argv: Sequence[Any], executable: Any, env: Mapping[Any, Any] | None)
 
 
 def programs(name: bytes, path: Callable[[], Iterable[bytes]]) -> bytes:
-    """Return the option for the programs to try in turn for `name`, as execvp(3) does."""
+    """Return the option with the programs to try in turn for `name`, as in execvp(3)."""
     found = [name]
     if b"/" not in name:
-        # A longer name is too long in any case, and sending it many times would be too much.
+        # A longer name fails in any case, and the request would have it many times.
         found = [os.path.join(directory, name[:_PATH_MAX]) for directory in path()]
     return _wire.strings(lib.EB_TAG_EXECUTABLES, found)
 
 
 def exec_path(env: Mapping[Any, Any] | None) -> list[bytes]:
-    """Return the directories in which programs are looked for."""
+    """Return the directories in which to look for programs."""
     return [os.fsencode(directory) for directory in os.get_exec_path(env)]
 
 
-# -- what it gets --
+# -- the command's settings --
 
 
 def settings(
@@ -112,13 +114,13 @@ def settings(
     on_close: int | None = None,
     **more: Any,
 ) -> tuple[bytes, int, list[Any]]:
-    """Return the options for what a command gets, the flags of the request, and what they carry.
+    """Return the encoded options for a command, the flags of the request, and its descriptors.
 
-    The names are those of Popen's parameters, or of those that it derives from them; without a
-    `process_group`, the group is `default_group`, or if that is negative the caller's; `on_close`
-    is the option of that name; `more` are those of `_options`. What they carry are descriptors,
-    numbers or objects with a `fileno`, which must live until the request is sent or the start is
-    decided. Raises ValueError, TypeError and OverflowError as subprocess.Popen does, and OSError.
+    The parameters have the names of Popen's, or of values that Popen derives from them. Without a
+    `process_group`, the group is `default_group`, or the caller's if that is negative. `on_close`
+    is the option of that name, and `more` are those of `_options`. The descriptors are numbers or
+    objects with a `fileno`, which must stay alive until the request has been sent or the start has
+    ended. Raises ValueError, TypeError and OverflowError as subprocess.Popen does, and OSError.
     """
     flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
     options = b""
@@ -154,7 +156,7 @@ def settings(
 
 
 def unknown(names: Set[str]) -> Set[str]:
-    """Return which of the names, none of which the standard library knows, we don't know either."""
+    """Return those of `names`, which the standard library lacks, that we don't know either."""
     return names - own_options() if names else names
 
 
@@ -166,9 +168,9 @@ def own_options() -> Set[str]:
 
 
 def ids(user: Any, group: Any, extra_groups: Any) -> dict[str, Any]:
-    """Return `settings`' uid, gid and gids for Popen's parameters of these names.
+    """Return uid, gid and gids for `settings`, made of these parameters of Popen.
 
-    Raises TypeError, ValueError, and KeyError for a name that is not known.
+    Raises TypeError, ValueError, and KeyError for an unknown name.
     """
     found: dict[str, Any] = {}
     if user is not None:
@@ -199,7 +201,7 @@ def _id_of(given: Any, kind: str) -> int:
 
 
 def _environment(env: Mapping[Any, Any]) -> list[bytes]:
-    """Return the variables as execve takes them. Raises ValueError for a name with a "="."""
+    """Return the variables in execve's format. Raises ValueError for a name with "="."""
     result = []
     for key, value in env.items():
         name = os.fsencode(key)
@@ -236,20 +238,20 @@ def _group_ids(values: list[int]) -> list[int]:
         raise ValueError("invalid group id") from None
 
 
-# -- its descriptors --
+# -- the command's descriptors --
 
 
 def standard(p2cread: int, c2pwrite: int, errwrite: int) -> tuple[int, int, int]:
     """Return the descriptors for the child's 0 to 2. Raises OSError and OverflowError."""
     fds = (p2cread, c2pwrite, errwrite)
-    if min(fds) < -1:  # STDOUT, where it says nothing
+    if min(fds) < -1:  # STDOUT, where it makes no sense
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     _as_int(max(fds))
     return fds
 
 
 def others(pass_fds: Iterable[int]) -> list[int]:
-    """Return `pass_fds` in ascending order. Raises ValueError for what can't be a descriptor."""
+    """Return `pass_fds` in ascending order. Raises ValueError for invalid numbers."""
     kept = set(map(int, pass_fds))
     if kept and not 0 <= min(kept) <= max(kept) <= _INT_MAX:
         raise ValueError("bad value(s) in fds_to_keep")
@@ -257,7 +259,7 @@ def others(pass_fds: Iterable[int]) -> list[int]:
 
 
 def numbers(carried: Iterable[Any]) -> list[int]:
-    """Return the numbers of the descriptors that options carry, as `settings` returned them."""
+    """Return the numbers of `carried`, the descriptors that `settings` returned."""
     return [fd if type(fd) is int else fd.fileno() for fd in carried]
 
 
@@ -267,13 +269,13 @@ def with_inheritable(fds: Iterable[int]) -> list[int]:
     from errand_boy._descriptors import open_descriptors  # noqa: PLC0415  few need it
 
     for fd in open_descriptors():
-        with contextlib.suppress(OSError):  # the listing's own
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
             if fd > 2 and os.get_inheritable(fd):
                 found.add(fd)
     return sorted(found)
 
 
-# -- where output comes over the connection --
+# -- commands whose output comes over the connection --
 
 
 def streamed(
@@ -286,15 +288,15 @@ def streamed(
     process_group: int | None = None,
     **given: Any,
 ) -> tuple[int, Request]:
-    """Return which streams are streamed, as STREAMS has it, and the request.
+    """Return which streams are streamed, in the format of STREAMS, and the request.
 
-    `command` are its options; `stdin`, `stdout` and `stderr` are as for Popen, but that the pipes
-    are the helper's; with `brief` it has COALESCE; the rest goes to `settings`. The command leads a
-    group of its own, unless told otherwise. With a `pty` all three are that, and the end of the
-    input has to be sent.
+    `command` are the options for the program. `stdin`, `stdout` and `stderr` are as for Popen, but
+    the helper makes the pipes. `brief` adds COALESCE. The rest goes to `settings`. By default, the
+    command leads its own group. With a `pty`, all three streams are the terminal, and the caller
+    must send the end of the input.
     """
     if given.get("pty"):
-        # The terminal is for all, and what it echoes has to be read.
+        # All three are the terminal, and its echo must be read.
         stdin, stdout, stderr = subprocess.PIPE, subprocess.PIPE, subprocess.STDOUT
         given["start_new_session"] = True
     streams, made, fds = _made_by_helper(stdin, stdout, stderr)
@@ -307,7 +309,7 @@ def streamed(
 
 
 def milliseconds(grace: float, name: str) -> int:
-    """Return a time until SIGKILL for ON_CLOSE. Raises ValueError, with the option's `name`."""
+    """Return `grace` in milliseconds for ON_CLOSE. Raises ValueError, with the option's `name`."""
     value = round(grace * 1000)
     if not 0 <= value < lib.EB_LIVES_ON:
         raise ValueError(f"{name} is out of range")
@@ -317,7 +319,7 @@ def milliseconds(grace: float, name: str) -> int:
 def spawn_error(
     failed: Failed, executable: Any, cwd: Any, more: Mapping[str, Any] | None = None
 ) -> OSError:
-    """Return the exception of subprocess.Popen; `more` are options that it lacks."""
+    """Return the exception that subprocess.Popen raises; `more` are options that it lacks."""
     text = os.strerror(failed.errno)
     if failed.errno == errno.ENOTSUP and failed.stage != lib.EB_STAGE_TREE:
         step = _wire.stage_name(failed.stage)
@@ -328,7 +330,7 @@ def spawn_error(
     if failed.stage == lib.EB_STAGE_EXEC:
         return OSError(failed.errno, text, executable)
     if failed.stage == lib.EB_STAGE_FDS and failed.errno == errno.ENOENT:
-        return OSError(failed.errno, text, os.devnull)  # the only file that a helper opens
+        return OSError(failed.errno, text, os.devnull)  # the only file that a helper opens itself
     if failed.stage == lib.EB_STAGE_START and failed.errno in (errno.EPERM, errno.ENOSYS):
         text += ": the system forbids clone(2) as the helper calls it; ERRAND_BOY_SPAWN=posix, in "
         text += "the environment of this process or of the daemon, has it call posix_spawn"
@@ -342,7 +344,7 @@ def spawn_error(
 
 
 def name_program(error: BaseException, program: Any) -> None:
-    """Add the program's name to `error` if it is about a request that is too long."""
+    """Add the program's name to `error` if the request was too long (E2BIG)."""
     if isinstance(error, OSError) and error.errno == errno.E2BIG and error.filename is None:
         error.filename = program
 
@@ -368,7 +370,7 @@ def _made_by_helper(
             else:
                 fds[2] = fds[1]
         elif wanted is None:
-            with contextlib.suppress(OSError):  # closed, as it is for the command then
+            with contextlib.suppress(OSError):  # if it is closed, it is closed in the command too
                 fds[number] = number if os.get_inheritable(number) else -1
         else:
             fds[number] = wanted if isinstance(wanted, int) else wanted.fileno()

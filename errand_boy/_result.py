@@ -24,25 +24,23 @@ else:
 
 
 class Result(subprocess.CompletedProcess[OutputT]):
-    """How one command of `map` ended.
+    """The result of one command of `map`: a subprocess.CompletedProcess with more attributes.
 
-    It has `args`, `returncode`, `stdout` and `stderr` as subprocess.CompletedProcess, and
-
-    - `index`: which command it was, from 0; `slot`: which of those that run at the same time,
-      from 1.
-    - `runs`: how often it was run. That is more than once with `retries`, or if Celery gave it to
-      another worker when one had gone; all else is about the last run.
-    - `host`: with `on` that of the worker, else None.
-    - `error`: None, or why the command has no ordinary end: the OSError or ValueError of its start
+    - `index`: the number of the command, from 0; `slot`: its number among those that ran at the
+      same time, from 1.
+    - `runs`: how often the command was run. It is more than once with `retries`, or if Celery gave
+      it to another worker because one disappeared; all else is about the last run.
+    - `host`: with `on` the worker's host, else None.
+    - `error`: None, or why the command did not end normally: the OSError or ValueError of its start
       (`returncode` is then 127 if it was not found, else 126); subprocess.TimeoutExpired;
-      UnicodeError (the output then has escapes for what can't be decoded, the error's `object` has
-      the bytes, and `returncode` is 125 if it would be 0); or HelperDiedError (`returncode` is then
-      -9, and may not be the command's).
+      UnicodeError (undecodable output then has escapes, the error's `object` has the bytes, and
+      `returncode` is 125 if it would be 0); or HelperDiedError (`returncode` is then -9, and may
+      not be the command's).
     - `started`, in seconds since 1970, and `duration`, in seconds from the start to the end.
-    - `rusage`: a resource.struct_rusage, or None if it did not end by itself or by a signal.
-    - `cause` and `peak_memory`, as Popen has them; None if it was not started.
+    - `rusage`: a resource.struct_rusage, or None if the command's end is not known.
+    - `cause` and `peak_memory`, as in Popen; None if the command was not started.
     - `truncated`: whether output is missing because of `max_output`.
-    - `stdout_file`, `stderr_file`: temporary files with all of the output, if it was spooled.
+    - `stdout_file`, `stderr_file`: temporary files with the full output, if it was spooled.
     """
 
     index: int = 0
@@ -65,17 +63,17 @@ class Result(subprocess.CompletedProcess[OutputT]):
 
     @property
     def failed(self) -> bool:
-        """Whether it failed, so that check_returncode() raises an exception."""
+        """Whether the command failed, so that check_returncode() raises an exception."""
         return self.returncode != 0 or self.error is not None
 
     @property
     def started(self) -> float:
-        """When the command was started, in seconds since 1970."""
+        """When the command started, in seconds since 1970."""
         return time.time() - time.monotonic() + self._begun
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
-        """What the command and the children that it waited for have used."""
+        """The resources used by the command and the children that it has waited for."""
         return None if self._end is None else _wire.rusage(self._end.usage, self._end.tree)
 
     @property
@@ -93,7 +91,7 @@ class Result(subprocess.CompletedProcess[OutputT]):
 
     @property
     def peak_memory(self) -> int | None:
-        """The most memory that the command had, in bytes."""
+        """The peak memory of the command, in bytes."""
         if self._limited is not None and self._end is not None:
             peak = self._limited.peak_memory(self._end.tree)
             if peak is not None:
@@ -124,7 +122,7 @@ class Results:
 
     def __init__(self, ordered: bool) -> None:
         self.taken = 0
-        self._following = 0  # index of what comes next
+        self._following = 0  # index of the next result
         self._by_index: dict[int, Result] | None = {} if ordered else None
         self._done: deque[Result] = deque()
 
@@ -136,7 +134,7 @@ class Results:
             self._by_index[result.index] = result
 
     def take(self, with_gaps: bool) -> Result | None:
-        """Remove and return the next, if it is there; `with_gaps`: some never come."""
+        """Remove and return the next result, or None. `with_gaps`: some will never come."""
         if self._by_index is None:
             if not self._done:
                 return None

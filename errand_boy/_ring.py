@@ -1,4 +1,4 @@
-"""The file in which a job's keeper has kept output, as csrc/common/ringfile.h defines it."""
+"""The file in which a job's keeper keeps output, in the format of csrc/common/ringfile.h."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _CHUNK = 1 << 20  # bytes
 
 
 class RingError(Exception):
-    """The file is none of a keeper's; the text says why, in one line."""
+    """The file is invalid; the text says why, in one line."""
 
 
 class RingFile:
-    """What is in the file of descriptor `fd`, whose keeper has ended.
+    """The contents of the file with descriptor `fd`, whose keeper has ended.
 
-    It is a file of the user's: nothing in it is taken for true. Raises RingError and OSError.
+    The file belongs to the user, so everything in it is checked. Raises RingError and OSError.
     """
 
     def __init__(self, fd: int) -> None:
@@ -39,11 +39,11 @@ class RingFile:
         self._rings: list[_Ring] = []
         self.is_empty: bool = not header
         if not header:
-            return  # its keeper was killed before it had written any
+            return  # its keeper was killed before it wrote any output
         try:
             magic, header_size, count = _HEAD.unpack_from(header)
             if (magic, header_size, count) != (_MAGIC, lib.EB_RING_HEADER, lib.EB_RINGS):
-                raise RingError("it is no file of rings")
+                raise RingError("it is not a file of rings")
             for number in range(lib.EB_RINGS):
                 state = _STATE.unpack_from(header, _HEAD.size + number * _STATE.size)
                 ring = _Ring(fd, number + 1, *state)
@@ -52,13 +52,13 @@ class RingFile:
             raise RingError("its header is cut short") from None
 
     def records(self, sequence: int = 0) -> Iterator[Record]:
-        """Yield those of both streams from `sequence` on, in their order."""
+        """Yield the records of both streams from `sequence` on, in order."""
         for record in merge(*(ring.records() for ring in self._rings)):
             if record[0] >= sequence:
                 yield record
 
     def ends(self) -> list[tuple[int, int]]:
-        """Return each stream and how many bytes of it there were, once all records are read."""
+        """Return each stream with its number of bytes, after all records have been read."""
         return [(ring.stream, ring.end) for ring in self._rings]
 
 
@@ -82,7 +82,7 @@ class _Ring:
         self._head, self._tail = head, tail
         self.stream = stream
         self.lost = lost
-        self.end = lost  # bytes of output up to the end of the records that have been read
+        self.end = lost  # bytes of output, up to the end of the records read so far
 
     def records(self) -> Iterator[Record]:
         at, position = self._tail, self.lost

@@ -1,7 +1,7 @@
-"""What errand_boy's functions return for which parameters, for type checkers only.
+"""The signatures of errand_boy's functions, for type checkers only.
 
-As typeshed has it, `text`, `encoding`, `errors` and `universal_newlines` decide between str and
-bytes. What is rarely given by position can be given by name only here.
+As in typeshed, `text`, `encoding`, `errors` and `universal_newlines` decide between str and bytes.
+Parameters that are rarely given by position are keyword-only here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EitherT_co = TypeVar("EitherT_co", covariant=True)
 
 
 class Completed(subprocess.CompletedProcess[AnyStr]):
-    """What run returns: a subprocess.CompletedProcess that says more, as Popen does."""
+    """The result of run: a subprocess.CompletedProcess that also has the attributes of Verdict."""
 
     cause: str
     duration: float

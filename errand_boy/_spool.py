@@ -1,4 +1,4 @@
-"""Output that is kept: in memory up to a size, and beyond that in a file."""
+"""Keeps output, in memory up to a size, and beyond that in a file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Spool:
-    """Bytes in the order in which they come.
+    """A buffer of bytes, which are read in the order in which they were written.
 
-    `data` has the first `most` bytes (None: all). If there are more, all of them are in `file`,
-    which `open_file` has opened; without that the rest is lost, and it is `truncated`.
+    `data` has the first `most` bytes (None: all). If there are more, `open_file` opens `file`,
+    which has all of them; without `open_file` the rest is lost, and the spool is `truncated`.
     """
 
     __slots__ = ("_at", "_open_file", "_room", "data", "file", "size", "truncated")
@@ -28,7 +28,7 @@ class Spool:
         self.size = 0
         self.truncated = False
         self.file: IO[bytes] | None = None
-        self._at = 0  # of what is read next
+        self._at = 0  # the position of the next read
         self._room = sys.maxsize if most is None else most
         self._open_file = open_file
 
@@ -55,9 +55,9 @@ class Spool:
             self.data = bytearray(self.data + data)
 
     def read(self, size: int) -> bytes:
-        """Return the next `size` bytes that have not been read, or as many as there are.
+        """Return the next `size` unread bytes, or as many as there are.
 
-        A file must have no buffer. Raises OSError.
+        If there is a file, it must be unbuffered. Raises OSError.
         """
         if self.file is None:
             data = bytes(self.data[self._at : self._at + size])
@@ -67,7 +67,7 @@ class Spool:
         return data
 
     def rewind(self) -> None:
-        """Begin to read at its beginning again."""
+        """Read from the beginning again."""
         self._at = 0
 
     def close(self) -> None:
@@ -76,9 +76,9 @@ class Spool:
             self.file.close()
 
     def state(self, keep: Callable[[int], int]) -> list[Any]:
-        """Return what `restore` needs in the program that is executed next.
+        """Return the state that `restore` needs after this process has executed another program.
 
-        `keep` has a descriptor stay open there, and returns it.
+        `keep` keeps a descriptor open across the exec, and returns it.
         """
         file = None if self.file is None or self.file.closed else keep(self.file.fileno())
         return [self.data.hex(), self.size, self._at, file]
@@ -89,10 +89,10 @@ class Spool:
         self.data = bytearray.fromhex(data)
         self._room -= len(self.data)
         if file is not None:
-            self.file = open(file, "w+b", buffering=0)  # nothing is cut off: it is open
+            self.file = open(file, "w+b", buffering=0)  # opening by descriptor truncates nothing
 
     def text(self, encoding: str, errors: str) -> str:
-        """Return `data` as text, as subprocess does, without a character that was cut."""
+        """Return `data` as text, as subprocess does, without an incomplete last character."""
         return to_text(self.data, encoding, errors, self.file is None and not self.truncated)
 
 
@@ -108,7 +108,7 @@ def nameless_file() -> IO[bytes]:
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
         fd = os.open(directory, flags | os.O_TMPFILE, 0o600)
-    except OSError as error:  # EISDIR means that the file system can't do that
+    except OSError as error:  # EISDIR: O_TMPFILE is not supported
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
             raise
         path = os.path.join(directory, f"errand-boy-{os.urandom(16).hex()}")
@@ -118,7 +118,7 @@ def nameless_file() -> IO[bytes]:
 
 
 def coding(encoding: str | None, errors: str | None) -> tuple[str, str]:
-    """Return the codec and the handling of errors that subprocess takes for these arguments."""
+    """Return the encoding and error handler that subprocess uses for these arguments."""
     if not encoding or encoding == "locale":
         import locale  # noqa: PLC0415
 
@@ -127,7 +127,7 @@ def coding(encoding: str | None, errors: str | None) -> tuple[str, str]:
 
 
 def to_text(data: bytes | bytearray, encoding: str, errors: str, is_whole: bool = True) -> str:
-    """Return output as text, as subprocess does, without a character that is cut at the end."""
+    """Return output as text, as subprocess does; unless it `is_whole`, drop a cut character."""
     if is_whole:
         text = data.decode(encoding, errors)
     else:

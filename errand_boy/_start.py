@@ -1,7 +1,7 @@
-"""One start of a command, on any way, for any kind of caller.
+"""Starts one command, in any way and for any kind of caller.
 
 `begin` does as much as possible without waiting, and returns the rest as a generator for a driver.
-If a start is interrupted when its request was sent, it is concluded, so that no child is lost.
+If a start is interrupted after its request was sent, it is concluded, so that no child is lost.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from errand_boy._frame import SpawnFrame
 
 NOTHING: Mapping[str, Any] = {}
-_LOOK = 100_000  # microseconds, after which a pending start is checked in any case
+_LOOK = 100_000  # microseconds between checks of a pending start
 
 
 class Local:
-    """Starts commands in this process, or by its helper."""
+    """Starts commands in this process or by its helper."""
 
-    default_group = -1  # the caller's
+    default_group = -1  # the caller's group
     is_daemon = False
     way = staticmethod(_ways.way)
 
@@ -66,10 +66,10 @@ def take_options(
     args: tuple[Any, ...],
     given: dict[str, Any],
 ) -> bool:
-    """Have `process` keep the options among its constructor's keywords, which lose them.
+    """Move the options from the keywords of a constructor to `process`.
 
-    `standard` are the names that the constructor of its base, `construct`, knows itself. Return
-    whether `construct` has been called, which a terminal needs with other arguments.
+    `standard` are the names that the base class's constructor, `construct`, knows. With a terminal,
+    call `construct` with other arguments. Return whether it has been called.
     """
     from errand_boy._options import take  # noqa: PLC0415  only those who need it pay for it
 
@@ -83,13 +83,13 @@ def take_options(
 
 
 class Owned(Local):
-    """Has the helper of this process that owns its commands start them."""
+    """Starts commands by the helper of this process that owns its commands."""
 
     def way(self, with_ids: bool) -> str:
         way = _ways.way(with_ids)
         if way == "subprocess" or os.environ.get("ERRAND_BOY_SPAWN") == "direct":
             text = "tree='all' and dies_with_caller=True need a helper"
-            raise OSError(errno.ENOTSUP, f"{text}, which can't be had here{SEE_DOCTOR}")
+            raise OSError(errno.ENOTSUP, f"{text}, which is not available here{SEE_DOCTOR}")
         return "helper"
 
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:
@@ -110,7 +110,7 @@ _ENDS = frozenset(("stop", "tree", "drain", "dies_with_caller"))
 
 
 def stopping() -> Any:
-    """Return the module that ends commands."""
+    """Import and return the module that ends commands."""
     from errand_boy import _stop  # noqa: PLC0415  only those who need it pay for it
 
     return _stop
@@ -144,14 +144,16 @@ def begin(
     driver: Driver,
     more: Mapping[str, Any],
 ) -> Steps | None:
-    """Start a command as far as possible without waiting; return the rest, or None.
+    """Start a command as far as possible without waiting; return the remaining steps, or None.
 
-    `process` is of any class; its `pid` and `_child_created` are set as soon as there is a child,
-    and `_helper_child` where a helper owns that. `given` are the arguments of subprocess.Popen's
-    _execute_child, `original` is the method that is called with both where this is not our way.
-    `source` is Local or a daemon; `more` are settings that the standard library does not have.
+    - `process` may be of any class. Its `pid` and `_child_created` are set as soon as there is a
+      child, and `_helper_child` if a helper owns it.
+    - `given` are the arguments of subprocess.Popen's _execute_child.
+    - `original` is the method to call with both if the standard library has to start the command.
+    - `source` is Local or a daemon.
+    - `more` are settings that the standard library lacks.
     """
-    # Follows CPython's _execute_child of 3.13, which gives the reasons.
+    # This follows CPython 3.13's _execute_child, which gives the reasons.
     args: Any
     (
         args, executable, preexec_fn, close_fds, pass_fds, cwd, env, _, _, shell,
@@ -161,7 +163,7 @@ def begin(
     process_group = given[22] if len(given) > 22 else -1  # Python 3.11
     settings = more
     if preexec_fn is not None:
-        if sys.is_finalizing():  # nothing can be imported now; subprocess raises its exception
+        if sys.is_finalizing():  # no imports are possible; subprocess raises its exception
             original(process, *given)
             return None
         from errand_boy import _preexec  # noqa: PLC0415  only those who need it pay for it
@@ -247,12 +249,12 @@ def begin(
 
 
 def close_ends(process: Any, given: tuple[Any, ...]) -> None:
-    """Close the child's ends of the pipes, unless that has been done."""
+    """Close the child's ends of the pipes, unless they are closed already."""
     if process._closed_child_pipe_fds:
         return
     p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = given[10:16]
     null: int | None = getattr(process, "_devnull", None)
-    # Not os.close: gevent's version closes later, which may be too late for an end-of-file.
+    # Not os.close: gevent's version closes later, maybe too late for the end-of-file.
     for ours, theirs in (p2cwrite, p2cread), (c2pread, c2pwrite), (errread, errwrite):
         if ours != -1 and theirs not in (-1, null):
             posix.close(theirs)
@@ -271,7 +273,7 @@ def _finish(
     steps: Outcome,
     more: Mapping[str, Any],
 ) -> Steps:
-    """Raise the exception of subprocess if the outcome of `steps` is a failure."""
+    """Run `steps`, and raise subprocess's exception if the start fails."""
     executable, cwd = names
     try:
         failed = yield from steps
@@ -295,7 +297,7 @@ def _directly(
 ) -> Outcome:
     """Await the outcome of a start in this process; `outcome` is what `_direct.spawn` returned.
 
-    The child may take over `carried` until the start is left.
+    `carried` must stay open until the start is left, because the child may still need it.
     """
     if not isinstance(outcome, tuple):
         start, pauses = outcome, _direct.pauses()
@@ -341,7 +343,7 @@ def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame = frame.f_back
         level += 1
-    # Not left to the warnings module, whose memory os.get_exec_path resets with each command.
+    # The warnings module can't do this: os.get_exec_path resets its memory with each command.
     place = (frame.f_code.co_filename, frame.f_lineno)
     if place in _warned:
         return
@@ -355,7 +357,7 @@ def _warn_of_fork(preexec_fn: Callable[[], Any]) -> None:
 
 
 def instead_of(preexec_fn: Callable[[], Any]) -> str:
-    """Return what to use in the place of a function that is not known."""
+    """Return advice on replacing a `preexec_fn` that is not known."""
     from errand_boy import _preexec  # noqa: PLC0415
 
     names = _preexec.substitutes(preexec_fn)

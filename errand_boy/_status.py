@@ -1,4 +1,4 @@
-"""The status of a daemon: asked for, and shown as a table or for Prometheus."""
+"""Fetches the status of a daemon, and shows it as a table or in Prometheus's format."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def fetch(address: Address, timeout: float = 10.0) -> dict[str, Any]:
     if kind == lib.EB_REFUSED:
         raise NoAnswerError(f"the daemon on {path} refused: {payload.decode('utf-8', 'replace')}")
     if kind != lib.EB_STATUS_REPLY or len(payload) != length:
-        raise NoAnswerError(f"what answers on {path} is not errand-boy, or another version of it")
+        raise NoAnswerError(f"{path} is not served by errand-boy, or by another version of it")
     value: dict[str, Any] = json.loads(payload)
     return value
 
 
 def table(status: dict[str, Any]) -> str:
-    """Return it as text for people."""
+    """Return a status as text for people."""
     totals = status["totals"]
     latency = status["latency_us"]
     lines = [
@@ -103,7 +103,7 @@ def table(status: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words."""
+    """Return seconds as text, with a unit."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -113,13 +113,13 @@ def duration(seconds: float) -> str:
 
 
 def words(argv: list[str]) -> str:
-    """Return a command as one line that a terminal can show."""
-    # Anybody may have chosen the words of a command: no control character may reach the terminal.
+    """Return a command as one line that is safe to show on a terminal."""
+    # Any user may have chosen the words. No control character may reach the terminal.
     return " ".join(word if word.isprintable() and word else ascii(word) for word in argv)
 
 
 def metrics(status: dict[str, Any]) -> str:
-    """Return it in Prometheus's text form."""
+    """Return a status in Prometheus's text format."""
     totals = status["totals"]
     lines: list[str] = []
 
@@ -161,6 +161,6 @@ def metrics(status: dict[str, Any]) -> str:
         if i % 4 == 0:
             buckets.append((f'_bucket{{le="{2 ** (i // 4) / 1e6}"}}', below))
     buckets += [('_bucket{le="+Inf"}', below), ("_count", below)]
-    # Without a sum, since no helper keeps one.
+    # There is no sum, since the helpers don't keep one.
     metric("start_seconds", "histogram", "From the request to the exec.", *buckets)
     return "\n".join(lines) + "\n"

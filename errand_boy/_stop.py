@@ -1,7 +1,7 @@
 """Ends a command on request, at a time-out, or at the end of `with`; for any class of process.
 
-The object's `_ends` says how it is to be ended, or is None. `_is_one_shot` says that run or call
-has made it, which kill it at any exception.
+The object's `_ends` says how to end it, or is None. `_is_one_shot` means that run or call has made
+it, which kill it after any exception.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_LOOK = 0.02  # seconds between checks whether a command has ended whose output is drained
+_LOOK = 0.02  # seconds between checks whether a command has ended, while its output is drained
 _FOREVER = 2e6  # seconds; poll(2) takes little more
 
 
 @contextlib.contextmanager
 def _unreaped(process: Any) -> Iterator[bool]:
-    """Yield whether a child of this process has not been waited for yet, and keep it so."""
+    """Keep others from waiting for a child of this process; yield whether nobody has waited yet."""
     lock = vars(process).get("_waitpid_lock")
-    if lock is None:  # gevent's, whose loop waits for it in this thread
+    if lock is None:  # a gevent process, for which the loop of this thread waits
         yield process.returncode is None
         return
     with lock:
@@ -37,7 +37,7 @@ def _unreaped(process: Any) -> Iterator[bool]:
 
 
 class Target:
-    """The processes of a command that get its signals."""
+    """The processes of a command that get the signals."""
 
     def __init__(self, process: Any, ends: Ends) -> None:
         self._process = process
@@ -47,12 +47,12 @@ class Target:
         self._cgroup: Any = process._more.get("cgroup") if ends.tree == "cgroup" else None
         if ends.tree == "group" and self._child is None:
             process._ends_group = True
-            if "_waitpid_lock" not in vars(process):  # gevent's, whose loop waits for it
+            if "_waitpid_lock" not in vars(process):  # a gevent process: its loop waits for it
                 with contextlib.suppress(OSError):
                     self._pidfd = _native.pidfd_open(process.pid)
 
     def send(self, number: int) -> None:
-        """Send a signal to them."""
+        """Send a signal to the processes."""
         process, child = self._process, self._child
         if self._tree == "cgroup":
             _cgroup.signal_all(self._cgroup, number)
@@ -85,8 +85,8 @@ class Target:
 def stop(process: Any, given: Any = None) -> int:
     """End the command as its `stop` and `tree` say, or by `given` steps; return its return code.
 
-    Raises ValueError and TypeError for bad steps, and the exceptions of `wait`. At any exception
-    from outside, SIGKILL is sent at once.
+    Raises ValueError and TypeError for bad steps, and the exceptions of `wait`. An exception from
+    outside sends SIGKILL at once.
     """
     ends: Ends = process._ends or Ends()
     if given is not None:
@@ -125,7 +125,7 @@ def leave(process: Any) -> None:
 
 
 def communicate(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
-    """Do as subprocess, for an object with `_ends`; at the time-out, end the command."""
+    """Do what subprocess does, for an object with `_ends`; end the command at a time-out."""
     ends: Ends = process._ends
     known: tuple[Any, Any] | None = vars(process).get("_closed_output")
     if known is not None:
@@ -168,7 +168,7 @@ def _drained(process: Any, input: Any, timeout: float | None, drain: float) -> t
 
 
 def _output(process: Any) -> tuple[Any, Any]:
-    """Return what has been read, as `communicate` does."""
+    """Return the output so far, as `communicate` does."""
     exchange = vars(process).get("_exchange")  # of one with a terminal, see _pty
     if exchange is not None:
         return exchange.result(is_whole=False)  # type: ignore[no-any-return]
@@ -181,7 +181,7 @@ def _output(process: Any) -> tuple[Any, Any]:
 
 
 def _so_far(process: Any) -> tuple[bytes | None, bytes | None]:
-    """Return what has been read, in bytes as TimeoutExpired has it."""
+    """Return the output so far in bytes, as in TimeoutExpired."""
     exchange = vars(process).get("_exchange")
     if exchange is not None:
         return exchange.output()  # type: ignore[no-any-return]
@@ -199,7 +199,7 @@ def _as_wanted(stream: Any, data: bytes | None) -> Any:
 
 
 def close(process: Any) -> tuple[Any, Any]:
-    """Close the pipes and the terminal, which others may hold; return what has been read."""
+    """Close the pipes and the terminal, which others may hold open; return the output so far."""
     if "_closed_output" not in vars(process):
         process._closed_output = _output(process)
     for moving in vars(process).get("_moving", ()):  # gevent's greenlets, which use them

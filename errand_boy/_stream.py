@@ -1,7 +1,7 @@
 """Streamed commands over one connection, one after another, without I/O: bytes in, events out.
 
-The only place that knows what the frames of a streamed command mean, how much input may be sent,
-and whether the request may be sent again when the connection is lost; see docs/protocol.md.
+Only this module knows what the frames of a streamed command mean, how much input may be sent, and
+whether the request may be sent again if the connection is lost; see docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
 _MOST_REASON = 4096  # bytes
 _LAST_STATUS, _STOPPED = 0xFFFF, 0x7F  # of waitpid(2)
 
-# What comes from a brief command without output, before the payload of its EXITED.
+# The bytes from a brief command without output, up to the payload of its EXITED.
 _SILENT = _wire.frame(lib.EB_STDOUT, []) + _wire.frame(lib.EB_STDERR, [])
 _SILENT += _wire.HEADER.pack(_END_SIZES[1], lib.EB_EXITED)
 _SILENT_SIZE = len(_SILENT) + _END_SIZES[1]
 
-# Bits of what is awaited: those of STREAMS, except for standard input, and the exit.
+# Bits for what is awaited: those of STREAMS, without standard input, and the exit.
 _OUTPUTS, _EXIT = 3, 4
 _ALL = _OUTPUTS | _EXIT
 
-# The frames that may come: the least and the most bytes, and the bit.
+# The frames that may arrive: the smallest and largest payload, and the bit.
 _KINDS = {
     lib.EB_HELLO: (4, 64, 0),
     lib.EB_SPAWNED: (5, 5, 0),
@@ -59,7 +59,7 @@ _KINDS = {
 }
 _NONE = (1, 0, 0)
 
-# What `Stream.state` contains unchanged, and as hexadecimal digits.
+# The attributes that `Stream.state` contains unchanged, and those in hexadecimal digits.
 _PLAIN = (
     "greeted",
     "pid",
@@ -75,7 +75,7 @@ _BYTES = ("unsent", "_rest")
 
 
 class Started:
-    """The command runs. A brief command has no such event."""
+    """The command is running. Brief commands have no such event."""
 
     __slots__ = ("pid",)
 
@@ -84,7 +84,7 @@ class Started:
 
 
 class Output:
-    """The command has written `data`; `number`: 0 to its standard output, 1 to its errors."""
+    """The command has written `data` to standard output (`number` 0) or standard error (1)."""
 
     __slots__ = ("data", "number")
 
@@ -94,7 +94,7 @@ class Output:
 
 
 class Ended:
-    """The command has ended, with a return code as subprocess has it, and so has its output."""
+    """The command and its output have ended. `returncode` is as in subprocess."""
 
     __slots__ = ("payload", "returncode")
 
@@ -117,12 +117,12 @@ class Ended:
 
     @property
     def tree(self) -> tuple[int, ...]:
-        """A supervisor's figures about the tree, in the order of wire.h; or an empty tuple."""
+        """A supervisor's figures about the tree, in the order of wire.h, or an empty tuple."""
         return _wire.TREE.unpack(self._tree) if self._tree else ()
 
     @property
     def brief(self) -> tuple[int, int] | None:
-        """The microseconds that a brief command took, and its pid; None for another."""
+        """The microseconds that a brief command took, and its pid; None for other commands."""
         if len(self.payload) in _NOT_BRIEF:
             return None
         return _MORE.unpack_from(self.payload, _wire.EXITED.size)
@@ -131,8 +131,8 @@ class Ended:
 class Lost:
     """The connection can't be used any more.
 
-    `may_resend`: its command's request was not read, and may be sent again, elsewhere. Otherwise
-    `error` is the exception to raise; `reason` is the other side's if it has refused.
+    `may_resend`: the command's request was not read, and may be sent again over another connection.
+    Otherwise `error` is the exception to raise. `reason` is the text of a REFUSED.
     """
 
     __slots__ = ("error", "may_resend", "reason")
@@ -149,9 +149,9 @@ Event: TypeAlias = "Started | Output | Ended | Failed | Lost"
 class Stream:
     """A connection's commands, as seen by their client.
 
-    `unsent` is to be sent, as soon as the socket takes it. `pid` is 0 until Started, and for a
-    brief command. `ended` is the command's end, which may be known before that of its output.
-    `greeted`: the other side has said HELLO.
+    `unsent` are the bytes to send as soon as the socket takes them. `pid` is 0 before Started, and
+    for brief commands. `ended` is the command's end, which may be known before the end of its
+    output. `greeted`: HELLO has arrived.
     """
 
     __slots__ = (
@@ -172,7 +172,7 @@ class Stream:
 
     def __init__(self, greeted: bool = False) -> None:
         self.greeted = greeted
-        self._rest = b""  # of a frame that has not arrived in full
+        self._rest = b""  # an incomplete frame
         self._awaited = 0
         self._request_left = 0
         self.unsent = b""
@@ -180,9 +180,9 @@ class Stream:
     def begin(
         self, streams: int, brief: bool, request: bytes = b"", input: Input | None = None
     ) -> None:
-        """Begin a command, when the last one is over.
+        """Begin a command, after the previous one is over.
 
-        `streams` and `brief` are as in the request; `request` is the part that has not been sent.
+        `streams` and `brief` are as in the request; `request` is its unsent part.
         """
         self._awaited = streams >> 1 & _OUTPUTS | _EXIT
         self._brief = brief
@@ -190,34 +190,35 @@ class Stream:
         self._is_killed = False
         self._window = lib.EB_WINDOW
         self._request_left = len(request)
-        self._sends_more = False  # anything behind the request
+        self._sends_more = False  # whether anything was sent after the request
         self.unsent = request
         self.pid = 0
         self.ended: Ended | None = None
         self._input = input
-        # It waits for SPAWNED, since unread bytes are the request only if there are no others.
+        # Input waits for SPAWNED: only if nothing was sent after the request, unread bytes mean
+        # that the request was not read.
         if input is not None and brief:
             self._feed(input)
 
     @property
     def is_free(self) -> bool:
-        """Whether the connection may carry another command."""
+        """Whether the connection can carry another command."""
         return not (self._awaited or self.unsent or self._rest)
 
     def count_sent(self, size: int) -> None:
-        """Take note that the first `size` bytes of `unsent` have been sent."""
+        """Remove the first `size` bytes of `unsent`, which have been sent."""
         self.unsent = self.unsent[size:]
         if self._request_left:
             self._request_left = max(0, self._request_left - size)
 
     def signal(self, pid: int, number: int) -> None:
-        """Have a signal sent to `pid`, which is as in SIGNAL."""
+        """Send a signal to `pid`, which is as in the frame SIGNAL."""
         self._send(_wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, number)]))
 
     def kill(self, *pids: int) -> Ended | None:
-        """End the command with its process; don't wait any longer for others that hold its output.
+        """Stop waiting for processes that hold the output open: the command ends with its process.
 
-        Return the end if it is known; otherwise have SIGKILL sent to `pids`.
+        Return the end if it is known; otherwise send SIGKILL to `pids`.
         """
         self._is_killed = True
         if self.ended is None:
@@ -226,9 +227,9 @@ class Stream:
         return self.ended
 
     def receive_end(self, data: memoryview) -> Ended | None:
-        """Process data if it is exactly the end of a brief command without output.
+        """Process data that is exactly the end of a brief command without output.
 
-        Return that end, or None: then call `receive`, which handles everything, but takes longer.
+        Return that end, or None for other data: then call `receive`, which handles all, but slower.
         """
         if (
             len(data) != _SILENT_SIZE
@@ -281,15 +282,15 @@ class Stream:
                 if ended is not None and (not self._awaited or self._is_killed):
                     yield ended
                     if self._awaited:
-                        return  # what else comes is from others that hold its output
+                        return  # later output is from descendants
         except ProtocolError as error:
             yield Lost(error)
         if at < end:
             self._rest = bytes(data[at:])
 
     def end(self, reset: bool = False) -> Lost:
-        """Take note that the connection has ended; `reset`: with ECONNRESET."""
-        # The kernel says so when the other side has closed it with bytes that it never read.
+        """Handle the end of the connection; `reset`: it ended with ECONNRESET."""
+        # ECONNRESET: the other side has closed it without reading all bytes.
         text = "errand-boy's helper ended: the command may have been started"
         lost = Lost(HelperDiedError(errno.EPIPE, text))
         if self._awaited and not self._started:
@@ -298,7 +299,7 @@ class Stream:
         return lost
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs in the program that is executed next, once it has begun."""
+        """Return the state that `restore` needs after an exec. The command must have begun."""
         ended = self.ended
         return {
             **{name: getattr(self, name) for name in _PLAIN},
@@ -308,7 +309,7 @@ class Stream:
         }
 
     def restore(self, state: dict[str, Any], input: Input | None) -> None:
-        """Continue from a `state`; the command reads the rest of `input`."""
+        """Continue from a `state`; send the rest of `input`."""
         for name in _PLAIN:
             setattr(self, name, state[name])
         for name in _BYTES:
@@ -352,7 +353,7 @@ class Stream:
         raise _unexpected(kind)
 
     def _feed(self, input: Input) -> None:
-        """Add as much of the input to `unsent` as may be sent now."""
+        """Add as much input to `unsent` as may be sent now."""
         data = input.read(self._window)
         if data:
             self._send(_wire.frame(lib.EB_STDIN, [data]))

@@ -1,4 +1,4 @@
-"""One streamed command, which the calling thread runs to its end."""
+"""Runs one streamed command to its end, in the calling thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from errand_boy._request import Request
     from errand_boy._spool import Spool
 
-_CHUNK = 1 << 16  # bytes; twice as many would need a new mapping each time
+_CHUNK = 1 << 16  # bytes; malloc would map twice as many anew each time
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
@@ -46,7 +46,7 @@ def tracker(options: Mapping[str, Any]) -> Tracker | None:
 
 
 def verdict(end: Ended, begun: float, limited: Tracker | None, is_late: bool) -> dict[str, Any]:
-    """Return the verdict as Popen's attributes have it; `is_late`: the time was up."""
+    """Return the attributes of Verdict as a dictionary; `is_late`: the time was up."""
     cause = "timeout" if is_late else None
     peak = None
     if limited is not None:
@@ -65,9 +65,9 @@ def verdict(end: Ended, begun: float, limited: Tracker | None, is_late: bool) ->
 class StreamedCommand:
     """A command whose output comes over the connection to its helper.
 
-    `pool` gives the connection. `streams` and `brief` are what `request` says. What is written goes
-    to `outputs`. `on_started` is called when the command runs, unless it is brief. `timers` ring
-    while it runs. `limited` counts the output.
+    `pool` provides the connection. `streams` and `brief` are those of `request`. The output goes to
+    `outputs`. `on_started` is called when the command runs, unless it is brief. `timers` ring while
+    it runs. `limited` counts the output.
     """
 
     def __init__(
@@ -92,31 +92,31 @@ class StreamedCommand:
         self._stream: Stream | None = None
         self._connection: Connection | None = None
         self._cancelled = False
-        self._lock = threading.Lock()  # of these two
+        self._lock = threading.Lock()  # for these two
         self._end: Ended | Failed | None = None
         self.timers = Timers()
 
     @property
     def pid(self) -> int:
-        """The command's pid; 0 if it is not known to have been started, or is brief."""
+        """The command's pid, or 0 if it is not known to run or is brief."""
         return 0 if self._stream is None else self._stream.pid
 
     @property
     def stream(self) -> Stream:
-        """The engine of a command that has been started."""
+        """The Stream of a command that has been started."""
         assert self._stream is not None
         return self._stream
 
     @property
     def has_exited(self) -> bool:
-        """Whether the process has ended, though others may hold its output."""
+        """Whether the process has ended. Others may still hold its output open."""
         return self._stream is not None and self._stream.ended is not None
 
     def run(self) -> Ended | Failed:
-        """Run it to its end and the end of its output.
+        """Run the command until it ends and its output ends.
 
-        Raises OSError if it can't be sent, HelperError, HelperDiedError, ProtocolError,
-        RefusedError and CancelledError. After any exception, also one from outside, call `abandon`.
+        Raises OSError if the request can't be sent, HelperError, HelperDiedError, ProtocolError,
+        RefusedError and CancelledError. After any exception, also from outside, call `abandon`.
         """
         for _ in range(MOST_ATTEMPTS):
             try:
@@ -137,17 +137,17 @@ class StreamedCommand:
         raise _helper.ends_at_once(_helper.runner)
 
     def signal(self, pid: int, number: int) -> None:
-        """Have a signal sent to `pid`, as the frame SIGNAL has it."""
+        """Send a signal to `pid`, which is as in the frame SIGNAL."""
         if self._stream is not None:
             self._stream.signal(pid, number)
 
     def kill(self, *pids: int) -> None:
-        """Have SIGKILL sent to `pids`; don't wait any longer for others that hold the output."""
+        """Send SIGKILL to `pids`, and stop waiting for others that hold the output open."""
         if self._stream is not None:
             self._end = self._stream.kill(*pids)
 
     def cancel(self) -> None:
-        """In another thread: have `run` raise CancelledError, and the helper end the command."""
+        """Make `run` in another thread raise CancelledError, and the helper end the command."""
         with self._lock:
             self._cancelled = True
             if self._connection is not None:
@@ -155,9 +155,9 @@ class StreamedCommand:
                     self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     def abandon(self, *, kill: bool = False) -> None:
-        """Close the connection; the helper treats the command as its request says.
+        """Close the connection, so that the helper does what the request says for this case.
 
-        With `kill` the command itself gets SIGKILL before.
+        With `kill`, first send SIGKILL to the command itself.
         """
         if kill and self._connection is not None:
             stream = self._stream or Stream()
@@ -178,9 +178,9 @@ class StreamedCommand:
                 ready(connection.sock.fileno(), None, reading=False, writing=True)
         except BaseException as error:
             with self._lock:
-                self._connection = spawn_frame.connection  # an interrupt may have come before
+                self._connection = spawn_frame.connection  # an exception may have come before
             if spawn_frame.rest and not isinstance(error, NotServedError):
-                self._let_go(Connection.close)  # a signal would be taken for the rest
+                self._let_go(Connection.close)  # it would take a SIGNAL for the rest
             raise
         finally:
             spawn_frame.done()
@@ -223,7 +223,7 @@ class StreamedCommand:
 
 
 def _exchange(sock: socket.socket, stream: Stream, seconds: float | None) -> Iterable[Event]:
-    """Wait until data can be moved, up to a time; move it, and return the events."""
+    """Wait at most `seconds` until data can be moved; move it, and return the events."""
     if not ready(sock.fileno(), seconds, writing=bool(stream.unsent)):
         return ()
     if stream.unsent:
@@ -238,6 +238,6 @@ def _exchange(sock: socket.socket, stream: Stream, seconds: float | None) -> Ite
 
 
 def _send(sock: socket.socket, stream: Stream) -> None:
-    # If the helper has ended, the reader sees why.
+    # If the helper has ended, reading will show why.
     with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
         stream.count_sent(sock.send(stream.unsent, _FLAGS))

@@ -1,4 +1,4 @@
-"""The requests of many similar commands, and where they go."""
+"""Makes the requests of many similar commands, and connections for them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     Source: TypeAlias = "LocalSource | DaemonSource"
 
-_RECHECK = 0.005  # seconds for which the rest of what a helper must fit is assumed unchanged
+_RECHECK = 0.005  # seconds for which the caller's state, except its ids, counts as unchanged
 _GRACE = 1000  # milliseconds from SIGTERM to SIGKILL
-_MOST_PROGRAMS = 1000  # of which a template keeps what their requests have in common
+_MOST_PROGRAMS = 1000  # for which a template keeps the common part of requests
 
-# lib's attributes take several times as long to look up.
+# Looking up attributes of lib takes several times as long.
 _SPAWN, _ARGV, _MOST = lib.EB_SPAWN, lib.EB_TAG_ARGV, lib.EB_MAX_FRAME
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 _BEGINNING = struct.Struct("<IBBII")  # of a SPAWN frame, up to its arguments
@@ -35,15 +35,16 @@ _ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors(
 
 
 class LocalSource:
-    """Commands that a helper of this process runs."""
+    """Sends commands to a helper of this process."""
 
     _helper: Helper | None = None
     _ids: tuple[Any, ...] = ()
     _checked = 0.0
 
     def changed(self) -> bool:
-        """Make sure of a helper that fits this process; return whether it is a new one."""
-        # Ids are compared at each start. The rest (capabilities, limits, session, ...) takes 15 µs.
+        """Make sure that there is a helper that fits this process; return whether it is new."""
+        # Ids are compared at each start. Comparing the rest (capabilities, limits, session and so
+        # on) takes 15 µs.
         ids = (os.getresuid(), os.getresgid(), os.getgroups())
         helper, now = _helper.runner.current, time.monotonic()
         if (
@@ -55,7 +56,7 @@ class LocalSource:
         while helper is None or not helper.fits(None):
             _helper.runner.start()
             before, helper = helper, _helper.runner.current
-            if helper is not before:  # it has just been found to fit
+            if helper is not before:  # it was just found to fit
                 break
         if helper is not None:
             helper.owns_children = True
@@ -64,17 +65,17 @@ class LocalSource:
         return before is not helper
 
     def state(self) -> tuple[Caller | None, int, int]:
-        """Return the helper's data for a request's `prepare`, and the flags it needs."""
+        """Return the arguments of `prepare` for a request: caller, helper's pid and flags."""
         helper = self._helper
         assert helper is not None
         return (helper.caller, helper.pid, 0) if helper.shares_fs else (helper.caller, 0, _WITH_FS)
 
     def is_there(self) -> bool:
-        """Return whether the helper lives."""
+        """Return whether the helper is alive."""
         return self._helper is not None and self._helper.is_there()
 
     def connect(self) -> Connection | None:
-        """Return a connection; None if the helper has gone."""
+        """Return a connection, or None if the helper has ended."""
         helper = self._helper
         if helper is None:
             return None
@@ -92,7 +93,7 @@ class LocalSource:
 
 
 class DaemonSource:
-    """Commands that a daemon runs."""
+    """Sends commands to a daemon."""
 
     _ids: tuple[int, int] | None = None
 
@@ -100,16 +101,16 @@ class DaemonSource:
         self._client = client
 
     def changed(self) -> bool:
-        """Return whether the daemon may see a different user now."""
+        """Return whether the ids have changed, so that the daemon may see another user."""
         before, self._ids = self._ids, (os.geteuid(), os.getegid())
         return before != self._ids
 
     def state(self) -> tuple[Caller | None, int, int]:
-        """Return what a request's `prepare` is given, and the flags it needs."""
+        """Return the arguments of `prepare` for a request: caller, helper's pid and flags."""
         return None, 0, _WITH_FS
 
     def is_there(self) -> bool:
-        """Return false: a daemon lets clients wait whom it can't serve yet."""
+        """Return False: a daemon that is short of descriptors lets clients wait."""
         return False
 
     def connect(self) -> Connection | None:
@@ -131,9 +132,9 @@ class Template:
         carried: Sequence[Any],
         path: list[bytes],
     ) -> None:
-        self.streams = streams  # as STREAMS has it
+        self.streams = streams  # in the format of STREAMS
         self.fds = fds
-        self._carried = carried  # some of those, whose objects close them
+        self._carried = carried  # keeps the objects alive that would close them
         self._options = options
         self._path = path
         self._programs: dict[Any, bytes] = {}
@@ -155,7 +156,7 @@ class Template:
             text = b"\0".join([os.fsencode(arg) for arg in argv]) + b"\0"
         if text.count(0) != len(argv):
             raise ValueError("embedded null byte")
-        # ARGV's own header, then the others.
+        # ARGV's own header, then the arguments after the program.
         size = 9 + len(text) + len(common)
         if size > _MOST:
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
@@ -166,7 +167,7 @@ class Template:
 
 
 class Templates:
-    """The templates of one `map`; `options` apply to commands that have none of their own."""
+    """The templates of one `map`. `options` apply where a command has none of its own."""
 
     def __init__(
         self, source: Source, options: Mapping[str, Any], stdout: Any, stderr: Any
@@ -178,7 +179,7 @@ class Templates:
         self._cwd_fd = -1
 
     def get(self, options: Mapping[str, Any] | None, with_input: bool, brief: bool) -> Template:
-        """Return the template for a command; `options` are its own. Raises what `settings` does."""
+        """Return the template for a command; `options` are its own. Raises as `settings` does."""
         if options is not None:
             return self._make(options, with_input, brief)
         key = with_input, brief

@@ -16,7 +16,7 @@ _FEW = 64
 
 
 class Timer:
-    """A timer, until it is cancelled or its time comes."""
+    """A timer that has been set."""
 
     __slots__ = ("_timers", "action")
 
@@ -36,23 +36,23 @@ class Timers:
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []
-        self._number = count()  # those of the same time come in the order in which they were set
-        self._cancelled = 0  # that are in the heap
+        self._number = count()  # keeps the order of timers with the same time
+        self._cancelled = 0  # cancelled timers in the heap
 
     def at(self, when: float, action: Callable[[], Any]) -> Timer:
-        """Have `ring` call `action` at `when`, or as soon as it is called after that."""
+        """Have `ring` call `action` when it is called at `when` or later."""
         timer = Timer(self, action)
         heappush(self._heap, (when, next(self._number), timer))
         return timer
 
     def after(self, seconds: float, action: Callable[[], Any]) -> Timer:
-        """Have `ring` call `action` some seconds from now."""
+        """Have `ring` call `action` in `seconds`."""
         return self.at(time.monotonic() + seconds, action)
 
     def rest(self) -> float | None:
-        """Return in how many seconds `ring` is to be called, or None without a timer.
+        """Return in how many seconds to call `ring`, or None without a timer.
 
-        The number is from 0 to an hour, since poll(2) takes at most 24 days.
+        The number is at most an hour, since poll(2) takes at most 24 days.
         """
         heap = self._heap
         while heap and heap[0][2].action is None:
@@ -60,7 +60,7 @@ class Timers:
         return min(max(0.0, heap[0][0] - time.monotonic()), _LONGEST) if heap else None
 
     def ring(self) -> None:
-        """Call the actions that are due. If one raises an exception, those after it are left."""
+        """Call the actions that are due. If one raises an exception, later ones stay due."""
         heap, now = self._heap, time.monotonic()
         while heap and heap[0][0] <= now:
             action = self._pop()
@@ -75,7 +75,7 @@ class Timers:
         return action
 
     def count_cancelled(self) -> None:
-        """Remove cancelled timers if they are the majority, since their times may be far off."""
+        """Count a cancelled timer; if they are the majority, remove them from the heap."""
         self._cancelled += 1
         if self._cancelled > _FEW and self._cancelled * 2 > len(self._heap):
             self._heap[:] = [entry for entry in self._heap if entry[2].action is not None]

@@ -1,4 +1,4 @@
-"""Which way a command is started: in this process, by a helper, or by the standard library."""
+"""Decides how a command is started: in this process, by a helper, or by the standard library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 daemon: Any = (
-    None  # the client of the one that ERRAND_BOY_SOCKET named when errand_boy was imported
+    None  # the client of the daemon that ERRAND_BOY_SOCKET named when errand_boy was imported
 )
 _helper_is_asked_for = False
 
@@ -23,9 +23,9 @@ _helper_is_asked_for = False
 def way(with_ids: bool) -> str:
     """Return how the next command is to be started: "direct", "helper" or "subprocess".
 
-    `with_ids`: it gets other ids than this process has. If a process that shares memory changes its
-    ids, the memory becomes undumpable, and in the direct way that is the caller's memory.
-    "subprocess" is the standard library's own way, for systems that have neither of the others.
+    `with_ids`: the command gets other ids than this process has. A process that changes its ids
+    makes its memory undumpable, and a child that is started directly shares the caller's memory.
+    "subprocess" is the standard library's own way, for systems that support neither of the others.
     """
     mode = os.environ.get("ERRAND_BOY_SPAWN")
     if mode is None:
@@ -48,7 +48,7 @@ def way(with_ids: bool) -> str:
 
 
 def reason() -> str:
-    """Return in words what decides how the next command without other ids is started."""
+    """Return in words why the next command, without other ids, is started in its way."""
     mode = os.environ.get("ERRAND_BOY_SPAWN")
     if mode is not None:
         return f"ERRAND_BOY_SPAWN={mode} says so"
@@ -60,25 +60,25 @@ def reason() -> str:
 def start() -> None:
     """Start a helper now, and have it start all further commands of this process, until stop().
 
-    Only a command that a helper starts has a peak memory (`ru_maxrss`) of its own; otherwise the
-    kernel counts the peak of the process that started it, as with subprocess. The helper starts
-    fastest while this process is small and single-threaded. Raises HelperError.
+    A helper's commands have their own peak memory (`ru_maxrss`). For others the kernel counts the
+    peak of the process that started them too, as with subprocess. The helper starts fastest while
+    this process is small and single-threaded. Raises HelperError.
     """
     global _helper_is_asked_for
     from errand_boy import _helper  # noqa: PLC0415  most processes need none
 
     _helper_is_asked_for = True
-    if lib.EB_HAVE_RAW:  # else it could not make children of this process's
+    if lib.EB_HAVE_RAW:  # else a helper can't make children of this process
         _helper.launcher.start()
 
 
 def stop() -> None:
-    """End the helper, if there is one, and wait for its end.
+    """End the helper, if there is one, and wait until it has ended.
 
-    This process then starts further commands itself; a command that needs a helper, or a map,
+    This process then starts further commands itself. A map, or a command that needs a helper,
     starts a new one. Call this before ``os.exec*`` of a set-user-ID program: Linux ignores that bit
     while another process shares the working directory, as the helper does. A helper that still has
-    commands of a `map` stays until they end, but shares nothing with this process any more.
+    commands of a `map` stays until they end, but no longer shares anything with this process.
     """
     global _helper_is_asked_for
     _helper_is_asked_for = False
@@ -88,7 +88,7 @@ def stop() -> None:
 
 
 def helper_pid() -> int | None:
-    """Return the pid of the helper that starts children of this process, or None without one."""
+    """Return the pid of the helper that starts children of this process, or None."""
     helper = sys.modules.get("errand_boy._helper")
     current = None if helper is None else helper.launcher.current
     return None if current is None else current.pid

@@ -27,7 +27,7 @@ TREE = struct.Struct("<BQQQI")  # at the end of a supervised command's EXITED
 
 
 class Spawned:
-    """A command runs. ``by_helper``: it is the helper's child, and Exited will follow."""
+    """A command is running. ``by_helper``: it is the helper's child, and Exited will follow."""
 
     __slots__ = ("by_helper", "pid")
 
@@ -45,13 +45,13 @@ class Failed:
         self.pid: int = pid
         self.errno: int = error
         self.stage: int = stage
-        self.member: int = member  # the part of the stage that was refused, such as a resource
+        self.member: int = member  # which part of the stage was refused, such as a resource
 
 
 class Exited:
-    """The end of a command: its wait status, and what it used, in the order of wire.h.
+    """The end of a command: its wait status, and its usage in the order of wire.h.
 
-    `tree`: a supervisor's figures about the whole tree, in that order too; or an empty tuple.
+    `tree`: a supervisor's figures about the whole tree, in that order too, or an empty tuple.
     """
 
     __slots__ = ("status", "tree", "usage")
@@ -84,7 +84,7 @@ _RUSAGE = struct.Struct("18l")
 
 
 def kernels_rusage(usage: bytes) -> resource.struct_rusage:
-    """Return what wait4(2) has written as a resource.struct_rusage."""
+    """Return the struct rusage from wait4(2) as a resource.struct_rusage."""
     from resource import struct_rusage  # noqa: PLC0415
 
     user, user_us, system, system_us, *rest = _RUSAGE.unpack_from(usage)
@@ -100,12 +100,12 @@ def stage_name(stage: int) -> str:
 
 
 def is_refused(failed: Failed) -> bool:
-    """Return whether the kernel or a filter lacks what the direct way needs."""
+    """Return whether the kernel or a filter refuses what the direct way needs."""
     return failed.errno == errno.ENOSYS and failed.stage == lib.EB_STAGE_START
 
 
 def option(tag: int, value: bytes = b"") -> bytes:
-    """Return one option of a SPAWN request."""
+    """Return an option of a SPAWN request."""
     return _OPTION.pack(tag, len(value)) + value
 
 
@@ -135,7 +135,7 @@ def number(tag: int, value: int) -> bytes:
 
 
 def frame(kind: int, parts: Iterable[bytes]) -> bytes:
-    """Return a whole frame. Raises OSError (E2BIG) if it is longer than a frame may be."""
+    """Return a complete frame. Raises OSError (E2BIG) if it is too long."""
     payload = b"".join(parts)
     if len(payload) > lib.EB_MAX_FRAME:
         raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
@@ -143,7 +143,7 @@ def frame(kind: int, parts: Iterable[bytes]) -> bytes:
 
 
 def reply(kind: int, payload: bytes) -> Reply | None:
-    """Decode a reply; None if it is of another kind. Raises struct.error if it is malformed."""
+    """Decode a reply; return None for other kinds. Raises struct.error if it is malformed."""
     if kind == lib.EB_SPAWNED:
         pid, owner = _SPAWNED.unpack(payload)
         return Spawned(pid, owner == lib.EB_OWNER_HELPER)
@@ -176,4 +176,4 @@ def refusal(reason: str, greeted: bool) -> ProtocolError:
     reason = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in reason)
     if greeted:
         return ProtocolError(errno.EPROTO, f"the helper refused: {reason}")
-    return RefusedError(errno.EACCES, f"the daemon refused: {reason}")  # before it took a helper
+    return RefusedError(errno.EACCES, f"the daemon refused: {reason}")  # no helper has it yet

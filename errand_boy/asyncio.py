@@ -1,4 +1,4 @@
-"""asyncio's subprocesses, on any loop: the start is awaited, and a pidfd tells of the end.
+"""asyncio's subprocesses, on any loop: starts are awaited, and a pidfd reports the end.
 
 ``create_subprocess_exec``, ``create_subprocess_shell`` and ``run`` start commands as
 errand_boy.Popen does, in this process or by a helper. They use no thread and no SIGCHLD handler.
@@ -51,14 +51,14 @@ _LIMIT: int = streams._DEFAULT_LIMIT  # type: ignore[attr-defined]
 
 
 class Process(asyncio.subprocess.Process):
-    """asyncio's own Process, with `stop` and, with `pty`, a `terminal`."""
+    """asyncio's own Process, with `stop` and, if started with `pty`, a `terminal`."""
 
     terminal: Terminal | None = None
 
     async def stop(self, stop: Stop | None = None) -> int:
         """End the command as its `stop` and `tree` say, or by other steps; return its return code.
 
-        This returns when the command has been waited for. If it is cancelled, SIGKILL is sent at
+        This returns after it has waited for the command. If it is cancelled, it sends SIGKILL at
         once.
         """
         await self._transport.stop(stop)  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ else:
 
 
 class _Functions:
-    """asyncio's functions of this kind, for one kind of Popen."""
+    """The functions of this module, for one kind of Popen."""
 
     def __init__(self, popen_class: type[Deferred], daemon: _client.Client | None = None) -> None:
         self.popen: type[Deferred] = popen_class
@@ -111,7 +111,7 @@ class _Functions:
         `limit` is the size of each stream's buffer in bytes; the options are those of
         errand_boy.Popen. If the call is cancelled, the program is not started, or is killed.
 
-        With `pty`, the process has a `terminal`. Its `stdin` and `stdout`, where they are not
+        With `pty`, the process has a `terminal`. Its `stdin` and `stdout`, unless they are
         redirected, are streams to and from the terminal; closing `stdin` types the end of the
         input.
         """
@@ -176,12 +176,13 @@ class _Functions:
     ) -> subprocess.CompletedProcess[Any]:
         """Run a command to its end, as subprocess.run does.
 
-        Input and output are bytes, or text if `text`, `encoding`, `errors` or `universal_newlines`
-        says so. An `input` of the other type raises TypeError, before anything is started.
+        Input and output are bytes, or text with `text`, `encoding`, `errors` or
+        `universal_newlines`. An `input` of the wrong type raises TypeError, before anything is
+        started.
 
-        After `timeout` seconds the command is ended as `stop` and `tree` say, and TimeoutExpired is
-        raised with the output so far, in bytes. If the call is cancelled, the command is ended too,
-        before the call returns.
+        After `timeout` seconds the command is ended as `stop` and `tree` say. Then this raises
+        TimeoutExpired with the output so far, in bytes. If the call is cancelled, it also ends the
+        command before it returns.
         """
         if input is not None:
             if stdin is not None:
@@ -224,7 +225,7 @@ class _Functions:
                 if ends is not None and ends.drain is not None:
                     await transport.exited()
                     await asyncio.wait([moving], timeout=ends.drain)
-                    if not moving.done():  # somebody else holds its output
+                    if not moving.done():  # descendants hold its output open
                         transport.close()
                         return
                 await moving
@@ -252,7 +253,7 @@ class _Functions:
                     with contextlib.suppress(asyncio.TimeoutError):
                         await asyncio.wait_for(rest, ends.patience)
             finally:
-                transport.close()  # others may hold its output for ever
+                transport.close()  # others may hold its output open for ever
             if isinstance(error, asyncio.TimeoutError):  # TimeoutError itself from 3.11 on
                 expired = subprocess.TimeoutExpired(args, timeout or 0, *output())
                 _child.tell_verdict(transport._started, expired)
@@ -279,7 +280,7 @@ class _Functions:
         """Run many commands at once, and yield a Result for each, as errand_boy.map does.
 
         Commands are started only while the iterator is awaited. If you leave it early, close it
-        (``contextlib.aclosing``), which ends the commands that run.
+        (``contextlib.aclosing``), which ends the running commands.
         """
         from errand_boy import _map  # noqa: PLC0415  only those who need it pay for it
 
@@ -289,7 +290,7 @@ class _Functions:
 
 
 def _encoded(input: Any, codec: tuple[str, str] | None) -> bytes | memoryview:
-    """Return what a command is to read. Raises TypeError."""
+    """Return a command's input in bytes. Raises TypeError."""
     if input is None:
         return b""
     if isinstance(input, str) and codec is not None:
@@ -302,7 +303,7 @@ def _encoded(input: Any, codec: tuple[str, str] | None) -> bytes | memoryview:
 
 
 def _check(options: dict[str, Any], shell: bool) -> None:
-    """Refuse what asyncio refuses: the streams carry bytes, and have no buffers like files."""
+    """Raise ValueError for options that asyncio refuses: its streams are bytes, without buffers."""
     # The words are asyncio's (BaseEventLoop.subprocess_exec).
     wanted = {"universal_newlines": False, "shell": shell, "bufsize": 0, "text": False}
     for name, value in {**wanted, "encoding": None, "errors": None}.items():
@@ -313,7 +314,7 @@ def _check(options: dict[str, Any], shell: bool) -> None:
 class Client(_Functions):
     """The same functions, for commands that a daemon starts; see errand_boy.connect.
 
-    The options are those of that client's Popen. `wait` and `communicate` raise HelperDiedError if
+    The options are those of the client's Popen. `wait` and `communicate` raise HelperDiedError if
     the helper that owns the command has ended.
     """
 
@@ -325,7 +326,7 @@ class Client(_Functions):
     async def start(self, args: Any, name: str | None = None, **options: Any) -> Job:
         """Start a command that outlives this process, and return it as a Job when it runs.
 
-        Its options are those of errand_boy's Client.start. If the call is cancelled, the command is
+        The options are those of errand_boy's Client.start. If the call is cancelled, the command is
         not started, or is killed.
         """
         from errand_boy import _asyncio_jobs  # noqa: PLC0415  only those who need it pay for it
@@ -333,7 +334,7 @@ class Client(_Functions):
         return await _asyncio_jobs.start(self._client, args, name, **options)
 
     async def job(self, job: str | int, *, uid: int | None = None) -> Job:
-        """Return the job of this number, or the newest of this name; `uid`: another user's.
+        """Return the job of this number, or the newest of this name. `uid`: of another user.
 
         Raises NoJobError, NoDaemonError and JobError.
         """
@@ -342,10 +343,10 @@ class Client(_Functions):
         return await _asyncio_jobs.find(self._client, job, uid)
 
     async def jobs(self, all: bool = False, *, uid: int | str | None = None) -> list[Job]:
-        """Return the jobs that run, or `all`, with those that are over and kept.
+        """Return the running jobs; if `all`, also those that are over and kept.
 
-        `uid`: another user's, or "all": everybody's, for root and the daemon's own user. Raises
-        NoDaemonError and JobError.
+        `uid`: another user, or "all" for the jobs of all users, which only root and the daemon's
+        own user may see. Raises NoDaemonError and JobError.
         """
         from errand_boy import _asyncio_jobs  # noqa: PLC0415  only those who need it pay for it
 
@@ -356,7 +357,7 @@ class Client(_Functions):
 
 
 def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None = None) -> Client:
-    """Return a client of the daemon at `path`, as errand_boy.connect does, for asyncio."""
+    """Return an asyncio client of the daemon at `path`; see errand_boy.connect."""
     from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
 
     return Client(_client.connect(path, peer_uid=peer_uid))

@@ -55,22 +55,22 @@ Command: TypeAlias = "Sequence[str] | str | Mapping[str, Any]"
 
 
 class Outcome(TypedDict):
-    """How a command ended: the result of the task, made of JSON's types.
+    """How a command ended: the result of the task, in types of JSON.
 
     - `args`: the command.
     - `returncode`: as in subprocess; 127 or 126 if the command could not be started; None from
       `map` if the task has failed or was revoked.
     - `stdout`, `stderr`: text.
-    - `truncated`: whether some of the output is missing because of `max_output`.
-    - `stdout_file`, `stderr_file`: the files on the worker's host that have all of a longer output,
-      or None.
+    - `truncated`: whether output is missing because of `max_output`.
+    - `stdout_file`, `stderr_file`: files on the worker's host with the full output, if it was
+      longer, or None.
     - `started`: seconds since 1970, and `duration`: seconds from the request to the end.
-    - `cause`, `peak_memory`, `limits_by`: as Popen has them; None if the command was not started or
-      its end is not known.
+    - `cause`, `peak_memory`, `limits_by`: as in Popen; None if the command was not started or its
+      end is not known.
     - `rusage`: the fields of resource.struct_rusage by name (seconds, KiB, counts).
-    - `host`, `worker`, `pid`: the worker's host, its name in Celery, and its process that ran the
+    - `host`, `worker`, `pid`: the worker's host, its name in Celery, and the process that ran the
       task; None if `returncode` is None.
-    - `error`: None, or a text that says why there is no ordinary end: the command could not be
+    - `error`: None, or a text that says why the command did not end normally: it could not be
       started, its time was up, or its helper died (`returncode` is then -9, and may not be the
       command's).
     - `errno`: the number of that error if it has one, or None.
@@ -101,7 +101,7 @@ class Outcome(TypedDict):
 
 
 class _Command:
-    """A command, whose whole process group is ended."""
+    """A command whose whole process group is ended with it."""
 
     def __init__(
         self,
@@ -121,24 +121,24 @@ class _Command:
         self._grace = grace
         self._pidfd = -1
         self.timers = self._streamed.timers
-        self.cancel = self._streamed.cancel  # in another thread: `run` raises Ignore
+        self.cancel = self._streamed.cancel  # makes `run` in another thread raise Ignore
         self.timed_out = False
 
     def time_up(self) -> None:
-        """End the command by its `stop`; by default SIGTERM, and after the grace SIGKILL."""
+        """End the command by its `stop`; by default SIGTERM, and SIGKILL after `grace` seconds."""
         self.timed_out = True
         if self._ends is not None and self._ends.is_given:
             self._step(self._ends.course(self._send), None)
             return
         self._signal_group(signal.SIGTERM)
-        self._signal_group(signal.SIGCONT)  # stopped, it would not notice
+        self._signal_group(signal.SIGCONT)  # a stopped process would not notice
         self.timers.after(self._grace, self._kill)
 
     def run(self) -> Ended | Failed:
-        """Run it to its end, and that of its output.
+        """Run the command until it ends and its output ends.
 
-        Raises OSError if it can't be started, HelperError, HelperDiedError, Ignore. Any exception,
-        also one that comes in from outside, ends the process group.
+        Raises OSError if it can't be started, HelperError, HelperDiedError and Ignore. Any
+        exception, also from outside, ends the process group.
         """
         try:
             return self._streamed.run()
@@ -154,7 +154,7 @@ class _Command:
                 os.close(self._pidfd)
 
     def verdict(self, end: Ended, begun: float) -> dict[str, Any]:
-        """Return what an Outcome says of the end."""
+        """Return the items of an Outcome about the end."""
         return verdict(end, begun, self._limited, self.timed_out)
 
     def _send(self, number: int) -> None:
@@ -195,23 +195,23 @@ class _Command:
             if self._streamed.pid and not self._streamed.has_exited:
                 self._streamed.signal(lib.EB_WHOLE_TREE, number)
         elif not self._streamed.has_exited:
-            # The helper has not waited for the leader, so that the group's number is its own.
+            # The helper has not waited for the leader, so no other group can have its number.
             if self._streamed.pid:
                 self._streamed.signal(-self._streamed.pid, number)
         elif self._pidfd >= 0:
             _ends.signal_left(self._pidfd, number)
 
 
-_live: dict[str, _Command] = {}  # those of this process's tasks, by id
+_live: dict[str, _Command] = {}  # the commands of this process's tasks, by task id
 _acknowledging = threading.Lock()
 
 
 class _CommandRequest(_TaskRequest):  # type: ignore[misc]  # Celery has no types
-    """A request for `run_command`, that can be terminated in a pool of threads too.
+    """A request for `run_command`, which can be terminated in a pool of threads too.
 
-    Then the worker's main thread acknowledges it, and so does the thread whose command has ended.
-    Celery looks whether that has been done already, but without a lock, and what is acknowledged
-    twice ends the worker.
+    The worker's main thread then acknowledges it, and so does the thread whose command has ended.
+    Celery checks whether that has been done already, but without a lock, and a second
+    acknowledgement ends the worker.
     """
 
     def acknowledge(self) -> None:
@@ -225,7 +225,7 @@ class _CommandRequest(_TaskRequest):  # type: ignore[misc]  # Celery has no type
             self._terminate_on_ack = pool, signal
         else:
             command = _live.get(self.id)
-            if command is not None:  # else it looks at `revoked` when it starts
+            if command is not None:  # else the task checks `revoked` when it starts
                 command.cancel()
             self._announce_revoked("terminated", True, signal, False)
 
@@ -260,21 +260,21 @@ def run_command(
 ) -> Outcome:
     """Run a command on the worker that takes the task, through errand-boy; return its Outcome.
 
-    The command leads a session and a process group of its own.
+    The command leads its own session and process group.
 
     - `args`, `shell`, `cwd`, `env`, `encoding`, `errors`: as in subprocess.run.
     - `input`: the standard input; without it, /dev/null.
-    - `timeout`: seconds after which the process group gets SIGTERM. A soft time limit,
-      revoke(terminate=True) and the end of the worker process send SIGTERM too. In pools other than
-      prefork, run_command itself keeps both time limits of the task.
+    - `timeout`: seconds after which the process group gets SIGTERM. It also gets SIGTERM from a
+      soft time limit, from revoke(terminate=True) and at the end of the worker process. In pools
+      other than prefork, run_command itself enforces both time limits of the task.
     - `grace`: seconds from any SIGTERM to SIGKILL.
     - `max_output`: how many bytes of each output the result holds.
-    - `output_dir`: a directory on the worker's host, where a file named after the task has all of a
-      longer output.
+    - `output_dir`: a directory on the worker's host. A longer output is there in full, in a file
+      named after the task.
     - `retries`: how often a command that fails is run again, after `retry_delay` seconds.
-    - `check`: fail the task if the command can't be started, exceeds its time or returns another
-      status than 0, with the exception of subprocess.run(check=True).
-    - `options`: those of `errand_boy.Options`, as JSON's types.
+    - `check`: if the command can't be started, exceeds its time or does not return 0, fail the task
+      with the exception of subprocess.run(check=True).
+    - `options`: those of `errand_boy.Options`, in types of JSON.
     """
     argv = _request.arguments(args, shell)
     streams, request = _request_for(argv, input is not None, cwd, env, grace, options)
@@ -378,7 +378,7 @@ def _request_for(
 
 
 def _keep_limits(task: Any, command: _Command, begun: float) -> None:
-    """Keep the task's time limits, which Celery does only for processes."""
+    """Enforce the task's time limits. Celery does so only in processes."""
     hard, soft = task.request.timelimit or (None, None)
     hard, soft = hard or task.time_limit, soft or task.soft_time_limit
 
@@ -407,18 +407,18 @@ def map(
 ) -> Iterator[Outcome]:
     """Run commands on all of `app`'s workers, and yield an Outcome for each.
 
-    - `commands`: argument lists; or with ``shell=True`` strings; or mappings with `args` and
-      options of `run_command` for that command. All of them are sent at once.
+    - `commands`: argument lists; strings, with ``shell=True``; or mappings with `args` and options
+      of `run_command` for that command. All of them are sent at once.
     - `options`: options of `run_command` for all commands.
     - `ordered`: yield outcomes in the order of the commands; if false, as the commands end.
     - `progress`: show a bar on a terminal, if tqdm is installed.
     - `within`: seconds after which celery.exceptions.TimeoutError is raised if an outcome is
       missing.
-    - `interval`: seconds between polls, for result backends that have to be polled.
+    - `interval`: seconds between polls, for result backends that must be polled.
     - `send`: options of Celery's apply_async, such as `queue` or `soft_time_limit`.
 
     Outcomes are removed from the result backend as they are yielded. Closing the iterator revokes
-    the tasks that are left, and ends the commands that run.
+    the remaining tasks, and ends the running commands.
     """
     tasks = []
     for command in commands:

@@ -1,4 +1,4 @@
-"""errand-boy's own exceptions, for errors for which the standard library has none."""
+"""errand-boy's own exceptions, where the standard library has none."""
 
 
 class ErrandBoyError(Exception):
@@ -17,7 +17,7 @@ class HelperDiedError(HelperError):
 
 
 class ProtocolError(ErrandBoyError, OSError):
-    """The other side broke the protocol, or refused a frame."""
+    """The other side violated the protocol, or refused a frame."""
 
 
 class RefusedError(ProtocolError, PermissionError):
@@ -34,7 +34,7 @@ class NoDaemonError(ErrandBoyError, ConnectionError):
 
 
 class JobError(ErrandBoyError, OSError):
-    """The daemon refuses a request about a job; the message says why."""
+    """The daemon refused a request about a job; the message says why."""
 
 
 class NoJobError(JobError, LookupError):
@@ -42,7 +42,7 @@ class NoJobError(JobError, LookupError):
 
 
 class JobLostError(HelperDiedError):
-    """A job's keeper was killed or the machine went down, so the job's end is not known."""
+    """A job's keeper was killed or the machine went down, so its exit status is lost."""
 
 
 class SessionClosedError(ErrandBoyError):
@@ -50,4 +50,4 @@ class SessionClosedError(ErrandBoyError):
 
 
 class NotServedError(Exception):
-    """Internal: a helper ended without having read a request, so another helper may get it."""
+    """Internal: a helper ended before it read a request, so another helper may get it."""

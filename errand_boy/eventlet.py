@@ -1,4 +1,4 @@
-"""eventlet.green.subprocess with children that errand-boy starts: no start holds up the hub.
+"""eventlet.green.subprocess with children that errand-boy starts, without blocking the hub.
 
 ``Popen``, ``run``, ``call``, ``check_call``, ``check_output``, ``getoutput`` and
 ``getstatusoutput`` are those of eventlet.green.subprocess, except for the step that starts the
@@ -63,7 +63,7 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
     """
 
     _more = _start.NOTHING
-    # eventlet's own methods raise those of a copy of the module.
+    # eventlet's own methods raise the exceptions of a copy of the module.
     _expired = (
         TimeoutExpired,
         *WithEnds._expired,
@@ -108,7 +108,7 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
         _child.send_signal(_Base.send_signal, self, sig)
 
 
-if TYPE_CHECKING:  # they are called in the same way
+if TYPE_CHECKING:  # the functions are called in the same way
     from errand_boy._popen import Popen
     from errand_boy._signatures import Call, CheckOutput, Run
 
@@ -137,7 +137,7 @@ def wait(
     timeout: float | None = None,
     check_interval: float = 0.01,
 ) -> int:
-    """Return the return code; see Popen.wait. eventlet's own looks from time to time."""
+    """Return the return code; see Popen.wait. eventlet's own wait polls."""
     known = process.returncode is not None or _child.helper_child(process) is not None
     while not (known or _in_hub()):
         try:
@@ -153,7 +153,7 @@ def wait(
 
 
 class _NotReadableError(Exception):
-    """A descriptor has not become readable in time."""
+    """A descriptor did not become readable in time."""
 
 
 def _readable(fd: int, seconds: float) -> None:
@@ -170,7 +170,7 @@ def _run(steps: Any) -> None:
 
 
 def _conclude(process: Any, steps: Any) -> None:
-    # A greenlet's Timeout must not make the others wait.
+    # A Timeout in one greenlet must not make the others wait.
     eventlet.spawn_n(_run, steps)
 
 
@@ -178,5 +178,5 @@ _HUB = _driver.Driver(_run, _conclude)
 
 
 def _in_hub() -> bool:
-    """Return whether this is a callback of the hub's, which must wait itself."""
+    """Return whether this is a callback of the hub, which must not switch to it."""
     return bool(eventlet.getcurrent() is hubs.get_hub().greenlet)

@@ -1,4 +1,4 @@
-"""gevent.subprocess with children that errand-boy starts, so that no start holds up the hub.
+"""gevent.subprocess with children that errand-boy starts, without blocking the hub.
 
 ``Popen``, ``run``, ``call``, ``check_call``, ``check_output``, ``getoutput`` and
 ``getstatusoutput`` are those of gevent.subprocess, except for the step that starts the child.
@@ -55,9 +55,9 @@ __all__ = [
 ]
 
 _known_children: dict[int, Any] = getattr(gevent.os, "_watched_children", {})
-_UNKNOWN = 255 << 8  # asyncio's word for the status of a child that somebody else has waited for
-_PATIENCE = 1.0  # seconds, for the loop to hand over what it has reaped
-_KEPT = 60.0  # seconds, as gevent itself keeps the statuses that nobody has asked for
+_UNKNOWN = 255 << 8  # as in asyncio, for a child that somebody else has waited for
+_PATIENCE = 1.0  # seconds in which the loop reports a child that it has reaped
+_KEPT = 60.0  # seconds; gevent itself keeps statuses as long
 
 
 _Base: Any = subprocess.Popen
@@ -88,13 +88,13 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
         execute_child(_Base._execute_child, self, *args)
 
     def _exchange_output(self, input: Any, timeout: float | None) -> tuple[Any, Any]:
-        # gevent's own gives no output before all of it has come; a terminal's does.
+        # gevent's own returns no output before the end. With a time-out, we need the output so far.
         if self._ends is None or self.terminal is not None:
             return super()._exchange_output(input, timeout)
         return _exchange(self, input, timeout)
 
     def _on_child(self, watcher: Any) -> None:
-        _child.note_end(self)  # those who wait are told next
+        _child.note_end(self)  # before the waiters wake
         super()._on_child(watcher)
 
     def _internal_poll(self) -> int | None:
@@ -111,7 +111,7 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
         send_signal(_Base.send_signal, self, sig)
 
 
-if TYPE_CHECKING:  # they are called in the same way
+if TYPE_CHECKING:  # the functions are called in the same way
     from errand_boy._popen import Popen
     from errand_boy._signatures import Call, CheckOutput, Run
 
@@ -127,12 +127,12 @@ else:
     globals().update(rebind(Popen, subprocess))
 
 
-# -- for a gevent.subprocess.Popen of any class; `original` is the method that it has --
+# -- for a gevent.subprocess.Popen of any class; `original` is the method of that class --
 
 
 def execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
     """Start a command; `args` are those of gevent's _execute_child."""
-    before, after, process_group = args[:7], args[8:-1], args[-1]  # but for universal_newlines
+    before, after, process_group = args[:7], args[8:-1], args[-1]  # without universal_newlines
     given = (*before, *after, -1 if process_group is None else process_group)
     is_ours = True
 
@@ -154,7 +154,7 @@ def execute_child(original: Callable[..., None], process: Any, *args: Any) -> No
 def start(
     original: Callable[..., None], process: Any, given: tuple[Any, ...], more: dict[str, Any]
 ) -> None:
-    """Start what no Popen stands for, for os.waitpid of gevent's; see _forkpty.start."""
+    """Start a program without a Popen, for gevent's os.waitpid; see _forkpty.start."""
     process._loop = gevent.get_hub().loop
     with _collecting(process._loop):
         try:
@@ -164,14 +164,14 @@ def start(
 
 
 def internal_poll(original: Callable[..., int | None], process: Any) -> int | None:
-    """Return the return code, or None; where the helper owns the child, after a look for it."""
+    """Return the return code, or None; if a helper owns the child, check first."""
     if helper_child(process) is not None and process.returncode is None:
         gevent.sleep(0)
     return _forget(process, original(process))
 
 
 def _exchange(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any]:
-    """Do what `communicate` does; `_fileobj2output` is the output so far, as subprocess has it."""
+    """Do what `communicate` does. As in subprocess, `_fileobj2output` has the output so far."""
     chunks: dict[Any, list[bytes]] | None = vars(process).get("_fileobj2output")
     if chunks is None:
         chunks = {stream: [] for stream in (process.stdout, process.stderr) if stream is not None}
@@ -193,7 +193,7 @@ def _exchange(process: Any, input: Any, timeout: float | None) -> tuple[Any, Any
 
 def _read(process: Any, stream: Any) -> None:
     fd, chunks = stream.fileno(), process._fileobj2output
-    with contextlib.suppress(OSError, ValueError):  # it has been closed
+    with contextlib.suppress(OSError, ValueError):  # somebody has closed it
         while data := nb_read(fd, 1 << 16):
             chunks[stream].append(data)
             if process._limited is not None:
@@ -211,20 +211,20 @@ def _write(stream: Any, input: Any) -> None:
 def wait(
     original: Callable[..., int | None], process: Any, *args: Any, **kwargs: Any
 ) -> int | None:
-    """Return what the class's own wait does."""
+    """Do what the class's own wait does."""
     return _forget(process, original(process, *args, **kwargs))
 
 
 def _forget(process: Any, returncode: int | None) -> int | None:
-    # gevent keeps the status for a minute, for its os.waitpid, and goes through all that it keeps
-    # at each child's end. Once it has been asked for, the kernel would not have it either.
+    # gevent keeps each status for a minute, for its os.waitpid, and goes through all of them at
+    # each child's end. The kernel would not keep a status either after somebody has waited.
     if returncode is not None and isinstance(_known_children.get(process.pid), tuple):
         del _known_children[process.pid]
     return returncode
 
 
 def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
-    """Send a signal, through the helper where that owns the child."""
+    """Send a signal, through the helper if it owns the child."""
     child = helper_child(process)
     if child is None:
         original(process, sig)
@@ -233,8 +233,8 @@ def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
 
 
 def _wait(fd: int, writing: bool) -> None:
-    # Of a copy: a forked process closes its own of connections; but there are copies of the
-    # greenlets that wait for them too, and libuv aborts where it is to watch a closed descriptor.
+    # Wait for a copy. A forked process closes its connections, but it also has copies of the
+    # greenlets that wait for them, and libuv aborts if it has to watch a closed descriptor.
     copy = os.dup(fd)
     try:
         (wait_write if writing else wait_read)(copy)
@@ -243,7 +243,7 @@ def _wait(fd: int, writing: bool) -> None:
 
 
 def _conclude(process: Any, steps: Any) -> None:
-    # A greenlet's Timeout must not make the others wait.
+    # A Timeout in one greenlet must not make the others wait.
     gevent.spawn(_conclude_now, process, steps)
 
 
@@ -261,7 +261,7 @@ _HUB = _driver.Driver(_run, _conclude)
 
 
 def _watch(process: Any, *, ref: bool = True) -> None:
-    """Have gevent told of the end of a child, if there is one."""
+    """Have gevent notice the end of a child, if there is one."""
     if not vars(process).get("_child_created"):
         return
     child = helper_child(process)
@@ -273,39 +273,39 @@ def _watch(process: Any, *, ref: bool = True) -> None:
         loop = _Elsewhere(loop)
     elif _is_reaped(pid):
         loop = _Reaped(loop)
-    # Nothing has been forked: this is how gevent wants to be told of a child.
+    # Nothing has forked, but this is how gevent learns of a child.
     fork_and_watch(process._on_child, loop, ref, lambda: pid)
 
 
 def _attend(process: Any, child: HelperChild) -> None:
-    """Await the end of a child that the helper owns."""
+    """Wait for a child that the helper owns."""
     while (connection := child.connection) is not None:
         try:
             child.wait(0.0)
         except TimeoutError:
             _wait(connection.sock.fileno(), False)
-        except OSError:  # the helper has gone: it counts as killed
+        except OSError:  # the helper has ended: its child counts as killed
             break
     process._handle_exitstatus(child.status)
     process.result.set(process.returncode)
 
 
 def _unblock(given: tuple[Any, ...]) -> None:
-    # As gevent's own children have it, which share the flag with us.
+    # gevent's own children get blocking descriptors, too. They share the flag with this process.
     for number, fd in enumerate((given[10], given[13], given[15])):
         with contextlib.suppress(OSError):
             os.set_blocking(number if fd == -1 else fd, True)
 
 
-# -- children that are reaped before they are known --
+# -- children that are reaped before their pids are known --
 
-# The default loop reaps every child of the process. A command may end while its starter has not
-# yet read its pid: then its status is kept here.
+# The default loop reaps every child of the process. A command may end before its starter has read
+# its pid. Then its status is kept here.
 
 _statuses: dict[int, tuple[int, float]] = {}  # by pid, with the time
 _expected: dict[int, Callable[[int], None]] = {}
-_interested: set[object] = set()  # starts that are under way, children that other threads await
-_collector: _Collector | None = None  # of the default loop
+_interested: set[object] = set()  # starts in progress, children that other threads await
+_collector: _Collector | None = None  # for the default loop
 
 
 @contextmanager
@@ -333,16 +333,16 @@ def _collect(pid: int, status: int) -> None:
         expected(status)
     elif _interested:
         now = time.monotonic()
-        _statuses.pop(pid, None)  # so that the oldest is the first
+        _statuses.pop(pid, None)  # so that the dictionary stays in order of time
         _statuses[pid] = status, now
-        # Another thread, which has no interest any more, may clear it meanwhile.
+        # Another thread may clear the dictionary meanwhile, when it loses interest.
         with contextlib.suppress(StopIteration, KeyError, RuntimeError):
             while (oldest := next(iter(_statuses))) != pid and now - _statuses[oldest][1] > _KEPT:
                 del _statuses[oldest]
 
 
 class _Collector:
-    """Tells of every child that a default loop reaps."""
+    """Collects the status of every child that a default loop reaps."""
 
     def __init__(self, loop: Any) -> None:
         self.loop = loop
@@ -350,7 +350,7 @@ class _Collector:
         by_pid = getattr(loop, "_child_watchers", None)
         if by_pid is None:
             self._watcher.start(self._look)
-        else:  # libuv's watchers of any child see one child only
+        else:  # libuv calls watchers of any child only once
             loop._child_watchers = _Watchers(list, by_pid)
 
     def _look(self) -> None:
@@ -358,7 +358,7 @@ class _Collector:
 
 
 class _Watchers(defaultdict[int, list[Any]]):
-    """The watchers of a libuv loop by pid, which it asks for those of pid 0 at each child."""
+    """The watchers of a libuv loop by pid. For each child the loop looks up those of pid 0, too."""
 
     def get(self, pid: int, default: Any = None) -> Any:
         found = super().get(pid, default)
@@ -378,7 +378,7 @@ def _is_reaped(pid: int) -> bool:
 
 
 class _Watcher:
-    """Stands for a loop where gevent asks it for a child watcher, and for that watcher."""
+    """Replaces a loop when gevent asks it for a child watcher, and is that watcher."""
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
@@ -402,7 +402,7 @@ class _Watcher:
 
 
 class _Reaped(_Watcher):
-    """Of a child that has been reaped, by the loop or by somebody else."""
+    """The watcher of a child that has been reaped, by the loop or by somebody else."""
 
     def start(self, callback: Callable[..., None], *args: Any) -> None:
         super().start(callback, *args)
@@ -410,7 +410,7 @@ class _Reaped(_Watcher):
         if found is not None:
             self._end(found[0])
             return
-        # libuv's loop has the status, and will tell in a moment.
+        # libuv's loop has the status, and will report it in a moment.
         self._timer = self._loop.timer(_PATIENCE)
         _expected[self.pid] = self._end
         self._timer.start(_collect, self.pid, _UNKNOWN)
@@ -423,7 +423,7 @@ class _Reaped(_Watcher):
 
 
 class _Elsewhere(_Watcher):
-    """Of a child of a thread whose loop is not the one that has child watchers."""
+    """The watcher of a child of another thread, whose loop has no child watchers."""
 
     def start(self, callback: Callable[..., None], *args: Any) -> None:
         super().start(callback, *args)

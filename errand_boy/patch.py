@@ -1,6 +1,6 @@
 """``python -m errand_boy.patch script.py args…`` runs a program under errand_boy.patch().
 
-With ``-m module`` in place of the script it runs a module.
+With ``-m module`` instead of the script it runs a module.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from errand_boy import _patching
 _USAGE = "usage: python -m errand_boy.patch (SCRIPT | -m MODULE) [ARGUMENT ...]"
 _HELP = f"""{_USAGE}
 
-Run a Python program whose commands are started through errand-boy: those of subprocess, asyncio,
-uvloop, gevent, eventlet, ptyprocess and pty, without a change of the program. As errand_boy.patch()
-does it, before the first line of the program."""
+Run a Python program unchanged, but start its commands through errand-boy: those of subprocess,
+asyncio, uvloop, gevent, eventlet, ptyprocess and pty. The program runs after a call of
+errand_boy.patch()."""
 
 
 class _Callable(ModuleType):
-    """This module, once imported, has the name of the function errand_boy.patch."""
+    """Makes this module callable, since importing it replaces the function errand_boy.patch."""
 
     def __call__(self) -> None:
         _patching.patch()
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _hide_frames() -> None:
-    """Have the traceback of an exception that nobody catches begin in the program."""
+    """Make the traceback of an uncaught exception begin in the program."""
     original = sys.excepthook
     ours = {__file__, runpy.__file__, "<frozen runpy>"}
 

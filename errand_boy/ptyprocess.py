@@ -1,4 +1,4 @@
-"""The classes of ptyprocess, with programs that are started without a fork of this process.
+"""The classes of ptyprocess, which start programs without forking this process.
 
 ``PtyProcess`` and ``PtyProcessUnicode`` are those of ptyprocess, except for `spawn`. After
 errand_boy.patch(), ptyprocess itself does the same, and with it pexpect, terminado, IPython and
@@ -31,6 +31,8 @@ else:
 
 
 class _Spawn:
+    """Replaces `spawn` in a class of ptyprocess."""
+
     if not TYPE_CHECKING:
 
         @classmethod
@@ -63,7 +65,7 @@ def spawn(
     dimensions: tuple[int, int] = (24, 80),
     pass_fds: Sequence[int] = (),
 ) -> Any:
-    """Do as `cls.spawn`; `original` is the class's own method, for what needs a fork."""
+    """Do what `cls.spawn` does; `original` is the class's own method, for starts that must fork."""
     function = None if preexec_fn is None else _known(preexec_fn)
     if (function is None and preexec_fn is not None) or not _forkpty.can_start():
         if preexec_fn is not None:
@@ -94,20 +96,20 @@ def spawn(
 
 
 def _known(preexec_fn: Callable[[], Any]) -> Callable[[], Any] | None:
-    """Return a function that does the same and needs no fork, or None."""
+    """Return a known function that does the same, so that no fork is needed, or None."""
     function = _equivalent(preexec_fn)
     parameters = dict.fromkeys(_preexec.PARAMETERS)
     return None if _preexec.translate(function, parameters) is None else function
 
 
 def _equivalent(preexec_fn: Any) -> Any:
-    """Return what those of pexpect and terminado do, as functions that are known."""
+    """Return a known function that does what a function of pexpect or terminado does."""
     code = getattr(preexec_fn, "__code__", None)
     if code is None:
         return preexec_fn
     module, names = preexec_fn.__module__, (*code.co_freevars, *code.co_names)
     if module == "pexpect.pty_spawn" and code.co_name == "preexec_wrapper":
-        if names == ("preexec_fn", "signal", "SIGHUP", "SIG_IGN"):  # of `ignore_sighup`
+        if names == ("preexec_fn", "signal", "SIGHUP", "SIG_IGN"):  # pexpect's `ignore_sighup`
             given = preexec_fn.__closure__[0].cell_contents
             ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
             return ignore if given is None else chain(ignore, _equivalent(given))

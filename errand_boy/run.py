@@ -1,4 +1,4 @@
-"""``python -m errand_boy.run``, the classic spelling: the daemon or, with a command, its client."""
+"""``python -m errand_boy.run``, as in 2014: the daemon or, with a command, its client."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m errand_boy.run",
-        description="Be the daemon, as errand-boy serve; or, with COMMAND, have a shell run it, as "
-        "errand-boy run -- sh -c COMMAND, with the same exit status. Where users have no "
+        description="Be the daemon, like errand-boy serve; or, with COMMAND, have a shell run it, "
+        "like errand-boy run -- sh -c COMMAND, with the same exit status. Where users have no "
         "$XDG_RUNTIME_DIR, all but root listen in errand-boy-UID in $TMPDIR or /tmp.",
     )
     parser.add_argument(
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve, or run the command line that is given; return its exit status."""
+    """Serve, or run the given command line; return the exit status."""
     args.open_standard_streams()
     reader = parser()
     options = reader.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""A sandbox for commands that are not trusted: which files and which network they may use.
+"""A sandbox for untrusted commands: which files and which network they may use.
 
 The kernel enforces it: Landlock for files, TCP ports, signals and abstract sockets, and a small
-seccomp filter for every other kind of socket. That needs no privileges, holds for all that the
-command starts, and can't be undone. The documentation says what it does not cover.
+seccomp filter for all other kinds of sockets. It needs no privileges, applies to everything that
+the command starts, and can't be undone. The documentation says what it does not cover.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Path: TypeAlias = str | bytes | os.PathLike[Any]
     Network: TypeAlias = bool | Mapping[Literal["connect", "bind"], Iterable[int]]
 
-# Rights of Landlock, as <linux/landlock.h> has them, and the version that brought them.
+# Rights of Landlock, as in <linux/landlock.h>, and the version that introduced them.
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE = (1 << n for n in range(6))
 _MAKE_CHAR, _MAKE_DIR, _MAKE_REG, _MAKE_SOCK, _MAKE_FIFO, _MAKE_BLOCK, _MAKE_SYM = (
     1 << n for n in range(6, 13)
@@ -42,7 +42,7 @@ _WRITE = (
 )  # fmt: skip
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV | _RESOLVE_UNIX
 
-# What must be in force, and the version that brought it.
+# What must be in force, and the version that introduced it.
 _NEEDS = (
     (1, "files (Linux 5.13)"),
     (3, "truncation of files (Linux 6.2)"),
@@ -51,7 +51,7 @@ _NEEDS = (
 )
 _PORTS = (4, "TCP ports (Linux 6.7)")
 
-# What dynamically linked programs of a distribution read.
+# The files that dynamically linked programs of a distribution read.
 _SYSTEM_EXECUTE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store")
 _SYSTEM_READ = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/dev/null",
                 "/dev/zero", "/dev/urandom")  # fmt: skip
@@ -65,29 +65,29 @@ class Sandbox:
 
     - `read`, `write`, `execute`: files, and directories with all that is in them. Reading includes
       listing directories. Writing means changing, creating, renaming and removing, but not reading.
-      What may be executed may be read. Nothing else can be opened, whoever owns it. A program
-      needs `execute` for itself, for its interpreter, and for the libraries of both.
-    - `system`: the programs and libraries of the distribution may be executed (/usr, /lib and their
-      like), and some files of /etc and /dev may be read.
-    - `network`: False, and the command can make Unix sockets only; a mapping with lists of TCP
-      ports as `connect`, `bind` or both, and it can make TCP sockets too, for these ports only; or
-      True, and it can make any socket.
-    - `strict`: raise OSError (ENOTSUP) if the kernel can't do all of this. If false, a
+      Executable files may also be read. The command can open nothing else, whoever owns it. A
+      program needs `execute` for itself, for its interpreter, and for the libraries of both.
+    - `system`: the command may execute the programs and libraries of the distribution (/usr, /lib
+      and so on), and read some files in /etc and /dev.
+    - `network`: with False, the command can make only Unix sockets. With a mapping of `connect`,
+      `bind` or both to lists of TCP ports, it can also use TCP sockets for these ports. With True,
+      it can make any socket.
+    - `strict`: raise OSError (ENOTSUP) if the kernel can't enforce all of this. If false, a
       RuntimeWarning says once what is not in force, and `missing` lists it.
 
     Signals and abstract Unix sockets reach only processes of the same sandbox; ioctl(2) on a device
-    fails unless the device was open before. The command and what it starts gain no privileges, and
+    fails unless the device was open before. The command and its descendants gain no privileges, and
     can use neither io_uring nor keyrings.
 
-    The paths are opened when the object is made, so it is about the files and directories that
-    exist then; a path that does not exist raises OSError. Keep the object for further commands,
-    which saves most of its cost.
+    The paths are opened when the object is made, so it applies to the files and directories that
+    exist at that time; a path that does not exist raises OSError. Keep the object for further
+    commands, which saves most of its cost.
     """
 
     __slots__ = ("_arguments", "_ruleset", "missing", "sockets")
 
     missing: tuple[str, ...]  # what is not in force
-    sockets: int | None  # as SOCKETS of a request has it; None: any
+    sockets: int | None  # in the format of SOCKETS in a request; None: any
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ def missing(version: int, *, with_ports: bool = True) -> tuple[str, ...]:
 
 
 def of(value: Any) -> Sandbox:
-    """Return the Sandbox that `value` is, or that has the arguments in it, a mapping."""
+    """Return `value`, which is a Sandbox, or a Sandbox made of the arguments in a mapping."""
     if isinstance(value, Sandbox):
         return value
     if isinstance(value, Mapping):

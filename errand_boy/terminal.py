@@ -1,6 +1,6 @@
-"""The caller's side of a command's terminal, which Popen has as `terminal` with ``pty=``.
+"""The caller's side of a command's terminal, the attribute `terminal` of a Popen with ``pty=``.
 
-Writing to it types at the terminal; reading from it returns what would be on the screen.
+Writing to it types at the terminal; reading from it returns what the screen would show.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNLOCK = 0x40045431  # TIOCSPTLCK
 _OPEN_PEER = 0x5441  # TIOCGPTPEER
 _FLAGS = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
 _CHUNK = 1 << 16  # bytes
-_LFLAG, _CC = 3, 6  # of what tcgetattr returns
+_LFLAG, _CC = 3, 6  # indices of tcgetattr's result
 _MOST = 0xFFFF  # rows, columns or pixels
 _NO_CHARACTER = b"\0"  # _POSIX_VDISABLE
 
@@ -37,12 +37,12 @@ _NO_CHARACTER = b"\0"  # _POSIX_VDISABLE
 class Pty:
     """The properties of a new terminal, for the `pty` of Popen.
 
-    - `rows`, `columns`: its size; `xpixel`, `ypixel`: its size in pixels, or 0 if that is unknown.
+    - `rows`, `columns`: its size; `xpixel`, `ypixel`: its size in pixels, or 0 if not known.
     - `echo`: whether the terminal shows what is typed; by default it does.
     - `raw`: the terminal interprets and translates nothing, as after cfmakeraw(3).
     - `termios`: its attributes, as from termios.tcgetattr, before `echo` and `raw` are applied.
 
-    Raises ValueError for a size that no terminal can have.
+    Raises ValueError for an impossible size.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ def as_pty(given: Any) -> Pty:
 def open_pair(pty: Pty) -> tuple[int, int]:
     """Open a new terminal; return the caller's side and the command's.
 
-    No other process inherits either, not even one that another thread forks meanwhile. Raises
-    OSError, with ENOSPC if the system has as many terminals as it may.
+    No other process inherits them, not even one that another thread forks meanwhile. Raises
+    OSError, with ENOSPC if the system has the maximum number of terminals.
     """
     master = slave = -1
     try:
@@ -160,18 +160,18 @@ def get_size(fd: int) -> tuple[int, int, int, int]:
 def wait_for(
     select: Any, reading: Collection[int], writing: Collection[int], seconds: float | None = None
 ) -> tuple[Collection[int], Collection[int]]:
-    """Wait for descriptors, up to a time; return those that can be read, and can be written.
+    """Wait at most `seconds` for descriptors; return those that are readable, and writable.
 
-    `select` is the module of that name, or what gevent or eventlet has in its place.
+    `select` is the module of that name, or the replacement of gevent or eventlet.
     """
-    if not hasattr(select, "poll"):  # eventlet's, which knows no limit
+    if not hasattr(select, "poll"):  # eventlet's select has no limit of descriptors
         readable, writable, _ = select.select(reading, writing, [], seconds)
         return readable, writable
     poll = select.poll()
     for fd in {*reading, *writing}:
         poll.register(fd, (fd in reading) * select.POLLIN | (fd in writing) * select.POLLOUT)
     found = poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
-    # A hang-up is for both.
+    # A hang-up counts as both.
     return (
         [fd for fd, events in found if fd in reading and events & ~select.POLLOUT],
         [fd for fd, events in found if fd in writing and events & ~select.POLLIN],
@@ -179,13 +179,13 @@ def wait_for(
 
 
 def _is_kernels(select: Any) -> bool:
-    """Return whether a thread that waits in the kernel holds up nobody but itself."""
-    return type(getattr(select, "poll", None)) is type(len)  # else a hub's class, or none
+    """Return whether this is the real module, so that waiting in the kernel blocks one thread."""
+    return type(getattr(select, "poll", None)) is type(len)  # else a framework's class, or None
 
 
 @contextmanager
 def non_blocking(fd: int) -> Iterator[None]:
-    """Make writes return when there is no more room."""
+    """Make writes return if there is no more room."""
     blocking = os.get_blocking(fd)
     os.set_blocking(fd, False)
     try:
@@ -195,14 +195,12 @@ def non_blocking(fd: int) -> Iterator[None]:
 
 
 class Terminal:
-    """The caller's side of a terminal. It is a context manager, which closes it.
+    """The caller's side of a terminal. As a context manager, it closes itself.
 
-    In text mode `read` returns str and `write` takes str. `encoding` and `errors` are as for
-    open(), and lines that are read end in a newline, as with Popen's pipes.
-
-    `at_end` says whether `read` has come to the end.
-
-    `fd` is its own from now on; `select` is as for `wait_for`.
+    It takes ownership of `fd`. With `encoding` and `errors`, as for open(), it is in text mode:
+    `read` returns str, with lines that end in a newline as with Popen's pipes, and `write` takes
+    str. `select` is as for `wait_for`. The attribute `at_end` says whether `read` has reached the
+    end.
     """
 
     def __init__(
@@ -239,7 +237,10 @@ class Terminal:
         self.close()
 
     def close(self) -> None:
-        """Hang up: the command's session gets SIGHUP, and its reads end. May be called again."""
+        """Hang up: the command's session gets SIGHUP, and its reads end.
+
+        Calling it again has no effect.
+        """
         self._file.close()
 
     @property
@@ -255,13 +256,14 @@ class Terminal:
         """Return whether it is open."""
         return self._file.isatty()
 
-    # -- what is on the screen, and what is typed --
+    # -- output and input --
 
     def read(self, size: int = -1) -> Any:
-        """Return what the command has written, at most `size` bytes; wait until there is some.
+        """Return output of the command, at most `size` bytes; wait until there is some.
 
         The result is empty at the end, when no process has the terminal open any more. Without
-        `size`, return everything up to the end. In text mode, decode at most `size` bytes.
+        `size`, return everything up to the end. In text mode, decode at most `size` bytes. Raises
+        OSError, and UnicodeDecodeError in text mode.
         """
         if size is None or size < 0:
             parts = []
@@ -288,17 +290,17 @@ class Terminal:
         return data if self._decoder is None else self._decoder.decode(data, final=not data)
 
     def write(self, data: Any) -> int:
-        """Type all of `data`; return its length. Waits while the command does not read.
+        """Type all of `data`; return its length. Wait while the command does not read.
 
-        The kernel cuts a line of more than 4,095 bytes, unless the terminal is raw. What is typed
-        after the command has ended is lost. Raises OSError.
+        The kernel cuts lines of more than 4,095 bytes, unless the terminal is raw. Input after the
+        command's end is lost. Raises OSError.
         """
         self._write(self.encode(data))
         return len(data)
 
     def _write(self, data: bytes) -> None:
         rest, fd = memoryview(data), self.fileno()
-        with non_blocking(fd):  # else a greenlet's write would make the others wait
+        with non_blocking(fd):  # else the write of one greenlet would block the others
             while rest:
                 wait_for(self.select, [], [fd])
                 rest = rest[write_some(fd, rest) :]
@@ -311,11 +313,11 @@ class Terminal:
         return bytes(memoryview(data).cast("B"))
 
     def eof(self) -> None:
-        """Type ^D, or the terminal's own character for it, which ends the input after a newline."""
+        """Type ^D, or the terminal's own character, which ends the input after a newline."""
         self._type(termios.VEOF)
 
     def intr(self) -> None:
-        """Type ^C, or the terminal's own character for it: the foreground group gets SIGINT."""
+        """Type ^C, or the terminal's own character: the foreground group gets SIGINT."""
         self._type(termios.VINTR)
 
     def _type(self, which: int) -> None:
@@ -324,21 +326,21 @@ class Terminal:
             self._write(character)
 
     def end_of_input(self, at_line_start: bool) -> bytes:
-        """Return the bytes that end the input; none where the terminal does not read lines."""
+        """Return the bytes that end the input, or b"" if the terminal does not read lines."""
         attributes = self.attributes()
         character: bytes = attributes[_CC][termios.VEOF]
         if not attributes[_LFLAG] & termios.ICANON or character == _NO_CHARACTER:
             return b""
         return character if at_line_start else 2 * character  # the first one sends the line
 
-    # -- how it is --
+    # -- the terminal's state --
 
     @property
     def winsize(self) -> tuple[int, int]:
-        """The rows and columns. When they are set, the foreground group gets SIGWINCH.
+        """The rows and columns. Setting them sends SIGWINCH to the foreground group.
 
-        With four numbers, the last two set the width and height in pixels; with two, these stay.
-        Raises OSError, and ValueError for an impossible size.
+        If you set four numbers, the last two are the width and height in pixels. Raises OSError,
+        and ValueError for an impossible size.
         """
         return get_size(self.fileno())[:2]
 
@@ -349,12 +351,12 @@ class Terminal:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """The width and height in pixels; 0 if they are not known."""
+        """The width and height in pixels, or 0 if not known."""
         return get_size(self.fileno())[2:]
 
     @property
     def echo(self) -> bool:
-        """Whether the terminal shows what is typed. May be set."""
+        """Whether the terminal shows what is typed. Can be set."""
         return bool(self.attributes()[_LFLAG] & termios.ECHO)
 
     @echo.setter
@@ -366,19 +368,19 @@ class Terminal:
 
     @property
     def foreground_pgid(self) -> int:
-        """The process group that gets what is typed; 0 if there is none. Raises OSError."""
+        """The process group that gets the input, or 0 if there is none. Raises OSError."""
         return os.tcgetpgrp(self.fileno())
 
     def attributes(self) -> list[Any]:
-        """Return the attributes of the command's side, as termios.tcgetattr. Raises OSError."""
+        """Return the attributes of the command's side, as from tcgetattr. Raises OSError."""
         try:
-            return termios.tcgetattr(self.fileno())  # Linux tells, and sets, those of that side
+            return termios.tcgetattr(self.fileno())  # on Linux both sides have the same
         except termios.error as error:
             raise OSError(*error.args) from None
 
 
 def read_some(fd: int, size: int) -> bytes | None:
-    """Return what there is, b"" at the end, or None if there is nothing now. Raises OSError."""
+    """Return available bytes, b"" at the end, or None if there are none now. Raises OSError."""
     try:
         return os.read(fd, size)
     except BlockingIOError:
@@ -390,7 +392,7 @@ def read_some(fd: int, size: int) -> bytes | None:
 
 
 def write_some(fd: int, data: memoryview) -> int:
-    """Write as much as there is room for; return how much that was. Raises OSError."""
+    """Write as much as there is room for; return how many bytes. Raises OSError."""
     try:
         return os.write(fd, data)
     except BlockingIOError:

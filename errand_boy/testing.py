@@ -20,24 +20,24 @@ __all__ = ["FakeCommands", "UnexpectedCommandError", "fake_commands"]
 
 Command: TypeAlias = "str | Sequence[Any]"
 
-_SHELL, _GIVEN = 9, 2  # where _execute_child has `shell`, and how many are args and executable
+_SHELL, _GIVEN = 9, 2  # index of `shell` in _execute_child's arguments, after args and executable
 _SCRIPT = '[ -z "$1" ] || "$0" "$1"; [ -z "$2" ] || "$0" "$2" >&2; '
 
 
 class UnexpectedCommandError(AssertionError):
-    """The program wanted to start a command that is not registered; it was not started."""
+    """The program tried to start a command that is not registered; it was not started."""
 
 
 class FakeCommands:
-    """Replaces commands by small ones, which write and return what a test has registered.
+    """Replaces commands by small ones, with the output and return code that a test has registered.
 
-    They are real processes, so pipes, text mode, time-outs, callbacks and results are as always.
+    These are real processes, so pipes, text mode, time-outs, callbacks and results work as usual.
     This covers Popen, run and the other functions of errand_boy, map and Executor, asyncio, gevent,
     eventlet and Celery's task, the client of a daemon, and everything under errand_boy.patch().
     """
 
     def __init__(self, directory: Path) -> None:
-        self.calls: list[Any] = []  # the args of each command, in order; a str for a shell's
+        self.calls: list[Any] = []  # the args of each command, in order; a str with shell=True
         self._directory = directory
         self._fakes: list[tuple[Command, list[list[str] | None]]] = []
 
@@ -49,20 +49,19 @@ class FakeCommands:
         stderr: str | bytes = b"",
         returncode: int = 0,
     ) -> None:
-        """Have `args` write this output and end with this return code; -N means signal N.
+        """Make `args` write this output and end with this return code; -N means signal N.
 
-        `args` is an argument list, or the string of a shell's command or of a program without
-        arguments. In a list, unittest.mock.ANY stands for any one argument, and ``...`` at the end
-        for any others. Text is in UTF-8. Later registrations go first. If the same `args`
-        are registered several times, these are the results in turn, and the last for all that
-        follow.
+        `args` is an argument list, or a string: a shell command or a program without arguments. In
+        a list, unittest.mock.ANY matches any one argument, and ``...`` at the end any others. Text
+        is encoded in UTF-8. Later registrations come first. If the same `args` are registered
+        several times, they give these results in turn, and the last one from then on.
         """
         script = _SCRIPT + (f"exit {returncode}" if returncode >= 0 else f"kill -{-returncode} $$")
         files = [self._file(data) for data in (stdout, stderr)]
         self._add(args, ["/bin/sh", "-c", script, shutil.which("cat") or "/bin/cat", *files])
 
     def allow(self, args: Command) -> None:
-        """Let commands that match `args`, as for `register`, run."""
+        """Let commands that match `args`, which are as in `register`, run."""
         self._add(args, None)
 
     def _add(self, args: Command, fake: list[str] | None) -> None:
@@ -80,7 +79,7 @@ class FakeCommands:
         return str(path)
 
     def _instead_of(self, args: Any, shell: bool) -> list[str] | None:
-        """Return the replacement of a command, or None for the command itself."""
+        """Return the replacement of a command, or None to run the command itself."""
         words = [args] if isinstance(args, (str, bytes, os.PathLike)) else list(args)
         given: Any = [os.fsdecode(word) for word in words]
         if shell:
@@ -91,7 +90,7 @@ class FakeCommands:
                 return fakes.pop(0) if len(fakes) > 1 else fakes[0]
         known = "".join(f"\n    {registered!r}" for registered, _ in self._fakes) or " nothing"
         raise UnexpectedCommandError(
-            f"{given!r} was to be started, and no test has registered it. Call "
+            f"the program tried to start {given!r}, which no test has registered. Call "
             f"fake_commands.register({given!r}, stdout=..., returncode=...), or "
             f"fake_commands.allow({given!r}) to have it run. Registered:{known}"
         )
@@ -113,12 +112,12 @@ def _is_wild(word: Any) -> bool:
 
 
 class _Chosen(list[Any]):
-    """The arguments of a command that has been looked up."""
+    """Arguments that have been looked up already."""
 
 
 @pytest.fixture
 def fake_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCommands]:
-    """Replaces commands by those that the test registers."""
+    """Replace commands by those that the test registers."""
     directory = tmp_path / "fake-commands"
     directory.mkdir()
     fakes = FakeCommands(directory)

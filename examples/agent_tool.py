@@ -1,10 +1,10 @@
-"""The tool of a coding agent that runs shell commands: what a model asks for, walled and bounded.
+"""A coding agent's tool that runs shell commands for a model, in a sandbox and with limits.
 
     python examples/agent_tool.py WORKSPACE COMMAND
 
-`call` is the tool: it runs a shell command in the workspace and returns what the model is told, a
-dictionary for JSON. The command may read the system's programs and the workspace, write to
-the workspace, and reach nothing else: no other file, no network, no other process. Nothing that it
+`call` is the tool: it runs a shell command in the workspace and returns the answer for the model,
+a dictionary for JSON. The command may read the system's programs and the workspace, and write to
+the workspace. It can reach no other file, no network and no other process, and nothing that it
 leaves in the background outlives the call.
 """
 
@@ -37,12 +37,12 @@ ENDS = {
 
 @functools.cache
 def place(workspace: Path) -> errand_boy.Sandbox:
-    """Return the sandbox of a workspace, which is made once."""
+    """Return the sandbox of a workspace. Make it once."""
     return errand_boy.Sandbox(system=True, read=[workspace], write=[workspace], strict=False)
 
 
 def call(workspace: Path, command: str, limits: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run a shell command, and return what the model is told of it."""
+    """Run a shell command, and return the answer for the model."""
     bounds = {**LIMITS, **(limits or {})}
     run: Any = errand_boy.run
     done = run(

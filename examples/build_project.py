@@ -1,11 +1,10 @@
-"""A program that holds a lot of memory, as a data job or a CI runner does, builds a project: git,
-tar, gzip, sha256sum and a C compiler, with pipes between them.
+"""Builds a project from a process with a lot of memory, such as a data job or a CI runner.
 
     python examples/build_project.py [--hold GIB] [--rounds N]
 
-The same work is done through errand_boy, through subprocess, and through fork; the three must
-produce the same commit and the same archive. Printed are their times, and how much of that the
-program spent in starting commands.
+It runs git, tar, gzip, sha256sum and a C compiler, with pipes between them: once through
+errand_boy, once through subprocess, and once through fork. The three must produce the same commit
+and the same archive. It prints their times, and how much of them it spent on starting commands.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ COMMITS = 6
 UNITS = 4
 PIPE = subprocess.PIPE
 
-# Only what is said here decides the commit's hash.
+# Only these values determine the commit's hash.
 ENVIRONMENT = {
     "PATH": os.environ["PATH"],
     "LC_ALL": "C",
@@ -67,7 +66,7 @@ int main(void)
 
 
 class Starter:
-    """Starts commands through one Popen, and keeps count of them and of the time that takes."""
+    """Starts commands through one Popen, and counts them and the time for their starts."""
 
     def __init__(self, popen: Callable[..., Any], directory: Path) -> None:
         self._popen = popen
@@ -98,7 +97,7 @@ class Starter:
                 stdin = processes[-1].stdout if processes else subprocess.DEVNULL
                 process = stack.enter_context(self.start(command, stdin=stdin, stdout=PIPE))
                 if processes:
-                    # The reader alone must hold it, so that the writer hears when it ends early.
+                    # Only the reader may hold it: the writer must notice if the reader ends early.
                     processes[-1].stdout.close()
                 processes.append(process)
             output: bytes = processes[-1].stdout.read()
@@ -109,7 +108,7 @@ class Starter:
 
 
 def build(starter: Starter, directory: Path) -> tuple[str, str]:
-    """Builds and checks everything; the commit's hash and the archive's."""
+    """Build and check everything; return the commit's hash and the archive's."""
     write_history(starter, directory)
     check_history(starter)
     check_files(starter, directory)
@@ -148,7 +147,7 @@ def check_files(starter: Starter, directory: Path) -> None:
 
 
 def archive(starter: Starter, directory: Path) -> str:
-    """The hash of the compressed archive, made in one pipeline and again in single steps."""
+    """Return the hash of the compressed archive, made in one pipeline and again in single steps."""
     tar = ["tar", "--owner=0", "--group=0", "--numeric-owner", "-cf", "-", "-T", "-"]
     gzip = ["gzip", "-n"]
     digest = starter.pipeline(["git", "ls-files"], tar, gzip, ["sha256sum"]).decode().split()[0]
@@ -182,7 +181,7 @@ def ways() -> dict[str, Callable[..., Any]]:
     try:
         gevent_subprocess = importlib.import_module("gevent.subprocess")
     except ImportError:
-        # Anything to call between fork and exec makes subprocess fork.
+        # Any preexec_fn makes subprocess fork.
         found["subprocess, preexec_fn"] = functools.partial(
             subprocess.Popen, preexec_fn=lambda: None
         )
@@ -205,7 +204,7 @@ def main() -> None:
     refused: dict[str, str] = {}
     results = set()
     count = 0
-    # In turns, so that what else the machine does is shared out.
+    # In turns, so that other work of the machine affects all of them.
     for _ in range(arguments.rounds):
         for name, popen in popens.items():
             with tempfile.TemporaryDirectory() as directory:
@@ -214,7 +213,7 @@ def main() -> None:
                 try:
                     results.add(build(starter, Path(directory)))
                 except OSError as error:
-                    # What fork does, under strict overcommit or near a limit.
+                    # A fork fails so under strict overcommit or near a limit.
                     if error.errno != errno.ENOMEM:
                         raise
                     refused[name] = os.strerror(error.errno)

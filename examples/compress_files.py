@@ -1,9 +1,9 @@
-"""Compresses files with gzip, several at a time, and says what that gained.
+"""Compresses files with gzip, several at a time, and prints how much that saved.
 
     python examples/compress_files.py [--jobs N] [FILE ...]
 
 Writes FILE.gz beside each FILE; without files it makes some in a temporary directory. A file that
-cannot be compressed is told of at the end, and does not stop the others.
+cannot be compressed is reported at the end, and does not stop the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAMPLES = 200
 
 
 def commands(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Each command's output is its result's; gzip reads the file itself."""
+    """Yield a command for each file. gzip reads the file itself, and writes to its output."""
     for path in paths:
         yield {"args": ["gzip", "--best", "--stdout", path], "timeout": 60}
 

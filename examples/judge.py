@@ -2,8 +2,8 @@
 
     python examples/judge.py [--jobs N] [PROGRAM ...]
 
-A PROGRAM is a Python file that reads two numbers and prints their sum. Without any, samples are
-graded: one that is right, and some of all the others that judges get. One line for each tells the
+A PROGRAM is a Python file that reads two numbers and prints their sum. Without any, it grades
+samples: a correct one, and several that are wrong in ways that judges know. For each it prints the
 grade and what the program used.
 """
 
@@ -54,16 +54,16 @@ SAMPLES = {
 
 
 def sandbox() -> errand_boy.Sandbox:
-    """Return a place where Python runs, and where nothing can be read but itself."""
+    """Return a sandbox in which Python runs, and can read only its own files."""
     python = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable))}
     return errand_boy.Sandbox(system=True, execute=sorted(python), strict=False)
 
 
 def grade(program: Path, place: errand_boy.Sandbox) -> tuple[str, Any]:
-    """Return the grade, and the result of the last test that was run."""
+    """Return the grade, and the result of the last test."""
     source = program.read_bytes()
     for given, expected in TESTS:
-        # The program comes as an argument, since nothing of this directory can be read.
+        # The program is an argument, since it can't read anything in this directory.
         done = run(
             [sys.executable, "-I", "-S", "-c", source],
             input=given,

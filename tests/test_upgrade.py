@@ -535,8 +535,13 @@ def test_new_program_of_the_helper(tmp_path: Path, package: Path) -> None:
         ("_daemon/serve.py", "import sys", "import nonsense", "nonsense"),
         ("_daemon/options.py", "socket: str,", "plug: str,", "socket"),
         ("__init__.py", "__version__ = ", "__version__ = nonsense or ", "nonsense"),
-        ("_daemon/upgrade.py", "STATE_VERSION = 1", "STATE_VERSION = 0", "has to be restarted"),
-        ("_daemon/process.py", "    print(introduce())", "    print(17)", "is not understood: 17"),
+        ("_daemon/upgrade.py", "STATE_VERSION = 1", "STATE_VERSION = 0", "restart the daemon"),
+        (
+            "_daemon/process.py",
+            "    print(introduce())",
+            "    print(17)",
+            "gave no valid answer: 17",
+        ),
     ],
 )
 def test_broken_version_does_not(

@@ -1,4 +1,4 @@
-"""The interface of errand-boy 0.3, of 2014, on top of the daemon's client."""
+"""The interface of errand-boy 0.3, of 2014, over the daemon's client."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UNIXSocketTransport:
         timeout: float | None = None,
         **options: Any,
     ) -> tuple[_client.Popen[Any] | Ended, Any, Any]:
-        """Run a shell command line with `input`; return its process, output and error output.
+        """Run a shell command line with `input`; return the process, its output and its errors.
 
         The options are those of Popen. Both outputs are text, unless the options say otherwise.
         After `timeout` seconds the command is killed and subprocess.TimeoutExpired is raised.
@@ -54,8 +54,8 @@ class UNIXSocketTransport:
     def Popen(self, command_string: Any, **options: Any) -> _client.Popen[Any]:
         """Start a shell command line whose standard streams are pipes of text; return its process.
 
-        The options are those of the client's Popen, and override all this. A list is run without a
-        shell.
+        The options are those of the client's Popen, and override these settings. A list is run
+        without a shell.
         """
         self._complete(command_string, options)
         return self._client.Popen(command_string, **options)
@@ -73,7 +73,7 @@ class UNIXSocketTransport:
 
 
 class Ended(subprocess.Popen[bytes]):
-    """The process of a command that has ended, so that its methods do nothing."""
+    """The process of a command that has ended, whose methods do nothing."""
 
     def __init__(
         self, done: subprocess.CompletedProcess[Any], pid: int, usage: tuple[int, ...]
@@ -89,7 +89,7 @@ class Ended(subprocess.Popen[bytes]):
 
     @property
     def rusage(self) -> struct_rusage:
-        """What the command and the children that it waited for have used."""
+        """The resources used by the command and the children that it has waited for."""
         return _wire.rusage(self._usage)
 
     def send_group_signal(self, sig: int) -> None:
@@ -110,7 +110,7 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Close the session. Processes that it has started go on."""
+        """Close the session. Processes that it has started keep running."""
         self._client = None
 
     @property
