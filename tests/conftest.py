@@ -200,6 +200,14 @@ def find_program(name: str, package: str | None = None, **options: bool) -> str:
     return path
 
 
+@pytest.fixture
+def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No daemon is named, and nobody listens at the default path."""
+    monkeypatch.delenv("ERRAND_BOY_SOCKET", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "errand-boy.sock").touch()
+
+
 def has_ended(pid: int) -> bool:
     """Return whether a process has ended; a zombie has."""
     try:

@@ -21,11 +21,7 @@ ERRAND_BOY = [sys.executable, "-m", "errand_boy"]
 
 
 @pytest.fixture(autouse=True)
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No daemon is named, and nobody listens at the default path."""
-    (tmp_path / "errand-boy.sock").touch()
-    monkeypatch.delenv("ERRAND_BOY_SOCKET", raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def environment(no_daemon: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 

@@ -25,17 +25,13 @@ RUN = [sys.executable, "-m", "errand_boy", "run"]
 def by(
     request: pytest.FixtureRequest,
     daemon: Daemon,
-    tmp_path: Path,
+    no_daemon: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> str:
     """Who runs the commands: a private helper, or the daemon."""
     name: str = request.param
     if name == "daemon":
         monkeypatch.setenv("ERRAND_BOY_SOCKET", daemon.path)
-    else:  # nobody listens at the default path
-        monkeypatch.delenv("ERRAND_BOY_SOCKET", raising=False)
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-        (tmp_path / "errand-boy.sock").touch()
     return name
 
 

@@ -28,15 +28,11 @@ RUN = [sys.executable, "-m", "errand_boy", "run", "--pty"]
 
 @pytest.fixture(autouse=True, params=["here", "daemon"])
 def by(
-    request: pytest.FixtureRequest, daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, daemon: Daemon, no_daemon: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     name: str = request.param
     if name == "daemon":
         monkeypatch.setenv("ERRAND_BOY_SOCKET", daemon.path)
-    else:  # nobody listens at the default path
-        monkeypatch.delenv("ERRAND_BOY_SOCKET", raising=False)
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-        (tmp_path / "errand-boy.sock").touch()
     return name
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 from conftest import find_program, until
 from screen import VIM, program, pyte
 
@@ -73,17 +72,12 @@ def look(screen: Any) -> list[Any]:
     return [screen.columns, screen.lines, screen.cursor.x, screen.cursor.y, lines]
 
 
-def test_recording_is_what_was_on_the_screen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recording_is_what_was_on_the_screen(tmp_path: Path, no_daemon: None) -> None:
     """In vim, with colours, beyond ASCII, and with another size; a player shows the same."""
     find_program("vim")
     cast, text = tmp_path / "cast", tmp_path / "text.py"
     text.write_text("def first():\n    return 'größer als €'\n")
     command = [sys.executable, "-m", "errand_boy", "run", "--record", str(cast)]
-    monkeypatch.delenv("ERRAND_BOY_SOCKET", raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    (tmp_path / "errand-boy.sock").touch()  # nobody listens
     with program([*command, *VIM, "-c", "syntax on", str(text)], (12, 60)) as screen:
         screen.has("größer als €")
         screen.type("Ox = 'ж'\x1b")
