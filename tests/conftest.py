@@ -21,7 +21,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,14 +167,22 @@ def witness(pool: Any) -> Iterator[Any]:
     assert client.status("/bin/sh", "-c", "exit 3") == 3 << 8
 
 
+def descendants() -> set[psutil.Process]:
+    # psutil reads all of /proc to find them, for each test twice, and usually there are none.
+    lists = [*Path("/proc/self/task").glob("*/children")]
+    with suppress(OSError):  # a thread has ended
+        if lists and not any(path.read_text() for path in lists):
+            return set()
+    return set(psutil.Process().children(recursive=True))
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    me = psutil.Process()
-    before = set(me.children(recursive=True))
+    before = descendants()
     yield
     errand_boy = sys.modules.get("errand_boy")
     helper = errand_boy.helper_pid() if errand_boy else None
-    new = [p for p in me.children(recursive=True) if p not in before and p.pid != helper]
+    new = [p for p in descendants() - before if p.pid != helper]
     # A helper notices the end of its script a moment after we do.
     _, alive = psutil.wait_procs(new, timeout=5)
     found = [str(process) for process in alive]

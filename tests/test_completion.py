@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, script_environment
+from conftest import PATIENCE, find_program, script_environment
 from daemon import started_daemon
 
 import errand_boy
@@ -38,11 +37,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def needs(shell: str) -> None:
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed: Debian's package {shell}")
 
 
 def written(shell: str) -> str:
@@ -94,7 +88,7 @@ def quoted(word: str) -> str:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_shell_reads_it(shell: str, home: Path) -> None:
-    needs(shell)
+    find_program(shell)
     Path("script").write_text(written(shell))
     done = subprocess.run([shell, "-n", "script"], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
@@ -104,7 +98,7 @@ def test_the_shell_reads_it(shell: str, home: Path) -> None:
 class TestCompletion:
     @pytest.fixture(autouse=True)
     def shell_is_there(self, shell: str, home: Path) -> None:
-        needs(shell)
+        find_program(shell)
 
     def test_commands(self, shell: str) -> None:
         assert completed(shell, "errand-boy ") >= set(args.COMMANDS)
@@ -142,7 +136,7 @@ class TestCompletion:
 
 
 def test_bash_takes_an_option_and_its_value_for_three_words(home: Path) -> None:
-    needs("bash")
+    find_program("bash")
     assert completed("bash", "errand-boy run --tree = g") == {"group"}
     assert completed("bash", "errand-boy serve --log-format = ") == {"text", "json"}
 
@@ -159,7 +153,7 @@ def test_bash_takes_an_option_and_its_value_for_three_words(home: Path) -> None:
     ],
 )
 def test_zsh_at_a_terminal(home: Path, typed: str, line: str) -> None:
-    needs("zsh")
+    find_program("zsh")
     (home / "bin" / "program-of-this-test").write_text("")
     (home / "bin" / "program-of-this-test").chmod(0o755)
     (home / "a-file").touch()
@@ -167,7 +161,7 @@ def test_zsh_at_a_terminal(home: Path, typed: str, line: str) -> None:
 
 
 def test_names_of_jobs_by_zsh(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs("zsh")
+    find_program("zsh")
     with started_job(home, monkeypatch) as name:
         assert completed_by_zsh(home, "errand-boy logs --follow of-th\t").rstrip().endswith(name)
 
@@ -211,10 +205,9 @@ def test_manual_page_has_all_options() -> None:
 
 
 def test_manual_page_is_well_formed() -> None:
-    if shutil.which("mandoc") is None:
-        pytest.skip("mandoc is not installed: Debian's package mandoc")
+    mandoc = find_program("mandoc")
     done = subprocess.run(
-        ["mandoc", "-T", "lint", "-W", "warning"], input=manual(), capture_output=True, text=True
+        [mandoc, "-T", "lint", "-W", "warning"], input=manual(), capture_output=True, text=True
     )
     found = [line for line in done.stdout.splitlines() if "missing date" not in line]
     assert (found, done.stderr) == ([], "")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, script_environment
+from conftest import PATIENCE, find_program, script_environment
 from daemon import Daemon
 from test_direct import REFUSING
 
@@ -136,8 +135,7 @@ def test_a_helper_that_fails() -> None:
 
 @pytest.mark.root
 def test_without_proc() -> None:
-    if shutil.which("unshare") is None:
-        pytest.skip("needs unshare(1): Debian's package util-linux")
+    find_program("unshare", "util-linux")
     value = found(0, under=["unshare", "-m", "sh", "-c", 'umount -l /proc && exec "$@"', "sh"])
     assert value["way"] == "direct"
     assert not value["system"]["proc"]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="needs the extra bench")
 if sys.platform != "linux":
     pytest.skip("measures on Linux only", allow_module_level=True)
 

@@ -137,7 +137,8 @@ def main() -> int:
     arguments = parser.parse_args()
     files = gevent_files() if arguments.framework == "gevent" else eventlet_files(arguments.path)
     if not files:
-        print(f"{arguments.framework}'s tests are not here")
+        where = "packages" if arguments.framework == "gevent" else "EVENTLET_SDIST"
+        print(f"{arguments.framework}'s tests are not in {where}")
         return NOT_INSTALLED
     for test, reason in EXCLUDED:
         print(f"excluded {test}: {reason}")

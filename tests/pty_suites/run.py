@@ -126,7 +126,7 @@ def main() -> int:
     for package in [arguments.only] if arguments.only else PACKAGES:
         sdist = place / f"{package}-{metadata.version(package)}"
         if not (sdist / "tests").is_dir():
-            print(f"{package}'s tests are not here")
+            print(f"{package}'s tests are not in PTY_SDISTS")
             return NOT_INSTALLED
         well = try_package(sdist, package, arguments) and well
     return 0 if well else 1
