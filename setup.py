@@ -24,6 +24,7 @@ HELPER_SOURCES = [
         "helper/connection",
         "helper/counters",
         "helper/process",
+        "helper/queue",
         "helper/self",
         "helper/stdio",
         "common/channel",

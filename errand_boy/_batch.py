@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import subprocess
 from collections import deque
@@ -41,7 +42,11 @@ if TYPE_CHECKING:
         `Batch.finish`: the command is over. `Batch.start_again`: it was not started, and the batch
         must give it again. `Batch.put_off`: the same, for lack of descriptors. `Batch.abandoned`:
         it has no result.
+
+        `queues`: whether commands may be given ahead, as `Batch.queue` says.
         """
+
+        queues: bool
 
         def start(self, job: Job) -> None:
             """Start a command. Raises only errors that concern all commands."""
@@ -69,6 +74,11 @@ NOT_NOW = object()  # from an iterator of commands: none yet; the driver knows w
 
 _LEAST_AHEAD = 64  # commands
 _PER_CPU = 4  # workers
+_AHEAD = 4  # quick commands requested before there is a place for them, by
+_MOST_PLACES = 16  # workers at most: the more they are, the less is gained
+_QUICK = 0.005  # seconds
+
+_queue_numbers = itertools.count()
 
 
 def _unwatched(*_: Any) -> None:
@@ -116,6 +126,7 @@ class Batch:
         extra_groups: Iterable[str | int] | None = None,
         gate: Gate | None = None,
         with_pids: bool = False,
+        may_queue: bool = True,
         **more: Any,
     ) -> None:
         unknown = _request.unknown(more.keys())
@@ -137,6 +148,9 @@ class Batch:
         self.on_result: Callable[[Result], Any] | None = None  # called as soon as a command ends
         self._owner = os.getpid()
         self._commands = iter(commands)
+        self._live = 0
+        self._limit = max_workers  # of those that are under way
+        self.queue: tuple[int, int] | None = None  # its number, and how many places it has
         self.max_workers = max_workers
         self.options: dict[str, Any] = {
             "cwd": cwd,
@@ -179,7 +193,6 @@ class Batch:
         self._is_dry = False  # there are no commands now, but results may lead to more
         self._gate = gate
         self._gate_timer: Timer | None = None
-        self._live = 0
         self._waiting: deque[Job] = deque()  # to start again
         self._delayed: dict[Job, Timer] = {}  # to start again after a delay
         self._slots: list[int] = []  # used before, and free now
@@ -187,6 +200,17 @@ class Batch:
         self.timers = Timers()
         self._results = Results(ordered)
         self._runner = runner(self)
+        # What a result or a number decides must not be decided ahead of it.
+        unlike = gate, retries, timeout, input, more.get("pty"), more.get("drain")
+        if (
+            may_queue
+            and self._runner.queues
+            and 1 < max_workers <= _MOST_PLACES
+            and self.halt.never
+            and not with_pids
+            and all(option is None for option in unlike)
+        ):
+            self.queue = next(_queue_numbers), max_workers
         self.on_ready = self._runner.on_ready
         self.running = self._runner.running
         self.signal_group = self._runner.signal_group
@@ -201,8 +225,8 @@ class Batch:
 
     @max_workers.setter
     def max_workers(self, number: int) -> None:
-        self._most = number
         self._ahead = max(_LEAST_AHEAD, 4 * number)
+        self._set_most(number)
 
     @property
     def next_slot(self) -> int:
@@ -224,11 +248,16 @@ class Batch:
             text = "the commands were started in another process, before a fork"
             raise ChildProcessError(errno.ECHILD, text)
         self._is_dry = False
-        while self._live < self._most and (self._gate is None or self._may_start(self._gate)):
+        while self._live < self._limit and (self._gate is None or self._may_start(self._gate)):
             job = self._waiting.popleft() if self._waiting else self._next()
             if job is None:
                 return
-            if not job.slot:
+            if self.queue is not None:
+                if not job.is_plain:
+                    self._waiting.appendleft(job)
+                    self.leave_queue()
+                    continue
+            elif not job.slot:
                 job.slot = self._slot()
             self._live += 1
             if self._gate is not None:
@@ -291,11 +320,19 @@ class Batch:
 
     # -- the runner's side --
 
+    def leave_queue(self) -> None:
+        """Give no more commands ahead, and none at all before those that were given are over."""
+        if self.queue is not None:
+            self.queue = None
+            self._limit = self._most if not self._live else 0
+
     def finish(self, job: Job, result: Result) -> None:
         """Accept the result of a command that has ended."""
-        self._live -= 1
+        self._leave()
+        if self.queue is not None:
+            self._limit = self._most + _AHEAD if result.duration < _QUICK else self._most
         result.index = job.index
-        result.slot = job.slot
+        result.slot = job.slot or result._place
         job.runs += 1
         result.runs = job.runs
         if job.retries is not None and result.failed and not self._stopped:
@@ -308,22 +345,35 @@ class Batch:
 
     def start_again(self, job: Job) -> None:
         """Start a command as soon as possible, because an attempt has failed to start it."""
-        self._live -= 1
+        self._leave()
         self._waiting.append(job)
 
     def put_off(self, job: Job, error: int | None) -> bool:
         """If descriptors are short, run fewer commands at once; else return False."""
         if self._live == 1 or error not in (errno.EMFILE, errno.ENFILE):
             return False
-        self._most = self._live - 1
+        self._set_most(min(self._most, self._live - 1))
         job.attempts = 0  # another command ends before the next attempt
         self.start_again(job)
         return True
 
     def abandoned(self, job: Job) -> None:
         """Note that a command has no result."""
-        self._live -= 1
+        self._leave()
         self._free(job)
+
+    def _set_most(self, number: int) -> None:
+        self._most = number
+        if self.queue is not None:
+            self.leave_queue()
+        elif self._limit:
+            self._limit = number
+
+    def _leave(self) -> None:
+        """Take note that one command less is under way."""
+        self._live -= 1
+        if not self._live:
+            self._limit = self._most
 
     def _next(self) -> Job | None:
         """Return the next command; None if there is none, or if enough results are waiting."""
@@ -366,8 +416,9 @@ class Batch:
         return self._most_slots
 
     def _free(self, job: Job) -> None:
-        heappush(self._slots, job.slot)
-        job.slot = 0
+        if job.slot:
+            heappush(self._slots, job.slot)
+            job.slot = 0
 
     def _put_back(self, job: Job, result: Result, delay: float) -> None:
         """Have a command run again after `delay` seconds."""

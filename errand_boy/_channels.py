@@ -37,6 +37,7 @@ class Channels:
 
     def __init__(self, source: Source, batch: Batch) -> None:
         self._source = source
+        self.queues = source.queues
         self._batch = batch
         self._options = batch.options
         self._jobs = batch.jobs
@@ -57,6 +58,10 @@ class Channels:
         while job.attempts < MOST_ATTEMPTS:
             if self._source.changed():
                 self._renew()
+                if self._batch.queue is not None and self._channels:
+                    self._batch.leave_queue()  # the former helper's
+                    self._batch.start_again(job)
+                    return
             job.begin()
             # A command may wait for its turn in a daemon: its time begins when it runs.
             brief = job.timeout is None and self._without_pids
@@ -64,7 +69,9 @@ class Channels:
                 brief = brief and not self._ending.drains(job)
             template = None
             try:
-                template = self._templates.get(job.options, job.input is not None, brief)
+                template = self._templates.get(
+                    job.options, job.input is not None, brief, self._batch.queue
+                )
                 request = template.frame(job.argv)
                 channel = self._idle.pop() if self._idle else self._connect()
             except (OSError, ValueError, IndexError) as error:
@@ -165,7 +172,8 @@ class Channels:
 
     def close(self) -> None:
         """End the commands that still run: their groups get SIGTERM, and SIGKILL a second later."""
-        for channel in list(self._channels.values()):
+        # The newest first: else those that wait for a place might get one now.
+        for channel in sorted(self._channels.values(), key=_age):
             self._batch.unwatch(channel.fd)
             connection = channel.connection
             if channel.stream.is_free and channel.generation == self._generation:
@@ -230,7 +238,10 @@ class Channels:
     def _finish(self, job: Job, result: Result) -> None:
         now = time.monotonic()
         brief = None if result._end is None else result._end.brief
-        result.duration = now - job.begun if brief is None else brief[0] / 1e6
+        if brief is None:
+            result.duration = now - job.begun
+        else:
+            result.duration, result._place = brief[0] / 1e6, brief[2]
         result._begun = now - result.duration
         if job.timer is not None or self._has_shares:
             self._expiry.end(job, result)
@@ -261,3 +272,7 @@ class Channels:
             raise lost.error
         if job is not None:
             self._finish(job, self._jobs.without_end(job, -signal.SIGKILL, lost.error))
+
+
+def _age(channel: Channel) -> float:
+    return 0 if channel.job is None else -channel.job.begun

@@ -125,6 +125,8 @@ class _Sent:
 class Tasks:
     """Runs the commands of `batch` as tasks of a Cluster."""
 
+    queues = False
+
     def __init__(self, cluster: Cluster, batch: Batch) -> None:
         if batch.with_pids:
             raise ValueError("memsuspend is not possible for Celery's tasks")

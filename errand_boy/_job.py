@@ -101,6 +101,16 @@ class Job:
         self.slot = 0
         self.last: Result | None = None  # of a failed run, while another one is due
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has no option of its own."""
+        return (
+            self.options is None
+            and self.input is None
+            and self.timeout is None
+            and self.retries is None
+        )
+
     def begin(self) -> None:
         """Reset the state before an attempt to start the command."""
         if self.limited is not None:

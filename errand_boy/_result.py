@@ -55,6 +55,7 @@ class Result(subprocess.CompletedProcess[OutputT]):
     _begun = 0.0  # of the monotonic clock
     _end: Ended | None = None
     _limited: Tracker | None = None
+    _place = 1  # as the helper tells
 
     def __repr__(self) -> str:
         if self.error is None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _HEADER_SIZE, _unpack_header = _wire.HEADER.size, _wire.HEADER.unpack_from
-_MORE = struct.Struct("<Qi")  # at the end of a brief command's EXITED
+_MORE = struct.Struct("<QiB")  # at the end of a brief command's EXITED
 _END_SIZES = _wire.EXITED.size, _wire.EXITED.size + _MORE.size  # of a brief command
 _NOT_BRIEF = _END_SIZES[0], _END_SIZES[0] + _wire.TREE.size
 _END_OF_INPUT = _wire.frame(lib.EB_STDIN, [])
@@ -121,8 +121,8 @@ class Ended:
         return _wire.TREE.unpack(self._tree) if self._tree else ()
 
     @property
-    def brief(self) -> tuple[int, int] | None:
-        """The microseconds that a brief command took, and its pid; None for other commands."""
+    def brief(self) -> tuple[int, int, int] | None:
+        """The microseconds a brief command took, its pid and its place; None for others."""
         if len(self.payload) in _NOT_BRIEF:
             return None
         return _MORE.unpack_from(self.payload, _wire.EXITED.size)

@@ -31,12 +31,14 @@ _MOST_PROGRAMS = 1000  # for which a template keeps the common part of requests
 _SPAWN, _ARGV, _MOST = lib.EB_SPAWN, lib.EB_TAG_ARGV, lib.EB_MAX_FRAME
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 _BEGINNING = struct.Struct("<IBBII")  # of a SPAWN frame, up to its arguments
+_QUEUE = struct.Struct("<IB")
 _ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 
 class LocalSource:
     """Sends commands to a helper of this process."""
 
+    queues = True
     _helper: Helper | None = None
     _ids: tuple[Any, ...] = ()
     _checked = 0.0
@@ -95,6 +97,7 @@ class LocalSource:
 class DaemonSource:
     """Sends commands to a daemon."""
 
+    queues = False
     _ids: tuple[int, int] | None = None
 
     def __init__(self, client: Any) -> None:
@@ -175,17 +178,23 @@ class Templates:
         self._source = source
         self._options = options
         self._outputs = stdout, stderr
-        self._known: dict[tuple[bool, bool], Template] = {}
+        self._known: dict[tuple[Any, ...], Template] = {}
         self._cwd_fd = -1
 
-    def get(self, options: Mapping[str, Any] | None, with_input: bool, brief: bool) -> Template:
+    def get(
+        self,
+        options: Mapping[str, Any] | None,
+        with_input: bool,
+        brief: bool,
+        queue: tuple[int, int] | None,
+    ) -> Template:
         """Return the template for a command; `options` are its own. Raises as `settings` does."""
         if options is not None:
-            return self._make(options, with_input, brief)
-        key = with_input, brief
+            return self._make(options, with_input, brief, queue)
+        key = with_input, brief, queue
         template = self._known.get(key)
         if template is None:
-            template = self._known[key] = self._make(self._options, with_input, brief)
+            template = self._known[key] = self._make(self._options, *key)
         return template
 
     def forget(self) -> None:
@@ -195,10 +204,17 @@ class Templates:
             os.close(self._cwd_fd)
             self._cwd_fd = -1
 
-    def _make(self, options: Mapping[str, Any], with_input: bool, brief: bool) -> Template:
+    def _make(
+        self,
+        options: Mapping[str, Any],
+        with_input: bool,
+        brief: bool,
+        queue: tuple[int, int] | None,
+    ) -> Template:
         stdin = subprocess.PIPE if with_input else subprocess.DEVNULL
+        common = b"" if queue is None else _wire.option(lib.EB_TAG_QUEUE, _QUEUE.pack(*queue))
         streams, request = _request.streamed(
-            b"", stdin, *self._outputs, on_close=_GRACE, brief=brief, **options
+            common, stdin, *self._outputs, on_close=_GRACE, brief=brief, **options
         )
         start, helper, with_fs = self._source.state()
         request.flags |= with_fs

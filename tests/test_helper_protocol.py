@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -14,12 +15,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, started_script
 from errand_boy._native import lib
 from wire import (
+    COALESCE,
     HELPER,
+    OWN_GROUP,
     TRUE,
     Client,
     Exited,
@@ -28,7 +32,10 @@ from wire import (
     Spawned,
     decode,
     frame,
+    in_queue,
+    on_close,
     option,
+    request,
     room_for,
     signal_frame,
     slow,
@@ -50,6 +57,7 @@ MODES = {
 }
 every_mode = pytest.mark.parametrize("helper", MODES, indirect=True)
 owning_modes = pytest.mark.parametrize("helper", ["own", "posix", "unrelated"], indirect=True)
+queueing_modes = pytest.mark.parametrize("helper", ["own", "posix"], indirect=True)
 clone_modes = pytest.mark.parametrize("helper", ["private", "own"], indirect=True)
 
 
@@ -144,6 +152,7 @@ def test_all_options_at_once(helper: Helper) -> None:
         "OOM_SCORE_ADJ": option(lib.EB_TAG_OOM_SCORE_ADJ, u32(123)),
         "ROOT": _wire.string(lib.EB_TAG_ROOT, b".."),
         "CAPABILITIES": option(lib.EB_TAG_CAPABILITIES, b"\0\x20" + bytes(6)),
+        "QUEUE": in_queue(1, 1),
     }
     # A session's leader may not change its group; only a daemon's helper has streams; not every
     # system has cgroups or Landlock.
@@ -176,6 +185,104 @@ def test_all_options_at_once(helper: Helper) -> None:
             "CapAmb:\t0000000000002000",
         ]
     os.close(master)
+
+
+# Queues
+
+
+def queued(*argv: str, number: int = 7, places: int = 1, brief: bool = False) -> bytes:
+    """A request that says which queue the command is in; it ends with its connection."""
+    options = [in_queue(number, places), option(lib.EB_TAG_SIGMASK, bytes(8)), OWN_GROUP]
+    return request(*argv, options=[*options, on_close(1000), *([COALESCE] if brief else [])])
+
+
+def has_said_nothing(helper: Helper, clients: list[Client]) -> bool:
+    """Whether nothing has come to any of them, when the helper has seen all that was sent."""
+    assert helper.connect().status("/bin/true") == 0
+    return not select.select([client.sock for client in clients], [], [], 0)[0]
+
+
+def write_line(path: Path) -> list[str]:
+    return ["/bin/sh", "-c", f"echo >> {path}"]
+
+
+@pytest.fixture
+def queue(helper: Helper) -> list[Client]:
+    """Connections of a queue with one place; the first one's command has it."""
+    clients = [helper.connect() for _ in range(4)]
+    clients[0].send(queued("/bin/sleep", "1000"))
+    assert isinstance(clients[0].reply(), Spawned)
+    return clients
+
+
+@queueing_modes
+def test_one_of_a_queue_begins_when_another_ends(helper: Helper, queue: list[Client]) -> None:
+    for client in queue[1:]:
+        client.send(queued("/bin/sleep", "1000"))
+    assert has_said_nothing(helper, queue)
+    for client, following in itertools.pairwise(queue):
+        client.send(signal_frame(0, signal.SIGKILL))
+        assert isinstance(client.reply(), Exited)
+        assert isinstance(following.reply(), Spawned)
+        assert has_said_nothing(helper, queue)
+
+
+@queueing_modes
+def test_failing_start_gives_its_place_to_the_next(helper: Helper, queue: list[Client]) -> None:
+    for client, program in zip(queue[1:], ("/none", "/none", "/bin/true"), strict=True):
+        client.send(queued(program))
+    assert has_said_nothing(helper, queue)
+    queue[0].send(signal_frame(0, signal.SIGKILL))
+    assert isinstance(queue[1].reply(), Failed)
+    assert isinstance(queue[2].reply(), Failed)
+    assert isinstance(queue[3].reply(), Spawned)
+
+
+@queueing_modes
+def test_queues_do_not_wait_for_each_other(helper: Helper, queue: list[Client]) -> None:
+    queue[1].send(queued("/bin/true"))
+    queue[2].send(queued("/bin/true", number=8))
+    assert isinstance(queue[2].reply(), Spawned)
+    assert isinstance(queue[2].reply(), Exited)
+    assert has_said_nothing(helper, queue)
+
+
+@queueing_modes
+def test_who_leaves_while_it_waits_is_not_begun(
+    helper: Helper, queue: list[Client], tmp_path: Path
+) -> None:
+    queue[1].send(queued(*write_line(tmp_path / "second")))
+    queue[2].send(queued(*write_line(tmp_path / "third")))
+    assert has_said_nothing(helper, queue)
+    before = helper.descriptors()
+    queue[1].sock.close()
+    assert helper.comes_to(before - 1)
+    queue[0].send(signal_frame(0, signal.SIGKILL))
+    assert isinstance(queue[2].reply(), Spawned)
+    assert isinstance(queue[2].reply(), Exited)
+    assert os.listdir(tmp_path) == ["third"]
+
+
+@queueing_modes
+def test_place_of_a_closed_connection(helper: Helper, queue: list[Client]) -> None:
+    queue[1].send(queued("/bin/true"))
+    assert has_said_nothing(helper, queue)
+    queue[0].sock.close()
+    assert isinstance(queue[1].reply(), Spawned)
+
+
+@queueing_modes
+def test_end_tells_of_the_place(helper: Helper) -> None:
+    clients = [helper.connect() for _ in range(4)]
+    for client in clients[:3]:
+        client.send(queued("/bin/sleep", "1000", places=3, brief=True))
+    clients[3].send(queued("/bin/true", places=3, brief=True))
+    assert has_said_nothing(helper, clients)
+    for client, place in ((clients[1], 2), (clients[3], 2), (clients[2], 3), (clients[0], 1)):
+        if client is not clients[3]:
+            client.send(signal_frame(0, signal.SIGKILL))
+        kind, payload = client.frame()
+        assert (kind, payload[-1]) == (lib.EB_EXITED, place)
 
 
 # Offenders
@@ -335,6 +442,13 @@ BAD_REQUESTS = {
         TRUE + option(lib.EB_TAG_RLIMITS, struct.pack("<BQQ", lib.EB_MAX_RLIMITS, 0, 0)),
         "RLIMITS: no such resource",
     ),
+    **{
+        f"QUEUE of {places} places": (
+            TRUE + in_queue(1, places),
+            "QUEUE: no such number of places",
+        )
+        for places in (0, lib.EB_MAX_PLACES + 1)
+    },
     "AFFINITY empty": (TRUE + option(lib.EB_TAG_AFFINITY), "AFFINITY: bad length"),
     "AFFINITY too long": (
         TRUE + option(lib.EB_TAG_AFFINITY, bytes(lib.EB_MAX_AFFINITY + 1)),

@@ -101,7 +101,7 @@ def test_start_that_the_journal_does_not_take(tmp_path: Path) -> None:
         (frame(lib.EB_SPAWN), "malformed SPAWN: options EXECUTABLES and ARGV are required"),
         (
             job("/bin/true", options=[option(lib.EB_TAG_COALESCE)]),
-            "malformed SPAWN: options COALESCE and ON_CLOSE are not allowed for a job",
+            "malformed SPAWN: options COALESCE, ON_CLOSE and QUEUE are not allowed for a job",
         ),
         (
             job("/bin/true", options=[option(lib.EB_TAG_LIMITS, bytes(28))]),

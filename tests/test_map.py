@@ -150,6 +150,49 @@ def test_at_most_max_workers_live(run_map: Map, tmp_path: Path) -> None:
     assert len(live) == 40
 
 
+@pytest.mark.parametrize("workers", [2, 3, 16])
+def test_at_most_max_workers_live_of_quick_commands(
+    run_map: Map, workers: int, tmp_path: Path
+) -> None:
+    """Quick ones are requested ahead."""
+    log = tmp_path / "log"
+    results = list(run_map([shell(f"echo + >> {log}; echo - >> {log}")] * 300, max_workers=workers))
+    live = list(itertools.accumulate(1 if word == "+" else -1 for word in log.read_text().split()))
+    assert max(live) <= workers
+    assert len(live) == 600
+    assert {result.slot for result in results} <= set(range(1, workers + 1))
+
+
+def test_quick_commands_and_those_with_options_of_their_own(run_map: Map, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    quick = shell(f"echo + >> {log}; echo - >> {log}")
+    own = {"args": quick, "cwd": tmp_path, "timeout": PATIENCE}
+    found = list(run_map([*[quick] * 50, own, ["/none"], *[quick] * 50, own], max_workers=2))
+    assert [result.returncode for result in found] == [0] * 51 + [127] + [0] * 51
+    live = list(itertools.accumulate(1 if word == "+" else -1 for word in log.read_text().split()))
+    assert max(live) <= 2
+    assert {result.slot for result in found} <= {1, 2}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_begun_at_the_end(number: int, tmp_path: Path) -> None:
+    """What has been requested ahead is not run when its map is closed, or its process killed."""
+    log = tmp_path / "log"
+    source = """
+        quick = [["true"]] * 200
+        slow = [["sh", "-c", f"echo $$ >> {sys.argv[2]}; exec sleep 1000"]] * 20
+        with contextlib.suppress(KeyboardInterrupt):
+            list(subprocess.map(quick + slow, max_workers=2))
+        subprocess.stop()
+    """
+    with started_script("import contextlib\n" + textwrap.dedent(source), args=[log]) as process:
+        found = [psutil.Process(pid) for pid in pids_in(log, 2)]
+        found += psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert not psutil.wait_procs(found, timeout=PATIENCE)[1]
+        assert len(log.read_text().split()) == 2
+
+
 def test_result_is_public_but_costs_no_import() -> None:
     report = run_script(
         """

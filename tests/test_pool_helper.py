@@ -37,6 +37,7 @@ from wire import (
     ended,
     frame,
     gone,
+    in_queue,
     on_close,
     option,
     output,
@@ -84,6 +85,13 @@ def test_refused_connection_is_told(pool: Pool, witness: Client) -> None:
     client = pool.connect()
     client.send(frame(77))
     assert client.refusal() == "unknown frame kind 77"
+    pool.told((lib.EB_CLOSED, client.id))
+
+
+def test_queues_are_not_for_a_daemon_s_clients(pool: Pool) -> None:
+    client = pool.connect()
+    client.send(request("/bin/true", options=[in_queue(1, 1)]))
+    assert "option QUEUE is not for a daemon's clients" in client.refusal()
     pool.told((lib.EB_CLOSED, client.id))
 
 

@@ -33,7 +33,7 @@ def stdin(data: bytes = b"") -> bytes:
 
 OUT_END, ERR_END = frame(lib.EB_STDOUT), frame(lib.EB_STDERR)
 UNREAD = frame(lib.EB_UNREAD)
-BRIEF_END = exited(0, struct.pack("<Qi", 1234, 77))
+BRIEF_END = exited(0, struct.pack("<QiB", 1234, 77, 1))
 
 CONVERSATION = [
     _wire.HELLO,
@@ -154,7 +154,7 @@ def test_brief_command() -> None:
     data = _wire.HELLO + frame(lib.EB_STDOUT, b"x") + OUT_END + ERR_END + BRIEF_END
     assert told(stream.receive(data)) == [
         ("output", 0, b"x"),
-        ("ended", 0, USAGE, (1234, 77)),
+        ("ended", 0, USAGE, (1234, 77, 1)),
     ]
     assert stream.pid == 0
 

@@ -115,6 +115,7 @@ OPTIONS = {
     "NAMESPACES": (_wire.number(lib.EB_TAG_NAMESPACES, 0x50000000), str(0x50000000)),
     "SANDBOX": (_wire.option(lib.EB_TAG_SANDBOX), ""),
     "LIMITS": (_wire.option(lib.EB_TAG_LIMITS, struct.pack("<QQQI", 1, 2, 3, 4)), "1 2 3 4"),
+    "QUEUE": (_wire.option(lib.EB_TAG_QUEUE, struct.pack("<IB", 7, 64)), "7 64"),
     "SOCKETS": (_wire.option(lib.EB_TAG_SOCKETS, b"\1"), "1"),
     "RENICE": (_wire.number(lib.EB_TAG_RENICE, -3), "-3"),
     "SCHEDULER": (_wire.option(lib.EB_TAG_SCHEDULER, struct.pack("<II", 3, 1)), "3 1"),

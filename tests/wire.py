@@ -78,6 +78,10 @@ def signal_frame(pid: int, number: int) -> bytes:
     return frame(lib.EB_SIGNAL, struct.pack("<ii", pid, number))
 
 
+def in_queue(number: int, places: int) -> bytes:
+    return option(lib.EB_TAG_QUEUE, struct.pack("<IB", number, places))
+
+
 TRUE = strings(lib.EB_TAG_EXECUTABLES, "/bin/true") + strings(lib.EB_TAG_ARGV, "true")
 OWN_GROUP = option(lib.EB_TAG_PGROUP, u32(0))
 COALESCE = option(lib.EB_TAG_COALESCE)
@@ -551,7 +555,7 @@ def converse(
         else:
             answer = decode(kind, payload[:EXITED_SIZE])
             assert isinstance(answer, Exited)
-            assert len(payload) == EXITED_SIZE + (12 if brief else 0)
+            assert len(payload) == EXITED_SIZE + (13 if brief else 0)
             status = answer.status
     for kind, parts in chunks.items():
         texts[kind] = b"".join(parts)

@@ -31,6 +31,7 @@ enum {
     EB_MAX_PROCESSES = 4096,  /* the highest limit of processes: a larger tree always exceeds its limit */
     EB_MAX_GROUPS = 1 << 16,  /* NGROUPS_MAX */
     EB_MAX_AFFINITY = 1024,   /* bytes of a CPU mask: 8,192 CPUs, the kernel's limit */
+    EB_MAX_PLACES = 64,       /* of a QUEUE */
     EB_MAX_REASON = 200,      /* bytes of a reason text */
     EB_WINDOW = 64 << 10,     /* bytes of STDIN in flight */
     EB_MAX_OUTPUT = 64 << 10, /* bytes of one STDOUT or STDERR */
@@ -213,6 +214,8 @@ enum eb_tag {
                                     and 2 if it is JOINED, are a new terminal, the controlling one; requires SETSID */
     EB_TAG_LIMITS = 42,    /* u64 microseconds | u64 microseconds of CPU time | u64 bytes | u32 processes; 0: no limit.
                               The supervisor kills a tree that uses more; requires SUPERVISE with 1 */
+    EB_TAG_QUEUE = 43,     /* u32 queue | u8 places: it waits while so many others of its queue are under way.
+                              Not for a daemon's clients */
     EB_TAG_END             /* one past the last */
 };
 

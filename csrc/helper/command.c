@@ -1,6 +1,7 @@
 #include "helper/command.h"
 
 #include "helper/counters.h"
+#include "helper/queue.h"
 #include "helper/rare.h"
 #include "helper/stdio.h"
 #include "helper/streams.h"
@@ -194,6 +195,7 @@ static void report_end(const struct eb_command *k)
     if (k->connection->coalesces) {
         eb_put_u64(&w, (eb_clock_ns(CLOCK_MONOTONIC) - k->begun_ns) / 1000);
         eb_put_u32(&w, (uint32_t)k->start.pid);
+        eb_put_u8(&w, k->connection->place);
     }
     if (k->start.supervisor != NULL) {
         const struct eb_tree_usage tree = eb_process_tree(k->start.supervisor);
@@ -320,8 +322,12 @@ void eb_on_spawn(struct eb_connection *c, const struct eb_frame *frame)
                   q->streams != 0              ? "STREAMS"
                   : eb_has(q, EB_TAG_COALESCE) ? "COALESCE"
                                                : "SUPERVISE");
+    else if (helper.pool && eb_has(q, EB_TAG_QUEUE))
+        eb_refuse(c, "malformed SPAWN: option QUEUE is not for a daemon's clients, which would share their queues");
     else if ((objection = eb_process_objection(q)) != NULL)
         eb_refuse(c, "malformed SPAWN: %s", objection);
+    else if (eb_has(q, EB_TAG_QUEUE))
+        eb_queue_join(c);
     else if (c->tells_ends && (k->record = eb_record_new(q, &c->channel.fds)) == NULL)
         fail(k, ENOMEM, EB_STAGE_START); /* no command runs without a report */
 }

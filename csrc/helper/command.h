@@ -3,7 +3,7 @@
  *
  *   state      what it waits for            what its connection does meanwhile   if the connection ends
  *   REQUESTED  the loop: begin it, or ask   nothing                              it is dropped
- *   WAITING    GRANT                        watches for a hang-up                it is dropped
+ *   WAITING    GRANT, or its queue          watches for a hang-up                it is dropped
  *   STARTING   the exec, or its failure     nothing                              then as if it were RUNNING
  *   FAILING    the end of its process       nothing                              nothing
  *   RUNNING    the end of its process       takes SIGNAL and STDIN               it lives on, or is ended (ON_CLOSE)

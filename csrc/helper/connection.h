@@ -41,11 +41,15 @@ struct eb_connection {
     /* Memory for the next command, while there is none.  It is allocated with the connection: if it were allocated
      * for each command, it would outlive the buffers around it, and keep their pages in use after a burst. */
     struct eb_command *spare;
-    struct eb_streams *streams; /* the command's standard streams, which may outlast it, or NULL */
-    bool coalesces;             /* the command's frames are sent together */
-    bool corked;                /* `out` holds such frames back, at most until `corked_until` */
-    bool large_output;          /* the last command wrote much */
-    uint64_t corked_until;      /* of eb_now_ms */
+    struct eb_streams *streams;        /* the command's standard streams, which may outlast it, or NULL */
+    struct eb_connection *next_queued; /* queue.c's */
+    uint32_t queue;                    /* that it is in, see queue.h, */
+    uint8_t places;                    /* and how many that has; 0: it is in none */
+    uint8_t place;                     /* the one that it has, from 1; 0: none */
+    bool coalesces;                    /* the command's frames are sent together */
+    bool corked;                       /* `out` holds such frames back, at most until `corked_until` */
+    bool large_output;                 /* the last command wrote much */
+    uint64_t corked_until;             /* of eb_now_ms */
 
     const struct ucred *only;              /* the only process that may ask for anything; NULL: any process */
     bool foreign;                          /* some of the data that is not consumed came from another sender */

@@ -179,7 +179,7 @@ void eb_on_grant(struct eb_connection *control, const struct eb_frame *frame)
     uint32_t id = eb_get_u32(&r);
     eb_channel_consume(&control->channel, EB_HEADER_SIZE + frame->size);
     for (struct eb_command *k = helper.commands; k != NULL; k = k->next)
-        if (k->state == EB_WAITING && k->connection_id == id) {
+        if (k->state == EB_WAITING && k->asked && k->connection_id == id) {
             grant(k);
             return;
         }

@@ -1,10 +1,10 @@
 /*
  * Shared by the parts of the helper: what this process is, what it serves, and requests to its loop.
  *
- * Calls go one way: main -> loop -> frames -> control -> command -> streams -> connection; stdio, process and self are
- * shared with a job's keeper.  Only the loop has the epoll set, closes watched descriptors, and frees connections and
- * commands.  A part that wants any of this leaves a mark in an object, or here, and the loop acts on the mark after
- * that part has returned.
+ * Calls go one way: main -> loop -> frames -> control -> command -> queue, streams -> connection; stdio, process and
+ * self are shared with a job's keeper.  Only the loop has the epoll set, closes watched descriptors, and frees
+ * connections and commands.  A part that wants any of this leaves a mark in an object, or here, and the loop acts on
+ * the mark after that part has returned.
  */
 #ifndef EB_HELPER_H
 #define EB_HELPER_H

@@ -14,6 +14,7 @@
 #include "helper/command.h"
 #include "helper/control.h"
 #include "helper/frames.h"
+#include "helper/queue.h"
 #include "helper/rare.h"
 #include "helper/streams.h"
 
@@ -265,6 +266,7 @@ static void close_connection(struct eb_connection *c)
     eb_streams_abandon(c);
     if (c->streams != NULL)
         sync_streams(c);
+    eb_queue_leave(c, true);
     if (k != NULL)
         eb_command_orphan(k);
     eb_connection_close(c);
@@ -343,6 +345,7 @@ static void step(struct eb_connection *c)
     if (!c->closing && c->streams != NULL)
         sync_streams(c);
     if (!c->closing && eb_is_at_rest(c)) {
+        eb_queue_leave(c, false);
         eb_uncork(c);
         c->coalesces = false;
     }
@@ -519,6 +522,7 @@ static void wake_those_due(void)
     if (helper.next_wake == 0 || now < helper.next_wake)
         return;
     helper.next_wake = 0;
+    eb_queue_wake(now);
     for (struct eb_connection *c = helper.connections; c != NULL; c = c->next)
         wake_connection(c, now);
     for (struct eb_command *k = helper.commands, *next; k != NULL; k = next) {

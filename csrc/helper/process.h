@@ -8,7 +8,7 @@
 
 enum {
     EB_USAGE_FIELDS = 9, /* of EXITED */
-    EB_MOST_EXITED = 4 + (EB_USAGE_FIELDS + 1) * 8 + 4 + 1 + 3 * 8 + 4,
+    EB_MOST_EXITED = 4 + (EB_USAGE_FIELDS + 1) * 8 + 4 + 1 + 1 + 3 * 8 + 4,
 };
 
 struct eb_end {

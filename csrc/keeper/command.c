@@ -178,8 +178,8 @@ void eb_kept_spawn(struct eb_client *c, const struct eb_frame *frame)
     else if (fds->count != eb_request_fds(&request))
         eb_client_refuse(c, "malformed SPAWN: %u descriptors named, %u sent", (unsigned)eb_request_fds(&request),
                          (unsigned)fds->count);
-    else if (eb_has(&request, EB_TAG_COALESCE) || eb_has(&request, EB_TAG_ON_CLOSE))
-        eb_client_refuse(c, "malformed SPAWN: options COALESCE and ON_CLOSE are not allowed for a job");
+    else if (eb_has(&request, EB_TAG_COALESCE) || eb_has(&request, EB_TAG_ON_CLOSE) || eb_has(&request, EB_TAG_QUEUE))
+        eb_client_refuse(c, "malformed SPAWN: options COALESCE, ON_CLOSE and QUEUE are not allowed for a job");
     else if ((objection = eb_process_objection(&request)) != NULL)
         eb_client_refuse(c, "malformed SPAWN: %s", objection);
     else

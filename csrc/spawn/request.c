@@ -60,6 +60,7 @@ static const struct {
     [EB_TAG_CAPABILITIES] = {"CAPABILITIES", 8},
     [EB_TAG_SUPERVISE] = {"SUPERVISE", 5},
     [EB_TAG_LIMITS] = {"LIMITS", 28},
+    [EB_TAG_QUEUE] = {"QUEUE", 5},
 };
 
 static int malformed(char *reason, enum eb_tag tag, const char *what)
@@ -283,6 +284,12 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         q->limits.cpu_us = eb_get_u64(&r);
         q->limits.memory = eb_get_u64(&r);
         q->limits.processes = eb_get_u32(&r);
+        break;
+    case EB_TAG_QUEUE:
+        q->queue = eb_get_u32(&r);
+        q->places = eb_get_u8(&r);
+        if (q->places == 0 || q->places > EB_MAX_PLACES)
+            return malformed(reason, tag, "no such number of places");
         break;
     case EB_TAG_SOCKETS:
         q->sockets = eb_get_u8(&r);

@@ -50,6 +50,8 @@ struct eb_request {
     bool tree_all; /* of SUPERVISE */
     uint32_t drain_ms;
     struct eb_limits limits;
+    uint32_t queue;
+    uint8_t places;
 };
 
 /* Flags of clone(2): namespaces of mounts, cgroups, host names, System V IPC, users, processes and networks. */

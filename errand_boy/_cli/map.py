@@ -170,6 +170,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             retries=failing.retries(options),
             gate=throttle.gate(options),
             with_pids=bool(options.memsuspend),
+            may_queue=not (make.uses_slot or out.uses_slot or out.notes_starts),
             **command_options.given(options),
         )
         if options.memsuspend:

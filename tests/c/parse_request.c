@@ -95,6 +95,8 @@ static void print_request(const struct eb_request *q)
         printf("LIMITS %llu %llu %llu %u\n", (unsigned long long)q->limits.wall_us,
                (unsigned long long)q->limits.cpu_us, (unsigned long long)q->limits.memory,
                (unsigned)q->limits.processes);
+    if (eb_has(q, EB_TAG_QUEUE))
+        printf("QUEUE %u %d\n", (unsigned)q->queue, q->places);
     if (eb_has(q, EB_TAG_SUPERVISE))
         printf("SUPERVISE %d %u\n", q->tree_all, (unsigned)q->drain_ms);
     if (eb_has(q, EB_TAG_TIMER_SLACK))

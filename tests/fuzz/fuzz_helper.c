@@ -279,7 +279,7 @@ static void on_told(struct client *c, uint8_t kind, struct eb_reader *r)
     CHECK(c == &server && !c->refused);
     if (kind == EB_REFUSED)
         c->refused = true;
-    if (kind == EB_REFUSED || kind == EB_FULL || kind == EB_REPORT)
+    if (kind == EB_REFUSED || kind == EB_FULL || kind == EB_REPORT || (kind == EB_STAYS && !helper.pool))
         return;
     CHECK(kind == EB_WANT || kind == EB_DONE || kind == EB_CLOSED || kind == EB_ENDED);
     struct client *of = client_by(eb_get_u32(r));
@@ -312,7 +312,7 @@ static void on_answer(struct client *c, uint8_t kind)
         c->refused = true;
         break;
     default:
-        CHECK(kind == EB_STDOUT || kind == EB_STDERR || kind == EB_CREDIT);
+        CHECK(kind == EB_STDOUT || kind == EB_STDERR || kind == EB_CREDIT || (kind == EB_UNREAD && !helper.pool));
     }
     CHECK(c->outcomes <= c->requests && c->ends <= c->requests);
 }
@@ -434,6 +434,12 @@ static void ask(struct client *c)
     }
     if (what & 8)
         put_empty(&w, EB_TAG_CWD_FD);
+    if (what & 128) {
+        eb_put_u8(&w, EB_TAG_QUEUE);
+        eb_put_u32(&w, 5);
+        eb_put_u32(&w, cut & 1);
+        eb_put_u8(&w, 1 + (cut >> 1 & 1));
+    }
     if (count > 0) {
         eb_put_u8(&w, EB_TAG_FDS);
         eb_put_u32(&w, 4u * count);
@@ -620,7 +626,7 @@ static bool finish(void)
         server.fd = -1;
         done = true;
     }
-    if (!done && server.fd >= 0 && all_closed()) {
+    if (!done && server.fd >= 0 && (all_closed() || !helper.pool)) {
         close(server.fd);
         server.fd = -1;
         done = true;
@@ -663,7 +669,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     CHECK(pipe2(signals, O_CLOEXEC | O_NONBLOCK) == 0);
     server = (struct client){.fd = control[0], .in = buffers + CLIENTS * BUFFER};
     helper = (struct eb_helper){
-        .pool = true, .owns_children = true, .frame_timeout_ms = 30000, .spawner = &spawner, .null_fd = null_fd};
+        .pool = size == 0 || (data[size - 1] & 1) == 0,            /* else it is a caller's own */
+        .caller = {.pid = -1, .uid = (uid_t)-1, .gid = (gid_t)-1}, /* as without SO_PASSCRED */
+        .owns_children = true,
+        .frame_timeout_ms = 30000,
+        .spawner = &spawner,
+        .null_fd = null_fd,
+    };
     CHECK(eb_connection_new(control[1], 0, 0, true) != NULL);
     send_to(server.fd, "\0\4\0\0\0\1\1\0\0\0", 10, 0);
     eb_serve(signals[0], -1);

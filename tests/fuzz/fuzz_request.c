@@ -124,6 +124,7 @@ static size_t make(uint8_t *data, size_t size)
         [EB_TAG_SOCKETS] = 1,
         [EB_TAG_SUPERVISE] = 5,
         [EB_TAG_LIMITS] = 28,
+        [EB_TAG_QUEUE] = 5,
     };
     struct eb_writer w = eb_writer(data, size);
     for (uint8_t tag = 1; tag < EB_TAG_END; tag++) {
