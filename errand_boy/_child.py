@@ -194,9 +194,10 @@ class Verdict:
         child = helper_child(self)
         if child is not None and child.usage:
             return _wire.rusage(child.usage, child.tree)
-        if isinstance(self._usage, bytes):
-            self._usage = _wire.kernels_rusage(self._usage)
-        return self._usage
+        usage = self._usage
+        if isinstance(usage, bytes):
+            usage = self._usage = _wire.kernels_rusage(usage)
+        return usage
 
     @property
     def peak_memory(self) -> int | None:
@@ -251,11 +252,13 @@ class Told:
     _end: tuple[Any, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name in VERDICT and self._end is not None:
+        end = self._end
+        if name in VERDICT and end is not None:
             told = Verdict()
-            vars(told).update(zip(_PLAIN_END, self._end, strict=True))
-            del self._end
+            vars(told).update(zip(_PLAIN_END, end, strict=True))
             vars(self).update(verdict(told))
+            vars(self).pop("_end", None)
+        if name in vars(self):  # by now: another thread may have been first
             return vars(self)[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -367,9 +367,10 @@ class HelperManager:
 
     def how_it_ended(self) -> str:
         """Return in words how the last helper ended."""
-        if self.last_end is None:
+        status = self.last_end
+        if status is None:
             return "for an unknown reason"
-        code = os.waitstatus_to_exitcode(self.last_end)
+        code = os.waitstatus_to_exitcode(status)
         return f"by signal {-code}" if code < 0 else f"with exit status {code}"
 
     def acquire(self, request: Request, spawn_frame: SpawnFrame) -> Connection:

@@ -96,8 +96,9 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
     """
     global _last
     form = has_session, has_group
-    if given == _last[0] and form == _last[1]:
-        return _last[2], []
+    last = _last  # other threads replace it
+    if given == last[0] and form == last[1]:
+        return last[2], []
     options: list[bytes] = []
     carried: list[tuple[int, Any]] = []
     if given.get("limits") is not None:

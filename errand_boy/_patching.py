@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.machinery import ModuleSpec
@@ -14,6 +15,7 @@ from typing import Any
 from errand_boy import _child, _popen, _start
 
 _originals: dict[tuple[Any, str], Any] = {}  # a class's own member, or None if inherited
+_lock = threading.RLock()  # of that, and of those members
 
 
 def patch() -> None:
@@ -23,29 +25,31 @@ def patch() -> None:
         module = sys.modules.get(name)
         if module is not None:
             patch_module(module)
-    if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
+    with _lock:
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
 
 
 def unpatch() -> None:
     """See errand_boy.unpatch."""
-    with contextlib.suppress(ValueError):
-        sys.meta_path.remove(_finder)
-    while _originals:
-        (owner, name), original = _originals.popitem()
-        if original is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
+    with _lock:
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(_finder)
+        while _originals:
+            (owner, name), original = _originals.popitem()
+            if original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
 
 def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
     """Replace a member of a class or a module by `replacement(original)`."""
-    if (owner, name) in _originals:
-        return
-    original = getattr(owner, name)
-    _originals[owner, name] = vars(owner).get(name)
-    setattr(owner, name, wraps(original)(replacement(original)))
+    with _lock:
+        if (owner, name) not in _originals:
+            original = getattr(owner, name)
+            _originals[owner, name] = vars(owner).get(name)
+            setattr(owner, name, wraps(original)(replacement(original)))
 
 
 def _patch_stdlib() -> None:
@@ -165,7 +169,9 @@ async def _start_on_uvloop(
 
 def _patch_ptyprocess(module: ModuleType) -> None:
     owner = module.PtyProcess
-    if (owner, "spawn") not in _originals:
+    with _lock:
+        if (owner, "spawn") in _originals:
+            return
         original = _originals[owner, "spawn"] = vars(owner)["spawn"]
 
         @wraps(original.__func__)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _PATH_MAX = 4096  # bytes: Linux's limit
 _INT_MAX = 0x7FFFFFFF
 
+_is_gil_enabled: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+
 
 class Request:
     """A command to start.
@@ -124,6 +126,8 @@ def settings(
     """
     flags = lib.EB_RESTORE_SIGNALS if restore_signals else 0
     options = b""
+    if env is None and not _is_gil_enabled():
+        env = _own_environment()
     if env is None:
         flags |= lib.EB_WITH_ENVIRONMENT
     else:
@@ -198,6 +202,16 @@ def _id_of(given: Any, kind: str) -> int:
     if given < 0:
         raise ValueError(f"a {kind}'s id can't be negative, got {given}")
     return given
+
+
+def _own_environment() -> dict[bytes, bytes]:
+    """Return this process's environment as os.environ has it.
+
+    For a Python without a GIL, where os.putenv may move and free the C library's meanwhile.
+    """
+    while True:
+        with contextlib.suppress(KeyError):  # another thread has removed a variable
+            return dict(os.environb)
 
 
 def _environment(env: Mapping[Any, Any]) -> list[bytes]:

@@ -181,7 +181,7 @@ static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *
     error = collect_fds(o, flags & EB_WITHOUT_STANDARD ? 0 : found, wanted, &w);
     if (error != 0)
         return error;
-    if (w.bad) /* the environment has grown since: without a GIL, another thread may change it */
+    if (w.bad) /* the environment has grown since: a thread that is not Python's may change it */
         return EAGAIN;
     o->size = eb_written(&w);
     put_number(o->frame, o->size - EB_HEADER_SIZE);

@@ -48,7 +48,7 @@ void eb_spawn_frame_clear(struct eb_spawn_frame *o);
  * Builds the frame, after eb_caller_read has filled `caller` and returned `found`.  `options` are those that the caller
  * has encoded itself, and override its state.  Returns 0, E2BIG, ENOMEM, the errno of opening the working directory, or
  * EAGAIN if other threads do not stop adding to the environment.  With EB_WITH_ENVIRONMENT, call it under the GIL,
- * under which os.putenv moves the environment; without a GIL, the environment may change at any time.
+ * under which os.putenv moves the environment; without a GIL, `options` have the environment.
  */
 int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options, size_t options_size,
                          const struct eb_wanted_fds *wanted);

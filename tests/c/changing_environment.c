@@ -1,6 +1,6 @@
 /*
- * Changes the environment while a request is built, after its size is known and before it is copied, as another thread
- * may do without a GIL.  For tests/test_wire.py.
+ * Changes the environment while a request is built, after its size is known and before it is copied, as a thread that
+ * is not Python's may do.  For tests/test_wire.py.
  */
 #include <string.h>
 
