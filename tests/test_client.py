@@ -177,7 +177,7 @@ def test_command_has_what_its_client_has(daemon: Daemon, tmp_path: Path) -> None
     source = """
         os.chdir(sys.argv[3])
         os.umask(0o27)
-        os.putenv("PUT", "there")
+        os.environ["PUT"] = "there"
         os.nice(3)
         resource.setrlimit(resource.RLIMIT_NOFILE, (77, 77))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

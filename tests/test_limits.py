@@ -132,8 +132,9 @@ def test_output_is_kept_up_to_its_limit(by: str) -> None:
 @pytest.mark.parametrize("by", BY)
 def test_nothing_is_left_of_the_tree(by: str) -> None:
     need(by)
-    script = "setsid sh -c 'sleep 1000 & echo $!; sleep 1000' & sleep 1000 & echo $!; sleep 0.1; "
-    for more, cause in ("sleep 1000", "timeout"), ("exit 0", "exit"):
+    session = "{ setsid sh -c 'sleep 1000 & echo $!; sleep 1000' & }"
+    script = f"{session} | {{ read pid; sleep 1000 & echo $pid $!; "
+    for more, cause in ("sleep 1000; }", "timeout"), ("exit 0; }", "exit"):
         command, limits = ["sh", "-c", script + more], {"wall": 5}
         done = run(command, limits=limits, limits_by=by, stdout=subprocess.PIPE)
         assert done.cause == cause

@@ -283,7 +283,7 @@ def test_directory_and_umask_are_the_callers_own(tmp_path: Path) -> None:
 
 def test_environment_and_descriptors() -> None:
     source = """
-        os.putenv("PUT", "there")
+        os.environ["PUT"] = "there"
         out = [subprocess.check_output(["sh", "-c", "echo $PUT"], text=True)]
         out.append(subprocess.check_output(["env"], env={"A": "b"}, text=True))
         read, write = os.pipe()
