@@ -14,11 +14,11 @@ from celery.backends.filesystem import FilesystemBackend
 from celery.signals import worker_init
 from kombu.transport import filesystem, virtual
 
-INTERVAL = 0.1  # seconds between looks of a worker for messages, and whether it is to end
+INTERVAL = 0.1  # seconds between a worker's checks for messages and for its own end
 
 
 class Results(FilesystemBackend):  # type: ignore[misc]
-    """Celery's own, but that nobody reads half a result."""
+    """Celery's own, except that nobody reads an incomplete result."""
 
     def set(self, key: bytes, value: bytes) -> None:
         path = self._filename(key)
@@ -32,7 +32,7 @@ _Base: Any = filesystem.Channel
 
 
 class Channel(_Base):  # type: ignore[misc]
-    """Kombu's own, but that nobody reads half a message, and loses it."""
+    """Kombu's own, except that nobody reads an incomplete message and loses it."""
 
     def _put(self, queue: Any, payload: Any, **kwargs: Any) -> None:
         name = f"{time.monotonic_ns():020}_{uuid4()}.{queue}.msg"
@@ -46,7 +46,7 @@ filesystem.Transport.Channel = Channel
 
 @worker_init.connect  # type: ignore[untyped-decorator]
 def _wait_shortly(**_: object) -> None:
-    """Have a worker in one process wait for less than Celery's two seconds at a time."""
+    """Make a worker in one process wait for less than Celery's two seconds at a time."""
     transport: Any = virtual.Transport
     drain_events = transport.drain_events
 
@@ -70,7 +70,7 @@ def make_app(broker: str) -> Any:
         app.conf.update(
             broker_url=broker,
             result_backend=broker,
-            # Seconds until the tasks of a worker that has gone are given to another.
+            # Seconds until the tasks of a worker that disappeared go to another one.
             broker_transport_options={
                 "visibility_timeout": 3,
                 "max_connections": 100,

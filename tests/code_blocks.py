@@ -1,15 +1,15 @@
-"""The code blocks of a Markdown page, and a reader who tries all of them in order.
+"""Runs all code blocks of a Markdown page in order.
 
-A page is run as a program: ``python code_blocks.py PAGE``, in an empty folder. Its Python blocks
-share one namespace, its shell blocks (``sh``) the folder; JSON is parsed. A comment on the line
-before a block says what is special about it:
+Run ``python code_blocks.py PAGE`` in an empty folder. The Python blocks share one namespace, and
+the shell blocks (``sh``) the folder; JSON is parsed. A comment on the line before a block marks a
+special block:
 
-``<!-- not run: why -->``: it is only shown. All languages but those above and ``text`` need this.
-``<!-- needs: root gevent -->``: it is left out unless all of these are there.
+``<!-- not run: why -->``: it is only shown. All languages except those and ``text`` need this.
+``<!-- needs: root gevent -->``: it is left out unless all of these are available.
 ``<!-- background -->``: a shell command that goes on, until the end of the page.
 ``<!-- raises: ValueError -->``: how a Python block ends.
 ``<!-- exits: 124 -->``: the status of a shell block.
-``<!-- output -->``: a ``text`` block is what the last block has written; ``…`` stands for anything.
+``<!-- output -->``: a ``text`` block with the output of the last block; ``…`` stands for anything.
 
 ``<!-- setup python`` or ``<!-- setup sh`` begins a block that readers don't see, up to ``-->``.
 """
@@ -50,7 +50,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Return the blocks of a page. Raises ValueError for one that says too little of itself."""
+    """Return the blocks of a page. Raises ValueError for one that lacks a mark."""
     lines = page.read_text().split("\n")
     found: list[Block] = []
     mark, about, last = "", "", ""
@@ -99,7 +99,7 @@ def _has(need: str) -> bool:
 
 
 class Reader:
-    """Tries the blocks of one page in the current folder."""
+    """Runs the blocks of one page in the current folder."""
 
     def __init__(self, page: Path) -> None:
         self._page = page
@@ -108,7 +108,7 @@ class Reader:
         self._background: list[subprocess.Popen[bytes]] = []
 
     def try_all(self) -> None:
-        """Run all of them. What a block raises is raised."""
+        """Run all blocks. Raises what a block raises."""
         try:
             for block in blocks(self._page):
                 self._try(block)
@@ -162,7 +162,7 @@ class Reader:
 
     @contextlib.contextmanager
     def _captured(self) -> Iterator[None]:
-        """Have what a block writes to standard output in `_output`."""
+        """Capture what a block writes to standard output in `_output`."""
         sys.stdout.flush()
         kept = os.dup(1)
         with tempfile.TemporaryFile() as file:

@@ -1,8 +1,9 @@
-"""What the tests share: both implementations, scripts in fresh processes, a look at what is left.
+"""What the tests share: both implementations, scripts in fresh processes, checks for leftovers.
 
 A test that takes `subprocess` runs with the standard library, and with errand_boy in its place:
-once with commands started in this process, once by a helper; marked `portable`, once more with the
-helper's posix_spawn. Scripts have the same names. One that takes `spawn` runs with each way forced.
+once with commands started in this process, and once by a helper; if marked `portable`, once more
+with the helper's posix_spawn. Scripts have the same names. A test that takes `spawn` runs with each
+way forced.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import pytest
 
 LONGEST_SCRIPT = 50  # seconds; the longest test is in pyproject.toml
 INTERVAL = 5
-PATIENCE = 30.0  # seconds; nothing takes so long
+PATIENCE = 30.0  # seconds; nothing takes this long
 
 T = TypeVar("T")
 
@@ -58,8 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "root: needs the rights of root")
     config.addinivalue_line("markers", "slow: takes long, as a test that tests/slow.txt names")
     config.addinivalue_line("markers", "portable: runs through the helper's posix_spawn as well")
-    # Inherited from nohup, or as a background job of a shell without job control. All that the
-    # tests start would ignore them too.
+    # Inherited from nohup, or as a background job of a shell without job control. Everything that
+    # the tests start would ignore them too.
     for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # by Python itself
         if signal.getsignal(number) is signal.SIG_IGN:
             action = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -68,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Python 3.13 starts some commands through posix_spawn, where its errors read differently.
     stdlib._USE_POSIX_SPAWN = False  # type: ignore[misc]
     if sys.platform == "linux":
-        # A script's orphans become ours, so that nothing_left_behind sees them.
+        # This process adopts a script's orphans, so that nothing_left_behind sees them.
         pr_set_child_subreaper = 36
         ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
@@ -97,7 +98,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 def pytest_timeout_set_timer() -> Iterator[Any]:
-    """Interrupt what a test that has taken too long does then, such as waiting for a command."""
+    """Interrupt whatever a test does when its time is up, such as waiting for a command."""
     yield
     left, _ = signal.getitimer(signal.ITIMER_REAL)
     signal.setitimer(signal.ITIMER_REAL, left, INTERVAL)
@@ -121,7 +122,7 @@ def subprocess(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(params=["direct", "helper", "posix"])
 def spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """How commands are started: in this process, by a helper, by a helper that owns them."""
+    """The way to start commands: in this process, by a helper, or by a helper that owns them."""
     errand_boy = importlib.import_module("errand_boy")
     errand_boy.stop()
     way: str = request.param
@@ -132,7 +133,7 @@ def spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def by_helper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands are started by a helper, in this process and in scripts."""
+    """A helper starts commands, in this process and in scripts."""
     monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
 
 
@@ -160,7 +161,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def witness(pool: Any) -> Iterator[Any]:
-    """A connection made before the offence, which still must work after it."""
+    """A connection made before the offence, which must still work after it."""
     client = pool.connect()
     assert client.status("/bin/true") == 0
     yield client
@@ -183,7 +184,7 @@ def nothing_left_behind() -> Iterator[None]:
     errand_boy = sys.modules.get("errand_boy")
     helper = errand_boy.helper_pid() if errand_boy else None
     new = [p for p in descendants() - before if p.pid != helper]
-    # A helper notices the end of its script a moment after we do.
+    # A helper notices the end of its script a moment later than we do.
     _, alive = psutil.wait_procs(new, timeout=5)
     found = [str(process) for process in alive]
     for process in alive:
@@ -201,7 +202,7 @@ def public_dir() -> Iterator[Path]:
 
 
 def find_program(name: str, package: str | None = None, **options: bool) -> str:
-    """Return a program's path, or skip the test and say which of Debian's packages has it."""
+    """Return a program's path, or skip the test and name the Debian package that has it."""
     path = shutil.which(name)
     if path is None:
         pytest.skip(f"needs {name}: apt-get install {package or name}", **options)
@@ -210,14 +211,14 @@ def find_program(name: str, package: str | None = None, **options: bool) -> str:
 
 @pytest.fixture
 def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No daemon is named, and nobody listens at the default path."""
+    """No daemon is named, and none listens at the default path."""
     monkeypatch.delenv("ERRAND_BOY_SOCKET", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     (tmp_path / "errand-boy.sock").touch()
 
 
 def has_ended(pid: int) -> bool:
-    """Return whether a process has ended; a zombie has."""
+    """Return whether a process has ended; zombies count."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -225,7 +226,7 @@ def has_ended(pid: int) -> bool:
 
 
 def until(condition: Callable[[], T], what: str = "what the test waits for") -> T:
-    """Wait for what no descriptor tells of, and return what the condition found."""
+    """Wait for a condition that no descriptor reports, and return its value."""
     end = time.monotonic() + PATIENCE
     while not (found := condition()):
         if time.monotonic() > end:
@@ -249,7 +250,7 @@ def started_script(
     under: Sequence[str | Path] = (),
     **options: Any,
 ) -> Iterator[stdlib.Popen[str]]:
-    """Run `source` in a fresh interpreter, for a conversation over its stdin and stdout.
+    """Run `source` in a fresh interpreter, to talk to it over its stdin and stdout.
 
     `under` is a command that runs the interpreter, such as strace.
     """
@@ -278,7 +279,7 @@ def run_script(
 
 
 def compare_scripts(source: str, args: Sequence[object] = (), **options: Any) -> Any:
-    """Run `source` with all implementations, expect one report from them, and return it."""
+    """Run `source` with all implementations, expect the same report from all, and return it."""
     expected = run_script(source, "subprocess", args, **options)
     for implementation in ("errand_boy", "errand_boy-helper"):
         assert run_script(source, implementation, args, **options) == expected

@@ -1,4 +1,4 @@
-"""A daemon of its own for a test, and raw connections to it."""
+"""A daemon for a single test, and raw connections to it."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def started_daemon(
     env: dict[str, str] | None = None,
     **popen: Any,
 ) -> Iterator[Daemon]:
-    """Run a daemon that listens in `directory`, from when it is ready until the end of the block.
+    """Run a daemon that listens in `directory`. The block begins when it is ready.
 
     `under` is a command that runs it.
     """
     path = str(directory / "socket")
     log = directory / "log"
     address = f"\0errand-boy-test-{os.getpid()}-{os.urandom(4).hex()}"
-    # Jobs of its own, wherever those of other daemons are.
+    # Its own directory of jobs, wherever those of other daemons are.
     jobs = ["--job-state", str(directory / "state"), "--job-runtime", str(directory / "run")]
     command = [*under, sys.executable, "-m", "errand_boy", "serve", "--socket", path, *jobs]
     environment = {**script_environment(), "NOTIFY_SOCKET": "@" + address[1:], **(env or {})}
@@ -106,7 +106,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 @contextmanager
 def activated_daemon(directory: Path) -> Iterator[Daemon]:
-    """Run a daemon that gets its socket as systemd hands it over."""
+    """Run a daemon that gets its socket as from systemd."""
     path = str(directory / "activated")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -148,7 +148,7 @@ def send_signal(connection: Connection, pid: int, number: int) -> None:
 
 @contextmanager
 def acting_as(uid: int, gid: int, groups: Sequence[int]) -> Iterator[None]:
-    """Have the rights of this user, in what connects to a daemon."""
+    """Connect to a daemon with the rights of this user."""
     before = os.getgroups()
     os.setgroups(groups)
     os.setegid(gid)
@@ -163,7 +163,7 @@ def acting_as(uid: int, gid: int, groups: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def taken_from(pid: int, number: int) -> Iterator[socket.socket]:
-    """Have a copy of a process's socket, as who may trace it may."""
+    """Return a copy of a process's socket, as anybody can get who may trace it."""
     pidfd = os.pidfd_open(pid)
     fd = ctypes.CDLL(None).syscall(438, pidfd, number, 0)  # pidfd_getfd
     os.close(pidfd)

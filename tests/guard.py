@@ -1,9 +1,9 @@
-"""Holds the exec of one program until a test lets it go: a slow file system, on request.
+"""Holds the exec of a program until a test releases it, like a slow file system.
 
 As a program, `guard.py PROGRAM SECONDS` asks fanotify for the permission events of PROGRAM's
 executions. It writes `ready` (or why it can't), then `held PID` for each, and allows the oldest at
 each line that it reads. End-of-file, SECONDS since the event, or its own end in any way (the kernel
-then allows what is pending) let the rest go, so nothing stays stuck on a test that died.
+then allows pending ones) release the rest, so nothing stays stuck after a test that died.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A daemon that keeps jobs, for the tests of them."""
+"""A daemon with jobs, for tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def keeping_jobs(directory: Path, *options: object, **more: Any) -> Iterator[tup
 
 
 def end_all(directory: Path) -> None:
-    """Kill the keepers of all jobs in `directory`, and so what they keep."""
+    """Kill the keepers of all jobs in `directory`, and with them the jobs."""
     for process in keepers(directory):
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -40,7 +40,7 @@ def end_all(directory: Path) -> None:
 
 
 def keepers(directory: Path) -> list[psutil.Process]:
-    """Return the keepers of jobs in `directory`: those who have its journals open."""
+    """Return the keepers of jobs in `directory`: the processes that have journals there open."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):

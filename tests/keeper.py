@@ -1,4 +1,4 @@
-"""A job's keeper, started as the server does it; its clients, its ring file and its journal."""
+"""A job's keeper, started as the server starts it; its clients, ring file and journal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def job(
     options: Sequence[bytes] = (),
     targets: Sequence[int] = (),
 ) -> bytes:
-    """A SPAWN whose output is kept; what is not streamed is /dev/null."""
+    """A SPAWN whose output is kept; streams that are not streamed are /dev/null."""
     nulls = 7 & ~(streams | (4 if streams & lib.EB_JOINED else 0))
     return request(
         *argv,
@@ -86,7 +86,7 @@ class Visitor(Client):
     """A client of a keeper."""
 
     def answer(self) -> Piece | Missed | Exited | None:
-        """What comes next; None: CAUGHT_UP."""
+        """The next frame, or None for CAUGHT_UP."""
         kind, payload = self.frame()
         if kind == lib.EB_EXITED:
             status, *usage = _wire.EXITED.unpack(payload[: _wire.EXITED.size])
@@ -106,11 +106,11 @@ class Visitor(Client):
         return answer
 
     def pieces(self) -> list[Piece | Missed]:
-        """All up to CAUGHT_UP."""
+        """All pieces up to CAUGHT_UP."""
         return list(iter(self.output, None))
 
     def piece(self) -> Piece:
-        """The next piece; nothing has been missed."""
+        """The next piece. Nothing may have been missed."""
         while (piece := self.output()) is None:
             pass
         assert isinstance(piece, Piece), piece
@@ -143,7 +143,7 @@ class Visitor(Client):
 
 
 class Keeper:
-    """A keeper's process, and its server: this one."""
+    """A keeper's process, whose server is this process."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class Keeper:
         return server
 
     def visitor(self, *frames: bytes) -> Visitor:
-        """A client that comes later, and has been greeted."""
+        """A later client, which has been greeted."""
         with self.dial() as server:
             server.sendall(_wire.OPENING)
             client = self.hand_over(server)
@@ -217,7 +217,7 @@ class Keeper:
         return self.visitor(follow(first, flags, known))
 
     def steps(self, script: str, **how: Any) -> Callable[[], None]:
-        """Start a shell, in whose script `read x` waits for the next call of what is returned."""
+        """Start a shell script, whose `read x` waits for a call of the returned function."""
         read, write = os.pipe()
         self._ours.append(write)
         try:
@@ -236,7 +236,7 @@ class Keeper:
         return step
 
     def start(self, data: bytes, fds: Sequence[int] = ()) -> int:
-        """Have the command started; return its pid."""
+        """Start the command; return its pid."""
         assert self.starter.frame() == HELLO
         self.starter.send(data, fds)
         answer = self.starter.reply()
@@ -264,7 +264,7 @@ class Keeper:
         return read_ring(self.ring_path)
 
     def private_kib(self) -> int:
-        """What it has changed, and of its own program what no other keeper has."""
+        """Its changed memory, and the part of its program that no other keeper shares."""
         kib, program = 0, False
         for line in Path(f"/proc/{self.pid}/smaps").read_text().splitlines():
             name, *words = line.split()
@@ -314,7 +314,7 @@ def keeping(directory: Path, *arguments: str, **how: Any) -> Iterator[Keeper]:
 
 
 def read_ring(path: Path) -> list[Piece]:
-    """The records of a ring file, merged; taken apart here, not by the library."""
+    """The records of a ring file, merged. This parses the file without the library."""
     data = path.read_bytes()
     magic, size, count = HEADER.unpack_from(data)
     assert (magic, size, count) == (b"EBRING1\0", 4096, 2)

@@ -1,8 +1,8 @@
 """Jobs with followers that come and go, while the daemon is executed anew and killed.
 
 ``python tests/soak_jobs.py [JOBS [UPGRADES [KILLS]]]``: 1,000, 20 and 5 by default. Each exit
-status and each byte is compared with what it should be, or its loss must have been told; at the end
-nothing may be left, and the memory of the daemon must be what it was.
+status and each byte must be right, or its loss must have been reported. At the end nothing may be
+left, and the memory of the daemon must be what it was.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PATIENCE = 60.0
 
 
 class Soak:
-    """One run, in `directory`. `wrong`: what was not as it should be."""
+    """One run, in `directory`. `wrong`: the errors that were found."""
 
     def __init__(self, directory: Path, jobs: int, upgrades: int, kills: int, seed: int) -> None:
         self.wrong: list[str] = []
@@ -135,7 +135,7 @@ class Soak:
         return client.start(["/bin/sh", "-c", script], name=name, ring=RING)
 
     def _finish(self, client: Client) -> None:
-        """Wait for one, and look at what it has left."""
+        """Wait for a job, and check its result."""
         with self._lock:
             job, status, lines = self._running.pop(self._random.randrange(len(self._running)))
         try:
@@ -192,7 +192,7 @@ class Soak:
 
 
 def again(act: Callable[[], T]) -> T:
-    """Do what needs a daemon, which may be away for a moment."""
+    """Call a function that needs a daemon, which may be away for a moment."""
     end = time.monotonic() + PATIENCE
     while True:
         try:
@@ -208,7 +208,7 @@ def again(act: Callable[[], T]) -> T:
 
 
 def upgrade(daemon: Daemon) -> None:
-    """Have the daemon be executed anew; nobody else waits for that."""
+    """Make the daemon execute itself anew; nobody else waits for this."""
     before = daemon.log().count(" upgraded ")
     daemon.process.send_signal(signal.SIGUSR2)
     until(lambda: daemon.log().count(" upgraded ") > before)

@@ -1,4 +1,4 @@
-"""A file whose close takes as long as one likes: of a FUSE file system that does not answer."""
+"""A file whose close can take any time, because its FUSE file system does not answer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stuck_file(path: Path) -> Iterator[int]:
 
 
 def _serve(device: int) -> None:
-    """Let the file be opened, and answer nothing else."""
+    """Allow opening the file, and answer no other request."""
     with contextlib.suppress(OSError):  # ENODEV: its end
         while True:
             request = os.read(device, 1 << 16)

@@ -46,7 +46,7 @@ def test_default_path(unnamed: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.root
 def test_default_path_of_another_user(unnamed: None, public_dir: Path) -> None:
-    """Somebody else's $XDG_RUNTIME_DIR is passed over; /tmp is for the classic module alone."""
+    """Another user's $XDG_RUNTIME_DIR is skipped; only the classic module uses /tmp."""
     source = """
         from errand_boy import _address
         os.environ.update(XDG_RUNTIME_DIR=sys.argv[2], TMPDIR=sys.argv[2])
@@ -79,7 +79,7 @@ while True:
 
 @contextmanager
 def impostor(path: Path) -> Iterator[Callable[[], int]]:
-    """Have user 2001 listen at `path`; yield what tells how many bytes that user has got."""
+    """Make user 2001 listen at `path`; yield a function that counts the bytes received."""
     with started_script(IMPOSTOR, args=[path]) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -147,7 +147,7 @@ def test_nothing_is_sent_to_another_user_at_a_default_path(public_dir: Path, uid
 
 @pytest.mark.root
 def test_nothing_is_sent_to_another_user_at_the_classic_path(public_dir: Path) -> None:
-    """A directory in /tmp may be made by anybody."""
+    """Anybody can make a directory in /tmp."""
     directory = public_dir / "errand-boy-65534"
     directory.mkdir()
     directory.chmod(0o777)

@@ -40,7 +40,7 @@ MANY = 300
 
 
 class Runner:
-    """Runs coroutines, each in a loop of its own."""
+    """Runs coroutines, each in its own loop."""
 
     def __init__(self, name: str) -> None:
         module = importlib.import_module(name)
@@ -69,7 +69,7 @@ def descriptors() -> list[str]:
 
 
 def children(*, recursive: bool = False) -> list[psutil.Process]:
-    # One that was killed may be a while in ending, and is waited for with the next start.
+    # A killed command may take a while to end. The next start waits for it.
     helpers = {errand_boy.helper_pid(), *(old.pid for old in _helper._unreaped)}
     me = psutil.Process()
     return [child for child in me.children(recursive) if child.pid not in helpers]
@@ -77,7 +77,7 @@ def children(*, recursive: bool = False) -> list[psutil.Process]:
 
 @pytest.fixture
 def unchanged() -> Iterator[None]:
-    """Expects no child, living or dead, and no descriptor more than before."""
+    """Expects no child, living or dead, and no more descriptors than before."""
     if os.environ.get("ERRAND_BOY_SPAWN") == "helper":
         errand_boy.start()
     before = len(descriptors()) + 8  # at most: connections and status files that are kept
@@ -89,7 +89,7 @@ def unchanged() -> Iterator[None]:
 
 
 def wait_for_the_forgotten() -> None:
-    """Wait for the commands of objects that are garbage; a helper that owns one waits for this."""
+    """Wait for the commands of garbage objects; a helper that owns one waits for this."""
     gc.collect()
     while subprocess._active:  # type: ignore[attr-defined]
         subprocess._cleanup()  # type: ignore[attr-defined]
@@ -571,7 +571,7 @@ def test_loop_closed_right_after_a_cancellation(run: Runner, unchanged: None, tu
 def test_loop_closed_in_a_start(run: Runner, spawn: str, unchanged: None, turns: int) -> None:
     async def main() -> None:
         start = asyncio.ensure_future(ours.create_subprocess_exec("sleep", "60"))
-        # What a program does that has forgotten it; silent, unlike asyncio.
+        # As in a program that has forgotten it; silent, unlike asyncio.
         start._log_destroy_pending = False  # type: ignore[attr-defined]
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -801,7 +801,7 @@ def test_two_loops_at_once(run: Runner, spawn: str, unchanged: None) -> None:
 
 
 def test_new_loops_of_many_threads(unchanged: None) -> None:
-    # Each new loop looks at those of the other threads.
+    # Each new loop checks those of the other threads.
     codes: list[int] = []
 
     async def main() -> None:

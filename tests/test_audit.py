@@ -1,4 +1,4 @@
-"""A line for each command: `errand-boy serve --log-commands`."""
+"""The log of commands: `errand-boy serve --log-commands`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from errand_boy._daemon.peer import Peer
 
 
 def lines(daemon: Daemon, count: int) -> list[dict[str, Any]]:
-    """The first `count` lines of commands, when they have come."""
+    """Wait for the first `count` lines about commands, and return them."""
     while True:
         found = [json.loads(line) for line in daemon.log().splitlines()]
         commands = [line for line in found if line["message"] == "command"]

@@ -1,6 +1,6 @@
-"""A daemon's commands whose output is wanted whole: run, check_output, getoutput and run_cmd.
+"""Captured output of a daemon's commands: run, check_output, getoutput and run_cmd.
 
-Each is held against subprocess, and must not show that its output has come another way.
+Each is compared with subprocess. Nothing may show that the output took another way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VERDICT = {"cause", "duration", "limits_by", "peak_memory", "rusage"}
 
 
 def outcome(library: Any, *args: Any, **options: Any) -> dict[str, Any]:
-    """Return what subprocess says too; what only errand_boy says is there as a whole, or not."""
+    """Return what subprocess has too. Attributes of errand_boy are all there, or none of them."""
     try:
         found = dict(vars(library.run(*args, **options)))
     except Exception as error:
@@ -258,7 +258,7 @@ def test_helper_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("started", [False, True])
 def test_helper_that_ends_before_it_reads_of_a_timeout(started: bool) -> None:
-    """The bytes that nobody reads then are not the request: that is not sent again."""
+    """The bytes that nobody reads are not the request, which must not be sent again."""
     theirs, ours = socket.socketpair()
     client = Client(Address("/none"))  # there is no other helper
     client._idle.append(_Idle(ours, client))

@@ -146,7 +146,7 @@ def start_worker(broker: str, tmp_path: Path) -> Iterator[StartWorker]:
 def await_idle(broker: str, name: str) -> None:
     """Wait until a worker has read its last result, if it answers.
 
-    Asked to end before, Celery 5.7 takes the rest of it for a whole one, and waits for ever.
+    If it has to end earlier, Celery 5.7 takes the rest for a complete result, and waits for ever.
     """
     app = make_app(broker)
     for _ in range(100):
@@ -178,7 +178,7 @@ def send(app: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: 
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_thousand_commands(app: Any, start_worker: StartWorker, pool: str) -> None:
-    # Over Redis, a worker in one process looks for new tasks once a second, while it has its fill.
+    # Over Redis, a full worker in one process checks for new tasks once a second.
     start_worker(pool, concurrency=4 if pool == "prefork" else 20)
     commands = [f"echo out {i}; echo err {i} >&2; exit {i % 5}" for i in range(COMMANDS)]
     seen = set()
@@ -207,7 +207,7 @@ def test_revoke_ends_the_group(
 
 
 def test_two_threads_acknowledge_once() -> None:
-    """The main thread after a revocation, and the one whose command it has ended."""
+    """They are the main thread after a revocation, and the thread whose command it has ended."""
     threads: list[threading.Thread] = []
 
     def on_ack(*_: object) -> None:
@@ -256,7 +256,7 @@ def test_killed_worker(app: Any, start_worker: StartWorker, tmp_path: Path, pool
     by_redis = app.conf.broker_url.startswith("redis")
     if not by_redis and pool == "threads":
         pytest.skip("the filesystem broker forgets the tasks of a worker that was killed")
-    # One at a time: should the broker give it the task again before it is killed, it has to wait.
+    # One at a time: if the broker gives it the task again before it is killed, the task must wait.
     first = start_worker(pool, "first", concurrency=1)
     # The second time it has been there already.
     command = 'test -e "$1" && echo again && exit; touch "$1"; ' + LEADS_TWO
@@ -279,7 +279,7 @@ def test_killed_worker(app: Any, start_worker: StartWorker, tmp_path: Path, pool
             until(lambda: restore(interval=1) or result.ready(), "the second try")
     outcome = result.get(timeout=PATIENCE)
     if not by_redis:
-        first.kill()  # asked to end, Celery 5.7 waits for its killed process for ever
+        first.kill()  # otherwise Celery 5.7 would wait for its killed process for ever
     assert (outcome["stdout"], outcome["worker"]) == ("again\n", "second@host")
 
 

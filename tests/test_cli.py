@@ -1,4 +1,4 @@
-"""What `errand-boy` says of its command line, and where it does not fall back."""
+"""The command line of `errand-boy`: help, errors, and where it must not fall back."""
 
 from __future__ import annotations
 

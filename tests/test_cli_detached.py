@@ -1,4 +1,4 @@
-"""Commands that outlive their client, from the command line."""
+"""Jobs on the command line."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_start_that_fails(argv: list[str], status: int, text: str) -> None:
 
 
 def test_no_daemon(tmp_path: Path) -> None:
-    """Nothing would watch over it: it is not started."""
+    """The command is not started, because nothing would watch over it."""
     made = tmp_path / "made"
     for arguments in ["run", "--detach", "touch", str(made)], ["ps"], ["wait", "x"]:
         done = cli(arguments[0], "--socket", str(tmp_path / "none"), *arguments[1:])
@@ -270,7 +270,7 @@ def test_signal_leaves_the_job() -> None:
 
 
 def test_job_that_reads_nothing(tmp_path: Path) -> None:
-    """Who types more than there is room for still sees its output, and can leave."""
+    """A user who types more than there is room for still sees the output, and can detach."""
     name = detach("-i", script="yes | head -c 2000000; echo last; sleep 1000")
     typed = tmp_path / "typed"
     typed.write_bytes(bytes(1 << 20))
@@ -290,7 +290,7 @@ def test_job_that_reads_nothing(tmp_path: Path) -> None:
 
 
 def test_terminal_is_as_large_as_the_one_here_which_is_restored(daemon: Daemon) -> None:
-    """One that is left in the middle of a line, with another screen and a mouse."""
+    """The program is left in the middle of a line, with the alternate screen and the mouse on."""
     line = " ".join(COMMAND)
     script = "stty size; printf '\\033[?1049h\\033[?1000hready'; read x; exit $x"
     with errand.Popen(["sh", "-i"], pty=(31, 91), env={**script_environment(), "PS1": "> "}) as it:
@@ -393,7 +393,7 @@ def test_screen_after_attach_has_the_last_lines(screens: Any) -> None:
 
 
 def test_key_that_is_kept_back(screens: Any) -> None:
-    """For a while: it may be no beginning of the keys to detach."""
+    """It is held back only for a while, since it may not begin the detach keys."""
     script = "stty raw -echo; echo ready; dd bs=1 count=1 2>/dev/null | od -An -tx1"
     name = detach("--pty", script=script)
     with attached(screens, name, (10, 40)) as screen:
@@ -477,7 +477,7 @@ def test_screen_is_drawn_anew_for_who_has_missed_some(
 
 
 def test_suspended_client(screens: Any) -> None:
-    """It stops without its job, and shows that as it is then."""
+    """It stops without its job, and later shows the job's current screen."""
     find_program("vim")
     done = cli("run", "-dt", "--name", "vim", "--", *screens.VIM, env=for_vim())
     assert done.returncode == 0, done
@@ -547,8 +547,8 @@ def test_modes() -> None:
     assert modes.restoring() == b""
 
 
-def test_past() -> None:
-    """Nothing of it makes the terminal answer, or moves the cursor away."""
+def test_earlier_output_is_harmless_to_the_terminal() -> None:
+    """Earlier output must not make the terminal answer, or move the cursor away."""
     past = Past()
     past.feed(
         b"one\r\n\x1b[1mtwo\x1b[0m\x1b[6n\x1b[c\r\n\x1b]11;?\x07\x1b[5;5Hthree\x07\x1b[?2004h"

@@ -45,7 +45,7 @@ def rows(path: Path) -> list[list[str]]:
 
 
 def counting(path: Path, succeeds_at: int) -> str:
-    """A shell command that fails until it has been run so often; it takes an argument."""
+    """A shell command that fails until it has been run several times; it takes an argument."""
     return f"echo x >> {path}; echo {{}}; [ $(wc -l < {path}) -ge {succeeds_at} ]"
 
 
@@ -168,7 +168,7 @@ def test_gate_for_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_commands_pause_while_memory_is_short(tmp_path: Path) -> None:
-    """The kernel's figure is replaced: nobody may use up a machine's memory for a test."""
+    """This replaces the kernel's figure, since a test must not use up the machine's memory."""
     source = f"""
         import sys
         from errand_boy._cli import args, throttle
@@ -246,7 +246,7 @@ def test_log_with_an_absurd_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments_and_resumed(seed: int, tmp_path: Path) -> None:
-    """None of those that are logged is run twice, and none is lost."""
+    """No logged command runs twice, and none is lost."""
     random = Random(seed)
     log, ran, count = tmp_path / "log", tmp_path / "ran", 400
     lines = b"".join(b"%d\n" % n for n in range(count))
@@ -265,7 +265,7 @@ def test_killed_at_random_moments_and_resumed(seed: int, tmp_path: Path) -> None
                 process.kill()
                 kills += 1
             process.wait(2 * PATIENCE)
-        # What the helper had still to end must not write any more.
+        # Commands that the helper still had to end must not write any more.
         until(lambda: not _users_of(ran))
         after = Counter(ran.read_text().split())
         for seq in logged:  # it was not run again
@@ -285,7 +285,7 @@ def _await_rows(process: subprocess.Popen[bytes], log: Path, wanted: int) -> Non
 
 
 def _users_of(path: Path) -> list[str]:
-    """Commands that have not ended yet, by the path in their command line."""
+    """The running commands that have this path in their command line."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -301,7 +301,7 @@ def _users_of(path: Path) -> list[str]:
 
 
 def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> str:
-    """What a command line shows on a terminal."""
+    """Return what a command line shows on a terminal."""
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     shown = bytearray()
@@ -436,7 +436,7 @@ def test_browser_draws_the_report(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     big_report(path, 10_000)
     assert CHROMIUM is not None
-    # It tells in the page itself how long that took; the time is for docs, not asserted here.
+    # The page itself says how long that took. The time is for the docs; it is not asserted here.
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user"]
     process = subprocess.Popen(
         [CHROMIUM, *options, "--dump-dom", f"file://{path}"],

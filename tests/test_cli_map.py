@@ -159,7 +159,7 @@ def test_results_do_not_wait_for_more_lines() -> None:
 
 
 def test_lines_are_not_read_ahead_of_need() -> None:
-    """An endless source, and somebody who takes the first lines only."""
+    """The source is endless, and the reader takes only the first lines."""
     done = subprocess.run(
         ["/bin/sh", "-c", 'yes | "$@" | head -3', "sh", *MAP, "echo"],
         capture_output=True,

@@ -1,6 +1,6 @@
 """The language of ``errand-boy map``: sources, replacement strings, packing, slots, blocks, output.
 
-That it is GNU parallel's is in test_map_parallel.py; here is what no comparison tells.
+test_map_parallel.py compares it with GNU parallel. Here are the cases without a comparison.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_jobs_than_cpus_run_at_once(tmp_path: Path) -> None:
-    """All of them wait for all others to be there."""
+    """Each of them waits until all others run."""
     count = len(os.sched_getaffinity(0)) + 1
     script = f'mkdir {tmp_path}/{{}}; until [ "$(ls {tmp_path} | wc -l)" = {count} ]; do :; done'
     names = [str(number) for number in range(count)]
@@ -305,7 +305,7 @@ def pieces(values: Iterable[bytes]) -> Iterator[Any]:
 
 
 def packed(values: list[bytes], *arguments: str, jobs: int = 1) -> list[int]:
-    """Return how many values each command has, and see that none is lost or moved."""
+    """Return how many values each command has, and check that none is lost or moved."""
     options, words = parsed(*arguments)
     make = Template(words, shell=options.shell)
     found = packing.packed(pieces(values), options, lambda given: make(given, 1, 1), jobs)
@@ -400,7 +400,7 @@ def test_lines_are_written_as_they_come(tmp_path: Path) -> None:
 
 
 def test_lines_in_order_as_they_come(tmp_path: Path) -> None:
-    """The second has ended when the first writes its last line."""
+    """The second command has ended before the first one writes its last line."""
     ended = tmp_path / "ended"
     script = (
         f"if [ {{}} = 1 ]; then echo 1; until [ -e {ended} ]; do sleep 0.01; done; echo 1;"

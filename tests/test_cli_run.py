@@ -28,7 +28,7 @@ def by(
     no_daemon: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> str:
-    """Who runs the commands: a private helper, or the daemon."""
+    """The process that runs the commands: a private helper, or the daemon."""
     name: str = request.param
     if name == "daemon":
         monkeypatch.setenv("ERRAND_BOY_SOCKET", daemon.path)
@@ -110,7 +110,7 @@ def test_ignored_signals_stay_ignored() -> None:
 
 
 def test_interrupt_at_the_terminal_comes_once() -> None:
-    """The terminal tells the command itself; a forwarded one would be the second."""
+    """The terminal signals the command itself; a forwarded signal would be a second one."""
     script = """
 import os, signal
 count = []

@@ -1,4 +1,4 @@
-"""``errand-boy run --pty``, in a terminal as a user has it."""
+"""``errand-boy run --pty``, in a user's terminal."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_raw_while_it_runs_and_restored() -> None:
         user.terminal.write(b"text\r")
         user.until(b"got text\r\n")
         assert user.process.wait(PATIENCE) == 0
-        # Its own session's end hangs up the terminal, which would not tell any more.
+        # The end of its own session hangs up the terminal, whose attributes can't be read then.
     assert before[3] & termios.ICANON
 
 
@@ -98,7 +98,7 @@ def test_raw_while_it_runs_and_restored() -> None:
     ],
 )
 def test_terminal_is_restored(script: str, status: int) -> None:
-    """That of a shell, which has it before and after."""
+    """It is the terminal of a shell, before and after."""
     line = f"echo one; stty -g; {' '.join(RUN)} -- {script.replace('; echo ready', '')}; s=$?; "
     line += "echo; echo two; stty -g; echo status $s; read x"
     if status == 127:
@@ -147,7 +147,7 @@ print(*os.get_terminal_size(1))
 
 @pytest.mark.parametrize("by_key", [True, False], ids=["key", "signal"])
 def test_suspend_and_go_on(by_key: bool) -> None:
-    """^Z stops the command and the client, whose terminal is a shell's again; `fg` goes on."""
+    """^Z stops the command and the client, and the shell has its terminal; `fg` goes on."""
     shell = ["bash", "--norc", "--noprofile", "-i"]
     with outer(command=shell) as user:
         user.terminal.write(b"PS1='> '\r")
@@ -232,7 +232,7 @@ def test_helper_that_dies(by: str, tmp_path: Path) -> None:
 
 
 def test_daemon_that_is_killed(by: str, tmp_path: Path) -> None:
-    """What is on the terminal doesn't pass through the daemon, nor does the exit status."""
+    """Neither the terminal's output nor the exit status passes through the daemon."""
     if by != "daemon":
         pytest.skip("a command that is started here has no daemon")
     with started_daemon(tmp_path) as own:

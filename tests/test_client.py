@@ -1,4 +1,4 @@
-"""The daemon's client: what subprocess does, with commands that the daemon's helpers own."""
+"""The daemon's client: subprocess's interface, with commands that the daemon's helpers own."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from errand_boy.errors import HelperDiedError, NoDaemonError, ProtocolError
 
 @pytest.fixture
 def own_daemon(tmp_path: Path) -> Iterator[Daemon]:
-    """One that a test may break."""
+    """A daemon that a test may break."""
     with started_daemon(tmp_path) as it:
         yield it
 
 
 def script(source: str, daemon: Daemon, **options: Any) -> Any:
-    """What a fresh process reports, whose `client` is the daemon's."""
+    """Return the report of a fresh process with a `client` of the daemon."""
     start = "client = subprocess.connect(sys.argv[2])\n"
     return run_script(start + source, args=[daemon.path], **options)
 
@@ -278,7 +278,7 @@ def test_signal_while_another_thread_waits(client: Client) -> None:
 
 
 def test_connection_does_not_go_back_while_a_signal_is_sent(client: Client) -> None:
-    """Else the signal could get into the middle of another command's request."""
+    """Otherwise the signal could end up in the middle of another command's request."""
     client.close()
     process = client.Popen(["sleep", "100"])
     assert process._helper_child is not None
@@ -427,7 +427,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("ignores", [False, True])
 def test_kill_on_client_exit(daemon: Daemon, ignores: bool) -> None:
-    """Its process group gets SIGTERM, then SIGKILL; here a child of the command tells of it."""
+    """Its process group gets SIGTERM, then SIGKILL. Here a child of the command reports it."""
     command = "trap 'echo TERM' TERM; (echo ready; sleep 100; sleep 100); sleep 100"
     if ignores:
         command = "trap '' TERM; echo ready; sleep 100; sleep 100"
@@ -514,7 +514,7 @@ def test_helper_killed_with_a_live_command(own_daemon: Daemon, pipe: int | None)
     with pytest.raises(HelperDiedError):
         process.communicate()
     for each in (started, process):
-        each.kill()  # nobody knows any more whose the pid is
+        each.kill()  # the pid may belong to anybody by now
         assert each.wait() == -signal.SIGKILL
         if each.stdout:
             each.stdout.close()
@@ -524,7 +524,7 @@ def test_helper_killed_with_a_live_command(own_daemon: Daemon, pipe: int | None)
 
 
 def test_server_killed_with_a_live_command(own_daemon: Daemon, tmp_path: Path) -> None:
-    """Its helper serves it to the end, and the next server has the path."""
+    """Its helper serves it to the end, and the next server gets the path."""
     client = errand_boy.connect(own_daemon.path)
     process = client.Popen(["sh", "-c", "cat; exit 7"], stdin=-1, stdout=-1)
     own_daemon.process.kill()
@@ -553,7 +553,7 @@ def test_idle_connection_to_a_daemon_that_has_been_restarted(tmp_path: Path) -> 
 
 
 def test_helpers_that_are_replaced_lose_no_command(tmp_path: Path) -> None:
-    """Their idle connections are closed; the next command goes over a new one."""
+    """Their idle connections are closed; the next command uses a new one."""
     with started_daemon(tmp_path, "--pool-size", 1, "--max-child-tasks", 3) as it:
         client = errand_boy.connect(it.path)
         first = it.helpers()
@@ -567,7 +567,7 @@ def test_helpers_that_are_replaced_lose_no_command(tmp_path: Path) -> None:
 
 
 def test_start_that_waits_for_its_turn(tmp_path: Path) -> None:
-    """It can be interrupted, and is then never made."""
+    """It can be interrupted, and then never happens."""
     with started_daemon(tmp_path, "--max-processes", 1) as it:
         source = """
             class Interrupt(Exception):
@@ -641,7 +641,7 @@ def test_status(client: Client, daemon: Daemon, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("patched", ["before", "after"])
 def test_greenlets_go_on_while_one_waits(daemon: Daemon, patched: str, tmp_path: Path) -> None:
-    """Else the one that ends the command would never run."""
+    """Otherwise the greenlet that ends the command would never run."""
     pytest.importorskip("gevent")
     patch = "import gevent.monkey; gevent.monkey.patch_all()"
     imports = [patch, "import errand_boy"] if patched == "before" else ["import errand_boy", patch]

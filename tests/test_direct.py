@@ -49,7 +49,7 @@ def refuse(number, error, flags=0):
 """
 
 
-# Another: the process of a start is held as it is about to take a table of descriptors of its own.
+# Another: it holds the process of a start just before that gets its own table of descriptors.
 HOLDING = """
 import fcntl
 
@@ -238,7 +238,7 @@ except OSError as error:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_error_names_what_is_missing(moment: str) -> None:
-    """For who has asked for this way, or for options that the standard library does not have."""
+    """It matters if this way was asked for, or options that the standard library lacks."""
     texts = run_script(
         f"""{REFUSING}
 import errno
@@ -522,7 +522,7 @@ def test_handler_that_raises_loses_no_child(way: str, error: str) -> None:
 
 @pytest.mark.parametrize("error", ["Exception", "TimeoutError"])
 def test_exception_as_soon_as_a_request_is_sent(error: str) -> None:
-    """The answer that comes is no other command's, and the child is known."""
+    """No other command gets the answer, and the child is known."""
     seen = run_script(
         f"""
         subprocess.start()
@@ -656,7 +656,7 @@ def test_failed_start_leaves_no_child() -> None:
 
 
 def test_references_are_counted() -> None:
-    """Also by a wheel that was built with the headers of a newer Python, where None is immortal."""
+    """This also holds for a wheel that was built for a newer Python, where None is immortal."""
     for _ in range(10):
         errand_boy.run(["true"])
     before = sys.getrefcount(None), sys.getrefcount(True)
@@ -731,7 +731,7 @@ def test_slow_exec_does_not_hold_a_fork_of_its_caller(slow: Path) -> None:
             interrupter = threading.Thread(target=interrupt)
             interrupter.start()
             process = errand_boy.Popen([slow, "/dev/null"])
-            if forks == [0]:  # nobody will tell this process what becomes of the start
+            if forks == [0]:  # nobody will tell this process the outcome of the start
                 os._exit(errand_boy.run(["true"]).returncode)
             assert process.wait() == 0
             interrupter.join()
@@ -767,7 +767,7 @@ def test_wait_with_a_timeout_ends_with_the_command(subprocess: Any) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.wait(timeout=20) == 0
             late.append(time.monotonic() - float(process.stdout.read()))
-    # Not a measurement: to be right is to be below the polling's 50 ms most of the time.
+    # Not a measurement: it must only be below the 50 ms of polling most of the time.
     assert sorted(late)[2] < 0.04
 
 

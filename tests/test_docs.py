@@ -27,7 +27,7 @@ IDS = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 
 def _programs(folder: Path) -> str:
-    """Make what users have in PATH: our command, and this Python."""
+    """Make a directory for PATH, with our command and this Python."""
     folder.mkdir()
     main = "import sys; from errand_boy._cli.args import main; sys.exit(main())"
     for name, arguments in (("errand-boy", f' -c "{main}"'), ("python", "")):
@@ -90,7 +90,7 @@ def test_broken_code_is_noticed(text: str, tmp_path: Path) -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    """Return what GitHub makes of the headings of a page."""
+    """Return the anchors that GitHub makes of the headings of a page."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     found = set()
     for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
@@ -114,7 +114,7 @@ def test_its_links_lead_somewhere(page: Path) -> None:
 
 
 def _texts() -> str:
-    """Return all strings of the Python sources, one a line; what is formatted is a line's end."""
+    """Return all strings of the Python sources, one on each line; formatted values end a line."""
     found = []
     for path in [*(ROOT / "errand_boy").rglob("*.py"), ROOT / "setup.py"]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not _direct.works(), reason="the system lacks wh
 def doctor(
     *arguments: str, before: str = "", under: list[str] | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run it, after `before` in the same process."""
+    """Run errand-boy doctor, after `before` in the same process."""
     code = (BLOCKED + before if before else "") + MAIN
     command = [*(under or []), sys.executable, "-c", code, *arguments]
     environment = {**script_environment(), **env}
@@ -62,7 +62,7 @@ def test_all_is_well() -> None:
     assert value["system"]["proc"] and value["system"]["pidfd"]
 
 
-def test_in_words() -> None:
+def test_text_names_all_ways_and_options() -> None:
     done = doctor()
     assert done.returncode == 0
     assert "A command is started:     direct (this system has all" in done.stdout
@@ -87,21 +87,21 @@ def test_no_process_is_left() -> None:
 
 
 @pytest.mark.parametrize("way", ["helper", "posix"])
-def test_another_way_that_is_asked_for(way: str) -> None:
+def test_way_that_the_environment_asks_for(way: str) -> None:
     value = found(0, ERRAND_BOY_SPAWN=way)
     assert (value["way"], value["why"]) == ("helper", f"ERRAND_BOY_SPAWN={way} says so")
     assert value["environment"]["ERRAND_BOY_SPAWN"] == way
     assert any("without ERRAND_BOY_SPAWN" in advice for advice in value["advice"])
 
 
-def test_a_way_that_there_is_not() -> None:
+def test_unknown_way() -> None:
     value = found(1, ERRAND_BOY_SPAWN="fork")
     assert "ERRAND_BOY_SPAWN=fork" in value["error"]
     assert value["way"].startswith("none: ")
 
 
 @pytest.mark.parametrize("call", ["CLOSE_RANGE", "CLONE"])
-def test_a_filter(call: str) -> None:
+def test_seccomp_filter_is_noticed(call: str) -> None:
     before = f"refuse({call}, errno.EPERM)\n" + (
         "refuse(CLONE3, errno.ENOSYS)\n" * (call == "CLONE")
     )
@@ -149,10 +149,10 @@ def test_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
     value = found(0, ERRAND_BOY_SOCKET=f"{tmp_path}/none")
     assert value["daemon"]["socket"] == f"{tmp_path}/none"
     assert "no errand-boy daemon listens here" in value["daemon"]["error"]
-    assert value["without_fork"]  # that is about this process
+    assert value["without_fork"]  # this is about the process itself
 
 
-# -- who names it --
+# -- messages that name it --
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
         ("os.environ['ERRAND_BOY_HELPER'] = '/bin/false'", "limits={'cpu': 1}"),
     ],
 )
-def test_messages_of_what_is_missing_name_it(before: str, call: str) -> None:
+def test_messages_about_missing_features_name_the_doctor(before: str, call: str) -> None:
     code = f"""{BLOCKED}
 import errand_boy
 {before}

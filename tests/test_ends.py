@@ -35,7 +35,7 @@ STEPS = ((SIGTERM, 0.1), SIGKILL)
 
 
 class Marked:
-    """Processes that have inherited an environment, and so a mark."""
+    """The processes that have inherited a mark in the environment."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         value = str(uuid.uuid4())
@@ -75,7 +75,7 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-# -- each front: runs ESCAPES until its time is up, with `tree` and STEPS; returns the output --
+# -- each front runs ESCAPES until its time-out, with `tree` and STEPS, and returns the output --
 
 
 def expired(run: Callable[..., Any], marked: Marked, tree: str, **options: Any) -> bytes:
@@ -179,7 +179,7 @@ def test_tree_all_leaves_nothing(front: str, marked: Marked, client: Any) -> Non
 def test_what_was_on_the_terminal_is_kept(
     tree: str, front: str, marked: Marked, client: Any
 ) -> None:
-    # Of a whole tree the shell may be the last to end, and tell of it.
+    # In a tree, the shell may be the last to end, and write about it.
     assert FRONTS[front](marked, tree, client, pty=True).splitlines()[0] == b"out"
     if tree == "process":
         for pid in until(lambda: [p for p in marked.pids() if os.getsid(p) in marked.pids()]):
@@ -220,7 +220,7 @@ def test_tree_group_leaves_those_that_left_the_session(
 def test_what_a_group_leaves_is_killed(
     way: str, marked: Marked, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The leader ends at the first signal, and another ignores it."""
+    """The leader ends at the first signal, and another process ignores it."""
     monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper" if way == "helper" else "direct")
     script = "trap 'exit 3' TERM; (trap '' TERM; echo; while :; do sleep 1000; done) & "
     args = ["sh", "-c", script + "while :; do sleep 0.1; done"]
@@ -257,7 +257,7 @@ def expired_on_loops(args: list[str], marked: Marked, options: dict[str, Any]) -
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A new one, of version 2; no controllers are needed."""
+    """A new cgroup of version 2; it needs no controllers."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     found = next((Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"), None)
     if found is None:
@@ -338,7 +338,7 @@ def test_every_process_gets_the_signal(marked: Marked, tmp_path: Path) -> None:
     file = tmp_path / "file"
     inner = f"trap 'echo inner; : > {file}; exit' TERM; echo ready; while :; do sleep 0.01; done"
     end = f"while [ ! -e {file} ]; do sleep 0.01; done; echo outer; exit 5"
-    # No long command: a shell that gets the signal just before it starts one waits for its end.
+    # No long command: a shell that gets the signal just before it starts one waits until it ends.
     script = f"trap '{end}' TERM; (setsid sh -c \"{inner}\" &); while :; do sleep 0.01; done"
     with ours.Popen(["sh", "-c", script], stdout=-1, tree="all", env=marked.env) as process:
         assert process.stdout.readline() == b"ready\n"
@@ -358,7 +358,7 @@ def test_with_leaves_nothing(exception: type[BaseException], marked: Marked) -> 
     until(marked.are_gone)
 
 
-def test_cancelled_call_returns_when_all_is_over(marked: Marked) -> None:
+def test_cancelled_call_returns_when_the_tree_has_ended(marked: Marked) -> None:
     import errand_boy.asyncio as on_loops  # noqa: PLC0415
 
     async def main() -> None:
@@ -378,7 +378,7 @@ def test_cancelled_call_returns_when_all_is_over(marked: Marked) -> None:
 
 @pytest.mark.parametrize("which", ["supervisor", "guard", "helper"])
 @pytest.mark.parametrize("option", ["tree", "dies_with_caller"])
-def test_who_watches_is_killed(which: str, option: str, marked: Marked) -> None:
+def test_killed_supervisor_leaves_nothing(which: str, option: str, marked: Marked) -> None:
     given: dict[str, tuple[str, dict[str, Any]]] = {
         "tree": (ESCAPES, {"tree": "all"}),
         "dies_with_caller": ("echo; exec sleep 1000", {"dies_with_caller": True}),
@@ -401,7 +401,7 @@ def test_who_watches_is_killed(which: str, option: str, marked: Marked) -> None:
     until(marked.are_gone)
 
 
-# Refuses close_range(2) to the helper that it becomes, as a filter older than that does.
+# Refuses close_range(2) to the helper that it becomes, like a filter older than that call.
 FILTERED = """#!{python} -ISE
 import ctypes, os, struct, sys
 
@@ -415,7 +415,7 @@ if libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0:
 
 
 def test_helper_without_close_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start fails: it would wait for a pipe that guard and supervisor cannot close."""
+    """The start fails. Otherwise it would wait for a pipe that guard and supervisor can't close."""
     package = Path(errand_boy.__file__).parent
     helper = os.environ.get("ERRAND_BOY_HELPER") or str(package / "errand-boy-helper")
     wrapper = tmp_path / "helper"
@@ -530,9 +530,9 @@ def test_output_of_the_last_moments_is_kept(pty: bool) -> None:
 
 @pytest.mark.parametrize("tree", ["process", "all"])
 def test_drain_of_a_terminal(tree: str, marked: Marked) -> None:
-    """Who ignores the hang-up can't write to it any more, but has it open."""
+    """A process that ignores the hang-up can't write to it any more, but has it open."""
     script = "trap '' HUP; printf $1; sleep 1000 & exit 3"
-    # A character that is cut is an error at the end only, to which tree="all" comes.
+    # An incomplete character is an error only at the end, which tree="all" reaches.
     text = "early\\342\\202" if tree == "process" else "early"
     before = os.listdir("/proc/self/fd")
     args = ["sh", "-c", script, "sh", text]

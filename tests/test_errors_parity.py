@@ -1,4 +1,4 @@
-"""Failures: the same exception, number, filename and text, and nothing left behind after it."""
+"""Failures: the same exception, number, filename and text, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ describe = namespace["describe"]
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory of files that can't be run, each for its own reason."""
+    """A directory of files that can't be run, each for another reason."""
     texts = {
         "plain": "#!/bin/sh\n",
         "bad-interpreter": "#!/none/interpreter\n",
@@ -67,7 +67,7 @@ def descriptors(pid: int | None = None) -> int:
 
 @pytest.fixture
 def unharmed() -> Iterator[None]:
-    """The same helper serves on, with as many descriptors as before, and no child is left."""
+    """The same helper goes on, with as many descriptors as before, and no child is left."""
 
     def state() -> tuple[object, ...]:
         helper = errand_boy.helper_pid()
@@ -294,7 +294,7 @@ def test_commonest_errors(
 @pytest.mark.parametrize("what", ["arguments", "count", "variables"])
 @pytest.mark.parametrize("stack", ["as it is", "1 MiB"])
 def test_exact_limit_of_arguments_and_environment(what: str, stack: str) -> None:
-    """Bisect: the largest that can be started is the same to the byte."""
+    """By bisection: the largest command that can be started is the same to the byte."""
     source = """
         what, stack = sys.argv[2:]
         start()
@@ -367,7 +367,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 
 @pytest.mark.parametrize("free", range(4))
 def test_emfile_for_pipes(free: int) -> None:
-    """Three pipes do not fit, whoever starts the command."""
+    """There is no room for three pipes, whoever starts the command."""
     source = f"""
 leave({free})
 pipe = subprocess.PIPE
@@ -445,7 +445,7 @@ def test_eagain_at_the_limit_of_processes() -> None:
 
 @pytest.mark.root
 def test_eagain_for_the_helper_itself() -> None:
-    """An error of the project's own, since it is about its helper, with the kernel's number."""
+    """It is the project's own exception, since it is about the helper, with the kernel's number."""
     failure, fine = run_script(LIMITED, args=["before"])
     assert failure[1] == "11"
     assert fine[0] == 0

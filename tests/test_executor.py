@@ -43,7 +43,7 @@ def executor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Executo
 
 
 def sleeper(pids: Path) -> list[str]:
-    """A command with a child of its own that goes on for long; it writes both pids."""
+    """A command with a child that runs for long; it writes both pids."""
     return ["/bin/sh", "-c", f"sleep 1000 & echo $! $$ >> {pids}; wait"]
 
 

@@ -1,4 +1,4 @@
-"""What ends a helper, what doesn't, and that no command is lost or run twice by that."""
+"""What ends a helper and what doesn't. No command may be lost or run twice."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ done = next(results)
 report([len(children), len(alive), sleeper.wait(), done.returncode])
 """
     # Two helpers, and two that sleep.
-    # psutil has the status of what is a child of the process's own.
+    # psutil knows the exit status of this process's own children.
     assert run_script(source, args=[fifo]) == [4, 0, 0, -signal.SIGTERM]
 
 
 def test_command_of_a_helper_that_is_told_to_end_goes_on() -> None:
-    """It is the helper's own child here, and needs it for its input, its output and its end."""
+    """It is the helper's own child here, which needs it for input, output and exit status."""
     script = "kill -TERM $PPID; wc -c; exit 3"
     source = f"""{ENDED}
 start()
@@ -181,7 +181,7 @@ report([failures, len(terminated)])
 def test_what_the_terminal_sends_to_its_foreground_group_does_not_touch_a_helper(
     number: signal.Signals,
 ) -> None:
-    """Typed at a terminal of its own, or with SIGHUP the end of that terminal."""
+    """Keys are typed at a separate terminal; SIGHUP comes from that terminal's end."""
     source = f"""{ENDED}
 import termios
 

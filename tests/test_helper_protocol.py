@@ -1,4 +1,4 @@
-"""The helper over real sockets: what it answers, and that an offender harms only itself."""
+"""The helper over real sockets: its answers. An offender may harm only itself."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def helper(request: pytest.FixtureRequest) -> Iterator[Helper]:
 
 @pytest.fixture
 def witness(helper: Helper) -> Iterator[Client]:
-    """A connection made before the offence, which still must work after it."""
+    """A connection made before the offence, which must still work after it."""
     client = helper.connect()
     assert client.status("/bin/true") == 0
     yield client
@@ -659,7 +659,7 @@ def test_descriptors_arrive_in_order_over_several_sends(helper: Helper, witness:
 
 
 def test_client_sends_no_descriptor_before_the_frame_that_names_it() -> None:
-    """The helper reads when it likes: descriptors on the greeting are nobody's."""
+    """The helper reads at any time, and descriptors with the greeting would belong to no frame."""
     count = 2 * lib.EB_MAX_FDS_PER_SEND + 94
     ours, theirs = socket.socketpair()
     connection = Connection(ours)
@@ -813,7 +813,7 @@ def test_connection_closed_for_writing_still_gets_its_answer(
 
 @clone_modes
 def test_connection_closed_during_the_start(helper: Helper, witness: Client) -> None:
-    """The request is still being read then, by the new process."""
+    """The new process is still reading the request at that time."""
     before = helper.descriptors()
     client = helper.connect()
     client.send(slow("/bin/true"))
@@ -853,7 +853,7 @@ def test_second_request_while_the_command_runs_is_refused(helper: Helper, witnes
 
 @pytest.mark.parametrize("helper", ["own", "unrelated"], indirect=True)
 def test_end_and_next_request_at_once(helper: Helper) -> None:
-    """What epoll told before the end was seen must not be taken for the next start's outcome."""
+    """An older event of epoll must not be taken for the outcome of the next start."""
     other, client, witness = helper.connect(), helper.connect(), helper.connect()
     first = other.run("/bin/sleep", "100")
     assert isinstance(first, Spawned)
@@ -958,7 +958,7 @@ def test_child_outlives_its_connection(helper: Helper, witness: Client) -> None:
 
 @pytest.fixture
 def deaf(request: pytest.FixtureRequest, helper: Helper) -> tuple[Client, int]:
-    """A client that has sent all that it could and read nothing; and the requests it sent."""
+    """A client that has sent as much as possible and read nothing, and its requests."""
     client = helper.connect()
     one = spawn("/none")
     many = one * 50

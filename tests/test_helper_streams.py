@@ -248,7 +248,7 @@ def test_command_may_open_its_streams_anew(pool: Pool) -> None:
 def test_slow_exec_keeps_nobodys_pipes_open(
     what: str, pool: Pool, public_dir: Path, witness: Client
 ) -> None:
-    """A process that has not come to its exec has copies of the helper's descriptors."""
+    """A process before its exec has copies of the helper's descriptors."""
     program = public_dir / "program"
     shutil.copy("/bin/true", program)
     client, other = pool.connect(), pool.connect()
@@ -267,7 +267,7 @@ def test_slow_exec_keeps_nobodys_pipes_open(
         assert ended(other) == 0
 
 
-# A filter that lets the helper watch no descriptor from a number on, then the program.
+# Installs a filter under which the helper can't watch descriptors from a number on, then runs it.
 WITHOUT_WATCHES = """
 import ctypes, os, platform, struct, sys
 
@@ -299,7 +299,7 @@ os.execv(program[0], program)
 
 @pytest.mark.root
 def test_start_that_cannot_be_watched_holds_up_nobody(pool: Pool, public_dir: Path) -> None:
-    """As without memory for it, or with all watches of its user in use."""
+    """This is like a lack of memory, or as if all of the user's watches were in use."""
     program = public_dir / "program"
     shutil.copy("/bin/true", program)
     one, two = pool.connect(), pool.connect()
@@ -323,7 +323,7 @@ def test_start_that_cannot_be_watched_holds_up_nobody(pool: Pool, public_dir: Pa
 def test_failed_start_whose_process_does_not_go_holds_up_nobody(
     pool: Pool, witness: Client
 ) -> None:
-    """A traced process is its tracer's first; only then the helper can wait for it."""
+    """The tracer of a process waits for it first, and the helper only after that."""
     ptrace_seize = 0x4206
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_long] * 4
@@ -390,7 +390,7 @@ def test_much_output_of_brief_commands(pool: Pool) -> None:
 
 
 def test_output_of_a_brief_command_that_others_hold(pool: Pool) -> None:
-    """It ends when they have closed it, though the command has ended long before."""
+    """The output ends when they have closed it, though the command ended long before."""
     client = pool.connect()
     script = "echo first; { read x; echo last; } <&3 & exec 3<&-"
     read, write = os.pipe()
@@ -421,7 +421,7 @@ def test_client_of_brief_commands_goes(pool: Pool) -> None:
 
 @pytest.mark.parametrize("what", ["nothing", "signal", "close", "drain", "end", "server's end"])
 def test_slow_start_of_a_brief_command(what: str, pool: Pool) -> None:
-    """Nothing tells of its exec. What comes before it is noticed counts all the same."""
+    """Nothing reports its exec. Earlier events count all the same."""
     client = pool.connect()
     read, write = os.pipe()
     bits = option(lib.EB_TAG_STREAMS, b"\2")
@@ -459,7 +459,7 @@ def test_slow_start_of_a_brief_command(what: str, pool: Pool) -> None:
 
 
 def test_silence_before_the_end_of_a_brief_command(pool: Pool) -> None:
-    """What it has written comes although it runs on."""
+    """Its output comes while it still runs."""
     client = pool.connect()
     script = "echo early; read x; echo late"
     client.send(streamed("/bin/sh", "-c", script, streams=0b11, options=[COALESCE]))
@@ -521,7 +521,7 @@ def test_size_of_a_terminal(more: tuple[bytes, ...], pool: Pool) -> None:
 
 
 def test_size_that_comes_late_is_dropped(pool: Pool) -> None:
-    """So is one for a command that has no terminal, or when there is none."""
+    """The same applies to a size for a command without a terminal, or without a command."""
     client = pool.connect()
     client.send(winsize(1, 2, 3, 4))
     data = streamed("/bin/sh", "-c", "stty size", streams=3, options=[SETSID, terminal(7, 9)])

@@ -94,7 +94,7 @@ report(children() == [helper_pid()])
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "with a live child"])
 def test_forked_process_gets_its_own_helper(fork: str, busy: bool) -> None:
-    """A raw fork runs none of Python's handlers."""
+    """A raw fork does not run Python's handlers."""
     source = f"""{ENDED}
 start()
 subprocess.run(["true"], check=True)
@@ -188,7 +188,7 @@ report([only_helper_left(), descriptors() == before])
 
 
 def test_helper_killed_where_sigpipe_has_its_default_action() -> None:
-    """As a program that writes to pipes sets it; writing to the dead helper must not end it."""
+    """Programs that write to pipes set it. Writing to the dead helper must not end the program."""
     source = f"""{ENDED}
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 descriptors = [os.open("/dev/null", os.O_RDONLY) for _ in range(300)]  # a longer way to send
@@ -318,7 +318,7 @@ report([only_helper_left(), children() == [helper_pid()]])
 
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
 def test_all_descriptors_closed_while_a_forked_process_has_copies(fork: str) -> None:
-    """As when a program forks workers and then becomes a daemon: the old helper sees no end."""
+    """If a program forks workers and becomes a daemon, the old helper sees no end."""
     source = f"""{ENDED}
 start()
 subprocess.run(["true"], check=True)
@@ -604,7 +604,7 @@ def test_main_thread_ends_before_another_that_starts_commands() -> None:
 
 
 def test_start_in_a_signal_handler() -> None:
-    """The handler interrupts starts, too, in whatever state they are."""
+    """The handler also interrupts starts, in any state."""
     source = f"""{ENDED}
 start()
 inside = False
@@ -695,7 +695,7 @@ report([outcome, only_helper_left()])
 
 
 def test_interrupts_at_random_moments_lose_no_child() -> None:
-    """The standard library loses one where the signal comes during its fork_exec."""
+    """The standard library loses one if the signal comes during its fork_exec."""
     source = f"""{ENDED}
 import random
 start()
@@ -725,7 +725,7 @@ report(only_helper_left())
 
 
 def test_interrupt_while_the_helper_is_stopped_runs_nothing_twice(tmp_path: Path) -> None:
-    """The handler's own commands come after, and are served, once the helper goes on."""
+    """The handler's own commands are served afterwards, when the helper continues."""
     lines = tmp_path / "lines"
     lines.touch()
     source = f"""{ENDED}
@@ -762,7 +762,7 @@ report([outcome, only_helper_left()])
     ],
 )
 def test_commands_of_a_helper_that_holds_many_descriptors(manager: str, run: str) -> None:
-    """Where a table is too large to be copied, a new process gets reserved numbers instead."""
+    """If a table is too large to copy, a new process gets reserved numbers instead."""
     source = f"""
 from errand_boy import _helper as helper, _wire as protocol
 from errand_boy._native import lib

@@ -1,7 +1,7 @@
-"""Whose rights a command has: those that its caller has now, whatever the kernel.
+"""A command has the rights that its caller has now, with any kernel.
 
-Kernels differ in what becomes of a process's ids when it executes a program, above all where its
-real and effective ids are not the same. The standard library says what they must be.
+Kernels differ in how an exec changes the ids of a process, above all if its real and effective ids
+are not the same. The standard library shows what they must be.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ report([outcome, ended(pidfd), subprocess.run(["true"]).returncode])
 
 @pytest.mark.root
 def test_commands_that_run_already_keep_their_input_and_their_time_limit() -> None:
-    """A process may give up its rights while `map` is at work."""
+    """A process may give up its rights while a `map` runs."""
     source = """
 def commands():
     yield {"args": ["sh", "-c", "wc -c; id -u"], "input": bytes(1 << 20)}

@@ -1,4 +1,4 @@
-"""The layers of errand_boy: who imports whom, and how long a file is."""
+"""The layers of errand_boy: which module imports which, and how long a file is."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Return the modules along a circle, if there is one."""
+    """Return the modules of an import cycle, if there is one."""
     done: set[str] = set()
     path: list[str] = []
 

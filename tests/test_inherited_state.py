@@ -1,8 +1,8 @@
-"""What a child inherits: a change of state after the helper's start must reach it all the same.
+"""What a child inherits, even if the state has changed since the helper was started.
 
-Each case changes one thing in a fresh process whose helper is running already, and looks at a
-command that is started then. The standard library says what it must look like, and the case itself
-must make a difference there, or it would prove nothing.
+Each case changes one thing in a fresh process whose helper is already running, and examines a
+command that is started afterwards. The standard library shows the right result. The change must
+make a difference there, or the case would prove nothing.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ options = {}
 
 @dataclass
 class Case:
-    """One change; `differs` is what it must change in a child, if anything."""
+    """One change; `differs` is what must change in a child, if anything."""
 
     name: str
     source: str
@@ -405,7 +405,7 @@ def test_change_after_the_helpers_start_reaches_the_child(case: Case, public_dir
 @pytest.mark.root
 @pytest.mark.parametrize("saved_group", [0, 65534])
 def test_root_directory_changed_after_the_helpers_start(tmp_path: Path, saved_group: int) -> None:
-    """Nothing of the old root is in reach then, not even /proc.
+    """The old root can't be reached any more, not even /proc.
 
     A helper whose ids differ among themselves does not share the caller's root.
     """

@@ -1,4 +1,4 @@
-"""Clients attached to a job: what they type, and the windows in which they see its terminal."""
+"""Clients attached to a job: their input, and the windows that show its terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def window(rows: int, columns: int) -> bytes:
 
 
 def start(keeper: Keeper, script: str, rows: int = 24, columns: int = 80, flags: int = 1) -> None:
-    """Start a shell at a terminal without echo."""
+    """Start a shell on a terminal without echo."""
     options = [SUPERVISED, *terminal(rows, columns, flags)]
     keeper.start(shell(script, streams=TERMINAL, options=options))
 
@@ -41,7 +41,7 @@ def start(keeper: Keeper, script: str, rows: int = 24, columns: int = 80, flags:
 # Pipes
 
 
-def test_what_is_typed_arrives(keeper: Keeper) -> None:
+def test_typed_input_arrives(keeper: Keeper) -> None:
     keeper.start(job("/bin/cat", streams=3))
     writer = keeper.visitor(attach(WRITES), follow(flags=ON), typed(b"a"), typed(b"b"), typed())
     pieces, end = writer.rest()
@@ -60,8 +60,8 @@ def test_input_stays_open_until_somebody_ends_it(keeper: Keeper) -> None:
     assert text(pieces) == b"ab"
 
 
-def test_last_words_of_one_that_has_gone_arrive(keeper: Keeper) -> None:
-    """More than a pipe holds."""
+def test_last_input_of_a_client_that_has_gone_arrives(keeper: Keeper) -> None:
+    """It is more than a pipe holds."""
     step = keeper.steps("read x; wc -c", streams=3)
     for _ in range(4):
         visitor = keeper.visitor(attach(WRITES), typed(bytes(WINDOW)), follow())
@@ -129,7 +129,7 @@ def test_command_that_does_not_read_holds_up_its_writers_alone(keeper: Keeper) -
         ),
     ],
 )
-def test_what_may_not_be_typed(keeper: Keeper, frames: Sequence[bytes], reason: str) -> None:
+def test_input_that_is_refused(keeper: Keeper, frames: Sequence[bytes], reason: str) -> None:
     keeper.start(job("/bin/sleep", "100", streams=3, options=[SUPERVISED]))
     # What the pipe takes is not in the way.
     filler = keeper.visitor(attach(WRITES), typed(bytes(WINDOW)))
@@ -138,7 +138,7 @@ def test_what_may_not_be_typed(keeper: Keeper, frames: Sequence[bytes], reason: 
     assert visitor.refusal() == reason
 
 
-def test_so_many_may_write(keeper: Keeper) -> None:
+def test_number_of_writers_is_bounded(keeper: Keeper) -> None:
     keeper.start(job("/bin/cat", streams=3))
     writers = [keeper.visitor(attach(WRITES)) for _ in range(lib.EB_MAX_WRITERS)]
     for writer in writers:
@@ -230,8 +230,8 @@ def test_terminal_that_is_opened_again(keeper: Keeper) -> None:
     assert watcher.exit_status() == signal.SIGKILL
 
 
-def test_what_is_typed_is_shared(keeper: Keeper) -> None:
-    """Two at one terminal see the same; one of them may only look on."""
+def test_clients_share_one_terminal(keeper: Keeper) -> None:
+    """Two clients of one terminal see the same; one of them is read-only."""
     start(keeper, "while read x; do echo got $x; done")
     users = [keeper.visitor(attach(WRITES, 24, 80), follow(flags=ON)) for _ in range(2)]
     users.append(keeper.visitor(attach(0, 24, 80), follow(flags=ON)))

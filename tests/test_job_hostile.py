@@ -1,4 +1,4 @@
-"""What a job's keeper makes of clients that break the rules, and of other users; what it costs."""
+"""A job's keeper against clients that break the rules and other users, and what it costs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_garbage(keeper: Keeper, data: bytes, reason: str) -> None:
 
 
 def test_random_frames(keeper: Keeper) -> None:
-    """None of which is a signal that ends the job."""
+    """None of them is a signal that ends the job."""
     keeper.start(job("/bin/cat", streams=3, options=[SUPERVISED]))
     chance = random.Random(1)
     kinds = [lib.EB_FOLLOW, lib.EB_ATTACH, lib.EB_WINSIZE, lib.EB_SIGNAL, 99, 0]
@@ -141,7 +141,7 @@ def test_thousand_connections(keeper: Keeper) -> None:
 
 
 def test_server_that_sends_nothing_sensible(keeper: Keeper) -> None:
-    """It is another process of the same user: so it harms itself."""
+    """It is another process of the same user, so it harms only itself."""
     keeper.start(SLEEP)
     for data in b"\0", b"", b"x" * 100, _wire.OPENING + frame(lib.EB_ADOPT), _wire.OPENING + SLEEP:
         with keeper.dial() as server:
@@ -172,7 +172,7 @@ def test_another_user_hands_over_nothing(public_dir: Path) -> None:
 
 @pytest.mark.root
 def test_keeper_is_the_user_and_hidden_from_him(public_dir: Path) -> None:
-    """He can neither reach its files nor trace it; and its command is his."""
+    """The user can neither reach its files nor trace it, but owns its command."""
     uid, gid = 12345, 12346
     with keeping(
         public_dir, f"--uid={uid}", f"--gid={gid}", "--groups=5,6", "--chdir=/tmp"
@@ -207,8 +207,8 @@ def test_options_that_need_a_file_in_proc(
             os.listdir(f"/proc/{keeper.pid}/fd")
 
 
-def test_it_sleeps_when_there_is_nothing_to_do(keeper: Keeper) -> None:
-    """Whatever its clients leave: one half closed, one that does not read, one that is gone."""
+def test_idle_keeper_uses_no_cpu_time(keeper: Keeper) -> None:
+    """Its clients may be half closed, not reading, or gone."""
     step = keeper.steps(
         "read x; head -c 1000000 /dev/zero; echo end >&2; sleep 100", options=[SUPERVISED]
     )
@@ -224,7 +224,7 @@ def test_it_sleeps_when_there_is_nothing_to_do(keeper: Keeper) -> None:
 
 
 def rests(keeper: Keeper) -> bool:
-    """Whether it has used no CPU time for a while, in which it would have used much."""
+    """Return whether it used no CPU time for a while. A busy loop would have used much."""
     before = Path(f"/proc/{keeper.pid}/schedstat").read_text().split()[2]
     select.select([], [], [], 0.3)
     return before == Path(f"/proc/{keeper.pid}/schedstat").read_text().split()[2]

@@ -1,4 +1,4 @@
-"""The keeper of a job, spoken to over its sockets: its command and its followers."""
+"""The keeper of a job over its sockets: its command and its followers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_job_outlives_its_clients_and_its_server(keeper: Keeper) -> None:
 
 
 def test_signal_of_a_client_that_goes_during_the_start(keeper: Keeper) -> None:
-    """It is acted on, though its sender can't be told of the start."""
+    """The signal takes effect, though its sender no longer hears of the start."""
     assert keeper.starter.frame() == HELLO
     options = [option(lib.EB_TAG_STREAMS, b"\7"), option(lib.EB_TAG_SIGMASK, bytes(8))]
     keeper.starter.send(slow("/bin/cat", 20_000, options=options) + signal_frame(0, signal.SIGKILL))
@@ -85,7 +85,7 @@ def test_start_that_fails(keeper: Keeper) -> None:
 
 
 def test_start_that_the_journal_does_not_take(tmp_path: Path) -> None:
-    """The command is killed: the next server would take the job for one that did not start."""
+    """The command is killed. Otherwise the next server would think that the job did not start."""
     with keeping(tmp_path, journal_path=Path("/dev/full")) as keeper:
         assert keeper.starter.frame() == HELLO
         keeper.starter.send(job("/bin/sleep", "1000", options=[SUPERVISED]))
@@ -190,7 +190,7 @@ def test_killed_keeper_leaves_no_process_and_a_ring_that_can_be_read(keeper: Kee
 
 @pytest.mark.parametrize("which", ["guard", "supervisor", "both"])
 def test_killed_supervisor_leaves_no_process(keeper: Keeper, which: str) -> None:
-    """Both at once, too: neither of them can do anything between the two signals."""
+    """The same if both are killed at once: neither can act between the two signals."""
     script = """
         (setsid sleep 100 & echo $!)
         (setsid sh -c 'trap "" TERM; echo $$; while :; do sleep 0.01 & wait; done' &)
@@ -234,13 +234,13 @@ def test_killed_at_any_moment(tmp_path: Path, turn: int) -> None:
 # Followers
 
 
-def test_what_a_follower_may_want(keeper: Keeper) -> None:
+def test_each_kind_of_follower(keeper: Keeper) -> None:
     step = keeper.steps("echo a; read x; echo b; read x; echo c; read x")
     first = keeper.follower()
     assert first.until(b"a\n") == b"a\n"
     step()
     assert first.until(b"b\n") == b"b\n"
-    # As much as there is, from some piece on, for which it is told when it has all.
+    # All that is there from some piece on, and CAUGHT_UP after it.
     assert text(keeper.follower(flags=0).pieces()) == b"a\nb\n"
     assert text(keeper.follower(2, 0, (2, 0)).pieces()) == b"b\n"
     assert keeper.follower(3, 0, (4, 0)).pieces() == []
@@ -258,8 +258,8 @@ def test_what_a_follower_may_want(keeper: Keeper) -> None:
         assert follower.exit_status() == 0
 
 
-def test_who_comes_at_the_end_has_all_of_it(tmp_path: Path) -> None:
-    """The keeper waits for one that it has been handed."""
+def test_late_follower_gets_all_output(tmp_path: Path) -> None:
+    """The keeper waits for a client that it has received."""
     with keeping(tmp_path) as keeper:
         step = keeper.steps("echo a; read x; exit 4")
         visitor = keeper.visitor()
@@ -274,7 +274,7 @@ def test_who_comes_at_the_end_has_all_of_it(tmp_path: Path) -> None:
         assert keeper.wait() == 0
 
 
-def test_what_was_overwritten_is_told(tmp_path: Path) -> None:
+def test_overwritten_output_is_reported(tmp_path: Path) -> None:
     with keeping(tmp_path, ring=4096) as keeper:
         step = keeper.steps("seq 1 2000; read x; seq 2001 4000; read x")
         follower = keeper.follower(flags=QUIET)
@@ -296,7 +296,7 @@ def test_what_was_overwritten_is_told(tmp_path: Path) -> None:
         check(first, half - kept, half)
         last = first[-1]
         assert isinstance(last, Piece)
-        # One that knows of some of it is told of the rest.
+        # A follower that knows a part hears of the rest.
         follower.send(follow(1, known=(half - kept - 7, 0)))
         assert follower.pieces()[:1] == [Missed(1, 7)]
         follower.send(follow(1, known=(half, 0)))
@@ -314,7 +314,7 @@ def test_what_was_overwritten_is_told(tmp_path: Path) -> None:
 
 
 def test_follower_that_does_not_read_slows_nobody(keeper: Keeper) -> None:
-    """Of what it has missed it is told, to the byte."""
+    """It learns what it has missed, to the byte."""
     size = 50_000_000
     step = keeper.steps(f"read x; head -c {size} /dev/zero; read x", streams=2)
     sleepers = [keeper.follower() for _ in range(20)]
@@ -336,7 +336,7 @@ def test_follower_that_does_not_read_slows_nobody(keeper: Keeper) -> None:
 
 
 def test_many_small_pieces_of_two_streams(tmp_path: Path) -> None:
-    """They are merged in their order, also where a record wraps around."""
+    """They are merged in order, also where a record wraps around."""
     script = "i=0; while [ $i -lt 1500 ]; do echo $i; echo $i >&2; i=$((i+1)); done"
     expected = b"".join(b"%d\n" % n for n in range(1500))
     with keeping(tmp_path, ring=5001) as keeper:
@@ -376,7 +376,7 @@ def test_output_that_is_not_kept(keeper: Keeper) -> None:
 
 
 def test_no_room_for_the_ring(keeper: Keeper) -> None:
-    """The end of the output is kept as far as there is room; all the rest is told to be missing."""
+    """The end of the output is kept as far as there is room; the rest is reported as missing."""
     resource.prlimit(keeper.pid, resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
     unlimited = struct.pack("<BQQ", resource.RLIMIT_FSIZE, 2**64 - 1, 2**64 - 1)
     options = [option(lib.EB_TAG_RLIMITS, unlimited)]
@@ -398,8 +398,8 @@ def test_no_room_for_the_ring(keeper: Keeper) -> None:
     assert keeper.journal()["lost"] == [len(total) - len(kept), 0]
 
 
-def test_who_keeps_up_misses_nothing_for_lack_of_room(keeper: Keeper) -> None:
-    """Though the ring is begun anew again and again."""
+def test_follower_that_keeps_up_misses_nothing(keeper: Keeper) -> None:
+    """The ring begins anew again and again."""
     resource.prlimit(keeper.pid, resource.RLIMIT_FSIZE, (4096 + 3000, resource.RLIM_INFINITY))
     script = "i=0; while [ $i -lt 40 ]; do printf %0500d $i; read x; i=$((i+1)); done"
     step = keeper.steps(script, streams=2)

@@ -1,4 +1,4 @@
-"""A job's log, and the command that is run at its end."""
+"""A job's log, and the command that runs at its end."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_full_disk_loses_the_log_and_not_the_job(tmp_path: Path) -> None:
 
 
 def test_fifo_as_a_log(tmp_path: Path) -> None:
-    """One that nobody reads is refused, and one whose reader is slow loses what finds no room."""
+    """A FIFO that nobody reads is refused, and one with a slow reader loses output."""
     log = tmp_path / "log"
     os.mkfifo(log)
     with keeping(tmp_path, f"--log={log}") as keeper:
@@ -109,7 +109,7 @@ def test_fifo_as_a_log(tmp_path: Path) -> None:
 
 
 def test_log_that_cannot_be_rotated_goes_on(tmp_path: Path) -> None:
-    """A directory is where the rotated one should be."""
+    """A directory is in the place of the rotated file."""
     log = tmp_path / "log"
     (tmp_path / "log.1").mkdir()
     arguments = [f"--log={log}", "--log-size=100", "--log-count=1"]

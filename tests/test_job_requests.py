@@ -1,4 +1,4 @@
-"""What the server makes of requests about jobs that are malformed, and of journals that lie."""
+"""The server with malformed requests about jobs, and with journals that lie."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_malformed(daemon: Daemon, operation: int, request_text: str, reason: st
     ("operation", "name"), [(START, "stop"), (START, "name"), (START, "argv"), (OPEN, "job")]
 )
 def test_nested_at_the_limit_of_the_stack(daemon: Daemon, operation: int, name: str) -> None:
-    """What can just be decoded may be too deep to be encoded, or to be shown."""
+    """A value that can just be decoded may be too deep to encode, or to show."""
     for depth in *range(900, 1000, 7), 1500:
         assert answer(daemon, operation, f'{{"{name}": {nested(depth)}}}').keys() >= {"error"}
     assert "internal error" not in daemon.log()
@@ -117,7 +117,7 @@ USAGE = '"usage": [0, 0, 0, 0, 0, 0, 0, 0, 0]'
 
 
 def write_journals(directory: Path, lines: Sequence[str], **entry: object) -> None:
-    """Make one for each of the lines, which its keeper is to have written."""
+    """Write a journal for each of the lines, as if by its keeper."""
     for part in "state", f"state/{os.geteuid()}":
         (directory / part).mkdir(0o700)
     for number, line in enumerate(lines, 1):
@@ -126,7 +126,7 @@ def write_journals(directory: Path, lines: Sequence[str], **entry: object) -> No
 
 
 def test_keepers_lies_are_not_passed_on(tmp_path: Path) -> None:
-    """A keeper is a process of its user's, and root looks at all jobs."""
+    """A keeper is a process of its user, and root lists all jobs."""
     lies = [
         '{"pid": 1, "keeper": 1099511627776}',
         '{"pid": -1, "keeper": -1}',
@@ -186,7 +186,7 @@ def opened(daemon: Daemon, job: Job) -> int:
 
 
 def test_who_keeps_removed_output_open_keeps_no_room(tmp_path: Path) -> None:
-    """Which nobody would count any more, and /run is for all."""
+    """Nobody would count that room any more, and all users share /run."""
     with keeping_jobs(tmp_path) as (daemon, client):
         job = client.start(["head", "-c", "100000", "/dev/zero"])
         job.wait(PATIENCE)
@@ -230,14 +230,14 @@ def test_who_waits_for_a_stopped_keeper_and_goes_is_forgotten(tmp_path: Path) ->
 
 
 def restarted(daemon: Daemon, directory: Path) -> AbstractContextManager[tuple[Daemon, Client]]:
-    """Kill a daemon; the next one has its jobs."""
+    """Kill a daemon; the next one takes over its jobs."""
     daemon.process.kill()
     daemon.process.wait(PATIENCE)
     return keeping_jobs(directory)
 
 
 def test_number_of_a_removed_job_is_not_given_again(tmp_path: Path) -> None:
-    """Whoever has it would be shown another job."""
+    """Otherwise whoever remembers the number would see another job."""
     with keeping_jobs(tmp_path) as (daemon, client):
         job = client.start(["true"])
         job.wait(PATIENCE)

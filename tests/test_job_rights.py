@@ -1,4 +1,4 @@
-"""A user sees and touches his own jobs only; root all of them. Tried in many ways."""
+"""Users can see and control only their own jobs, and root all. Tried in many ways."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECRET = "XYZZY-the-secret-of-the-victim"
 
 
 class Place:
-    """A daemon of root, and a job of the victim's that has written its secret."""
+    """A daemon of root, and a job of the victim that has written a secret."""
 
     def __init__(self, daemon: Daemon, client: Client, directory: Path) -> None:
         self.daemon = daemon
@@ -65,7 +65,7 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture
 def untouched(place: Place) -> Iterator[Place]:
-    """As the other user, in the test; after it the victim's job is as it was."""
+    """Run the test as the other user; afterwards the victim's job must be unchanged."""
     with acting_as(OTHER, OTHER, []):
         yield place
     assert not has_ended(place.keeper.pid)
@@ -184,7 +184,7 @@ def test_frames(untouched: Place, operation: int, value: object) -> None:
 
 
 def test_adopted_by_nobody(untouched: Place) -> None:
-    """What is for a keeper, at the daemon's socket or behind another's request."""
+    """A frame for a keeper comes to the daemon's socket, or after another request."""
     follow = _wire.frame(lib.EB_FOLLOW, [struct.pack("<QQQB", 0, 0, 0, 1)])
     for first in follow, _wire.frame(lib.EB_ADOPT, []), _wire.frame(lib.EB_ATTACH, [bytes(17)]):
         with untouched.daemon.socket() as sock:
@@ -195,7 +195,7 @@ def test_adopted_by_nobody(untouched: Place) -> None:
 
 
 def test_signal_of_a_helper(untouched: Place) -> None:
-    """The helper of another user signals its own connection's child only."""
+    """The helper of another user signals only the child of its own connection."""
     assert untouched.job.pid is not None
     connection = untouched.daemon.connect()
     for pid in untouched.job.pid, -untouched.job.pid, untouched.keeper.pid, -1:
@@ -223,7 +223,7 @@ def test_files(untouched: Place) -> None:
 
 
 def test_links_in_the_place_of_files(place: Place) -> None:
-    """Should there ever be one, it is not followed."""
+    """If there ever is a link, it is not followed."""
     with acting_as(OTHER, OTHER, []):
         job = place.client.start(["true"], name="private", cwd="/")
         job.wait(PATIENCE)
@@ -252,7 +252,7 @@ def test_socket_of_the_keeper(untouched: Place) -> None:
 
 @pytest.mark.parametrize("user", [OTHER, VICTIM])
 def test_descriptors_of_the_keeper(place: Place, user: int) -> None:
-    """Not even its own user gets at them: he could write what the daemon reads."""
+    """Not even its own user can get them, to write what the daemon reads."""
     pid = place.keeper.pid
     with acting_as(user, user, []):
         script = f"""
@@ -296,7 +296,7 @@ def test_command_line_of_the_keeper_says_little(place: Place) -> None:
 
 
 def test_keeper_is_the_users(place: Place) -> None:
-    """It has no more rights than its user, and the command neither.
+    """Neither the keeper nor its command has more rights than the user.
 
     The one capability by which it stays closed to its user is of no use, and not in effect.
     """
@@ -313,7 +313,7 @@ def test_keeper_is_the_users(place: Place) -> None:
 
 
 def test_keepers_names_no_file_of_the_daemons_to_the_command(place: Place) -> None:
-    """The command has its standard streams, and nothing of the keeper's."""
+    """The command has its standard streams, and no descriptor of the keeper."""
     assert place.job.pid is not None
     assert sorted(os.listdir(f"/proc/{place.job.pid}/fd")) == ["0", "1", "2"]
 
@@ -400,7 +400,7 @@ def cli(*arguments: str, pty: bool, place: Place) -> tuple[bytes, int]:
 
 @pytest.fixture
 def hostile(place: Place) -> Iterator[Callable[..., Job]]:
-    """Start a job of the victim's that writes what a terminal would obey."""
+    """Start a job of the victim that writes terminal sequences."""
     jobs: list[Job] = []
 
     def start(script: str, **options: Any) -> Job:
@@ -421,7 +421,7 @@ def hostile(place: Place) -> Iterator[Callable[..., Job]]:
 def test_output_of_another_user_on_a_terminal(
     place: Place, hostile: Callable[..., Job], pty: bool
 ) -> None:
-    """It is shown, not obeyed; who wants it as it is says so, or writes it to a file."""
+    """Escape sequences are shown, not obeyed, except with --raw or in a file."""
     job = hostile("exit 0", **({"pty": True} if pty else {}))
     who = job.name, "--user", str(VICTIM)
     written = text(place.client.job(job.id, uid=VICTIM))

@@ -32,7 +32,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path) -> Path:
-    """Leave no room there; return what takes it."""
+    """Fill the file system; return the file that takes the room."""
     path = place / "filler"
     with path.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -41,7 +41,7 @@ def fill(place: Path) -> Path:
 
 
 def test_end_is_noted_though_the_disk_is_full(small: Path) -> None:
-    """In a page of the journal that was not there before."""
+    """The journal needs a new page for it."""
     with keeping(small) as keeper:
         with keeper.journal_path.open("a") as file:
             file.write(" " * (4096 - 60 - file.tell()) + "\n")
@@ -66,7 +66,7 @@ def test_start_without_room_for_its_end_fails(small: Path) -> None:
 
 @pytest.mark.parametrize("known", [0, 1000])
 def test_output_that_found_no_room_is_told_by_its_file(small: Path, known: int) -> None:
-    """Also what was written last."""
+    """This includes the last output."""
     with keeping(small) as keeper:
         script = "read x; head -c 9000 /dev/zero; exit 3"
         if known:

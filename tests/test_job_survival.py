@@ -1,4 +1,4 @@
-"""Jobs outlive their client, the daemon's upgrade and its end; what is lost is told."""
+"""Jobs outlive their client, and upgrades and the end of the daemon; losses are reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FEW = 30
 
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[Callable[[], Any]]:
-    """Start daemons, one after another, for the same jobs."""
+    """Start daemons for the same jobs, one after another."""
 
     @contextmanager
     def daemon() -> Iterator[tuple[Daemon, Client]]:
@@ -66,7 +66,7 @@ def kill(daemon: Daemon) -> None:
 
 
 def waiting(path: Path, more: str = "exit 5") -> list[str]:
-    """Return a command that writes a line, and another when somebody writes one to `path`."""
+    """Return a command that writes a line, and a second one after a line comes from `path`."""
     os.mkfifo(path)
     return ["/bin/sh", "-c", f"echo begin; cat {path}; {more}"]
 
@@ -172,7 +172,7 @@ def test_daemon_that_ends_during_a_start(tmp_path: Path) -> None:
 
 
 def test_daemon_that_ends_before_the_job(places: Callable[[], Any], tmp_path: Path) -> None:
-    """Who waits is told of the end by the keeper, but not how the job has ended."""
+    """The keeper tells those who wait of the end, but not how the job ended."""
     with places() as (daemon, client):
         job = client.start(waiting(tmp_path / "fifo"))
         events = job.logs(follow=True)
@@ -252,7 +252,7 @@ def test_killed_keeper(tmp_path: Path) -> None:
 
 
 def test_killed_keeper_leaves_whole_records(tmp_path: Path) -> None:
-    """Whenever it is killed, what is kept is what was written, without a gap."""
+    """At any moment of the kill, the kept output is what was written, without a gap."""
     with keeping_jobs(tmp_path) as (_, client):
         for attempt in range(8):
             job = client.start(["seq", "1", "100000000"], ring=16 << 10)
@@ -269,7 +269,7 @@ def test_killed_keeper_leaves_whole_records(tmp_path: Path) -> None:
 
 
 def select_for(seconds: float) -> None:
-    """Let a command run on for a while."""
+    """Wait, while commands run, for a while."""
     threading.Event().wait(seconds)
 
 
@@ -287,8 +287,8 @@ def test_killed_with_the_daemon(places: Callable[[], Any], tmp_path: Path) -> No
         until(lambda: daemon.status()["jobs"]["jobs_over"] == 1)
 
 
-def test_another_boot(places: Callable[[], Any], tmp_path: Path) -> None:
-    """After that there are no rings, and no locks; a list still says what has been running."""
+def test_jobs_after_a_reboot_are_lost(places: Callable[[], Any], tmp_path: Path) -> None:
+    """There are no rings and no locks any more, but the list still shows what was running."""
     with places() as (daemon, client):
         job = client.start(waiting(tmp_path / "fifo"), name="build")
         over = client.start(["echo", "word"], name="over")
@@ -321,7 +321,7 @@ def test_another_boot(places: Callable[[], Any], tmp_path: Path) -> None:
     [b"", b"{", b"\0" * 4096, b"[1]\n", b"[" * 60_000, b'{"name": 5, "ring": -1}\n{"pid": "x"}\n'],
 )
 def test_damaged_journal(places: Callable[[], Any], tmp_path: Path, damage: bytes) -> None:
-    """It harms nobody else."""
+    """It harms no other job."""
     with places() as (daemon, client):
         job, other = client.start(["true"]), client.start(["true"], name="other")
         job.wait(PATIENCE)
@@ -390,7 +390,7 @@ def test_damaged_ring(tmp_path: Path, damage: str) -> None:
 
 
 def test_keeper_that_does_not_answer(tmp_path: Path) -> None:
-    """A stopped one holds up its own clients only, and they are told in time."""
+    """A stopped keeper delays only its own clients, and these get an error in time."""
     with keeping_jobs(tmp_path, "--patience", "1") as (_, client):
         job = client.start(["sleep", "1000"])
         other = client.start(["sleep", "1000"])

@@ -31,7 +31,7 @@ from errand_boy._jobs import Job, Missed, Output
 
 PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
 
-# What a shell waits in until it is told to go on, which leaves no process behind.
+# With this, a shell waits until the test continues it. It leaves no process behind.
 FOREVER = "exec sleep 1000"
 
 
@@ -179,7 +179,7 @@ def test_many_wait(client: Client) -> None:
 
 
 def test_nobody_waits(client: Client) -> None:
-    """A client that ends at once leaves its job behind."""
+    """A client that ends at once leaves its job running."""
     script = f"""
 import errand_boy
 print(errand_boy.connect({client.path!r}).start(["/bin/sh", "-c", "sleep 0.2; echo done"]).id)
@@ -428,7 +428,7 @@ def test_remove(served: tuple[Daemon, Client, Path], client: Client) -> None:
 def test_removed_while_somebody_follows(
     served: tuple[Daemon, Client, Path], client: Client
 ) -> None:
-    """Who has not read all yet still gets it; the files go with the keeper."""
+    """A client that has not read everything still gets it; the files go with the keeper."""
     _, _, directory = served
     size = 1 << 20
     job = client.start(["head", "-c", str(size), "/dev/zero"], ring=2 * size)
@@ -462,14 +462,14 @@ def test_slow_follower_holds_up_nobody(client: Client) -> None:
 
 
 class Proxy:
-    """Hands connections on to a daemon, and ends those of keepers after some bytes."""
+    """Forwards connections to a daemon, and ends those of keepers after some bytes."""
 
     def __init__(self, path: Path, target: str, most: int) -> None:
         self.path, self._target, self._most = str(path), target, most
         self.cut = 0
 
     def new_socket(self, blocking: bool) -> socket.socket:
-        """As Client's: the other end of a pair, behind which a thread copies."""
+        """Like Client's, but the other end of a socket pair, with a thread that copies."""
         ours, theirs = socket.socketpair()
         real = socket.socket(socket.AF_UNIX)
         real.connect(self._target)
@@ -609,7 +609,7 @@ def test_asyncio(client: Client) -> None:
 
 
 def test_cancelled_start(client: Client) -> None:
-    """It leaves no command behind."""
+    """No command is left."""
 
     async def main() -> None:
         its = errand_boy.asyncio.connect(client.path)
@@ -724,7 +724,7 @@ def test_place_of_another_daemon(served: tuple[Daemon, Client, Path], client: Cl
 
 
 def test_cost_of_a_job(client: Client) -> None:
-    """The keeper is small, and the server is not in the way."""
+    """The keeper is small, and the server does not slow jobs down."""
     job = client.start(sh(FOREVER))
     keeper = keeper_of(job)
     memory = keeper.memory_full_info()

@@ -1,4 +1,4 @@
-"""Thousands of starts, good and bad and from many threads, and what they leave: nothing."""
+"""Thousands of starts, good and bad and from many threads, must leave nothing."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ report([state() == before, mappings() - many])
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    # A copy, so that nobody else's helper shares its pages and makes it look smaller.
+    # A copy, so that no other helper shares its pages and makes it look smaller.
     original = Path(errand_boy.__file__).with_name("errand-boy-helper")
     helper = shutil.copy(original, tmp_path_factory.mktemp("helper"))
     with open(helper, "rb") as file:
@@ -156,7 +156,7 @@ def test_the_helper_is_the_only_child(seen: dict[str, dict[str, object]]) -> Non
 def test_private_memory_of_the_helper(seen: dict[str, dict[str, int]]) -> None:
     print(f"memory of the helper in KiB: {seen['one']}, after many threads: {seen['many']}")
     assert seen["one"]["Private_Clean"] + seen["one"]["Private_Dirty"] <= 150
-    # Without the program's own text, which nobody else maps here: 32 KiB.
+    # Without the program's own text, which no other process maps here: 32 KiB.
     assert seen["many"]["Private_Dirty"] <= 150
 
 

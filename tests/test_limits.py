@@ -65,7 +65,7 @@ def check(done: Any, cause: str) -> None:
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("cause", CAUSES)
 def test_each_cause(cause: str, by: str) -> None:
-    """As often as ERRAND_BOY_REPEAT says."""
+    """ERRAND_BOY_REPEAT sets how often."""
     need(by)
     for _ in range(REPEAT):
         done = run(CAUSES[cause][0], limits=limits_of(cause), limits_by=by, capture_output=True)
@@ -160,7 +160,7 @@ def test_usage_is_the_trees(by: str) -> None:
 
 
 def test_a_tree_is_counted_whole() -> None:
-    """Each process has less than the limit of CPU time, and those that have ended count too."""
+    """Each process uses less than the limit of CPU time, and ended processes count too."""
     busy = "import time\nwhile time.process_time() < 0.2: pass"
     script = f"while true; do {sys.executable} -ISc '{busy}'; done"
     done = run(["sh", "-c", script], limits={"cpu": 0.5, "wall": 60})
@@ -194,7 +194,7 @@ def test_a_timeout_of_the_caller(client: Any) -> None:
         assert found.peak_memory > 0
 
 
-def test_ended_by_hand() -> None:
+def test_command_ended_by_its_caller() -> None:
     with Popen(["sleep", "1000"], limits={"wall": 60}) as process:
         process.kill()
     assert (process.cause, process.limits_by) == ("client", "rlimits")
@@ -254,8 +254,8 @@ def test_sizes() -> None:
         assert _limits.size(text) == number
 
 
-def test_no_waiting_is_needed() -> None:
-    """The supervisor ends what nobody waits for."""
+def test_limits_hold_if_nobody_waits() -> None:
+    """The supervisor ends a tree even if nobody waits for it."""
     process = Popen(["sleep", "1000"], limits={"wall": 0.2})
     until(lambda: has_ended(process.pid))
     begun = time.monotonic()

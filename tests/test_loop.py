@@ -1,4 +1,4 @@
-"""The server's loop: who goes first, and what is kept of who has gone."""
+"""The server's loop: whom it serves first, and what it must not keep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUSY, CALM = 12345, 12346
 
 @pytest.fixture
 def readable() -> Iterator[list[socket.socket]]:
-    """Sockets that are readable all the time."""
+    """Sockets that are always readable."""
     pairs = [socket.socketpair() for _ in range(50)]
     for _, theirs in pairs:
         theirs.send(b"x")
@@ -32,8 +32,8 @@ def readable() -> Iterator[list[socket.socket]]:
             sock.close()
 
 
-def test_who_keeps_the_loop_busy_holds_up_himself(readable: list[socket.socket]) -> None:
-    """Others go before all of his that are ready, whenever they come."""
+def test_busy_owner_delays_only_itself(readable: list[socket.socket]) -> None:
+    """Others come before all of that user's ready sockets."""
     loop = Loop(Log("info", "text"))
     ours, theirs = socket.socketpair()
     order: list[int] = []
@@ -59,7 +59,7 @@ def test_who_keeps_the_loop_busy_holds_up_himself(readable: list[socket.socket])
 
 
 def test_all_sockets_of_one_owner_have_their_turns(readable: list[socket.socket]) -> None:
-    """Also if each callback takes as long as it may, and all are ready again at once."""
+    """This also holds if each callback takes its full time, and all are ready again at once."""
     loop = Loop(Log("info", "text"))
     counts = [0] * len(readable)
 
@@ -77,7 +77,7 @@ def test_all_sockets_of_one_owner_have_their_turns(readable: list[socket.socket]
 
 
 def test_what_is_posted_takes_turns_as_well(readable: list[socket.socket]) -> None:
-    """One who posts a lot holds up neither another who posts nor another's sockets."""
+    """An owner who posts a lot delays neither another's posts nor another's sockets."""
     loop = Loop(Log("info", "text"))
     order: list[int] = []
 
@@ -120,7 +120,7 @@ def test_signals_go_before_all(readable: list[socket.socket]) -> None:
 
 
 def test_time_on_the_cpu_is_what_counts(readable: list[socket.socket]) -> None:
-    """Who was held up by another program goes before who has worked."""
+    """An owner whom another program delayed comes before one who has used the CPU."""
     loop = Loop(Log("info", "text"))
     order: list[int] = []
 
@@ -139,7 +139,7 @@ def test_time_on_the_cpu_is_what_counts(readable: list[socket.socket]) -> None:
 
 
 def spend(seconds: float) -> None:
-    """Use the CPU for so long."""
+    """Use the CPU for some seconds."""
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
@@ -163,7 +163,7 @@ def test_all_who_are_busy_have_their_share(readable: list[socket.socket]) -> Non
     assert min(counts) > 0
 
 
-def test_what_is_no_child_of_ours_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphans_that_are_not_our_children_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed helper's user may have named thousands."""
     ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     opened: list[object] = []
@@ -210,7 +210,7 @@ def until(condition):
 
 
 def test_text_connection_that_is_closed_is_gone() -> None:
-    """And its buffers with it, when its memory is not yet looked through for cycles."""
+    """Its buffers are freed too, without waiting for the garbage collector."""
     source = f"""{KEPT}
 ours, theirs = socket.socketpair()
 theirs.setblocking(False)
@@ -228,7 +228,7 @@ until(lambda: not pool.helpers)
 
 
 def test_helper_that_has_ended_is_gone() -> None:
-    """It was asked something, and has not answered; who asked is told, and it is not kept."""
+    """It has not answered a question. Whoever asked gets None, and the helper is freed."""
     source = f"""{KEPT}
 helper = pool.helpers[0]
 os.kill(helper.pid, signal.SIGSTOP)

@@ -51,12 +51,12 @@ def daemon_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["helper", "daemon"])
 def run_map(request: pytest.FixtureRequest, daemon_path: str) -> Map:
-    """errand_boy.map, or that of a daemon's client."""
+    """errand_boy.map, or the map of a daemon's client."""
     return errand_boy.map if request.param == "helper" else errand_boy.connect(daemon_path).map
 
 
 def pids_in(path: Path, count: int) -> list[int]:
-    """The numbers that commands have written into a file, once they are so many."""
+    """Wait until commands have written this many numbers to a file, and return them."""
     return [int(pid) for pid in until(lambda: complete_lines(path, count))]
 
 
@@ -204,7 +204,7 @@ def test_result_is_public_but_costs_no_import() -> None:
     assert report == [[], True, True]
 
 
-# -- what is asked for --
+# -- options --
 
 
 def test_standard_input(run_map: Map) -> None:
@@ -540,7 +540,7 @@ def test_closing_ends_what_runs(run_map: Map, tmp_path: Path) -> None:
 
 
 def test_killing_the_caller_ends_what_runs(tmp_path: Path) -> None:
-    """Also what ignores SIGTERM, though the helper has nobody left to serve then."""
+    """This includes commands that ignore SIGTERM, though the helper has no client left."""
     pids = tmp_path / "pids"
     source = """
         pids = sys.argv[2]
@@ -658,7 +658,7 @@ def test_helper_killed_between_results(tmp_path: Path) -> None:
 
 
 def test_helper_that_was_stopped_never_runs_a_command_twice(tmp_path: Path) -> None:
-    """Requests that a helper had not read when it was killed are another one's."""
+    """Requests that a killed helper had not read go to another one."""
     log = tmp_path / "log"
     errand_boy.map([])
     list(errand_boy.map([["true"]] * 4, max_workers=4))
@@ -674,7 +674,7 @@ def test_helper_that_was_stopped_never_runs_a_command_twice(tmp_path: Path) -> N
 
 
 def test_helpers_killed_at_random(tmp_path: Path) -> None:
-    """Whatever is told of a command, it was never run twice."""
+    """Whatever the result says, no command ran twice."""
     log = tmp_path / "log"
     over = threading.Event()
     random = Random(7)

@@ -44,7 +44,9 @@ def run_map(broker: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_as_on_this_machine(app: Any, start_worker: StartWorker, tmp_path: Path, pool: str) -> None:
+def test_results_are_as_on_this_machine(
+    app: Any, start_worker: StartWorker, tmp_path: Path, pool: str
+) -> None:
     start_worker(pool)
     data = bytes(range(256))
     commands: list[Any] = [
@@ -85,7 +87,7 @@ def test_text_and_order(app: Any, start_worker: StartWorker) -> None:
     assert (short.stdout, short.truncated) == (b"123", True)
 
 
-def test_what_can_not_be(app: Any) -> None:
+def test_options_that_are_not_possible(app: Any) -> None:
     with pytest.raises(ValueError, match="captured"):
         errand_boy.map([["true"]], on=app, capture_output=False)
     with pytest.raises(TypeError, match="Celery app"):
@@ -102,7 +104,7 @@ def test_retries_and_halt(app: Any, start_worker: StartWorker, tmp_path: Path) -
     (result,) = errand_boy.map([["sh", "-c", third, str(tmp_path / "n")]], on=app, retries=5)
     assert (result.returncode, result.runs) == (0, 3)
     assert (tmp_path / "n").read_text() == "x\n" * 3
-    # What has been sent, and not begun, is revoked; what runs ends by itself.
+    # Tasks that have not begun are revoked; running ones end by themselves.
     wait = 'touch "$0"; while ! test -e "$1"; do sleep 0.05; done; exit $2'
     at_work = [tmp_path / "fails", tmp_path / "runs"]
     fail, go = tmp_path / "fail", str(tmp_path / "go")
@@ -173,7 +175,9 @@ def test_a_build_is_a_loop(app: Any, start_worker: StartWorker) -> None:
     assert done == [0, 1, 2, 3, 4]
 
 
-def test_one_that_is_run_again_is_told(app: Any, start_worker: StartWorker, tmp_path: Path) -> None:
+def test_result_says_that_a_command_ran_again(
+    app: Any, start_worker: StartWorker, tmp_path: Path
+) -> None:
     first = start_worker("prefork", "first", concurrency=1)
     command = 'test -e "$1" && echo again && exit; touch "$1"; ' + LEADS_TWO
     words = ["sh", "-c", command, str(tmp_path / "pids"), str(tmp_path / "been")]
@@ -189,7 +193,7 @@ def test_one_that_is_run_again_is_told(app: Any, start_worker: StartWorker, tmp_
     assert (again.stdout, again.runs) == (b"again\n", 2)
 
 
-def test_one_that_is_lost_is_told(
+def test_result_says_that_a_worker_was_lost(
     app: Any,
     start_worker: StartWorker,
     tmp_path: Path,
@@ -204,7 +208,7 @@ def test_one_that_is_lost_is_told(
     results = errand_boy.map([words, ["true"]], on=app, ordered=False)
     assert next(results).index == 1
     group = Group(tmp_path / "pids")
-    # Its helper is left to end the command, whenever it learns of it.
+    # Its helper ends the command when it notices.
     (helper,) = worker.helpers()
     helper.suspend()
     worker.kill()
@@ -217,7 +221,7 @@ def test_one_that_is_lost_is_told(
     assert (tmp_path / "count").read_text() == "x\n"
 
 
-def test_a_long_one_is_not_lost(
+def test_long_command_does_not_count_as_lost(
     app: Any, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = []

@@ -1,4 +1,4 @@
-"""What map does about failures: run again, end early, end what takes too long."""
+"""Failures in a map: retries, early ends, time-outs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def no_helper_left() -> Iterator[None]:
 
 @pytest.fixture(params=["helper", "daemon", "asyncio"])
 def run_map(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Map]:
-    """errand_boy.map, that of a daemon's client, and asyncio's as a list."""
+    """errand_boy.map, the map of a daemon's client, and asyncio's as a list."""
     if request.param == "helper":
         yield errand_boy.map
     elif request.param == "daemon":
@@ -51,7 +51,7 @@ def shell(script: str) -> list[str]:
 
 
 def counting(path: Path, succeeds_at: int) -> list[str]:
-    """A command that fails until it has been run so often."""
+    """A command that fails until it has been run several times."""
     return shell(f"echo x >> {path}; echo run; [ $(wc -l < {path}) -ge {succeeds_at} ]")
 
 
@@ -83,9 +83,7 @@ def test_retries_of_one_command(run_map: Map, tmp_path: Path) -> None:
     assert [result.runs for result in run_map(commands, retries=1)] == [5, 2]
 
 
-def test_what_cannot_be_started_and_what_takes_too_long_is_run_again(
-    run_map: Map, tmp_path: Path
-) -> None:
+def test_failed_starts_and_timeouts_run_again(run_map: Map, tmp_path: Path) -> None:
     absent, slow = tmp_path / "absent", {"args": ["sleep", "1000"], "timeout": 0.05}
     missing, late = run_map([[str(absent)], slow], retries=2)
     assert (missing.runs, missing.returncode) == (3, 127)
@@ -116,7 +114,7 @@ def test_others_run_during_a_delay(tmp_path: Path) -> None:
     assert [result.index for result in results] == [1, 2, 0]
 
 
-def test_only_what_the_policy_wants_is_run_again(run_map: Map) -> None:
+def test_policy_chooses_which_failures_run_again(run_map: Map) -> None:
     policy = Retries(3, only_if=lambda result: result.returncode == 75)
     results = run_map([shell("exit 75"), shell("exit 1")], retries=policy)
     assert [result.runs for result in results] == [4, 1]
@@ -169,7 +167,7 @@ def test_halt_now(run_map: Map, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("policy", "count"), [("success=2", 4), ("done=3", 3), ("done=50%", 5)])
-def test_what_halts(run_map: Map, policy: str, count: int) -> None:
+def test_ends_that_count_for_a_halt(run_map: Map, policy: str, count: int) -> None:
     commands = [["false"], ["true"]] * 5
     results = list(run_map(commands, max_workers=1, halt=f"soon,{policy}"))
     assert len(results) == count
@@ -200,7 +198,7 @@ def test_bad_halt(policy: Any) -> None:
         errand_boy.map([], halt=policy)
 
 
-def test_a_share_of_what_is_not_known() -> None:
+def test_share_of_an_unknown_number() -> None:
     with pytest.raises(ValueError, match="have a length"):
         errand_boy.map(iter([]), halt="now,done=50%")
 
@@ -320,7 +318,7 @@ def test_build_graph(ordered: bool, max_workers: int) -> None:
     assert sorted(built) == list(needs)
 
 
-def test_nothing_but_none_is_the_end(run_map: Map) -> None:
+def test_iterator_that_yields_only_none_ends(run_map: Map) -> None:
     assert list(run_map(iter(lambda: None, 1))) == []
     assert [result.returncode for result in run_map([["true"], None, ["true"], None])] == [0, 0]
 

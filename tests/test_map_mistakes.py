@@ -1,4 +1,4 @@
-"""What errand_boy.map says to a mistake, and what it makes of a shortage."""
+"""How errand_boy.map reports mistakes, and how it copes with shortages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel is asked for: the caller itself never forks, whatever the commands want."""
+"""System calls of a start: the caller never forks, whatever the commands need."""
 
 from __future__ import annotations
 

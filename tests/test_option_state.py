@@ -1,4 +1,4 @@
-"""A start with every option leaves its caller as it was; bench/option_state.py makes more."""
+"""A start with every option leaves its caller unchanged; bench/option_state.py does more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What errand_boy can give a command and subprocess can't: the same on every front and each way."""
+"""The options that subprocess lacks work the same on every front end and in each way."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SET, UNSET = b"NoNewPrivs:\t1\n", b"NoNewPrivs:\t0\n"
 Popen, run = cast(Any, errand_boy.Popen), cast(Any, errand_boy.run)
 
 
-# -- the table: what each option is given, what shows that the command has it, by which fronts --
+# -- the table: for each option a value, a check that the command has it, and the front ends --
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Case:
 
 
 def bits(name: str, number: int, expected: int) -> tuple[list[str], Callable[[str], bool]]:
-    """Return a command that shows a set of its status, and a check of one bit of that."""
+    """Return a command that shows a field of its /proc status, and a check of one bit of it."""
     command = ["grep", name, "/proc/self/status"]
     return command, lambda text: int(text.split()[1], 16) >> number & 1 == expected
 
@@ -355,7 +355,7 @@ def by_framework(module: str, way: str, root: str, cgroup: str) -> dict[str, str
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A root directory with `cat`, a shell and what they need."""
+    """A root directory with `cat`, a shell and their libraries."""
     directory = tmp_path_factory.mktemp("root")
     for name in ("cat", "sh"):
         program = shutil.which(name)
@@ -379,7 +379,7 @@ def ignores_a_signal() -> Iterator[None]:
 
 @pytest.fixture
 def scope(root: str) -> Iterator[dict[str, Any]]:
-    """Yield what the sources of options name."""
+    """Yield the names that the sources of options use."""
     terminals: list[int] = []
 
     def terminal() -> int:
@@ -418,7 +418,7 @@ def expect(option: str, front: str, function: Callable[[], bytes], refused: str 
 def test_each_front(
     option: str, spawn: str, scope: dict[str, Any], root: str, ignores_a_signal: None
 ) -> None:
-    """A row of the table, for one way of starting."""
+    """One row of the table, for one way of starting."""
     skip_what_can_not_be_shown(option)
     case = CASES[option]
     refused = "posix_spawn can't" if spawn == "posix" and not case.by_posix else ""
@@ -472,7 +472,7 @@ def test_command_line(option: str, front: str, root: str, ignores_a_signal: None
 
 
 def test_table_has_no_hole() -> None:
-    """Print the table of what the tests above have found: pytest -s shows it."""
+    """Print a table of the results of the tests above, which pytest -s shows."""
     assert set(CASES) | set(ELSEWHERE) == _options.NAMES
     assert set(command_options._FORMS) | set(command_options.ABSENT) >= set(CASES)
     fronts = list(dict.fromkeys(front for _, front in cells if front != "all"))
@@ -544,7 +544,7 @@ def test_no_new_privs_where_only_the_standard_library_starts_commands(
 
 
 def test_no_new_privs_under_a_filter_that_refuses_it() -> None:
-    """No program runs without it: the failure names the step."""
+    """The program does not run without it, and the error names the step."""
     source = """
         import platform, struct
         prctl = {"x86_64": 157, "aarch64": 167}[platform.machine()]
@@ -640,7 +640,7 @@ def test_refusal_names_the_option(
 @pytest.mark.root
 @pytest.mark.parametrize("way", ["errand_boy", "errand_boy-helper"])
 def test_refusal_without_rights(way: str) -> None:
-    """Each error is the kernel's own, and names what was asked for."""
+    """Each error is the kernel's own, and names the option."""
     found = run_script(
         """
         importlib.import_module("errand_boy._options")  # which others may not be able to read
@@ -677,7 +677,7 @@ def test_refusal_without_rights(way: str) -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("uid", [None, 12345])
 def test_capabilities_of_another_user(uid: int | None) -> None:
-    """They are the command's whoever it is; without the option, another user has none."""
+    """The command has them as any user; without the option, another user has none."""
     names = ["net_bind_service", "CAP_KILL"]
     command = ["grep", "-E", "Cap(Eff|Bnd|Amb)", "/proc/self/status"]
     done = run(command, stdout=subprocess.PIPE, user=uid, capabilities=names, text=True)
@@ -695,7 +695,7 @@ def test_options_may_change_between_starts() -> None:
 
 @pytest.mark.parametrize("inheritable", [True, False])
 def test_carried_descriptor_is_not_the_commands(inheritable: bool, spawn: str) -> None:
-    """Whatever its number, and whether it is one that the command has for something else."""
+    """This holds for any number, even one that the command uses for something else."""
     if spawn == "posix":
         pytest.skip("posix_spawn can't do it")
     listing = ["sh", "-c", "ps -o tty= -p $$; ls -l /proc/$$/fd"]

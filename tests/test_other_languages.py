@@ -1,4 +1,4 @@
-"""The clients in other languages, run as their readers would run them."""
+"""The clients in other languages, run as a reader would run them."""
 
 from __future__ import annotations
 

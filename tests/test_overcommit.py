@@ -1,4 +1,4 @@
-"""Strict overcommit: a caller of more than half of what is left can't fork, and starts commands.
+"""Strict overcommit: a caller that is too large to fork still starts commands.
 
 The setting is the whole machine's. A supervising process makes the change, keeps it for as long as
 the few starts take, and restores it in any case; the caller under test maps memory, but touches

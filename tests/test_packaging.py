@@ -1,4 +1,4 @@
-"""What an installation holds: one version, the helper beside its package, type hints."""
+"""The contents of an installation: one version, the helper in the package, type hints."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_helper_and_the_callers_side_build_with_musl(
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what is built."""
+    """A copy of the sources."""
     copy = tmp_path / "tree"
     copy.mkdir()
     for name in ("setup.py", "build_ffi.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -166,7 +166,7 @@ def test_pypy_is_refused(tree: Path, command: list[str]) -> None:
     ],
 )
 def test_other_systems_are_refused(tree: Path, program: str) -> None:
-    """There is none here, and so no more than the name of one."""
+    """There is no other system here, only its name."""
     pytest.importorskip("setuptools")
     command = [sys.executable, "-I", "-c", program]
     found = subprocess.run(command, cwd=tree, capture_output=True, text=True)

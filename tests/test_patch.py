@@ -1,4 +1,4 @@
-"""errand_boy.patch(): whoever starts commands, and in whatever order things are loaded."""
+"""errand_boy.patch() with every library that starts commands, loaded in any order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a command is born: its namespaces, and its cgroup."""
+"""The namespaces and the cgroup in which a command starts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_ids_in_a_namespace_of_users_are_the_same(spawn: str) -> None:
 @needs_users
 @pytest.mark.root
 def test_without_roots_rights(public_dir: Path) -> None:
-    """A process of another user gets the same, and an error that says what is missing."""
+    """Another user's process gets the same, or an error that says what is missing."""
     source = """
         import errand_boy
         errand_boy.run(["true"], no_new_privs=True)  # nothing is imported after this
@@ -87,14 +87,14 @@ def test_without_roots_rights(public_dir: Path) -> None:
 
 
 @needs_users
-def test_first_of_its_processes() -> None:
+def test_command_is_pid_1_in_a_pid_namespace() -> None:
     done = run(["sh", "-c", "echo $$"], capture_output=True, text=True, namespaces={"user", "pid"})
     assert done.stdout == "1\n"
 
 
 @needs_users
 def test_with_pipes_of_high_numbers() -> None:
-    """The new process has no rights to open them again by their names."""
+    """The new process has no right to reopen them by their names."""
     files = [os.open("/dev/null", os.O_RDONLY) for _ in range(200)]
     try:
         done = run(["cat"], input=b"x", capture_output=True, namespaces={"user"})
@@ -139,7 +139,7 @@ def test_bad_namespaces() -> None:
 
 
 def test_refused_ones_leave_the_direct_way() -> None:
-    """EPERM for namespaces is not the word of a filter that refuses clone."""
+    """EPERM for namespaces does not mean that a filter refuses clone."""
     source = """
         import errand_boy
         from errand_boy import _direct
@@ -204,7 +204,7 @@ def test_cgroup(cgroup: Path, spawn: str, client: Any) -> None:
     assert cgroup.name not in Path("/proc/self/cgroup").read_text()
 
 
-def test_what_is_no_cgroup(tmp_path: Path) -> None:
+def test_invalid_cgroups_are_refused(tmp_path: Path) -> None:
     for path, number in (
         (tmp_path, errno.ENOENT),
         (tmp_path / "missing", errno.ENOENT),

@@ -457,7 +457,7 @@ def test_report_has_each_live_command(pool: Pool) -> None:
 
 
 def test_start_times_are_in_their_buckets(pool: Pool, tmp_path: Path) -> None:
-    """A start that takes longer is in a higher bucket, at least as high as it must have taken."""
+    """A slower start is in a higher bucket, which fits the time that it took at least."""
     client = pool.connect()
     assert client.status("/bin/true") == 0
     (first,) = (i for i, n in enumerate(pool.report().buckets) if n)
@@ -469,7 +469,7 @@ def test_start_times_are_in_their_buckets(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_time_of_a_brief_start_is_not_that_of_its_command(pool: Pool) -> None:
-    """Although nobody is told when its program began to run."""
+    """Nothing reports when its program began to run."""
     client = pool.connect()
     for count, streams in enumerate((0b10, 0b11), 1):
         client.send(streamed("/bin/sleep", "0.3", streams=streams, options=[COALESCE]))
@@ -801,7 +801,7 @@ def test_peer_raises_neither_limits_nor_priority() -> None:
 
 @pytest.mark.root
 def test_limits_above_the_helpers_own_are_fitted() -> None:
-    """Also where root has not all the rights of root, as in a container."""
+    """This also holds where root lacks some rights, as in a container."""
     drop = "setpriv --bounding-set=-sys_resource,-sys_nice --"
     for user in ("setpriv --reuid=12343 --clear-groups --", drop):
         with running(under=after(LIMITS.replace("exec", f"exec {user}"))) as pool:
@@ -921,7 +921,7 @@ def test_what_is_told_of_a_command_is_bounded(pool: Pool) -> None:
 
 
 def test_half_a_request_while_a_command_runs_is_not_kept(pool: Pool, witness: Client) -> None:
-    """Nobody may send one then, so nothing of it is waited for."""
+    """No request is allowed then, so the helper does not wait for its rest."""
     client = pool.connect()
     pid = started(client, request("/bin/sleep", "100"))
     client.send(_wire.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_SPAWN))
@@ -930,7 +930,7 @@ def test_half_a_request_while_a_command_runs_is_not_kept(pool: Pool, witness: Cl
 
 
 def test_descriptors_while_a_command_runs_are_not_kept(pool: Pool, witness: Client) -> None:
-    """They come with half a frame, for which there is no time."""
+    """They come with half a frame, whose rest the helper does not await."""
     client = pool.connect()
     before = pool.descriptors()
     started(client, streamed("/bin/cat", streams=0b11))
@@ -1098,7 +1098,7 @@ def test_random_bytes(pool: Pool, witness: Client) -> None:
 
 
 def test_many_small_frames_hold_up_nobody(pool: Pool, witness: Client) -> None:
-    """What is behind a frame is not moved for each."""
+    """The bytes after a frame are not moved for each frame."""
     client = pool.connect()
     many = frame(lib.EB_STDIN, bytes(8000)) + signal_frame(0, 0) * 15_000
     before = pool.cpu_seconds()
@@ -1126,7 +1126,7 @@ def test_no_room_for_the_streams(room: int, pool: Pool, witness: Client) -> None
 
 
 def test_no_room_for_connections() -> None:
-    """Those that are adopted in vain are told, and their clients see an end before any HELLO."""
+    """Connections that don't fit are reported, and their clients see an end before any HELLO."""
     with running(under=after("ulimit -n 20")) as pool:
         clients = [pool.unopened() for _ in range(40)]
         pool.tell(lib.EB_QUERY)
@@ -1164,7 +1164,7 @@ def test_many_idle_connections(pool: Pool) -> None:
 
 @lean
 def test_rest_beside_a_command_that_does_not_end(pool: Pool) -> None:
-    """What a burst took goes back, though that command is looked at again and again."""
+    """A burst's memory is given back, though that command is checked again and again."""
     client = pool.connect()
     script = "trap '' TERM; echo ready; exec sleep 1000"
     options = [OWN_GROUP, on_close(3_600_000)]

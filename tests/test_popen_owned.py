@@ -1,4 +1,4 @@
-"""Popen where the helper keeps the children: by posix_spawn, or without CLONE_PARENT."""
+"""Popen if the helper owns the children: with posix_spawn, or without CLONE_PARENT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HELPER = os.environ.get("ERRAND_BOY_HELPER") or str(
 
 @pytest.fixture(autouse=True, params=["posix", "clone"])
 def mode(request: pytest.FixtureRequest, public_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The scripts' environment makes their helpers keep the children."""
+    """Set the scripts' environment so that their helpers own the children."""
     name: str = request.param
     if name == "posix":
         monkeypatch.setenv("ERRAND_BOY_SPAWN", "posix")
@@ -254,7 +254,7 @@ def test_ids_that_posix_spawn_cannot_set(mode: str) -> None:
 
 
 def test_directory_and_umask_are_the_callers_own(tmp_path: Path) -> None:
-    """By posix_spawn they are not shared, but sent."""
+    """With posix_spawn they are not shared, but sent."""
     source = """
         show = ["sh", "-c", "pwd; umask"]
         seen = []
@@ -296,7 +296,7 @@ def test_environment_and_descriptors() -> None:
 
 
 def test_helper_killed_with_a_live_child_is_told() -> None:
-    """Nobody can tell its status then; the next command is started all the same."""
+    """The exit status is lost, but the next command starts."""
     source = """
         process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         os.kill(helper_pid(), signal.SIGKILL)

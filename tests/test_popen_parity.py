@@ -1,4 +1,4 @@
-"""Every parameter of subprocess.Popen, as the standard library and as errand_boy serve it."""
+"""Every parameter of subprocess.Popen, with the standard library and with errand_boy."""
 
 from __future__ import annotations
 

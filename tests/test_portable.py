@@ -1,4 +1,4 @@
-"""Where Python, the kernel or the system lack what others have."""
+"""Pythons, kernels and systems that lack something."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_error_names_dev_null_where_there_is_none() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("implementation", ["subprocess", "errand_boy", "errand_boy-helper"])
 def test_process_group_of_another_pid_namespace(implementation: str) -> None:
-    """As for what enters a container: its own group has no number there, and getpgrp says 0."""
+    """In a container that it has entered, a process's group has no number: getpgrp returns 0."""
     source = """
     start()
     mine = os.getpgrp()

@@ -100,7 +100,7 @@ def test_known_for_root(name: str) -> None:
 
 
 def test_known_beside_parameters_and_options() -> None:
-    """What the function does comes after what the parameters say."""
+    """The effects of the function come after those of the parameters."""
     function = errand_boy.chain(
         partial(os.chdir, "lib"), partial(os.umask, 0o70), partial(os.nice, 2), NO_CORE
     )

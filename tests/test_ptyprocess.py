@@ -39,7 +39,7 @@ def read_all(process: Any) -> Any:
             return type(parts[0])().join(parts) if parts else b""
 
 
-def test_what_the_program_has(tmp_path: Path) -> None:
+def test_program_has_a_terminal_and_session(tmp_path: Path) -> None:
     script = "tty; stty size; pwd; echo $A; stty -a | grep -o -e '-echo '; ps -o sid=,tpgid= -p $$"
     environment = {**os.environ, "A": "b"}
     process = ours.PtyProcess.spawn(
@@ -93,7 +93,7 @@ def test_errors(tmp_path: Path) -> None:
 
 
 def test_signals_are_as_ptyprocess_leaves_them() -> None:
-    """Those that this process ignores, SIGPIPE among them, and what it blocks."""
+    """The signals that this process ignores, including SIGPIPE, and its signal mask."""
     standard = importlib.import_module("ptyprocess").PtyProcess
     seen = []
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
@@ -264,7 +264,7 @@ def test_terminado_and_ipython() -> None:
 
 @pytest.mark.timeout(LONGEST_SUITE + 20)
 @pytest.mark.parametrize("suite", ["ptyprocess", "pexpect"])
-def test_their_own_tests(suite: str, tmp_path: Path) -> None:
+def test_own_tests_of_ptyprocess_and_pexpect_pass(suite: str, tmp_path: Path) -> None:
     output = tmp_path / "output"
     with output.open("w") as stream:
         returncode = subprocess.call(

@@ -1,4 +1,4 @@
-"""The children are the caller's own, for everything in the system that asks."""
+"""The children are the caller's own, whoever asks."""
 
 from __future__ import annotations
 

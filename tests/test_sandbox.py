@@ -1,4 +1,4 @@
-"""What a sandbox keeps out: each way out is tried without one, where it works, and within one."""
+"""Each way out of a sandbox is tried without one, where it must work, and in one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PYTHON += [path for path in sys.path if path.endswith("lib-dynload")]
 
 
 def make(**given: Any) -> Sandbox:
-    """A sandbox in which this Python runs, as strict as the kernel can."""
+    """A sandbox in which this Python runs, as strict as the kernel allows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         execute = [*PYTHON, *given.pop("execute", [])]
@@ -115,7 +115,7 @@ class World:
         }
 
     def attempt(self, code: str, **options: Any) -> str:
-        """What becomes of an attempt: an errno's name, or "out"."""
+        """The outcome of an attempt: the name of an errno, or "out"."""
         source = PRELUDE.replace("CODE", code.strip().replace("\n", "\n    "))
         done = run(
             [sys.executable, "-I", "-c", source, json.dumps(self.facts)],
@@ -469,7 +469,7 @@ def test_the_caller_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_sandboxes_in_a_sandbox(world: World) -> None:
-    """Each only takes away."""
+    """Each one can only restrict further."""
     inner = f"open({os.fspath(world.secret)!r})"
     code = f"""
 sys.path[:0] = {sys.path!r}
@@ -532,7 +532,7 @@ def test_what_the_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert b"Seccomp:\t2" in done.stdout
 
 
-def test_its_descriptor_is_closed_with_it() -> None:
+def test_descriptor_is_closed_with_the_sandbox() -> None:
     box = make()
     fd = box.fileno()
     assert os.get_inheritable(fd) is False
@@ -541,8 +541,8 @@ def test_its_descriptor_is_closed_with_it() -> None:
         os.fstat(fd)
 
 
-def test_a_command_without_what_it_needs() -> None:
-    """The loader is not the sandbox's: the error is that of the execution."""
+def test_command_without_its_loader_does_not_start() -> None:
+    """The sandbox lacks the loader, so the exec fails."""
     with pytest.raises(PermissionError) as caught:
         run(["/bin/true"], sandbox=Sandbox(strict=False))
     assert caught.value.filename == "/bin/true"

@@ -1,4 +1,4 @@
-"""The daemon's server, as its clients, its supervisor and its enemies see it."""
+"""The daemon's server, as its clients, its supervisor and attackers see it."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_socket_from_systemd(tmp_path: Path) -> None:
 
 
 def as_nobody(path: str, first: bytes) -> bytes:
-    """Return what a daemon answers to another user who sends `first`."""
+    """Return the daemon's answer to another user who sends `first`."""
     script = """
 import os, socket, sys
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -448,7 +448,7 @@ SHORT = ["/bin/sh", "-c", 'ulimit -n 40; exec "$@"', "sh"]
 
 
 def test_text_request_needs_no_descriptor_to_end(tmp_path: Path) -> None:
-    """Nothing is imported, and nothing opened, when a client ends its side."""
+    """Nothing is imported or opened when a client ends its side."""
     with started_daemon(tmp_path, under=SHORT) as daemon, daemon.socket() as running:
         running.sendall(b"read x; cat; echo $x" + b"\r\n\r\n" + b"first\nsecond\n\r\n\r\n")
         before = daemon.status()["totals"]["started"]
@@ -468,7 +468,7 @@ def test_text_request_needs_no_descriptor_to_end(tmp_path: Path) -> None:
         assert "internal error" not in daemon.log()
 
 
-def test_who_waits_for_a_descriptor_is_told(tmp_path: Path) -> None:
+def test_client_that_waits_for_a_descriptor_is_refused(tmp_path: Path) -> None:
     with started_daemon(tmp_path, under=SHORT) as daemon, all_descriptors_taken(daemon):
         with daemon.socket() as late:
             late.sendall(HELLO)
@@ -668,7 +668,7 @@ def test_max_accepts(tmp_path: Path) -> None:
         assert not os.path.exists(daemon.path)
 
 
-def test_what_runs_at_the_last_accept_has_all_its_time(tmp_path: Path) -> None:
+def test_commands_that_run_at_the_last_accept_may_finish(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--max-accepts", 1, "--grace", 0) as daemon:
         connection = daemon.connect()
         pid = spawn(connection, "/bin/sleep", "100")

@@ -1,4 +1,4 @@
-"""The server, and what it tells of itself, after any sequence of what clients and mishaps do."""
+"""The server and its status after any sequence of client actions and mishaps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BASE: Any = stateful.RuleBasedStateMachine
 
 
 class Machine(BASE):
-    """A daemon, and what is known of its connections."""
+    """A daemon, with a model of its connections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Machine(BASE):
     # -- what is known --
 
     def status(self, connections: int) -> None:
-        """Ask until the answer is what is known: what clients do is not noticed at once."""
+        """Ask until the status matches the model: the daemon notices some actions later."""
         deadline = time.monotonic() + PATIENCE
         while True:
             self.accepted += 1
@@ -102,7 +102,7 @@ class Machine(BASE):
         return len(self.idle) + len(self.live) + len(self.waiting) + len(self.halves) < CLIENTS
 
     def let_next_start(self) -> None:
-        """A command has ended: one of those who wait, if any, is given its turn."""
+        """A command has ended: one of those that wait gets its turn."""
         if self.waiting:
             ready, _, _ = select.select([c.sock for c in self.waiting], [], [], PATIENCE)
             (connection,) = (c for c in self.waiting if c.sock in ready)
@@ -204,7 +204,7 @@ class Machine(BASE):
     # -- mishaps --
 
     def helper(self) -> int:
-        """Return the helper that serves; there is none for a moment if the last ones died young."""
+        """Return the serving helper; for a moment there is none, if the last ones died young."""
         while True:
             self.accepted += 1
             helpers = self.daemon.helpers()

@@ -1,4 +1,4 @@
-"""Output that is kept, in memory and in files."""
+"""Output kept in memory and in files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from errand_boy._spool import Spool, coding, nameless_file, to_text
 
 @pytest.mark.parametrize("sizes", [[0], [3], [4], [5], [2, 2], [2, 2, 1], [1] * 9, [9, 1], [4, 9]])
 @pytest.mark.parametrize("with_file", [False, True])
-def test_what_is_kept(sizes: list[int], with_file: bool) -> None:
+def test_only_the_first_bytes_are_kept(sizes: list[int], with_file: bool) -> None:
     whole = bytes(range(sum(sizes)))
     spool = Spool(4, nameless_file if with_file else None)
     at = 0
@@ -31,7 +31,7 @@ def test_what_is_kept(sizes: list[int], with_file: bool) -> None:
     spool.close()
 
 
-def test_all_is_kept_without_a_bound() -> None:
+def test_everything_is_kept_without_a_bound() -> None:
     spool = Spool()
     for _ in range(100):
         spool.write(bytes(1000))

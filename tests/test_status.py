@@ -1,4 +1,4 @@
-"""What a daemon tells of itself."""
+"""The status of a daemon."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class FakeHelper:
 
 
 def test_answer_is_bounded() -> None:
-    """However many commands run, and whatever their arguments are."""
+    """The number and the arguments of commands don't matter."""
     loop = Loop(Log("error", "text"))
     pool = Pool(loop, Options(socket="none"), 1024)
     ours, theirs = socket.socketpair()

@@ -1,4 +1,4 @@
-"""What is sent to the daemon, or left to it, by those who mean it ill."""
+"""Attacks on the daemon by what strangers send or leave to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ END = b"\r\n\r\n"
 
 @pytest.fixture
 def lingering() -> Iterator[Callable[[], int]]:
-    """Make TCP sockets, by their descriptors, whose last close takes 100 seconds."""
+    """Yield descriptors of TCP sockets whose last close takes 100 seconds."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

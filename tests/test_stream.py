@@ -1,4 +1,4 @@
-"""The stream engine: every event, however its bytes come, and a loss at every point."""
+"""The stream engine: every event, with its bytes in any pieces, and a loss at every point."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def lost(stream: Stream, data: bytes) -> Lost:
     return events[-1]
 
 
-# -- what is told --
+# -- events --
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000, 1 << 20])
@@ -261,7 +261,7 @@ def test_kill_of_what_has_exited_is_its_end() -> None:
 @pytest.mark.parametrize("brief", [False, True])
 @pytest.mark.parametrize("with_input", [False, True])
 def test_loss_at_every_point(reset: bool, brief: bool, with_input: bool) -> None:
-    """A request is sent again if nobody has read it, and never if somebody may have."""
+    """A request is sent again if nobody has read it, and never if somebody may have read it."""
     data = [OUT_END, ERR_END, BRIEF_END] if brief else [spawned(), OUT_END, ERR_END, exited()]
     answer = _wire.HELLO + b"".join(data)
     for at in range(len(answer)):

@@ -39,7 +39,7 @@ def test_that_waits_for_ever():
 
 
 def run(source: str, directory: Path, *under: str) -> subprocess.CompletedProcess[str]:
-    """Run a test with the conftest.py of these."""
+    """Run a test with this directory's conftest.py."""
     test = directory / "test_inner.py"
     test.write_text(source)
     options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "conftest", "-c", "/dev/null"]
@@ -48,7 +48,7 @@ def run(source: str, directory: Path, *under: str) -> subprocess.CompletedProces
 
 
 def test_ignored_and_blocked_signals_are_not_for_what_the_tests_start(tmp_path: Path) -> None:
-    """As under nohup, where those that wait for the end by a SIGHUP would wait for ever."""
+    """Under nohup, tests that wait until SIGHUP ends a command would wait for ever."""
     done = run(RESETS, tmp_path, sys.executable, "-c", IGNORING)
     assert done.returncode == 0, done.stdout
 

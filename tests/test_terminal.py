@@ -34,7 +34,7 @@ errand: Any = errand_boy  # its parameters are more than a type checker knows
 def starter(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, daemon: Daemon
 ) -> Iterator[Any]:
-    """Who has Popen and run."""
+    """The object that has Popen and run."""
     if request.param == "daemon":
         client = errand_boy.connect(daemon.path)
         yield client
@@ -55,7 +55,7 @@ def cfmakeraw(fd: int) -> None:
 
 
 def read_until(terminal: Terminal, text: Any) -> Any:
-    """Read up to where `text` has come; return all of it."""
+    """Read until `text` has come; return all output."""
     got = terminal.read(1000)
     while text not in got:
         part = terminal.read(1000)
@@ -107,7 +107,7 @@ LATE = "head -c 1000000 /dev/zero >/dev/tty; echo out; exit 3"
 
 
 def test_communicate_when_it_is_opened_late(starter: Any) -> None:
-    """More than the kernel keeps is written to it, after all that are redirected were looked at."""
+    """More than the kernel buffers is written to it, after the pipes were polled."""
     process = starter.Popen(
         ["sh", "-c", "read x; " + LATE], pty=Pty(raw=True), stdin=stdlib.PIPE,
         stdout=stdlib.PIPE, stderr=stdlib.STDOUT,
@@ -131,7 +131,7 @@ def test_communicate_when_it_is_opened_again(starter: Any, tmp_path: Path) -> No
 
 
 def test_communicate_types_when_it_is_opened(starter: Any) -> None:
-    """As what asks for a password does."""
+    """A program that asks for a password does so."""
     process = starter.Popen(
         ["sh", "-c", "read x </dev/tty; echo got $x"], pty=True, stdin=stdlib.DEVNULL,
         stdout=stdlib.PIPE, stderr=stdlib.PIPE,
@@ -349,7 +349,7 @@ def test_leaving_the_block_hangs_up(starter: Any) -> None:
 
 
 def test_end_of_the_terminal_is_not_its_loss() -> None:
-    """One that ends at the end of its input is not hung up on while it does."""
+    """A command that ends at the end of its input gets no SIGHUP meanwhile."""
     for _ in range(200):
         with errand.Popen(["cat"], pty=True) as process:
             process.terminal.eof()
@@ -367,7 +367,7 @@ def test_it_is_a_file() -> None:
 
 
 def test_background_process_that_keeps_the_terminal(starter: Any) -> None:
-    """It is read from until that ends, as a pipe is; the command's own end is told before."""
+    """Reads go on until that process ends, as with a pipe; the command's end is known before."""
     script = "trap '' HUP; { echo $$; read x; } <$1 & exit 4"
     read, write = os.pipe()
     with starter.Popen(
@@ -389,7 +389,7 @@ def test_background_process_gets_the_hang_up(starter: Any) -> None:
 
 
 def test_terminal_that_the_command_has_left() -> None:
-    """It closes it, and goes on."""
+    """It closes the terminal, and goes on."""
     script = "exec </dev/null >/dev/null 2>&1; sleep 0.2; exit 6"
     with errand.Popen(["sh", "-c", script], pty=True) as process:
         assert process.terminal.read() == b""
@@ -475,7 +475,7 @@ def test_slow_reader_holds_the_command_up_and_loses_nothing(starter: Any) -> Non
 
 
 def test_writer_waits_for_a_command_that_reads_late() -> None:
-    """More than the kernel keeps, line by line, to one that begins to read when told."""
+    """The input is more than the kernel buffers, and the command begins to read on request."""
     lines = [b"%06d\n" % i for i in range(50_000)]
     script = "kill -STOP $$; exec md5sum"
     with errand.Popen(["sh", "-c", script], pty=Pty(echo=False)) as process:
@@ -516,7 +516,7 @@ def test_many_terminals_at_once(starter: Any) -> None:
         assert len(os.listdir("/proc/self/fd")) <= before + 5
 
 
-# -- ends of others --
+# -- ends of other processes --
 
 
 def test_killed_helper_leaves_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,7 +605,7 @@ HOLDS = "sleep 1000 & echo $$ $! >$1.new; mv $1.new $1; echo shown; read x <$2; 
 
 @pytest.fixture
 def held(tmp_path: Path) -> tuple[list[str], Path, Path]:
-    """A command, the file that is there when it runs, with its pids, and a FIFO it reads from."""
+    """A command, the file with its pids that it writes when it runs, and a FIFO that it reads."""
     pids, fifo = tmp_path / "pids", tmp_path / "fifo"
     os.mkfifo(fifo)
     return ["sh", "-c", HOLDS, "sh", str(pids), str(fifo)], pids, fifo

@@ -1,4 +1,4 @@
-"""Programs that need a terminal, on a screen that pyte emulates."""
+"""Full-screen programs, on a screen that pyte emulates."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def replayed(path: Path) -> Any:
 
 
 def look(screen: Any) -> list[Any]:
-    """Return all that can be seen: characters with colours, and the cursor."""
+    """Return everything visible: characters with colours, and the cursor."""
     lines = [
         [screen.buffer[row][column] for column in range(screen.columns)]
         for row in range(screen.lines)
@@ -73,7 +73,7 @@ def look(screen: Any) -> list[Any]:
 
 
 def test_recording_is_what_was_on_the_screen(tmp_path: Path, no_daemon: None) -> None:
-    """In vim, with colours, beyond ASCII, and with another size; a player shows the same."""
+    """With vim, colours, non-ASCII text and a resize, a player shows the same."""
     find_program("vim")
     cast, text = tmp_path / "cast", tmp_path / "text.py"
     text.write_text("def first():\n    return 'größer als €'\n")

@@ -1,4 +1,4 @@
-"""errand_boy.testing: commands that tests have registered, on each way to start one."""
+"""errand_boy.testing: registered commands, for each function that starts commands."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ By = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize("by", BY)
-def test_what_is_registered(by: By, fake_commands: FakeCommands) -> None:
+def test_registered_commands_are_replaced(by: By, fake_commands: FakeCommands) -> None:
     fake_commands.register(LS, stdout="é\n", stderr=b"no\n", returncode=3)
     assert by(LS) == (3, "é\n", "no\n")
     fake_commands.register("echo $HOME | wc", stdout="shell")
@@ -92,18 +92,18 @@ def test_what_is_registered(by: By, fake_commands: FakeCommands) -> None:
 
 
 @pytest.mark.parametrize("by", BY)
-def test_what_is_not_registered(by: By, fake_commands: FakeCommands) -> None:
+def test_unregistered_commands_are_not_started(by: By, fake_commands: FakeCommands) -> None:
     fake_commands.register(["git", "status"])
     with pytest.raises(UnexpectedCommandError) as error:
         by(["true", "1"])
     text = str(error.value)
-    assert "['true', '1'] was to be started" in text
+    assert "tried to start ['true', '1']" in text
     assert "fake_commands.register(['true', '1']" in text
     assert "['git', 'status']" in text
 
 
 @pytest.mark.parametrize("by", BY)
-def test_what_is_allowed(by: By, fake_commands: FakeCommands) -> None:
+def test_allowed_commands_run(by: By, fake_commands: FakeCommands) -> None:
     fake_commands.allow(["echo", ...])
     fake_commands.allow("echo shell")
     assert by(["echo", "a", "b"]) == (0, "a b\n", "")
@@ -169,7 +169,7 @@ def test_without_the_fixture_commands_run() -> None:
     assert errand_boy.check_output(["echo", "real"]) == b"real\n"
 
 
-# -- what docs/testing.md says of others --
+# -- other mocks, as in docs/testing.md --
 
 
 def test_mocks_of_subprocess_do_not_reach_us() -> None:

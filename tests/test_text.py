@@ -41,7 +41,7 @@ def rest(sock: socket.socket) -> bytes:
 
 
 def read_to(sock: socket.socket, end: bytes) -> bytes:
-    """What it says up to `end`, which it says nothing after for now."""
+    """Read the answer up to `end`, after which nothing more may come for now."""
     said = b""
     while not said.endswith(end):
         more = sock.recv(1 << 16)
@@ -59,7 +59,7 @@ def split(answer: bytes) -> tuple[bytes, bytes, int]:
 
 
 def read_answer(sock: socket.socket) -> bytes:
-    """What it says until it closes, even if that was before it read all that was sent."""
+    """Read the answer up to the close, even if the daemon has not read everything."""
     said = bytearray()
     with sock, contextlib.suppress(ConnectionResetError):
         while more := sock.recv(1 << 16):
@@ -366,8 +366,8 @@ def test_slow_request_is_no_unfinished_one(tmp_path: Path) -> None:
         refusal(split(rest(late)))
 
 
-def test_request_has_a_time(tmp_path: Path) -> None:
-    """However often its client sends a byte."""
+def test_slow_request_is_refused(tmp_path: Path) -> None:
+    """It does not help the client to send a byte now and then."""
     with started_daemon(tmp_path, "--patience=0.2") as daemon:
         sock = connected(daemon)
         sock.sendall(b"cat" + END)
@@ -378,8 +378,8 @@ def test_request_has_a_time(tmp_path: Path) -> None:
         )
 
 
-def test_what_a_user_holds_is_bounded(daemon: Daemon) -> None:
-    """Whatever the number of his connections."""
+def test_bytes_held_for_a_user_are_bounded(daemon: Daemon) -> None:
+    """The number of connections does not matter."""
     half = b"cat" + END + bytes(60 * MIB)
     holding = [connected(daemon) for _ in range(2)]
     for sock in holding:

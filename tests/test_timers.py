@@ -1,4 +1,4 @@
-"""What is to be done at a time."""
+"""Timers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from errand_boy._timers import Timers
 
 
-def test_they_ring_in_the_order_of_their_times() -> None:
+def test_timers_ring_in_the_order_of_their_times() -> None:
     timers, rung = Timers(), []
     now = time.monotonic()
     for name, when in ("c", now - 1), ("a", now - 3), ("b", now - 2), ("d", now - 1):
@@ -21,7 +21,7 @@ def test_they_ring_in_the_order_of_their_times() -> None:
     assert 3500 < (timers.rest() or 0) <= 3600
 
 
-def test_cancelled_ones_are_not_waited_for() -> None:
+def test_cancelled_timers_are_not_waited_for() -> None:
     timers, rung = Timers(), []
     timer = timers.after(0, lambda: rung.append("cancelled"))
     timer.cancel()
@@ -31,8 +31,8 @@ def test_cancelled_ones_are_not_waited_for() -> None:
     assert not rung
 
 
-def test_cancelled_ones_are_not_kept() -> None:
-    """Whoever makes one for each connection, and cancels it, may have many of a minute from now."""
+def test_cancelled_timers_are_not_kept() -> None:
+    """A program that sets and cancels a timer for each connection may have many at a time."""
     timers, rung = Timers(), []
     for _ in range(10):
         timers.after(0, lambda: rung.append("kept"))
@@ -43,7 +43,7 @@ def test_cancelled_ones_are_not_kept() -> None:
     assert rung == ["kept"] * 10
 
 
-def test_what_an_action_raises_leaves_the_others() -> None:
+def test_exception_of_an_action_leaves_the_other_timers() -> None:
     timers, rung = Timers(), []
     timers.at(0, lambda: 1 / 0)
     timers.at(1, lambda: rung.append("second"))
@@ -53,7 +53,7 @@ def test_what_an_action_raises_leaves_the_others() -> None:
     assert rung == ["second"]
 
 
-def test_one_that_is_set_by_another() -> None:
+def test_timer_that_another_timer_sets() -> None:
     timers, rung = Timers(), []
     timers.at(0, lambda: timers.at(0, lambda: rung.append("both")))
     timers.ring()

@@ -1,4 +1,4 @@
-"""The daemon executes what is installed now in its own place, and its clients do not notice."""
+"""The daemon executes the installed version in its place, and its clients do not notice."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def upgrade(daemon: Daemon) -> None:
 
 
 def refused_upgrade(daemon: Daemon) -> str:
-    """Have the daemon fail to be upgraded, and return what it logs of that."""
+    """Expect an upgrade of the daemon to fail, and return its log message."""
     before = daemon.log().count("no upgrade")
     ask_for_upgrade(daemon)
     until(lambda: daemon.log().count("no upgrade") > before)
@@ -73,7 +73,7 @@ def refused_upgrade(daemon: Daemon) -> str:
 
 
 def open_files(pid: int) -> list[str]:
-    """Return what a process has open: the kinds, since sockets have numbers."""
+    """Return the kinds of files that a process has open, since sockets have numbers."""
     kinds = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -87,7 +87,7 @@ def sockets(files: list[str]) -> int:
 
 
 def files_at_rest(daemon: Daemon, helpers: int) -> list[str]:
-    """Return the same of a daemon without clients: their sockets are closed a little later."""
+    """Return the same for a daemon without clients, whose sockets are closed a little later."""
     files: list[str] = []
 
     def at_rest() -> bool:
@@ -136,9 +136,9 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 class Work:
-    """Commands that several clients run at the same time, until there were enough and it is over.
+    """Runs commands from several clients at the same time, until there were enough.
 
-    Each writes its number to a file, and returns what it should by that number.
+    Each command writes its number to a file, and returns a status that depends on it.
     """
 
     def __init__(self, daemon: Daemon, file: Path) -> None:
@@ -343,7 +343,7 @@ def gate(tmp_path: Path) -> Path:
 
 
 def begin_at(gate: Path, sock: socket.socket, rest: str = "true", input: bytes = b"") -> None:
-    """Have a command begin over `sock` that goes on with `rest` when the gate is written to."""
+    """Start a command over `sock`, which goes on with `rest` when the gate is written to."""
     sock.sendall(f"echo begun; cat {gate}; {rest}\r\n\r\n".encode() + input + b"\r\n\r\n")
     assert sock.recv(4) == b"\r\n0:"
 
@@ -359,7 +359,7 @@ def test_text_requests_go_on(tmp_path: Path, gate: Path) -> None:
 
 
 def test_text_request_in_parts(tmp_path: Path) -> None:
-    """Also one of which more is kept than is held in memory."""
+    """One of the requests is too large to be kept in memory."""
     lines = b"".join(b"line %d\n" % number for number in range(10_000))
     request = b"cat; echo $?\r\n\r\n" + lines + b"\r\n\r\n"
     parts = [request[:3], request[3:14], request[14:17], request[17:60_000], request[60_000:-3]]
@@ -374,7 +374,7 @@ def test_text_request_in_parts(tmp_path: Path) -> None:
 
 
 def unread(sock: socket.socket) -> int:
-    """Return how many bytes that we have sent over `sock` have not been received."""
+    """Return how many bytes sent over `sock` have not been received yet."""
     return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
@@ -407,8 +407,8 @@ def test_text_client_that_goes_after_it_ends_its_command(tmp_path: Path, gate: P
         until(lambda: not daemon.status()["commands"])
 
 
-def test_text_request_is_sent_again_after_it(tmp_path: Path) -> None:
-    """To another helper, when the first one has died without having read it."""
+def test_text_request_is_sent_again_after_the_upgrade(tmp_path: Path) -> None:
+    """It goes to another helper, after the first one has died without reading it."""
     with started_daemon(tmp_path, "--pool-size=1") as daemon, daemon.socket() as sock:
         (helper,) = daemon.helpers()
         os.kill(helper, signal.SIGSTOP)
@@ -439,8 +439,8 @@ def status_of(reply: bytes) -> dict[str, Any]:
     return status
 
 
-def test_status_that_is_asked_for(tmp_path: Path) -> None:
-    """Before the helpers have told what they do."""
+def test_status_request_during_an_upgrade(tmp_path: Path) -> None:
+    """The upgrade comes before the helpers have reported."""
     query = b"\0" + wire.frame(lib.EB_STATUS, _wire.HELLO[-4:])
     with started_daemon(tmp_path, "--pool-size=1", "--log-level=debug") as daemon:
         (helper,) = daemon.helpers()
@@ -569,8 +569,8 @@ def descriptors_of_helper(daemon: Daemon) -> int:
         return ended(connection)
 
 
-def test_without_python_it_goes_on(tmp_path: Path, package: Path) -> None:
-    """The check passes, and the exec fails all the same."""
+def test_daemon_goes_on_if_the_exec_fails(tmp_path: Path, package: Path) -> None:
+    """The check succeeds, but the exec fails."""
     replace(
         package / "errand_boy/_daemon/upgrade.py",
         "os.execv(sys.executable, ",
@@ -631,7 +631,7 @@ def test_version_of_another_protocol_has_its_own_helpers(tmp_path: Path, package
 def test_version_of_another_protocol_waits_for_text_requests(
     tmp_path: Path, package: Path, gate: Path
 ) -> None:
-    """Their helpers speak to the server. Others are served meanwhile, other texts after it."""
+    """The server speaks with their helpers. Others are served meanwhile, later texts after it."""
     with (
         daemon_of(package, tmp_path) as daemon,
         daemon.socket() as sock,

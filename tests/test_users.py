@@ -1,4 +1,4 @@
-"""The daemon of root serves each user by helpers with that user's rights, and no more."""
+"""A daemon of root serves each user through helpers with only that user's rights."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def told(daemon: Daemon, uid: int, line: bytes) -> bytes:
-    """Return the whole answer to a text client that is user `uid`."""
+    """Return the complete answer to a text client of user `uid`."""
     with acting_as(uid, uid, [uid]):
         sock = daemon.socket()
     with sock:
@@ -214,7 +214,7 @@ def helpers(daemon: Daemon) -> list[dict[str, int]]:
 
 
 def test_connections_for_which_a_stopped_helper_has_no_room_are_counted(public_dir: Path) -> None:
-    """They stay open in the server; of its descriptors a user has a quarter."""
+    """They stay open in the server, where a user may have a quarter of the descriptors."""
     under = ["prlimit", "--nofile=200"]
     with open_daemon(public_dir, "--pool-size=1", under=under) as daemon:
         connections = [connect_as(daemon, FIRST)]
@@ -265,7 +265,7 @@ def test_daemon_that_cannot_change_ids_says_so(public_dir: Path, capability: str
 
 
 def test_daemon_needs_few_capabilities(public_dir: Path) -> None:
-    """Those that docs/deployment.md leaves to it."""
+    """These are the ones in docs/deployment.md."""
     under = ["setpriv", "--no-new-privs", "--bounding-set=-all,+setuid,+setgid,+kill"]
     with open_daemon(public_dir, under=under) as daemon:
         assert b"\r\n0:12345\n\r\n1:" in told(daemon, FIRST, b"id -u")
@@ -280,7 +280,7 @@ def test_daemon_needs_few_capabilities(public_dir: Path) -> None:
 
 
 def test_signals_are_sent_with_the_users_rights(public_dir: Path) -> None:
-    """A set-user-ID program that has become root altogether is not the user's to end."""
+    """The user may not end a set-user-ID program that has become root completely."""
     program = public_dir / "setpriv"
     shutil.copy("/usr/bin/setpriv", program)
     program.chmod(0o4755)
@@ -310,7 +310,7 @@ def test_signals_are_sent_with_the_users_rights(public_dir: Path) -> None:
 def test_helper_taken_over_by_its_user_harms_that_user_only(
     public_dir: Path, nonsense: bytes
 ) -> None:
-    """It may be traced by its user, and so say what that user likes."""
+    """Its user may trace it, and so make it say anything."""
     with open_daemon(public_dir, "--pool-size=1") as daemon:
         mine, theirs = connect_as(daemon, FIRST), connect_as(daemon, SECOND)
         pid = spawn(theirs, "/bin/sleep", "100")
@@ -331,7 +331,7 @@ def test_helper_taken_over_by_its_user_harms_that_user_only(
 
 
 def test_report_is_not_longer_than_connections_explain(public_dir: Path) -> None:
-    """Of a million commands, say, to read which would hold up everybody."""
+    """A report of a million commands, for example, would delay everybody."""
     with open_daemon(public_dir, "--pool-size=1") as daemon:
         connection = connect_as(daemon, FIRST)
         pid = spawn(connection, "/bin/sleep", "100")
@@ -347,7 +347,7 @@ def test_report_is_not_longer_than_connections_explain(public_dir: Path) -> None
 
 
 def test_helper_speaks_for_its_own_connections_only(public_dir: Path) -> None:
-    """It may say of another's command that it has ended, say, where commands are limited."""
+    """For example, where commands are limited, it might say that another's command has ended."""
     with open_daemon(public_dir, "--pool-size=1", "--max-processes=1") as daemon:
         running = connect_as(daemon, SECOND)
         pid = spawn(running, "/bin/sleep", "100")
@@ -470,7 +470,7 @@ def test_commands_of_a_killed_helper_end_if_they_were_to(public_dir: Path, uid: 
 
 
 def test_helper_of_one_user_has_no_say_over_commands_of_another(public_dir: Path) -> None:
-    """Its user may write to its file of counters what he likes."""
+    """Its user may write anything to its file of counters."""
     with open_daemon(public_dir, "--pool-size=1") as daemon:
         mine, theirs = connect_as(daemon, FIRST), connect_as(daemon, SECOND)
         pids = [spawn(connection, "/bin/sleep", "100") for connection in (mine, theirs)]
@@ -511,7 +511,7 @@ def test_helpers_of_a_user_are_bounded(public_dir: Path) -> None:
 
 
 def test_end_of_a_helper_whose_socket_somebody_keeps(public_dir: Path) -> None:
-    """Its last words are read, and those of others behind them not for ever."""
+    """Its last frames are read, but later ones from others not for ever."""
     with open_daemon(public_dir, "--pool-size=1") as daemon:
         connection = connect_as(daemon, FIRST)
         pid = spawn(connection, "/bin/sleep", "100")
@@ -545,7 +545,7 @@ def test_no_new_privs_is_for_all(public_dir: Path) -> None:
 
 @pytest.mark.parametrize("nice", [0, 5])
 def test_priority_is_the_servers_alone(public_dir: Path, nice: int) -> None:
-    """Unless the administrator has said another one, which is everybody's then."""
+    """If the administrator sets another niceness, it applies to all processes."""
     options = [f"--allow-uid={FIRST}", "--pool-size=1"]
     under = ["nice", f"-n{nice}"]
     with started_daemon(public_dir, *options, under=under, start_new_session=True) as daemon:

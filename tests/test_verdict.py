@@ -1,4 +1,4 @@
-"""What results say: why a command has ended, how long it took, what it used."""
+"""Results say why a command ended, how long it took and what it used."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_before_the_end() -> None:
     check(process, "exit")
 
 
-def test_own_signal_and_anothers() -> None:
+def test_own_signals_and_those_of_others_are_told_apart() -> None:
     with Popen(["sleep", "1000"]) as process:
         process.terminate()
     check(process, "client")
@@ -108,7 +108,7 @@ def test_own_signal_and_anothers() -> None:
     check(process, "signal")
 
 
-def test_timeouts_and_failures_tell(spawn: str, client: Any) -> None:
+def test_timeouts_and_failures_have_a_cause(spawn: str, client: Any) -> None:
     command = ["sh", "-c", "echo so far; exec sleep 1000"]
     for function in run, client.run:
         with pytest.raises(subprocess.TimeoutExpired) as caught:
@@ -135,7 +135,7 @@ def test_usage_is_the_commands(spawn: str) -> None:
     assert done.peak_memory > 100 << 20
 
 
-def test_somebody_else_waits_for_it() -> None:
+def test_command_that_somebody_else_has_waited_for() -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         done = run(["true"])

@@ -44,7 +44,7 @@ class Terminal:
         return "\n".join(line.rstrip() for line in self._screen.display)
 
     def read_until(self, *wanted: str, without: str | None = None) -> str:
-        """Take what comes until all of these are on the screen."""
+        """Read until all of these texts are on the screen."""
         end = time.monotonic() + PATIENCE
         while not (
             all(text in self.text for text in wanted)

@@ -1,4 +1,4 @@
-"""The C parser of requests against errand_boy._wire: what one encodes, the other reads."""
+"""The C parser of requests against errand_boy._wire, which encodes them."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_environment_of_a_mebibyte(program: Path) -> None:
 
 
 def test_most_strings(program: Path) -> None:
-    """Each of the two lists here has a NULL at its end; one more string is one too many."""
+    """Each of the two lists ends in NULL; one more string is too many."""
     most = lib.EB_MAX_STRINGS - 3
     values = [b""] * most
     seen = understood(program, EXECUTABLES, _wire.strings(lib.EB_TAG_ARGV, values))
@@ -288,7 +288,7 @@ def test_reader_and_writer_keep_their_bounds(program: Path) -> None:
 
 
 def test_every_truncation_is_answered(program: Path) -> None:
-    """Whole options may be missing at the end, but neither of the two that are required."""
+    """Complete options may be missing at the end, but not the two required ones."""
     good, errors, refused = map(int, run(program, WHOLE, "truncate").split())
     assert good == len(OPTIONS) - 2
     assert errors == 0

@@ -1,6 +1,6 @@
 """Programs of users, for mypy and pyright, both strict: nothing here is run.
 
-What must be an error is ignored by its code, and both complain of an ignored error that is none.
+Expected errors are ignored by their codes, and both complain about unused ignores.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One client of the wire: frames as bytes, replies, connections, and helpers to connect to.
+"""A client of the protocol: frames as bytes, replies, connections, and helpers to connect to.
 
-The replies are taken apart here, not by the library: what one side gets wrong, both could.
+It parses replies without the library, since both sides could have the same mistake.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def strings(tag: int, *values: str) -> bytes:
 
 
 def request(*argv: str, options: Sequence[bytes] = (), targets: Sequence[int] = ()) -> bytes:
-    """A request that says nothing of signals and limits."""
+    """A request without signals and limits."""
     parts = [
         strings(lib.EB_TAG_EXECUTABLES, argv[0]),
         strings(lib.EB_TAG_ARGV, *argv),
@@ -63,12 +63,12 @@ def request(*argv: str, options: Sequence[bytes] = (), targets: Sequence[int] = 
 
 
 def spawn(*argv: str, targets: Sequence[int] = ()) -> bytes:
-    """A request as clients send it: the helper's own signals are all blocked."""
+    """A request as clients send it, since the helper itself blocks all signals."""
     return request(*argv, options=[option(lib.EB_TAG_SIGMASK, bytes(8))], targets=targets)
 
 
 def slow(program: str, tries: int = 200_000, options: Sequence[bytes] = ()) -> bytes:
-    """A request whose exec takes tenths of a second: many names are tried in vain."""
+    """A request whose exec takes tenths of a second, because it tries many missing names."""
     names = [*["/-"] * tries, program]
     argv = strings(lib.EB_TAG_ARGV, "slow")
     return frame(lib.EB_SPAWN, strings(lib.EB_TAG_EXECUTABLES, *names), argv, *options)
@@ -139,7 +139,7 @@ def decode(kind: int, payload: bytes) -> Reply:
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Our end of a connection, and the helper's: a private one wants to know who sends."""
+    """Our end of a connection, and the helper's. A private helper checks who sends."""
     ours, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return ours, theirs
@@ -252,14 +252,14 @@ class Helper:
         return client
 
     def part(self, client: Client) -> None:
-        """Close a connection, and take notice of what the helper says of that."""
+        """Close a connection, and expect the helper to report it."""
         client.sock.close()
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def comes_to(self, descriptors: int) -> bool:
-        """Whether its descriptors become so many; what it is told of is not done at once."""
+        """Return whether its descriptors become this many, since it acts a little later."""
         return until(lambda: self.descriptors() == descriptors)
 
     def cpu_seconds(self) -> float:
@@ -280,7 +280,7 @@ class Helper:
 
 
 def ids() -> tuple[int, ...]:
-    """What becomes of our ids, real, effective and saved, when a program is executed."""
+    """Our real, effective and saved ids after an exec."""
     (uid, euid, _), (gid, egid, _) = os.getresuid(), os.getresgid()
     return uid, euid, euid, gid, egid, egid
 
@@ -290,7 +290,7 @@ AnyHelper = TypeVar("AnyHelper", bound=Helper)
 
 @contextmanager
 def sound(helper: AnyHelper) -> Iterator[AnyHelper]:
-    """A helper that must have lost nothing, and must come to its normal end, after the block."""
+    """A helper that, after the block, must have lost nothing and must end normally."""
     try:
         first = helper.connect()  # it has all that it works with when it says HELLO
         before = helper.descriptors() - 1
@@ -374,7 +374,7 @@ class Pool(Helper):
             assert self.control.frame() == (kind, u32(number))
 
     def silent(self) -> bool:
-        """Whether it says nothing but what it is asked: a round trip through its loop."""
+        """Return whether it sends only its answer, after a round trip through its loop."""
         self.tell(lib.EB_QUERY)
         return bool(self.control.frame()[0] == lib.EB_REPORT)
 
@@ -463,7 +463,7 @@ def ended(client: Client) -> int:
 def output(
     client: Client, *argv: str, options: Sequence[bytes] = (), fds: Sequence[int] = ()
 ) -> str:
-    """What a command writes; more descriptors, such as a directory's, come after its output's."""
+    """Return a command's output; more descriptors, as for a directory, follow its output's."""
     read, write = os.pipe()
     with open(read) as stream:
         try:
@@ -476,7 +476,7 @@ def output(
 
 
 def gone(pid: int) -> bool:
-    """Whether the process ends. An orphan, which has become ours, is waited for."""
+    """Return whether the process ends. If it is an orphan that we have adopted, reap it."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -495,7 +495,7 @@ def on_close(milliseconds: int) -> bytes:
 
 
 def unread(client: Client) -> int:
-    """How many bytes that the client sent lie in its socket's queue."""
+    """How many bytes that the client has sent are still in its socket's queue."""
     siocoutq = 0x5411
     return int(struct.unpack("i", fcntl.ioctl(client.sock, siocoutq, bytes(4)))[0])
 
@@ -531,7 +531,7 @@ def converse(
     open_streams = {kind for bit, kind in ((2, lib.EB_STDOUT), (4, lib.EB_STDERR)) if streams & bit}
     window, status, at = lib.EB_WINDOW, None, 0
     while open_streams or status is None:
-        # Who waits to send, and does not read meanwhile, may wait for ever.
+        # A client that waits to send, and does not read meanwhile, may wait for ever.
         sending = [client.sock] if data is not None and (window or at == len(data)) else []
         readable, _, _ = select.select([client.sock], sending, [], PATIENCE)
         if sending and not readable:

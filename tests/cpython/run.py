@@ -3,9 +3,9 @@
     python tests/cpython/run.py [--stdlib] [SUITE]... [-v] [-k PATTERN]...
 
 Suites: `subprocess` and `asyncio` have errand_boy.Popen as subprocess.Popen; `asyncio-loop` and
-`uvloop` have errand_boy.asyncio in the place of how asyncio, or uvloop, starts a process.
-ERRAND_BOY_SPAWN=helper has the commands started by a helper.
-With --stdlib nothing is replaced or excluded: what fails then is the machine's doing.
+`uvloop` start processes through errand_boy.asyncio instead of asyncio or uvloop.
+With ERRAND_BOY_SPAWN=helper, a helper starts the commands.
+With --stdlib nothing is replaced or excluded: failures are then the machine's fault.
 Exit status 1 if a test fails, 77 if this Python is installed without its `test` package, or uvloop.
 """
 
@@ -44,7 +44,7 @@ SUITES = {
 
 
 class Named(NamedTuple):
-    """One test of one suite, in each Python from `since` on, before `until`, and why it is named.
+    """A test of a suite, in each Python from `since` on and before `until`, and why it is named.
 
     Both are compared with sys.version_info: with two numbers, or with three for a patch release.
 
@@ -63,8 +63,8 @@ class Named(NamedTuple):
         return self.suite == suite and self.since <= sys.version_info < self.until
 
 
-# Tests that put a mock in the place of the code that errand_boy.Popen replaces: they can't pass,
-# since their mock is never called. Python 3.10 has a test__use_vfork without a mock, which is run.
+# Tests that mock the code that errand_boy.Popen replaces. They can't pass, since their mock is
+# never called. Python 3.10 has a test__use_vfork without a mock, which runs.
 EXCLUDED = (
     Named(
         "subprocess",
@@ -153,8 +153,8 @@ EXCLUDED = (
     ),
 )
 
-# Tests that start their commands from a Python interpreter of their own. It is made to replace
-# Popen too: otherwise they would pass without having met errand_boy.
+# Tests that start their commands from their own Python interpreter. That one replaces Popen too:
+# otherwise they would pass without using errand_boy.
 REPLACED_IN_CHILD = (
     Named("subprocess", "test_stdout_none", (3, 10), "stdout is passed on by a child"),
     Named("subprocess", "test_issue8780", (3, 10), "stdout is passed on by a child"),
@@ -221,7 +221,7 @@ def method_name(test: unittest.TestCase) -> str:
 
 
 def check_names(suite: str, module: ModuleType) -> list[str]:
-    """Complaints about tests that are named for this Python, which does not have them."""
+    """Return complaints about named tests that this Python does not have."""
     cases = [c for c in vars(module).values() if isinstance(c, type)]
     return [
         f"{named.test} is named for this Python, but {module.__name__} does not have it"
@@ -232,7 +232,7 @@ def check_names(suite: str, module: ModuleType) -> list[str]:
 
 
 def without_silent_fallback(execute_child: Callable[..., None]) -> Callable[..., None]:
-    """The standard library's start of a child, refused where errand_boy has no reason to use it."""
+    """Refuse the standard library's start of a child where errand_boy has no reason to use it."""
     signature = inspect.signature(execute_child)
 
     @functools.wraps(execute_child)
@@ -245,7 +245,7 @@ def without_silent_fallback(execute_child: Callable[..., None]) -> Callable[...,
 
 
 def start_helper(errand_boy: Any) -> None:
-    """Have the helper that the environment asks for, which is one more child and a descriptor."""
+    """Start the helper that the environment asks for, which is one more child and a descriptor."""
     if os.environ.get("ERRAND_BOY_SPAWN") == "helper":  # some tests compare before and after
         errand_boy.start()
 
@@ -275,7 +275,7 @@ def use_uvloop(undo: ExitStack, replaced: bool) -> None:
     uvloop: Any = importlib.import_module("uvloop")
     standard: Any = asyncio.SelectorEventLoop
     methods = ("subprocess_exec", "subprocess_shell", "_make_subprocess_transport")
-    # What the tests and asyncio's own methods look at in a loop.
+    # What the tests and asyncio's own methods use of a loop.
     loop: Any = type("Loop", (uvloop.Loop,), {"_debug": False, "_default_executor": None})
     if replaced:
         for name in methods:
@@ -289,7 +289,7 @@ def use_uvloop(undo: ExitStack, replaced: bool) -> None:
 
 
 def replace_in_child(test: unittest.TestCase) -> None:
-    """Let interpreters that `test` starts replace Popen too."""
+    """Make interpreters that `test` starts replace Popen too."""
     errand_boy: Any = importlib.import_module("errand_boy")
     name = method_name(test)
     method = getattr(test, name)
@@ -307,7 +307,7 @@ def replace_in_child(test: unittest.TestCase) -> None:
 
 
 def run(suite: str, arguments: argparse.Namespace) -> bool:
-    """Run one suite, print the summary, and tell whether all is well."""
+    """Run one suite, print the summary, and return whether all is well."""
     module = importlib.import_module(SUITES[suite])
     support: Any = importlib.import_module("test.support")
     os_helper: Any = importlib.import_module("test.support.os_helper")

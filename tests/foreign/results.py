@@ -1,7 +1,7 @@
-"""A plugin of pytest: writes down what becomes of each test, and fails one that does not end.
+"""A pytest plugin that records the outcome of each test, and fails tests that do not end.
 
 Each line is a test's id, its outcome ("started", "failed", "skipped" or "ended") and a text. The
-first one has no id, and tells the module of subprocess.Popen.
+first one has no id, and names the module of subprocess.Popen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 _RESULTS = Path(os.environ["SUITE_RESULTS"])
 _LONGEST_TEST = float(os.environ["SUITE_LONGEST_TEST"])  # seconds
-_AGAIN = 5.0  # seconds, for what a test does when it fails
+_AGAIN = 5.0  # seconds that a failing test gets for its clean-up
 
 
 def _write(test: str, outcome: str, text: str = "") -> None:

@@ -22,7 +22,7 @@ MOST_DOUBTFUL = 5  # tests
 
 
 class Results(NamedTuple):
-    """What became of the tests, by id."""
+    """The outcomes of the tests, by id."""
 
     popen: str  # the module of subprocess.Popen there
     running: str  # the test that was running last, if it has no result
@@ -39,7 +39,7 @@ class Results(NamedTuple):
 
 
 def read(path: Path) -> Results:
-    """Read what the plugin `results` has written."""
+    """Read the file of the plugin `results`."""
     popen = running = ""
     failed: dict[str, str] = {}
     skipped: set[str] = set()
@@ -92,7 +92,7 @@ def run_pytest(
         }
         command = [sys.executable, "-m", "pytest", "-p", "results", "-p", "no:cacheprovider"]
         command += ["-c", "pytest.ini", "-q", "--tb=short", "-W", "ignore", *arguments]
-        # A file, not a pipe: what a test has left behind would hold it open.
+        # A file, not a pipe: a process that a test leaves behind would hold it open.
         with (Path(name) / "output").open("w+", errors="replace") as output:
             process = subprocess.Popen(
                 command,

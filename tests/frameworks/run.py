@@ -3,8 +3,8 @@
     python tests/frameworks/run.py [--original] (gevent | eventlet) [PATH]
 
 gevent's are in its wheel; eventlet's are not: PATH is an unpacked sdist (or $EVENTLET_SDIST). Each
-file runs in an interpreter of its own. With --original nothing is replaced or excluded: what fails
-then is the machine's doing. Exit status 1 if a test fails, 77 if the tests are not there.
+file runs in its own interpreter. With --original nothing is replaced or excluded: failures are then
+the machine's fault. Exit status 1 if a test fails, 77 if the tests are missing.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def eventlet_files(sdist: str | None) -> list[Path]:
 
 
 def run(framework: str, path: Path, original: bool) -> bool:
-    """Run one file, print what it says, and tell whether all is well."""
+    """Run one file, print its output, and return whether all is well."""
     program = RUN_FILE if framework == "gevent" else RUN_FUNCTIONS
     source = program if original else REPLACE[framework] + program
     excluded = [] if original else [excluded.test for excluded in EXCLUDED]
@@ -112,7 +112,7 @@ def run(framework: str, path: Path, original: bool) -> bool:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(places),
-        "PYTHONWARNINGS": "ignore",  # eventlet's own, of its age, would be unexpected output
+        "PYTHONWARNINGS": "ignore",  # eventlet's warnings about its age would be unexpected output
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     try:

@@ -14,8 +14,8 @@ LONGEST = 70  # seconds
 
 
 def run_suite(framework: str, directory: Path) -> None:
-    """Fail if the framework's tests do, or skip if they are not there."""
-    # Not a pipe: a command that a test has left behind would hold it open.
+    """Fail if the framework's tests fail; skip if they are missing."""
+    # Not a pipe: a command that a test leaves behind would hold it open.
     output = directory / "output"
     with output.open("w") as stream:
         returncode = subprocess.call(

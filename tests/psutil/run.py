@@ -3,9 +3,9 @@
     python tests/psutil/run.py [SDIST] [--timeout SECONDS] [-k EXPRESSION]
 
 SDIST is the unpacked sdist (or $PSUTIL_SDIST) of the psutil that is installed, as is pytest. The
-tests run twice, first with nothing replaced: what fails then is the machine's doing. The exit
-status is 1 if a test fails in the second run only, or if that run does not end in time; 77 if the
-tests are not there.
+tests run twice, first with nothing replaced: failures are then the machine's fault. The exit
+status is 1 if a test fails only in the second run, or if that run does not end in time; 77 if the
+tests are missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LONGEST_TEST = 30  # seconds; the slowest takes five
 IN_PLACE = "with errand_boy in place"
 
 # They look at /proc/PID/cmdline right after the start. The kernel fills it microseconds after the
-# exec, so at first it is empty in nine looks of ten, with subprocess as with errand_boy.
+# exec, so at first it is empty nine times out of ten, with subprocess as with errand_boy.
 RACES = ("test_cmdline", "test_long_cmdline", "test_proc_cmdline")
 
 # It looks for leaks of memory in psutil's C functions, with one more package (psleak), and not at
@@ -40,7 +40,7 @@ LEFT_OUT = ("test_memleaks.py",)
 def copy(sdist: Path, to: Path) -> None:
     """Copy all but the package, which is not built there, and would be imported."""
     shutil.copytree(sdist, to, ignore=lambda path, _: {"psutil"} if Path(path) == sdist else ())
-    # In place of psutil's own options, which need more plugins.
+    # Instead of psutil's own options, which need more plugins.
     (to / "pytest.ini").write_text("[pytest]\n")
 
 

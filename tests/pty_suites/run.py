@@ -4,8 +4,8 @@
 
 SDISTS is a directory (or $PTY_SDISTS) with the unpacked sdists of the ptyprocess and the pexpect
 that are installed, as is pytest. The tests run twice, at the same time, once with nothing patched:
-what fails then is the machine's doing. They mostly sleep, so each run has several processes. The
-exit status is 1 if a test fails under the patch only; 77 if the tests are not there.
+failures are then the machine's fault. They mostly sleep, so each run has several processes. The
+exit status is 1 if a test fails only under the patch; 77 if the tests are missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LONGEST_TEST = 60  # seconds; the slowest takes twenty
 PROCESSES = 6
 PACKAGES = "ptyprocess", "pexpect"
 
-# They time a whole sleeping shell, or pexpect's reading of megabytes: nothing of a start's.
+# They time a sleeping shell, or how pexpect reads megabytes, but not starts.
 LEFT_OUT = ("test_performance.py",)
 
 
@@ -41,7 +41,7 @@ def copy(sdist: Path, package: str, to: Path) -> None:
     """Copy all but the package, since the one that is installed is to be imported."""
     shutil.copytree(sdist, to, ignore=lambda path, _: {package} if Path(path) == sdist else ())
     (to / "pytest.ini").write_text("[pytest]\n")
-    # Python 3.13 has no unittest.makeSuite, which some files call, and nothing here needs.
+    # Python 3.13 has no unittest.makeSuite. Some files call it, but nothing here needs it.
     (to / "conftest.py").write_text("import unittest\nunittest.makeSuite = lambda *_: None\n")
 
 
@@ -49,7 +49,7 @@ _port = Lock()
 
 
 def in_turn(group: str) -> Any:
-    """Return a lock for tests that listen at a port of their own: one at a time."""
+    """Return a lock for tests that listen at a fixed port, so that they run one at a time."""
     return _port if "socket" in group else contextlib.nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Patches an interpreter that has this directory on its path, and has it fork for nothing else."""
+"""Patches an interpreter that has this directory on its path, and forbids it all other forks."""
 
 import sys
 from types import FrameType
