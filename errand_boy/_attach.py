@@ -120,7 +120,8 @@ class Attached:
     @property
     def is_begun(self) -> bool:
         """Whether it is attached now or was before."""
-        return (self._course.has_begun and self._past is None) or self.is_over
+        is_served = self._course.has_begun and self._course.follower.is_served
+        return (is_served and self._past is None) or self.is_over
 
     def _feed(self, data: bytes) -> None:
         self._check_writes()

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -19,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, script_environment, until
+from conftest import PATIENCE, has_ended, script_environment, until
 from daemon import Daemon, acting_as, started_daemon
 from errand_boy._native import lib
 from jobs import files, keeper_of, keepers, keeping_jobs, text
@@ -203,6 +204,23 @@ def test_who_keeps_removed_output_open_keeps_no_room(tmp_path: Path) -> None:
 
 
 # A keeper that has been stopped by its user
+
+
+def test_end_while_the_daemon_can_open_nothing(tmp_path: Path) -> None:
+    """The journal is read when that is possible again; the job is not taken for one without any."""
+    with keeping_jobs(tmp_path, "--log-level", "debug") as (daemon, client):
+        job = client.start(["sh", "-c", "read x; echo word; exit 3"], stdin=-1)
+        keeper = keeper_of(job)
+        with job.attach(history=True) as attachment:
+            limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+            attachment.write(b"\n")
+            assert attachment.read() == b"word\n"
+        until(lambda: has_ended(keeper.pid))
+        until(lambda: "a job's journal" in daemon.log())
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert job.wait(PATIENCE).returncode == 3
+        assert text(job) == b"word\n"
 
 
 def test_who_waits_for_a_stopped_keeper_and_goes_is_forgotten(tmp_path: Path) -> None:

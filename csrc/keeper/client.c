@@ -53,7 +53,7 @@ bool eb_client_is_blocked(const struct eb_client *c)
 /* A send fails when the peer has gone, or when memory is short; then a part of a frame may be missing. */
 static void stop_sending(struct eb_client *c)
 {
-    c->broken = errno == ENOMEM;
+    c->broken = errno != EPIPE && errno != ECONNRESET;
     c->deaf = true;
     free(c->channel.out);
     c->channel.out = NULL;

@@ -205,11 +205,11 @@ class Files:
 
         The returned descriptor of the journal, and its copies, hold the lock.
         """
-        journal = os.open(
-            f"{number}.job", os.O_WRONLY | os.O_APPEND | _NEW, 0o600, dir_fd=self.state
-        )
-        ring, listener = -1, socket.socket(socket.AF_UNIX)
+        journal = ring = -1
+        listener = socket.socket(socket.AF_UNIX)
         try:
+            flags = os.O_WRONLY | os.O_APPEND | _NEW
+            journal = os.open(f"{number}.job", flags, 0o600, dir_fd=self.state)
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(journal, _line(entry))
             for kind in "ring", "sock":  # from before the number was lost on disk
@@ -220,11 +220,12 @@ class Files:
             listener.bind(self._socket_path(number))
             listener.listen(_BACKLOG)
         except BaseException:
-            os.close(journal)
-            if ring >= 0:
-                os.close(ring)
+            for fd in journal, ring:
+                if fd >= 0:
+                    os.close(fd)
             listener.close()
-            self.remove(number)
+            if journal >= 0:  # the others are not another job's
+                self.remove(number)
             raise
         return New(journal, ring, listener)
 
@@ -238,8 +239,11 @@ class Files:
         return {**_checked_entry(data), "id": number, "uid": self.uid}
 
     def is_held(self, number: int) -> bool:
-        """Return whether the keeper of a job is alive. Raises OSError."""
-        fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self.state)
+        """Return whether the keeper of a job lives, as far as its journal tells. Raises OSError."""
+        try:
+            fd = os.open(f"{number}.job", os.O_RDONLY | _OLD, dir_fd=self.state)
+        except FileNotFoundError:  # somebody has removed it
+            return False
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -381,6 +385,7 @@ _LATER: dict[str, Callable[[object], bool]] = {
     "pid": _is_pid,
     "keeper": _is_pid,
     "ended": _is_time,
+    "duration": _is_time,
     "status": _is_status,
     "usage": _numbers(9),
     "tree": _numbers(4),

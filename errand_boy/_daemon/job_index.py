@@ -184,7 +184,7 @@ class Index:
             if is_held:
                 self.watch(user, job, entry.get("keeper"))
             else:
-                self._finish(user, job)
+                self._look(user, job, _LOOK)
         self._users[uid] = user
         self._prune(user)
         return user
@@ -224,25 +224,28 @@ class Index:
 
     def _look(self, user: User, job: Job, seconds: float) -> None:
         """Check whether the keeper has ended. A process that it has just made may hold the lock."""
-        is_held = False  # as if its journal had been removed
-        with suppress(OSError):
-            is_held = user.files.is_held(job.number)
-        if is_held:
-            self._look_later(user, job, min(2 * seconds, _LONGEST_LOOK))
-            return
-        self._finish(user, job)
-        self._prune(user)
+        try:
+            if not user.files.is_held(job.number):
+                self._finish(user, job)
+                self._prune(user)
+                return
+        except OSError as error:  # for lack of descriptors, say
+            self._loop.log.debug("a job's journal", id=job.number, error=error.strerror)
+        self._look_later(user, job, min(2 * seconds, _LONGEST_LOOK))
 
     def _finish(self, user: User, job: Job) -> None:
-        """Record that a job is over."""
+        """Record that a job is over. Raises OSError if its journal can't be read now."""
         files, number = user.files, job.number
         job.is_held = False
-        files.leave(number)
         try:
-            entry = self.entry(user, job)
-        except JobsError:  # somebody has removed its journal
+            entry = self._entry(user, job)
+        except FileNotFoundError:  # somebody has removed it
             self.remove(user, job)
             return
+        except OSError:
+            job.is_held = True
+            raise
+        files.leave(number)
         now = round(time.time(), 6)
         job.over_at = entry.get("ended", entry.get("seen", now))
         if "seen" not in entry:
@@ -286,11 +289,14 @@ class Index:
         del user.jobs[job.number]
 
     def entry(self, user: User, job: Job) -> dict[str, Any]:
-        """Return what clients get to know about a job."""
+        """Return what clients get to know about a job. Raises JobsError."""
         try:
-            entry = user.files.read(job.number)
+            return self._entry(user, job)
         except OSError as error:
             raise JobsError(f"the journal of job {job.number}: {error.strerror}") from None
+
+    def _entry(self, user: User, job: Job) -> dict[str, Any]:
+        entry = user.files.read(job.number)
         if entry.keys() >= {"ended", "status", "usage"}:
             entry["state"] = "ended"
             entry.pop("why", None)
