@@ -41,7 +41,7 @@ class JobResult(subprocess.CompletedProcess[None]):
     @property
     def duration(self) -> float:
         """How long the job took, in seconds."""
-        return max(0.0, float(self._entry["ended"] - self._entry["started"]))
+        return float(self._entry.get("duration", 0.0))
 
     @property
     def rusage(self) -> resource.struct_rusage:
@@ -148,6 +148,7 @@ class Chooser:
         if isinstance(event, Output):
             if self._since is not None and event.time < self._since:
                 return []
+            self._since = None  # all further output came later, even if the clock was set back
         elif not isinstance(event, Missed):
             return []
         if self._tail is None:

@@ -33,7 +33,7 @@ def keeper(tmp_path: Path) -> Iterator[Keeper]:
 
 
 def test_output_is_kept_and_the_end_is_noted(keeper: Keeper) -> None:
-    before = time.time()
+    before, begun = time.time(), time.monotonic()
     pid = keeper.start(shell("echo out; echo err >&2; exit 3"))
     assert keeper.is_locked()
     keeper.starter.send(follow(flags=ON))
@@ -47,6 +47,7 @@ def test_output_is_kept_and_the_end_is_noted(keeper: Keeper) -> None:
     assert entry["cause"] == lib.EB_CAUSE_NONE
     assert (entry["bytes"], entry["lost"]) == ([4, 4], [0, 0])
     assert before <= entry["ended"] <= time.time()
+    assert 0 <= entry["duration"] <= time.monotonic() - begun
     assert not {"tree", "log_lost", "failed"} & entry.keys()
     kept = keeper.kept()
     assert kept == pieces

@@ -27,6 +27,7 @@ import errand_boy
 import errand_boy.asyncio
 from errand_boy import JobError, NoJobError, _status
 from errand_boy._client import Client
+from errand_boy._job_known import Chooser
 from errand_boy._jobs import Job, Missed, Output
 
 PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
@@ -111,6 +112,13 @@ def test_order_of_streams_and_times(client: Client) -> None:
     assert times == sorted(times)
     assert before - 1 < times[0] <= times[-1] < time.time() + 1
     assert [p for p in job.logs(since=times[2])] == pieces[2:]
+
+
+def test_clock_that_is_set_back() -> None:
+    """What is written after what was asked for is wanted, whatever the clock says then."""
+    chooser = Chooser(100.0, None)
+    pieces = [Output(1, seconds, b"x") for seconds in (99.0, 101.0, 50.0)]
+    assert [event for piece in pieces for event in chooser.take(piece)] == pieces[1:]
 
 
 @pytest.mark.parametrize("follow", [False, True])

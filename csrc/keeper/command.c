@@ -36,6 +36,7 @@ static struct run {
     bool ends_group;        /* what is left of the command's process group gets SIGKILL */
     unsigned full_reads[3]; /* in a row */
     bool enlarged[3];       /* whether the pipe is enlarged */
+    uint64_t begun_ms;      /* of eb_now_ms */
     bool has_ended;         /* whether `child` has been waited for, with this result: */
     int status;
     struct rusage usage;
@@ -122,7 +123,7 @@ static unsigned ringed(const struct eb_request *q)
 static void begin(struct eb_client *c)
 {
     int ends[3] = {-1, -1, -1};
-    run = (struct run){.was_hidden = false};
+    run = (struct run){.begun_ms = eb_now_ms()};
     if (eb_has(&request, EB_TAG_UMASK))
         umask(request.umask); /* for the log too */
     if (!eb_log_open()) {
@@ -274,7 +275,7 @@ static const char *cause_of(enum eb_cause cause, int status)
 
 static void note(const struct eb_end *end, const struct eb_tree_usage *tree)
 {
-    const uint64_t now_us = eb_clock_ns(CLOCK_REALTIME) / 1000, *u = end->usage;
+    const uint64_t now_us = eb_clock_ns(CLOCK_REALTIME) / 1000, ms = eb_now_ms() - run.begun_ms, *u = end->usage;
     char more[192] = "";
     int size = 0;
     if (keeper.start.supervisor != NULL)
@@ -282,11 +283,13 @@ static void note(const struct eb_end *end, const struct eb_tree_usage *tree)
                         tree->user_us, tree->system_us, tree->peak, tree->processes);
     if (eb_log_lost() != NULL)
         (void)snprintf(more + size, sizeof more - (size_t)size, ", \"log_lost\": %" PRIu64, *eb_log_lost());
-    (void)eb_journal_add("{\"ended\": %" PRIu64 ".%06" PRIu64 ", \"status\": %d, \"cause\": %d, \"usage\": [%" PRIu64
-                   ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64
-                   ", %" PRIu64 "], \"bytes\": [%" PRIu64 ", %" PRIu64 "], \"lost\": [%" PRIu64 ", %" PRIu64 "]%s}",
-                   now_us / 1000000, now_us % 1000000, end->status, (int)tree->cause, u[0], u[1], u[2], u[3], u[4],
-                   u[5], u[6], u[7], u[8], eb_ring_added(1), eb_ring_added(2), eb_ring_lost(1), eb_ring_lost(2), more);
+    (void)eb_journal_add("{\"ended\": %" PRIu64 ".%06" PRIu64 ", \"duration\": %" PRIu64 ".%03" PRIu64
+                         ", \"status\": %d, \"cause\": %d, \"usage\": [%" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64
+                         ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ", %" PRIu64 "], \"bytes\": [%" PRIu64
+                         ", %" PRIu64 "], \"lost\": [%" PRIu64 ", %" PRIu64 "]%s}",
+                         now_us / 1000000, now_us % 1000000, ms / 1000, ms % 1000, end->status, (int)tree->cause, u[0],
+                         u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], eb_ring_added(1), eb_ring_added(2),
+                         eb_ring_lost(1), eb_ring_lost(2), more);
 }
 
 static void finish(int status, const struct rusage *usage)

@@ -144,7 +144,7 @@ class Audit:
             "since": _stamp(entry["started"]),
         }
         if "ended" in entry:
-            fields["duration"] = round(max(0, entry["ended"] - entry["started"]), 6)
+            fields["duration"] = entry.get("duration")
         self._write(message, fields)
 
     def _write(self, message: str, fields: dict[str, object]) -> None:
