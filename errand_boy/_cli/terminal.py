@@ -140,6 +140,14 @@ class Outer:
         return self.saved is not None and typed == self.saved[6][termios.VSUSP] != b"\0"
 
 
+def poll_of(wanted: Mapping[int, int]) -> select.poll:
+    """Return a poll object for these descriptors and events."""
+    poll = select.poll()
+    for fd, events in wanted.items():
+        poll.register(fd, events)
+    return poll
+
+
 class _Session:
     def __init__(
         self,
@@ -170,27 +178,33 @@ class _Session:
         with non_blocking(fd):
             shows = True
             ended = False
+            poll, watched = select.poll(), dict[int, int]()
             while True:
-                reading = {self._arrived}
-                reading |= set() if ended else {reader}
-                reading |= {fd} if shows else set()
-                reading |= {0} if self._reads_keys and len(self._typed) < _MOST_TYPED else set()
-                writing = {fd} if shows and self._typed else set()
+                wanted = {self._arrived: select.POLLIN}
+                if not ended:
+                    wanted[reader] = select.POLLIN
+                if shows:
+                    wanted[fd] = select.POLLIN | (select.POLLOUT if self._typed else 0)
+                if self._reads_keys and len(self._typed) < _MOST_TYPED:
+                    wanted[0] = select.POLLIN
+                if wanted != watched:
+                    poll, watched = poll_of(wanted), wanted
                 # Other processes may keep the terminal open for long. Once the command has
                 # ended, show only what is already there.
-                readable, writable = wait_for(select, reading, writing, 0 if ended else None)
-                if ended and fd not in readable:
+                found = dict(poll.poll(0 if ended else None))
+                on_terminal = found.get(fd, 0)
+                if ended and not on_terminal & ~select.POLLOUT:
                     break
-                if self._arrived in readable:
+                if self._arrived in found:
                     for number in os.read(self._arrived, 100):
                         self._on_signal(number)
-                if 0 in readable:
+                if 0 in found:
                     self._read_keys()
-                if writable:
+                if on_terminal & ~select.POLLIN and self._typed:
                     self._type()
-                if fd in readable:
+                if on_terminal & ~select.POLLOUT:
                     shows = self._show()
-                ended = ended or reader in readable
+                ended = ended or reader in found
         self._terminal.close()
         waiter.join()
         os.close(reader)
