@@ -129,7 +129,7 @@ class Connection:
         the connection, and OSError for descriptors that cannot be sent.
         """
         data = memoryview(frame)
-        most = lib.EB_MAX_FDS_PER_SEND
+        most = lib.EB_MOST_FDS_SENT
         try:
             for start in range(0, len(fds) - most, most):
                 self.sock.sendmsg([data[:1]], _rights(fds[start : start + most]), _NOSIGNAL)

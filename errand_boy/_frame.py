@@ -113,7 +113,7 @@ class SpawnFrame:
         Yields (descriptor, True) whenever the descriptor must become writable first.
         """
         assert self.connection is not None
-        fds, most = self.fds, lib.EB_MAX_FDS_PER_SEND
+        fds, most = self.fds, lib.EB_MOST_FDS_SENT
         while frame := self.rest:
             data = frame[:1] if len(fds) > most else frame
             try:

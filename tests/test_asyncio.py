@@ -70,7 +70,8 @@ def descriptors() -> list[str]:
 
 def children(*, recursive: bool = False) -> list[psutil.Process]:
     # A killed command may take a while to end. The next start waits for it.
-    helpers = {errand_boy.helper_pid(), *(old.pid for old in _helper._unreaped)}
+    current = (_helper.launcher.current, _helper.runner.current)
+    helpers = {helper.pid for helper in (*current, *_helper._unreaped) if helper is not None}
     me = psutil.Process()
     return [child for child in me.children(recursive) if child.pid not in helpers]
 

@@ -209,12 +209,12 @@ void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd)
 {
     union {
         struct cmsghdr header;
-        char space[CMSG_SPACE(EB_MAX_FDS_PER_SEND * sizeof(int))];
+        char space[CMSG_SPACE(EB_MOST_FDS_SENT * sizeof(int))];
     } control;
     struct iovec bytes = {.iov_base = o->frame, .iov_len = o->size};
     struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1};
     size_t rights = o->fd_count * sizeof(int);
-    if (o->fd_count > EB_MAX_FDS_PER_SEND)
+    if (o->fd_count > EB_MOST_FDS_SENT)
         return;
     if (rights > 0) {
         control.header =

@@ -27,6 +27,9 @@ enum {
     EB_SENT = 64,              /* added to the results of eb_caller_read: the whole frame has been sent, and released */
 };
 
+/* With each send; one fewer than the kernel takes, since musl's sendmsg has room for no more, and fails with ENOMEM. */
+enum { EB_MOST_FDS_SENT = 252 };
+
 /* The child's descriptors.  `standard`: ours for 0 to 2, or -1 to inherit that one if it is open and inheritable;
  * `others`: ascending, those that keep their numbers; `carried`: those that the options carry, in the order of their
  * tags. */
@@ -53,7 +56,7 @@ void eb_spawn_frame_clear(struct eb_spawn_frame *o);
 int eb_spawn_frame_build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *options, size_t options_size,
                          const struct eb_wanted_fds *wanted);
 
-/* Sends as much of the frame as the socket takes without waiting; with 0 to 253 descriptors. */
+/* Sends as much of the frame as the socket takes without waiting; with up to EB_MOST_FDS_SENT descriptors. */
 void eb_spawn_frame_send(struct eb_spawn_frame *o, int fd);
 
 /* Releases what only this request needed. */
