@@ -462,6 +462,8 @@ class Course:
             if ring.is_empty and any(self.entry.get("bytes", ())):
                 raise _ring.RingError("it has been removed")
             yield from self.follower.replay(ring)
+            # The file may lack what could not be written.
+            yield from self.follower.miss(self.entry.get("bytes", ()))
         except _ring.RingError as error:
             # Raises NoJobError if the job has been removed.
             yield from entry(self._client, self.entry["id"], self.entry["uid"])

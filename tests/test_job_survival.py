@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -387,6 +388,20 @@ def test_damaged_ring(tmp_path: Path, damage: str) -> None:
         ring.write_bytes(data)
         with pytest.raises(errand_boy.JobError, match=f"the output of job {job.id}"):
             list(job.logs())
+
+
+def test_ring_without_the_last_records(tmp_path: Path) -> None:
+    """The keeper could not write them; how much there was is in the journal."""
+    with keeping_jobs(tmp_path) as (_, client):
+        job = client.start(["sh", "-c", "echo out; echo error >&2"])
+        job.wait(PATIENCE)
+        until(lambda: not keepers(tmp_path))
+        with next(tmp_path.glob("run/*/*.ring")).open("r+b") as ring:
+            ring.seek(16 + 40)  # the second ring's: offset, capacity, head, tail, lost
+            offset, capacity, _, tail, lost = struct.unpack("=5Q", ring.read(40))
+            ring.seek(-40, os.SEEK_CUR)
+            ring.write(struct.pack("=5Q", offset, capacity, tail, tail, lost))
+        assert Missed(2, len("error\n")) in list(job.logs())
 
 
 def test_keeper_that_does_not_answer(tmp_path: Path) -> None:

@@ -153,7 +153,9 @@ def test_everything_at_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 waits = [lambda: codes.append(process.wait()), lambda: process.wait(timeout=30)]
                 assert at_once(*waits, process.poll, process.terminate) == []
             assert codes == [-signal.SIGTERM]
-            assert [r.stdout for r in errand_boy.map([["echo", text]] * 3)] == [f"{text}\n".encode()] * 3
+            assert [r.stdout for r in errand_boy.map([["echo", text]] * 3)] == [
+                f"{text}\n".encode()
+            ] * 3
 
     assert at_once(*(partial(start, number) for number in range(THREADS))) == []
     errand_boy.stop()

@@ -93,6 +93,8 @@ void eb_kept_started(void)
     }
     if (c != NULL)
         eb_client_send(c, start->error != 0 ? EB_FAILED : EB_SPAWNED, payload, eb_written(&w));
+    if (c != NULL && c->broken && start->error == 0) /* its client can't be told, and takes the start for failed */
+        eb_process_kill(start, keeper.child, SIGKILL);
 }
 
 static void fail(struct eb_client *c, int error, enum eb_stage stage)

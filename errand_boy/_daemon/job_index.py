@@ -195,15 +195,15 @@ class Index:
             if keeper is None or keeper <= 0:
                 raise ProcessLookupError
             job.pidfd = Pidfd(keeper)
+            uid = user.files.uid
+            self._loop.watch(
+                job.pidfd, selectors.EVENT_READ, lambda _: self._on_end(user, job), uid
+            )
         except OSError:
+            if job.pidfd is not None:
+                job.pidfd.close()
+                job.pidfd = None
             self._look_later(user, job, _LOOK)
-            return
-        self._loop.watch(
-            job.pidfd,
-            selectors.EVENT_READ,
-            lambda events: self._on_end(user, job),
-            user.files.uid,
-        )
 
     def _unwatch(self, job: Job) -> None:
         if job.pidfd is not None:
