@@ -315,7 +315,7 @@ def test_what_cannot_be_asked_for(client: Client, options: dict[str, Any]) -> No
     assert client.jobs(all=True) == []
 
 
-@pytest.mark.parametrize("name", ["", "a b", "12", "x" * 65, "a/b", "ä", "\n"])
+@pytest.mark.parametrize("name", ["", "a b", "12", "x" * 65, "a/b", "ä", "\n", "--all"])
 def test_names_that_are_none(client: Client, name: str) -> None:
     with pytest.raises(JobError, match="a name has 1 to 64"):
         client.start(["true"], name=name)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,63}")  # none that looks like an option
 WHOMS = "", "process", "group", "all"  # which processes a stop is for, as in `tree`
 MOST_RING = 1 << 30  # bytes, of each stream
 MOST_READ = 64 << 10  # bytes of a journal; the server's line takes at most half of them

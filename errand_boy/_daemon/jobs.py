@@ -298,8 +298,8 @@ class Jobs:
         if wanted is not None:
             if type(wanted) is not str or not NAME.fullmatch(wanted) or wanted.isdecimal():
                 raise JobsError(
-                    "a name has 1 to 64 letters, digits and ._- and is no number: "
-                    f"{str(wanted)[:64]!r}"
+                    "a name has 1 to 64 letters, digits and ._-, does not begin with - and is no "
+                    f"number: {str(wanted)[:64]!r}"
                 )
             for job in user.running():
                 if job.name == wanted and self._index.entry(user, job)["state"] in LIVE:
