@@ -82,6 +82,11 @@ class Place:
                     found.append(process.pid)
         return [pid for pid in found if pid != os.getpid() and not has_ended(pid)]
 
+    def kill_marked(self) -> None:
+        for pid in self.marked():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def run(self) -> str:
         """Run one job; return how it went. Raises Wrong."""
         signal.alarm(PATIENCE)
@@ -172,7 +177,10 @@ def place() -> Iterator[Place]:
         with started_daemon(directory, env={"PYTHONPATH": name}) as daemon:
             it = Place(daemon, errand_boy.connect(daemon.path), directory)
             it.spec.write_text(f"-o {it.trace}")
-            yield it
+            try:
+                yield it
+            finally:
+                it.kill_marked()
 
 
 def calls(trace: Path) -> dict[str, int]:
@@ -242,9 +250,6 @@ def every(side: str, wanted: list[str]) -> int:
                         *it.daemon.log().splitlines()[1:],
                         sep="\n    ",
                     )
-                    for pid in it.marked():
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
                     break
                 ways[re.sub(r"job \d+", "a job", told)] += 1
                 print(f"{fault}: {told}", flush=True)
