@@ -379,6 +379,7 @@ def test_environment_and_directory(tmp_path: Path) -> None:
 
 
 def test_own_session() -> None:
+    find_program("ps", "procps")
     outcome = run_command("ps -o pid=,pgid=,sid= -p $$", shell=True)
     pid, group, session = outcome["stdout"].split()  # type: ignore[union-attr]
     assert pid == group == session
@@ -442,6 +443,7 @@ def test_check() -> None:
 
 
 def test_helper_is_killed() -> None:
+    find_program("ps", "procps")
     kill = 'kill -9 "$PPID"; sleep 1000'
     outcome = run_command(
         ["timeout", "2", "sh", "-c", kill.replace("$PPID", "$(ps -o ppid= $PPID)")]

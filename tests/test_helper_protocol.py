@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, started_script
+from conftest import PATIENCE, find_program, started_script
 from errand_boy._native import lib
 from wire import (
     COALESCE,
@@ -105,6 +105,7 @@ def test_bytes_may_come_one_by_one(helper: Helper) -> None:
 @pytest.mark.root
 @clone_modes
 def test_all_options_at_once(helper: Helper) -> None:
+    find_program("ps", "procps")
     client = helper.connect()
     cpus = max(os.sched_getaffinity(0)) // 8 + 1
     mask = sum(1 << cpu for cpu in os.sched_getaffinity(0)).to_bytes(cpus, "little")

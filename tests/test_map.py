@@ -26,7 +26,15 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, PRELUDE, run_script, script_environment, started_script, until
+from conftest import (
+    PATIENCE,
+    PRELUDE,
+    find_program,
+    run_script,
+    script_environment,
+    started_script,
+    until,
+)
 from daemon import started_daemon
 
 import errand_boy
@@ -266,6 +274,7 @@ def test_output_is_inherited_without_capture(run_map: Map, capfd: Any) -> None:
 
 
 def test_options_of_all_and_of_one(run_map: Map, tmp_path: Path) -> None:
+    find_program("ps", "procps")
     show = shell("pwd; umask; echo $VALUE; ps -o sid= -p $$")
     commands = [show, {"args": show, "cwd": "/", "env": {"VALUE": "2"}, "start_new_session": True}]
     first, second, third = run_map(

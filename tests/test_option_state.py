@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_places import needs_users
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "option_state.py"
 
 
+@needs_users
 @pytest.mark.parametrize("way", ["direct", "helper"])
 def test_caller_is_unchanged(way: str) -> None:
     if not SCRIPT.exists():

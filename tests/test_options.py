@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import run_script, until
+from conftest import find_program, run_script, until
+from test_places import has_user_namespaces
 
 import errand_boy
 from errand_boy import _direct, _options
@@ -117,6 +118,7 @@ CASES = {
         ON_TERMINAL + "}",
         ["sh", "-c", "ps -o tty= -p $$"],
         lambda text: text.startswith("pts/"),
+        missing=lambda: "" if shutil.which("ps") else "needs ps: apt-get install procps",
     ),
     "cpu_affinity": Case(
         f"{{'cpu_affinity': {{{CPU}}}}}",
@@ -147,6 +149,7 @@ CASES = {
         ["readlink", "/proc/self/ns/uts"],
         lambda text: text.startswith("uts:") and text.strip() != os.readlink("/proc/self/ns/uts"),
         ["--namespaces", "user,uts"],
+        missing=lambda: "" if has_user_namespaces() else "the machine forbids user namespaces",
     ),
     "nice": Case("{'nice': 3}", ["nice"], lambda text: int(text) == min(NICE, 19), ["--nice", "3"]),
     "no_new_privs": Case(
@@ -698,6 +701,7 @@ def test_carried_descriptor_is_not_the_commands(inheritable: bool, spawn: str) -
     """This holds for any number, even one that the command uses for something else."""
     if spawn == "posix":
         pytest.skip("posix_spawn can't do it")
+    find_program("ps", "procps")
     listing = ["sh", "-c", "ps -o tty= -p $$; ls -l /proc/$$/fd"]
     master, terminal = os.openpty()
     os.set_inheritable(terminal, inheritable)

@@ -33,14 +33,16 @@ def test_helper_is_an_executable_in_the_package() -> None:
     assert helper.read_bytes()[:4] == b"\x7fELF"
 
 
+def needs_setuptools() -> None:
+    pytest.importorskip("setuptools", "77", reason="pip install 'setuptools>=77'")
+
+
 def test_types_are_announced() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
 def test_type_checkers_follow_an_editable_installation(tmp_path: Path) -> None:
-    setuptools = pytest.importorskip("setuptools")
-    if int(setuptools.__version__.split(".")[0]) < 77:
-        pytest.skip("needs setuptools 77")
+    needs_setuptools()
     # Without setup.py, which makes the description too, nothing is compiled.
     project = (ROOT / "pyproject.toml").read_text()
     (tmp_path / "pyproject.toml").write_text(project.replace('"version", "readme"', '"version"'))
@@ -130,7 +132,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_links_of_the_description_lead_somewhere_from_an_index_page(tree: Path) -> None:
-    pytest.importorskip("setuptools")
+    needs_setuptools()
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tree.parent)]
     subprocess.run(command, cwd=tree, capture_output=True, check=True)
     found = Parser().parsestr((tree.parent / "errand_boy.egg-info/PKG-INFO").read_text())
@@ -167,7 +169,7 @@ def test_pypy_is_refused(tree: Path, command: list[str]) -> None:
 )
 def test_other_systems_are_refused(tree: Path, program: str) -> None:
     """There is no other system here, only its name."""
-    pytest.importorskip("setuptools")
+    needs_setuptools()
     command = [sys.executable, "-I", "-c", program]
     found = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert found.returncode == 1
@@ -175,7 +177,7 @@ def test_other_systems_are_refused(tree: Path, program: str) -> None:
 
 
 def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    pytest.importorskip("setuptools")
+    needs_setuptools()
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     return subprocess.run(
         command, cwd=tree, env={**os.environ, **env}, capture_output=True, text=True

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import has_ended, run_script, script_environment, started_script, until
+from conftest import find_program, has_ended, run_script, script_environment, started_script, until
 
 pytest.importorskip("ptyprocess", reason="needs the package pexpect")
 pytest.importorskip("pexpect", reason="needs the package pexpect")
@@ -40,6 +40,7 @@ def read_all(process: Any) -> Any:
 
 
 def test_program_has_a_terminal_and_session(tmp_path: Path) -> None:
+    find_program("ps", "procps")
     script = "tty; stty size; pwd; echo $A; stty -a | grep -o -e '-echo '; ps -o sid=,tpgid= -p $$"
     environment = {**os.environ, "A": "b"}
     process = ours.PtyProcess.spawn(

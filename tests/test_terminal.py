@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, has_ended, run_script, started_script, until
+from conftest import PATIENCE, find_program, has_ended, run_script, started_script, until
 from daemon import Daemon, started_daemon
 
 import errand_boy
@@ -68,6 +68,7 @@ def read_until(terminal: Terminal, text: Any) -> Any:
 
 
 def test_standard_streams_are_the_controlling_terminal(starter: Any) -> None:
+    find_program("ps", "procps")
     script = (
         "tty; ps -o tty=,pid=,pgid=,sid=,tpgid= -p $$; test -t 1 && test -t 2; echo $?;"
         "echo more >/dev/tty; stty size"
