@@ -1,4 +1,8 @@
-"""Builds the extension ``errand_boy._native`` and, from the same sources, ``errand-boy-helper``."""
+"""Builds the extension ``errand_boy._native`` and, from the same sources, ``errand-boy-helper``.
+
+Not on other systems than Linux, on PyPy, or with ERRAND_BOY_WITHOUT_C in the environment: there
+the package has its Python code only.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
@@ -83,10 +88,12 @@ errand-boy is partly in C, and {} here. What builds it is in these packages:
     Debian, Ubuntu: apt-get install gcc libc6-dev python3-dev
     Fedora:         dnf install gcc glibc-devel python3-devel"""
 
-if sys.platform != "linux":
-    sys.exit("errand-boy is for Linux: its part in C uses clone(2), pidfds and epoll")
-if sys.implementation.name != "cpython":
-    sys.exit("errand-boy is for CPython: its part in C uses what other Pythons do not have")
+WITHOUT_C = (sys.platform, sys.implementation.name) != ("linux", "cpython") or bool(
+    os.environ.get("ERRAND_BOY_WITHOUT_C")
+)
+
+if os.name != "posix":
+    sys.exit("errand-boy is for Linux and other Unix systems")
 
 
 class BuildExt(build_ext):
@@ -160,13 +167,22 @@ def long_description() -> str:
     return re.sub(link, absolute, Path("README.md").read_text())
 
 
-# One wheel for 3.10 and all later. A free-threaded Python has no limited API before 3.15, and
-# another from then on: its wheel is for one version. cffi leaves the limited API out by itself.
-WHEEL = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
+PARTS: dict[str, Any] = {}
+WHEEL: dict[str, str] = {}
+if WITHOUT_C:
+    # Not for any system: CPython on Linux, with the same cache of wheels, must not get this one.
+    WHEEL["plat_name"] = sysconfig.get_platform()
+    if sys.implementation.name == "pypy":
+        WHEEL["python_tag"] = "pp{}{}".format(*sys.version_info)
+else:
+    PARTS = {"cffi_modules": ["build_ffi.py:ffibuilder"], "cmdclass": {"build_ext": BuildExt}}
+    # One wheel for 3.10 and all later. A free-threaded Python has no limited API before 3.15, and
+    # another from then on: its wheel is for one version. cffi leaves the limited API out by itself.
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        WHEEL["py_limited_api"] = "cp310"
 
 setup(
-    cffi_modules=["build_ffi.py:ffibuilder"],
-    cmdclass={"build_ext": BuildExt},
+    **PARTS,
     options={"bdist_wheel": WHEEL},
     long_description=long_description(),
     long_description_content_type="text/markdown",

@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from errand_boy._native import lib
-
 from errand_boy import _wire
+from errand_boy._native import lib
 
 MOST_SOCKETS = 200  # of one round
 ROUND = 1.0  # seconds: how long a round holds what it has opened

@@ -29,23 +29,6 @@ from subprocess import (
     list2cmdline,
 )
 
-try:
-    from errand_boy._native import lib as _lib  # noqa: F401  its error names what is missing
-except ModuleNotFoundError as _error:
-    from sys import implementation as _implementation
-    from sys import platform as _platform
-
-    _text = f"errand_boy is partly in C, and that part is missing: {_error}. "
-    if _platform != "linux":
-        _text = f"errand_boy is for Linux, and this is {_platform}"
-    elif _implementation.name != "cpython":
-        _text = f"errand_boy is for CPython, and this is {_implementation.name}"
-    elif os.path.isdir(os.path.dirname(__file__)):
-        _text += "Install it with pip, or build it with python setup.py build_ext --inplace"
-    else:
-        _text += "It can't be loaded from an archive such as a zipapp: shiv and pex unpack theirs"
-    raise ImportError(_text, name=_error.name) from _error
-
 from errand_boy import _ways
 from errand_boy._functions import NAMES, rebind
 from errand_boy._popen import Popen

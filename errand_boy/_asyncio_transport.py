@@ -23,7 +23,10 @@ from typing import Any
 from errand_boy import _child, _driver, _ends, _native, _popen, _start, _stop
 from errand_boy._asyncio_loop import drive, readers_of, take_turn
 from errand_boy._child import ready
-from errand_boy._connection import Connection
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from errand_boy._connection import Connection
 
 _UNKNOWN = 255  # asyncio's own return code for a child that somebody else has waited for
 _MOMENT = 1.0  # seconds that a cancelled start waits for its command to end
@@ -127,8 +130,14 @@ class _Watch:
             _in_use[id(child)] = self._connection
             child.on_end = self._on_end
         else:
-            with contextlib.suppress(ProcessLookupError):  # somebody else has waited for it
+            try:
                 self._fd = _native.pidfd_open(process.pid)
+            except ProcessLookupError:  # somebody has waited for it
+                pass
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                threading.Thread(target=self._wait, daemon=True).start()
 
     def begin(self, ended: Callable[[int], Any]) -> None:
         """Watch from now on, and call `ended` once with the return code."""
@@ -147,6 +156,12 @@ class _Watch:
         if self._looking != threading.get_ident():
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._look)
+
+    def _wait(self) -> None:
+        """Wait for the end in a thread of its own, where there are no pidfds."""
+        self._process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._look)
 
     def _look(self) -> None:
         ended = self._ended

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Since Python 3.15 subprocess itself waits by pidfd.
 _STDLIB_POLLS = sys.version_info < (3, 15)
 
+_MAXRSS = 1 if sys.platform == "darwin" else 1024  # bytes, the unit of ru_maxrss
+
 _LONGEST = 3600.0  # seconds of one wait: poll(2) takes at most 24 days, a lock no infinity
 
 
@@ -208,7 +210,7 @@ class Verdict:
         peak: int | None = None
         if self._limited is not None:
             peak = self._limited.peak_memory(_tree(self))
-        return rusage.ru_maxrss * 1024 if peak is None else peak
+        return rusage.ru_maxrss * _MAXRSS if peak is None else peak
 
     @property
     def limits_by(self) -> str | None:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 
 from errand_boy import _wire
+from errand_boy._native import ffi as _ffi  # noqa: F401  without the extension it says why
 from errand_boy._native import lib
 from errand_boy._wire import Exited, Failed, Reply, Spawned
 from errand_boy.errors import HelperDiedError, NotServedError, ProtocolError

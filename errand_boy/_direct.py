@@ -43,7 +43,12 @@ def pauses() -> Iterator[float]:
         pause = min(pause * 1.25, 0.02)
 
 
+WITHOUT_C: str | None = getattr(_native, "WITHOUT_C", None)  # why it is not the extension
+
+
 def _look() -> str | None:
+    if WITHOUT_C is not None:
+        return WITHOUT_C
     if not lib.EB_HAVE_RAW:
         return "errand-boy can't use clone(2) on this processor, only on x86-64 and aarch64"
     if not lib.eb_direct_works():

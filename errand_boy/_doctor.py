@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 import errand_boy
-from errand_boy import _address, _cgroups, _helper, _native, _status, _ways, sandbox
+from errand_boy import _address, _cgroups, _direct, _native, _status, _ways, sandbox
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
 
@@ -91,11 +91,16 @@ def examine(socket: str | None = None) -> dict[str, Any]:
 
 def _system() -> dict[str, Any]:
     """Return the kernel's version and features."""
+    kernel = {
+        "kernel": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+    }
+    if _direct.WITHOUT_C is not None:
+        return kernel
     status = _proc_status()
     version = lib.eb_landlock_version()
     return {
-        "kernel": f"{platform.system()} {platform.release()}",
-        "machine": platform.machine(),
+        **kernel,
         "proc": bool(status),
         "pidfd": _raises(lambda: os.close(_native.pidfd_open(os.getpid()))) is None,
         "clone": bool(lib.EB_HAVE_RAW),
@@ -171,11 +176,17 @@ def _measured(way: contextlib.AbstractContextManager[None], run: Any = None) -> 
 
 
 def _helper_program() -> dict[str, Any]:
+    if _direct.WITHOUT_C is not None:
+        return {"path": None, "executable": False}
+    from errand_boy import _helper  # noqa: PLC0415  it can't be imported there
+
     path = os.environ.get("ERRAND_BOY_HELPER") or _helper._EXECUTABLE
     return {"path": path, "executable": os.access(path, os.X_OK)}
 
 
 def _daemon(socket: str | None) -> dict[str, Any]:
+    if _direct.WITHOUT_C is not None:
+        return {"socket": None, "answers": False, "error": _direct.WITHOUT_C}
     address = _address.find(socket)
     found: dict[str, Any] = {"socket": address.path, "answers": False, "error": None}
     try:
@@ -189,6 +200,8 @@ def _daemon(socket: str | None) -> dict[str, Any]:
 
 def _advice(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield advice on making starts faster, or possible."""
+    if _direct.WITHOUT_C is not None:
+        return
     direct = found["ways"]["direct"]
     if found["way"] == "helper" and direct["works"]:
         yield (

@@ -213,20 +213,24 @@ _KNOWN: dict[Any, Callable[..., object]] = {
     os.chdir: _chdir,
     os.initgroups: _initgroups,
     os.nice: _nice,
-    os.sched_setaffinity: _setaffinity,
     os.setgid: _ids("gid", 1),
     os.setgroups: _setgroups,
     os.setpgid: _setpgid,
     os.setpgrp: _setpgid,
     os.setregid: _ids("gid", 2),
-    os.setresgid: _ids("gid", 3),
-    os.setresuid: _ids("uid", 3),
     os.setreuid: _ids("uid", 2),
     os.setsid: _setsid,
     os.setuid: _ids("uid", 1),
     os.umask: _umask,
     signal.pthread_sigmask: _sigmask,
 }
+for _name, _change in (
+    ("sched_setaffinity", _setaffinity),
+    ("setresgid", _ids("gid", 3)),
+    ("setresuid", _ids("uid", 3)),
+):
+    if hasattr(os, _name):  # macOS has none of them
+        _KNOWN[getattr(os, _name)] = _change
 
 # Options by the names that a function uses.
 _SUBSTITUTES = {

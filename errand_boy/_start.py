@@ -74,6 +74,8 @@ def take_options(
     from errand_boy._options import take  # noqa: PLC0415  only those who need it pay for it
 
     process._more = {**process._more, **take(given, standard)}
+    if process._more and _direct.WITHOUT_C is not None:
+        raise _refusal(process._more)
     if "pty" not in process._more:
         return False
     from errand_boy import _pty  # noqa: PLC0415
@@ -163,7 +165,8 @@ def begin(
     process_group = given[22] if len(given) > 22 else -1  # Python 3.11
     settings = more
     if preexec_fn is not None:
-        if sys.is_finalizing():  # no imports are possible; subprocess raises its exception
+        # No imports are possible at the end, where subprocess raises its exception.
+        if _direct.WITHOUT_C is not None or sys.is_finalizing():
             original(process, *given)
             return None
         from errand_boy import _preexec  # noqa: PLC0415  only those who need it pay for it
@@ -323,9 +326,13 @@ def _by_the_standard_library(
     process: Any, given: tuple[Any, ...], original: Callable[..., None], more: Mapping[str, Any]
 ) -> None:
     if more:
-        text = f"{_names(more)} can't be given on this system: {_direct.missing()}{SEE_DOCTOR}"
-        raise OSError(errno.ENOTSUP, text)
+        raise _refusal(more)
     original(process, *given)
+
+
+def _refusal(more: Mapping[str, Any]) -> OSError:
+    text = f"{_names(more)} can't be given on this system: {_direct.missing()}{SEE_DOCTOR}"
+    return OSError(errno.ENOTSUP, text)
 
 
 def _names(more: Mapping[str, Any]) -> str:

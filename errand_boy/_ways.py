@@ -65,10 +65,10 @@ def start() -> None:
     this process is small and single-threaded. Raises HelperError.
     """
     global _helper_is_asked_for
-    from errand_boy import _helper  # noqa: PLC0415  most processes need none
-
     _helper_is_asked_for = True
     if lib.EB_HAVE_RAW:  # else a helper can't make children of this process
+        from errand_boy import _helper  # noqa: PLC0415  most processes need none
+
         _helper.launcher.start()
 
 

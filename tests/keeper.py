@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conftest import PATIENCE, until
-from errand_boy._native import lib
 from wire import HELPER, Client, Exited, Spawned, frame, option, pair, request, u32
 
 from errand_boy import _wire
+from errand_boy._native import lib
 
 HEADER = struct.Struct("<8sII")
 STATE = struct.Struct("<5Q")

@@ -26,12 +26,12 @@ import psutil
 import pytest
 from conftest import run_script
 from daemon import Daemon, started_daemon
-from errand_boy._native import lib
 from guard import Guard
 
 import errand_boy
 import errand_boy.asyncio as ours
 from errand_boy import _asyncio_loop, _asyncio_transport, _helper, _start
+from errand_boy._native import lib
 
 T = TypeVar("T")
 

@@ -13,12 +13,12 @@ from typing import Any, cast
 import pytest
 from conftest import PATIENCE, run_script
 from daemon import Daemon, started_daemon
-from errand_boy._native import lib
 
 import errand_boy
 from errand_boy import _wire
 from errand_boy._daemon.audit import Audit, Ended
 from errand_boy._daemon.peer import Peer
+from errand_boy._native import lib
 
 
 def lines(daemon: Daemon, count: int) -> list[dict[str, Any]]:

@@ -19,13 +19,13 @@ import psutil
 import pytest
 from conftest import run_script, started_script
 from daemon import Daemon, started_daemon
-from errand_boy._native import lib
 from wire import NOT_FOUND, USAGE, exited, spawned
 
 import errand_boy
 from errand_boy import _wire
 from errand_boy._client import Client
 from errand_boy._connection import Connection
+from errand_boy._native import lib
 from errand_boy._wire import Exited, Failed, Spawned
 from errand_boy.errors import HelperDiedError, NoDaemonError, ProtocolError
 

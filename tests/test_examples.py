@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import find_program
+
 from errand_boy._native import lib
 
 ROOT = Path(__file__).parent.parent

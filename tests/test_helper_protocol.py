@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, find_program, started_script
-from errand_boy._native import lib
 from wire import (
     COALESCE,
     HELPER,
@@ -48,6 +47,7 @@ from wire import (
 import errand_boy
 from errand_boy import _wire
 from errand_boy._connection import Connection
+from errand_boy._native import lib
 
 MODES = {
     "private": ["--private"],

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, until
-from errand_boy._native import lib
 from guard import Guard
 from wire import (
     COALESCE,
@@ -35,6 +34,7 @@ from wire import (
 )
 
 from errand_boy import _wire
+from errand_boy._native import lib
 
 MIB = 1 << 20
 

@@ -29,8 +29,7 @@ def imports_of(path: Path) -> set[str]:
             module = node.module or ""
             for alias in node.names:
                 whole = f"{module}.{alias.name}"
-                if whole != "errand_boy._native":  # which imports nothing
-                    found.add(whole if whole in MODULES else module)
+                found.add(whole if whole in MODULES else module)
     return found & MODULES.keys()
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import until
-from errand_boy._native import lib
 from keeper import SUPERVISED, Keeper, attach, follow, job, keeping, shell, terminal, text
 from wire import frame, signal_frame
+
+from errand_boy._native import lib
 
 ON, WRITES, REDRAWS = lib.EB_FOLLOW_ON, lib.EB_ATTACH_WRITES, lib.EB_ATTACH_REDRAWS
 TERMINAL = 3 | lib.EB_JOINED

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import until
 from daemon import acting_as
-from errand_boy._native import lib
 from keeper import SUPERVISED, Keeper, follow, job, keeping, shell, text
 from wire import frame, option, pair, u32
 
 from errand_boy import _wire
+from errand_boy._native import lib
 
 ON, QUIET = lib.EB_FOLLOW_ON, lib.EB_FOLLOW_QUIET
 SLEEP = job("/bin/sleep", "100", options=[SUPERVISED])

@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import has_ended, until
-from errand_boy._native import lib
 from keeper import HELLO, SUPERVISED, Keeper, Missed, Piece, follow, job, keeping, shell, text
 from wire import Failed, frame, option, signal_frame, slow
+
+from errand_boy._native import lib
 
 ON, NEW, QUIET = lib.EB_FOLLOW_ON, lib.EB_FOLLOW_NEW, lib.EB_FOLLOW_QUIET
 JOINED = 2 | lib.EB_JOINED

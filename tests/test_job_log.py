@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import until
-from errand_boy._native import lib
 from keeper import HELLO, SUPERVISED, Keeper, Visitor, follow, job, keeping, shell, text
 from wire import Failed, frame, option, strings
+
+from errand_boy._native import lib
 
 ON = lib.EB_FOLLOW_ON
 

@@ -22,13 +22,13 @@ import psutil
 import pytest
 from conftest import PATIENCE, has_ended, script_environment, until
 from daemon import Daemon, acting_as, started_daemon
-from errand_boy._native import lib
 from jobs import files, keeper_of, keepers, keeping_jobs, text
 
 import errand_boy
 from errand_boy import NoJobError, _wire
 from errand_boy._client import Client
 from errand_boy._jobs import Job
+from errand_boy._native import lib
 
 START, LIST = lib.EB_JOB_START, lib.EB_JOB_LIST
 OPEN, REMOVE = lib.EB_JOB_OPEN, lib.EB_JOB_REMOVE

@@ -18,13 +18,13 @@ import psutil
 import pytest
 from conftest import PATIENCE, has_ended, script_environment, until
 from daemon import Daemon, acting_as
-from errand_boy._native import lib
 from jobs import await_output, keeper_of, keeping_jobs, text
 
 import errand_boy
 from errand_boy import JobError, NoJobError, RefusedError, _follow, _wire
 from errand_boy._client import Client
 from errand_boy._jobs import Job
+from errand_boy._native import lib
 
 pytestmark = pytest.mark.root
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from errand_boy._native import lib
 from keeper import HELLO, SUPERVISED, keeping, shell
 from wire import Failed
 
 from errand_boy._follow import Follower, Missed
+from errand_boy._native import lib
 from errand_boy._ring import RingFile
 
 pytestmark = pytest.mark.root

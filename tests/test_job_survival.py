@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from conftest import PATIENCE, has_ended, until
 from daemon import Daemon, started_daemon
-from errand_boy._native import lib
 from jobs import (
     await_output,
     end_all,
@@ -35,6 +34,7 @@ import errand_boy
 from errand_boy import JobLostError, _wire
 from errand_boy._client import Client
 from errand_boy._jobs import Missed, Output
+from errand_boy._native import lib
 
 FEW = 30
 

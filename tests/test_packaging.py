@@ -76,7 +76,7 @@ def test_version_is_the_packages() -> None:
     reason="built for this version only: it is free-threaded, and abi3 is for Pythons with a GIL",
 )
 def test_extension_is_for_all_later_pythons() -> None:
-    assert [path.name for path in PACKAGE.glob("_native*")] == ["_native.abi3.so"]
+    assert [path.name for path in PACKAGE.glob("_native*.so")] == ["_native.abi3.so"]
 
 
 def test_cffi_is_the_only_requirement() -> None:
@@ -121,8 +121,12 @@ def test_helper_and_the_callers_side_build_with_musl(
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the sources."""
-    copy = tmp_path / "tree"
+    return copy_sources(tmp_path)
+
+
+def copy_sources(directory: Path) -> Path:
+    """Return a copy, in that directory, of what is built."""
+    copy = directory / "tree"
     copy.mkdir()
     for name in ("setup.py", "build_ffi.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -149,26 +153,16 @@ def test_links_of_the_description_lead_somewhere_from_an_index_page(tree: Path) 
             assert (ROOT / path.partition("#")[0]).exists(), link
 
 
-@pytest.mark.parametrize("command", [["-c", "import errand_boy"], ["setup.py", "build_ext"]])
-def test_pypy_is_refused(tree: Path, command: list[str]) -> None:
-    pypy = find_program("pypy3")
-    if "setup.py" in command and subprocess.run([pypy, "-c", "import setuptools"]).returncode:
-        pytest.skip("needs setuptools for PyPy: apt-get install python3-setuptools")
-    found = subprocess.run([pypy, *command], cwd=tree, capture_output=True, text=True)
-    assert found.returncode == 1
-    assert re.search("errand.boy is for CPython", found.stderr.splitlines()[-1])
-
-
 @pytest.mark.parametrize(
     "program",
     [
-        "import sys; sys.path.insert(0, ''); sys.platform = 'darwin'; import errand_boy",
-        "import setuptools.command.build_ext as _, sys, runpy; sys.platform = 'darwin';"
+        "import os, sys; sys.path.insert(0, ''); os.name = 'nt'; import errand_boy",
+        "import setuptools.command.build_ext as _, os, runpy; os.name = 'nt';"
         "runpy.run_path('setup.py')",
     ],
 )
-def test_other_systems_are_refused(tree: Path, program: str) -> None:
-    """There is no other system here, only its name."""
+def test_windows_is_refused(tree: Path, program: str) -> None:
+    """There is no Windows here, only its name."""
     needs_setuptools()
     command = [sys.executable, "-I", "-c", program]
     found = subprocess.run(command, cwd=tree, capture_output=True, text=True)

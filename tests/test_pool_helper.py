@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 from conftest import until
-from errand_boy._native import lib
 from guard import Guard
 from stuck import stuck_file
 from wire import (
@@ -57,6 +56,7 @@ from wire import (
 
 from errand_boy import _wire
 from errand_boy._daemon.audit import Ended
+from errand_boy._native import lib
 
 ASK, TELL_ENDS = lib.EB_ASK, lib.EB_TELL_ENDS
 PEER = (12343, 12344, [12345, 12346])

@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import pytest
 from conftest import run_script
-from errand_boy._native import lib
 
 import errand_boy
 import errand_boy.asyncio
 from errand_boy import Sandbox, sandbox
+from errand_boy._native import lib
 
 run = cast(Any, errand_boy.run)
 VERSION = lib.eb_landlock_version()

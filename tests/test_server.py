@@ -19,7 +19,6 @@ import psutil
 import pytest
 from conftest import PATIENCE, has_ended, script_environment, until
 from daemon import Daemon, activated_daemon, ended, request, send_signal, spawn, started_daemon
-from errand_boy._native import lib
 
 from errand_boy import _status, _wire
 from errand_boy._address import Address
@@ -27,6 +26,7 @@ from errand_boy._daemon import listen
 from errand_boy._daemon.limits import Limits, LimitsError, Table
 from errand_boy._daemon.log import Complaints
 from errand_boy._daemon.turns import Turns
+from errand_boy._native import lib
 from errand_boy._wire import Failed, Spawned
 
 SERVE = [sys.executable, "-m", "errand_boy", "serve"]

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from conftest import PATIENCE
 from daemon import ended, request, send_signal, spawn, started_daemon
-from errand_boy._native import lib
 
 from errand_boy import _wire
 from errand_boy._connection import Connection
+from errand_boy._native import lib
 from errand_boy._wire import Failed, Spawned
 from errand_boy.errors import HelperDiedError, NotServedError
 

@@ -15,7 +15,6 @@ from typing import cast
 import pytest
 from conftest import PATIENCE, script_environment
 from daemon import ended, request, send_signal, spawn, started_daemon
-from errand_boy._native import lib
 
 import errand_boy
 from errand_boy import _wire
@@ -28,6 +27,7 @@ from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.report import Command, Report
 from errand_boy._daemon.status import of_pool, quantile
+from errand_boy._native import lib
 from errand_boy._wire import Failed
 
 

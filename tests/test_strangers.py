@@ -14,9 +14,9 @@ import psutil
 import pytest
 from conftest import until
 from daemon import acting_as, spawn, started_daemon, taken_from
-from errand_boy._native import lib
 
 from errand_boy import _wire
+from errand_boy._native import lib
 
 HELLO = _wire.OPENING
 STATUS = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)

@@ -10,10 +10,10 @@ from random import Random
 from typing import Any
 
 import pytest
-from errand_boy._native import lib
 from wire import NOT_FOUND, USAGE, exited, frame, signal_frame, spawned, u32
 
 from errand_boy import _wire
+from errand_boy._native import lib
 from errand_boy._stream import Ended, Lost, Output, Started, Stream
 from errand_boy._wire import Failed
 from errand_boy.errors import HelperDiedError, ProtocolError, RefusedError

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import run_script
-from errand_boy._native import lib
 
 import errand_boy
 from errand_boy import _options, _wire
+from errand_boy._native import lib
 
 THREADS = 8
 

@@ -33,7 +33,6 @@ from daemon import (
     spawn,
     started_daemon,
 )
-from errand_boy._native import lib
 
 import errand_boy
 from errand_boy import _wire
@@ -44,6 +43,7 @@ from errand_boy._daemon.log import Log
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.status import Reply
 from errand_boy._daemon.turns import Turns
+from errand_boy._native import lib
 from errand_boy._wire import Spawned
 
 COMMANDS, UPGRADES = 1000, 20

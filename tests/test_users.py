@@ -25,10 +25,10 @@ from daemon import (
     started_daemon,
     taken_from,
 )
-from errand_boy._native import lib
 
 from errand_boy import _wire
 from errand_boy._connection import Connection
+from errand_boy._native import lib
 
 pytestmark = pytest.mark.root
 

@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from errand_boy._native import lib
 
 from errand_boy import _wire
+from errand_boy._native import lib
 from errand_boy._wire import Exited, Failed, Spawned
 
 HERE = Path(__file__).parent

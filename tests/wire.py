@@ -20,10 +20,10 @@ from typing import NamedTuple, TypeVar
 
 import pytest
 from conftest import PATIENCE, until
-from errand_boy._native import lib
 
 import errand_boy
 from errand_boy import _wire
+from errand_boy._native import lib
 
 HELPER = os.environ.get("ERRAND_BOY_HELPER") or str(
     Path(errand_boy.__file__).with_name("errand-boy-helper")

@@ -47,9 +47,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"on {system['machine']}"
     yield ""
     yield from _wrapped("A command is started:", f"{found['way']} ({found['why']})")
-    yield from _wrapped(
-        "", "by a helper for user=, group=, tree=, limits=, and in map and a daemon"
-    )
+    if found["helper"]["path"] is not None:
+        yield from _wrapped(
+            "", "by a helper for user=, group=, tree=, limits=, and in map and a daemon"
+        )
     if found["error"] is not None:
         yield from _wrapped("But it fails:", found["error"])
     yield ""
@@ -72,7 +73,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             )
     for name, value in found["environment"].items():
         yield from _wrapped(f"  {name}", value)
-    yield from _wrapped("  helper", found["helper"]["path"])
+    yield from _wrapped("  helper", found["helper"]["path"] or "none")
     daemon = found["daemon"]
     where = f"{daemon['version']} at {daemon['socket']}" if daemon["answers"] else daemon["error"]
     yield from _wrapped("  daemon", where)

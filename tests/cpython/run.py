@@ -254,8 +254,9 @@ def replace_popen(undo: ExitStack) -> None:
     errand_boy: Any = importlib.import_module("errand_boy")
     start_helper(errand_boy)
     standard: Any = subprocess.Popen
-    start = without_silent_fallback(standard._execute_child)
-    undo.enter_context(mock.patch.object(standard, "_execute_child", start))
+    if importlib.import_module("errand_boy._direct").WITHOUT_C is None:
+        start = without_silent_fallback(standard._execute_child)
+        undo.enter_context(mock.patch.object(standard, "_execute_child", start))
     undo.enter_context(mock.patch.object(subprocess, "Popen", errand_boy.Popen))
 
 
