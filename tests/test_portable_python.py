@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import find_program
-from test_packaging import copy_sources
+from test_packaging import copy_sources, needs_setuptools
 
 import errand_boy
 from errand_boy._cli.args import COMMANDS
@@ -67,9 +67,7 @@ sys.addaudithook(hook)
 
 def build(tree: Path, **env: str) -> Path:
     """Build the wheel without a part in C, where there is no compiler."""
-    setuptools = pytest.importorskip("setuptools")
-    if int(setuptools.__version__.split(".")[0]) < 77:
-        pytest.skip("needs setuptools 77")
+    needs_setuptools()
     wheels = tree / "wheels"
     wheels.mkdir()
     source = "from setuptools import build_meta; build_meta.build_wheel('wheels')"
