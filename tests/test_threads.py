@@ -102,9 +102,12 @@ def test_verdict_is_computed_by_many_threads_at_once() -> None:
     for _ in range(100):
         with errand_boy.Popen(["true"]) as process:
             process.wait()
-        done = errand_boy.run(["true"])
         seen: list[Any] = []
-        reads = [lambda: seen.append(process.rusage), lambda: seen.append(done.rusage)]
+
+        def read(ended: Any, seen: list[Any] = seen) -> None:
+            seen.append(ended.rusage)
+
+        reads = [partial(read, process), partial(read, errand_boy.run(["true"]))]
         assert at_once(*reads * 4) == []
         assert len(seen) == 8 and all(usage.ru_maxrss > 0 for usage in seen)
 
@@ -149,10 +152,9 @@ def test_everything_at_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(FileNotFoundError):
                 errand_boy.run([f"/no/{text}"])
             with errand_boy.Popen(["sleep", "60"]) as process:
-                codes: list[int] = []
-                waits = [lambda: codes.append(process.wait()), lambda: process.wait(timeout=30)]
+                waits = [process.wait, partial(process.wait, timeout=30)]
                 assert at_once(*waits, process.poll, process.terminate) == []
-            assert codes == [-signal.SIGTERM]
+            assert process.returncode == -signal.SIGTERM
             assert [r.stdout for r in errand_boy.map([["echo", text]] * 3)] == [
                 f"{text}\n".encode()
             ] * 3
