@@ -294,7 +294,8 @@ class Client:
         try:
             return _status.fetch(self.address)
         except _status.NoAnswerError as error:
-            raise NoDaemonError(errno.ENOTCONN, str(error)) from None
+            text = str(error).removeprefix(f"{self.path}: ")
+            raise NoDaemonError(errno.ENOTCONN, text, self.path) from None
 
     def start(self, args: Args, name: str | None = None, **options: Unpack[StartParameters]) -> Job:
         """Start a command that outlives this process, and return it as a Job when it runs.

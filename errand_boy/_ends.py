@@ -115,10 +115,16 @@ def signal_left(pidfd: int, number: int) -> None:
 
 def steps(stop: Any) -> tuple[Step, ...]:
     """Return `stop` as steps. Raises ValueError and TypeError."""
-    given: Sequence[Any] = (stop,) if isinstance(stop, int) else tuple(stop)
+    given: Sequence[Any] = (stop,) if isinstance(stop, (int, str)) else tuple(stop)
     result: list[Step] = []
     for position, step in enumerate(given):
-        number, seconds = (step, None) if isinstance(step, int) else step
+        pair = step if isinstance(step, (tuple, list)) else (step, None)
+        if len(pair) != 2 or not isinstance(pair[0], int):
+            raise TypeError(
+                f"stop: {step!r} is neither a signal, such as signal.SIGTERM, nor a pair of a "
+                "signal and seconds"
+            )
+        number, seconds = pair
         if not 0 < number < signal.NSIG:
             raise ValueError(f"stop: {number!r} is not a signal")
         if seconds is None and position + 1 < len(given):

@@ -104,26 +104,35 @@ def _processes() -> int:
     return 0
 
 
+_A_SIZE = "a size such as 4096, 64K, 10M or 1.5G"
+
+
 def size(value: Any) -> int:
     """Return the bytes in `value`, a number or a text such as "1.5G". Raises ValueError."""
     if isinstance(value, str):
         found = _SIZE.fullmatch(value.strip())
         if found is None:
-            raise ValueError(f"{value!r} is not a size such as 4096, 64K, 10M or 1.5G")
+            raise ValueError(f"{value!r} is not {_A_SIZE}")
         return int(float(found[1]) * _UNITS[found[2].upper()])
     return int(value)
+
+
+def _kind(name: str) -> str:
+    if name in _SIZES:
+        return _A_SIZE
+    return "a number of seconds" if name in _SECONDS else "an integer"
 
 
 def _number(name: str, value: Any) -> float | int:
     try:
         if isinstance(value, bool):
-            raise ValueError(f"{value!r} is not a number")
+            raise TypeError
         if name in _SIZES:
             number: float | int = size(value)
         else:
             number = float(value) if name in _SECONDS else int(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"limits: {name}: {error}") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"limits: {name}: {value!r} is not {_kind(name)}") from None
     # With a limit of 0, no command could run.
     if not (0 if name in ("output", "file_size") else 1e-6) <= number <= _MOST:
         raise ValueError(f"limits: {name}: {value!r} is out of range")

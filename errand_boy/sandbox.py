@@ -123,7 +123,7 @@ class Sandbox:
         raise TypeError("a Sandbox can't be pickled: give sandbox= a mapping of its arguments")
 
     def __del__(self) -> None:
-        if self._ruleset >= 0:
+        if getattr(self, "_ruleset", -1) >= 0:  # none yet if the arguments were wrong
             with contextlib.suppress(OSError):
                 os.close(self._ruleset)
 
@@ -174,7 +174,10 @@ class Sandbox:
                     _check(lib.eb_landlock_allow_port(self._ruleset, port, _NETWORK[name]))
 
     def _allow(self, path: Any, rights: int) -> None:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            raise OSError(error.errno, f"sandbox: {error.strerror}", path) from None
         try:
             if not stat.S_ISDIR(os.fstat(fd).st_mode):
                 rights &= _OF_FILES

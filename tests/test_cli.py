@@ -16,6 +16,7 @@ from daemon import Daemon, started_daemon
 
 import errand_boy
 from errand_boy._cli import args
+from errand_boy._native import lib
 
 ERRAND_BOY = [sys.executable, "-m", "errand_boy"]
 
@@ -80,6 +81,58 @@ def test_a_misspelt_command() -> None:
     done = run("stauts")
     assert done.returncode == 2
     assert "there is no command stauts; try errand-boy status, or errand-boy run" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "meant"), [("jobs", "ps"), ("kill", "stop"), ("exec", "run")])
+def test_another_programs_name_of_a_command(name: str, meant: str) -> None:
+    done = run(name, "7")
+    assert done.stderr.endswith(f"try errand-boy {meant}, or errand-boy run -- {name} 7\n")
+
+
+def test_help_is_an_option() -> None:
+    done = run("help")
+    assert (done.returncode, done.stderr.endswith("try errand-boy --help\n")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--limit", "wall"], "--limit: 'wall' has no value, as wall=60 or memory=1G has"),
+        (["--limit", "wall=x"], "--limit: limits: wall: 'x' is not a number of seconds"),
+        (["--rlimit", "nofile=many"], "--rlimit: 'many' is not an integer"),
+        (["--nice", "abc"], "--nice: 'abc' is not an integer"),
+        (["--drain", "abc"], "--drain: 'abc' is not a number of seconds"),
+        (["--sandbox", "systems=yes"], "--sandbox: 'systems=yes' is not one of read=PATH"),
+    ],
+)
+def test_a_wrong_value(options: list[str], words: str) -> None:
+    done = run("run", *options, "--", "true")
+    assert (done.returncode, words in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["ls -l"], 127, "ls -l: No such file or directory; this is one word"),
+        (["--sandbox", "read=.", "--", "ls"], 126, "ls: Permission denied; in the sandbox"),
+        (["--sandbox", "read=/nowhere", "--", "ls"], 126, "/nowhere: sandbox: No such file"),
+    ],
+)
+def test_a_start_that_fails_says_what_to_change(
+    arguments: list[str], status: int, words: str
+) -> None:
+    if "--sandbox" in arguments and lib.eb_landlock_version() < 6:
+        pytest.skip("needs Landlock")
+    done = run("run", *arguments)
+    assert (done.returncode, words in done.stderr) == (status, True)
+
+
+def test_map_of_a_missing_file() -> None:
+    done = run("map", "-a", "missing", "echo")
+    assert (done.returncode, done.stderr) == (
+        125,
+        "errand-boy: missing: No such file or directory\n",
+    )
 
 
 def test_an_option_of_the_daemon_without_its_name() -> None:
@@ -275,6 +328,14 @@ def test_syntax_errors_and_exits_under_patch(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, run(str(script), program=[sys.executable]).stderr)
     done = run(str(tmp_path / "none.py"), program=PATCH)
     assert "runpy" not in done.stderr and "none.py" in done.stderr
+
+
+def test_status_without_a_daemon(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with pytest.raises(errand_boy.NoDaemonError) as caught:
+        errand_boy.connect(path).status()
+    assert caught.value.filename == path
+    assert str(caught.value).startswith(f"{path}: no errand-boy daemon listens here; to start one")
 
 
 def test_name_of_the_error_has_the_path_first() -> None:

@@ -594,3 +594,9 @@ def test_steps(given: Any, steps: Any) -> None:
 def test_bad_values(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text.replace("(", r"\(")):
         ours.Popen(["true"], **options)
+
+
+@pytest.mark.parametrize("stop", ["TERM", ["TERM"], [("TERM", 5)], [(SIGTERM, 5, SIGKILL)]])
+def test_steps_that_are_no_signals(stop: Any) -> None:
+    with pytest.raises(TypeError, match="is neither a signal, such as"):
+        ours.Popen(["true"], stop=stop)

@@ -212,11 +212,12 @@ def test_bad_limits() -> None:
     for given, words in (
         ({"walls": 1}, "limits: 'walls' is not one of wall, cpu"),
         ({"wall": 0}, "limits: wall: 0 is out of range"),
-        ({"wall": "soon"}, "limits: wall: could not convert"),
+        ({"wall": "soon"}, "limits: wall: 'soon' is not a number of seconds"),
         ({"memory": "1 gig"}, "limits: memory: '1 gig' is not a size"),
         ({"processes": 5000}, "limits: processes: 5000 is not from 1 to 4096"),
         ({"output": -1}, "limits: output: -1 is out of range"),
-        ({"cpu": True}, "limits: cpu: True is not a number"),
+        ({"cpu": True}, "limits: cpu: True is not a number of seconds"),
+        ({"open_files": "many"}, "limits: open_files: 'many' is not an integer"),
     ):
         with pytest.raises(ValueError, match=words):
             run(["true"], limits=given)
@@ -262,6 +263,15 @@ def test_limits_hold_if_nobody_waits() -> None:
     process.wait()
     assert process.cause == "timeout"
     assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize("terminal", [(), ("--pty",)])
+def test_the_command_line_says_which_limit(terminal: tuple[str, ...]) -> None:
+    for limit, script in ("wall=0.2", "sleep 1000"), ("memory=20M", "x=$(yes | head -c 200M)"):
+        command = [sys.executable, "-m", "errand_boy", "run", *terminal, "--limit", limit]
+        done = subprocess.run([*command, "--", "sh", "-c", script], capture_output=True, text=True)
+        name = limit.partition("=")[0]
+        assert done.stderr.endswith(f"errand-boy: sh: exceeded its limit {name}\n")
 
 
 def test_on_the_command_line() -> None:

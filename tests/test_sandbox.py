@@ -491,7 +491,7 @@ if b'PermissionError' in done.stderr:
 def test_bad_arguments(tmp_path: Path) -> None:
     for given, error, words in (
         ({"read": "/usr"}, TypeError, "read must be a list of paths"),
-        ({"read": [tmp_path / "missing"]}, FileNotFoundError, "missing"),
+        ({"read": [tmp_path / "missing"]}, FileNotFoundError, "sandbox: No such file.*missing"),
         ({"network": "yes"}, TypeError, "network='yes'"),
         ({"network": {"listen": [1]}}, TypeError, "connect or bind"),
         ({"network": {"connect": [70000]}}, ValueError, "70000 is not a TCP port"),
@@ -500,6 +500,12 @@ def test_bad_arguments(tmp_path: Path) -> None:
             Sandbox(strict=False, **cast(Any, given))
     with pytest.raises(TypeError, match="it must be a Sandbox"):
         run(["true"], sandbox="tight")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_misspelt_argument_is_the_only_error() -> None:
+    with pytest.raises(TypeError, match="systems"):
+        Sandbox(**cast(Any, {"systems": True}))
 
 
 def test_what_the_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,14 +94,21 @@ def _help() -> str:
     return "\n".join(lines)
 
 
+_OTHER_NAMES = {"exec": "run", "jobs": "ps", "kill": "stop", "list": "ps", "start": "run"}
+
+
 def _unknown(arguments: list[str]) -> str:
     from difflib import get_close_matches  # noqa: PLC0415
     from shutil import which  # noqa: PLC0415
 
     name = arguments[0]
+    if name == "help":
+        return "there is no command help; try errand-boy --help"
     if name.startswith("-"):
         return f"unknown option {name}; the daemon's come after its name: errand-boy serve {name}"
-    likely = [] if which(name) else get_close_matches(name, COMMANDS, 1)
+    likely = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
+    if not likely and not which(name):
+        likely = get_close_matches(name, COMMANDS, 1)
     meant = f"errand-boy {likely[0]}, or " if likely else ""
     return f"there is no command {name}; try {meant}errand-boy run -- {shlex.join(arguments)}"
 

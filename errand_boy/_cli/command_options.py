@@ -54,8 +54,29 @@ def _listed(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def _named(text: str, example: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if not value:
+        raise ValueError(f"{text!r} has no value, as {example} has")
+    return name, value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not an integer") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number of seconds") from None
+
+
 def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
-    name, _, limits = text.partition("=")
+    name, limits = _named(text, "nofile=1024")
     soft, _, hard = limits.partition(":")
     pair = _limit(soft), _limit(hard or soft)
     _options.encode({"rlimits": {name: pair}}, False, False)  # raises for an invalid limit
@@ -63,11 +84,11 @@ def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
 
 
 def _limit(text: str) -> int:
-    return resource.RLIM_INFINITY if text in _UNLIMITED else int(text)
+    return resource.RLIM_INFINITY if text in _UNLIMITED else _integer(text)
 
 
 def _own_limit(text: str) -> tuple[str, str]:
-    name, _, value = text.partition("=")
+    name, value = _named(text, "wall=60 or memory=1G")
     _options.encode({"limits": {name: value}}, False, False)  # raises for an invalid limit
     return name, value
 
@@ -92,13 +113,13 @@ def _steps(text: str) -> list[Any]:
     steps: list[Any] = []
     for word in _listed(text):
         name, colon, seconds = word.partition(":")
-        steps.append((_number(name), float(seconds)) if colon else _number(name))
+        steps.append((_number(name), _seconds(seconds)) if colon else _number(name))
     return steps
 
 
 def _with_level(text: str) -> str | tuple[str, int]:
     name, colon, level = text.partition(":")
-    return (name, int(level)) if colon else name
+    return (name, _integer(level)) if colon else name
 
 
 def _checked(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -126,7 +147,9 @@ def _box(text: str) -> tuple[str, Any]:
         return what, value
     if what in ("network", "system") and value in ("yes", "no"):
         return what, value == "yes"
-    raise ValueError("read=PATH, write=PATH, execute=PATH, network=yes or system=yes")
+    raise ValueError(
+        f"{text!r} is not one of read=PATH, write=PATH, execute=PATH, network=yes, system=yes"
+    )
 
 
 def _boxed(parts: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,7 +174,7 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "dies_with_caller": (None, str, "kill the command when errand-boy is killed"),
     "drain": (
         "SECONDS",
-        float,
+        _seconds,
         "how long to read output after the command's end; with --tree all, how long its "
         "descendants may go on",
     ),
@@ -163,9 +186,13 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
         "(4K, 1G), processes, open_files or, with map, output; repeatable",
     ),
     "namespaces": ("NAME,...", _listed, "give the command new namespaces: user, net, pid, ..."),
-    "nice": ("N", int, "add N to the niceness"),
+    "nice": ("N", _integer, "add N to the niceness"),
     "no_new_privs": (None, str, "let the command gain no privileges by executing programs"),
-    "oom_score_adj": ("N", int, "-1000 to 1000; when memory is short, the highest is killed first"),
+    "oom_score_adj": (
+        "N",
+        _integer,
+        "-1000 to 1000; when memory is short, the highest is killed first",
+    ),
     "rlimits": ("NAME=SOFT[:HARD]", _rlimit, "a resource limit; repeatable"),
     "root": ("DIRECTORY", str, "the root directory, by chroot(2)"),
     "sandbox": ("read=PATH|...", _box, "all that the command may use; repeatable"),
@@ -182,7 +209,7 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
         _steps,
         "the signals that end the command, as TERM:5,KILL (default: KILL)",
     ),
-    "timer_slack": ("NANOSECONDS", int, "how late timers may be"),
+    "timer_slack": ("NANOSECONDS", _integer, "how late timers may be"),
     "tree": (
         "process|group|cgroup|all",
         str,

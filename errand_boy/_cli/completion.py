@@ -24,9 +24,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Write the script with which a shell completes the command line of errand-boy. "
-        + "; ".join(_WHERE.values())
-        + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write the script with which a shell completes the command line of "
+        "errand-boy.\nTo install it:\n\n"
+        + "\n".join(f"  {shell}: {where}" for shell, where in _WHERE.items()),
     )
     parser.add_argument("shell", choices=_WHERE)
     return parser

@@ -195,7 +195,7 @@ def start(argv: Sequence[str], options: argparse.Namespace, wanted: Mapping[str,
     try:
         job = errand_boy.connect(options.socket).start(argv, **more, **wanted)
     except (OSError, ValueError) as error:
-        return failure(error, argv)
+        return failure(error, argv, wanted)
     print(job.name, job.id, flush=True)
     return 0
 
@@ -211,7 +211,12 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (OSError, ValueError) as error:
-        print(f"errand-boy: {message(error)}", file=sys.stderr)
+        hint = (
+            "; errand-boy ps --all lists the jobs"
+            if isinstance(error, errand_boy.NoJobError)
+            else ""
+        )
+        print(f"errand-boy: {message(error)}{hint}", file=sys.stderr)
         return _FAILED
 
 

@@ -29,7 +29,6 @@ from errand_boy._cli.commands import Commands
 from errand_boy._cli.joblog import JobLog, written
 from errand_boy._cli.parsing import UsageError, add_socket, message
 from errand_boy._result import Result
-from errand_boy.errors import ErrandBoyError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -182,10 +181,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         return _run(work, source, commands, out, count, log, watch, options)
     except cluster.Interrupted as interrupted:
         cluster.end_by(interrupted)
-    except ErrandBoyError as error:
-        print(f"errand-boy: {message(error)}", file=sys.stderr)
     except OSError as error:
-        print(f"errand-boy: {error}", file=sys.stderr)
+        print(f"errand-boy: {message(error)}", file=sys.stderr)
     return _TROUBLE
 
 

@@ -94,7 +94,26 @@ def run(
         from errand_boy._cli.stats import show  # noqa: PLC0415
 
         show(process, argv, stats, "timeout" if expired.is_set() else process.cause)
+    elif not expired.is_set():
+        tell_limit(process, argv)
     return _EXPIRED if expired.is_set() else exit_status(process)
+
+
+# For each cause of an end by a limit, the limit; errand-boy map alone has one of the output.
+_LIMITS = {
+    "timeout": "wall",
+    "cpu": "cpu",
+    "memory": "memory",
+    "processes": "processes",
+    "output": "file_size",
+}
+
+
+def tell_limit(process: _popen.Popen[Any], argv: Sequence[str]) -> None:
+    """Write to standard error which limit the ended command exceeded, if it exceeded one."""
+    limit = _LIMITS.get(process.cause or "")
+    if limit is not None:
+        print(f"errand-boy: {argv[0]}: exceeded its limit {limit}", file=sys.stderr)
 
 
 def exit_status(ended: _popen.Popen[Any] | JobResult) -> int:
@@ -127,10 +146,10 @@ def start(
                     raise
         return _popen.Popen(argv, **options)
     except (OSError, ValueError) as error:
-        return failure(error, argv)
+        return failure(error, argv, options)
 
 
-def failure(error: OSError | ValueError, argv: Sequence[str]) -> int:
+def failure(error: OSError | ValueError, argv: Sequence[str], options: Mapping[str, Any]) -> int:
     """Write the reason for a failed start to standard error; return the exit status."""
     if not isinstance(error, OSError):
         print(f"errand-boy: {error}", file=sys.stderr)
@@ -139,8 +158,13 @@ def failure(error: OSError | ValueError, argv: Sequence[str]) -> int:
         print(f"errand-boy: {message(error)}", file=sys.stderr)
         return 125
     named = os.fsdecode(error.filename or argv[0])  # perhaps a directory that an option names
-    print(f"errand-boy: {named}: {error.strerror}", file=sys.stderr)
     missing = isinstance(error, FileNotFoundError) and named == argv[0]
+    hint = ""
+    if missing and len(argv) == 1 and len(named.split()) > 1:
+        hint = "; this is one word: write the command without the quotes around it"
+    elif isinstance(error, PermissionError) and named == argv[0] and options.get("sandbox"):
+        hint = "; in the sandbox, programs need --sandbox system=yes or execute=PATH"
+    print(f"errand-boy: {named}: {error.strerror}{hint}", file=sys.stderr)
     return 127 if missing and error.filename is not None else 126
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from errand_boy import _client, _popen
-from errand_boy._cli.run import exit_status, start
+from errand_boy._cli.run import exit_status, start, tell_limit
 from errand_boy.terminal import (
     Pty,
     Terminal,
@@ -77,7 +77,9 @@ def run(
                 recording.discard()
             return process
         with outer:
-            return _Session(process, outer, arrived, recording).run()
+            status = _Session(process, outer, arrived, recording).run()
+        tell_limit(process, argv)
+        return status
 
 
 @contextlib.contextmanager
