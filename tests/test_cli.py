@@ -70,6 +70,19 @@ def test_an_unknown_option_shows_the_subcommands_usage(name: str) -> None:
     assert "--no-such-option" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["run", "--limt", "wall=1", "ls"], "--limt; try --limit"),
+        (["map", "--keep-ordr=yes", "ls"], "; try --keep-order"),
+        (["ps", "--no-such-option"], "; errand-boy ps --help lists the options"),
+    ],
+)
+def test_a_misspelt_option(arguments: list[str], hint: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stderr.endswith(f"{hint}\n")) == (2, True)
+
+
 def test_a_program_in_the_place_of_a_command() -> None:
     done = run("ls", "-l", "a b")
     assert (done.returncode, done.stdout) == (2, "")

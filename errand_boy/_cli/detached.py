@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import errand_boy
 from errand_boy._cli import command_options
-from errand_boy._cli.parsing import add_socket, message, number, user
+from errand_boy._cli.parsing import Parser, add_socket, message, number, user
 from errand_boy._hints import page
 
 TYPE_CHECKING = False
@@ -81,7 +81,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line of `ps`, `attach` and so on."""
     command = prog.rpartition(" ")[2]
     add_options, handler, description = _COMMANDS[command]
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description)
     parser.set_defaults(handler=handler)
     add_socket(parser)
     add_options(parser)

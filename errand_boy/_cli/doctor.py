@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from errand_boy import _doctor
-from errand_boy._cli.parsing import add_socket
+from errand_boy._cli.parsing import Parser, add_socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _SAID = {True: "yes", False: "no"}
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Try what errand-boy can do on this system, and show what works, how commands "
         "are started and why, and what would make that faster. The exit status is 0 if commands "

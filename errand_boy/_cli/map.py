@@ -27,7 +27,7 @@ from errand_boy._cli import (
 )
 from errand_boy._cli.commands import Commands
 from errand_boy._cli.joblog import JobLog, written
-from errand_boy._cli.parsing import UsageError, add_socket, message
+from errand_boy._cli.parsing import Parser, UsageError, add_socket, message
 from errand_boy._result import Result
 
 TYPE_CHECKING = False
@@ -43,7 +43,7 @@ _TROUBLE = 125  # the exit status if errand-boy itself failed
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line up to `:::`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage="errand-boy map [option ...] [--] [COMMAND [ARGUMENT ...]] "
         "[::: ARGUMENT ...] [:::: FILE ...]",

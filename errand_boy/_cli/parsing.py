@@ -6,6 +6,10 @@ import argparse
 import os
 from collections.abc import Callable
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 _WHERE = (
     "where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
     "$XDG_RUNTIME_DIR, else in /run)"
@@ -14,6 +18,21 @@ _WHERE = (
 
 class UsageError(ValueError):
     """The command line is wrong; the text says why."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says of an unknown option which one may be meant, and else where all are listed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Write the usage and the message to standard error, and exit."""
+        _, unknown, names = message.partition("unrecognized arguments: -")
+        if unknown:
+            from difflib import get_close_matches  # noqa: PLC0415
+
+            name = f"-{names}".split()[0].partition("=")[0]
+            likely = get_close_matches(name, self._option_string_actions, 1)
+            message += f"; try {likely[0]}" if likely else f"; {self.prog} --help lists the options"
+        super().error(message)
 
 
 def add_socket(

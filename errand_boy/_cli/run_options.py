@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from errand_boy._cli import command_options, detached, stats
-from errand_boy._cli.parsing import add_socket
+from errand_boy._cli.parsing import Parser, add_socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage="errand-boy run [option ...] [--] COMMAND [ARGUMENT ...]",
         description="Have the daemon run a command or, if none listens at a default path, run it "

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import errand_boy
 from errand_boy import _address
-from errand_boy._cli.parsing import add_socket, number, user
+from errand_boy._cli.parsing import Parser, add_socket, number, user
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Listen on a Unix socket, or on the one that systemd hands over, and start "
         "commands for this user and for those that the options allow.",

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from errand_boy import _address, _status
-from errand_boy._cli.parsing import add_socket, number
+from errand_boy._cli.parsing import Parser, add_socket, number
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Show what the daemon is doing: its helpers, its live commands, totals, and "
         "how long starts take. The exit status is 1 if no daemon answers.",

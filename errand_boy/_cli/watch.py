@@ -42,7 +42,7 @@ def run(address: Address, interval: float) -> int:
         from rich.console import Console  # noqa: PLC0415
         from rich.live import Live  # noqa: PLC0415
     except ImportError:
-        print("errand-boy: --watch needs rich: pip install errand-boy[watch]", file=sys.stderr)
+        print("errand-boy: --watch needs rich: pip install 'errand-boy[watch]'", file=sys.stderr)
         return 1
     if not sys.stdout.isatty():
         print("errand-boy: --watch needs a terminal", file=sys.stderr)
