@@ -65,4 +65,4 @@ def test_slow_tests_are_there() -> None:
     for name in (HERE / "slow.txt").read_text().split():
         file, _, function = name.partition("::")
         text = (HERE / file).read_text()
-        assert not function or re.search(rf"^(async )?def {function}\(", text, re.MULTILINE), name
+        assert not function or re.search(rf"^ *(async )?def {function}\(", text, re.MULTILINE), name

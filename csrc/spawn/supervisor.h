@@ -45,11 +45,11 @@ struct eb_supervisor {
  * guard, a child of the calling process, or -errno: ENOTSUP if /proc has no lists of children, or close_range(2) is
  * missing. */
 pid_t eb_supervisor_start(struct eb_supervisor **made, struct eb_job *job, unsigned flags);
-/* For a maker that is a subreaper, which gets the tree if guard and supervisor are both killed. */
-/* It has waited for the process `pid`. */
+/* The next two are for a maker that is a subreaper, which gets the tree if guard and supervisor are both killed.
+ * The first is for each process that the maker has waited for. */
 void eb_supervisor_note(struct eb_supervisor *s, pid_t pid, int status, const struct rusage *usage);
-/* Kills what is left when it has waited for the guard; `again` if a first call did not suffice.  Returns false if no
- * process is left that it may kill. */
+/* Kills the rest of the tree, once the guard has been waited for; `again` if a first call did not suffice.  Returns
+ * false if no process is left that it may kill. */
 bool eb_supervisor_kill_rest(struct eb_supervisor *s, bool again);
 /* The guard has been waited for. */
 void eb_supervisor_free(struct eb_supervisor *s);

@@ -11,6 +11,7 @@
  */
 #include "fuzz_keeper.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -78,7 +79,8 @@ int fuzz_waitid(idtype_t type, id_t id, siginfo_t *info, int options)
 {
     (void)type, (void)id, (void)options;
     info->si_pid = lives || reaped ? 0 : PID;
-    return 0;
+    errno = ECHILD;
+    return reaped ? -1 : 0;
 }
 
 pid_t fuzz_wait4(pid_t pid, int *status, int options, struct rusage *usage)
@@ -146,6 +148,19 @@ void eb_supervisor_signal_all(struct eb_supervisor *s, int number)
 {
     (void)number;
     CHECK(s == NULL);
+}
+
+void eb_supervisor_note(struct eb_supervisor *s, pid_t pid, int status, const struct rusage *usage)
+{
+    (void)pid, (void)status, (void)usage;
+    CHECK(s == NULL);
+}
+
+bool eb_supervisor_kill_rest(struct eb_supervisor *s, bool again)
+{
+    (void)again;
+    CHECK(s == NULL);
+    return false;
 }
 
 void eb_supervisor_free(struct eb_supervisor *s)
