@@ -277,6 +277,7 @@ def test_end_tells_of_the_place(helper: Helper) -> None:
     clients = [helper.connect() for _ in range(4)]
     for client in clients[:3]:
         client.send(queued("/bin/sleep", "1000", places=3, brief=True))
+        assert has_said_nothing(helper, clients)  # and has a place before the next one asks
     clients[3].send(queued("/bin/true", places=3, brief=True))
     assert has_said_nothing(helper, clients)
     for client, place in ((clients[1], 2), (clients[3], 2), (clients[2], 3), (clients[0], 1)):
