@@ -352,11 +352,13 @@ def try_wait(process: Any, flags: int) -> tuple[int, int]:
 def wait_for(process: Any, flags: int) -> tuple[int, int]:
     """Wait for a child of this process as os.waitpid does, and note what it has used."""
     if process._ends_group:
-        # Until somebody has waited for the leader, no other group can get its number.
+        # Until somebody has waited for the leader, no other group can get its number. So a leader
+        # that ends right after this look is left for the next call.
         options = os.WEXITED | os.WNOWAIT | (flags & os.WNOHANG)
-        if os.waitid(os.P_PID, process.pid, options) is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+        if os.waitid(os.P_PID, process.pid, options) is None:
+            return 0, 0
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
     pid, status, usage = _native.wait4(process.pid, flags)
     if pid:
         process._usage = usage

@@ -240,6 +240,30 @@ def test_what_a_group_leaves_is_killed(
     until(marked.are_gone)
 
 
+def test_what_a_group_leaves_is_killed_if_its_leader_ends_between_two_calls(
+    marked: Marked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader ends after waitid(2) has found it alive, and before it is waited for."""
+    script = "(echo; while :; do sleep 1000; done) & read line; exit 3"
+    options: dict[str, Any] = {"tree": "group", "stop": ((signal.SIGURG, 1000), SIGKILL)}
+    waitid = os.waitid
+    with ours.Popen(
+        ["sh", "-c", script], env=marked.env, stdin=-1, stdout=-1, bufsize=0, **options
+    ) as process:
+
+        def look(kind: int, number: int, flags: int) -> Any:
+            found = waitid(kind, number, flags)
+            if found is None:
+                process.stdin.write(b"\n")
+                waitid(kind, number, os.WEXITED | os.WNOWAIT)
+            return found
+
+        assert process.stdout.readline() == b"\n"
+        monkeypatch.setattr(os, "waitid", look)
+        assert process.stop() == 3
+        assert process.stdout.read() == b""
+
+
 def expired_on_loops(args: list[str], marked: Marked, options: dict[str, Any]) -> None:
     import errand_boy.asyncio as on_loops  # noqa: PLC0415
 
@@ -285,7 +309,7 @@ def test_what_a_cgroup_has_left_is_stopped_later(marked: Marked, cgroup: Path) -
     script = "setsid sleep 1000 & exit 3"
     with ours.Popen(["sh", "-c", script], tree="cgroup", cgroup=cgroup, env=marked.env) as process:
         assert process.wait() == 3
-        assert marked.pids()
+        until(marked.pids)  # at its exec, a process has no environment for a moment
         assert process.stop() == 3
     until(marked.are_gone)
 
