@@ -14,7 +14,19 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import has_ended, until
-from keeper import HELLO, SUPERVISED, Keeper, Missed, Piece, follow, job, keeping, shell, text
+from keeper import (
+    HELLO,
+    SUPERVISED,
+    Keeper,
+    Missed,
+    Piece,
+    Visitor,
+    follow,
+    job,
+    keeping,
+    shell,
+    text,
+)
 from wire import Failed, frame, option, signal_frame, slow
 
 from errand_boy._native import lib
@@ -175,14 +187,19 @@ def test_tree_and_limits(keeper: Keeper) -> None:
     assert min(user, system, processes) >= 0
 
 
-def test_killed_keeper_leaves_no_process_and_a_ring_that_can_be_read(keeper: Keeper) -> None:
-    script = "sleep 100 & echo $!; setsid sleep 100 & echo $!; wait"
+def start_three(keeper: Keeper, script: str) -> tuple[Visitor, bytes, list[psutil.Process]]:
+    """Start a shell that writes two pids; return a follower, what it has said, and all three."""
     pid = keeper.start(shell(script, options=[SUPERVISED]))
     visitor = keeper.follower()
     said = b""
     while said.count(b"\n") < 2:
         said += visitor.piece().data
-    processes = [psutil.Process(p) for p in (pid, *map(int, said.split()))]
+    return visitor, said, [psutil.Process(p) for p in (pid, *map(int, said.split()))]
+
+
+def test_killed_keeper_leaves_no_process_and_a_ring_that_can_be_read(keeper: Keeper) -> None:
+    script = "sleep 100 & echo $!; setsid sleep 100 & echo $!; wait"
+    _, said, processes = start_three(keeper, script)
     keeper.kill()
     assert not psutil.wait_procs(processes, timeout=30)[1]
     assert text(keeper.kept()) == said
@@ -198,12 +215,7 @@ def test_killed_supervisor_leaves_no_process(keeper: Keeper, which: str) -> None
         (setsid sh -c 'trap "" TERM; echo $$; while :; do sleep 0.01 & wait; done' &)
         exec sleep 100
     """
-    pid = keeper.start(shell(script, options=[SUPERVISED]))
-    visitor = keeper.follower()
-    said = b""
-    while said.count(b"\n") < 2:
-        said += visitor.piece().data
-    processes = [psutil.Process(p) for p in (pid, *map(int, said.split()))]
+    visitor, _, processes = start_three(keeper, script)
     supervisor = psutil.Process(processes[0].ppid())
     guard = psutil.Process(supervisor.ppid())
     assert guard.ppid() == keeper.pid
