@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+static unsigned counts[EB_CLIENT_VISITOR + 1];
+
 struct eb_client *eb_client_new(int fd, enum eb_client_kind kind)
 {
     struct eb_client *c = malloc(sizeof *c);
@@ -22,13 +24,18 @@ struct eb_client *eb_client_new(int fd, enum eb_client_kind kind)
     if (c->next != NULL)
         c->next->previous = c;
     keeper.clients = c;
-    keeper.count++;
+    counts[kind]++;
     uint8_t version[4];
     struct eb_writer w = eb_writer(version, sizeof version);
     eb_put_u32(&w, EB_VERSION);
     if (kind != EB_CLIENT_SERVER)
         eb_client_send(c, EB_HELLO, version, sizeof version);
     return c;
+}
+
+unsigned eb_client_count(enum eb_client_kind kind)
+{
+    return counts[kind];
 }
 
 void eb_client_free(struct eb_client *c)
@@ -39,7 +46,7 @@ void eb_client_free(struct eb_client *c)
         keeper.clients = c->next;
     if (c->next != NULL)
         c->next->previous = c->previous;
-    keeper.count--;
+    counts[c->kind]--;
     eb_channel_close(&c->channel);
     free(c->typed);
     free(c);

@@ -11,7 +11,7 @@
 
 #include <sys/ioctl.h>
 
-enum { EB_MOST_CLIENTS = 256 };
+enum { EB_MOST_CLIENTS = 256 }; /* starter and visitors */
 
 enum eb_client_kind {
     EB_CLIENT_SERVER,  /* the server, which hands over the others */
@@ -56,6 +56,8 @@ struct eb_client {
 
 /* Makes a client of the socket `fd`.  NULL: memory is short, and `fd` is closed. */
 struct eb_client *eb_client_new(int fd, enum eb_client_kind kind);
+/* How many clients there are of a kind. */
+unsigned eb_client_count(enum eb_client_kind kind);
 /* Removes a client from the list, closes and frees it. */
 void eb_client_free(struct eb_client *c);
 /* Whether output waits for room in its socket. */

@@ -67,7 +67,6 @@ struct eb_keeper {
     uint64_t over_ms; /* of eb_now_ms */
 
     struct eb_client *clients;
-    unsigned count;
     bool adopted;  /* the first client other than the server has come */
     int log_error; /* the errno to report to followers; 0: none */
     uint64_t wake; /* of eb_now_ms: the latest time for the next round; 0: none; set anew in each round */

@@ -23,9 +23,9 @@
 #include <unistd.h>
 
 enum {
-    TRIM_MS = 100,          /* without an event until memory is given back */
-    RETRY_MS = 100,         /* until what failed for lack of memory or descriptors is tried again */
-    SPARE_CONNECTIONS = 16, /* beyond EB_MOST_CLIENTS: for the server, and for clients that are refused */
+    TRIM_MS = 100,     /* without an event until memory is given back */
+    RETRY_MS = 100,    /* until what failed for lack of memory or descriptors is tried again */
+    MOST_SERVERS = 16, /* connections of the server at a time */
 };
 
 static int epoll_fd;
@@ -123,7 +123,7 @@ static void on_client(struct eb_client *c)
 
 static void accept_servers(void)
 {
-    for (int i = 0; i < SPARE_CONNECTIONS; i++) {
+    for (unsigned i = eb_client_count(EB_CLIENT_SERVER); i < MOST_SERVERS; i++) {
         int fd = accept4(EB_LISTENER_FD, NULL, NULL, SOCK_CLOEXEC);
         if (fd < 0 && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
             accept_from = eb_now_ms() + RETRY_MS;
@@ -160,7 +160,7 @@ static void watch_all(int signals, uint64_t now)
     want(EB_KEEPER_SIGNALS, true, signals, EPOLLIN);
     if (accept_from > now)
         eb_keeper_wake_by(accept_from);
-    want(EB_KEEPER_LISTENER, accept_from <= now && keeper.count < EB_MOST_CLIENTS + SPARE_CONNECTIONS, EB_LISTENER_FD,
+    want(EB_KEEPER_LISTENER, accept_from <= now && eb_client_count(EB_CLIENT_SERVER) < MOST_SERVERS, EB_LISTENER_FD,
          EPOLLIN);
     want(EB_KEEPER_START, keeper.state == EB_KEEPER_STARTING, keeper.start.done_fd, 0);
     want(EB_KEEPER_NOTIFY, eb_notify_fd() >= 0, eb_notify_fd(), 0);
@@ -218,19 +218,12 @@ static void take_signals(int signals)
 
 /* -- the end -- */
 
-static bool has(enum eb_client_kind kind)
-{
-    const struct eb_client *c = keeper.clients;
-    while (c != NULL && c->kind != kind)
-        c = c->next;
-    return c != NULL;
-}
-
 static bool is_done(void)
 {
     if (keeper.state == EB_KEEPER_NEW)
-        return !has(EB_CLIENT_STARTER) && (keeper.adopted || !has(EB_CLIENT_SERVER));
-    return keeper.state == EB_KEEPER_OVER && !has(EB_CLIENT_STARTER) && !has(EB_CLIENT_VISITOR) && eb_notify_fd() < 0;
+        return eb_client_count(EB_CLIENT_STARTER) == 0 && (keeper.adopted || eb_client_count(EB_CLIENT_SERVER) == 0);
+    return keeper.state == EB_KEEPER_OVER && eb_client_count(EB_CLIENT_STARTER) == 0 &&
+           eb_client_count(EB_CLIENT_VISITOR) == 0 && eb_notify_fd() < 0;
 }
 
 static void trim(void)
