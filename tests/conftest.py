@@ -177,20 +177,34 @@ def descendants() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+@contextmanager
+def expecting_nothing_left_behind() -> Iterator[None]:
     before = descendants()
     yield
     errand_boy = sys.modules.get("errand_boy")
     helper = errand_boy.helper_pid() if errand_boy else None
     new = [p for p in descendants() - before if p.pid != helper]
     # A helper notices the end of its script a moment later than we do.
-    _, alive = psutil.wait_procs(new, timeout=5)
+    _, alive = psutil.wait_procs(new, timeout=10)
     found = [str(process) for process in alive]
     for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=5)
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            process.kill()
+    psutil.wait_procs(alive, timeout=10)
     assert not found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    with expecting_nothing_left_behind():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_behind_by_the_file() -> Iterator[None]:
+    """Reaps what fixtures of a whole file leave, too, such as the helpers of a killed daemon."""
+    with expecting_nothing_left_behind():
+        yield
 
 
 @pytest.fixture

@@ -37,6 +37,16 @@ def test_that_waits_for_ever():
         process.wait()
 """
 
+LEAVING = """
+import atexit, subprocess, psutil, pytest
+@pytest.fixture(scope="module")
+def of_the_whole_file():
+    yield
+    subprocess.run(["sh", "-c", "sleep 0.1 &"])
+def test_that_uses_it(of_the_whole_file):
+    atexit.register(lambda: print("left:", psutil.Process().children()))
+"""
+
 
 def run(source: str, directory: Path, *under: str) -> subprocess.CompletedProcess[str]:
     """Run a test with this directory's conftest.py."""
@@ -59,6 +69,13 @@ def test_no_test_lasts_for_ever(tmp_path: Path) -> None:
     done = run(STUCK, tmp_path)
     assert done.returncode == 1
     assert "Timeout (>1.0s) from pytest-timeout" in done.stdout
+
+
+def test_what_a_file_s_fixtures_leave_is_reaped_with_them(tmp_path: Path) -> None:
+    """The tests of the next file may look at all children."""
+    done = run(LEAVING, tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "left: []" in done.stdout
 
 
 def test_slow_tests_are_there() -> None:
