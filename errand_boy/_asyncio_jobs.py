@@ -118,7 +118,9 @@ class Attachment(Attached):
         """Return output of either stream, and b"" at the end; wait until there is some."""
         while True:
             while not self._come and not self.is_over:
-                await self._move()
+                waits = self._next_wait()
+                if waits is not None:
+                    await wait(waits, both=True)
             event = self._take(size)
             if event is None:
                 return b""
@@ -133,13 +135,10 @@ class Attachment(Attached):
         """
         self._feed(data)
         while self.is_full and not self.is_over:
-            await self._move()
+            waits = self._next_wait()
+            if waits is not None and self.is_full:
+                await wait(waits, both=True)
         return len(data)
-
-    async def _move(self) -> None:
-        waits = self._next_wait()
-        if waits is not None:
-            await wait(waits, both=True)
 
 
 # -- how they wait --

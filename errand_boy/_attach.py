@@ -26,7 +26,9 @@ _MOST_COME = 64  # pieces of output
 class Attached:
     """The terminal of a job, or its standard streams, for a client that is attached to it.
 
-    `is_over`: the job is over, and all of its output has been read.
+    `is_over`: the job is over, and all of its output has been read. `lost_input`: how many bytes of
+    what was written may not have reached the command, since its keeper was killed, a connection
+    broke, or the attachment was closed before it had sent them.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Attached:
     ) -> None:
         self.read_only = read_only
         self.is_over: bool = False
+        self.lost_input: int = 0
         self.has_terminal = has_terminal
         self._window = _four(window)
         if history is None:
@@ -53,11 +56,14 @@ class Attached:
         self._unsent = bytearray()  # input
         self._room = int(lib.EB_WINDOW)  # bytes of input that may be on their way
         self._outbox = b""
+        self._framed = 0  # bytes of input in the outbox
         self._ends_input = False
         self._connections = 0
 
     def close(self) -> None:
         """Detach."""
+        if not self.is_over:
+            self.lost_input += len(self._unsent) + self._framed
         self._steps.close()
         self._course.close()
         self.is_over = True
@@ -95,6 +101,7 @@ class Attached:
     @winsize.setter
     def winsize(self, size: Sequence[int]) -> None:
         self._window = _four(size)
+        self._course.greeting = self._greeting()
         self._outbox += _follow.winsize(self._window)
         self._send()
 
@@ -149,6 +156,7 @@ class Attached:
         past, self._past = self._past, None
         if past is None:
             return
+        self._course.greeting = self._greeting()
         if self.has_terminal and (shown := past.shown(self._window[0])):
             self._come.append(Output(1, time.time(), shown))
         self.redraw()
@@ -189,6 +197,9 @@ class Attached:
                 if self._come:
                     return
             elif isinstance(event, Over):
+                if self._course.entry["state"] == "lost":
+                    self._lose_sent()
+                    self.lost_input += len(self._unsent)
                 break
             elif isinstance(event, Credit):
                 self._room += event.size
@@ -205,29 +216,39 @@ class Attached:
         try:
             event = next(self._steps, None)
         except BaseException:
+            self._lose_sent()
             self.close()
             raise
         if self._connections != self._course.connections:
             self._connections = self._course.connections
-            self._outbox, self._room = b"", int(lib.EB_WINDOW)
+            self._lose_sent()
         return event
+
+    def _lose_sent(self) -> None:
+        """Give up the input for which no credit has come, as its connection has ended."""
+        self.lost_input += int(lib.EB_WINDOW) - self._room
+        self._outbox, self._framed, self._room = b"", 0, int(lib.EB_WINDOW)
 
     def _send(self) -> None:
         """Send as much input as there is room for."""
-        course = self._course
+        sock = self._course.sock
+        if sock is None or not self._course.has_begun:
+            return
         if self._unsent and self._room and not self._outbox:
             data = bytes(self._unsent[: min(self._room, MOST_UNSENT)])
             del self._unsent[: len(data)]
             self._room -= len(data)
+            self._framed = len(data)
             self._outbox += _wire.frame(lib.EB_STDIN, [data])
         if self._ends_input and not self._unsent:
             self._ends_input = False
             self._outbox += _wire.frame(lib.EB_STDIN, [])
-        sock = course.sock
-        if sock is None or not course.has_begun or not self._outbox:
+        if not self._outbox:
             return
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             self._outbox = self._outbox[sock.send(self._outbox, _job_steps.SEND_FLAGS) :]
+            if not self._outbox:
+                self._framed = 0
 
 
 def _four(size: Sequence[int] | None) -> tuple[int, int, int, int]:

@@ -136,8 +136,9 @@ class Attachment(Attached):
                 return None
             if deadline is not None:
                 rest = max(0.0, deadline - time.monotonic())
-                is_late = waits.seconds is None or rest <= waits.seconds
-                waits = waits._replace(seconds=rest) if is_late else waits
+                is_late = rest == 0.0
+                if waits.seconds is None or rest < waits.seconds:
+                    waits = waits._replace(seconds=rest)
             wait(waits, both=True)
         return self._take()
 
@@ -163,7 +164,7 @@ class Attachment(Attached):
         self._feed(data)
         while self.is_full and not self.is_over:
             waits = self._next_wait()
-            if waits is not None:
+            if waits is not None and self.is_full:
                 wait(waits, both=True)
         return len(data)
 

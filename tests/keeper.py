@@ -86,8 +86,10 @@ class Visitor(Client):
     """A client of a keeper."""
 
     def answer(self) -> Piece | Missed | Exited | None:
-        """The next frame, or None for CAUGHT_UP."""
+        """The next frame but CREDIT, or None for CAUGHT_UP."""
         kind, payload = self.frame()
+        while kind == lib.EB_CREDIT:
+            kind, payload = self.frame()
         if kind == lib.EB_EXITED:
             status, *usage = _wire.EXITED.unpack(payload[: _wire.EXITED.size])
             return Exited(status, tuple(usage))

@@ -277,13 +277,17 @@ def test_job_that_reads_nothing(tmp_path: Path) -> None:
     with (
         typed.open("rb") as stdin,
         stdlib.Popen(
-            [*COMMAND, "attach", name], stdin=stdin, stdout=stdlib.PIPE, stderr=stdlib.DEVNULL
+            [*COMMAND, "attach", name], stdin=stdin, stdout=stdlib.PIPE, stderr=stdlib.PIPE
         ) as client,
     ):
         assert client.stdout is not None
         assert any(line == b"last\n" for line in client.stdout)
+        # More than what the pipe and the keeper take.
+        until(lambda: os.lseek(stdin.fileno(), 0, os.SEEK_CUR) > 150_000)
         client.terminate()
-        assert client.wait(PATIENCE) == 128 + signal.SIGTERM
+        _, errors = client.communicate(timeout=PATIENCE)
+        assert client.returncode == 128 + signal.SIGTERM
+        assert re.search(rb"\d+ bytes of input may not have reached", errors)
 
 
 # -- with one --

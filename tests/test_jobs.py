@@ -21,7 +21,7 @@ import psutil
 import pytest
 from conftest import PATIENCE, has_ended, until
 from daemon import Daemon
-from jobs import await_output, files, keeper_of, keepers, keeping_jobs, text
+from jobs import await_output, files, keeper_of, keepers, keeping_jobs, kill_keeper, text
 
 import errand_boy
 import errand_boy.asyncio
@@ -536,6 +536,45 @@ def test_input_of_who_attaches(client: Client) -> None:
         assert attachment.read() == b""
         assert attachment.is_over
     assert job.wait(PATIENCE).returncode == 0
+
+
+def test_attached_client_waits_for_output_as_long_as_it_wants_to(client: Client) -> None:
+    """What the keeper says besides, such as that the command has its input, does not end that."""
+    job = client.start(sh("head -c 40000 >/dev/null; sleep 0.3; echo done"), stdin=PIPE)
+    with job.attach() as attachment:
+        attachment.write(b"x" * 40_000)
+        event = attachment.read_some(PATIENCE)
+        assert isinstance(event, Output)
+        assert event.data == b"done\n"
+        assert attachment.read_some(PATIENCE) is None  # it is over
+
+
+def test_input_that_is_lost_with_the_keeper(client: Client) -> None:
+    job = client.start(sh(FOREVER), stdin=PIPE)
+    with job.attach() as attachment:
+        attachment.write(b"x" * 170_000)  # this returns when the pipe has taken some
+        kill_keeper(job)
+        assert attachment.read() == b""
+        assert attachment.lost_input == 170_000 - (64 << 10)
+
+
+def test_input_that_the_command_has_is_not_lost(client: Client) -> None:
+    job = client.start(sh("echo begin; exec cat"), stdin=PIPE)
+    with job.attach() as attachment:
+        assert attachment.read() == b"begin\n"
+        for line in b"a\n", b"b\n":
+            attachment.write(line)
+            assert attachment.read() == line
+        kill_keeper(job)
+        assert attachment.read() == b""
+        assert attachment.lost_input == 0
+
+
+def test_input_that_is_not_sent(client: Client) -> None:
+    job = client.start(sh(FOREVER), stdin=PIPE)
+    with job.attach() as attachment:
+        attachment.write(b"x" * 170_000)
+    assert attachment.lost_input == 170_000 - 2 * (64 << 10)  # the keeper has the rest
 
 
 def test_two_are_attached_and_one_may_write(client: Client) -> None:

@@ -3,6 +3,7 @@
 #include "helper/terminal.h"
 
 #include <errno.h>
+#include <linux/sockios.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -126,11 +127,19 @@ void eb_on_attach(struct eb_client *c, const struct eb_frame *frame)
 
 /* -- input -- */
 
+static bool has_read_all(const struct eb_client *c)
+{
+    int unread;
+    return ioctl(c->channel.fd, SIOCOUTQ, &unread) == 0 && unread == 0;
+}
+
+/* A small credit lets a client know that the command has all of its input.  One that does not read gets no more of
+ * them, because they would fill its socket. */
 static void give_credit(struct eb_client *c)
 {
     const uint32_t used = c->room + c->typed_size;
     const uint32_t credit = used < EB_WINDOW ? EB_WINDOW - used : 0;
-    if (credit < LEAST_CREDIT || c->gone)
+    if (credit == 0 || c->gone || (credit < LEAST_CREDIT && (c->typed_size > 0 || !has_read_all(c))))
         return;
     uint8_t payload[4];
     struct eb_writer w = eb_writer(payload, sizeof payload);

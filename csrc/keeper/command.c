@@ -220,11 +220,11 @@ static size_t read_some(int number)
     ssize_t n = read(keeper.fds[number], buffer, most);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
-    if (n < 0 && keeper.terminal) { /* the terminal may be opened again */
+    if (n < 0) { /* a terminal may be opened again */
         keeper.hung_until = eb_now_ms() + HUNG_MS;
         return 0;
     }
-    if (n <= 0) {
+    if (n == 0) {
         eb_keeper_close(number);
         return 0;
     }

@@ -87,6 +87,9 @@ def run(job: Job, read_only: bool, keys: str, *, raw: bool) -> int:
             number = session.run()
         finally:
             session.restore()
+    if attachment.lost_input:
+        text = f"{attachment.lost_input} bytes of input may not have reached {job.name}"
+        print(f"errand-boy: {text}", file=sys.stderr)
     if number is not None:
         print(f"errand-boy: detached from {job.name}", file=sys.stderr)
         return 128 + number if number else 0
