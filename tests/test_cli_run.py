@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -17,6 +18,7 @@ import psutil
 import pytest
 from conftest import PATIENCE, script_environment
 from daemon import Daemon, started_daemon
+from guard import Guard
 
 RUN = [sys.executable, "-m", "errand_boy", "run"]
 
@@ -126,6 +128,38 @@ print("interrupts", len(count), flush=True)
         terminal.write(b"go on\n")
         terminal.until(b"interrupts 1")
         assert terminal.status() == 0
+
+
+@pytest.mark.root
+def test_interrupt_at_the_terminal_during_the_start_comes_once(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command runs already, but its helper's answer has not come."""
+    if by != "helper":
+        pytest.skip("the daemon's commands are not on the terminal")
+    monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
+    slow = Path(shutil.copy("/bin/sh", tmp_path / "slow"))
+    script = """
+trap 'echo interrupted; n=$((n + 1))' INT
+trap 'echo $n times' USR1
+echo ready
+while :; do sleep 0.01; done
+"""
+    with Guard(slow) as guard, Terminal("--", str(slow), "-c", script) as terminal:
+        command = guard.held()
+        (helper,) = (
+            child for child in psutil.Process(terminal.pid).children() if child.pid != command
+        )
+        helper.suspend()
+        guard.release()
+        terminal.until(b"ready")
+        terminal.write(b"\x03")
+        terminal.until(b"interrupted")
+        os.kill(terminal.pid, signal.SIGUSR1)
+        helper.resume()
+        # It is forwarded after those that came before it.
+        terminal.until(b" times\r\n")
+        assert terminal.seen.endswith(b"\n1 times\r\n")
 
 
 def test_interrupt_at_the_terminal_comes_to_the_whole_group() -> None:

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import errand_boy
 from errand_boy import _client, _popen
@@ -63,14 +64,21 @@ def run(
     forwarded = {n for n in candidates if signal.getsignal(n) is not signal.SIG_IGN}
     for number in forwarded:
         signal.signal(number, lambda number, frame: early.append(number))
-    process = start(argv, socket, classic=classic, **(options or {}))
+
+    def block_signals() -> dict[str, Any]:
+        """Prepare for a child of our own; return its options."""
+        for number in _JOB_CONTROL & forwarded:
+            signal.signal(number, signal.SIG_DFL)
+        # As soon as there is a child, the terminal signals it too, and a handler can't tell that.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*forwarded - _JOB_CONTROL, signal.SIGCHLD})
+        mask = (options or {}).get("signals_blocked", mask)
+        return {"preexec_fn": partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask)}
+
+    process = start(argv, socket, block_signals, classic=classic, **(options or {}))
     if isinstance(process, int):
         return process
     if not isinstance(process, _client.Popen):
-        for number in _JOB_CONTROL & forwarded:
-            signal.signal(number, signal.SIG_DFL)
         forwarded -= _JOB_CONTROL
-    # Only now, since the child inherits the mask.
     awaited = {*forwarded, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     failures: list[OSError] = []
@@ -127,13 +135,15 @@ def exit_status(ended: _popen.Popen[Any] | JobResult) -> int:
 def start(
     argv: Sequence[str],
     socket: str | Literal[False] | None,
+    prepare: Callable[[], Mapping[str, Any]] = dict,
     *,
     classic: bool = False,
     **options: Any,
 ) -> _popen.Popen[Any] | int:
     """Start a command as `run` does; return its process object.
 
-    If that fails, write the reason to standard error, and return the exit status.
+    `prepare` is called right before the start of a child of this process, and returns options for
+    it. If the start fails, write the reason to standard error, and return the exit status.
     """
     try:
         if socket is not False:
@@ -144,7 +154,7 @@ def start(
                 # A user who names a daemon wants its rights and limits, not those of this process.
                 if not client.address.is_default:
                     raise
-        return _popen.Popen(argv, **options)
+        return _popen.Popen(argv, **{**prepare(), **options})
     except (OSError, ValueError) as error:
         return failure(error, argv, options)
 
