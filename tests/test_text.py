@@ -214,10 +214,12 @@ def test_command_has_what_the_daemon_has(tmp_path: Path) -> None:
 # Many clients
 
 
-def test_300_clients_at_once(daemon: Daemon) -> None:
-    socks = [sent(daemon, b"cat; exit %d" % (i % 256), b"input %d" % i) for i in range(300)]
-    for i, sock in enumerate(socks):
-        assert split(rest(sock)) == (b"input %d" % i, b"", i % 256)
+def test_300_clients_at_once(tmp_path: Path) -> None:
+    # A daemon starts one more helper for so many, and either may stay.
+    with started_daemon(tmp_path) as daemon:
+        socks = [sent(daemon, b"cat; exit %d" % (i % 256), b"input %d" % i) for i in range(300)]
+        for i, sock in enumerate(socks):
+            assert split(rest(sock)) == (b"input %d" % i, b"", i % 256)
 
 
 def test_clients_that_do_not_read(daemon: Daemon) -> None:
