@@ -66,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
             action = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, action)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.environ["LANGUAGE"] = "en"  # of the messages of shells and tools, in any locale
     # Python 3.13 starts some commands through posix_spawn, where its errors read differently.
     stdlib._USE_POSIX_SPAWN = False  # type: ignore[misc]
     if sys.platform == "linux":
@@ -102,6 +103,16 @@ def pytest_timeout_set_timer() -> Iterator[Any]:
     yield
     left, _ = signal.getitimer(signal.ITIMER_REAL)
     signal.setitimer(signal.ITIMER_REAL, left, INTERVAL)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Iterator[Any]:
+    """Don't interrupt pytest itself: at a high load it takes seconds to show a traceback."""
+    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 @pytest.fixture

@@ -47,6 +47,19 @@ def test_that_uses_it(of_the_whole_file):
     atexit.register(lambda: print("left:", psutil.Process().children()))
 """
 
+REPORTED = """
+import signal, time, pytest
+class Timer(Exception):
+    def __str__(self):
+        return str(signal.getitimer(signal.ITIMER_REAL))
+@pytest.mark.timeout(1)
+def test_whose_report_takes_long():
+    try:
+        time.sleep(1000)
+    except BaseException:
+        raise Timer from None
+"""
+
 
 def run(source: str, directory: Path, *under: str) -> subprocess.CompletedProcess[str]:
     """Run a test with this directory's conftest.py."""
@@ -76,6 +89,13 @@ def test_what_a_file_s_fixtures_leave_is_reaped_with_them(tmp_path: Path) -> Non
     done = run(LEAVING, tmp_path)
     assert done.returncode == 0, done.stdout
     assert "left: []" in done.stdout
+
+
+def test_report_is_not_interrupted(tmp_path: Path) -> None:
+    """Pytest would end, and with it all tests that are still to come."""
+    pytest.importorskip("pytest_timeout")
+    done = run(REPORTED, tmp_path)
+    assert "Timer: (0.0, 0.0)" in done.stdout
 
 
 def test_slow_tests_are_there() -> None:
