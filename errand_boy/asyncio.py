@@ -158,7 +158,7 @@ class _Functions:
     async def run(
         self,
         args: Any,
-        *,
+        *more_args: object,
         input: Any = None,
         capture_output: bool = False,
         timeout: float | None = None,
@@ -184,6 +184,9 @@ class _Functions:
         TimeoutExpired with the output so far, in bytes. If the call is cancelled, it also ends the
         command before it returns.
         """
+        if more_args:
+            whole = [args, *more_args]
+            raise TypeError(f"run() takes a command and its arguments as one list: {whole!r}")
         if input is not None:
             if stdin is not None:
                 raise ValueError("stdin and input arguments may not both be used.")

@@ -875,6 +875,16 @@ def test_run_in_text_mode(run: Runner, mode: dict[str, Any]) -> None:
     run(main)
 
 
+def test_run_takes_one_list(run: Runner) -> None:
+    async def main() -> None:
+        with pytest.raises(TypeError, match=r"its arguments as one list: \['sleep', '3'\]"):
+            await ours.run("sleep", "3")  # type: ignore[call-overload]
+        with pytest.raises(TypeError, match="'limt'. Did you mean 'limit'?"):
+            await ours.run(["true"], limt=5)  # type: ignore[call-overload]
+
+    run(main)
+
+
 def test_run_with_input_of_the_wrong_type(run: Runner, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
 
