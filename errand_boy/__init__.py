@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from errand_boy._executor import Executor
     from errand_boy._job import Command
     from errand_boy._jobs import Job, JobResult, Missed, Output
-    from errand_boy._options import Options
+    from errand_boy._options import Limits, Options
     from errand_boy._policy import Retries
     from errand_boy._preexec import chain
     from errand_boy._result import Result
@@ -185,6 +185,7 @@ _LATER = {
     "Executor": "errand_boy._executor",
     "Job": "errand_boy._jobs",
     "JobResult": "errand_boy._jobs",
+    "Limits": "errand_boy._options",
     "Missed": "errand_boy._jobs",
     "Options": "errand_boy._options",
     "Output": "errand_boy._jobs",
@@ -232,6 +233,7 @@ __all__ = [
     "JobError",
     "JobLostError",
     "JobResult",
+    "Limits",
     "Missed",
     "NoDaemonError",
     "NoJobError",

@@ -12,7 +12,7 @@ from contextlib import suppress
 from heapq import heappop, heappush
 
 from errand_boy import _request
-from errand_boy._job import Job, Jobs, check_several, unknown_options
+from errand_boy._job import Job, Jobs, check_several
 from errand_boy._policy import Halt, Timeout
 from errand_boy._result import Results
 from errand_boy._timers import Timers
@@ -131,7 +131,7 @@ class Batch:
     ) -> None:
         unknown = _request.unknown(more.keys())
         if unknown:
-            raise unknown_options(unknown, Batch.__init__.__kwdefaults__ or ())
+            raise _request.unexpected("map()", unknown, Batch.__init__.__kwdefaults__ or ())
         check_several(commands, shell)
         if max_workers is None:
             max_workers = _PER_CPU * len(os.sched_getaffinity(0))

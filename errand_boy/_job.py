@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from errand_boy import _policy, _request
 from errand_boy._result import Result
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (list, tuple)
 _IDS = ("user", "group", "extra_groups")
+_KEYS = ("args", "input", "retries", "shell", "timeout", *_IDS)  # of a mapping, and the options
 _UNDECODABLE = 125  # return code for undecodable output of a successful command
 
 
@@ -47,18 +48,6 @@ def check_several(commands: Any, shell: bool) -> None:
                     f"each item is a command, and {command!r} can't be one; a command with its "
                     "arguments is a list within the list: [[...]]"
                 )
-
-
-def unknown_options(names: Iterable[str], known: Iterable[str]) -> TypeError:
-    """Return the TypeError for unknown options, which suggests similar ones."""
-    from difflib import get_close_matches  # noqa: PLC0415
-
-    all_known = [*known, *_request.own_options()]
-    texts = []
-    for name in sorted(names):
-        likely = get_close_matches(name, all_known, 1)
-        texts.append(f"{name} (but {likely[0]})" if likely else name)
-    return TypeError(f"map() has no option {', '.join(texts)}")
 
 
 class Job:
@@ -186,9 +175,9 @@ class Jobs:
             job.options = self._merged(given)
         limits = (job.options or self.options).get("limits")
         if limits is not None:
-            from errand_boy._limits import Limits, Tracker  # noqa: PLC0415
+            from errand_boy._limits import Bounds, Tracker  # noqa: PLC0415
 
-            job.limited = Tracker(Limits(limits))
+            job.limited = Tracker(Bounds(limits))
         if plain and not job.shell:
             job.argv = args
         else:
@@ -200,7 +189,7 @@ class Jobs:
         ids = _request.ids(*(given.pop(name, None) for name in _IDS))
         unknown = _request.unknown(given.keys() - self.options.keys() - ids.keys())
         if unknown:
-            raise TypeError(f"a command's mapping has no option {', '.join(sorted(unknown))}")
+            raise _request.unexpected("a command's mapping", unknown, (*_KEYS, *self.options))
         return {**self.options, **given, **ids}
 
     def write(self, job: Job, number: int, data: bytes) -> None:

@@ -10,14 +10,16 @@ import re
 import signal
 import struct
 import sys
+from collections.abc import Mapping
 
 from errand_boy._child import helper_child
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
+from errand_boy._options import Limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     from errand_boy._cgroups import Cgroup
@@ -31,7 +33,8 @@ _ELSEWHERE = (
     "for a command of map or of a daemon; make one for it, with limits, and name it by cgroup="
 )
 
-NAMES = ("wall", "cpu", "memory", "output", "processes", "file_size", "open_files")
+NAMES = tuple(Limits.__annotations__)
+_EXAMPLE = {"wall": 60, "memory": "1G"}
 _SECONDS = ("wall", "cpu")
 _SIZES = ("memory", "output", "file_size")
 
@@ -44,7 +47,7 @@ CAUSES = {
 }
 
 
-class Limits:
+class Bounds:
     """The values of `limits=`, each a number or None: seconds, bytes or a count."""
 
     __slots__ = ("by_cgroup", *NAMES)
@@ -59,6 +62,8 @@ class Limits:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.by_cgroup = False  # a cgroup enforces as much as it can
+        if not isinstance(given, Mapping):
+            raise TypeError(f"limits: {given!r} is not a dictionary such as {_EXAMPLE}")
         unknown = given.keys() - set(NAMES)
         if unknown:
             raise ValueError(f"limits: {min(unknown)!r} is not one of {', '.join(NAMES)}")
@@ -147,10 +152,10 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
     limits, by = given["limits"], given.get("limits_by")
     if by not in (None, "cgroup", "rlimits"):
         raise ValueError(f"limits_by: {by!r} is neither 'cgroup' nor 'rlimits'")
-    if not isinstance(limits, Limits):
+    if not isinstance(limits, Bounds):
         if by == "cgroup":
             raise _no_cgroup(_ELSEWHERE)
-        limits = Limits(limits)
+        limits = Bounds(limits)
     if given.get("tree") not in (None, "all"):
         raise ValueError(f"limits count all that is started, so tree can't be {given['tree']!r}")
     expanded = {name: value for name, value in given.items() if name != "limits_by"}
@@ -163,7 +168,7 @@ def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, d
 
     Raises ValueError, and OSError if a cgroup is required and none is available.
     """
-    limits, by = Limits(given["limits"]), given.get("limits_by")
+    limits, by = Bounds(given["limits"]), given.get("limits_by")
     expanded = expand({**given, "limits": limits})
     tracker = Tracker(limits)
     if by == "rlimits" or (by is None and (given.get("cgroup") is not None or not may_have_cgroup)):
@@ -194,7 +199,7 @@ class Tracker:
 
     __slots__ = ("_by_kernel", "_counted", "_peak", "cgroup", "is_too_loud", "limits", "room")
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Bounds) -> None:
         self.limits = limits
         self.cgroup: Cgroup | None = None
         self.room = sys.maxsize if limits.output is None else limits.output  # for output, in bytes
@@ -259,7 +264,7 @@ def peak_memory(tree: Sequence[int]) -> int | None:
 
 
 def cause(
-    returncode: int, tree: Sequence[int], limits: Limits, by_kernel: str | None = None
+    returncode: int, tree: Sequence[int], limits: Bounds, by_kernel: str | None = None
 ) -> str | None:
     """Return the limit that a command exceeded, or None.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 
 from errand_boy import _wire
-from errand_boy._hints import SEE_DOCTOR
+from errand_boy._hints import SEE_DOCTOR, did_you_mean
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -32,11 +32,27 @@ if TYPE_CHECKING:
         def fileno(self) -> int:
             """Return the descriptor."""
 
-    Limit = int | tuple[int, int]
+    Rlimit = int | tuple[int, int]
 else:
 
-    class TypedDict:  # typing takes milliseconds to import
+    class TypedDict(dict):  # typing takes milliseconds to import
         def __init_subclass__(cls, total: bool = True) -> None: ...
+
+
+class Limits(TypedDict, total=False):
+    """The limits of a command and all that it starts; the documentation explains each of them.
+
+    `wall` and `cpu` are in seconds; `memory`, `output` and `file_size` in bytes, as a number or a
+    text such as "1.5G".
+    """
+
+    wall: float
+    cpu: float
+    memory: float | str
+    output: float | str
+    processes: int
+    file_size: float | str
+    open_files: int
 
 
 class Options(TypedDict, total=False):
@@ -50,14 +66,14 @@ class Options(TypedDict, total=False):
     drain: float | None
     foreground: bool
     ionice: str | tuple[str, int] | None
-    limits: Mapping[str, float | str] | None
+    limits: Limits | None
     limits_by: str | None
     namespaces: Collection[str] | None
     nice: int | None
     no_new_privs: bool
     oom_score_adj: int | None
     pty: bool | tuple[int, int] | Pty | None
-    rlimits: Mapping[str, Limit] | None
+    rlimits: Mapping[str, Rlimit] | None
     root: str | bytes | os.PathLike[Any] | None
     sandbox: Sandbox | Mapping[str, Any] | None
     scheduler: str | tuple[str, int] | None
@@ -77,7 +93,7 @@ def take(given: dict[str, Any], standard: frozenset[str]) -> dict[str, Any]:
     """Remove the options from a function's keywords, and return those that are not None or False.
 
     `standard` are the names that the function knows itself. Any other name, such as a misspelt
-    option, stays, and the function raises its own TypeError for it.
+    option, stays.
     """
     taken = {}
     for name in [name for name in given if name not in standard and name in NAMES]:
@@ -109,7 +125,7 @@ def encode(given: Mapping[str, Any], has_session: bool, has_group: bool) -> tupl
         if name in _ENDS:
             continue
         if name not in _TABLE:
-            raise TypeError(f"unknown option {name}")
+            raise TypeError(f"unknown option {name}{did_you_mean(name, NAMES)}")
         tag, make = _TABLE[name]
         content = None if value is None or value is False else make(value)
         if content is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from operator import index
 
 from errand_boy import _wire
-from errand_boy._hints import SEE_DOCTOR
+from errand_boy._hints import SEE_DOCTOR, did_you_mean
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -162,6 +162,18 @@ def settings(
 def unknown(names: Set[str]) -> Set[str]:
     """Return those of `names`, which the standard library lacks, that we don't know either."""
     return names - own_options() if names else names
+
+
+def unexpected(function: str, unknown: Set[str], known: Iterable[str]) -> TypeError:
+    """Return Python's own error for the first of the `unknown` keywords, with what it may mean.
+
+    `known` are those that `function` knows besides the options.
+    """
+    name = min(unknown)
+    return TypeError(
+        f"{function} got an unexpected keyword argument {name!r}"
+        + did_you_mean(name, (*known, *own_options()))
+    )
 
 
 def own_options() -> Set[str]:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 NOTHING: Mapping[str, Any] = {}
 _LOOK = 100_000  # microseconds between checks of a pending start
+_TAKES_ANY = 8  # inspect.CO_VARKEYWORDS
+# Parameters of run, which calls Popen with all others: a misspelt one may mean them.
+_OF_RUN = frozenset(("capture_output", "check", "input", "timeout"))
 
 
 class Local:
@@ -61,7 +64,7 @@ LOCAL: Local = Local()
 
 def take_options(
     process: Any,
-    construct: Callable[..., None],
+    construct: Any,
     standard: frozenset[str],
     args: tuple[Any, ...],
     given: dict[str, Any],
@@ -69,11 +72,16 @@ def take_options(
     """Move the options from the keywords of a constructor to `process`.
 
     `standard` are the names that the base class's constructor, `construct`, knows. With a terminal,
-    call `construct` with other arguments. Return whether it has been called.
+    call `construct` with other arguments. Return whether it has been called. Raises TypeError for a
+    name that is neither.
     """
     from errand_boy._options import take  # noqa: PLC0415  only those who need it pay for it
 
     process._more = {**process._more, **take(given, standard)}
+    unknown = given.keys() - standard
+    # A monitoring package may have wrapped it, in a function that names no parameters.
+    if unknown and not construct.__code__.co_flags & _TAKES_ANY:
+        raise _request.unexpected(f"{construct.__qualname__}()", unknown, standard | _OF_RUN)
     if process._more and _direct.WITHOUT_C is not None:
         raise _refusal(process._more)
     if "pty" not in process._more:

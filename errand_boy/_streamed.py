@@ -40,9 +40,9 @@ def tracker(options: Mapping[str, Any]) -> Tracker | None:
     """Return the Tracker for the `limits` of a streamed command, or None."""
     if options.get("limits") is None:
         return None
-    from errand_boy._limits import Limits, Tracker  # noqa: PLC0415  only those who need it pay
+    from errand_boy._limits import Bounds, Tracker  # noqa: PLC0415  only those who need it pay
 
-    return Tracker(Limits(options["limits"]))
+    return Tracker(Bounds(options["limits"]))
 
 
 def verdict(end: Ended, begun: float, limited: Tracker | None, is_late: bool) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_failures_are_those_of_run(executor: Executor) -> None:
 def test_wrong_arguments_raise_at_once_and_do_no_harm(executor: Executor) -> None:
     with pytest.raises(TypeError, match="functions"):
         executor.submit(len)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="no option wd"):
+    with pytest.raises(TypeError, match=r"'wd'. Did you mean 'cwd'\?"):
         executor.submit(["true"], wd="/")  # type: ignore[call-arg]
     assert executor.submit(["true"]).result(PATIENCE).returncode == 0
     with pytest.raises(TypeError, match="ordered"):

@@ -47,8 +47,8 @@ def no_helper() -> Iterator[None]:
     errand_boy.stop()
 
 
-def limits_of(cause: str) -> dict[str, Any]:
-    return {**LIMITS, **CAUSES[cause][1]}
+def limits_of(cause: str) -> errand_boy.Limits:
+    return cast(errand_boy.Limits, {**LIMITS, **CAUSES[cause][1]})
 
 
 def need(by: str) -> None:
@@ -209,7 +209,7 @@ def test_its_caller_ends() -> None:
 
 
 def test_bad_limits() -> None:
-    for given, words in (
+    bad: list[tuple[Any, str]] = [
         ({"walls": 1}, "limits: 'walls' is not one of wall, cpu"),
         ({"wall": 0}, "limits: wall: 0 is out of range"),
         ({"wall": "soon"}, "limits: wall: 'soon' is not a number of seconds"),
@@ -218,11 +218,17 @@ def test_bad_limits() -> None:
         ({"output": -1}, "limits: output: -1 is out of range"),
         ({"cpu": True}, "limits: cpu: True is not a number of seconds"),
         ({"open_files": "many"}, "limits: open_files: 'many' is not an integer"),
-    ):
+    ]
+    for given, words in bad:
         with pytest.raises(ValueError, match=words):
             run(["true"], limits=given)
         with pytest.raises(ValueError, match=words):
             list(errand_boy.map([["true"]], limits=given))
+    size: Any = "1G"
+    with pytest.raises(TypeError, match="limits: '1G' is not a dictionary such as {'wall"):
+        run(["true"], limits=size)
+    with pytest.raises(TypeError, match="limits: '1G' is not a dictionary such as {'wall"):
+        next(errand_boy.map([["true"]], limits=size))
     with pytest.raises(ValueError, match="limits_by: 'luck' is neither"):
         run(["true"], limits={"wall": 1}, limits_by="luck")
     with pytest.raises(

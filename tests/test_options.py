@@ -596,7 +596,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"controlling_terminal": -1, "start_new_session": True}, ValueError, "-1 is not a descriptor"),
     ({"controlling_terminal": 0}, ValueError, "controlling_terminal needs start_new_session=True"),
     ({"foreground": True}, ValueError, "foreground needs start_new_session=True or a process_grou"),
-    ({"rlimit": {}}, TypeError, "unexpected keyword argument 'rlimit'"),
+    ({"rlimit": {}}, TypeError, "unexpected keyword argument 'rlimit'. Did you mean 'rlimits'?"),
+    ({"cdw": "/"}, TypeError, "unexpected keyword argument 'cdw'. Did you mean 'cwd'?"),
+    ({"timeot": 5}, TypeError, "unexpected keyword argument 'timeot'. Did you mean 'timeout'?"),
 ]
 
 
@@ -608,6 +610,26 @@ def test_bad_value(
     monkeypatch.setattr(_direct, "spawn", None)
     with pytest.raises(error, match=re.escape(words)):
         run(["true"], **options)
+
+
+def test_a_wrapped_constructor_that_names_no_parameter_takes_them_all() -> None:
+    """As a monitoring package makes one, before or after errand_boy is imported."""
+    program = """if True:
+        import subprocess
+        {first}
+        original = subprocess.Popen.__init__
+        def wrapped(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+        subprocess.Popen.__init__ = wrapped
+        import errand_boy
+        done = errand_boy.run(["cat"], stdin=errand_boy.DEVNULL, nice=1, text=True, cwd="/")
+        print(done.returncode)
+        errand_boy.run(["cat"], stdn=3, nice=1)"""
+    for first in "", "import errand_boy":
+        command = [sys.executable, "-c", program.format(first=first)]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.stdout == "0\n", found.stderr
+        assert "unexpected keyword argument 'stdn'" in found.stderr
 
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [

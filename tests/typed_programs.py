@@ -43,6 +43,11 @@ def popen(text: bool) -> None:
     errand_boy.Popen(["ls"], nice="5")  # type: ignore[call-overload]
     errand_boy.Popen(["ls"], pty=Pty(echo=False), kill_on_client_exit=True)
     errand_boy.Popen(7)  # type: ignore[call-overload]
+    errand_boy.Popen(["ls"], limit={"cpu": 1})  # type: ignore[call-overload]
+    errand_boy.Popen(["ls"], limits={"memroy": "1G"})  # type: ignore[call-overload]
+    limits: errand_boy.Limits = {"wall": 0.5, "cpu": 1, "memory": 1 << 30, "output": "10M"}
+    limits["processes"] = 50
+    errand_boy.Popen(["ls"], limits=limits, text=text)
 
 
 def takes_the_standard_librarys(process: subprocess.Popen[str]) -> str:
@@ -67,6 +72,10 @@ def run(text: bool) -> None:
     errand_boy.run(["ls"], input="text", text=True, limits={"memory": "1G", "cpu": 10})
     errand_boy.run(["ls"], text=text, input="text")
     errand_boy.run(["ls"], timeot=5)  # type: ignore[call-overload]
+    errand_boy.run(["ls"], limits={"wal": 60})  # type: ignore[call-overload]
+    errand_boy.run(["ls"], limits={"wall": "soon"})  # type: ignore[call-overload]
+    errand_boy.call(["ls"], limits={"wal": 60})  # type: ignore[arg-type]
+    errand_boy.Limits(memory="1G", cpus=2)  # type: ignore[typeddict-unknown-key]
     assert_type(errand_boy.check_output(["ls"]), bytes)
     assert_type(errand_boy.check_output(["ls"], text=True), str)
     assert_type(errand_boy.check_output("ls", shell=True, errors="ignore", stderr=DEVNULL), str)
@@ -102,6 +111,8 @@ def client() -> None:
     job = daemon.start(["make"], "build", ring=1 << 20, log="/tmp/log", tree="all")
     assert_type(job.wait(timeout=5).returncode, int)
     daemon.start(["make"], rings=1)  # type: ignore[call-arg]
+    daemon.start(["make"], limits={"memroy": 1})  # type: ignore[arg-type]
+    daemon.run(["make"], limits={"memroy": 1})  # type: ignore[call-overload]
     try:
         daemon.run(["ls"])
     except daemon.CalledProcessError as error:
@@ -126,6 +137,7 @@ def lines(commands: list[list[str]], text: bool) -> Iterator[int]:
     for either in errand_boy.map(commands, text=text, halt="soon,fail=1", progress=True):
         assert_type(either, errand_boy.Result[Any])
     errand_boy.map(commands, max_worker=8)  # type: ignore[call-overload]
+    errand_boy.map(commands, limits={"wal": 60})  # type: ignore[call-overload]
     errand_boy.map(commands, timeout=[60])  # type: ignore[call-overload]
 
 
@@ -139,6 +151,7 @@ def executor(commands: list[list[str]]) -> None:
         texts.submit(len)  # type: ignore[arg-type]
     assert_type(Executor(), Executor[bytes])
     Executor(ordered=True)  # type: ignore[call-overload]
+    Executor(limits={"memroy": 1})  # type: ignore[call-overload]
 
 
 async def asynchronous(commands: list[list[str]]) -> None:
@@ -155,6 +168,8 @@ async def asynchronous(commands: list[list[str]]) -> None:
     done = await errand_boy.asyncio.run(["cat"], input="text", text=True, stdout=PIPE)
     assert_type(done.stdout, str)
     await errand_boy.asyncio.run(["cat"], input=7)  # type: ignore[call-overload]
+    await errand_boy.asyncio.run("sleep", "3")  # type: ignore[call-overload]
+    await errand_boy.asyncio.run(["cat"], limits={"cpus": 1})  # type: ignore[call-overload]
     async for each in errand_boy.asyncio.map(commands, encoding="utf-8", max_workers=8):
         assert_type(each.stdout, str)
     errand_boy.asyncio.map(commands, max_worker=8)  # type: ignore[call-overload]
@@ -168,6 +183,8 @@ def green() -> None:
     assert_type(errand_boy.gevent.check_output(["ls"]), bytes)
     assert_type(errand_boy.gevent.run(["ls"], text=True).stdout, str)
     errand_boy.gevent.Popen(["ls"], rlimit={})  # type: ignore[call-overload]
+    errand_boy.gevent.run(["ls"], limits={"cpus": 1})  # type: ignore[call-overload]
+    errand_boy.eventlet.run(["ls"], limits={"cpus": 1})  # type: ignore[call-overload]
     assert_type(errand_boy.eventlet.Popen(["ls"]).wait(), int)
     assert_type(errand_boy.eventlet.check_output(["ls"], encoding="utf-8"), str)
     errand_boy.eventlet.run(["ls"], timeot=5)  # type: ignore[call-overload]
@@ -181,6 +198,7 @@ def celery(app: Any) -> None:
     assert_type(task(["ls"], shell=False)["stdout"], str | None)
     task.apply_async((["ls"],), {"timeout": 60}, queue="slow")
     task.delay(["ls"], timeot=60)  # type: ignore[call-arg]
+    task.delay(["ls"], limits={"cpus": 1})  # type: ignore[arg-type]
     task.delay(7)  # type: ignore[arg-type]
     errand_boy.celery.map(app, [["ls"]], timeot=60)  # type: ignore[call-arg]
     for outcome in errand_boy.celery.map(app, [["ls"], {"args": ["ls"]}], ordered=True, within=9):

@@ -12,6 +12,7 @@ from importlib import import_module
 
 import errand_boy
 from errand_boy import _direct
+from errand_boy._hints import nearest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ _OTHER_NAMES = {"exec": "run", "jobs": "ps", "kill": "stop", "list": "ps", "star
 
 
 def _unknown(arguments: list[str]) -> str:
-    from difflib import get_close_matches  # noqa: PLC0415
     from shutil import which  # noqa: PLC0415
 
     name = arguments[0]
@@ -106,10 +106,10 @@ def _unknown(arguments: list[str]) -> str:
         return "there is no command help; try errand-boy --help"
     if name.startswith("-"):
         return f"unknown option {name}; the daemon's come after its name: errand-boy serve {name}"
-    likely = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
-    if not likely and not which(name):
-        likely = get_close_matches(name, COMMANDS, 1)
-    meant = f"errand-boy {likely[0]}, or " if likely else ""
+    likely = _OTHER_NAMES.get(name)
+    if likely is None and not which(name):
+        likely = nearest(name, COMMANDS)
+    meant = f"errand-boy {likely}, or " if likely else ""
     return f"there is no command {name}; try {meant}errand-boy run -- {shlex.join(arguments)}"
 
 

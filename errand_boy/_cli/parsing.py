@@ -6,6 +6,8 @@ import argparse
 import os
 from collections.abc import Callable
 
+from errand_boy._hints import nearest
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -27,11 +29,9 @@ class Parser(argparse.ArgumentParser):
         """Write the usage and the message to standard error, and exit."""
         _, unknown, names = message.partition("unrecognized arguments: -")
         if unknown:
-            from difflib import get_close_matches  # noqa: PLC0415
-
             name = f"-{names}".split()[0].partition("=")[0]
-            likely = get_close_matches(name, self._option_string_actions, 1)
-            message += f"; try {likely[0]}" if likely else f"; {self.prog} --help lists the options"
+            likely = nearest(name, self._option_string_actions)
+            message += f"; try {likely}" if likely else f"; {self.prog} --help lists the options"
         super().error(message)
 
 
