@@ -183,6 +183,7 @@ else:
 
 setup(
     **PARTS,
+    data_files=[("share/man/man1", ["docs/errand-boy.1"])],
     options={"bdist_wheel": WHEEL},
     long_description=long_description(),
     long_description_content_type="text/markdown",

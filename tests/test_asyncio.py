@@ -879,8 +879,8 @@ def test_run_takes_one_list(run: Runner) -> None:
     async def main() -> None:
         with pytest.raises(TypeError, match=r"its arguments as one list: \['sleep', '3'\]"):
             await ours.run("sleep", "3")  # type: ignore[call-overload]
-        with pytest.raises(TypeError, match="'limt'. Did you mean 'limit'?"):
-            await ours.run(["true"], limt=5)  # type: ignore[call-overload]
+        with pytest.raises(TypeError, match=r"'timeot'. Did you mean 'timeout'\?"):
+            await ours.run(["true"], timeot=5)  # type: ignore[call-overload]
 
     run(main)
 

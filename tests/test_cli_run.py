@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import pwd
 import shutil
 import signal
 import struct
@@ -75,6 +76,34 @@ def test_program_that_cannot_run_is_126(tmp_path: Path) -> None:
 
 def test_no_command_is_an_error_of_usage() -> None:
     assert run("--").returncode == 2
+
+
+IDS = ["sh", "-c", "echo $(id -u) $(id -g) $(id -G)"]
+
+
+@pytest.mark.root
+def test_user_brings_its_groups() -> None:
+    nobody = pwd.getpwnam("nobody")
+    uid, gid = nobody.pw_uid, nobody.pw_gid
+    own = " ".join(map(str, os.getgrouplist("nobody", gid)))
+    assert run("--user", "nobody", "--", *IDS).stdout == f"{uid} {gid} {own}\n"
+    assert run("--user", str(uid), "--", *IDS).stdout == f"{uid} {gid} {own}\n"
+    assert run("--user", "nobody", "--pty", "--", *IDS).stdout == f"{uid} {gid} {own}\n"
+    both = run("--user", "nobody", "--group", "daemon", "--", *IDS)
+    assert both.stdout == f"{uid} 1 {' '.join(map(str, os.getgrouplist('nobody', 1)))}\n"
+    assert run("--group", "daemon", "--", "id", "-g").stdout == "1\n"
+
+
+def test_user_that_does_not_exist_or_may_not_be_taken_on() -> None:
+    for name in "no-such-user", "2000000000":
+        done = run("--user", name, "--", "true")
+        assert done.returncode == 2
+        assert f"argument --user: unknown user {name}" in done.stderr
+    command = ["setpriv", "--bounding-set=-setuid"] if os.geteuid() == 0 else []
+    local = [*command, *RUN, "--local", "--user", "nobody", "--", "true"]
+    done = subprocess.run(local, capture_output=True, text=True, timeout=50)
+    message = "errand-boy: true: Operation not permitted; --user and --group need root's rights\n"
+    assert (done.returncode, done.stderr) == (126, message)
 
 
 def test_a_limit_of_output_is_refused_since_nobody_would_count() -> None:

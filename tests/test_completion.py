@@ -204,6 +204,11 @@ def test_manual_page_has_all_options() -> None:
                 assert f"\\fB{name}\\fR" in section
 
 
+def test_manual_page_in_docs_is_up_to_date() -> None:
+    """If not: errand-boy man > docs/errand-boy.1."""
+    assert (Path(__file__).parent.parent / "docs/errand-boy.1").read_text() == manual()
+
+
 def test_manual_page_is_well_formed() -> None:
     mandoc = find_program("mandoc")
     done = subprocess.run(

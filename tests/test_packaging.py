@@ -130,6 +130,8 @@ def copy_sources(directory: Path) -> Path:
     copy.mkdir()
     for name in ("setup.py", "build_ffi.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    (copy / "docs").mkdir()
+    shutil.copy(ROOT / "docs/errand-boy.1", copy / "docs")
     for name in ("csrc", "errand_boy"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "*-helper"))
     return copy
@@ -151,6 +153,17 @@ def test_links_of_the_description_lead_somewhere_from_an_index_page(tree: Path) 
             assert (kind, commit) in {("blob", "main"), ("raw", "main")}
             assert (kind == "raw") == path.endswith((".svg", ".png"))
             assert (ROOT / path.partition("#")[0]).exists(), link
+
+
+def test_man_finds_the_manual_page_of_an_installation(tree: Path, tmp_path: Path) -> None:
+    needs_setuptools()
+    man = find_program("man", "man-db")
+    environment = tmp_path / "environment"
+    command = [sys.executable, "setup.py", "-q", "install_data", "--install-dir", str(environment)]
+    subprocess.run(command, cwd=tree, capture_output=True, check=True)
+    env = {"PATH": f"{environment}/bin:{os.environ['PATH']}"}
+    found = subprocess.run([man, "-w", "errand-boy"], env=env, capture_output=True, text=True)
+    assert found.stdout == f"{environment}/share/man/man1/errand-boy.1\n", found.stderr
 
 
 @pytest.mark.parametrize(

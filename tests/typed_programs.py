@@ -44,7 +44,7 @@ def popen(text: bool) -> None:
     errand_boy.Popen(["ls"], pty=Pty(echo=False), kill_on_client_exit=True)
     errand_boy.Popen(7)  # type: ignore[call-overload]
     errand_boy.Popen(["ls"], limit={"cpu": 1})  # type: ignore[call-overload]
-    errand_boy.Popen(["ls"], limits={"memroy": "1G"})  # type: ignore[call-overload]
+    errand_boy.Popen(["ls"], limits={"mem": "1G"})  # type: ignore[call-overload]
     limits: errand_boy.Limits = {"wall": 0.5, "cpu": 1, "memory": 1 << 30, "output": "10M"}
     limits["processes"] = 50
     errand_boy.Popen(["ls"], limits=limits, text=text)
@@ -111,8 +111,8 @@ def client() -> None:
     job = daemon.start(["make"], "build", ring=1 << 20, log="/tmp/log", tree="all")
     assert_type(job.wait(timeout=5).returncode, int)
     daemon.start(["make"], rings=1)  # type: ignore[call-arg]
-    daemon.start(["make"], limits={"memroy": 1})  # type: ignore[arg-type]
-    daemon.run(["make"], limits={"memroy": 1})  # type: ignore[call-overload]
+    daemon.start(["make"], limits={"mem": 1})  # type: ignore[arg-type]
+    daemon.run(["make"], limits={"mem": 1})  # type: ignore[call-overload]
     try:
         daemon.run(["ls"])
     except daemon.CalledProcessError as error:
@@ -151,7 +151,7 @@ def executor(commands: list[list[str]]) -> None:
         texts.submit(len)  # type: ignore[arg-type]
     assert_type(Executor(), Executor[bytes])
     Executor(ordered=True)  # type: ignore[call-overload]
-    Executor(limits={"memroy": 1})  # type: ignore[call-overload]
+    Executor(limits={"mem": 1})  # type: ignore[call-overload]
 
 
 async def asynchronous(commands: list[list[str]]) -> None:

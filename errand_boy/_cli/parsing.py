@@ -76,3 +76,15 @@ def user(text: str) -> int:
         return pwd.getpwnam(text).pw_uid
     except KeyError:
         raise argparse.ArgumentTypeError(f"unknown user {text}") from None
+
+
+def group(text: str) -> int:
+    """Return the id of a group, given by name or number, for argparse's `type`."""
+    import grp  # noqa: PLC0415
+
+    if text.isdecimal():
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"unknown group {text}") from None

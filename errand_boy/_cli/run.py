@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -174,6 +175,8 @@ def failure(error: OSError | ValueError, argv: Sequence[str], options: Mapping[s
         hint = "; this is one word: write the command without the quotes around it"
     elif isinstance(error, PermissionError) and named == argv[0] and options.get("sandbox"):
         hint = "; in the sandbox, programs need --sandbox system=yes or execute=PATH"
+    elif error.errno == errno.EPERM and not options.keys().isdisjoint(("user", "group")):
+        hint = "; --user and --group need root's rights"
     print(f"errand-boy: {named}: {error.strerror}{hint}", file=sys.stderr)
     return 127 if missing and error.filename is not None else 126
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pwd
 from collections.abc import Sequence
 
 from errand_boy._cli import command_options, detached, stats
-from errand_boy._cli.parsing import Parser, add_socket
+from errand_boy._cli.parsing import Parser, add_socket, group, user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Literal
+    from typing import Any, Literal
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -27,6 +29,20 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     add_socket(parser, or_local=True)
     command_options.add_options(parser)
+    # errand-boy map has another --group; errand-boy run --user USER -- errand-boy map does it.
+    parser.add_argument(
+        "--user",
+        type=_account,
+        metavar="USER",
+        help="run the command as this user, with the user's groups and the present environment; "
+        "for root",
+    )
+    parser.add_argument(
+        "--group",
+        type=group,
+        metavar="GROUP",
+        help="run the command with this group, in place of the user's own; for root",
+    )
     parser.add_argument(
         "--timeout",
         type=float,
@@ -57,13 +73,34 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _account(text: str) -> int:
+    uid = user(text)
+    try:
+        return pwd.getpwuid(uid).pw_uid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"unknown user {text}, whose groups are needed") from None
+
+
+def _ids(options: argparse.Namespace) -> dict[str, Any]:
+    """Return Popen's keywords for --user and --group.
+
+    With Popen's `user` alone, the command would keep root's groups.
+    """
+    if options.user is None:
+        return {} if options.group is None else {"group": options.group}
+    entry = pwd.getpwuid(options.user)
+    gid = entry.pw_gid if options.group is None else options.group
+    groups = os.getgrouplist(entry.pw_name, gid)
+    return {"user": options.user, "group": gid, "extra_groups": groups}
+
+
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     options = parser.parse_args(arguments)
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     if not argv:
         parser.error("which command?")
-    wanted = command_options.given(options)
+    wanted = {**command_options.given(options), **_ids(options)}
     if options.timeout is not None and not options.timeout >= 0:
         parser.error("--timeout must not be negative")
     if options.timeout is not None and (options.pty or options.record is not None):

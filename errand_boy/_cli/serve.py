@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import errand_boy
 from errand_boy import _address
-from errand_boy._cli.parsing import Parser, add_socket, number, user
+from errand_boy._cli.parsing import Parser, add_socket, group, number, user
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
     )
     parser.add_argument(
         "--allow-gid",
-        type=_group,
+        type=group,
         action="append",
         metavar="GROUP",
         default=[],
@@ -172,17 +172,6 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
         default="unixsocket",
         help="the only transport; for compatibility",
     )
-
-
-def _group(text: str) -> int:
-    import grp  # noqa: PLC0415
-
-    if text.isdecimal():
-        return int(text)
-    try:
-        return grp.getgrnam(text).gr_gid
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"unknown group {text}") from None
 
 
 def run_server(
