@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
 import signal
 import struct
 import time
@@ -67,6 +68,14 @@ def test_output_is_kept_and_the_end_is_noted(keeper: Keeper) -> None:
     assert [p.sequence for p in kept] == [1, 2]
     assert {(p.stream, p.data) for p in kept} == {(1, b"out\n"), (2, b"err\n")}
     assert all(before * 1e6 <= p.time_us <= time.time() * 1e6 for p in kept)
+
+
+def test_client_that_comes_late_is_served(tmp_path: Path) -> None:
+    """It comes when the keeper has long waited, and nothing else happens."""
+    with keeping(tmp_path, hands_over=False) as keeper:
+        select.select([], [], [], 0.5)  # more than it waits until it gives memory back
+        keeper.starter = keeper.hand_over(keeper.control)
+        keeper.start(job("/bin/true"))
 
 
 def test_job_outlives_its_clients_and_its_server(keeper: Keeper) -> None:

@@ -38,6 +38,7 @@ static void on_adopt(struct eb_client *server, const struct eb_frame *frame)
     }
     struct eb_client *c = eb_client_new(eb_fds_take(fds), keeper.adopted ? EB_CLIENT_VISITOR : EB_CLIENT_STARTER);
     keeper.adopted = true;
+    eb_keeper_wake_by(eb_now_ms()); /* its first turn is in the next round */
     if (c != NULL && eb_client_count(EB_CLIENT_STARTER) + eb_client_count(EB_CLIENT_VISITOR) > EB_MOST_CLIENTS)
         eb_client_refuse(c, "this job has %d connections, which is the limit", EB_MOST_CLIENTS);
 }

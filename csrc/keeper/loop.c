@@ -271,7 +271,7 @@ void eb_keeper_serve(int signals)
         if (n < 0 && errno != EINTR)
             eb_fatal("epoll_wait");
         if (n > 0)
-            busy = now;
+            busy = eb_now_ms();
         for (int i = 0; i < n; i++)
             dispatch(events[i].data.ptr, &signalled);
         if (signalled)
