@@ -196,7 +196,7 @@ def expecting_nothing_left_behind() -> Iterator[None]:
     helper = errand_boy.helper_pid() if errand_boy else None
     new = [p for p in descendants() - before if p.pid != helper]
     # A helper notices the end of its script a moment later than we do.
-    _, alive = psutil.wait_procs(new, timeout=10)
+    _, alive = psutil.wait_procs(new, timeout=PATIENCE)
     found = [str(process) for process in alive]
     for process in alive:
         with suppress(psutil.NoSuchProcess):  # it has ended since

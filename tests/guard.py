@@ -36,7 +36,7 @@ RESPONSE = struct.Struct("=iI")
 class Guard:
     """Holds executions of `program`, a copy that nobody else runs, for at most `seconds`."""
 
-    def __init__(self, program: Path, seconds: float = 20) -> None:
+    def __init__(self, program: Path, seconds: float = 60) -> None:
         self.command = [sys.executable, "-I", __file__, str(program), str(seconds)]
 
     def __enter__(self) -> Guard:

@@ -111,6 +111,11 @@ class Visitor(Client):
         """All pieces up to CAUGHT_UP."""
         return list(iter(self.output, None))
 
+    def so_far(self) -> list[Piece | Missed]:
+        """All that is kept now. The ring file itself changes while it is read."""
+        self.send(follow())
+        return self.pieces()
+
     def piece(self) -> Piece:
         """The next piece. Nothing may have been missed."""
         while (piece := self.output()) is None:

@@ -428,19 +428,22 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("ignores", [False, True])
 def test_kill_on_client_exit(daemon: Daemon, ignores: bool) -> None:
     """Its process group gets SIGTERM, then SIGKILL. Here a child of the command reports it."""
-    command = "trap 'echo TERM' TERM; (echo ready; sleep 100; sleep 100); sleep 100"
+    command = "trap 'echo TERM; exit' TERM; (echo ready; sleep 100; sleep 100); sleep 100"
+    grace = "100"
     if ignores:
-        command = "trap '' TERM; echo ready; sleep 100; sleep 100"
+        command, grace = "trap '' TERM; echo ready; sleep 100; sleep 100", "0.2"
     source = """
 client = subprocess.connect(sys.argv[2])
 process = client.Popen(
-    ["sh", "-c", sys.argv[4]], stdout=int(sys.argv[3]), kill_on_client_exit=True, kill_grace=0.2
+    ["sh", "-c", sys.argv[4]], stdout=int(sys.argv[3]), kill_on_client_exit=True,
+    kill_grace=float(sys.argv[5]),
 )
 report(process.pid)
 time.sleep(100)
 """
     read, write = os.pipe()
-    with started_script(source, args=[daemon.path, write, command], pass_fds=[write]) as it:
+    args = [daemon.path, write, command, grace]
+    with started_script(source, args=args, pass_fds=[write]) as it:
         os.close(write)
         assert it.stdout is not None
         pid = int(it.stdout.readline())

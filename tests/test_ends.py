@@ -44,6 +44,7 @@ class Marked:
         self.env = dict(os.environ)
 
     def pids(self) -> list[int]:
+        """Those that have it now: at its exec, a process has no environment for a moment."""
         found = []
         for name in os.listdir("/proc"):
             with contextlib.suppress(OSError):
@@ -309,7 +310,7 @@ def test_what_a_cgroup_has_left_is_stopped_later(marked: Marked, cgroup: Path) -
     script = "setsid sleep 1000 & exit 3"
     with ours.Popen(["sh", "-c", script], tree="cgroup", cgroup=cgroup, env=marked.env) as process:
         assert process.wait() == 3
-        until(marked.pids)  # at its exec, a process has no environment for a moment
+        until(marked.pids)
         assert process.stop() == 3
     until(marked.are_gone)
 
@@ -498,7 +499,7 @@ time.sleep(1000)
         caller.kill()
         caller.wait()
     until(lambda: not Path(f"/proc/{supervisor}").exists())
-    left = marked.pids()
+    left = until(lambda: pids if len(pids := marked.pids()) > 1 else [])
     for process in left:
         os.kill(process, SIGKILL)
     assert len(left) == 2
@@ -508,7 +509,7 @@ time.sleep(1000)
 def test_dies_with_caller_leaves_what_the_command_starts(marked: Marked) -> None:
     script = "(setsid sleep 1000 &); exit 4"
     assert ours.call(["sh", "-c", script], dies_with_caller=True, env=marked.env) == 4
-    (left,) = marked.pids()
+    (left,) = until(marked.pids)
     os.kill(left, SIGKILL)
     until(marked.are_gone)
 
@@ -537,7 +538,7 @@ def test_drain_keeps_what_was_read(marked: Marked) -> None:
     script = "echo early; sleep 1000 & exit 3"
     done = ours.run(["sh", "-c", script], stdout=-1, drain=0.1, env=marked.env, text=True)
     assert (done.returncode, done.stdout) == (3, "early\n")
-    (left,) = marked.pids()
+    (left,) = until(marked.pids)
     os.kill(left, SIGKILL)
     until(marked.are_gone)
 
@@ -564,7 +565,7 @@ def test_drain_of_a_terminal(tree: str, marked: Marked) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (3, "early", None)
     errand_boy.stop()
     assert os.listdir("/proc/self/fd") == before
-    for pid in marked.pids() if tree == "process" else ():
+    for pid in until(marked.pids) if tree == "process" else ():
         os.kill(pid, SIGKILL)
     until(marked.are_gone)
 

@@ -1013,7 +1013,7 @@ def test_client_that_does_not_read_goes_away(
 def test_helper_ends_with_its_control_socket(helper: Helper) -> None:
     assert helper.connect().status("/bin/true") == 0
     helper.close()
-    assert helper.ended(1)
+    assert helper.ended()
 
 
 @pytest.mark.parametrize("helper", ["private", "own", "posix"], indirect=True)
@@ -1022,7 +1022,7 @@ def test_helper_takes_no_request_after_the_control_socket(helper: Helper) -> Non
     helper.control.sock.close()
     assert client.frame() == (lib.EB_UNREAD, b"")
     assert client.closed()
-    assert helper.ended(1)
+    assert helper.ended()
 
 
 @pytest.mark.parametrize("helper", ["own", "posix"], indirect=True)
@@ -1061,6 +1061,6 @@ def test_helper_ends_with_its_caller_whoever_holds_its_sockets(
         pidfd = os.pidfd_open(pid)
         process.kill()
         process.wait()
-        assert select.select([pidfd], [], [], 1)[0]
+        assert select.select([pidfd], [], [], PATIENCE)[0]
         os.close(pidfd)
         os.kill(holder, signal.SIGKILL)

@@ -17,6 +17,7 @@ import pytest
 from conftest import has_ended, until
 from keeper import (
     HELLO,
+    RECORD,
     SUPERVISED,
     Keeper,
     Missed,
@@ -302,7 +303,8 @@ def test_overwritten_output_is_reported(tmp_path: Path) -> None:
         step = keeper.steps("seq 1 2000; read x; seq 2001 4000; read x")
         follower = keeper.follower(flags=QUIET)
         assert follower.pieces() == []
-        until(lambda: len(keeper.ring_path.read_bytes()) and b"2000\n" in text(keeper.kept()))
+        asker = keeper.visitor()
+        until(lambda: text(asker.so_far()).endswith(b"2000\n"))
         total = b"".join(b"%d\n" % n for n in range(1, 4001))
         half = total.index(b"2001\n")
 
@@ -325,7 +327,7 @@ def test_overwritten_output_is_reported(tmp_path: Path) -> None:
         follower.send(follow(1, known=(half, 0)))
         assert not isinstance(follower.pieces()[0], Missed)
         step()
-        until(lambda: text(keeper.kept()).endswith(b"4000\n"))
+        until(lambda: text(asker.so_far()).endswith(b"4000\n"))
         follower.send(follow(last.sequence + 1, known=(half, 0)))
         output = follower.pieces()
         check(output, len(total) - half - len(text(output)), len(total), half)
@@ -378,10 +380,11 @@ def test_many_small_pieces_of_two_streams(tmp_path: Path) -> None:
                     said += more
             assert said == expected
         kept = keeper.kept()
-        assert {p.stream for p in kept} == {1, 2}
         for stream in 1, 2:
-            assert 1000 < len(text(kept, stream)) < 5001
             assert expected.endswith(text(kept, stream))
+            # No more has been overwritten than was necessary; how much a record has is chance.
+            size = sum(RECORD.size + len(p.data) for p in kept if p.stream == stream)
+            assert 5001 - (RECORD.size + 5001 // 4) < size <= 5001
 
 
 def test_two_streams_in_one(keeper: Keeper) -> None:

@@ -406,7 +406,7 @@ def test_ring_without_the_last_records(tmp_path: Path) -> None:
 
 def test_keeper_that_does_not_answer(tmp_path: Path) -> None:
     """A stopped keeper delays only its own clients, and these get an error in time."""
-    with keeping_jobs(tmp_path, "--patience", "1") as (_, client):
+    with keeping_jobs(tmp_path, "--patience", "3") as (_, client):
         job = client.start(["sleep", "1000"])
         other = client.start(["sleep", "1000"])
         keeper = keeper_of(job)

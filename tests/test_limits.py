@@ -145,17 +145,26 @@ def test_nothing_is_left_of_the_tree(by: str) -> None:
         assert not list(Path(str(_cgroups.directory())).glob(f"errand-boy-{os.getpid()}-*"))
 
 
+THREE = """
+import subprocess, sys, time
+all = [subprocess.Popen([sys.executable, "-ISc", {!r}], stdin=-1, stdout=-1) for _ in range(3)]
+for each in all:
+    each.stdout.readline()
+time.sleep(0.5)  # between two polls, each has what it takes
+for each in all:
+    each.communicate(b"\\n")
+"""
+
+
 @pytest.mark.parametrize("by", BY)
 def test_usage_is_the_trees(by: str) -> None:
     need(by)
     busy = "import time\nwhile time.process_time() < 0.3: pass"
-    memory = "import time\na = b'x' * 30000000 + b'y'\ntime.sleep(0.5)"
-    children = "import subprocess, sys\nall = [subprocess.Popen([sys.executable, '-ISc', {!r}])"
-    children += " for _ in range(3)]\nfor each in all: each.wait()"
+    memory = "a = b'x' * 30000000 + b'y'\nprint(flush=True)\ninput()"
     limits = {"cpu": 60, "memory": "1G"}
-    done = run([*PYTHON, children.format(busy)], limits=limits, limits_by=by)
+    done = run([*PYTHON, THREE.format(busy)], limits=limits, limits_by=by)
     assert done.rusage.ru_utime + done.rusage.ru_stime >= 0.9
-    done = run([*PYTHON, children.format(memory)], limits=limits, limits_by=by)
+    done = run([*PYTHON, THREE.format(memory)], limits=limits, limits_by=by)
     assert 90_000_000 < done.peak_memory < 1 << 30
 
 
@@ -167,14 +176,11 @@ def test_a_tree_is_counted_whole() -> None:
     assert done.cause == "cpu"
 
 
-def test_limits_of_each_process() -> None:
-    done = run(["sh", "-c", "ulimit -n; exec dd if=/dev/zero of=/dev/shm/errand-boy-$$ bs=64K"],
-               limits={"file_size": "100K", "open_files": 55}, capture_output=True)  # fmt: skip
-    try:
-        assert (done.cause, done.stdout) == ("output", b"55\n")
-    finally:
-        for path in Path("/dev/shm").glob("errand-boy-*"):
-            path.unlink()
+def test_limits_of_each_process(tmp_path: Path) -> None:
+    script = f"ulimit -n; exec dd if=/dev/zero of={tmp_path}/file bs=64K"
+    limits = {"file_size": "100K", "open_files": 55}
+    done = run(["sh", "-c", script], limits=limits, capture_output=True)
+    assert (done.cause, done.stdout) == ("output", b"55\n")
     done = run(["sh", "-c", "ulimit -n"], limits={"open_files": 55}, rlimits={"nofile": 44},
                capture_output=True)  # fmt: skip
     assert done.stdout == b"44\n"

@@ -459,12 +459,15 @@ def test_report_has_each_live_command(pool: Pool) -> None:
 def test_start_times_are_in_their_buckets(pool: Pool, tmp_path: Path) -> None:
     """A slower start is in a higher bucket, which fits the time that it took at least."""
     client = pool.connect()
-    assert client.status("/bin/true") == 0
-    (first,) = (i for i, n in enumerate(pool.report().buckets) if n)
+    for _ in range(10):  # some of them may be held up
+        assert client.status("/bin/true") == 0
+    before = pool.report().buckets
     client.send(slow("/bin/true"))
     started(client)
     assert ended(client) == 0
-    _, last = (i for i, n in enumerate(pool.report().buckets) if n)
+    first = next(i for i, n in enumerate(before) if n)
+    pairs = zip(before, pool.report().buckets, strict=True)
+    (last,) = (i for i, (old, new) in enumerate(pairs) if new != old)
     assert 20 < first < last < 96
 
 
@@ -472,11 +475,11 @@ def test_time_of_a_brief_start_is_not_that_of_its_command(pool: Pool) -> None:
     """Nothing reports when its program began to run."""
     client = pool.connect()
     for count, streams in enumerate((0b10, 0b11), 1):
-        client.send(streamed("/bin/sleep", "0.3", streams=streams, options=[COALESCE]))
+        client.send(streamed("/bin/sleep", "1.2", streams=streams, options=[COALESCE]))
         assert converse(client, None, streams, brief=True).status == 0
         report = pool.report()
         assert (report.started, sum(report.buckets)) == (count, count)
-        assert sum(report.buckets[: 4 * 18]) == count  # 2**18 µs
+        assert sum(report.buckets[: 4 * 20]) == count  # 2**20 µs
     client.send(streamed("/none", streams=0b10, options=[COALESCE]))
     assert isinstance(client.reply(), Failed)
     assert sum(pool.report().buckets) == count
@@ -986,19 +989,19 @@ def test_half_a_greeting_and_silence(pool: Pool, witness: Client) -> None:
         assert client.refusal() == "the rest of a frame has not come in 100 ms"
 
 
-@with_arguments("--frame-timeout=300")
+@with_arguments("--frame-timeout=2000")
 def test_each_frame_has_its_own_time(pool: Pool, witness: Client) -> None:
     client = pool.connect()
     one = signal_frame(0, 0)
     client.send(one[:5])
     for _ in range(8):
-        assert not select.select([client.sock], [], [], 0.1)[0]
+        assert not select.select([client.sock], [], [], 0.3)[0]
         client.send(one[5:] + one[:5])
     client.send(one[5:])
     assert client.status("/bin/true") == 0
 
 
-@with_arguments("--frame-timeout=200")
+@with_arguments("--frame-timeout=1000")
 def test_slow_start_is_no_silence(pool: Pool, public_dir: Path, witness: Client) -> None:
     program = public_dir / "program"
     shutil.copy("/bin/true", program)
@@ -1009,7 +1012,7 @@ def test_slow_start_is_no_silence(pool: Pool, public_dir: Path, witness: Client)
         assert until(lambda: unread(client) == 0)
         client.send(whole[-1:])
         guard.held()
-        assert not select.select([client.sock], [], [], 0.5)[0]
+        assert not select.select([client.sock], [], [], 1.5)[0]
         guard.release()
         started(client)
         assert ended(client) == 0

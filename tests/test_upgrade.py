@@ -286,8 +286,8 @@ def test_helper_that_dies_meanwhile_is_replaced(tmp_path: Path) -> None:
 def test_orphans_are_killed_after_it_as_before(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--pool-size=1") as daemon, daemon.socket() as sock:
         marker = tmp_path / "marker"
-        # It takes no notice of SIGTERM; SIGKILL comes 1 second later.
-        on_close = _wire.option(lib.EB_TAG_ON_CLOSE, (1000).to_bytes(4, "little"))
+        # It takes no notice of SIGTERM; SIGKILL comes 3 seconds later.
+        on_close = _wire.option(lib.EB_TAG_ON_CLOSE, (3000).to_bytes(4, "little"))
         connection = Connection(sock)
         connection.open()
         script = f"trap 'echo >{marker}' TERM; while :; do sleep 0.05; done"

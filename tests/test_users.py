@@ -233,8 +233,12 @@ def test_connections_for_which_a_stopped_helper_has_no_room_are_counted(public_d
                     pass
                 sock.close()
         connections = [connect_as(daemon, FIRST) for _ in range(250)]
-        assert "connections that no helper serves yet" in refusal(connections[-1])
-        assert psutil.Process(daemon.process.pid).num_fds() < 100
+        # Which of them there is no room for depends on how many the server accepts at once.
+        ready, _, _ = select.select([one.sock for one in connections], [], [], PATIENCE)
+        refused = next(one for one in connections if one.sock in ready)
+        assert "connections that no helper serves yet" in refusal(refused)
+        server = psutil.Process(daemon.process.pid)
+        until(lambda: server.num_fds() < 100)  # those that are refused are closed a little later
         other = connect_as(daemon, SECOND)
         end(other, spawn(other, "/bin/sleep", "100"))
         for connection in connections:
@@ -314,7 +318,8 @@ def test_helper_taken_over_by_its_user_harms_that_user_only(
     with open_daemon(public_dir, "--pool-size=1") as daemon:
         mine, theirs = connect_as(daemon, FIRST), connect_as(daemon, SECOND)
         pid = spawn(theirs, "/bin/sleep", "100")
-        helper = psutil.Process(spawn(mine, "/bin/sleep", "100")).ppid()
+        orphan = spawn(mine, "/bin/sleep", "100")
+        helper = psutil.Process(orphan).ppid()
         with taken_from(helper, 3) as control:
             with contextlib.suppress(OSError):
                 control.sendall(nonsense)
@@ -325,9 +330,7 @@ def test_helper_taken_over_by_its_user_harms_that_user_only(
         again = connect_as(daemon, FIRST)
         end(again, spawn(again, "/bin/sleep", "100"))
         mine.close()
-        for orphan in psutil.process_iter(["uids", "name"]):
-            if orphan.info["uids"].real == FIRST and orphan.info["name"] == "sleep":
-                orphan.kill()
+        os.kill(orphan, signal.SIGKILL)
 
 
 def test_report_is_not_longer_than_connections_explain(public_dir: Path) -> None:
@@ -412,7 +415,7 @@ def test_environment_of_the_daemon_is_nobody_elses(public_dir: Path) -> None:
 
 
 def test_stopped_helper_is_replaced_and_its_clients_are_told(public_dir: Path) -> None:
-    with open_daemon(public_dir, "--pool-size=1", "--helper-patience=0.6") as daemon:
+    with open_daemon(public_dir, "--pool-size=1", "--helper-patience=3") as daemon:
         for uid in (0, FIRST):
             connection = connect_as(daemon, uid)
             pid = spawn(connection, "/bin/sleep", "100")
@@ -424,7 +427,7 @@ def test_stopped_helper_is_replaced_and_its_clients_are_told(public_dir: Path) -
             os.kill(pid, signal.SIGKILL)
             again = connect_as(daemon, uid)
             end(again, spawn(again, "/bin/sleep", "100"))
-        assert "it has not answered for 0.6 seconds" in daemon.log()
+        assert "it has not answered for 3 seconds" in daemon.log()
         assert daemon.status()["totals"]["commands_lost"] == 2
 
 
@@ -547,7 +550,7 @@ def test_no_new_privs_is_for_all(public_dir: Path) -> None:
 def test_priority_is_the_servers_alone(public_dir: Path, nice: int) -> None:
     """If the administrator sets another niceness, it applies to all processes."""
     options = [f"--allow-uid={FIRST}", "--pool-size=1"]
-    under = ["nice", f"-n{nice}"]
+    under = ["nice", f"-n{nice - os.getpriority(os.PRIO_PROCESS, 0)}"]
     with started_daemon(public_dir, *options, under=under, start_new_session=True) as daemon:
         server = psutil.Process(daemon.process.pid)
         connections = [connect_as(daemon, FIRST), daemon.connect()]
