@@ -260,6 +260,16 @@ def until(condition: Callable[[], T], what: str = "what the test waits for") -> 
     return found
 
 
+def with_enough_time(call: Callable[[float], T | None]) -> T:
+    """Return what `call` returns, given a short time-out, or a long one if that is nothing.
+
+    For a command that writes something before the time-out ends it, at any load.
+    """
+    found = call(0.5) or call(PATIENCE / 2)
+    assert found
+    return found
+
+
 def script_environment() -> dict[str, str]:
     spec = importlib.util.find_spec("errand_boy")
     assert spec is not None and spec.origin is not None

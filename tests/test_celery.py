@@ -17,7 +17,14 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, find_program, has_ended, script_environment, until
+from conftest import (
+    PATIENCE,
+    find_program,
+    has_ended,
+    script_environment,
+    until,
+    with_enough_time,
+)
 
 pytest.importorskip("celery", reason="Celery is not installed")
 
@@ -98,7 +105,9 @@ class Worker:
 
 
 def _is_helper(process: psutil.Process) -> bool:
-    return "helper" in process.cmdline()[0]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name() == "errand-boy-help"
+    return False
 
 
 StartWorker = Callable[..., Worker]
@@ -233,7 +242,7 @@ def test_soft_time_limit_ends_the_group(
 ) -> None:
     start_worker(pool)
     command = ["sh", "-c", LEADS_TWO, str(tmp_path / "pids")]
-    result = send(app, command, grace=100, options={"soft_time_limit": 1})
+    result = send(app, command, grace=100, options={"soft_time_limit": 2})
     Group(tmp_path / "pids").await_end()
     with pytest.raises(SoftTimeLimitExceeded):
         result.get(PATIENCE)
@@ -245,7 +254,7 @@ def test_hard_time_limit_ends_the_group(
 ) -> None:
     start_worker(pool)
     command = ["sh", "-c", LEADS_TWO, str(tmp_path / "pids")]
-    result = send(app, command, grace=100, options={"time_limit": 1})
+    result = send(app, command, grace=100, options={"time_limit": 2})
     Group(tmp_path / "pids").await_end()
     with pytest.raises(TimeLimitExceeded):
         result.get(PATIENCE)
@@ -298,7 +307,7 @@ def test_prefork_children_have_small_helpers(
         assert _is_helper(helper)
         rollup = Path(f"/proc/{helper.pid}/smaps_rollup").read_text()
         lines = [line.split() for line in rollup.splitlines() if line.startswith("Private_")]
-        assert sum(int(line[1]) for line in lines[:2]) <= 150, rollup
+        assert sum(int(line[1]) for line in lines[:2]) <= 160, rollup
     (tmp_path / "here" / "go").touch()
     for result in results:
         assert result.get(timeout=PATIENCE)["returncode"] == 0
@@ -397,7 +406,12 @@ def test_output_is_bounded_or_kept(tmp_path: Path) -> None:
 
 def test_timeout_lets_the_command_say_goodbye() -> None:
     command = "trap 'echo bye; exit 4' TERM; echo hello; sleep 1000 & wait"
-    outcome = run_command(command, shell=True, timeout=0.5, grace=100)
+
+    def outcome_of(timeout: float) -> Any:
+        outcome = run_command(command, shell=True, timeout=timeout, grace=100)
+        return outcome if outcome["stdout"] else None
+
+    outcome = with_enough_time(outcome_of)
     assert (outcome["stdout"], outcome["returncode"]) == ("hello\nbye\n", 4)
     assert "TimeoutExpired" in (outcome["error"] or "")
 
@@ -415,7 +429,7 @@ def test_timeout_ends_what_outlives_the_leader(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     stubborn = f"trap '' TERM; echo $$ > {path}; while :; do sleep 0.1; done"
     leader = 'sh -c "$0" & while ! test -s "$1"; do sleep 0.01; done'
-    outcome = run_command(["sh", "-c", leader, stubborn, str(path)], timeout=1, grace=0.1)
+    outcome = run_command(["sh", "-c", leader, stubborn, str(path)], timeout=3, grace=0.1)
     assert outcome["returncode"] == 0
     assert "TimeoutExpired" in (outcome["error"] or "")
     pid = int(path.read_text())

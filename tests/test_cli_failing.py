@@ -94,7 +94,7 @@ def test_halt_done() -> None:
 
 def test_halt_for_a_command_whose_output_outlives_it() -> None:
     script = "sleep 600 & echo $!"
-    done = run("--halt", "now,fail=1", "--timeout", 1, "sh", "-c", script, ":::", 1)
+    done = run("--halt", "now,fail=1", "--timeout", 3, "sh", "-c", script, ":::", 1)
     os.kill(int(done.stdout), signal.SIGKILL)
     assert (done.returncode, done.stderr.count(b"timed out")) == (1, 1)
 
@@ -119,12 +119,10 @@ def test_dry_run(tmp_path: Path) -> None:
 # -- waiting --
 
 
-def test_delay(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    done = run("-j4", "--delay", "0.1", "--joblog", log, "true", ":::", 1, 2, 3, 4)
-    assert done.returncode == 0
-    starts = sorted(float(row[2]) for row in rows(log))
-    assert starts[-1] - starts[0] >= 0.28  # the times in the log have milliseconds
+def test_delay() -> None:
+    before = time.monotonic()
+    assert run("-j4", "--delay", "0.5", "true", ":::", 1, 2, 3, 4).returncode == 0
+    assert time.monotonic() - before >= 1.5
 
 
 def test_memfree_and_load() -> None:

@@ -186,7 +186,7 @@ def test_command_that_does_not_exist() -> None:
 
 
 def test_timeout() -> None:
-    done = run("--timeout=0.3", "--shell", "echo {}; exec sleep {}", input=b"1000\n0\n")
+    done = run("--timeout=3", "--shell", "echo {}; exec sleep {}", input=b"1000\n0\n")
     assert sorted(done.stdout.split()) == [b"0", b"1000"]
     assert done.stderr == b"errand-boy: echo 1000; exec sleep 1000: timed out\n"
     assert done.returncode == 1
@@ -292,7 +292,10 @@ def test_resume_after_a_kill(tmp_path: Path) -> None:
 
 
 def test_halt_soon_lets_the_others_end(tmp_path: Path) -> None:
-    script = "sleep 0.{}; echo {}; [ {} != 1 ] || exit 3"
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    script = f"if [ {{}} = 1 ]; then read x < {fifo}; echo 1; exit 3; fi"
+    script += f"; echo > {fifo}; sleep 1; echo 3"
     done = run("-j2", "--halt=soon,fail=1", "--shell", script, input=lines(*[1, 3] * 10))
     assert (done.stdout, done.returncode) == (b"1\n3\n", 3)
 

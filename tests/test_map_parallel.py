@@ -178,8 +178,8 @@ LINES: list[str | tuple[str, str]] = [
         "map -j1 --halt soon,success=1 --shell 'echo {}; exit {}' ::: 1 2 0 3; echo $?",
     ),
     (
-        "parallel --timeout 1 'sleep {}; echo {}' ::: 0 1000",
-        "map --timeout 1 --shell 'sleep {}; echo {}' ::: 0 1000",
+        "parallel --timeout 3 'sleep {}; echo {}' ::: 0 1000",
+        "map --timeout 3 --shell 'sleep {}; echo {}' ::: 0 1000",
     ),
     # -- what it is used for --
     "parallel gzip --best ::: abc def; zcat abc.gz def.gz",

@@ -19,7 +19,7 @@ options = [
 ]
 if helped and os.geteuid() == 0:
     options.append({"user": 65534, "group": 65534, "extra_groups": []})
-for number in range(1000):
+for number in range(250):
     with subprocess.Popen(["true"], **options[number % len(options)]) as process:
         process.communicate()
     assert process.returncode == 0
@@ -36,9 +36,7 @@ def strace_refusal(out: Path) -> str | None:
 
 
 @pytest.mark.parametrize("implementation", ["errand_boy", "errand_boy-helper"])
-def test_thousand_commands_without_a_fork_of_the_caller(
-    implementation: str, tmp_path: Path
-) -> None:
+def test_commands_without_a_fork_of_the_caller(implementation: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     refusal = strace_refusal(trace)
     if refusal:
@@ -54,10 +52,10 @@ def test_thousand_commands_without_a_fork_of_the_caller(
             calls.setdefault(int(match["pid"]), []).append(call)
     assert [call for call in calls[caller] if "CLONE_VM" not in call] == []
     if helper is None:
-        assert len(calls[caller]) == 1000
+        assert len(calls[caller]) == 250
         assert set(calls) == {caller}
     else:
         assert len(calls[caller]) == 1
-        assert len(calls[helper]) >= 1000
+        assert len(calls[helper]) >= 250
         assert [call for call in calls[helper] if "CLONE_VM" not in call] == []
         assert set(calls) == {caller, helper}
