@@ -89,7 +89,9 @@ class HelperChild:
         if connection.is_foreign():
             raise _not_ours()
         try:
-            reply = connection.receive(timeout)
+            reply = connection.reply
+            if not isinstance(reply, Exited):  # else the last call was interrupted
+                reply = connection.receive(timeout)
         except TimeoutError:
             raise
         except (NotServedError, OSError) as error:

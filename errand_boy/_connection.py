@@ -80,7 +80,7 @@ class Connection:
         self._buffer = bytearray(_BUFFER_SIZE + _HEADER_SIZE)  # zeros at the end
         self._size = 0  # bytes in the buffer
         self.greeted: bool = False
-        self.reply: Reply | None = None  # the last one, about the command that is being started
+        self.reply: Reply | None = None  # the last one that was received
         # Held while a signal is sent to the live command, and while that command gives the
         # connection back. It is reentrant, because a signal handler may send a signal to the
         # command of the code that it interrupts.
@@ -202,8 +202,7 @@ class Connection:
                     self._consume(size)
                     continue
             self._receive_some(deadline)
-        self.reply = reply
-        self._consume(size)  # last: an interrupted start looks for `reply`
+        self._consume(size, reply)
         return reply
 
     def answer(self, timeout: float | None = None) -> Spawned | Failed:
@@ -229,9 +228,9 @@ class Connection:
             raise ProtocolError(errno.EPROTO, f"reply {kind} of {len(payload)} bytes")
 
     def _receive_some(self, deadline: float | None) -> None:
-        if deadline is not None:
-            self.sock.settimeout(max(0.0, deadline - time.monotonic()))
         try:
+            if deadline is not None:
+                self.sock.settimeout(max(0.0, deadline - time.monotonic()))
             if self._size == 0:
                 size = self.sock.recv_into(self._buffer, _BUFFER_SIZE)
             else:
@@ -255,10 +254,14 @@ class Connection:
             )
         self._size += size
 
-    def _consume(self, size: int) -> None:
+    def _consume(self, size: int, reply: Reply | None = None) -> None:
         whole = self._size
-        self._buffer[:whole] = self._buffer[size:whole] + bytes(size)  # zeros, see _count_received
+        rest = self._buffer[size:whole] + bytes(size)  # zeros, see _count_received
+        # No call comes between these, so no exception from outside either: a reply is in the buffer
+        # or in `reply`, where whoever was interrupted looks for it.
+        self._buffer[:whole] = rest
         self._size = whole - size
+        self.reply = reply
 
     def _count_received(self) -> None:
         """Count the frames that an interrupted _receive_some has received but not counted."""

@@ -585,6 +585,40 @@ def test_more_on_a_terminal_than_the_limit(marked: Marked) -> None:
     until(marked.are_gone)
 
 
+def test_wait_that_is_interrupted_anywhere() -> None:
+    """An exception from a signal handler must lose neither the end nor the connection."""
+    source = """
+        package = os.path.dirname(subprocess.__file__)
+
+        class Interrupt(Exception):
+            pass
+
+        def interrupt(count):
+            # Python runs signal handlers when a function begins, among others.
+            def trace(frame, event, arg):
+                nonlocal count
+                count -= frame.f_code.co_filename.startswith(package)
+                if count == 0:
+                    raise Interrupt
+            sys.settrace(trace)
+
+        codes, interrupted, is_over = [], 0, False
+        while not is_over:
+            process = subprocess.Popen(["sh", "-c", "exit 7"], tree="all")
+            interrupt(interrupted + 1)
+            try:
+                process.wait(20)
+                is_over = True
+            except Interrupt:
+                interrupted += 1
+            finally:
+                sys.settrace(None)
+            codes.append(process.wait(20))
+        report([interrupted > 5, list(set(codes))])
+    """
+    assert run_script(source) == [True, [7]]
+
+
 def test_stop_by_hand() -> None:
     process = ours.Popen(["sleep", "1000"])
     assert process.stop() == -SIGKILL
