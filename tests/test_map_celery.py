@@ -227,6 +227,7 @@ def test_long_command_does_not_count_as_lost(
     checks = []
     monkeypatch.setattr(_cluster, "_CHECK", 0.1)
     monkeypatch.setattr(_cluster, "_MOST_SILENCES", 1)
+    monkeypatch.setattr(_cluster, "_ANSWER", PATIENCE)  # the worker may answer late, at high load
     app.conf.task_acks_late = False
     start_worker("threads")
     look = _cluster.Tasks._look_for_lost

@@ -191,6 +191,7 @@ def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.timeout(300)  # it compiles everything twice
 def test_changed_header_rebuilds_both_programs(tree: Path) -> None:
     assert build(tree).returncode == 0
     header = tree / "csrc/common/wire.h"
