@@ -117,7 +117,9 @@ def test_file_that_says_no_number(tmp_path: Path) -> None:
 
 
 def test_slots_are_one_command_s_each(tmp_path: Path) -> None:
-    script = "mkdir {%} || exit 1; sleep 0.0{#}; rmdir {%}; echo {%}"
+    # The first three run at the same time.
+    script = "mkdir {%} || exit 1; touch seen{%}; until [ -e seen3 ]; do sleep 0.01; done;"
+    script += " sleep 0.0{#}; rmdir {%}; echo {%}"
     done = run("-j3", "--shell", script, ":::", *"abcdefghi", cwd=tmp_path)
     assert (done.stderr, done.returncode) == (b"", 0)
     assert set(done.stdout.split()) == {b"1", b"2", b"3"}

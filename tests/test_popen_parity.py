@@ -729,7 +729,8 @@ def test_line_buffered_binary_pipe_warns(subprocess: Any) -> None:
     with pytest.warns(RuntimeWarning, match="line buffering") as caught:
         process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, bufsize=1)
     process.communicate()
-    assert len(caught) == 1
+    # Others, about what is no longer used, may come at any moment.
+    assert [each.category for each in caught].count(RuntimeWarning) == 1
 
 
 @pytest.mark.portable

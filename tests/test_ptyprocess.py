@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -78,6 +79,7 @@ def test_only_what_is_passed_is_inherited() -> None:
 
 
 def test_errors(tmp_path: Path) -> None:
+    gc.collect()  # what other tests have left may hold descriptors
     before = os.listdir("/proc/self/fd")
     with pytest.raises(FileNotFoundError, match="not found or was not executable: /none"):
         ours.PtyProcess.spawn(["/none"])
@@ -238,7 +240,7 @@ def test_under_gevent() -> None:
         child.expect("got text")
         child.expect(pexpect.EOF)
         child.close()
-    report([[child.exitstatus for child in children], len(ticks) > 50])
+    report([[child.exitstatus for child in children], len(ticks) > 10])
     """
     assert run_script(script) == [list(range(5)), True]
 
