@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import run_script, started_script
+from conftest import PATIENCE, run_script, started_script
 from daemon import Daemon, started_daemon
 from wire import spawned
 
@@ -160,7 +160,7 @@ def test_timeout_does_not_wait_for_those_who_hold_the_output(client: Client) -> 
         client.run(["sh", "-c", "sleep 1000 & echo $!"], capture_output=True, timeout=0.5)
     process = psutil.Process(int(caught.value.output))
     process.kill()
-    process.wait(10)
+    process.wait(PATIENCE)
 
 
 def test_time_in_the_queue_does_not_count(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ except KeyboardInterrupt:
     file = tmp_path / "pid"
     assert run_script(source, args=[daemon.path, file]) == "on\n"
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(file.read_text())).wait(10)
+        psutil.Process(int(file.read_text())).wait(PATIENCE)
 
 
 def test_command_outlives_its_client(daemon: Daemon, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ client.run(["sh", "-c", script, sys.argv[3], sys.argv[4]], stdout=subprocess.PIP
             process.kill()
             process.wait()
             writing.write("\n")
-        command.wait(10)
+        command.wait(PATIENCE)
     assert Path(f"{file}.done").read_text() == "done\n"
 
 
@@ -225,7 +225,7 @@ client.run(["sh", "-c", 'echo $$ > "$0"; exec sleep 1000', sys.argv[3]], stdout=
         command = psutil.Process(int(fifo.read_text()))
         process.kill()
         process.wait()
-        command.wait(10)
+        command.wait(PATIENCE)
 
 
 def test_helper_killed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import PATIENCE
 from guard import Guard
 
 import errand_boy
@@ -139,7 +140,7 @@ def test_slow_exec_of_a_map_that_was_closed(tmp_path: Path) -> None:
         results.close()
         guard.release()
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.wait(10)
+            process.wait(PATIENCE)
 
 
 def test_slow_exec_of_a_map_that_fails_in_the_end(slow: Path) -> None:
