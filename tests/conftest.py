@@ -32,6 +32,7 @@ import pytest
 LONGEST_SCRIPT = 50  # seconds; the longest test is in pyproject.toml
 INTERVAL = 5
 PATIENCE = 30.0  # seconds; nothing takes this long
+LONGEST_TMPDIR = 20  # bytes; the path of a socket below it must not have more than 107
 
 T = TypeVar("T")
 
@@ -67,6 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, action)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ["LANGUAGE"] = "en"  # of the messages of shells and tools, in any locale
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
     # Python 3.13 starts some commands through posix_spawn, where its errors read differently.
     stdlib._USE_POSIX_SPAWN = False  # type: ignore[misc]
     if sys.platform == "linux":

@@ -266,7 +266,7 @@ CASES = [
     Case("os.environ", "os.environ['ERRAND_BOY_TEST'] = '1'", "environ"),
     Case("os.environ emptied", "os.environ.clear()", "environ"),
     past_environ("os.putenv", "os.putenv('ERRAND_BOY_TEST', '1')"),
-    past_environ("os.unsetenv", "os.unsetenv('HOME')"),
+    past_environ("os.unsetenv", "os.unsetenv('PYTHONPATH')"),
     past_environ("setenv in C", "libc.setenv(b'ERRAND_BOY_TEST', b'\\xff', 1)"),
     # Rights
     Case("bounding set", "prctl(24, 13)", "CapBnd", root=True),

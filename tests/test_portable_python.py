@@ -48,6 +48,7 @@ take([os, posix], "pidfd_", "memfd_", "MFD_", "sched_get", "sched_set", "sched_p
      "WEXITED", "WNOWAIT", "getxattr", "setxattr", "fdatasync")
 take([os, posix], "setns", "unshare", "CLONE_", "timerfd_", "TFD_")
 take([select], "epoll", "EPOLL")
+selectors.DefaultSelector = selectors.PollSelector
 take([socket, _socket], "SO_PEER", "SO_PASS", "SO_DOMAIN", "AF_NETLINK", "AF_PACKET", "AF_VSOCK",
      "SOCK_CLOEXEC", "SOCK_NONBLOCK", "MSG_NOSIGNAL", "MSG_CMSG", "SCM_CRED")
 take([signal, _signal], "sigwaitinfo", "sigtimedwait", "SIGRT", "SIGPWR", "SIGSTKFLT", "SIGPOLL",

@@ -22,6 +22,7 @@ from daemon import Daemon, activated_daemon, ended, request, send_signal, spawn,
 
 from errand_boy import _status, _wire
 from errand_boy._address import Address
+from errand_boy._connection import Connection
 from errand_boy._daemon import listen
 from errand_boy._daemon.limits import Limits, LimitsError, Table
 from errand_boy._daemon.log import Complaints
@@ -632,7 +633,7 @@ def test_commands_that_do_not_finish_are_terminated(tmp_path: Path) -> None:
         connection.close()
 
 
-def ready_to_ignore_sigterm(daemon: Daemon) -> tuple[int, object]:
+def ready_to_ignore_sigterm(daemon: Daemon) -> tuple[int, Connection]:
     connection = daemon.connect()
     reader, writer = os.pipe()
     script = "trap '' TERM; echo ready; while :; do sleep 100; done"
@@ -654,7 +655,7 @@ def test_commands_that_ignore_sigterm_are_killed(tmp_path: Path) -> None:
         daemon.process.terminate()
         assert daemon.process.wait(PATIENCE) == 4
         assert has_ended(pid)
-        del connection
+        connection.close()
 
 
 def test_max_accepts(tmp_path: Path) -> None:
