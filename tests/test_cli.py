@@ -75,6 +75,8 @@ def test_an_unknown_option_shows_the_subcommands_usage(name: str) -> None:
     [
         (["run", "--limt", "wall=1", "ls"], "--limt; try --limit"),
         (["map", "--keep-ordr=yes", "ls"], "; try --keep-order"),
+        (["--helpp"], "unknown option --helpp; try --help"),
+        (["--pool-size=2"], "; the daemon's come after its name: errand-boy serve --pool-size=2"),
         (["ps", "--no-such-option"], "; errand-boy ps --help lists the options"),
     ],
 )
@@ -96,20 +98,27 @@ def test_a_misspelt_command() -> None:
     assert "there is no command stauts; try errand-boy status, or errand-boy run" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "meant"), [("jobs", "ps"), ("kill", "stop"), ("exec", "run")])
+@pytest.mark.parametrize(
+    ("name", "meant"), [("jobs", "ps"), ("exec", "run"), ("version", "--version")]
+)
 def test_another_programs_name_of_a_command(name: str, meant: str) -> None:
     done = run(name, "7")
     assert done.stderr.endswith(f"try errand-boy {meant}, or errand-boy run -- {name} 7\n")
 
 
-def test_help_is_an_option() -> None:
-    done = run("help")
-    assert (done.returncode, done.stderr.endswith("try errand-boy --help\n")) == (2, True)
+def test_help_is_a_command_too() -> None:
+    assert run("help").stdout == run("--help").stdout
+    assert run("help", "run").stdout == run("run", "--help").stdout
+
+
+def test_version() -> None:
+    assert run("-V").stdout == run("--version").stdout == f"{errand_boy.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--timeout", "-1"], "--timeout: -1 is not 0 or more"),
         (["--limit", "wall"], "--limit: 'wall' has no value, as wall=60 or memory=1G has"),
         (["--limit", "wall=x"], "--limit: limits: wall: 'x' is not a number of seconds"),
         (["--rlimit", "nofile=many"], "--rlimit: 'many' is not an integer"),

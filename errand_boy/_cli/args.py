@@ -65,10 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0
-    if arguments[0] == "--version":
+    if arguments[0] in ("-V", "--version"):
         print(errand_boy.__version__)
         return 0
     if arguments[0] not in COMMANDS:
@@ -91,20 +93,28 @@ def _help() -> str:
     lines = [f"usage: {USAGE}", "", SUMMARY, ""]
     width = max(map(len, COMMANDS)) + 2
     lines += [f"  {name:{width}}{text}" for name, (_, text) in COMMANDS.items()]
-    lines += ["", "errand-boy COMMAND --help has the options of each.", "", "  --version"]
+    lines += ["", "errand-boy COMMAND --help has the options of each.", "", "  -V, --version"]
     return "\n".join(lines)
 
 
-_OTHER_NAMES = {"exec": "run", "jobs": "ps", "kill": "stop", "list": "ps", "start": "run"}
+_OTHER_NAMES = {
+    "exec": "run",
+    "jobs": "ps",
+    "kill": "stop",
+    "list": "ps",
+    "start": "run",
+    "version": "--version",
+}
 
 
 def _unknown(arguments: list[str]) -> str:
     from shutil import which  # noqa: PLC0415
 
     name = arguments[0]
-    if name == "help":
-        return "there is no command help; try errand-boy --help"
     if name.startswith("-"):
+        likely = nearest(name, ("--help", "--version"))
+        if likely:
+            return f"unknown option {name}; try {likely}"
         return f"unknown option {name}; the daemon's come after its name: errand-boy serve {name}"
     likely = _OTHER_NAMES.get(name)
     if likely is None and not which(name):

@@ -8,7 +8,7 @@ import pwd
 from collections.abc import Sequence
 
 from errand_boy._cli import command_options, detached, stats
-from errand_boy._cli.parsing import Parser, add_socket, group, user
+from errand_boy._cli.parsing import Parser, add_socket, group, number, user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=number(float, 0),
         metavar="SECONDS",
         help="end the command after SECONDS, in the way that --stop and --tree set",
     )
@@ -101,8 +101,6 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     if not argv:
         parser.error("which command?")
     wanted = {**command_options.given(options), **_ids(options)}
-    if options.timeout is not None and not options.timeout >= 0:
-        parser.error("--timeout must not be negative")
     if options.timeout is not None and (options.pty or options.record is not None):
         parser.error("--timeout can't be given with a terminal")
     if "output" in wanted.get("limits", ()):
