@@ -381,8 +381,11 @@ class HelperManager:
         descriptors are short or the request is too long (E2BIG).
         """
         fresh: Helper | None = None
-        if _unreaped:
-            _reap()
+        if _unreaped and _lock.acquire(blocking=False):  # else another thread does it
+            try:
+                _reap()
+            finally:
+                _lock.release()
         for _ in range(MOST_ATTEMPTS):
             helper = self.current
             if helper is None:
@@ -468,7 +471,10 @@ runner = HelperManager(own_children=True)  # owns its commands, and can stream t
 
 
 def _reap(grace: float = 0.0) -> None:
-    """Reap the retired helpers; kill those without own children that outlive `grace` seconds."""
+    """Reap the retired helpers; kill those without own children that outlive `grace` seconds.
+
+    Call it with the lock held.
+    """
     for helper in _unreaped[:]:
         if helper.ended(grace):
             with contextlib.suppress(ValueError):  # a signal handler was here first

@@ -269,6 +269,31 @@ os.execv(program, [program, "-u"])
         assert run_script(source, args=[program, used]) == 0
 
 
+def test_stop_while_other_threads_start_commands() -> None:
+    source = """
+        stopped = threading.Event()
+        failures = []
+        def work():
+            try:
+                while not stopped.is_set():
+                    subprocess.run(["true"], check=True)
+            except BaseException as error:
+                failures.append(repr(error))
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(200):
+                subprocess.stop()
+        finally:
+            stopped.set()
+        for thread in threads:
+            thread.join()
+        report(failures)
+    """
+    assert run_script(source) == []
+
+
 def test_stop_waits_for_the_end_of_helpers_whose_commands_are_over() -> None:
     source = """
 import psutil
