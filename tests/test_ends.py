@@ -16,7 +16,7 @@ from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
-from conftest import run_script, started_script, until
+from conftest import find_program, run_script, started_script, until
 from daemon import started_daemon
 
 import errand_boy
@@ -439,17 +439,35 @@ if libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0:
 """
 
 
-def test_helper_without_close_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def helper_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have a script become the helper, whose path it gets as `helper`."""
+
+    def use(text: str) -> None:
+        package = Path(errand_boy.__file__).parent
+        helper = os.environ.get("ERRAND_BOY_HELPER") or str(package / "errand-boy-helper")
+        wrapper = tmp_path / "helper"
+        wrapper.write_text(text.format(python=sys.executable, helper=helper))
+        wrapper.chmod(0o755)
+        monkeypatch.setenv("ERRAND_BOY_HELPER", str(wrapper))
+
+    return use
+
+
+def test_helper_without_close_range(helper_wrapper: Callable[[str], None]) -> None:
     """The start fails. Otherwise it would wait for a pipe that guard and supervisor can't close."""
-    package = Path(errand_boy.__file__).parent
-    helper = os.environ.get("ERRAND_BOY_HELPER") or str(package / "errand-boy-helper")
-    wrapper = tmp_path / "helper"
-    wrapper.write_text(FILTERED.format(python=sys.executable, helper=helper))
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("ERRAND_BOY_HELPER", str(wrapper))
+    helper_wrapper(FILTERED)
     with pytest.raises(OSError, match=r"close_range\(2\)"):
         ours.run(["true"], tree="all")
     assert next(errand_boy.map([["true"]])).returncode == 0
+
+
+def test_supervisor_that_does_not_run_for_long(helper_wrapper: Callable[[str], None]) -> None:
+    """On a loaded machine it may have no CPU for seconds. It is not taken for killed."""
+    strace = find_program("strace")
+    late = "-e trace=close_range -e inject=close_range:delay_enter=1500000:when=1"
+    helper_wrapper(f'#!/bin/sh\nexec {strace} -D -f -qq -o /dev/null {late} {{helper}} "$@"\n')
+    assert ours.run(["true"], tree="all").returncode == 0
 
 
 def test_killed_helper_of_the_daemon_leaves_nothing(tmp_path: Path) -> None:

@@ -304,11 +304,12 @@ static EB_BARE void leave(void)
  * command before its maker goes on to close the pipe, and until its slice is over. */
 static EB_BARE long await_closed(struct eb_job *job)
 {
-    const struct timespec most = {.tv_sec = 1};
-    volatile int *closed = &job->supervisor->has_closed;
-    while (__atomic_load_n(closed, __ATOMIC_ACQUIRE) == 0)
-        if (eb_raw(SYS_futex, (long)closed, FUTEX_WAIT, 0, (long)&most) == -ETIMEDOUT)
-            return -ESRCH; /* its maker has been killed, or stopped */
+    const struct timespec interval = {.tv_sec = 1};
+    struct eb_supervisor *s = job->supervisor;
+    while (__atomic_load_n(&s->has_closed, __ATOMIC_ACQUIRE) == 0)
+        if (eb_raw(SYS_futex, (long)&s->has_closed, FUTEX_WAIT, 0, (long)&interval) == -ETIMEDOUT &&
+            __atomic_load_n(&s->alive, __ATOMIC_ACQUIRE) == 0)
+            return -ESRCH; /* its maker has been killed; one that only gets no CPU is waited for */
     return 0;
 }
 
