@@ -19,7 +19,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return which of the `known` names a misspelt one is likely to mean."""
     from difflib import get_close_matches  # noqa: PLC0415  only mistakes need it
 
-    return next(iter(get_close_matches(name, known, 1)), None)
+    words = {each.lstrip("-"): each for each in known}  # else the dashes would count as alike
+    likely = get_close_matches(name.lstrip("-"), words, 1)
+    return words[likely[0]] if likely else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -78,6 +78,7 @@ def test_an_unknown_option_shows_the_subcommands_usage(name: str) -> None:
         (["--helpp"], "unknown option --helpp; try --help"),
         (["--pool-size=2"], "; the daemon's come after its name: errand-boy serve --pool-size=2"),
         (["ps", "--no-such-option"], "; errand-boy ps --help lists the options"),
+        (["run", "--cwd=/", "ls"], "; errand-boy run --help lists the options"),  # not --record
     ],
 )
 def test_a_misspelt_option(arguments: list[str], hint: str) -> None:

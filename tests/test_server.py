@@ -182,6 +182,12 @@ def test_socket_of_another_program_is_not_taken_over(tmp_path: Path) -> None:
     assert os.path.exists(path)
 
 
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "socket"
+    message = f"errand-boy: cannot listen on {path}: there is no directory {path.parent}\n"
+    assert serve("--socket", path).stderr == message
+
+
 def test_file_that_is_no_socket_stays(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("precious")

@@ -84,11 +84,13 @@ def listen(path: str, mode: int) -> Listener:
     passed = _passed()
     if passed is not None:
         return passed
+    directory = os.path.dirname(path)
     try:
-        directory = os.path.dirname(path)
         if directory == _address.classic_directory():
             _make_private(directory)
         return _bind(path, mode)
+    except FileNotFoundError:
+        raise ListenError(f"cannot listen on {path}: there is no directory {directory}") from None
     except OSError as error:
         where = error.filename or path
         raise ListenError(f"cannot listen on {where}: {error.strerror or error}") from None
