@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
-from errand_boy import _job_steps
+from errand_boy import _job_signals, _job_steps
 from errand_boy._attach import Attached
 from errand_boy._follow import Missed, Output
 from errand_boy._job_known import Chooser, JobResult, Known
@@ -62,14 +62,14 @@ class Job(Known):
 
     async def send_signal(self, sig: int) -> None:
         """Send a signal to the job's command; do nothing if it is over."""
-        await run(_job_steps.send_signal(self._client, self.id, self.uid, sig))
+        await run(_job_signals.send_signal(self._client, self.id, self.uid, sig))
 
     async def stop(self, stop: Stop | None = None, tree: str | None = None) -> JobResult:
         """End the job by the steps that it was started with, or by others; return how it ended.
 
         If this is cancelled, no more steps are taken. Raises JobLostError, ValueError, TypeError.
         """
-        self._entry = await run(_job_steps.stop(self._client, self.id, self.uid, stop, tree))
+        self._entry = await run(_job_signals.stop(self._client, self.id, self.uid, stop, tree))
         return JobResult(self._entry)
 
     async def remove(self) -> None:

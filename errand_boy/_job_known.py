@@ -124,6 +124,17 @@ class Known:
         return ended
 
     @property
+    def duration(self) -> float | None:
+        """How long it has run, in seconds, or None if that is not known."""
+        duration: float | None = self._entry.get("duration")
+        return duration
+
+    @property
+    def is_left(self) -> bool:
+        """Whether its command still runs, although the job is lost."""
+        return "left" in self._entry
+
+    @property
     def has_terminal(self) -> bool:
         """Whether its standard streams are a terminal."""
         return bool(self._entry.get("pty"))

@@ -40,8 +40,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol, TypeAlias, TypeVar
 
-    from errand_boy._ends import Stop
-
     class Client(Protocol):
         """The client of a daemon."""
 
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
 
 EVERYBODY = -1
 LIVE = ("running", "starting")
-USUAL_STOP = ((signal.SIGTERM, 10.0), signal.SIGKILL)
 
 _JOB = struct.Struct("<IB")
 _CHUNK = 1 << 16  # bytes
@@ -204,6 +201,8 @@ def user(wanted: int | str | None) -> int | None:
 
 def remove(client: Client, job: int, uid: int) -> Steps[None]:
     """Remove a job that is over."""
+    with contextlib.suppress(JobError):  # the daemon decides
+        yield from _settled(client, (yield from entry(client, job, uid)))
     _, sock, _ = yield from ask(client, lib.EB_JOB_REMOVE, {"job": job, "uid": uid})
     sock.close()
 
@@ -479,26 +478,38 @@ def until_over(
     deadline = None if timeout is None else time.monotonic() + timeout
     found = yield from entry(client, job, uid)
     if found["state"] not in LIVE:
-        return _known(found)
+        return known((yield from _settled(client, found)))
     course = Course(client, job, uid, Follower(quiet=True))
     for event in course.events():
-        if isinstance(event, Wait) and not (yield from _wait_until(event, deadline)):
+        if isinstance(event, Wait) and not (yield from wait_until(event, deadline)):
             course.close()
             raise subprocess.TimeoutExpired(args, timeout or 0)
-    return _known((yield from _last_entry(client, course.entry)))
+    return known((yield from last_entry(client, course.entry)))
 
 
-def _last_entry(client: Client, found: Entry) -> Steps[Entry]:
+def last_entry(client: Client, found: Entry) -> Steps[Entry]:
     """Return the entry of a job of whose end its keeper has told; `found` is an earlier one."""
     give_up = time.monotonic() + _PATIENCE
     while True:
         with _told_that_it_goes_on(found):
             found = yield from entry(client, found["id"], found["uid"])
         if found["state"] not in LIVE:
-            return found
+            return (yield from _settled(client, found))
         if time.monotonic() > give_up:
             raise JobLostError(errno.EPIPE, f"the end of job {found['id']} is not in its journal")
         yield from pause(_PAUSE)  # its keeper could not note the end, and is about to end itself
+
+
+def _settled(client: Client, found: Entry) -> Steps[Entry]:
+    """Return the entry of a job that is over.
+
+    If it is lost, a supervisor that lives gets a moment to end the command.
+    """
+    give_up = time.monotonic() + _LONGEST_PAUSE
+    while "left" in found and time.monotonic() < give_up:
+        yield from pause(_PAUSE)
+        found = yield from entry(client, found["id"], found["uid"])
+    return found
 
 
 @contextlib.contextmanager
@@ -515,16 +526,17 @@ def _told_that_it_goes_on(found: Entry) -> Generator[None, None, None]:
         raise NoDaemonError(error.errno, text, error.filename) from None
 
 
-def _known(found: Entry) -> Entry:
+def known(found: Entry) -> Entry:
     """Return `found`, the entry of a job that is over. Raises JobLostError if it was lost."""
     if found["state"] == "lost":
         killed = "its keeper was killed, or could not write its journal"
         why = {"reboot": "the machine went down"}.get(found.get("why", ""), killed)
-        raise JobLostError(errno.EPIPE, f"job {found['id']} is lost: {why}")
+        left = f"; its command still runs as process {found['pid']}" if "left" in found else ""
+        raise JobLostError(errno.EPIPE, f"job {found['id']} is lost: {why}{left}")
     return found
 
 
-def _wait_until(wait: Wait, deadline: float | None) -> Steps[bool]:
+def wait_until(wait: Wait, deadline: float | None) -> Steps[bool]:
     """Wait, but not beyond `deadline`; return False if the deadline has passed."""
     if deadline is None:
         yield wait
@@ -534,65 +546,3 @@ def _wait_until(wait: Wait, deadline: float | None) -> Steps[bool]:
         wait = wait._replace(seconds=rest)
     yield wait
     return time.monotonic() < deadline
-
-
-def target(found: Entry) -> tuple[int, int]:
-    """Return the pid for signals to a job by its `tree`, and the flags to add to a signal."""
-    whom = found.get("whom", "")
-    if whom == "all":
-        return lib.EB_WHOLE_TREE, 0
-    if whom == "group":
-        return -int(found["pid"]), lib.EB_ENDS_GROUP
-    return 0, 0
-
-
-def send_signal(client: Client, job: int, uid: int, number: int) -> Steps[None]:
-    """Send a signal to a job's command; do nothing if it is over. Raises ValueError."""
-    if not 0 <= number < signal.NSIG:
-        raise ValueError(f"{number!r} is not a signal")
-    # The keeper answers FOLLOW when it has read the signal.
-    follower = Follower(quiet=True, goes_on=False, before=_follow.signal(0, number))
-    for event in Course(client, job, uid, follower).events():
-        if isinstance(event, Wait):
-            yield event
-
-
-def stop(client: Client, job: int, uid: int, given: Stop | None, tree: str | None) -> Steps[Entry]:
-    """End a job by its own `stop` and `tree`, or by those given; return its last entry.
-
-    Raises ValueError, TypeError and JobLostError.
-    """
-    found = yield from entry(client, job, uid)
-    if tree is not None:
-        found["whom"] = tree
-    if given is None:
-        given = [number if s is None else (number, s) for number, s in found.get("stop", ())]
-    ends = Ends(given or USUAL_STOP, found.get("whom") or "process")
-    if found["state"] in LIVE:
-        yield from _stop(Course(client, job, uid, Follower(quiet=True)), found, ends)
-        found = yield from _last_entry(client, found)
-    return _known(found)
-
-
-def _stop(course: Course, found: Entry, ends: Ends) -> Steps[None]:
-    pid, flags = target(found)
-    unsent: list[bytes] = []
-    steps = ends.course(lambda number: unsent.append(_follow.signal(pid, number | flags)))
-    deadline: float | None = None
-    begun = False
-    try:
-        for event in course.events():
-            if not isinstance(event, Wait):
-                continue
-            if course.sock is not None and course.follower.is_served and not event.writing:
-                late = begun and deadline is not None and time.monotonic() >= deadline
-                if not begun or late:
-                    seconds = steps.send(False) if begun else next(steps)
-                    begun = True
-                    deadline = None if seconds is None else time.monotonic() + seconds
-                    data, unsent[:] = b"".join(unsent), []
-                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                        yield from send(course.sock, data)
-            yield from _wait_until(event, deadline)
-    finally:
-        course.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-from errand_boy import _job_steps
+from errand_boy import _job_signals, _job_steps
 from errand_boy._attach import Attached
 from errand_boy._child import ready
 from errand_boy._follow import Missed, Output
@@ -59,7 +59,7 @@ class Job(Known):
 
     def send_signal(self, sig: int) -> None:
         """Send a signal to the job's command; do nothing if it is over."""
-        run(_job_steps.send_signal(self._client, self.id, self.uid, sig))
+        run(_job_signals.send_signal(self._client, self.id, self.uid, sig))
 
     def stop(self, stop: Stop | None = None, tree: str | None = None) -> JobResult:
         """End the job by the steps that it was started with, or by others; return how it ended.
@@ -67,7 +67,7 @@ class Job(Known):
         By default: SIGTERM, and SIGKILL after ten seconds. Raises JobLostError, and ValueError and
         TypeError for bad steps.
         """
-        self._entry = run(_job_steps.stop(self._client, self.id, self.uid, stop, tree))
+        self._entry = run(_job_signals.stop(self._client, self.id, self.uid, stop, tree))
         return JobResult(self._entry)
 
     def remove(self) -> None:

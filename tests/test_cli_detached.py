@@ -19,8 +19,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, find_program, script_environment, until
+from conftest import PATIENCE, find_program, has_ended, script_environment, until
 from daemon import Daemon, started_daemon
+from jobs import await_output, kill_keeper
 
 import errand_boy
 from errand_boy._cli.attach import DetachKeys
@@ -246,6 +247,31 @@ def test_log_and_notification(tmp_path: Path) -> None:
     until(told.exists, "the notification")
     assert told.read_text() == f"{name} 3 exit\n"
     assert log.read_text() == "out\n"
+
+
+def test_command_that_has_lost_its_keeper(daemon: Daemon) -> None:
+    name = detach("--tree", "process", script="echo begin; exec sleep 1000")
+    job = errand_boy.connect(daemon.path).job(name)
+    await_output(job, b"begin\n")
+    kill_keeper(job)
+    until(lambda: job.status()["state"] == "lost")
+    told = f"errand-boy: job {job.id} is lost: its keeper was killed, or could not write its "
+    told += "journal"
+    left = f"{told}; its command still runs as process {job.pid}\n"
+    assert f"lost: killed, but process {job.pid} runs" in cli("ps", "--all").stdout
+    assert cli("ps").stdout.count("\n") == 1
+    done = cli("logs", name)
+    assert (done.returncode, done.stdout, done.stderr) == (125, "begin\n", left)
+    done = cli("wait", name)
+    assert (done.returncode, done.stderr) == (125, left)
+    done = cli("rm", name)
+    assert done.returncode == 125
+    assert "stop it first" in done.stderr
+    done = cli("stop", name)
+    assert (done.returncode, done.stderr) == (125, f"{told}\n")
+    assert job.pid is not None
+    assert has_ended(job.pid)
+    assert cli("rm", name).returncode == 0
 
 
 def test_attach_to_the_standard_streams() -> None:

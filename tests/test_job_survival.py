@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import PATIENCE, has_ended, until
 from daemon import Daemon, started_daemon
@@ -33,7 +34,7 @@ from jobs import (
 import errand_boy
 from errand_boy import JobLostError, _wire
 from errand_boy._client import Client
-from errand_boy._jobs import Missed, Output
+from errand_boy._jobs import Job, Missed, Output
 from errand_boy._native import lib
 
 FEW = 30
@@ -250,6 +251,95 @@ def test_killed_keeper(tmp_path: Path) -> None:
         job.remove()
         client.job("x").remove()
         until(lambda: not files(tmp_path))
+
+
+@pytest.mark.parametrize("with_daemon", [False, True])
+@pytest.mark.parametrize("tree", ["all", "group", "process"])
+def test_command_that_is_left(
+    places: Callable[[], Any], tmp_path: Path, tree: str, with_daemon: bool
+) -> None:
+    """All that would end it is killed at once: that is told, and it can be stopped."""
+    with places() as (daemon, client):
+        job = client.start(waiting(tmp_path / "fifo"), tree=tree, process_group=0, name="x")
+        await_output(job, b"begin\n")
+        pid = job.pid
+        assert pid is not None
+        (child,) = psutil.Process(pid).children()
+        parents = parents_up_to_keeper(job)
+        assert len(parents) == (3 if tree == "all" else 1)
+        if with_daemon:
+            kill(daemon)
+        kill_at_once(parents)
+        if not with_daemon:
+            check_left(client, pid, child, tree)
+    if with_daemon:
+        with places() as (_, client):
+            check_left(client, pid, child, tree)
+
+
+def parents_up_to_keeper(job: Job) -> list[psutil.Process]:
+    """Return a command's supervisor and its guard, if there are any, and its keeper."""
+    found: list[psutil.Process] = []
+    parent: Any = psutil.Process(job.pid)
+    while not found or found[-1] != keeper_of(job):
+        parent = parent.parent()
+        found.append(parent)
+    return found
+
+
+def kill_at_once(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        process.suspend()
+        until(lambda process=process: process.status() == psutil.STATUS_STOPPED)  # type: ignore[misc]
+    for process in processes:
+        process.kill()
+    for process in processes:
+        until(lambda process=process: has_ended(process.pid))  # type: ignore[misc]
+
+
+def check_left(client: Client, pid: int, child: psutil.Process, tree: str) -> None:
+    until(lambda: client.job("x").state == "lost")
+    (job,) = client.jobs(all=True)
+    assert (job.is_left, job.pid) == (True, pid)
+    assert text(job) == b"begin\n"
+    told = f"job 1 is lost: .*killed.*; its command still runs as process {pid}$"
+    with pytest.raises(JobLostError, match=told):
+        job.wait()
+    with pytest.raises(errand_boy.JobError, match=f"runs as process {pid}: stop it first"):
+        job.remove()
+    with pytest.raises(JobLostError, match=r"killed, or could not write its journal$"):
+        job.stop()
+    assert has_ended(pid)
+    if tree == "process":
+        assert not has_ended(child.pid)
+        child.kill()
+    until(lambda: has_ended(child.pid))
+    assert not client.job("x").is_left
+    job.remove()
+
+
+def test_process_with_the_number_of_a_command_is_left_alone(
+    places: Callable[[], Any], tmp_path: Path
+) -> None:
+    """The time of its start tells it."""
+    with places() as (daemon, client):
+        job = client.start(["sleep", "1000"], tree="process", name="x")
+        pid = job.pid
+        assert pid is not None
+        kill(daemon)
+        end_all(tmp_path)
+    journal = tmp_path / "state" / str(os.geteuid()) / f"{job.id}.job"
+    begun = json.loads(journal.read_text().splitlines()[1])["begun"]
+    journal.write_text(journal.read_text().replace(str(begun), str(begun + 1)))
+    with places() as (daemon, client):
+        until(lambda: client.job("x").state == "lost")
+        assert not client.job("x").is_left
+        with pytest.raises(JobLostError):
+            client.job("x").stop(signal.SIGKILL)
+        assert not has_ended(pid)
+        client.job("x").remove()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: has_ended(pid))
 
 
 def test_killed_keeper_leaves_whole_records(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from jobs import await_output, files, keeper_of, keepers, keeping_jobs, kill_kee
 import errand_boy
 import errand_boy.asyncio
 from errand_boy import JobError, NoJobError, _status
+from errand_boy._cli.detached import _row
 from errand_boy._client import Client
 from errand_boy._job_known import Chooser
 from errand_boy._jobs import Job, Missed, Output
@@ -122,6 +123,21 @@ def test_clock_that_is_set_back() -> None:
     chooser = Chooser(100.0, None)
     pieces = [Output(1, seconds, b"x") for seconds in (99.0, 101.0, 50.0)]
     assert [event for piece in pieces for event in chooser.take(piece)] == pieces[1:]
+
+
+def test_time_does_not_depend_on_the_clock(client: Client) -> None:
+    job = client.start(sh("read x"), stdin=PIPE)
+    entry = job.status()
+    days = 86400 * 3
+    for started in entry["started"] - days, entry["started"] + days:
+        shown = _row(Job(client, {**entry, "started": started}), False)
+        assert "s" in shown[4]  # less than an hour
+        assert "m" not in shown[4]
+    with job.attach() as attachment:
+        attachment.end_input()
+        assert attachment.read() == b""
+    result = job.wait()
+    assert job.duration == result.duration
 
 
 @pytest.mark.parametrize("follow", [False, True])

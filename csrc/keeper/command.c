@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -69,6 +70,26 @@ static void be_over(void)
     keeper.over = 7;
 }
 
+/* The time of a process's start in ticks since the boot, which tells it from others that get its number.  0: it is not
+ * known. */
+static unsigned long long begun_at(pid_t pid)
+{
+    char text[512] = "";
+    (void)snprintf(text, sizeof text, "/proc/%d/stat", (int)pid);
+    int fd = open(text, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    ssize_t size = read(fd, text, sizeof text - 1);
+    close(fd);
+    text[size > 0 ? size : 0] = '\0';
+    const char *at = strrchr(text, ')'); /* the end of the second field, a name */
+    for (int field = 2; field < 22 && at != NULL; field++) {
+        at = strchr(at, ' ');
+        at += at != NULL;
+    }
+    return at != NULL ? strtoull(at, NULL, 10) : 0;
+}
+
 void eb_kept_started(void)
 {
     uint8_t payload[16];
@@ -79,7 +100,8 @@ void eb_kept_started(void)
     release_request();
     if (run.was_hidden)
         (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
-    if (start->error == 0 && !eb_journal_add("{\"pid\": %d, \"keeper\": %d}", (int)start->pid, (int)getpid())) {
+    if (start->error == 0 && !eb_journal_add("{\"pid\": %d, \"keeper\": %d, \"begun\": %llu}", (int)start->pid,
+                                             (int)getpid(), begun_at(start->pid))) {
         start->error = errno; /* a job that is not in its journal would be taken for one that has not been started */
         start->stage = EB_STAGE_RING;
         eb_process_kill(start, keeper.child, SIGKILL);

@@ -249,21 +249,22 @@ def _described(job: Job) -> dict[str, Any]:
         "terminal": job.has_terminal,
         "state": job.state,
         "cause": job.cause,
+        "left": job.is_left,
         "returncode": job.returncode,
         "started": job.started,
         "ended": job.ended,
+        "duration": job.duration,
     }
 
 
 def _row(job: Job, with_user: bool) -> tuple[str, ...]:
-    seconds = (time.time() if job.ended is None else job.ended) - job.started
     return (
         job.name,
         str(job.id),
         *[_user_name(job.uid)] * with_user,
         _state(job),
         time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started)),
-        "" if job.state == "lost" else _duration(seconds),
+        "" if job.duration is None else _duration(job.duration),
         _shown(job.args),
     )
 
@@ -276,7 +277,8 @@ def _shown(argv: Sequence[str]) -> str:
 def _state(job: Job) -> str:
     code = job.returncode
     if job.state != "ended" or code is None:
-        return job.state if job.cause is None else f"{job.state}: {job.cause}"
+        left = f", but process {job.pid} runs" if job.is_left else ""
+        return job.state if job.cause is None else f"{job.state}: {job.cause}{left}"
     if job.cause not in ("exit", "signal"):
         return f"limit: {job.cause}"
     if code >= 0:
@@ -346,6 +348,9 @@ def _logs(options: argparse.Namespace) -> int:
         if data:
             writer.write(event.stream, data)
     writer.close()
+    with suppress(errand_boy.NoJobError):
+        if job.status()["state"] == "lost":
+            job.wait()
     return 0
 
 

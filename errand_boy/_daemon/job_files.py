@@ -384,6 +384,7 @@ _BY_SERVER: dict[str, Callable[[object], bool]] = {
 _LATER: dict[str, Callable[[object], bool]] = {
     "pid": _is_pid,
     "keeper": _is_pid,
+    "begun": _is_number,
     "ended": _is_time,
     "duration": _is_time,
     "status": _is_status,

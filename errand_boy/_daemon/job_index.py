@@ -14,6 +14,7 @@ from functools import partial
 
 from errand_boy._daemon.job_files import Files, JobsError, Store, boot_id
 from errand_boy._daemon.loop import Pidfd
+from errand_boy._left import is_left, namespace, seconds_since
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -304,9 +305,13 @@ class Index:
             entry["state"] = "failed"
         elif job.is_held:
             entry["state"] = "running" if "pid" in entry else "starting"
+            if entry.get("begun"):
+                entry["duration"] = round(seconds_since(entry["begun"]), 3)
         else:
             entry["state"] = "lost"
             entry.setdefault("why", self.why(entry))
+            if entry["boot_id"] == self.boot and "pid" in entry and is_left(entry):
+                entry["left"] = namespace()
         return entry
 
     def why(self, entry: dict[str, Any]) -> str:

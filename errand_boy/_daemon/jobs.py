@@ -86,7 +86,16 @@ class Jobs:
         elif operation == lib.EB_JOB_OPEN:
             return self._open_job(sock, peer, wanted, take)
         elif operation == lib.EB_JOB_REMOVE:
-            self._index.remove(*self._find(peer, wanted))
+            user, job = self._find(peer, wanted)
+            entry: dict[str, Any] = {}
+            with suppress(JobsError):  # its journal can't be read
+                entry = self._index.entry(user, job)
+            if "left" in entry:
+                raise JobsError(
+                    f"job {job.number} is lost, but its command still runs as process "
+                    f"{entry['pid']}: stop it first"
+                )
+            self._index.remove(user, job)
             take()
             self._reply(sock, {})
         else:

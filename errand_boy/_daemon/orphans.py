@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from errand_boy import _native
 from errand_boy._daemon.loop import Loop
+from errand_boy._left import start_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,8 +102,9 @@ class Orphans:
 
     def _kill(self, doomed: _Doomed) -> None:
         self._doomed.remove(doomed)
-        starts = {pid: _start_of(pid) for pid in doomed.groups}
-        groups = {pid for pid, start in starts.items() if start is None or start <= doomed.since}
+        starts = {pid: start_of(pid) for pid in doomed.groups}
+        since = doomed.since * _TICKS
+        groups = {pid for pid, start in starts.items() if start is None or start <= since}
         self._jobs.append(_Job(groups, doomed.uid, (signal.SIGKILL,)))
         self._begin()
 
@@ -122,15 +124,6 @@ class _Doomed(NamedTuple):
     uid: int
     since: float  # of CLOCK_BOOTTIME
     at: float  # of time.monotonic()
-
-
-def _start_of(pid: int) -> float | None:
-    """Return when a process started, by CLOCK_BOOTTIME, or None if it has ended."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19]) / _TICKS
-    except OSError:
-        return None
 
 
 def _users(pid: int) -> set[int]:
