@@ -25,7 +25,7 @@ import pexpect
 import errand_boy
 from errand_boy.terminal import Pty
 
-SIZE = 300_000_000  # bytes, so that the start of an interpreter does not count
+SIZE = 1_000_000_000  # bytes, so that the start of an interpreter does not count
 COMMAND = f"head -c {SIZE} /dev/zero | tr '\\0' x"
 
 

@@ -29,7 +29,8 @@ from errand_boy.terminal import (
 )
 
 _CHUNK = 1 << 16  # bytes
-_FILL = _CHUNK - 4096  # a terminal gives no more at once
+_FULL = 4095  # bytes: a terminal gives no more at once
+_FILL = _CHUNK - _FULL
 _MOST_TYPED = 1 << 16  # bytes that wait until the command reads
 _FORWARDED = {
     signal.SIGHUP,
@@ -180,17 +181,19 @@ class _Session:
         with non_blocking(fd):
             shows = True
             ended = False
-            poll, watched = select.poll(), dict[int, int]()
+            state = None
             while True:
-                wanted = {self._arrived: select.POLLIN}
-                if not ended:
-                    wanted[reader] = select.POLLIN
-                if shows:
-                    wanted[fd] = select.POLLIN | (select.POLLOUT if self._typed else 0)
-                if self._reads_keys and len(self._typed) < _MOST_TYPED:
-                    wanted[0] = select.POLLIN
-                if wanted != watched:
-                    poll, watched = poll_of(wanted), wanted
+                is_typing = bool(self._typed)
+                has_room = self._reads_keys and len(self._typed) < _MOST_TYPED
+                if state != (state := (shows, ended, is_typing, has_room)):
+                    wanted = {self._arrived: select.POLLIN}
+                    if not ended:
+                        wanted[reader] = select.POLLIN
+                    if shows:
+                        wanted[fd] = select.POLLIN | (select.POLLOUT if is_typing else 0)
+                    if has_room:
+                        wanted[0] = select.POLLIN
+                    poll = poll_of(wanted)
                 # Other processes may keep the terminal open for long. Once the command has
                 # ended, show only what is already there.
                 found = dict(poll.poll(0 if ended else None))
@@ -247,9 +250,10 @@ class _Session:
         One write for many reads halves the time that this process takes.
         """
         size = 0
+        read, buffer = self._screen.readinto, self._buffer
         while size <= _FILL:
             try:
-                got = self._screen.readinto(self._buffer[size:])
+                got = read(buffer[size:])
             except OSError as error:
                 if error.errno != errno.EIO:  # no process has the other side open
                     raise
@@ -259,6 +263,8 @@ class _Session:
             if got == 0:
                 return size, False
             size += got
+            if got < _FULL:  # there is no more yet: don't ask
+                break
         return size, True
 
     def _hang_up(self) -> None:
