@@ -779,6 +779,7 @@ def limit(name: int, soft: int, hard: int) -> bytes:
     return struct.pack("<BQQ", name, soft, hard)
 
 
+NICE = os.getpriority(os.PRIO_PROCESS, 0) + 3
 LIMITS = 'ulimit -c 1; ulimit -Sn 50; ulimit -Hn 100; exec nice -n 3 "$0" "$@"'
 MOST = (1 << 64) - 1
 RAISED = [
@@ -795,8 +796,8 @@ TELL_LIMITS = ("/bin/sh", "-c", "echo $(ulimit -n; ulimit -Hn; ulimit -Hc; nice)
 def test_peer_raises_neither_limits_nor_priority() -> None:
     with running(*AS_PEER, under=after(LIMITS)) as pool:
         peer = pool.connect()
-        assert output(peer, *TELL_LIMITS, options=RAISED) == "100 100 1 3\n"
-        assert output(peer, *TELL_LIMITS) == "50 100 1 3\n"
+        assert output(peer, *TELL_LIMITS, options=RAISED) == f"100 100 1 {NICE}\n"
+        assert output(peer, *TELL_LIMITS) == f"50 100 1 {NICE}\n"
     with running(under=after(LIMITS)) as pool:
         root = pool.connect()
         assert output(root, *TELL_LIMITS, options=RAISED).split()[3] == "-5"
@@ -809,9 +810,9 @@ def test_limits_above_the_helpers_own_are_fitted() -> None:
     for user in ("setpriv --reuid=12343 --clear-groups --", drop):
         with running(under=after(LIMITS.replace("exec", f"exec {user}"))) as pool:
             client = pool.connect()
-            assert output(client, *TELL_LIMITS, options=RAISED) == "100 100 1 3\n"
+            assert output(client, *TELL_LIMITS, options=RAISED) == f"100 100 1 {NICE}\n"
             lower = option(lib.EB_TAG_RLIMITS, limit(resource.RLIMIT_NOFILE, 20, 30))
-            assert output(client, *TELL_LIMITS, options=[lower]) == "20 30 1 3\n"
+            assert output(client, *TELL_LIMITS, options=[lower]) == f"20 30 1 {NICE}\n"
 
 
 @pytest.mark.root
