@@ -116,6 +116,27 @@ def test_version() -> None:
     assert run("-V").stdout == run("--version").stdout == f"{errand_boy.__version__}\n"
 
 
+@pytest.mark.parametrize("name", ["map", "run"])
+def test_help_is_as_wide_as_the_terminal(name: str) -> None:
+    def longest(columns: int) -> int:
+        done = run(name, "--help", env=script_environment() | {"COLUMNS": str(columns)})
+        return max(map(len, done.stdout.splitlines()))
+
+    assert longest(60) < 120 < longest(200) < 200
+
+
+@pytest.mark.parametrize("name", ["map", "run"])
+def test_a_command_line_without_help_needs_no_shutil(name: str) -> None:
+    code = """
+import sys
+from errand_boy._cli.args import parser_of
+sys.modules.pop("shutil", None)
+parser_of(sys.argv[1])
+print("shutil" in sys.modules)
+"""
+    assert python(code, name).stdout == "False\n"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Generator, Sequence
@@ -213,11 +212,15 @@ def _source(options: argparse.Namespace, given: inputs.Inputs, count: int) -> in
 
 def _check_program(command: Sequence[str], make: Template) -> None:
     """Raise UsageError if a whole command line is given as one word, without --shell."""
-    if make.shell or not command or len(command[0].split()) < 2 or shutil.which(command[0]):
+    if make.shell or not command or len(command[0].split()) < 2:
+        return
+    from shutil import which  # noqa: PLC0415  it takes 2 ms to import, and only this needs it
+
+    if which(command[0]):
         return
     word = command[0]
     program = word.split()[0]
-    if "/" not in program or shutil.which(program):  # otherwise {} may still make it a path
+    if "/" not in program or which(program):  # otherwise {} may still make it a path
         raise UsageError(
             f"{word!r} is one word, and no program has that name: write its words without "
             "the quotes around them all, or use --shell to have a shell read it"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 
 from errand_boy._hints import nearest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 _WHERE = (
     "where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
@@ -24,6 +25,21 @@ class UsageError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     """Says of an unknown option which one may be meant, and else where all are listed."""
+
+    def __init__(self, **settings: Any) -> None:
+        # argparse makes a formatter also for each option that is added. To find out the terminal's
+        # width, it would import shutil, which takes 2 ms.
+        super().__init__(formatter_class=partial(argparse.HelpFormatter, width=80), **settings)
+
+    def format_help(self) -> str:
+        """Return the help, as wide as the terminal."""
+        self.formatter_class = argparse.HelpFormatter
+        return super().format_help()
+
+    def format_usage(self) -> str:
+        """Return the usage, as wide as the terminal."""
+        self.formatter_class = argparse.HelpFormatter
+        return super().format_usage()
 
     def error(self, message: str) -> NoReturn:
         """Write the usage and the message to standard error, and exit."""
