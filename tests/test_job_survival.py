@@ -264,6 +264,7 @@ def test_command_that_is_left(
         await_output(job, b"begin\n")
         pid = job.pid
         assert pid is not None
+        until(psutil.Process(pid).children, "the start of cat")
         (child,) = psutil.Process(pid).children()
         parents = parents_up_to_keeper(job)
         assert len(parents) == (3 if tree == "all" else 1)
