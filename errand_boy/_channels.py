@@ -192,8 +192,8 @@ class Channels:
         if connection is None:
             return None
         channel = Channel(connection, self._generation)
-        self._channels[channel.fd] = channel
         self._batch.watch(channel.fd, False)
+        self._channels[channel.fd] = channel  # last: what is in there is watched, for `close`
         return channel
 
     def _renew(self) -> None:
