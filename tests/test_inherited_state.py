@@ -7,6 +7,7 @@ make a difference there, or the case would prove nothing.
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import subprocess as stdlib
@@ -161,6 +162,8 @@ def past_environ(name: str, source: str) -> Case:
     return Case(name, source, "environ", skip=skip)
 
 
+NO_CHOICE = "" if len(os.sched_getaffinity(0)) > 1 else "there is one CPU only"
+
 CASES = [
     Case("nothing", "pass"),
     # Files
@@ -255,12 +258,18 @@ CASES = [
     Case("niceness", "os.nice(5)", "nice"),
     Case("niceness of a thread", "os.setpriority(os.PRIO_PROCESS, 0, 7)", "nice", "thread"),
     Case("raised niceness", "os.nice(-5)", "nice", root=True),
-    Case("affinity", "os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})", "Cpus_allowed"),
+    Case(
+        "affinity",
+        "os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})",
+        "Cpus_allowed",
+        skip=NO_CHOICE,
+    ),
     Case(
         "affinity of a thread",
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})",
         "Cpus_allowed",
         "thread",
+        skip=NO_CHOICE,
     ),
     # The environment
     Case("os.environ", "os.environ['ERRAND_BOY_TEST'] = '1'", "environ"),
