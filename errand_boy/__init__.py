@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from errand_boy._executor import Executor
     from errand_boy._job import Command
     from errand_boy._jobs import Job, JobResult, Missed, Output
-    from errand_boy._options import Limits, Options
+    from errand_boy._option_types import Limits, Options
     from errand_boy._policy import Retries
     from errand_boy._preexec import chain
     from errand_boy._result import Result
@@ -185,9 +185,9 @@ _LATER = {
     "Executor": "errand_boy._executor",
     "Job": "errand_boy._jobs",
     "JobResult": "errand_boy._jobs",
-    "Limits": "errand_boy._options",
+    "Limits": "errand_boy._option_types",
     "Missed": "errand_boy._jobs",
-    "Options": "errand_boy._options",
+    "Options": "errand_boy._option_types",
     "Output": "errand_boy._jobs",
     "Result": "errand_boy._result",
     "Retries": "errand_boy._policy",

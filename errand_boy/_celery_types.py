@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from typing_extensions import Unpack
 
-from errand_boy._options import Options
+from errand_boy._option_types import Options
 
 OutcomeT_co = TypeVar("OutcomeT_co", covariant=True)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from errand_boy._child import helper_child
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
-from errand_boy._options import Limits
+from errand_boy._option_types import Limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import IO, Any, TypeAlias
 
-from errand_boy._options import Options
+from errand_boy._option_types import Options
 from errand_boy._policy import Retries
 
 StrOrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]

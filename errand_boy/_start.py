@@ -79,8 +79,9 @@ def take_options(
 
     process._more = {**process._more, **take(given, standard)}
     unknown = given.keys() - standard
-    # A monitoring package may have wrapped it, in a function that names no parameters.
-    if unknown and not construct.__code__.co_flags & _TAKES_ANY:
+    # A monitoring package may have wrapped it, in a callable that names no parameters.
+    code = getattr(construct, "__code__", None)
+    if unknown and code is not None and not code.co_flags & _TAKES_ANY:
         raise _request.unexpected(f"{construct.__qualname__}()", unknown, standard | _OF_RUN)
     if process._more and _direct.WITHOUT_C is not None:
         raise _refusal(process._more)
