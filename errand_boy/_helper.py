@@ -381,11 +381,12 @@ class HelperManager:
         descriptors are short or the request is too long (E2BIG).
         """
         fresh: Helper | None = None
-        if _unreaped and _lock.acquire(blocking=False):  # else another thread does it
+        lock = _lock  # a fork in a signal handler replaces it
+        if _unreaped and lock.acquire(blocking=False):  # else another thread does it
             try:
                 _reap()
             finally:
-                _lock.release()
+                lock.release()
         for _ in range(MOST_ATTEMPTS):
             helper = self.current
             if helper is None:

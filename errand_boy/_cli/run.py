@@ -73,6 +73,7 @@ def run(
         # As soon as there is a child, the terminal signals it too, and a handler can't tell that.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*forwarded - _JOB_CONTROL, signal.SIGCHLD})
         mask = (options or {}).get("signals_blocked", mask)
+        # This becomes the option signals_blocked, except where only a fork can do it.
         return {"preexec_fn": partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask)}
 
     process = start(argv, socket, block_signals, classic=classic, **(options or {}))
