@@ -36,6 +36,23 @@ LONGEST_TMPDIR = 20  # bytes; the path of a socket below it must not have more t
 
 T = TypeVar("T")
 
+# interrupt(n): raise Interrupt at the n-th call of a function of errand_boy.
+INTERRUPT = """
+package = os.path.dirname(subprocess.__file__)
+
+class Interrupt(Exception):
+    pass
+
+def interrupt(count):
+    # Python runs signal handlers when a function begins, among others.
+    def trace(frame, event, arg):
+        nonlocal count
+        count -= frame.f_code.co_filename.startswith(package)
+        if count == 0:
+            raise Interrupt
+    sys.settrace(trace)
+"""
+
 PRELUDE = """
 import ctypes, fcntl, gc, importlib, json, os, resource, select, signal, socket, stat
 import subprocess as stdlib

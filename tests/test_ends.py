@@ -16,7 +16,7 @@ from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
-from conftest import find_program, run_script, started_script, until
+from conftest import INTERRUPT, find_program, run_script, started_script, until
 from daemon import started_daemon
 
 import errand_boy
@@ -607,35 +607,21 @@ def test_more_on_a_terminal_than_the_limit(marked: Marked) -> None:
 
 def test_wait_that_is_interrupted_anywhere() -> None:
     """An exception from a signal handler must lose neither the end nor the connection."""
-    source = """
-        package = os.path.dirname(subprocess.__file__)
-
-        class Interrupt(Exception):
-            pass
-
-        def interrupt(count):
-            # Python runs signal handlers when a function begins, among others.
-            def trace(frame, event, arg):
-                nonlocal count
-                count -= frame.f_code.co_filename.startswith(package)
-                if count == 0:
-                    raise Interrupt
-            sys.settrace(trace)
-
-        codes, interrupted, is_over = [], 0, False
-        while not is_over:
-            process = subprocess.Popen(["sh", "-c", "exit 7"], tree="all")
-            interrupt(interrupted + 1)
-            try:
-                process.wait(20)
-                is_over = True
-            except Interrupt:
-                interrupted += 1
-            finally:
-                sys.settrace(None)
-            codes.append(process.wait(20))
-        report([interrupted > 5, list(set(codes))])
-    """
+    source = f"""{INTERRUPT}
+codes, interrupted, is_over = [], 0, False
+while not is_over:
+    process = subprocess.Popen(["sh", "-c", "exit 7"], tree="all")
+    interrupt(interrupted + 1)
+    try:
+        process.wait(20)
+        is_over = True
+    except Interrupt:
+        interrupted += 1
+    finally:
+        sys.settrace(None)
+    codes.append(process.wait(20))
+report([interrupted > 5, list(set(codes))])
+"""
     assert run_script(source) == [True, [7]]
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import (
+    INTERRUPT,
     PATIENCE,
     PRELUDE,
     find_program,
@@ -1073,30 +1074,16 @@ def test_async_helper_killed(run_async: Callable[[Any], Any], tmp_path: Path) ->
 
 
 def test_map_that_is_interrupted_anywhere_raises_that_exception() -> None:
-    source = """
-        package = os.path.dirname(subprocess.__file__)
-
-        class Interrupt(Exception):
-            pass
-
-        def interrupt(count):
-            # Python runs signal handlers when a function begins, among others.
-            def trace(frame, event, arg):
-                nonlocal count
-                count -= frame.f_code.co_filename.startswith(package)
-                if count == 0:
-                    raise Interrupt
-            sys.settrace(trace)
-
-        interrupted, codes = 0, []
-        for count in range(1, 200):
-            interrupt(count)
-            try:
-                codes = [each.returncode for each in subprocess.map([["true"]] * 2, max_workers=2)]
-            except Interrupt:
-                interrupted += 1
-            finally:
-                sys.settrace(None)
-        report([interrupted > 50, codes])
-    """
+    source = f"""{INTERRUPT}
+interrupted, codes = 0, []
+for count in range(1, 200):
+    interrupt(count)
+    try:
+        codes = [each.returncode for each in subprocess.map([["true"]] * 2, max_workers=2)]
+    except Interrupt:
+        interrupted += 1
+    finally:
+        sys.settrace(None)
+report([interrupted > 50, codes])
+"""
     assert run_script(source) == [True, [0, 0]]
