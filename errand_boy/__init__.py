@@ -55,11 +55,12 @@ if TYPE_CHECKING:
     from errand_boy._executor import Executor
     from errand_boy._job import Command
     from errand_boy._jobs import Job, JobResult, Missed, Output
+    from errand_boy._map_signatures import Map
     from errand_boy._option_types import Limits, Options
     from errand_boy._policy import Retries
     from errand_boy._preexec import chain
     from errand_boy._result import Result
-    from errand_boy._signatures import Call, CheckOutput, Map, Run
+    from errand_boy._signatures import Call, CheckOutput, Run
     from errand_boy.sandbox import Sandbox
 
     def _overloaded(

@@ -169,7 +169,7 @@ class Verdict:
     )
     _sent = 0  # the last signal that this object has sent
     _ends_group = False  # when the command ends, the rest of its process group is killed
-    _limited: Any = None  # a _limits.Tracker
+    _limited: Any = None  # a _tracker.Tracker
 
     @property
     def cause(self) -> str | None:

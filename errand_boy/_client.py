@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
     from errand_boy._address import Address
     from errand_boy._jobs import Job
+    from errand_boy._map_signatures import Map
     from errand_boy._parameters import Args, File, Parameters, StartParameters, StrOrPath
     from errand_boy._result import Result
-    from errand_boy._signatures import Call, CheckOutput, Map, Run
+    from errand_boy._signatures import Call, CheckOutput, Run
 else:
     AnyStr = str
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from errand_boy._batch import Batch
     from errand_boy._client import Client
     from errand_boy._job import Command, Job
-    from errand_boy._parameters import ExecutorParameters, SubmitParameters
+    from errand_boy._map_signatures import ExecutorParameters, SubmitParameters
     from errand_boy._result import OutputT, Result
 
     _Future: TypeAlias = concurrent.futures.Future[Result[Any]]

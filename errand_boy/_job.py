@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import IO, Any, TypeAlias
 
-    from errand_boy._limits import Tracker
     from errand_boy._policy import Retries
     from errand_boy._stream import Ended
     from errand_boy._timers import Timer
+    from errand_boy._tracker import Tracker
 
     Command: TypeAlias = "Sequence[Any] | str | bytes | os.PathLike[Any] | Mapping[str, Any]"
 
@@ -175,7 +175,8 @@ class Jobs:
             job.options = self._merged(given)
         limits = (job.options or self.options).get("limits")
         if limits is not None:
-            from errand_boy._limits import Bounds, Tracker  # noqa: PLC0415
+            from errand_boy._limits import Bounds  # noqa: PLC0415
+            from errand_boy._tracker import Tracker  # noqa: PLC0415
 
             job.limited = Tracker(Bounds(limits))
         if plain and not job.shell:

@@ -1,4 +1,4 @@
-"""Limits of a command and of all that it starts, and the verdict: why it ended."""
+"""Limits of a command and of all that it starts: their checks and encodings."""
 
 from __future__ import annotations
 
@@ -7,29 +7,23 @@ import errno
 import math
 import os
 import re
-import signal
 import struct
-import sys
 from collections.abc import Mapping
 
-from errand_boy._child import helper_child
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
 from errand_boy._option_types import Limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Any
-
-    from errand_boy._cgroups import Cgroup
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", *"KMGTP"))}
 _ENCODED = struct.Struct("<QQQI")
 _MOST = (1 << 63) - 1
 _SPARE = 200  # processes
-_ELSEWHERE = (
+ELSEWHERE = (
     "for a command of map or of a daemon; make one for it, with limits, and name it by cgroup="
 )
 
@@ -154,7 +148,7 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"limits_by: {by!r} is neither 'cgroup' nor 'rlimits'")
     if not isinstance(limits, Bounds):
         if by == "cgroup":
-            raise _no_cgroup(_ELSEWHERE)
+            raise no_cgroup(ELSEWHERE)
         limits = Bounds(limits)
     if given.get("tree") not in (None, "all"):
         raise ValueError(f"limits count all that is started, so tree can't be {given['tree']!r}")
@@ -163,119 +157,6 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**expanded, "limits": limits, "tree": "all", "rlimits": rlimits or None}
 
 
-def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, dict[str, Any]]:
-    """Return the Tracker for a command with these options, and the expanded options.
-
-    Raises ValueError, and OSError if a cgroup is required and none is available.
-    """
-    limits, by = Bounds(given["limits"]), given.get("limits_by")
-    expanded = expand({**given, "limits": limits})
-    tracker = Tracker(limits)
-    if by == "rlimits" or (by is None and (given.get("cgroup") is not None or not may_have_cgroup)):
-        return tracker, expanded
-    if given.get("cgroup") is not None:
-        raise ValueError("limits_by='cgroup' can't be given with a cgroup of your own")
-    if not may_have_cgroup:
-        raise _no_cgroup(_ELSEWHERE)
-    from errand_boy import _cgroups  # noqa: PLC0415
-
-    directory = _cgroups.directory()
-    if directory is not None:
-        tracker.cgroup = _cgroups.Cgroup(directory, limits.memory, limits.processes)
-        limits.by_cgroup = True
-        expanded["cgroup"] = tracker.cgroup
-    elif by == "cgroup":
-        raise _no_cgroup("here: that needs a cgroup v2 with the controllers memory and pids, in "
-                         "which this process may make cgroups")  # fmt: skip
-    return tracker, expanded
-
-
-def _no_cgroup(where: str) -> OSError:
+def no_cgroup(where: str) -> OSError:
+    """Return the error of a command that requires a cgroup."""
     return OSError(errno.ENOTSUP, f"limits_by='cgroup': no cgroup can be had {where}{SEE_DOCTOR}")
-
-
-class Tracker:
-    """Keeps account of a command with limits, in the process that waits for it."""
-
-    __slots__ = ("_by_kernel", "_counted", "_peak", "cgroup", "is_too_loud", "limits", "room")
-
-    def __init__(self, limits: Bounds) -> None:
-        self.limits = limits
-        self.cgroup: Cgroup | None = None
-        self.room = sys.maxsize if limits.output is None else limits.output  # for output, in bytes
-        self.is_too_loud = False
-        self._counted = [0, 0]  # pieces of each output
-        self._by_kernel: str | None = None
-        self._peak: int | None = None
-
-    def finish(self) -> None:
-        """Read the cgroup's figures, and remove it. Calling it again has no effect."""
-        if self.cgroup is not None:
-            self._by_kernel, self._peak = self.cgroup.exceeded(), self.cgroup.peak()
-            self.cgroup.close()
-            self.cgroup = None
-
-    def cause(self, returncode: int, tree: Sequence[int]) -> str | None:
-        """Return the limit that the command exceeded, or None; `tree` is as in Exited."""
-        if self.is_too_loud:
-            return "output"
-        return cause(returncode, tree, self.limits, self._by_kernel)
-
-    def peak_memory(self, tree: Sequence[int]) -> int | None:
-        """Return the peak memory of all its processes in bytes, or None if it is not known."""
-        return self._peak if self._peak is not None else peak_memory(tree)
-
-    def take(self, data: bytes) -> bytes:
-        """Return the part of `data` that may be kept; if it is less than all, the limit is hit."""
-        size = len(data)
-        if size > self.room:
-            data = data[: self.room]
-            self.is_too_loud = True
-        self.room -= len(data)
-        return data
-
-    def keep(self, process: Any, data: bytes) -> bytes:
-        """Return the part of `data` that may be kept; if it is less than all, end the command."""
-        was_too_loud = self.is_too_loud
-        data = self.take(data)
-        if self.is_too_loud and not was_too_loud:
-            end(process)
-        return data
-
-    def count(self, process: Any, *outputs: list[bytes] | None) -> None:
-        """Count the pieces of output, and end the command if they exceed the limit."""
-        for number, pieces in enumerate(outputs):
-            if pieces is not None:
-                for i in range(self._counted[number], len(pieces)):
-                    pieces[i] = self.keep(process, pieces[i])
-                self._counted[number] = len(pieces)
-
-
-def end(process: Any) -> None:
-    """Kill a command and everything that it has started."""
-    child = helper_child(process)
-    if child is not None:
-        child.send_signal(lib.EB_WHOLE_TREE, signal.SIGKILL)
-
-
-def peak_memory(tree: Sequence[int]) -> int | None:
-    """Return the peak memory in bytes, or None if `tree`, which is as in Exited, is empty."""
-    return tree[3] if tree else None
-
-
-def cause(
-    returncode: int, tree: Sequence[int], limits: Bounds, by_kernel: str | None = None
-) -> str | None:
-    """Return the limit that a command exceeded, or None.
-
-    `tree` is as in Exited, or empty; `by_kernel` is the limit that its cgroup has enforced.
-    """
-    if tree and tree[0] in CAUSES:
-        return CAUSES[tree[0]]
-    if by_kernel is not None and returncode != 0:
-        return by_kernel
-    if limits.cpu is not None and returncode == -signal.SIGXCPU:
-        return "cpu"
-    if limits.file_size is not None and returncode == -signal.SIGXFSZ:
-        return "output"
-    return None

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import IO, Any, TypeAlias
 
 from errand_boy._option_types import Options
-from errand_boy._policy import Retries
 
 StrOrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Args: TypeAlias = StrOrPath | Sequence[StrOrPath]
@@ -102,39 +101,3 @@ class StartParameters(CommandParameters, total=False):
     shell: bool
     stderr: int | None
     stdin: File
-
-
-class JobParameters(CommandParameters, total=False):
-    """Parameters of one command of a map."""
-
-    input: Input
-    retries: int | Retries | None
-    shell: bool
-
-
-class SubmitParameters(JobParameters, total=False):
-    """Parameters of Executor.submit, without `check`."""
-
-    timeout: float | None
-
-
-class ExecutorParameters(JobParameters, total=False):
-    """Parameters of an Executor that do not decide between str and bytes."""
-
-    capture_output: bool
-    stdout: File
-    stderr: File
-    max_output: int | None
-    spool: bool
-    timeout: float | str | None
-    on: Any  # a Celery app or a Cluster
-
-
-class MapParameters(ExecutorParameters, total=False):
-    """Parameters of map that do not decide between str and bytes."""
-
-    check: bool
-    halt: str
-    max_workers: int | None
-    ordered: bool
-    progress: bool

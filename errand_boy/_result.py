@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypeVar
 
-    from errand_boy._limits import Tracker
     from errand_boy._stream import Ended
+    from errand_boy._tracker import Tracker
 
     OutputT = TypeVar("OutputT", default=Any)  # str or bytes
 else:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import resource
 import subprocess
-from collections.abc import Coroutine, Iterable
-from typing import Any, AnyStr, Literal, Protocol, TypeVar, overload
+from collections.abc import Coroutine
+from typing import Any, AnyStr, Literal, Protocol, overload
 
 from typing_extensions import Unpack
 
-from errand_boy._job import Command
 from errand_boy._parameters import (
     Args,
     AsyncRunParameters,
@@ -21,15 +20,10 @@ from errand_boy._parameters import (
     CallParameters,
     File,
     Input,
-    MapParameters,
     OutputParameters,
     RunParameters,
     StrOrPath,
 )
-
-TextT_co = TypeVar("TextT_co", covariant=True)
-BytesT_co = TypeVar("BytesT_co", covariant=True)
-EitherT_co = TypeVar("EitherT_co", covariant=True)
 
 
 class Completed(subprocess.CompletedProcess[AnyStr]):
@@ -373,62 +367,3 @@ class AsyncRun(Protocol):
         input: Input = None,
         **options: Unpack[AsyncRunParameters],
     ) -> Coroutine[Any, Any, Completed[Any]]: ...
-
-
-class Map(Protocol[TextT_co, BytesT_co, EitherT_co]):
-    """map, which returns iterators of Result[str], Result[bytes] or either."""
-
-    @overload
-    def __call__(
-        self,
-        commands: Iterable[Command | None],
-        *,
-        text: Literal[True],
-        encoding: str | None = None,
-        errors: str | None = None,
-        **options: Unpack[MapParameters],
-    ) -> TextT_co: ...
-
-    @overload
-    def __call__(
-        self,
-        commands: Iterable[Command | None],
-        *,
-        encoding: str,
-        text: bool | None = None,
-        errors: str | None = None,
-        **options: Unpack[MapParameters],
-    ) -> TextT_co: ...
-
-    @overload
-    def __call__(
-        self,
-        commands: Iterable[Command | None],
-        *,
-        errors: str,
-        text: bool | None = None,
-        encoding: str | None = None,
-        **options: Unpack[MapParameters],
-    ) -> TextT_co: ...
-
-    @overload
-    def __call__(
-        self,
-        commands: Iterable[Command | None],
-        *,
-        text: Literal[False] | None = None,
-        encoding: None = None,
-        errors: None = None,
-        **options: Unpack[MapParameters],
-    ) -> BytesT_co: ...
-
-    @overload
-    def __call__(
-        self,
-        commands: Iterable[Command | None],
-        *,
-        text: bool | None = None,
-        encoding: str | None = None,
-        errors: str | None = None,
-        **options: Unpack[MapParameters],
-    ) -> EitherT_co: ...

@@ -127,8 +127,8 @@ def stopping() -> Any:
     return _stop
 
 
-def _limits() -> Any:
-    from errand_boy import _limits as module  # noqa: PLC0415  only those who need it pay for it
+def _tracker() -> Any:
+    from errand_boy import _tracker as module  # noqa: PLC0415  only those who need it pay for it
 
     return module
 
@@ -192,7 +192,7 @@ def begin(
         cwd, umask, uid, gid, gids, start_new_session, process_group = after
         settings = known
     if settings and "limits" in settings:
-        process._limited, settings = _limits().prepare(settings, source is LOCAL)
+        process._limited, settings = _tracker().prepare(settings, source is LOCAL)
         more = settings
     has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
     if more and not _ENDS.isdisjoint(more):

@@ -24,9 +24,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from errand_boy._limits import Tracker
     from errand_boy._request import Request
     from errand_boy._spool import Spool
+    from errand_boy._tracker import Tracker
 
 _CHUNK = 1 << 16  # bytes; malloc would map twice as many anew each time
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -40,7 +40,8 @@ def tracker(options: Mapping[str, Any]) -> Tracker | None:
     """Return the Tracker for the `limits` of a streamed command, or None."""
     if options.get("limits") is None:
         return None
-    from errand_boy._limits import Bounds, Tracker  # noqa: PLC0415  only those who need it pay
+    from errand_boy._limits import Bounds  # noqa: PLC0415  only those who need it pay
+    from errand_boy._tracker import Tracker  # noqa: PLC0415
 
     return Tracker(Bounds(options["limits"]))
 

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from errand_boy._batch import Batch
     from errand_boy._ends import Stop
     from errand_boy._job import Command
+    from errand_boy._map_signatures import Map
     from errand_boy._parameters import ExecParameters, File, StrOrPath
     from errand_boy._result import Result
-    from errand_boy._signatures import AsyncRun, Map
+    from errand_boy._signatures import AsyncRun
     from errand_boy.terminal import Terminal
 
 __all__ = [
