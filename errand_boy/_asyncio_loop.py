@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from errand_boy._descriptors import duplicate
+
 _STARTS_IN_A_TURN = 4
 
 # The starts that are awaited. A coroutine may become garbage together with its loop. Its start can
@@ -94,6 +96,14 @@ async def take_turn(loop: asyncio.AbstractEventLoop) -> None:
     await turns.take(loop)
 
 
+def _epoll() -> select.epoll:
+    epoll = select.epoll()
+    if epoll.fileno() > 2:
+        return epoll
+    with epoll:
+        return select.epoll.fromfd(duplicate(epoll.fileno()))
+
+
 class _Readers:
     """A cheaper add_reader and remove_reader: the loop watches one epoll for all descriptors.
 
@@ -102,7 +112,7 @@ class _Readers:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._epoll = select.epoll()
+        self._epoll = _epoll()
         self._calls: dict[int, Callable[[], Any]] = {}
         # With an empty context, because the loop would keep that of the first start.
         contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._look)

@@ -9,6 +9,7 @@ import os
 import subprocess
 from typing import Any
 
+from errand_boy._descriptors import duplicate
 from errand_boy.terminal import write_some
 
 _HIGH = 1 << 16  # bytes not typed yet; with more, writers wait
@@ -22,10 +23,14 @@ def connect(process: Any, *standard: Any) -> tuple[Any, Any, Any]:
     """
     stdin, stdout, stderr = standard
     if stdout is None:
-        stdout, process.stdout = subprocess.PIPE, io.FileIO(os.dup(process.terminal.fileno()))
+        stdout, process.stdout = subprocess.PIPE, _copy(process.terminal)
     elif stderr is None:
-        stderr, process.stderr = subprocess.PIPE, io.FileIO(os.dup(process.terminal.fileno()))
+        stderr, process.stderr = subprocess.PIPE, _copy(process.terminal)
     return stdin, stdout, stderr
+
+
+def _copy(terminal: Any) -> io.FileIO:
+    return io.FileIO(duplicate(terminal.fileno()))
 
 
 class Keyboard(asyncio.WriteTransport):

@@ -23,6 +23,7 @@ from typing import Any
 from errand_boy import _child, _driver, _ends, _native, _popen, _start, _stop
 from errand_boy._asyncio_loop import drive, readers_of, take_turn
 from errand_boy._child import ready
+from errand_boy._descriptors import duplicate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class _Watch:
         self._connection = None if child is None else child.connection
         if child is not None and self._connection is not None:
             # A copy: the connection may be in use for another command before this is removed.
-            self._fd = os.dup(self._connection.sock.fileno())
+            self._fd = duplicate(self._connection.sock.fileno())
             _in_use[id(child)] = self._connection
             child.on_end = self._on_end
         else:

@@ -7,6 +7,7 @@ import os
 import signal
 
 from errand_boy import _native
+from errand_boy._descriptors import above_standard, duplicate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ def signal_all(cgroup: Any, number: int) -> None:
     Raises OSError, and ValueError if this process is one of them.
     """
     is_path = isinstance(cgroup, (str, bytes, os.PathLike))
-    fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY) if is_path else os.dup(_number(cgroup))
+    if is_path:
+        [fd] = above_standard(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY))
+    else:
+        fd = duplicate(_number(cgroup))
     try:
         pids = _pids(fd)
         if os.getpid() in pids:
@@ -46,7 +50,7 @@ def _number(fd: Any) -> int:
 
 
 def _write(directory: int, name: str, data: bytes) -> None:
-    fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+    [fd] = above_standard(os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory))
     try:
         os.write(fd, data)
     finally:

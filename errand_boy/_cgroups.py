@@ -13,6 +13,8 @@ import itertools
 import os
 import select
 
+from errand_boy._descriptors import above_standard
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +89,7 @@ class Cgroup:
                     _write(self.path, "memory.swap.max", "0")
             if processes is not None:
                 _write(self.path, "pids.max", str(processes))
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            [self._fd] = above_standard(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY))
         except BaseException:
             self.close()
             raise
@@ -152,7 +154,7 @@ def _read(path: str, name: str) -> str:
 
 
 def _write(path: str, name: str, text: str) -> None:
-    fd = os.open(os.path.join(path, name), os.O_WRONLY | os.O_CLOEXEC)
+    [fd] = above_standard(os.open(os.path.join(path, name), os.O_WRONLY | os.O_CLOEXEC))
     try:
         os.write(fd, text.encode())
     finally:

@@ -11,6 +11,7 @@ from collections import deque
 from types import GenericAlias
 
 from errand_boy import _map, _ways
+from errand_boy._descriptors import above_standard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ class Executor(_Executor[OutputT]):
             future = CommandFuture(self, job, check)
             self._queued.append(future)
             if self._thread is None:
-                self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+                [self._wake_fd] = above_standard(os.eventfd(0, flags))
                 self._is_awake = False
                 self._thread = threading.Thread(target=self._run, name="errand_boy.Executor")
                 self._thread.start()

@@ -6,7 +6,6 @@ import _socket
 import atexit
 import contextlib
 import errno
-import fcntl
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from collections.abc import Generator
 from errand_boy import _native, _wire
 from errand_boy._child import ready
 from errand_boy._connection import Connection, close_all
+from errand_boy._descriptors import above_standard, duplicate
 from errand_boy._frame import MOST_ATTEMPTS, Caller, SpawnFrame, acquire, check, forget
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import ffi, lib
@@ -27,7 +27,6 @@ from errand_boy.errors import HelperError
 _MOST_IDLE = 32  # connections kept for later
 
 _EXECUTABLE = os.path.join(os.path.dirname(__file__), "errand-boy-helper")
-_FIRST_FREE = 3  # behind the standard streams
 _GRACE = 1.0  # seconds
 _MOST_SAID = 1 << 10  # bytes
 _START = 30.0  # seconds for its first message, after the exec
@@ -47,12 +46,9 @@ _unreaped: list[Helper] = []  # retired helpers, which have ended or will soon
 def _open_program() -> tuple[int, int, int]:
     """Return a descriptor of the helper's program, for use after a change of root or ids."""
     try:
-        fd = os.open(_EXECUTABLE, os.O_PATH | os.O_CLOEXEC)
+        [fd] = above_standard(os.open(_EXECUTABLE, os.O_PATH | os.O_CLOEXEC))
     except OSError:
         return -1, 0, 0  # starting it will raise the error
-    if fd < _FIRST_FREE:  # leave standard streams closed
-        low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
-        os.close(low)
     info = os.fstat(fd)
     return fd, info.st_dev, info.st_ino
 
@@ -76,7 +72,9 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
     classes = _socket.socket.__subclasses__()
     native: type[socket.socket]
     native = next(c for c in classes if c.__module__ == "socket")  # type: ignore[assignment]
-    ours, theirs = (native(s.family, s.type, 0, s.detach()) for s in _socket.socketpair())
+    first, second = _socket.socketpair()
+    fds = above_standard(first.detach(), second.detach())
+    ours, theirs = (native(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in fds)
     # Before anything is sent: the kernel records the sender only if the receiver asks for it.
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return ours, theirs
@@ -126,7 +124,7 @@ class Helper:
         share_fs = ffi.new("int *", 0 if posix else 1)
         step = ffi.new("char *[1]")
         ours, theirs = _socketpair()
-        errors, its_errors = os.pipe()
+        errors, its_errors = above_standard(*os.pipe())
         try:
             with theirs:
                 pid = lib.eb_start_helper(
@@ -420,10 +418,13 @@ class HelperManager:
         """Yield (descriptor, True) while `acquire` would wait until the descriptor is writable."""
         while (helper := self.current) is not None and not helper.idle:
             # Each start gets its own copy: event loops have one waiter for each descriptor.
-            with contextlib.closing(helper._control.sock.dup()) as sock:
-                if ready(sock.fileno(), 0, reading=False, writing=True):
+            copy = duplicate(helper._control.sock.fileno())
+            try:
+                if ready(copy, 0, reading=False, writing=True):
                     return
-                yield sock.fileno(), True
+                yield copy, True
+            finally:
+                os.close(copy)
 
     def start(self) -> None:
         """Start a helper, unless there is one that fits the calling thread."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from errand_boy import _policy, _request
+from errand_boy._descriptors import duplicate
 from errand_boy._result import Result
 from errand_boy._spool import Spool, coding
 
@@ -267,4 +268,8 @@ class Jobs:
 def _temporary_file() -> IO[bytes]:
     from tempfile import TemporaryFile  # noqa: PLC0415
 
-    return TemporaryFile()
+    file = TemporaryFile()
+    if file.fileno() > 2:
+        return file
+    with file:
+        return open(duplicate(file.fileno()), "w+b")

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from errand_boy import _follow, _request, _ring, _wire
 from errand_boy._connection import Connection
+from errand_boy._descriptors import above_standard
 from errand_boy._ends import Ends
 from errand_boy._follow import CaughtUp, Follower, Frames, Over
 from errand_boy._frame import acquire, check
@@ -156,7 +157,7 @@ def _receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
     for level, kind, content in messages:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return data, list(fds)
+    return data, above_standard(*fds)
 
 
 def send(sock: socket.socket, data: bytes) -> Steps[None]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 
 from errand_boy import _wire
+from errand_boy._descriptors import above_standard
 from errand_boy._hints import SEE_DOCTOR, did_you_mean
 from errand_boy._native import lib
 from errand_boy._option_types import Options
@@ -271,7 +272,8 @@ def _rlimit_refused(value: Mapping[str, Any], failed: Failed) -> str:
 
 def _cgroup(value: Any) -> Any:
     if isinstance(value, (str, bytes, os.PathLike)):
-        return Descriptor(os.open(value, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        return Descriptor(*above_standard(os.open(value, flags)))
     return _descriptor(value)
 
 

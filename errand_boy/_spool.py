@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 
+from errand_boy._descriptors import above_standard
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,6 +116,7 @@ def nameless_file() -> IO[bytes]:
         path = os.path.join(directory, f"errand-boy-{os.urandom(16).hex()}")
         fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
         os.unlink(path)
+    [fd] = above_standard(fd)
     return open(fd, "w+b", buffering=0)
 
 

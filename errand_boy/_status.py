@@ -6,6 +6,7 @@ import json
 import socket
 
 from errand_boy import _wire
+from errand_boy._connection import unix_socket
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
@@ -23,7 +24,7 @@ def fetch(address: Address, timeout: float = 10.0) -> dict[str, Any]:
     """Ask the daemon at `address`; wait at most `timeout` seconds. Raises NoAnswerError."""
     path = address.path
     request = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + lib.EB_VERSION.to_bytes(4, "little")
-    with socket.socket(socket.AF_UNIX) as sock:
+    with unix_socket() as sock:
         sock.settimeout(timeout)
         try:
             sock.connect(path)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from errand_boy import _helper, _request, _wire
+from errand_boy._descriptors import duplicate
 from errand_boy._frame import Caller, acquire, check
 from errand_boy._native import lib
 
@@ -225,7 +226,7 @@ class Templates:
             if request.flags & lib.EB_WITH_CWD:
                 at = len(fds) - len(request.carried) - 1
                 if self._cwd_fd < 0:
-                    self._cwd_fd = os.dup(fds[at])
+                    self._cwd_fd = duplicate(fds[at])
                 fds[at] = self._cwd_fd
         finally:
             spawn_frame.done()

@@ -33,6 +33,7 @@ from gevent.subprocess import (
 
 from errand_boy import _child, _driver, _native, _start, _stop
 from errand_boy._child import HelperChild, helper_child
+from errand_boy._descriptors import duplicate
 from errand_boy._functions import parameters, rebind
 from errand_boy._popen import WithEnds, WithTerminal, WithVerdict
 
@@ -235,7 +236,7 @@ def send_signal(original: Callable[..., None], process: Any, sig: int) -> None:
 def _wait(fd: int, writing: bool) -> None:
     # Wait for a copy. A forked process closes its connections, but it also has copies of the
     # greenlets that wait for them, and libuv aborts if it has to watch a closed descriptor.
-    copy = os.dup(fd)
+    copy = duplicate(fd)
     try:
         (wait_write if writing else wait_read)(copy)
     finally:

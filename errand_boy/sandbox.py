@@ -14,6 +14,7 @@ import stat
 import warnings
 from collections.abc import Iterable, Mapping
 
+from errand_boy._descriptors import above_standard
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
 
@@ -175,7 +176,7 @@ class Sandbox:
 
     def _allow(self, path: Any, rights: int) -> None:
         try:
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            [fd] = above_standard(os.open(path, os.O_PATH | os.O_CLOEXEC))
         except OSError as error:
             raise OSError(error.errno, f"sandbox: {error.strerror}", path) from None
         try:

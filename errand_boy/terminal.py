@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from operator import index
 
+from errand_boy._descriptors import above_standard
 from errand_boy._hints import SEE_DOCTOR
 
 TYPE_CHECKING = False
@@ -89,9 +90,9 @@ def open_pair(pty: Pty) -> tuple[int, int]:
     """
     master = slave = -1
     try:
-        master = os.open("/dev/ptmx", _FLAGS)
+        [master] = above_standard(os.open("/dev/ptmx", _FLAGS))
         fcntl.ioctl(master, _UNLOCK, b"\0\0\0\0")
-        slave = fcntl.ioctl(master, _OPEN_PEER, _FLAGS)
+        [slave] = above_standard(fcntl.ioctl(master, _OPEN_PEER, _FLAGS))
         fcntl.ioctl(master, termios.TIOCSWINSZ, _WINSIZE.pack(*pty.size))
         if not pty.is_plain:
             _set_attributes(slave, pty)

@@ -1,5 +1,7 @@
 #include "caller/caller.h"
 
+#include "common/descriptor.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -41,7 +43,7 @@ static int status_fd(struct eb_caller *c)
         close(c->status_fd);
     }
     struct stat info;
-    c->status_fd = open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC);
+    c->status_fd = eb_above_standard(open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC));
     if (c->status_fd >= 0 && fstat(c->status_fd, &info) == 0) {
         c->status_device = info.st_dev;
         c->status_inode = info.st_ino;

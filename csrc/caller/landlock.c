@@ -1,5 +1,7 @@
 #include "caller/landlock.h"
 
+#include "common/descriptor.h"
+
 #include <errno.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -39,7 +41,7 @@ int eb_landlock_version(void)
 int eb_landlock_create(uint64_t files, uint64_t network, uint64_t scopes)
 {
     const struct ruleset ruleset = {.files = files, .network = network, .scopes = scopes};
-    return result(syscall(CREATE_RULESET, &ruleset, sizeof ruleset, 0));
+    return result(eb_above_standard((int)syscall(CREATE_RULESET, &ruleset, sizeof ruleset, 0)));
 }
 
 int eb_landlock_allow_path(int ruleset, int fd, uint64_t rights)

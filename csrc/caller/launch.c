@@ -1,5 +1,6 @@
 #include "caller/launch.h"
 
+#include "common/descriptor.h"
 #include "common/rawsys.h"
 #include "spawn/rawclone.h"
 
@@ -122,7 +123,7 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
     if (s.open_max < 0)
         s.open_max = 1 << 20; /* no limit; close_range makes this irrelevant from Linux 5.9 on */
     *step = "pidfd_open";
-    s.caller = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    s.caller = eb_above_standard((int)syscall(SYS_pidfd_open, getpid(), 0));
     if (s.caller < 0)
         return -errno;
     *step = "mmap";
@@ -161,7 +162,7 @@ int eb_start_helper(int program, const char *path, char **arguments, int control
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     sigset_t all;
-    int sources[] = {control, (int)syscall(SYS_pidfd_open, getpid(), 0), errors}, copies[3];
+    int sources[] = {control, eb_above_standard((int)syscall(SYS_pidfd_open, getpid(), 0)), errors}, copies[3];
     const int targets[] = {3, 4, 2};
     pid_t pid = 0;
     (void)program;

@@ -11,6 +11,7 @@
 #include "caller/module.h"
 
 #include "caller/direct.h"
+#include "common/descriptor.h"
 #include "common/rawsys.h"
 
 #include <errno.h>
@@ -236,7 +237,7 @@ static PyObject *pidfd_open(PyObject *module, PyObject *pid)
     long number = PyLong_AsLong(pid);
     if (PyErr_Occurred())
         return NULL;
-    return number_or_error(syscall(SYS_pidfd_open, (pid_t)number, 0));
+    return number_or_error(eb_above_standard((int)syscall(SYS_pidfd_open, (pid_t)number, 0)));
 }
 
 /* pidfd_send_signal(pidfd, number, flags) */
@@ -258,7 +259,7 @@ static PyObject *open_memory(PyObject *module, PyObject *args)
     (void)module;
     if (!PyArg_ParseTuple(args, "sI", &name, &flags))
         return NULL;
-    return number_or_error(syscall(SYS_memfd_create, name, flags));
+    return number_or_error(eb_above_standard((int)syscall(SYS_memfd_create, name, flags)));
 }
 
 /* wait4(pid, options): (pid, status, usage), the last as the kernel's bytes, because making an object of each number

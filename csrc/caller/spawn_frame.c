@@ -1,5 +1,7 @@
 #include "caller/spawn_frame.h"
 
+#include "common/descriptor.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -186,7 +188,7 @@ static int build(struct eb_spawn_frame *o, int found, int flags, const uint8_t *
     o->size = eb_written(&w);
     put_number(o->frame, o->size - EB_HEADER_SIZE);
     if (flags & EB_WITH_CWD) {
-        o->cwd_fd = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+        o->cwd_fd = eb_above_standard(open(".", O_PATH | O_DIRECTORY | O_CLOEXEC));
         if (o->cwd_fd < 0)
             return errno;
         o->fds[o->fd_count++] = o->cwd_fd;
