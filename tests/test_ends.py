@@ -426,6 +426,29 @@ def test_killed_supervisor_leaves_nothing(which: str, option: str, marked: Marke
     until(marked.are_gone)
 
 
+@pytest.mark.parametrize("option", [{"tree": "all"}, {"dies_with_caller": True}])
+def test_supervisor_killed_as_the_command_ends(option: dict[str, Any]) -> None:
+    """It has just waited for the command, so nobody else can learn the status any more."""
+    strace = find_program("strace")
+    late = ["-e", "trace=wait4", "-e", "inject=wait4:delay_exit=60000000"]
+    process = ours.Popen(["sh", "-c", "echo; read x; exit 7"], stdin=-1, stdout=-1, **option)
+    with process.stdin, process.stdout:
+        process.stdout.readline()
+        supervisor = parent(process.pid)
+        command = [strace, "-p", str(supervisor), "-o", os.devnull, *late]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as tracer:
+            assert tracer.stderr is not None
+            said = tracer.stderr.readline()
+            process.stdin.close()
+            if b"attached" not in said:
+                process.wait()
+                pytest.skip(f"strace may not trace here: {said.decode()}")
+            until(lambda: not Path(f"/proc/{process.pid}").exists())
+            os.kill(supervisor, SIGKILL)
+            tracer.kill()  # otherwise it would keep the supervisor until the delay is over
+            assert process.wait() == 7
+
+
 # Refuses close_range(2) to the helper that it becomes, like a filter older than that call.
 FILTERED = """#!{python} -ISE
 import ctypes, os, struct, sys

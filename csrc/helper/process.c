@@ -40,7 +40,7 @@ void eb_process_kill(const struct eb_start *start, pid_t child, int number)
 struct eb_end eb_process_end(const struct eb_start *start, int status, const struct rusage *u)
 {
     const struct eb_supervisor *s = start->supervisor;
-    if (s != NULL && eb_supervisor_has_reaped(s)) {
+    if (s != NULL && eb_supervisor_knows_status(s)) {
         u = &s->usage;
         status = s->status;
     } else if (s != NULL) {

@@ -26,7 +26,9 @@
 
 static const unsigned long PROCESS = CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD;
 
-enum { LIVE, BUSY, REAPED }; /* values of `gate`; BUSY: the helper is about to signal the command */
+/* Values of `gate`.  BUSY: the helper is about to signal the command; CLOSED: the helper may no longer do so, because the
+ * command is about to be waited for; KNOWN: besides, `status` and `usage` are set. */
+enum { LIVE, BUSY, CLOSED, KNOWN };
 
 enum {
     GUARD_PAGES = 64 << 10, /* at least a page, whatever its size; below each stack */
@@ -83,9 +85,9 @@ void eb_supervisor_free(struct eb_supervisor *s)
         }
 }
 
-bool eb_supervisor_has_reaped(const struct eb_supervisor *s)
+EB_BARE bool eb_supervisor_knows_status(const struct eb_supervisor *s)
 {
-    return __atomic_load_n(&s->gate, __ATOMIC_ACQUIRE) == REAPED;
+    return __atomic_load_n(&s->gate, __ATOMIC_ACQUIRE) == KNOWN;
 }
 
 void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number)
@@ -111,8 +113,8 @@ void eb_supervisor_signal_all(struct eb_supervisor *s, int number)
 
 struct siginfo_raw {
     int signo, error, code, padding;
-    int pid; /* of SIGCHLD */
-    char rest[128 - 5 * sizeof(int)];
+    int pid, uid, status; /* of SIGCHLD */
+    char rest[128 - 7 * sizeof(int)];
 };
 
 /* The helper must have finished signalling the command before the supervisor waits for it.  That takes a
@@ -123,11 +125,27 @@ static EB_BARE void close_gate(struct eb_supervisor *s)
     const struct timespec pause = {.tv_nsec = 20 * 1000};
     for (int i = 0; i < MOST_SPINS; i++) {
         int live = LIVE;
-        if (__atomic_compare_exchange_n(&s->gate, &live, REAPED, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) ||
-            live == REAPED)
+        if (__atomic_compare_exchange_n(&s->gate, &live, CLOSED, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE) ||
+            live >= CLOSED)
             return;
         eb_raw(SYS_nanosleep, (long)&pause, 0, 0, 0);
     }
+}
+
+EB_BARE void eb_supervisor_note(struct eb_supervisor *s, pid_t pid, int status, const struct rusage *usage)
+{
+    if (pid != s->command)
+        return;
+    s->usage = *usage;
+    s->status = status;
+    __atomic_store_n(&s->gate, KNOWN, __ATOMIC_RELEASE);
+}
+
+/* The status in the form that wait4 returns. */
+static EB_BARE int status_of(const struct siginfo_raw *info)
+{
+    return info->code == CLD_EXITED ? (info->status & 0xff) << 8
+                                    : info->status | (info->code == CLD_DUMPED ? WCOREFLAG : 0);
 }
 
 /* Waits for children that have ended.  Returns 1 if there may be more, 0 if the others live, or -ECHILD.  Sets
@@ -136,23 +154,21 @@ static EB_BARE long reap(struct eb_supervisor *s, pid_t *child)
 {
     for (int i = 0; i < REAPS_PER_TURN; i++) {
         struct siginfo_raw info;
-        int status;
         struct rusage usage;
         info.pid = 0;
-        long r = eb_raw5(SYS_waitid, P_ALL, 0, (long)&info, WEXITED | WNOHANG | WNOWAIT, 0);
+        long r = eb_raw5(SYS_waitid, P_ALL, 0, (long)&info, WEXITED | WNOHANG | WNOWAIT, (long)&usage);
         if (r < 0)
             return r;
         if (info.pid == 0)
             return 0;
         pid_t pid = info.pid;
-        if (pid == s->command)
+        if (pid == s->command) {
             close_gate(s);
-        r = eb_raw(SYS_wait4, pid, (long)&status, 0, (long)&usage);
-        if (r == pid && pid == s->command) {
-            s->usage = usage;
-            s->status = status;
-            __atomic_store_n(&s->gate, REAPED, __ATOMIC_RELEASE);
+            /* Before the command is waited for: a process that is killed right after that would take the status
+             * with it. */
+            eb_supervisor_note(s, pid, status_of(&info), &usage);
         }
+        eb_raw(SYS_wait4, pid, 0, 0, 0);
         if (pid == *child)
             *child = 0;
     }
@@ -226,7 +242,7 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
         long r = reap(s, &child);
         if (r == -ECHILD)
             return;
-        if (guards && child == 0 && s->command != 0 && __atomic_load_n(&s->gate, __ATOMIC_ACQUIRE) != REAPED) {
+        if (guards && child == 0 && s->command != 0 && !eb_supervisor_knows_status(s)) {
             child = s->command; /* it was the child of the supervisor, which has been killed */
             guards = false;
             ending = true;
@@ -261,18 +277,12 @@ static EB_BARE void supervise(struct eb_supervisor *s, pid_t parent, pid_t child
     }
 }
 
-void eb_supervisor_note(struct eb_supervisor *s, pid_t pid, int status, const struct rusage *usage)
-{
-    if (pid != s->command)
-        return;
-    s->usage = *usage;
-    s->status = status;
-    __atomic_store_n(&s->gate, REAPED, __ATOMIC_RELEASE);
-}
-
 bool eb_supervisor_kill_rest(struct eb_supervisor *s, bool again)
 {
-    return (s->all || !eb_supervisor_has_reaped(s)) && end(s, 0, false, again);
+    if (s->all)
+        return eb_tree_kill(again);
+    eb_supervisor_signal(s, false, SIGKILL);
+    return !eb_supervisor_knows_status(s);
 }
 
 /* The first steps of guard and supervisor.  Returns 0 or -errno. */
@@ -413,7 +423,7 @@ void eb_supervisor_free(struct eb_supervisor *s)
     (void)s;
 }
 
-bool eb_supervisor_has_reaped(const struct eb_supervisor *s)
+bool eb_supervisor_knows_status(const struct eb_supervisor *s)
 {
     (void)s;
     return false;

@@ -26,7 +26,7 @@ struct eb_supervisor {
     volatile pid_t command;            /* 0: it has not been made */
     volatile int has_closed;           /* their copies of descriptors; the command must hold the last ones */
     volatile int gate;                 /* enum of supervisor.c: whether the pid is still the command's */
-    volatile int status;               /* of the command, once it has been waited for */
+    volatile int status;               /* of the command, once it has ended */
     struct rusage usage;
     struct rusage tree;           /* at the end, of all processes that have been waited for */
     volatile enum eb_cause cause; /* why the command has been ended */
@@ -54,8 +54,8 @@ bool eb_supervisor_kill_rest(struct eb_supervisor *s, bool again);
 /* The guard has been waited for. */
 void eb_supervisor_free(struct eb_supervisor *s);
 
-/* Whether the command has been waited for: then `status` and `usage` are known. */
-bool eb_supervisor_has_reaped(const struct eb_supervisor *s);
+/* Whether the command has ended, and `status` and `usage` are set. */
+bool eb_supervisor_knows_status(const struct eb_supervisor *s);
 /* Sends a signal to the command, or with `group` to the process group of that number.  It never reaches another
  * process: once the command has been waited for, nothing is sent. */
 void eb_supervisor_signal(struct eb_supervisor *s, bool group, int number);

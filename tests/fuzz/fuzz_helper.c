@@ -173,7 +173,7 @@ static void end_supervised(struct eb_supervisor *s, int number)
     }
 }
 
-bool eb_supervisor_has_reaped(const struct eb_supervisor *s)
+bool eb_supervisor_knows_status(const struct eb_supervisor *s)
 {
     return s->gate != 0;
 }

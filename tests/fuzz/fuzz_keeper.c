@@ -133,7 +133,7 @@ static const struct eb_spawner spawner = {.begin = begin, .is_decided = is_decid
 
 /* -- the supervisor: there is none -- */
 
-bool eb_supervisor_has_reaped(const struct eb_supervisor *s)
+bool eb_supervisor_knows_status(const struct eb_supervisor *s)
 {
     return s == NULL;
 }
