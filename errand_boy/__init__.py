@@ -120,9 +120,9 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     - `max_workers`: how many commands run at once; by default four for each CPU.
     - `ordered` (true): yield the results in the order of the commands; if false, as they end.
     - `capture_output`, `stdout`, `stderr`, `text`, `encoding`, `errors`, `input`, `timeout`: as in
-      subprocess.run, except that output is captured unless `stdout` or `stderr` is given or
-      `capture_output` is false, and that without `input` standard input is /dev/null. `timeout` is
-      in seconds, or a percentage of the median duration of the others, such as ``"200%"``.
+      subprocess.run, except that each output is captured unless `capture_output` is false or it is
+      given, and that without `input` standard input is /dev/null. `timeout` is in seconds, or a
+      percentage of the median duration of the others, such as ``"200%"``.
     - `retries`: how often a command that fails is run again, as a number or a Retries.
     - `halt`: when to end early. ``"never"`` is the default; ``"soon,fail=N"`` starts no more
       commands when N have failed; ``"now,fail=N"`` also ends those that run, which have no

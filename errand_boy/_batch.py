@@ -139,10 +139,9 @@ class Batch:
             raise TypeError(f"max_workers must be a number, not {max_workers!r}")
         if max_workers < 1:
             raise ValueError("max_workers must be at least 1")
-        if stdout is not None or stderr is not None:
-            capture_output = False
-        elif capture_output:
-            stdout = stderr = subprocess.PIPE
+        if capture_output:
+            stdout = subprocess.PIPE if stdout is None else stdout
+            stderr = subprocess.PIPE if stderr is None else stderr
         self.watch: Callable[[int, bool], Any] = _unwatched
         self.unwatch: Callable[[int], Any] = _unwatched
         self.on_result: Callable[[Result], Any] | None = None  # called as soon as a command ends

@@ -242,6 +242,8 @@ class Start:
             raise ValueError("tree='cgroup' and dies_with_caller can't be given for a job")
         if stderr not in (None, subprocess.PIPE, subprocess.STDOUT):
             raise ValueError("stderr of a job must be None, PIPE or STDOUT")
+        if (get("limits") or {}).get("output") is not None:
+            raise ValueError("limits: output can't be given for a job: `ring` bounds what is kept")
         ends = Ends(get("stop"), get("tree"), get("drain"))
         ids = _request.ids(*(options.pop(name, None) for name in _IDS))
         _, self.request = _request.streamed(

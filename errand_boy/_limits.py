@@ -7,8 +7,9 @@ import errno
 import math
 import os
 import re
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
@@ -23,6 +24,7 @@ _UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", *"KMGTP"))}
 _ENCODED = struct.Struct("<QQQI")
 _MOST = (1 << 63) - 1
 _SPARE = 200  # processes
+_NULL = os.makedev(1, 3)  # /dev/null
 ELSEWHERE = (
     "for a command of map or of a daemon; make one for it, with limits, and name it by cgroup="
 )
@@ -94,6 +96,27 @@ class Bounds:
         if self.open_files is not None:
             found["nofile"] = (self.open_files, self.open_files)
         return found
+
+
+def check_read(limits: Mapping[str, Any] | Bounds, unread: Iterable[int]) -> None:
+    """Raise ValueError if the output has a limit and goes where nobody counts it.
+
+    `unread` are the descriptors, or -1, of the outputs that nobody reads. They may be the null
+    device, or closed.
+    """
+    bounds = limits if isinstance(limits, Bounds) else Bounds(limits)
+    if bounds.output is None:
+        return
+    for fd in unread:
+        try:
+            status = os.fstat(fd)
+        except OSError:
+            continue
+        if not stat.S_ISCHR(status.st_mode) or status.st_rdev != _NULL:
+            raise ValueError(
+                "limits: output is counted where it is read: give both stdout and stderr as PIPE, "
+                "STDOUT or DEVNULL, as capture_output=True does; file_size bounds a file"
+            )
 
 
 def _processes() -> int:

@@ -326,6 +326,10 @@ def streamed(
         stdin, stdout, stderr = subprocess.PIPE, subprocess.PIPE, subprocess.STDOUT
         given["start_new_session"] = True
     streams, made, fds = _made_by_helper(stdin, stdout, stderr)
+    if given.get("limits") is not None:
+        from errand_boy._limits import check_read  # noqa: PLC0415  only those who need it pay
+
+        check_read(given["limits"], fds[1:])
     group = -1 if process_group is None else process_group
     what, flags, carried = settings(process_group=group, default_group=0, **given)
     options = command + what + made

@@ -192,7 +192,12 @@ def begin(
         cwd, umask, uid, gid, gids, start_new_session, process_group = after
         settings = known
     if settings and "limits" in settings:
-        process._limited, settings = _tracker().prepare(settings, source is LOCAL)
+        outputs = (c2pread, c2pwrite, 1), (errread, errwrite, 2)
+        read = {vars(process).get("_slave"), c2pwrite if c2pread != -1 else None}
+        unread = [inherited if fd == -1 else fd for ours, fd, inherited in outputs if ours == -1]
+        process._limited, settings = _tracker().prepare(
+            settings, source is LOCAL, [fd for fd in unread if fd not in read]
+        )
         more = settings
     has_ids = gids is not None or max(-1 if gid is None else gid, -1 if uid is None else uid) >= 0
     if more and not _ENDS.isdisjoint(more):

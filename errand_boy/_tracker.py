@@ -7,23 +7,27 @@ import sys
 from collections.abc import Mapping
 
 from errand_boy._child import helper_child
-from errand_boy._limits import CAUSES, ELSEWHERE, Bounds, expand, no_cgroup
+from errand_boy._limits import CAUSES, ELSEWHERE, Bounds, check_read, expand, no_cgroup
 from errand_boy._native import lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from errand_boy._cgroups import Cgroup
 
 
-def prepare(given: Mapping[str, Any], may_have_cgroup: bool) -> tuple[Tracker, dict[str, Any]]:
+def prepare(
+    given: Mapping[str, Any], may_have_cgroup: bool, unread: Iterable[int]
+) -> tuple[Tracker, dict[str, Any]]:
     """Return the Tracker for a command with these options, and the expanded options.
 
-    Raises ValueError, and OSError if a cgroup is required and none is available.
+    `unread` are the descriptors of its outputs that this process does not read. Raises ValueError,
+    and OSError if a cgroup is required and none is available.
     """
     limits, by = Bounds(given["limits"]), given.get("limits_by")
+    check_read(limits, unread)
     expanded = expand({**given, "limits": limits})
     tracker = Tracker(limits)
     if by == "rlimits" or (by is None and (given.get("cgroup") is not None or not may_have_cgroup)):

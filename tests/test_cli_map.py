@@ -203,6 +203,7 @@ def test_timeout() -> None:
         ["--halt=now,fail=101%", "true"],
         ["--resume", "true"],
         ["--timeout=x", "true"],
+        ["--ungroup", "--limit=output=1K", "true"],
     ],
 )
 def test_bad_arguments(arguments: list[str]) -> None:

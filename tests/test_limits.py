@@ -90,7 +90,9 @@ def test_each_front(cause: str, client: Any) -> None:
     check(SimpleNamespace(**outcome), cause)
     assert len(outcome["stdout"]) <= 100 << 10
     for front in Popen, client.Popen:
-        with front(command, limits=limits, stdout=subprocess.PIPE) as process:
+        with front(
+            command, limits=limits, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
             process.communicate()
         check(process, cause)
 
@@ -105,7 +107,7 @@ def test_each_front_of_greenlets(name: str) -> None:
         for command, limits in json.loads(sys.argv[3]):
             done = ours.run(command, limits=limits, capture_output=True)
             assert isinstance(done, ours.CompletedProcess)
-            with ours.Popen(command, limits=limits, stdout=ours.PIPE) as process:
+            with ours.Popen(command, limits=limits, stdout=-1, stderr=-2) as process:
                 output, _ = process.communicate()
             for each, size in (done, len(done.stdout)), (process, len(output)):
                 assert each.duration > 0 and each.peak_memory > 0 and size <= 100 << 10
@@ -125,8 +127,53 @@ def test_output_is_kept_up_to_its_limit(by: str) -> None:
         done = run(["sh", "-c", script], limits={"output": most}, limits_by=by, capture_output=True)
         assert done.cause == cause
         assert len(done.stdout) + len(done.stderr) == most
-    done = run(["yes"], limits={"output": "1K"}, limits_by=by, stdout=subprocess.PIPE, text=True)
+    done = run(["yes"], limits={"output": "1K"}, limits_by=by, capture_output=True, text=True)
     assert (done.cause, done.stdout) == ("output", "y\n" * 512)
+
+
+def test_a_limit_of_output_that_nobody_reads_is_refused(client: Any, tmp_path: Path) -> None:
+    pipe, null, limits = subprocess.PIPE, subprocess.DEVNULL, {"output": 10}
+    command: Any = ["sh", "-c", "echo; echo >&2"]
+
+    def by_asyncio(command: Any, **more: Any) -> Any:
+        return asyncio.run(cast(Any, errand_boy.asyncio.run)(command, **more))
+
+    with open(tmp_path / "file", "wb") as file, open(os.devnull, "wb") as opened:
+        unread: list[dict[str, Any]] = [
+            {},
+            {"stdout": pipe},
+            {"stderr": pipe},
+            {"stderr": subprocess.STDOUT},
+            {"stdout": null},
+            {"stdout": pipe, "stderr": file},
+            {"stdout": file, "stderr": subprocess.STDOUT},
+        ]
+        read: list[dict[str, Any]] = [
+            {"stdout": pipe, "stderr": pipe},
+            {"stdout": pipe, "stderr": subprocess.STDOUT},
+            {"stdout": pipe, "stderr": null},
+            {"stdout": opened, "stderr": pipe},
+            {"stdout": null, "stderr": null},
+        ]
+        for front in run, client.run, by_asyncio:
+            for more in unread:
+                with pytest.raises(ValueError, match="output is counted where it is read"):
+                    front(command, limits=limits, **more)
+            for more in read:
+                assert front(command, limits=limits, **more).cause == "exit"
+        for maps in cast(Any, errand_boy.map), client.map:
+            for more in unread:
+                with pytest.raises(ValueError, match="output is counted where it is read"):
+                    list(maps([command], limits=limits, capture_output=False, **more))
+                one = {"args": command, "limits": limits}
+                [result] = maps([one], capture_output=False, **more)
+                assert isinstance(result.error, ValueError)
+            for more in read:
+                [result] = maps([command], limits=limits, **more)
+                assert result.cause == "exit"
+    with pytest.raises(ValueError, match="output can't be given for a job"):
+        client.start(command, limits=limits)
+    assert not (tmp_path / "file").stat().st_size
 
 
 @pytest.mark.parametrize("by", BY)

@@ -258,6 +258,11 @@ def test_where_output_goes(run_map: Map, tmp_path: Path) -> None:
     assert (result.stdout, result.stderr) == (b"out\nerr\n", None)
     [result] = run_map(both, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert (result.stdout, result.stderr) == (None, b"err\n")
+    for named, out, err in ("stderr", b"out\n", None), ("stdout", None, b"err\n"):
+        [result] = run_map(both, **{named: subprocess.DEVNULL})
+        assert (result.stdout, result.stderr) == (out, err)
+    [result] = run_map(both, stderr=subprocess.STDOUT)
+    assert (result.stdout, result.stderr) == (b"out\nerr\n", None)
     [result] = run_map(both, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     assert (result.stdout, result.stderr) == (None, None)
     path = tmp_path / "file"

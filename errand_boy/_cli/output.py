@@ -7,6 +7,7 @@ import os
 import sys
 from subprocess import TimeoutExpired
 
+from errand_boy._cli import command_options
 from errand_boy._cli.joblog import written
 from errand_boy._cli.parsing import UsageError
 from errand_boy._cli.template import Template
@@ -113,6 +114,8 @@ class Output:
             raise UsageError(
                 "--ungroup can't be combined with --tag, --tagstring, --results or --files"
             )
+        if not self.captures and "output" in command_options.given(options).get("limits", ()):
+            raise UsageError("--ungroup can't be combined with --limit output: nobody counts it")
         self._lines = options.grouping == "lines"
         if self._lines and (options.results or options.files):
             raise UsageError("--line-buffer can't be combined with --results or --files")
