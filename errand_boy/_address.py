@@ -8,6 +8,7 @@ import socket
 import stat
 import struct
 
+from errand_boy._descriptors import above_standard
 from errand_boy.errors import RefusedError
 
 _NAME = "errand-boy.sock"
@@ -137,3 +138,12 @@ def _is_own(directory: str) -> bool:
     except OSError:
         return False
     return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
+
+
+def unix_socket() -> socket.socket:
+    """Return a new socket for a connection to a daemon, of this process's socket class."""
+    sock = socket.socket(socket.AF_UNIX)
+    if sock.fileno() > 2:
+        return sock
+    [fd] = above_standard(sock.detach())
+    return socket.socket(socket.AF_UNIX, fileno=fd)

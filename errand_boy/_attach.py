@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 
-from errand_boy import _follow, _job_steps, _wire
+from errand_boy import _follow, _wire
+from errand_boy._connection import SEND_FLAGS
 from errand_boy._follow import CaughtUp, Credit, Missed, Output, Over
 from errand_boy._job_steps import Course, Wait
 from errand_boy._modes import Past
@@ -246,7 +247,7 @@ class Attached:
         if not self._outbox:
             return
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            self._outbox = self._outbox[sock.send(self._outbox, _job_steps.SEND_FLAGS) :]
+            self._outbox = self._outbox[sock.send(self._outbox, SEND_FLAGS) :]
             if not self._outbox:
                 self._framed = 0
 

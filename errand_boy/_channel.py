@@ -5,16 +5,14 @@ from __future__ import annotations
 import socket
 import struct
 
+from errand_boy._connection import SEND_FLAGS, Connection
 from errand_boy._stream import Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from errand_boy._connection import Connection
     from errand_boy._job import Job
-
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class Channel:
@@ -40,9 +38,9 @@ class Channel:
         try:
             if fds:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
-                stream.count_sent(self.sock.sendmsg([stream.unsent], rights, _FLAGS))
+                stream.count_sent(self.sock.sendmsg([stream.unsent], rights, SEND_FLAGS))
             else:
-                stream.count_sent(self.sock.send(stream.unsent, _FLAGS))
+                stream.count_sent(self.sock.send(stream.unsent, SEND_FLAGS))
         except BlockingIOError:
             pass
         except (BrokenPipeError, ConnectionResetError):

@@ -12,7 +12,8 @@ import time
 from functools import partial
 
 from errand_boy import _address, _capture, _popen, _request, _start
-from errand_boy._connection import Connection, unix_socket
+from errand_boy._address import unix_socket
+from errand_boy._connection import Connection
 from errand_boy._frame import SpawnFrame, check
 from errand_boy._functions import rebind
 from errand_boy._native import lib

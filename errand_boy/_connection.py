@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Sequence
 
 from errand_boy import _wire
-from errand_boy._descriptors import above_standard
 from errand_boy._native import ffi as _ffi  # noqa: F401  without the extension it says why
 from errand_boy._native import lib
 from errand_boy._wire import Exited, Failed, Reply, Spawned
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _NOSIGNAL = socket.MSG_NOSIGNAL  # SIGPIPE may have its default action here
+SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _BUFFER_SIZE = 512  # bytes, more than the longest reply, a REFUSED
 _HEADER_SIZE = _wire.HEADER.size
 _KIND = _HEADER_SIZE - 1  # the offset of a frame's kind
@@ -38,15 +38,6 @@ def _rights(fds: Sequence[int]) -> _Ancillary:
     if not fds:
         return []
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
-
-
-def unix_socket() -> socket.socket:
-    """Return a new socket for a connection to a daemon, of this process's socket class."""
-    sock = socket.socket(socket.AF_UNIX)
-    if sock.fileno() > 2:
-        return sock
-    [fd] = above_standard(sock.detach())
-    return socket.socket(socket.AF_UNIX, fileno=fd)
 
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()

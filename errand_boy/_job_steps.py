@@ -21,7 +21,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 from errand_boy import _follow, _request, _ring, _wire
-from errand_boy._connection import Connection
+from errand_boy._connection import SEND_FLAGS, Connection
 from errand_boy._descriptors import above_standard
 from errand_boy._ends import Ends
 from errand_boy._follow import CaughtUp, Follower, Frames, Over
@@ -63,7 +63,6 @@ _PATIENCE = 30.0  # seconds without progress
 _WITH_FS = lib.EB_WITH_CWD | lib.EB_WITH_UMASK
 _MOST_WORDS = 2000  # bytes of a command in the journal
 _MOST_CWD = 1000
-SEND_FLAGS = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _IDS = ("user", "group", "extra_groups")
 
 

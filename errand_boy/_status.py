@@ -6,7 +6,7 @@ import json
 import socket
 
 from errand_boy import _wire
-from errand_boy._connection import unix_socket
+from errand_boy._address import unix_socket
 from errand_boy._native import lib
 
 TYPE_CHECKING = False

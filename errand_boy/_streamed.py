@@ -12,7 +12,7 @@ from io import BytesIO
 
 from errand_boy import _helper, _wire
 from errand_boy._child import ready
-from errand_boy._connection import Connection
+from errand_boy._connection import SEND_FLAGS, Connection
 from errand_boy._frame import MOST_ATTEMPTS, acquire
 from errand_boy._native import lib
 from errand_boy._stream import Ended, Event, Lost, Output, Started, Stream
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from errand_boy._tracker import Tracker
 
 _CHUNK = 1 << 16  # bytes; malloc would map twice as many anew each time
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class CancelledError(Exception):
@@ -241,4 +240,4 @@ def _exchange(sock: socket.socket, stream: Stream, seconds: float | None) -> Ite
 def _send(sock: socket.socket, stream: Stream) -> None:
     # If the helper has ended, reading will show why.
     with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-        stream.count_sent(sock.send(stream.unsent, _FLAGS))
+        stream.count_sent(sock.send(stream.unsent, SEND_FLAGS))
