@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import select
+import signal
 
 from errand_boy._descriptors import above_standard
 
@@ -120,9 +121,9 @@ class Cgroup:
         try:
             _write(self.path, "cgroup.kill", "1")
         except FileNotFoundError:  # before Linux 5.14
-            for pid in _read(self.path, "cgroup.procs").split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), 9)
+            from errand_boy import _cgroup  # noqa: PLC0415  only those kernels need it
+
+            _cgroup.signal_all(self.path, signal.SIGKILL)
 
     def close(self) -> None:
         """Kill the remaining processes and remove the cgroup; calling it again has no effect."""

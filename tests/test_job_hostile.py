@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import select
+import shutil
 import socket
 import struct
 from collections.abc import Iterator
@@ -14,8 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import until
 from daemon import acting_as
-from keeper import SUPERVISED, Keeper, follow, job, keeping, shell, text
-from wire import frame, option, pair, u32
+from guard import Guard
+from keeper import HELLO, SUPERVISED, Keeper, follow, job, keeping, shell, text
+from wire import Failed, Spawned, frame, option, pair, u32
 
 from errand_boy import _wire
 from errand_boy._native import lib
@@ -205,6 +208,69 @@ def test_options_that_need_a_file_in_proc(
         assert keeper.follower().until(b"\n") in (b"500\n", b"12345\n")
         with acting_as(12345, 12345, []), pytest.raises(PermissionError):
             os.listdir(f"/proc/{keeper.pid}/fd")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("supervised", [False, True], ids=["alone", "supervised"])
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [(lib.EB_TAG_OOM_SCORE_ADJ, struct.pack("<i", 500)), (lib.EB_TAG_NAMESPACES, u32(0x10000000))],
+    ids=["oom_score_adj", "namespaces"],
+)
+def test_keeper_is_closed_to_its_user_while_it_starts_such_a_command(
+    public_dir: Path, tag: int, value: bytes, supervised: bool
+) -> None:
+    """Its user may trace the new process, but gets nothing of the keeper's by that."""
+    program = public_dir / "slow"
+    shutil.copy("/bin/sleep", program)
+    options = [option(tag, value), *([SUPERVISED] if supervised else ())]
+    with keeping(public_dir, "--uid=12345", "--gid=12345") as keeper, Guard(program) as guard:
+        assert keeper.starter.frame() == HELLO
+        keeper.starter.send(job(str(program), "0", options=options))
+        child = guard.held()
+        assert os.stat(f"/proc/{keeper.pid}/mem").st_uid == 0
+        place = writable_place(child)
+        before = memory(keeper.pid, place)
+        with acting_as(12345, 12345, []):
+            for name in "mem", "fd/3", "fd/4", "fd/5", "fd/6":
+                with pytest.raises(PermissionError):
+                    open(f"/proc/{keeper.pid}/{name}", "r+b", buffering=0)
+            names = [f"/proc/{child}/fd/{number}" for number in os.listdir(f"/proc/{child}/fd")]
+            held = {os.readlink(name) for name in names}
+            with open(f"/proc/{child}/mem", "r+b", buffering=0) as mine:
+                mine.seek(place)
+                mine.write(bytes(byte ^ 255 for byte in before))
+        assert not held & {str(keeper.journal_path), str(keeper.ring_path), keeper.address}
+        assert memory(keeper.pid, place) == before
+        guard.release()
+        assert isinstance(keeper.starter.reply(), Spawned)
+
+
+def writable_place(pid: int) -> int:
+    """Return an address of the process's data."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return next(int(line.partition("-")[0], 16) for line in lines if " rw-p " in line)
+
+
+def memory(pid: int, place: int) -> bytes:
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
+        file.seek(place)
+        return file.read(8)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("supervised", [False, True], ids=["alone", "supervised"])
+def test_failure_of_a_start_in_its_own_memory_is_told(public_dir: Path, supervised: bool) -> None:
+    options = [
+        option(lib.EB_TAG_NAMESPACES, u32(0x10000000)),
+        *([SUPERVISED] if supervised else ()),
+    ]
+    with keeping(public_dir, "--uid=12345", "--gid=12345") as keeper:
+        assert keeper.starter.frame() == HELLO
+        keeper.starter.send(job("/nowhere/to/be/found", options=options))
+        answer = keeper.starter.reply()
+        assert isinstance(answer, Failed)
+        assert (answer.errno, answer.stage) == (errno.ENOENT, lib.EB_STAGE_EXEC)
 
 
 def test_idle_keeper_uses_no_cpu_time(keeper: Keeper) -> None:

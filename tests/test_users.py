@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, started_script, until
 from daemon import (
     Daemon,
     acting_as,
@@ -338,6 +339,58 @@ def test_helper_taken_over_by_its_user_harms_that_user_only(
         end(again, spawn(again, "/bin/sleep", "100"))
         mine.close()
         os.kill(orphan, signal.SIGKILL)
+
+
+NUMBERED = """
+import struct
+number = (ctypes.c_int * 1)(int(sys.argv[2]))
+fields = 0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(number), 1
+arguments = struct.pack("<10Q", *fields)
+clone3, syscall = 435, ctypes.PyDLL(None).syscall
+report("ready")
+try:
+    while True:
+        os.kill(number[0], 0)
+except ProcessLookupError:  # somebody has waited for it
+    pid = syscall(clone3, arguments, len(arguments))
+if pid == 0:
+    os.execv("/bin/sleep", ["sleep", "100"])
+report(pid)
+sys.stdin.readline()
+if pid > 0:
+    os.kill(pid, signal.SIGTERM)
+    report(os.waitpid(pid, 0)[1])
+"""
+
+
+def test_number_of_a_helper_that_has_ended_is_not_signalled(public_dir: Path) -> None:
+    """Its user can leave bad frames, and have another process get the number."""
+    with open_daemon(public_dir, "--pool-size=1") as daemon:
+        connection = connect_as(daemon, FIRST)
+        pid = spawn(connection, "/bin/sleep", "100")
+        helper = psutil.Process(pid).ppid()
+        send_signal(connection, pid, signal.SIGKILL)  # the helper's session has no other member
+        assert ended(connection) == -signal.SIGKILL
+        with taken_from(helper, 3) as control, started_script(NUMBERED, args=[helper]) as script:
+            assert script.stdin is not None and script.stdout is not None
+            assert json.loads(script.stdout.readline()) == "ready"
+            server = psutil.Process(daemon.process.pid)
+            server.suspend()
+            until(lambda: server.status() == psutil.STATUS_STOPPED)
+            good, bad = _wire.HEADER.pack(0, lib.EB_FULL), _wire.HEADER.pack(1 << 30, lib.EB_REPORT)
+            control.sendall(good * 4000 + bad)
+            os.kill(helper, signal.SIGKILL)
+            until(lambda: psutil.Process(helper).status() == psutil.STATUS_ZOMBIE)
+            server.resume()
+            made = json.loads(script.stdout.readline())  # -1: the kernel lets nobody choose pids
+            until(lambda: helper not in daemon.helpers())
+            out, _ = script.communicate("\n", timeout=PATIENCE)
+        if made > 0:
+            assert json.loads(out) == signal.SIGTERM
+        assert "a helper has died" in daemon.log()
+        assert "internal error" not in daemon.log()
+        connection.close()
+        assert daemon.stop() == 0
 
 
 def test_report_is_not_longer_than_connections_explain(public_dir: Path) -> None:

@@ -112,22 +112,12 @@ static void check_ids(void)
     }
 }
 
-/* The kernel drops the capabilities of a process that leaves user 0, unless securebits say otherwise.  A process
- * that stays closed to its user keeps one, which permits nothing useful: even while the process is dumpable, only a
- * process with that capability may trace it.  Programs that it executes have none. */
-static void drop_capabilities(bool opens)
+/* The kernel drops the capabilities of a process that leaves user 0, unless securebits say otherwise. */
+static void drop_capabilities(void)
 {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
-    struct __user_cap_data_struct left[_LINUX_CAPABILITY_U32S_3] = {{0}};
-    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) != 0)
-        fail("capabilities");
-    if (!opens) {
-        left[CAP_TO_INDEX(CAP_BLOCK_SUSPEND)].permitted = CAP_TO_MASK(CAP_BLOCK_SUSPEND);
-        if (syscall(SYS_capset, &header, left) == 0)
-            return;
-        left[CAP_TO_INDEX(CAP_BLOCK_SUSPEND)].permitted = 0; /* root of a container lacks it */
-    }
-    if (syscall(SYS_capset, &header, left) != 0)
+    const struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {{0}};
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) != 0 || syscall(SYS_capset, &header, none) != 0)
         fail("capabilities");
 }
 
@@ -159,13 +149,11 @@ void eb_become(bool opens)
             fail("groups");
         if (setresgid(user.gid, user.gid, user.gid) != 0)
             fail("group");
-        if (!opens && user.uid != 0)
-            (void)prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0);
         if (setresuid(user.uid, user.uid, user.uid) != 0)
             fail("user");
         check_ids();
         if (user.uid != 0)
-            drop_capabilities(opens);
+            drop_capabilities();
         join_keyring();
         free(user.groups);
         user.groups = NULL;

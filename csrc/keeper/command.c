@@ -33,7 +33,6 @@ enum {
 static uint8_t *bytes;
 static struct eb_request request;
 static struct run {
-    bool was_hidden;        /* whether this process was closed to its user before the start */
     bool ends_group;        /* what is left of the command's process group gets SIGKILL */
     unsigned full_reads[3]; /* in a row */
     bool enlarged[3];       /* whether the pipe is enlarged */
@@ -98,8 +97,6 @@ void eb_kept_started(void)
     struct eb_start *start = &keeper.start;
     keeper.spawner->end(start);
     release_request();
-    if (run.was_hidden)
-        (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     if (start->error == 0 && !eb_journal_add("{\"pid\": %d, \"keeper\": %d, \"begun\": %llu}", (int)start->pid,
                                              (int)getpid(), begun_at(start->pid))) {
         start->error = errno; /* a job that is not in its journal would be taken for one that has not been started */
@@ -125,17 +122,6 @@ static void fail(struct eb_client *c, int error, enum eb_stage stage)
     keeper.start.error = error;
     keeper.start.stage = stage;
     eb_kept_started();
-}
-
-/* Some options have the new process write its own files in /proc, which belong to root while this process is hidden
- * from its user. */
-static void show(void)
-{
-    if (!eb_has(&request, EB_TAG_NAMESPACES) && !eb_has(&request, EB_TAG_OOM_SCORE_ADJ))
-        return;
-    run.was_hidden = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) != 1;
-    if (run.was_hidden)
-        (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
 }
 
 /* The streams with a ring. */
@@ -169,7 +155,6 @@ static void begin(struct eb_client *c)
     eb_stdio_place(&request, &c->channel.fds, ends, keeper.null_fd);
     request.present |= (uint64_t)1 << EB_TAG_SIGMASK | (uint64_t)1 << EB_TAG_SIGIGN; /* not inherited from us */
     eb_self_complete(&keeper.self, &request);
-    show();
     if (eb_has(&request, EB_TAG_SUPERVISE))
         (void)prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); /* if it fails, so does the guard's */
     keeper.spawner->begin(&keeper.start, &request, false);
@@ -368,6 +353,10 @@ void eb_kept_reap(void)
         const pid_t pid = info.si_pid;
         if (pid == keeper.child && run.ends_group)
             (void)kill(-pid, SIGKILL);
+        /* The process may have come and gone before its start was noticed; the outcome is known by now.  Until it has
+         * been waited for, the pid that this may signal is its own. */
+        if (pid == keeper.child && keeper.state == EB_KEEPER_STARTING)
+            eb_kept_started();
         if (wait4(pid, &status, WNOHANG, &usage) != pid)
             return;
         info.si_pid = 0;
@@ -375,9 +364,6 @@ void eb_kept_reap(void)
             eb_supervisor_note(keeper.start.supervisor, pid, status, &usage);
         if (pid != keeper.child)
             continue;
-        /* The process may have come and gone before its start was noticed; the outcome is known by now. */
-        if (keeper.state == EB_KEEPER_STARTING)
-            eb_kept_started();
         keeper.child = 0;
         run.has_ended = true;
         run.status = status;

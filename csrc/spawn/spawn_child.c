@@ -91,13 +91,13 @@ static EB_BARE long place_fds(struct eb_job *job)
 }
 
 /* Closes all descriptors that are not needed up to the exec, because a slow exec would keep copies of others' pipes
- * and connections open.  On an older kernel only the exec closes them. */
-static EB_BARE void close_rest(const struct eb_job *job)
+ * and connections open.  On an older kernel only the exec closes them.  Returns 0 or -errno. */
+static EB_BARE long close_rest(const struct eb_job *job)
 {
     const struct eb_request *q = job->q;
     const uint32_t count = eb_request_sources(q);
-    long next = 0;
-    for (uint32_t i = 0;;) {
+    long next = 0, r = 0;
+    for (uint32_t i = 0; r == 0;) {
         long kept = -1;
         while (i < q->target_count && q->targets[i] < next)
             i++;
@@ -109,11 +109,20 @@ static EB_BARE void close_rest(const struct eb_job *job)
             if (q->sources[k] >= next && (kept < 0 || q->sources[k] < kept))
                 kept = q->sources[k];
         if (kept != next)
-            eb_raw(SYS_close_range, next, kept < 0 ? ~0U : (unsigned)kept - 1, 0, 0);
+            r = eb_raw(SYS_close_range, next, kept < 0 ? ~0U : (unsigned)kept - 1, 0, 0);
         if (kept < 0)
-            return;
+            break;
         next = kept + 1;
     }
+    return r;
+}
+
+/* Its user may trace it from here on, and its files in /proc belong to that user.  So it must have none of its maker's
+ * descriptors left. */
+static EB_BARE long open_to_user(const struct eb_job *job)
+{
+    long r = close_rest(job);
+    return r < 0 ? r : eb_raw5(SYS_prctl, PR_SET_DUMPABLE, 1, 0, 0, 0);
 }
 
 /* -- signals -- */
@@ -298,8 +307,10 @@ EB_BARE int eb_child(void *arg)
     if (job->first != NULL)
         STEP(START, job->first(job));
     STEP(FDS, place_fds(job));
-    if (!job->keeps_files)
-        close_rest(job);
+    if (job->own_memory)
+        STEP(FDS, open_to_user(job));
+    else if (!job->keeps_files)
+        (void)close_rest(job);
     if (q->namespaces & EB_NEW_USER)
         STEP(NAMESPACES, eb_map_ids(job->user, job->group));
     if (job->joins_cgroup)
@@ -370,6 +381,10 @@ EB_BARE int eb_child(void *arg)
 #undef STEP
 failed:
     job->error = (int)-r;
+    if (job->own_memory) {
+        const struct eb_failure failure = {job->error, (uint8_t)job->stage, job->member};
+        eb_raw(SYS_write, job->pipe, (long)&failure, sizeof failure, 0);
+    }
     eb_raw(SYS_exit_group, 255, 0, 0, 0);
     return 255;
 }

@@ -6,6 +6,9 @@
  * do_close_on_exec; kernel/exit.c: exit_mm before exit_files).  A polled start has no pipe: the word is checked
  * whenever something else has woken us, at the latest the end of the process.
  *
+ * If this process is closed to its user, as a job's keeper is, a new process that must write its own files in /proc
+ * can't share the memory: whoever may trace it would have both.  It gets a copy, which it opens.
+ *
  * A process that changes its ids here still shares our memory for a moment.  The kernel marks memory undumpable at that
  * instant (commit_creds), so processes of the new user cannot trace it, unless the administrator has set
  * fs.suid_dumpable to 1.
@@ -22,6 +25,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -167,20 +171,28 @@ static pid_t make_process(struct eb_job *job, struct eb_supervisor **supervisor)
     return pid;
 }
 
+/* Whether it is to write its own files in /proc, which belong to root while this process is closed to its user. */
+static bool needs_own_memory(const struct eb_request *q)
+{
+    return ((q->namespaces & EB_NEW_USER) != 0 || eb_has(q, EB_TAG_OOM_SCORE_ADJ)) &&
+           prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) != 1;
+}
+
 static void begin(struct eb_start *start, const struct eb_request *q, bool apart)
 {
     int pipe[2] = {-1, -1};
     *start = (struct eb_start){.done_fd = -1, .stage = EB_STAGE_START};
     /* Polling is enough if its end is seen here, and the client does not wait for the outcome: no input, no SPAWNED. */
     bool supervised = eb_has(q, EB_TAG_SUPERVISE);
-    bool polled = !use_parent && eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1) && !supervised;
+    bool own_memory = !apart && needs_own_memory(q);
+    bool polled = !use_parent && eb_has(q, EB_TAG_COALESCE) && !(q->streams & 1) && !supervised && !own_memory;
     struct eb_job *job = new_job();
     if (job == NULL) {
         start->error = errno;
         return;
     }
-    *job = (struct eb_job){.q = q, .self = self, .timed = polled};
-    if (!polled && pipe2(pipe, O_CLOEXEC) != 0) {
+    *job = (struct eb_job){.q = q, .self = self, .timed = polled, .own_memory = own_memory};
+    if (!polled && pipe2(pipe, O_CLOEXEC | (own_memory ? O_NONBLOCK : 0)) != 0) {
         start->error = errno;
         free_job(job);
         return;
@@ -188,7 +200,8 @@ static void begin(struct eb_start *start, const struct eb_request *q, bool apart
     job->pipe = pipe[1];
     adopt_nproc(q);
     job->nproc = nproc;
-    lower_sources(job, apart);
+    if (!own_memory)
+        lower_sources(job, apart);
     pid_t pid = make_process(job, &start->supervisor);
     if (pipe[1] >= 0)
         close(pipe[1]);
@@ -215,6 +228,17 @@ static bool is_decided(const struct eb_start *start)
     return __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) == 0;
 }
 
+/* The process may lie, as its user may trace it, but only about itself. */
+static void take_failure(struct eb_start *start)
+{
+    struct eb_failure failure;
+    if (read(start->done_fd, &failure, sizeof failure) == sizeof failure) {
+        start->error = failure.error > 0 ? failure.error : EPROTO;
+        start->stage = failure.stage;
+        start->member = failure.member;
+    }
+}
+
 static void end(struct eb_start *start)
 {
     struct eb_job *job = start->job;
@@ -223,6 +247,8 @@ static void end(struct eb_start *start)
     start->error = job->error;
     start->stage = job->stage;
     start->member = job->member;
+    if (job->own_memory)
+        take_failure(start);
     if (start->supervisor != NULL) {
         start->still_read = __atomic_load_n(&job->alive, __ATOMIC_ACQUIRE) != 0;
         start->pid = start->supervisor->command;

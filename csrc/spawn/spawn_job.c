@@ -152,14 +152,15 @@ static EB_BARE long make_by_thread(struct eb_job *job, uint64_t flags)
 EB_BARE pid_t eb_job_clone(struct eb_job *job, unsigned flags)
 {
     const struct eb_request *q = job->q;
-    const uint64_t all = flags | CLONE_VM | CLONE_CHILD_CLEARTID | q->namespaces;
-    job->alive = 1;
+    const unsigned shared = job->own_memory ? 0 : CLONE_VM | CLONE_CHILD_CLEARTID;
+    const uint64_t all = flags | shared | q->namespaces;
+    job->alive = !job->own_memory;
     job->prevents_dumps = do_dumps_spread();
     if (q->namespaces & EB_NEW_USER) {
         job->user = (uid_t)eb_raw(SYS_geteuid, 0, 0, 0, 0);
         job->group = (gid_t)eb_raw(SYS_getegid, 0, 0, 0, 0);
     }
-    if (eb_has(q, EB_TAG_OOM_SCORE_ADJ)) {
+    if (eb_has(q, EB_TAG_OOM_SCORE_ADJ) && !job->own_memory) {
         long pid = make_by_thread(job, all);
         if (pid < 0 && !job->made)
             job->alive = 0; /* no thread was made */

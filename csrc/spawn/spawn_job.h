@@ -20,6 +20,12 @@ enum { EB_OWN_TABLE, EB_SHARED, EB_LATE };
 
 struct eb_supervisor;
 
+/* Sent through the pipe. */
+struct eb_failure {
+    int32_t error;
+    uint8_t stage, member;
+};
+
 struct eb_job {
     /* written by the new process */
     volatile int error;
@@ -48,6 +54,7 @@ struct eb_job {
     gid_t group;
     bool prevents_dumps;
     bool by_thread;                    /* see spawn_job.c */
+    bool own_memory;                   /* it gets a copy of its maker's memory, and its pipe tells why it failed */
     struct eb_supervisor *supervisor;  /* above it, or NULL */
     long (*first)(struct eb_job *job); /* called before all else, or NULL; returns 0 or -errno */
     /* the maker's */

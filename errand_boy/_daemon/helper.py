@@ -274,24 +274,27 @@ class Helper:
     def _kill(self, reason: str) -> None:
         self._loop.complaints.warning("a helper is killed", pid=self.pid, reason=reason)
         self.gone = True
-        os.kill(self.pid, signal.SIGKILL)  # safe: nobody has waited for it yet
+        os.kill(self.pid, signal.SIGKILL)  # safe: the pool waits for it after `on_exit`
 
     def on_exit(self, status: int) -> None:
-        """Handle the helper's end; `status` is as from os.waitpid."""
+        """Handle the helper's end; a negative `status` is a signal's number."""
         self._watchdog.cancel()
-        # Read its last frames, but not for long: another process may have a copy of the socket.
         if self._loop.is_watched(self._sock):
             self._watch(0)
-            end = time.monotonic() + _LONGEST_READING
-            for _ in range(_MOST_LAST_READS):
-                if not self._read(_READ) or time.monotonic() > end:
-                    break
+            self._loop.call(self._read_rest)  # whatever is in it, the rest is done
         self._loop.closer.close(self._sock)
         self.report = self.counted()
         os.close(self._figures)
-        self._exited(self, os.waitstatus_to_exitcode(status), self.unserved())
+        self._exited(self, status, self.unserved())
         while self._questions:  # break reference cycles with those who asked
             self._questions.popleft()(None)
+
+    def _read_rest(self) -> None:
+        """Read its last frames, but not for long: another process may have a copy of the socket."""
+        end = time.monotonic() + _LONGEST_READING
+        for _ in range(_MOST_LAST_READS):
+            if not self._read(_READ) or time.monotonic() > end:
+                break
 
     def private_kib(self) -> int | None:
         """Return its private memory in KiB, maybe half a second old; None if it has just ended.

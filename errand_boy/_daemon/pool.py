@@ -121,20 +121,26 @@ class Pool:
             self.connections[peer.uid] = self.connections.get(peer.uid, 0) + 1
 
     def reap(self) -> None:
-        """Reap all children that have ended: helpers, and orphans that they left."""
+        """Reap all children that have ended: helpers, and orphans that they left.
+
+        Each is waited for last, so that what handles its end can signal nobody else by its number.
+        """
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if ended is None:
                 return
+            pid = ended.si_pid
+            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
             self._leftover.discard(pid)
             if pid in self.processes:
                 self._loop.call(self.processes.pop(pid), status)
             for helper in self.helpers:
                 if helper.pid == pid:
                     self._loop.call(helper.on_exit, status)
+            os.waitpid(pid, os.WNOHANG)
 
     def connect(self, peer: Peer) -> socket.socket:
         """Return a new connection to a helper of the user `peer`. Raises OSError."""

@@ -58,7 +58,7 @@ def check(
     """Find out whether the installed version can take over.
 
     `done` is called with a Successor, or with the reason why there is none. `processes` has
-    functions by pid, which are called with the wait status.
+    functions by pid, which are called with the exit status.
     """
     said = open_memory("errand-boy-check")
     try:
