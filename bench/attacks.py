@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 MOST_SOCKETS = 200  # of one round
 ROUND = 1.0  # seconds: how long a round holds what it has opened
 PAUSE = 0.01  # seconds, after a round that failed early
 BIG = 16 << 20
 END = b"\r\n\r\n"
-HELLO = _wire.OPENING
-STATUS = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
+HELLO = frames.OPENING
+STATUS = b"\0" + frames.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
 PRIVATE = ("environ", "maps", "mem", "pagemap", "auxv", "syscall")  # of /proc/PID
 BOMB = "bomb() { bomb | bomb & }; bomb; sleep 5"
 SYS_PIDFD_GETFD = 438
@@ -38,12 +38,12 @@ SYS_PIDFD_GETFD = 438
 def spawn(*argv: str, options: bytes = b"") -> bytes:
     """Return a SPAWN whose command leads a group of its own."""
     words = [os.fsencode(word) for word in argv]
-    return _wire.frame(
+    return frames.frame(
         lib.EB_SPAWN,
         [
-            _wire.strings(lib.EB_TAG_EXECUTABLES, words[:1]),
-            _wire.strings(lib.EB_TAG_ARGV, words),
-            _wire.number(lib.EB_TAG_PGROUP, 0),
+            frames.strings(lib.EB_TAG_EXECUTABLES, words[:1]),
+            frames.strings(lib.EB_TAG_ARGV, words),
+            frames.number(lib.EB_TAG_PGROUP, 0),
             options,
         ],
     )
@@ -204,7 +204,7 @@ def half_frames(a: Attacker) -> None:
     for _ in range(4):
         with suppress(OSError):
             sock = a.greeted()
-            sock.sendall(_wire.HEADER.pack(BIG, lib.EB_SPAWN))
+            sock.sendall(frames.HEADER.pack(BIG, lib.EB_SPAWN))
             for _ in range(15):
                 sock.sendall(part, socket.MSG_NOSIGNAL)
     a.hold()
@@ -271,7 +271,7 @@ def never_reading(a: Attacker) -> None:
 def fork_bomb(a: Attacker) -> None:
     """Commands that start as many processes as the kernel allows."""
     sock = a.greeted()
-    sock.sendall(spawn("/bin/sh", "-c", BOMB, options=_wire.number(lib.EB_TAG_ON_CLOSE, 0)))
+    sock.sendall(spawn("/bin/sh", "-c", BOMB, options=frames.number(lib.EB_TAG_ON_CLOSE, 0)))
     a.hold()
     spared = {os.getpid(), *a.helpers()}
     for pid in pids():
@@ -285,7 +285,7 @@ def kill_own_helper(a: Attacker) -> None:
     for _ in range(5):
         with suppress(OSError):
             sock = a.greeted()
-            tied = _wire.number(lib.EB_TAG_ON_CLOSE, a.random.randrange(500))
+            tied = frames.number(lib.EB_TAG_ON_CLOSE, a.random.randrange(500))
             sock.sendall(spawn("/bin/sleep", "2", options=tied))
             sock.recv(100)
     for pid in a.helpers():
@@ -327,7 +327,7 @@ def signal_others(a: Attacker) -> None:
     for pid in a.others():
         for target in (pid, -pid):
             frame = struct.pack("<ii", target, signal.SIGKILL)
-            sock.sendall(_wire.frame(lib.EB_SIGNAL, [frame]), socket.MSG_NOSIGNAL)
+            sock.sendall(frames.frame(lib.EB_SIGNAL, [frame]), socket.MSG_NOSIGNAL)
     a.hold(0.2)
 
 
@@ -373,10 +373,10 @@ def helper_taken_over(a: Attacker) -> None:
             continue
         number = struct.pack("<I", a.random.randrange(1, 2000))
         lies = [
-            _wire.frame(lib.EB_WANT, [number]) + _wire.frame(lib.EB_DONE, [number]),
-            _wire.frame(lib.EB_CLOSED, [number]),
-            _wire.frame(lib.EB_REFUSED, [b"x" * 50]),
-            _wire.frame(lib.EB_FULL, []),
+            frames.frame(lib.EB_WANT, [number]) + frames.frame(lib.EB_DONE, [number]),
+            frames.frame(lib.EB_CLOSED, [number]),
+            frames.frame(lib.EB_REFUSED, [b"x" * 50]),
+            frames.frame(lib.EB_FULL, []),
             a.random.randbytes(64),
         ]
         lie = a.random.choice(lies) * 200
@@ -387,7 +387,7 @@ def helper_taken_over(a: Attacker) -> None:
                     control.send(lie, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         if a.random.randrange(2):
             with suppress(OSError):
-                a.send_lingering(control, _wire.HEADER.pack(0, lib.EB_FULL), a.lingering(1))
+                a.send_lingering(control, frames.HEADER.pack(0, lib.EB_FULL), a.lingering(1))
 
 
 def endless_text(a: Attacker) -> None:

@@ -34,8 +34,8 @@ from typing import Any
 import errand_boy
 from bench.attacks import ATTACKS, Attacker, parent_of, pids, uid_of
 from bench.stress import pss_kib, zombies
-from errand_boy import _status
-from errand_boy._address import Address
+from errand_boy._wire import status as _status
+from errand_boy._wire.address import Address
 
 FIRST_HOSTILE, HOSTILE, HONEST = 12001, 8, 12009
 UIDS = range(FIRST_HOSTILE, HONEST + 1)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import errand_boy
-from errand_boy._jobs import Output
+from errand_boy._jobs.blocking import Output
 
 MEGABYTE = 10**6
 
@@ -38,7 +38,7 @@ def by_pipe(size: int, directory: Path) -> float:
     return time.perf_counter() - begun
 
 
-def by_job(client: errand_boy._client.Client, size: int, follower: str) -> float:
+def by_job(client: errand_boy._client.client.Client, size: int, follower: str) -> float:
     """Return the same for a job; `follower`: "none", "stopped", or one who "reads"."""
     begun = time.perf_counter()
     job = client.start(command(size))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import errand_boy
-from errand_boy._helper import HelperManager, launcher, runner
+from errand_boy._process.helper import HelperManager, launcher, runner
 
 WARM_UP = 300
 REPORTS = 10

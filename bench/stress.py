@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import errand_boy
-from errand_boy import _status
-from errand_boy._address import Address
+from errand_boy._wire import status as _status
+from errand_boy._wire.address import Address
 
 COUNTS = struct.Struct("<4Q")  # begun, ended well, told that a helper died, failed otherwise
 HELPER_EVERY = 1.0  # seconds

@@ -29,10 +29,10 @@ from subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _ways
-from errand_boy._functions import NAMES, rebind
-from errand_boy._popen import Popen
-from errand_boy._ways import helper_pid, start, stop
+from errand_boy._process import way as _way
+from errand_boy._process.functions import NAMES, rebind
+from errand_boy._process.popen import Popen
+from errand_boy._process.way import helper_pid, start, stop
 from errand_boy.errors import (
     ErrandBoyError,
     HelperDiedError,
@@ -51,16 +51,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
     from typing import Any
 
-    from errand_boy._client import Client
-    from errand_boy._executor import Executor
-    from errand_boy._job import Command
-    from errand_boy._jobs import Job, JobResult, Missed, Output
-    from errand_boy._map_signatures import Map
-    from errand_boy._option_types import Limits, Options
-    from errand_boy._policy import Retries
-    from errand_boy._preexec import chain
-    from errand_boy._result import Result
-    from errand_boy._signatures import Call, CheckOutput, Run
+    from errand_boy._client.client import Client
+    from errand_boy._client.executor import Executor
+    from errand_boy._jobs.blocking import Job, JobResult, Missed, Output
+    from errand_boy._map.command import Command
+    from errand_boy._map.policy import Retries
+    from errand_boy._map.result import Result
+    from errand_boy._map.signatures import Map
+    from errand_boy._options.names import Limits, Options
+    from errand_boy._options.preexec import chain
+    from errand_boy._types.signatures import Call, CheckOutput, Run
     from errand_boy.sandbox import Sandbox
 
     def _overloaded(
@@ -92,7 +92,7 @@ def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None 
       `peer_uid`. Without `peer_uid`, the listener at a default path must be this user or root; at
       a path that you name, here or in ``$ERRAND_BOY_SOCKET``, any listener is trusted.
     """
-    from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
+    from errand_boy._client import client as _client  # noqa: PLC0415  only those who need it pay
 
     return _client.connect(path, peer_uid=peer_uid)
 
@@ -152,9 +152,9 @@ def map(commands: Iterable[Command | None], **options: Any) -> Generator[Result,
     Raises HelperError if there is no helper; with a daemon, NoDaemonError and RefusedError;
     with `on`, ConnectionError.
     """
-    from errand_boy import _map  # noqa: PLC0415
+    from errand_boy._map import map as _map  # noqa: PLC0415
 
-    return _map.map(commands, client=_ways.daemon, **options)
+    return _map.map(commands, client=_way.daemon, **options)
 
 
 def patch() -> None:
@@ -183,20 +183,20 @@ def unpatch() -> None:
 
 
 _LATER = {
-    "Executor": "errand_boy._executor",
-    "Job": "errand_boy._jobs",
-    "JobResult": "errand_boy._jobs",
-    "Limits": "errand_boy._option_types",
-    "Missed": "errand_boy._jobs",
-    "Options": "errand_boy._option_types",
-    "Output": "errand_boy._jobs",
-    "Result": "errand_boy._result",
-    "Retries": "errand_boy._policy",
-    "chain": "errand_boy._preexec",
+    "Executor": "errand_boy._client.executor",
+    "Job": "errand_boy._jobs.blocking",
+    "JobResult": "errand_boy._jobs.blocking",
+    "Limits": "errand_boy._options.names",
+    "Missed": "errand_boy._jobs.blocking",
+    "Options": "errand_boy._options.names",
+    "Output": "errand_boy._jobs.blocking",
+    "Result": "errand_boy._map.result",
+    "Retries": "errand_boy._map.policy",
+    "chain": "errand_boy._options.preexec",
     "Sandbox": "errand_boy.sandbox",
 }
 
-_ways.daemon = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None
+_way.daemon = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None
 
 if TYPE_CHECKING:
     run: Run
@@ -212,9 +212,9 @@ else:
             return getattr(import_module(_LATER[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    if _ways.daemon is not None:
-        Popen = _ways.daemon.Popen
-        globals().update((name, getattr(_ways.daemon, name)) for name in NAMES)
+    if _way.daemon is not None:
+        Popen = _way.daemon.Popen
+        globals().update((name, getattr(_way.daemon, name)) for name in NAMES)
     else:
         globals().update(rebind(Popen))
 

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator, Mapping
 
 import errand_boy
-from errand_boy import _address, _cgroups, _direct, _native, _status, _ways, sandbox
+from errand_boy import _native, sandbox
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
+from errand_boy._process import cgroups, direct as _direct, way as _way
+from errand_boy._wire import address as _address, status as _status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,10 +64,10 @@ def examine(socket: str | None = None) -> dict[str, Any]:
     before = os.environ.get("ERRAND_BOY_SPAWN")
     plain = _try({})  # first, since only a start reveals a filter
     try:
-        way = _ways.way(False)
+        way = _way.way(False)
     except (OSError, ValueError) as error:
         way = f"none: {_text(error)}"
-    why = _ways.reason()
+    why = _way.reason()
     options = {name: _try(given) for name, given in _OPTIONS.items()}
     ways = {name: _measured(_using(name)) for name in _WAYS}
     assert os.environ.get("ERRAND_BOY_SPAWN") == before
@@ -106,7 +108,7 @@ def _system() -> dict[str, Any]:
         "close_range": bool(lib.eb_direct_works()),
         "seccomp_filters": _number(status.get("Seccomp_filters", status.get("Seccomp", "0"))),
         "no_new_privs": status.get("NoNewPrivs") == "1",
-        "cgroup": _cgroups.directory(),
+        "cgroup": cgroups.directory(),
         "landlock": max(0, version),
         "landlock_lacks": list(sandbox.missing(max(0, version))),
     }
@@ -133,7 +135,7 @@ def _try(options: Mapping[str, Any], run: Any = None) -> dict[str, Any]:
 
 
 # run() in this process, even if ERRAND_BOY_SOCKET names a daemon.
-_run = errand_boy._functions.rebind(errand_boy._popen.Popen)["run"]
+_run = errand_boy._process.functions.rebind(errand_boy._process.popen.Popen)["run"]
 
 
 def _raises(function: Any) -> str | None:
@@ -177,9 +179,9 @@ def _measured(way: contextlib.AbstractContextManager[None], run: Any = None) -> 
 def _helper_program() -> dict[str, Any]:
     if _direct.WITHOUT_C is not None:
         return {"path": None, "executable": False}
-    from errand_boy import _helper  # noqa: PLC0415  it can't be imported there
+    from errand_boy._process import helper  # noqa: PLC0415  it can't be imported there
 
-    path = os.environ.get("ERRAND_BOY_HELPER") or _helper._EXECUTABLE
+    path = os.environ.get("ERRAND_BOY_HELPER") or helper._EXECUTABLE
     return {"path": path, "executable": os.access(path, os.X_OK)}
 
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
-from errand_boy import _start, _ways
 from errand_boy._native import lib
+from errand_boy._process import start as _start, way
 from errand_boy.terminal import Pty, open_pair
 
 
 class _Child:
-    """The process object of a start, see _start.begin."""
+    """The process object of a start: see begin in _process/start.py."""
 
     pid = 0
     _child_created = False
@@ -91,7 +91,7 @@ def spawn(original: Any, argv: Any, *args: Any, **kwargs: Any) -> Any:
 
 def can_start() -> bool:
     """Return whether `start` can start children of this process on this system."""
-    return bool(lib.EB_HAVE_RAW) and _ways.way(False) != "subprocess"
+    return bool(lib.EB_HAVE_RAW) and way.way(False) != "subprocess"
 
 
 def _no_original(*_: Any) -> None:

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from errand_boy import _child, _popen, _start
+from errand_boy._process import child, popen, start
 
 _originals: dict[tuple[Any, str], Any] = {}  # a class's own member, or None if inherited
 _lock = threading.RLock()  # of that, and of those members
@@ -55,23 +55,23 @@ def _replace(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 def _patch_stdlib() -> None:
     # eventlet loads copies of the module, and replaces the original class by a subclass of a copy's
     # class. Other modules may have imported any of them.
-    for owner in {_popen._Base, subprocess.Popen, *object.__subclasses__()}:
+    for owner in {popen._Base, subprocess.Popen, *object.__subclasses__()}:
         if (owner.__module__, owner.__name__) == ("subprocess", "Popen"):
             _patch_class(owner, _execute_child)
 
 
 def _execute_child(original: Callable[..., None], process: Any, *args: Any) -> None:
-    if isinstance(process, _popen.Popen):  # our own class, which forks for a preexec_fn
+    if isinstance(process, popen.Popen):  # our own class, which forks for a preexec_fn
         original(process, *args)
     else:
-        _start.execute(process, args, original)
+        start.execute(process, args, original)
 
 
 def _patch_class(owner: type, execute_child: Callable[..., None]) -> None:
     _replace(owner, "_execute_child", _with_original(execute_child))
-    _replace(owner, "_internal_poll", _with_original(_child.internal_poll))
-    _replace(owner, "_wait", _with_original(_child.wait))
-    _replace(owner, "send_signal", _with_original(_child.send_signal))
+    _replace(owner, "_internal_poll", _with_original(child.internal_poll))
+    _replace(owner, "_wait", _with_original(child.wait))
+    _replace(owner, "send_signal", _with_original(child.send_signal))
 
 
 def _with_original(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ def _patch_gevent(module: ModuleType) -> None:
 
 
 async def _make_subprocess_transport(loop: Any, *args: Any, **kwargs: Any) -> Any:
-    from errand_boy._asyncio_transport import make_transport  # noqa: PLC0415
+    from errand_boy._asyncio.transport import make_transport  # noqa: PLC0415
 
     return await make_transport(loop, *args, **kwargs)
 

@@ -15,8 +15,10 @@ from asyncio.subprocess import DEVNULL, PIPE, STDOUT, SubprocessStreamProtocol
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from errand_boy import _asyncio_transport, _child, _spool
-from errand_boy._asyncio_transport import Deferred
+from errand_boy import _spool
+from errand_boy._asyncio import transport as _transport
+from errand_boy._asyncio.transport import Deferred
+from errand_boy._process import child as _child
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,15 +26,16 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from errand_boy import _client, _map
-    from errand_boy._asyncio_jobs import Job
-    from errand_boy._batch import Batch
-    from errand_boy._ends import Stop
-    from errand_boy._job import Command
-    from errand_boy._map_signatures import Map
-    from errand_boy._parameters import ExecParameters, File, StrOrPath
-    from errand_boy._result import Result
-    from errand_boy._signatures import AsyncRun
+    from errand_boy._client import client as _client
+    from errand_boy._jobs.aio import Job
+    from errand_boy._map import map as _map
+    from errand_boy._map.batch import Batch
+    from errand_boy._map.command import Command
+    from errand_boy._map.result import Result
+    from errand_boy._map.signatures import Map
+    from errand_boy._options.ends import Stop
+    from errand_boy._types.parameters import ExecParameters, File, StrOrPath
+    from errand_boy._types.signatures import AsyncRun
     from errand_boy.terminal import Terminal
 
 __all__ = [
@@ -148,7 +151,7 @@ class _Functions:
     ) -> Process:
         loop = asyncio.get_running_loop()
         protocol = SubprocessStreamProtocol(limit=limit, loop=loop)
-        transport = await _asyncio_transport.make_transport(
+        transport = await _transport.make_transport(
             loop, protocol, args, shell, stdin, stdout, stderr, 0, popen=self.popen, **options
         )
         process = Process(transport, protocol, loop)
@@ -286,7 +289,7 @@ class _Functions:
         Commands are started only while the iterator is awaited. If you leave it early, close it
         (``contextlib.aclosing``), which ends the running commands.
         """
-        from errand_boy import _map  # noqa: PLC0415  only those who need it pay for it
+        from errand_boy._map import map as _map  # noqa: PLC0415  only those who need it pay for it
 
         results = _drive(_map.make(commands, self.daemon, **options), check)
         place = _map.shown(commands) if progress else None
@@ -333,18 +336,18 @@ class Client(_Functions):
         The options are those of errand_boy's Client.start. If the call is cancelled, the command is
         not started, or is killed.
         """
-        from errand_boy import _asyncio_jobs  # noqa: PLC0415  only those who need it pay for it
+        from errand_boy._jobs import aio as _aio  # noqa: PLC0415  only those who need it pay for it
 
-        return await _asyncio_jobs.start(self._client, args, name, **options)
+        return await _aio.start(self._client, args, name, **options)
 
     async def job(self, job: str | int, *, uid: int | None = None) -> Job:
         """Return the job of this number, or the newest of this name. `uid`: of another user.
 
         Raises NoJobError, NoDaemonError and JobError.
         """
-        from errand_boy import _asyncio_jobs  # noqa: PLC0415  only those who need it pay for it
+        from errand_boy._jobs import aio as _aio  # noqa: PLC0415  only those who need it pay for it
 
-        return await _asyncio_jobs.find(self._client, job, uid)
+        return await _aio.find(self._client, job, uid)
 
     async def jobs(self, all: bool = False, *, uid: int | str | None = None) -> list[Job]:
         """Return the running jobs; if `all`, also those that are over and kept.
@@ -352,9 +355,9 @@ class Client(_Functions):
         `uid`: another user, or "all" for the jobs of all users, which only root and the daemon's
         own user may see. Raises NoDaemonError and JobError.
         """
-        from errand_boy import _asyncio_jobs  # noqa: PLC0415  only those who need it pay for it
+        from errand_boy._jobs import aio as _aio  # noqa: PLC0415  only those who need it pay for it
 
-        return await _asyncio_jobs.find_all(self._client, all, uid)
+        return await _aio.find_all(self._client, all, uid)
 
     def __repr__(self) -> str:
         return f"<errand_boy asyncio client of {self.path}>"
@@ -362,7 +365,7 @@ class Client(_Functions):
 
 def connect(path: str | os.PathLike[str] | None = None, *, peer_uid: int | None = None) -> Client:
     """Return an asyncio client of the daemon at `path`; see errand_boy.connect."""
-    from errand_boy import _client  # noqa: PLC0415  only those who need it pay for it
+    from errand_boy._client import client as _client  # noqa: PLC0415  only those who need it pay
 
     return Client(_client.connect(path, peer_uid=peer_uid))
 

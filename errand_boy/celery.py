@@ -33,15 +33,17 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded, TimeLimitExceeded
 from celery.worker.request import Request as _TaskRequest
 from celery.worker.state import revoked
 
-from errand_boy import _ends, _helper, _native, _request
-from errand_boy._cluster import TASK, Cluster
-from errand_boy._map import with_bar
+from errand_boy import _native
+from errand_boy._map.celery_runner import TASK, Cluster
+from errand_boy._map.map import with_bar
 from errand_boy._native import lib
-from errand_boy._request import Request
+from errand_boy._options import ends as _ends, request as _request
+from errand_boy._options.request import Request
+from errand_boy._process import helper as _helper
+from errand_boy._process.streamed import CancelledError, StreamedCommand, tracker, verdict
 from errand_boy._spool import Spool
-from errand_boy._stream import Ended
-from errand_boy._streamed import CancelledError, StreamedCommand, tracker, verdict
-from errand_boy._wire import Failed
+from errand_boy._wire.frames import Failed
+from errand_boy._wire.stream import Ended
 from errand_boy.errors import HelperDiedError, HelperError
 
 __all__ = ["Cluster", "Outcome", "map", "run_command"]
@@ -49,7 +51,7 @@ __all__ = ["Cluster", "Outcome", "map", "run_command"]
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from errand_boy._celery_types import Task, TaskParameters
+    from errand_boy._types.celery import Task, TaskParameters
 
 Command: TypeAlias = "Sequence[str] | str | Mapping[str, Any]"
 

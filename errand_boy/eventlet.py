@@ -26,9 +26,9 @@ from eventlet.green.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _child, _driver, _start
-from errand_boy._functions import parameters, rebind
-from errand_boy._popen import WithEnds, WithTerminal, WithVerdict
+from errand_boy._process import child as _child, driver as _driver, start as _start
+from errand_boy._process.functions import parameters, rebind
+from errand_boy._process.popen import WithEnds, WithTerminal, WithVerdict
 
 __all__ = [
     "DEVNULL",
@@ -109,8 +109,8 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
 
 
 if TYPE_CHECKING:  # the functions are called in the same way
-    from errand_boy._popen import Popen
-    from errand_boy._signatures import Call, CheckOutput, Run
+    from errand_boy._process.popen import Popen
+    from errand_boy._types.signatures import Call, CheckOutput, Run
 
     call: Call
     check_call: Call

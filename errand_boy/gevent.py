@@ -31,11 +31,12 @@ from gevent.subprocess import (
     list2cmdline,
 )
 
-from errand_boy import _child, _driver, _native, _start, _stop
-from errand_boy._child import HelperChild, helper_child
+from errand_boy import _native
 from errand_boy._descriptors import duplicate
-from errand_boy._functions import parameters, rebind
-from errand_boy._popen import WithEnds, WithTerminal, WithVerdict
+from errand_boy._process import child as _child, driver as _driver, start as _start, stop as _stop
+from errand_boy._process.child import HelperChild, helper_child
+from errand_boy._process.functions import parameters, rebind
+from errand_boy._process.popen import WithEnds, WithTerminal, WithVerdict
 
 __all__ = [
     "DEVNULL",
@@ -113,8 +114,8 @@ class _Popen(WithEnds, WithTerminal, WithVerdict, _Base):  # type: ignore[misc] 
 
 
 if TYPE_CHECKING:  # the functions are called in the same way
-    from errand_boy._popen import Popen
-    from errand_boy._signatures import Call, CheckOutput, Run
+    from errand_boy._process.popen import Popen
+    from errand_boy._types.signatures import Call, CheckOutput, Run
 
     call: Call
     check_call: Call

@@ -16,16 +16,17 @@ import ptyprocess
 from ptyprocess import PtyProcessError
 from ptyprocess.util import which
 
-from errand_boy import _forkpty, _preexec, _start
-from errand_boy._preexec import chain
+from errand_boy import _forkpty
+from errand_boy._options import preexec as _preexec
+from errand_boy._options.preexec import chain
+from errand_boy._process import start as _start
 from errand_boy.terminal import Pty
 
 __all__ = ["PtyProcess", "PtyProcessError", "PtyProcessUnicode"]
 
 
 if TYPE_CHECKING:
-    from errand_boy._ptyprocess_types import PtyProcess as _Bytes
-    from errand_boy._ptyprocess_types import PtyProcessUnicode as _Text
+    from errand_boy._types.ptyprocess import PtyProcess as _Bytes, PtyProcessUnicode as _Text
 else:
     _Bytes, _Text = ptyprocess.PtyProcess, ptyprocess.PtyProcessUnicode
 

@@ -14,7 +14,9 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from errand_boy import _job, _request, _start
+from errand_boy._map import command as _command
+from errand_boy._options import request as _request
+from errand_boy._process import start as _start
 
 __all__ = ["FakeCommands", "UnexpectedCommandError", "fake_commands"]
 
@@ -123,7 +125,7 @@ def fake_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[F
     fakes = FakeCommands(directory)
     begin: Callable[..., Any] = _start.begin
     arguments: Callable[..., list[Any]] = _request.arguments
-    make: Callable[..., Any] = _job.Jobs.make
+    make: Callable[..., Any] = _command.Jobs.make
 
     def begin_fake(process: Any, given: tuple[Any, ...], *rest: Any) -> Any:
         fake = fakes._instead_of(given[0], given[_SHELL])
@@ -148,7 +150,7 @@ def fake_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[F
 
     monkeypatch.setattr(_start, "begin", begin_fake)
     monkeypatch.setattr(_request, "arguments", fake_arguments)
-    monkeypatch.setattr(_job.Jobs, "make", make_fake)
+    monkeypatch.setattr(_command.Jobs, "make", make_fake)
     yield fakes
 
 

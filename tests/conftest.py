@@ -60,11 +60,12 @@ import subprocess as stdlib
 import sys, threading, time, warnings
 subprocess = importlib.import_module(sys.argv[1].partition("-")[0])
 if sys.argv[1].endswith("-helper"):
-    importlib.import_module("errand_boy._ways")._helper_is_asked_for = True
+    importlib.import_module("errand_boy._process.way")._helper_is_asked_for = True
 helped = sys.argv[1].endswith("-helper") or "ERRAND_BOY_SPAWN" in os.environ
 start = getattr(subprocess, "start", lambda: None) if helped else lambda: None
 if helped:
-    importlib.import_module("errand_boy._helper")  # other users may not be able to read the library
+    # Now: other users may not be able to read the library.
+    importlib.import_module("errand_boy._process.helper")
 helper_pid = getattr(subprocess, "helper_pid", lambda: None)
 stdlib._USE_POSIX_SPAWN = False
 libc = ctypes.CDLL(None, use_errno=True)

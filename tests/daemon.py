@@ -18,10 +18,10 @@ import wire
 from conftest import PATIENCE, script_environment
 from wire import OWN_GROUP
 
-from errand_boy import _status
-from errand_boy._address import Address
-from errand_boy._connection import Connection
-from errand_boy._wire import Exited, Spawned
+from errand_boy._wire import status as _status
+from errand_boy._wire.address import Address
+from errand_boy._wire.connection import Connection
+from errand_boy._wire.frames import Exited, Spawned
 
 
 class Daemon:

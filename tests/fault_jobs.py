@@ -28,8 +28,8 @@ from jobs import files
 from wire import HELPER
 
 import errand_boy
-from errand_boy._client import Client
-from errand_boy._jobs import Job, Missed, Output
+from errand_boy._client.client import Client
+from errand_boy._jobs.blocking import Job, Missed, Output
 
 ERRORS = "ENOSPC", "EIO", "ENOMEM", "EMFILE", "EINTR"
 MOST = 3  # of the calls of one name, about

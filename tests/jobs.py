@@ -14,8 +14,8 @@ from conftest import PATIENCE, has_ended, until
 from daemon import Daemon, started_daemon
 
 import errand_boy
-from errand_boy._client import Client
-from errand_boy._jobs import Job, Output
+from errand_boy._client.client import Client
+from errand_boy._jobs.blocking import Job, Output
 
 
 @contextmanager

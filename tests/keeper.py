@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from conftest import PATIENCE, until
 from wire import HELPER, Client, Exited, Spawned, frame, option, pair, request, u32
 
-from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy._wire import frames as _frames
 
 HEADER = struct.Struct("<8sII")
 STATE = struct.Struct("<5Q")
@@ -91,7 +91,7 @@ class Visitor(Client):
         while kind == lib.EB_CREDIT:
             kind, payload = self.frame()
         if kind == lib.EB_EXITED:
-            status, *usage = _wire.EXITED.unpack(payload[: _wire.EXITED.size])
+            status, *usage = _frames.EXITED.unpack(payload[: _frames.EXITED.size])
             return Exited(status, tuple(usage))
         if kind == lib.EB_CAUGHT_UP:
             assert payload == b""
@@ -186,11 +186,11 @@ class Keeper:
         self.clients: list[Visitor] = []
         self._ours: list[int] = []
         self.status: int | None = None
-        self.control.sendall(_wire.OPENING)
+        self.control.sendall(_frames.OPENING)
         if hands_over:
             self.starter = self.hand_over(self.control)
 
-    def hand_over(self, server: socket.socket, opening: bytes = _wire.OPENING) -> Visitor:
+    def hand_over(self, server: socket.socket, opening: bytes = _frames.OPENING) -> Visitor:
         ours, theirs = pair()
         with theirs:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", theirs.fileno()))]
@@ -211,7 +211,7 @@ class Keeper:
     def visitor(self, *frames: bytes) -> Visitor:
         """A later client, which has been greeted."""
         with self.dial() as server:
-            server.sendall(_wire.OPENING)
+            server.sendall(_frames.OPENING)
             client = self.hand_over(server)
         assert client.frame() == HELLO
         for data in frames:

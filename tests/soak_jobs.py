@@ -25,8 +25,8 @@ from daemon import Daemon, started_daemon
 from jobs import files, keepers
 
 import errand_boy
-from errand_boy._client import Client
-from errand_boy._jobs import Job, Missed, Output
+from errand_boy._client.client import Client
+from errand_boy._jobs.blocking import Job, Missed, Output
 
 T = TypeVar("T")
 

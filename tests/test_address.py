@@ -16,7 +16,7 @@ from conftest import PATIENCE, run_script, script_environment, started_script
 from daemon import started_daemon
 
 import errand_boy
-from errand_boy import _address
+from errand_boy._wire import address
 from errand_boy.errors import RefusedError
 
 
@@ -28,27 +28,27 @@ def unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_default_path(unnamed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, own = "/run/errand-boy.sock", str(tmp_path / "errand-boy.sock")
-    assert _address.default_path() == machine
+    assert address.default_path() == machine
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert _address.default_path() == _address.default_path(classic=True) == own
-    found = _address.find()
+    assert address.default_path() == address.default_path(classic=True) == own
+    found = address.find()
     assert (found.path, found.is_default) == (machine if os.path.exists(machine) else own, True)
     (tmp_path / "errand-boy.sock").touch()
-    assert _address.find().path == own
+    assert address.find().path == own
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/none")
-    assert _address.default_path() == machine
+    assert address.default_path() == machine
     monkeypatch.setenv("ERRAND_BOY_SOCKET", "/a/path")
-    assert _address.default_path() == "/a/path"
-    found = _address.find()
+    assert address.default_path() == "/a/path"
+    found = address.find()
     assert (found.path, found.is_default) == ("/a/path", False)
-    assert _address.find("/other").path == "/other"
+    assert address.find("/other").path == "/other"
 
 
 @pytest.mark.root
 def test_default_path_of_another_user(unnamed: None, public_dir: Path) -> None:
     """Another user's $XDG_RUNTIME_DIR is skipped; only the classic module uses /tmp."""
     source = """
-        from errand_boy import _address
+        from errand_boy._wire import address as _address
         os.environ.update(XDG_RUNTIME_DIR=sys.argv[2], TMPDIR=sys.argv[2])
         os.setuid(65534)
         report([_address.default_path(), _address.default_path(classic=True)])
@@ -96,7 +96,7 @@ def impostor(path: Path) -> Iterator[Callable[[], int]]:
 ASK = """
 import asyncio
 import errand_boy
-import errand_boy.asyncio, errand_boy._map, errand_boy._status, errand_boy._cli.args
+import errand_boy.asyncio, errand_boy._map.map, errand_boy._wire.status, errand_boy._cli.args
 import errand_boy._cli.run, errand_boy.transports.unixsocket
 os.environ.update(json.loads(sys.argv[3]))
 os.environ.pop("ERRAND_BOY_SOCKET", None)

@@ -30,8 +30,9 @@ from guard import Guard
 
 import errand_boy
 import errand_boy.asyncio as ours
-from errand_boy import _asyncio_loop, _asyncio_transport, _helper, _start
+from errand_boy._asyncio import loop as _loop, transport as _transport
 from errand_boy._native import lib
+from errand_boy._process import helper as _helper, start as _start
 
 T = TypeVar("T")
 
@@ -343,7 +344,7 @@ def test_raw_protocol(run: Runner, spawn: str, unchanged: None) -> None:
     over = asyncio.Event()
 
     async def main() -> None:
-        transport = await _asyncio_transport.make_transport(
+        transport = await _transport.make_transport(
             asyncio.get_running_loop(), Protocol(), ["echo", "a"], False, None, ours.PIPE, None, 0
         )
         assert transport.get_extra_info("subprocess").pid == transport.get_pid()
@@ -371,7 +372,7 @@ def test_each_protocol_is_called_in_the_context_of_its_start(run: Runner, spawn:
     async def main() -> None:
         async def one(number: int) -> None:
             start.set(number)
-            make = _asyncio_transport.make_transport
+            make = _transport.make_transport
             loop = asyncio.get_running_loop()
             transport = await make(loop, Protocol(number), ["true"], False, None, None, None, 0)
             await transport._wait()
@@ -393,7 +394,7 @@ def test_without_epoll(run: Runner, spawn: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_descriptor_that_is_watched_is_closed(run: Runner) -> None:
     async def main() -> None:
-        readers = _asyncio_loop.readers_of(asyncio.get_running_loop())
+        readers = _loop.readers_of(asyncio.get_running_loop())
         for _ in range(2):  # the number is given anew
             reader, writer = os.pipe()
             readers.add_reader(reader, lambda: None)
@@ -440,7 +441,7 @@ def test_cancelled_in_a_slow_exec(run: Runner, tmp_path: Path, unchanged: None) 
         with pytest.raises(asyncio.CancelledError):
             await start
         guard.release()
-        while _asyncio_transport._cancelled_starts:
+        while _transport._cancelled_starts:
             await ticks(1)
         os.close(reader)
 
@@ -586,13 +587,13 @@ def test_loop_closed_before_pipes_are_connected(
     run: Runner, spawn: str, unchanged: None, monkeypatch: pytest.MonkeyPatch, output: int | None
 ) -> None:
     loop = run.new_loop()
-    make = _asyncio_transport._Transport.__init__
+    make = _transport._Transport.__init__
 
     def make_and_stop(*args: Any) -> None:
         make(*args)
         loop.stop()
 
-    monkeypatch.setattr(_asyncio_transport._Transport, "__init__", make_and_stop)
+    monkeypatch.setattr(_transport._Transport, "__init__", make_and_stop)
     with warnings.catch_warnings(record=True) as kept:
         warnings.simplefilter("always")
         start = loop.create_task(ours.create_subprocess_exec("sleep", "60", stdout=output))

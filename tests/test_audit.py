@@ -15,10 +15,10 @@ from conftest import PATIENCE, run_script
 from daemon import Daemon, started_daemon
 
 import errand_boy
-from errand_boy import _wire
 from errand_boy._daemon.audit import Audit, Ended
 from errand_boy._daemon.peer import Peer
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 
 def lines(daemon: Daemon, count: int) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def test_nothing_is_logged_unless_asked(tmp_path: Path) -> None:
 def test_line_names_who_asked(public_dir: Path) -> None:
     options = ("--log-commands=json", "--log-format=json", "--allow-uid=65534")
     source = """
-        import errand_boy._client  # the other user may not be able to read the library
+        import errand_boy._client.client  # the other user may not be able to read the library
         os.setgid(65534)
         os.setuid(65534)
         report([os.getpid(), subprocess.connect(sys.argv[2]).call(["true"])])
@@ -180,4 +180,4 @@ def test_nonsense_of_a_helper(bad: dict[str, int]) -> None:
         ended("true", **bad)
     with pytest.raises(struct.error):
         Ended(bytes(60))
-    assert _wire.stage_name(lib.EB_STAGE_EXEC) == "exec"
+    assert frames.stage_name(lib.EB_STAGE_EXEC) == "exec"

@@ -23,9 +23,9 @@ from daemon import Daemon, started_daemon
 from wire import spawned
 
 import errand_boy
-from errand_boy import _wire
-from errand_boy._address import Address
-from errand_boy._client import Client, _Idle
+from errand_boy._client.client import Client, _Idle
+from errand_boy._wire import frames
+from errand_boy._wire.address import Address
 from errand_boy.errors import HelperDiedError, NoDaemonError
 from errand_boy.transports.unixsocket import UNIXSocketTransport
 
@@ -274,7 +274,7 @@ def test_helper_that_ends_before_it_reads_of_a_timeout(started: bool) -> None:
     thread.start()
     assert theirs.recv(1 << 16, 0 if started else socket.MSG_PEEK)
     if started:
-        theirs.sendall(_wire.HELLO + spawned())
+        theirs.sendall(frames.HELLO + spawned())
         assert theirs.recv(1, socket.MSG_PEEK)  # it is to be killed
     theirs.close()
     thread.join()

@@ -35,8 +35,7 @@ from celery_app import make_app
 from kombu.message import Message
 
 import errand_boy
-from errand_boy.celery import map as cluster_map
-from errand_boy.celery import run_command
+from errand_boy.celery import map as cluster_map, run_command
 
 POOLS = ("prefork", "threads", "gevent", "eventlet")
 COMMANDS = 1000

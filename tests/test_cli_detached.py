@@ -25,7 +25,7 @@ from jobs import await_output, kill_keeper
 
 import errand_boy
 from errand_boy._cli.attach import DetachKeys
-from errand_boy._modes import Modes, Past
+from errand_boy._jobs.modes import Modes, Past
 from errand_boy.terminal import wait_for
 
 errand: Any = errand_boy

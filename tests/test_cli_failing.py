@@ -27,7 +27,7 @@ from conftest import PATIENCE, find_program, until
 from errand_boy import Result
 from errand_boy._cli import throttle
 from errand_boy._cli.report import Report
-from errand_boy._progress import Tally
+from errand_boy._map.progress import Tally
 
 MAP = [sys.executable, "-m", "errand_boy", "map"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

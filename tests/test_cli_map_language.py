@@ -21,11 +21,10 @@ import pytest
 from conftest import PATIENCE, until
 from daemon import started_daemon
 
-from errand_boy._batch import NOT_NOW
-from errand_boy._cli import inputs, jobs, packing, pipe
-from errand_boy._cli import map as cli_map
+from errand_boy._cli import inputs, jobs, map as cli_map, packing, pipe
 from errand_boy._cli.parsing import UsageError
 from errand_boy._cli.template import Template, split
+from errand_boy._map.batch import NOT_NOW
 
 MAP = [sys.executable, "-m", "errand_boy", "map"]
 

@@ -22,11 +22,11 @@ from daemon import Daemon, started_daemon
 from wire import NOT_FOUND, USAGE, exited, spawned
 
 import errand_boy
-from errand_boy import _wire
-from errand_boy._client import Client
-from errand_boy._connection import Connection
+from errand_boy._client.client import Client
 from errand_boy._native import lib
-from errand_boy._wire import Exited, Failed, Spawned
+from errand_boy._wire import frames
+from errand_boy._wire.connection import Connection
+from errand_boy._wire.frames import Exited, Failed, Spawned
 from errand_boy.errors import HelperDiedError, NoDaemonError, ProtocolError
 
 
@@ -483,7 +483,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
 def test_refused_to_another_user(public_dir: Path) -> None:
     with started_daemon(public_dir) as daemon:
         source = """
-            import errand_boy._client  # the other user may not be able to read the library
+            import errand_boy._client.client  # the other user may not be able to read the library
             os.setgid(65534)
             os.setuid(65534)
             seen = []
@@ -672,7 +672,7 @@ print(json.dumps([codes, [len(job.value.stdout) for job in jobs]]))
 
 # -- what comes over a connection --
 
-REPLIES = _wire.HELLO + spawned() + exited(9) + NOT_FOUND
+REPLIES = frames.HELLO + spawned() + exited(9) + NOT_FOUND
 
 
 @pytest.fixture
@@ -711,7 +711,7 @@ def test_replies_in_portions(ends: tuple[socket.socket, Connection], portion: in
     expect_replies(connection)
 
 
-@pytest.mark.parametrize("counted", [0, len(_wire.HELLO)])
+@pytest.mark.parametrize("counted", [0, len(frames.HELLO)])
 def test_replies_received_by_what_was_interrupted(
     ends: tuple[socket.socket, Connection], counted: int
 ) -> None:
@@ -727,11 +727,11 @@ def test_replies_received_by_what_was_interrupted(
 @pytest.mark.parametrize(
     "reply",
     [
-        _wire.frame(lib.EB_SPAWNED, [bytes(6)]),
-        _wire.frame(lib.EB_EXITED, [bytes(75)]),
-        _wire.frame(200, [b"?"]),
-        _wire.HEADER.pack(508, lib.EB_REFUSED),
-        _wire.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWNED),
+        frames.frame(lib.EB_SPAWNED, [bytes(6)]),
+        frames.frame(lib.EB_EXITED, [bytes(75)]),
+        frames.frame(200, [b"?"]),
+        frames.HEADER.pack(508, lib.EB_REFUSED),
+        frames.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWNED),
     ],
 )
 @pytest.mark.parametrize("interrupted", [False, True])

@@ -212,7 +212,7 @@ async def start():
 async def main():
     first = await start()
     refuse(CLOSE_RANGE, errno.ENOSYS)
-    errand_boy._asyncio_transport._DRIVER.patience_us = 0  # pending, then
+    errand_boy._asyncio.transport._DRIVER.patience_us = 0  # pending, then
     return [first, await start(), await start()]
 report([asyncio.run(main()), len(os.listdir("/proc/self/fd")) - before])
 """
@@ -226,12 +226,12 @@ def test_want_of_memory_is_no_filter(error: str) -> None:
     seen = run_script(
         f"""{REFUSING}
 import errno
-import errand_boy._direct
+import errand_boy._process.direct
 refuse(CLOSE_RANGE, errno.{error})
 try:
     subprocess.run(["true"])
 except OSError as error:
-    report([error.errno == errno.{error}, errand_boy._direct.works()])
+    report([error.errno == errno.{error}, errand_boy._process.direct.works()])
 """
     )
     assert seen == [True, True]

@@ -15,8 +15,9 @@ from daemon import Daemon
 from test_direct import REFUSING
 
 import errand_boy
-from errand_boy import _direct, _doctor
+from errand_boy import _doctor
 from errand_boy._hints import SEE_DOCTOR
+from errand_boy._process import direct
 
 MAIN = """
 import sys
@@ -27,7 +28,7 @@ BLOCKED = f"import ctypes, errno, os\nlibc = ctypes.CDLL(None)\n{REFUSING}\n"
 LANDLOCK_CREATE_RULESET = 444
 IOCTL = 16 if os.uname().machine == "x86_64" else 29
 
-pytestmark = pytest.mark.skipif(not _direct.works(), reason="the system lacks what is needed")
+pytestmark = pytest.mark.skipif(not direct.works(), reason="the system lacks what is needed")
 
 
 def doctor(

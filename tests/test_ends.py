@@ -20,7 +20,8 @@ from conftest import INTERRUPT, find_program, run_script, started_script, until
 from daemon import started_daemon
 
 import errand_boy
-from errand_boy import _ends, _helper
+from errand_boy._options import ends
+from errand_boy._process import helper as _helper
 
 ours: Any = errand_boy  # subprocess's own types know no other options
 
@@ -665,7 +666,7 @@ def test_stop_by_hand() -> None:
     ],
 )
 def test_steps(given: Any, steps: Any) -> None:
-    assert _ends.steps(given) == steps
+    assert ends.steps(given) == steps
 
 
 @pytest.mark.parametrize(

@@ -420,7 +420,7 @@ LIMITED = (
 number = resource.RLIMIT_NPROC
 hard = resource.getrlimit(number)[1]
 subprocess.run(["true"])  # imports everything while it can still be read
-importlib.import_module("errand_boy._helper")
+importlib.import_module("errand_boy._process.helper")
 getattr(subprocess, "stop", lambda: None)()
 os.setgroups([])
 os.setresgid(54321, 54321, 54321)
@@ -455,7 +455,7 @@ AS_NOBODY = (
     DESCRIBE
     + """
 subprocess.run(["true"])  # imports everything while it can still be read
-importlib.import_module("errand_boy._helper")
+importlib.import_module("errand_boy._process.helper")
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)

@@ -22,7 +22,7 @@ import errand_boy
 pytestmark = pytest.mark.usefixtures("by_helper")
 
 ENDED = """
-from errand_boy import _helper as helper
+from errand_boy._process import helper
 
 def ended(pidfd):
     return bool(select.select([pidfd], [], [], 10.0)[0])
@@ -247,7 +247,7 @@ def test_set_user_id_program_after_stop_has_its_rights(used: str, public_dir: Pa
     if os.statvfs(program).f_flag & os.ST_NOSUID:
         pytest.skip("set-user-ID programs do not work in the temporary directory")
     source = """
-import errand_boy._map  # where it is, the others may read nothing
+import errand_boy._map.map  # where it is, the others may read nothing
 
 program, used = sys.argv[2:]
 os.setgroups([])

@@ -45,9 +45,9 @@ from wire import (
 )
 
 import errand_boy
-from errand_boy import _wire
-from errand_boy._connection import Connection
 from errand_boy._native import lib
+from errand_boy._wire import frames
+from errand_boy._wire.connection import Connection
 
 MODES = {
     "private": ["--private"],
@@ -85,7 +85,7 @@ def test_helper_says_its_version_before_it_is_asked(helper: Helper) -> None:
 
 def test_request_may_come_with_the_greeting(helper: Helper) -> None:
     client = helper.unopened()
-    client.send(_wire.OPENING + spawn("/bin/true"))
+    client.send(frames.OPENING + spawn("/bin/true"))
     assert client.frame()[0] == lib.EB_HELLO
     started = client.reply()
     assert isinstance(started, Spawned)
@@ -94,7 +94,7 @@ def test_request_may_come_with_the_greeting(helper: Helper) -> None:
 
 def test_bytes_may_come_one_by_one(helper: Helper) -> None:
     client = helper.unopened()
-    for byte in _wire.OPENING + spawn("/bin/true"):
+    for byte in frames.OPENING + spawn("/bin/true"):
         client.send(bytes([byte]))
     assert client.frame()[0] == lib.EB_HELLO
     started = client.reply()
@@ -123,7 +123,7 @@ def test_all_options_at_once(helper: Helper) -> None:
         "ENV": strings(lib.EB_TAG_ENV, "A=b", "LC_ALL=C"),
         "FDS": option(lib.EB_TAG_FDS, u32(1)),
         "CWD_FD": option(lib.EB_TAG_CWD_FD),
-        "CWD": _wire.string(lib.EB_TAG_CWD, b"usr/lib/.."),
+        "CWD": frames.string(lib.EB_TAG_CWD, b"usr/lib/.."),
         "UMASK": option(lib.EB_TAG_UMASK, u32(0o27)),
         "SIGMASK": option(lib.EB_TAG_SIGMASK, bytes(8)),
         "SIGIGN": option(lib.EB_TAG_SIGIGN, bytes(8)),
@@ -151,7 +151,7 @@ def test_all_options_at_once(helper: Helper) -> None:
         "SIGNALS_DEFAULT": option(lib.EB_TAG_SIGNALS_DEFAULT, bytes(8)),
         "SIGNALS_IGNORED": option(lib.EB_TAG_SIGNALS_IGNORED, b"\4" + bytes(7)),
         "OOM_SCORE_ADJ": option(lib.EB_TAG_OOM_SCORE_ADJ, u32(123)),
-        "ROOT": _wire.string(lib.EB_TAG_ROOT, b".."),
+        "ROOT": frames.string(lib.EB_TAG_ROOT, b".."),
         "CAPABILITIES": option(lib.EB_TAG_CAPABILITIES, b"\0\x20" + bytes(6)),
         "QUEUE": in_queue(1, 1),
     }
@@ -299,7 +299,7 @@ BAD_OPENINGS = {
         f"speaks version {lib.EB_VERSION} of the protocol, not {lib.EB_VERSION + 1}",
     ),
     "longest frame and a byte": (
-        b"\0" + _wire.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_HELLO),
+        b"\0" + frames.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_HELLO),
         "frame of more than",
     ),
 }
@@ -315,20 +315,20 @@ def test_bad_opening_is_refused(case: str, helper: Helper, witness: Client) -> N
 
 
 BAD_FRAMES = {
-    "second HELLO": (_wire.HELLO, "unknown frame kind 1"),
+    "second HELLO": (frames.HELLO, "unknown frame kind 1"),
     "ADOPT on a connection": (frame(lib.EB_ADOPT), "ADOPT is not allowed on this connection"),
     "SIGNAL without a number": (frame(lib.EB_SIGNAL), "SIGNAL with a payload of 0 bytes"),
     "long SIGNAL": (frame(lib.EB_SIGNAL, bytes(9)), "SIGNAL with a payload of 9 bytes"),
     "header of the longest frame and a byte": (
-        _wire.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_SPAWN),
+        frames.HEADER.pack(lib.EB_MAX_FRAME + 1, lib.EB_SPAWN),
         "frame of more than",
     ),
     "header of the longest length there is": (
-        _wire.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWN),
+        frames.HEADER.pack(0xFFFFFFFF, lib.EB_SPAWN),
         "frame of more than",
     ),
     "header alone of a frame that is not for us": (
-        _wire.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_ADOPT),
+        frames.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_ADOPT),
         "ADOPT is not allowed on this connection",
     ),
     **{
@@ -508,7 +508,7 @@ def test_descriptors_with_a_frame_that_takes_none(
     assert f"{count} descriptors that no frame names" in client.refusal()
 
 
-@pytest.mark.parametrize("data", [b"\0", b"\5", _wire.HEADER.pack(9, lib.EB_SPAWN), None])
+@pytest.mark.parametrize("data", [b"\0", b"\5", frames.HEADER.pack(9, lib.EB_SPAWN), None])
 @pytest.mark.parametrize("fds", [0, 253])
 def test_truncated_frame_then_silence_then_close(
     data: bytes | None, fds: int, helper: Helper, witness: Client
@@ -670,7 +670,7 @@ def test_client_sends_no_descriptor_before_the_frame_that_names_it() -> None:
         connection.send(spawn("/bin/true", targets=range(count)), [0] * count)
         connection.close()
         received = 0
-        greeting = len(_wire.OPENING)
+        greeting = len(frames.OPENING)
         while greeting:
             data, fds, *_ = socket.recv_fds(theirs, greeting, lib.EB_MAX_FDS_PER_SEND)
             assert not fds, f"{len(fds)} with {data!r}"

@@ -33,8 +33,8 @@ from wire import (
     streamed,
 )
 
-from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy._wire import frames as _frames
 
 MIB = 1 << 20
 
@@ -130,7 +130,7 @@ def test_command_that_does_not_read_holds_up_its_own_input_only(
 def test_window_is_not_overrun(pool: Pool, witness: Client) -> None:
     client = pool.connect()
     pid = started(client, streamed("/bin/sleep", "100", streams=0b1))
-    client.send(_wire.HEADER.pack(lib.EB_WINDOW + 1, lib.EB_STDIN))
+    client.send(_frames.HEADER.pack(lib.EB_WINDOW + 1, lib.EB_STDIN))
     assert client.refusal() == f"STDIN with a payload of {lib.EB_WINDOW + 1} bytes"
     pool.told((lib.EB_CLOSED, client.id))
     assert gone(pid)
@@ -425,7 +425,7 @@ def test_slow_start_of_a_brief_command(what: str, pool: Pool) -> None:
     client = pool.connect()
     read, write = os.pipe()
     bits = option(lib.EB_TAG_STREAMS, b"\2")
-    fds = _wire.numbers(lib.EB_TAG_FDS, [0])
+    fds = _frames.numbers(lib.EB_TAG_FDS, [0])
     client.send(slow("/bin/cat", options=[bits, COALESCE, OWN_GROUP, fds]), [read])
     os.close(read)
     assert until(lambda: bool(pool.children()))

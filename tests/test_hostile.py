@@ -760,7 +760,8 @@ report([outcome, only_helper_left()])
 def test_commands_of_a_helper_that_holds_many_descriptors(manager: str, run: str) -> None:
     """If a table is too large to copy, a new process gets reserved numbers instead."""
     source = f"""
-from errand_boy import _helper as helper, _wire as protocol
+from errand_boy._process import helper
+from errand_boy._wire import frames as protocol
 from errand_boy._native import lib
 
 start()

@@ -134,7 +134,8 @@ subprocess.stop()
 
 
 SEND = """
-from errand_boy import _connection as connection, _helper as helper, _wire as protocol
+from errand_boy._process import helper
+from errand_boy._wire import connection, frames as protocol
 from errand_boy._native import lib
 
 def strings(tag, *values):

@@ -9,13 +9,39 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "errand_boy"
 MOST_LINES = 600
 
+# From the bottom to the top. The names in one string may import each other, without a circle, and
+# those on the floors below. The strings of one floor know nothing of each other.
+FLOORS = [
+    ["_descriptors _hints _native _orphan _spool _timers errors sandbox terminal"],
+    ["_wire"],
+    ["_options"],
+    ["_types"],
+    ["_process"],
+    ["_map", "_jobs", "_asyncio"],
+    ["_client"],
+    [
+        "errand_boy asyncio celery eventlet gevent patch ptyprocess testing transports "
+        "_doctor _forkpty _patching"
+    ],
+    ["_cli", "_daemon"],
+    ["__main__ __pyinstaller run"],
+]
+PLACES = {
+    name: (floor, room)
+    for floor, rooms in enumerate(FLOORS)
+    for room, names in enumerate(rooms)
+    for name in names.split()
+}
+
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {
+    module_name(path): path for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -63,8 +89,51 @@ def test_a_circle_is_found() -> None:
 
 def test_no_circle_of_imports() -> None:
     graph = {module: imports_of(path) for module, path in MODULES.items()}
-    assert graph["errand_boy._popen"] >= {"errand_boy._child", "errand_boy._start"}
+    assert graph["errand_boy._process.popen"] >= {
+        "errand_boy._process.child",
+        "errand_boy._process.start",
+    }
     assert " -> ".join(circle(graph)) == ""
+
+
+def part(module: str) -> str:
+    """Return the name in FLOORS to which a module belongs."""
+    return [*module.split("."), "errand_boy"][1]
+
+
+def is_allowed(importing: str, imported: str) -> bool:
+    (floor, room), (other_floor, other_room) = PLACES[importing], PLACES[imported]
+    return other_floor < floor or (floor, room) == (other_floor, other_room)
+
+
+def test_imports_from_above_are_found() -> None:
+    assert is_allowed("_process", "_wire") and is_allowed("_jobs", "_jobs")
+    assert is_allowed("patch", "_patching") and is_allowed("_native", "errors")
+    assert not is_allowed("_wire", "_process")
+    assert not is_allowed("_map", "_jobs") and not is_allowed("_jobs", "_map")
+    assert not is_allowed("_client", "errand_boy")
+
+
+def test_imports_go_down() -> None:
+    assert {part(module) for module in MODULES} == PLACES.keys()
+    graph = {module: imports_of(path) for module, path in MODULES.items()}
+    assert [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in sorted(others)
+        if not is_allowed(part(module), part(other))
+    ] == []
+
+
+def test_the_daemon_needs_little() -> None:
+    ground = FLOORS[0][0].split()
+    used = {
+        part(other)
+        for module, path in MODULES.items()
+        if part(module) == "_daemon"
+        for other in imports_of(path)
+    }
+    assert used <= {*ground, "_wire", "_daemon", "errand_boy"}  # the last for the version
 
 
 def test_no_file_is_long() -> None:

@@ -20,8 +20,8 @@ from guard import Guard
 from keeper import HELLO, SUPERVISED, Keeper, follow, job, keeping, shell, text
 from wire import Failed, Spawned, frame, option, pair, u32
 
-from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 ON, QUIET = lib.EB_FOLLOW_ON, lib.EB_FOLLOW_QUIET
 SLEEP = job("/bin/sleep", "100", options=[SUPERVISED])
@@ -45,22 +45,22 @@ def lives(keeper: Keeper) -> bool:
         (b"\0" + frame(lib.EB_FOLLOW, bytes(25)), "the first frame must be HELLO"),
         (b"\0" + frame(lib.EB_HELLO), "the first frame must be HELLO with a version"),
         (b"GET / HTTP/1.1\r\n", "a framed connection starts with a NUL byte"),
-        (_wire.OPENING + SLEEP, "SPAWN is not allowed on this connection"),
-        (_wire.OPENING + frame(lib.EB_ADOPT), "ADOPT is not allowed on this connection"),
-        (_wire.OPENING + frame(lib.EB_NOTIFY, b"a"), "NOTIFY is not allowed on this connection"),
-        (_wire.OPENING + frame(200), "unknown frame kind 200"),
-        (_wire.OPENING + frame(0), "unknown frame kind 0"),
-        (_wire.OPENING + frame(lib.EB_HELLO, u32(1)), "unknown frame kind 1"),
-        (_wire.OPENING + frame(lib.EB_FOLLOW, bytes(24)), "FOLLOW with a payload of 24 bytes"),
-        (_wire.OPENING + frame(lib.EB_SIGNAL, bytes(9)), "SIGNAL with a payload of 9 bytes"),
-        (_wire.OPENING + _wire.HEADER.pack(1 << 31, lib.EB_STDIN), "a frame of more than"),
-        (_wire.OPENING + _wire.HEADER.pack(1 << 20, lib.EB_STDIN), "STDIN with a payload of"),
+        (frames.OPENING + SLEEP, "SPAWN is not allowed on this connection"),
+        (frames.OPENING + frame(lib.EB_ADOPT), "ADOPT is not allowed on this connection"),
+        (frames.OPENING + frame(lib.EB_NOTIFY, b"a"), "NOTIFY is not allowed on this connection"),
+        (frames.OPENING + frame(200), "unknown frame kind 200"),
+        (frames.OPENING + frame(0), "unknown frame kind 0"),
+        (frames.OPENING + frame(lib.EB_HELLO, u32(1)), "unknown frame kind 1"),
+        (frames.OPENING + frame(lib.EB_FOLLOW, bytes(24)), "FOLLOW with a payload of 24 bytes"),
+        (frames.OPENING + frame(lib.EB_SIGNAL, bytes(9)), "SIGNAL with a payload of 9 bytes"),
+        (frames.OPENING + frames.HEADER.pack(1 << 31, lib.EB_STDIN), "a frame of more than"),
+        (frames.OPENING + frames.HEADER.pack(1 << 20, lib.EB_STDIN), "STDIN with a payload of"),
     ],
 )
 def test_garbage(keeper: Keeper, data: bytes, reason: str) -> None:
     keeper.start(SLEEP)
     with keeper.dial() as server:
-        server.sendall(_wire.OPENING)
+        server.sendall(frames.OPENING)
         visitor = keeper.hand_over(server, opening=data)
     assert visitor.frame()[0] == lib.EB_HELLO
     assert reason in visitor.refusal()
@@ -93,7 +93,7 @@ def test_half_a_frame_is_waited_for_so_long(tmp_path: Path) -> None:
         half = keeper.visitor(frame(lib.EB_SIGNAL, bytes(8))[:-1])
         assert half.refusal() == "the rest of a frame has not come in 2000 ms"
         with keeper.dial() as server:
-            server.sendall(_wire.OPENING)
+            server.sendall(frames.OPENING)
             silent = keeper.hand_over(server, opening=b"\0")
         assert silent.frame()[0] == lib.EB_HELLO
         assert silent.refusal() == "the rest of a frame has not come in 2000 ms"
@@ -125,7 +125,7 @@ def test_thousand_connections(keeper: Keeper) -> None:
     clients = []
     for _ in range(1000):
         with keeper.dial() as server:
-            server.sendall(_wire.OPENING)
+            server.sendall(frames.OPENING)
             clients.append(keeper.hand_over(server))
     for client in clients:
         assert client.frame()[0] == lib.EB_HELLO
@@ -146,7 +146,13 @@ def test_thousand_connections(keeper: Keeper) -> None:
 def test_server_that_sends_nothing_sensible(keeper: Keeper) -> None:
     """It is another process of the same user, so it harms only itself."""
     keeper.start(SLEEP)
-    for data in b"\0", b"", b"x" * 100, _wire.OPENING + frame(lib.EB_ADOPT), _wire.OPENING + SLEEP:
+    for data in (
+        b"\0",
+        b"",
+        b"x" * 100,
+        frames.OPENING + frame(lib.EB_ADOPT),
+        frames.OPENING + SLEEP,
+    ):
         with keeper.dial() as server:
             with suppress(BrokenPipeError):
                 server.sendall(data)
@@ -167,7 +173,7 @@ def test_another_user_hands_over_nothing(public_dir: Path) -> None:
         with server, ours:
             with theirs, suppress(BrokenPipeError):
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", theirs.fileno()))]
-                server.sendmsg([_wire.OPENING + frame(lib.EB_ADOPT)], rights)
+                server.sendmsg([frames.OPENING + frame(lib.EB_ADOPT)], rights)
             with suppress(ConnectionResetError):
                 assert ours.recv(1) == b""
         assert lives(keeper)

@@ -25,10 +25,11 @@ from daemon import Daemon, acting_as, started_daemon
 from jobs import files, keeper_of, keepers, keeping_jobs, text
 
 import errand_boy
-from errand_boy import NoJobError, _wire
-from errand_boy._client import Client
-from errand_boy._jobs import Job
+from errand_boy import NoJobError
+from errand_boy._client.client import Client
+from errand_boy._jobs.blocking import Job
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 START, LIST = lib.EB_JOB_START, lib.EB_JOB_LIST
 OPEN, REMOVE = lib.EB_JOB_OPEN, lib.EB_JOB_REMOVE
@@ -47,12 +48,12 @@ def answer(daemon: Daemon, operation: int, request: str) -> dict[str, Any]:
     payload = struct.pack("<IB", lib.EB_VERSION, operation) + request.encode()
     data = b""
     with daemon.socket() as sock:
-        sock.sendall(b"\0" + _wire.frame(lib.EB_JOB, [payload]))
+        sock.sendall(b"\0" + frames.frame(lib.EB_JOB, [payload]))
         while part := sock.recv(1 << 16):
             data += part
-    length, kind = _wire.HEADER.unpack_from(data)
-    assert (length, kind) == (len(data) - _wire.HEADER.size, lib.EB_JOB_REPLY), data
-    reply: dict[str, Any] = json.loads(data[_wire.HEADER.size :])
+    length, kind = frames.HEADER.unpack_from(data)
+    assert (length, kind) == (len(data) - frames.HEADER.size, lib.EB_JOB_REPLY), data
+    reply: dict[str, Any] = json.loads(data[frames.HEADER.size :])
     return reply
 
 
@@ -180,7 +181,7 @@ def opened(daemon: Daemon, job: Job) -> int:
     """Return a descriptor of the output of a job that is over."""
     request = struct.pack("<IB", lib.EB_VERSION, OPEN) + b'{"job": %d}' % job.id
     with daemon.socket() as sock:
-        sock.sendall(b"\0" + _wire.frame(lib.EB_JOB, [request]))
+        sock.sendall(b"\0" + frames.frame(lib.EB_JOB, [request]))
         _, fds, _, _ = socket.recv_fds(sock, 1 << 16, 2)
     (fd,) = fds
     return fd
@@ -233,7 +234,7 @@ def test_who_waits_for_a_stopped_keeper_and_goes_is_forgotten(tmp_path: Path) ->
         before = server.num_fds()
         waiting = [daemon.socket() for _ in range(100)]
         for sock in waiting:
-            sock.sendall(b"\0" + _wire.frame(lib.EB_JOB, [request]))
+            sock.sendall(b"\0" + frames.frame(lib.EB_JOB, [request]))
         until(lambda: server.num_fds() > before + 50)
         assert [found.id for found in client.jobs()] == [job.id]
         for sock in waiting:

@@ -21,10 +21,12 @@ from daemon import Daemon, acting_as
 from jobs import await_output, keeper_of, keeping_jobs, text
 
 import errand_boy
-from errand_boy import JobError, NoJobError, RefusedError, _follow, _wire
-from errand_boy._client import Client
-from errand_boy._jobs import Job
+from errand_boy import JobError, NoJobError, RefusedError
+from errand_boy._client.client import Client
+from errand_boy._jobs import follow as _follow
+from errand_boy._jobs.blocking import Job
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 pytestmark = pytest.mark.root
 
@@ -81,7 +83,7 @@ def raw(place: Place, operation: int, value: object, *, more: bytes = b"") -> tu
     data = value if isinstance(value, bytes) else json.dumps(value).encode()
     payload = struct.pack("<IB", lib.EB_VERSION, operation) + data
     with place.daemon.socket() as sock:
-        sock.sendall(b"\0" + _wire.frame(lib.EB_JOB, [payload]) + more)
+        sock.sendall(b"\0" + frames.frame(lib.EB_JOB, [payload]) + more)
         answer = b""
         while len(answer) < 5 or len(answer) < 5 + struct.unpack_from("<I", answer)[0]:
             part, fds, _, _ = socket.recv_fds(sock, 1 << 16, 8)
@@ -185,12 +187,12 @@ def test_frames(untouched: Place, operation: int, value: object) -> None:
 
 def test_adopted_by_nobody(untouched: Place) -> None:
     """A frame for a keeper comes to the daemon's socket, or after another request."""
-    follow = _wire.frame(lib.EB_FOLLOW, [struct.pack("<QQQB", 0, 0, 0, 1)])
-    for first in follow, _wire.frame(lib.EB_ADOPT, []), _wire.frame(lib.EB_ATTACH, [bytes(17)]):
+    follow = frames.frame(lib.EB_FOLLOW, [struct.pack("<QQQB", 0, 0, 0, 1)])
+    for first in follow, frames.frame(lib.EB_ADOPT, []), frames.frame(lib.EB_ATTACH, [bytes(17)]):
         with untouched.daemon.socket() as sock:
             sock.sendall(b"\0" + first + bytes(20))
             assert SECRET.encode() not in sock.recv(1 << 16)
-    _, answer = raw(untouched, lib.EB_JOB_OPEN, {"job": "private"}, more=_wire.OPENING + follow)
+    _, answer = raw(untouched, lib.EB_JOB_OPEN, {"job": "private"}, more=frames.OPENING + follow)
     assert SECRET.encode() not in answer and b"there is no job" in answer
 
 
@@ -199,7 +201,7 @@ def test_signal_of_a_helper(untouched: Place) -> None:
     assert untouched.job.pid is not None
     connection = untouched.daemon.connect()
     for pid in untouched.job.pid, -untouched.job.pid, untouched.keeper.pid, -1:
-        connection.send(_wire.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, signal.SIGKILL)]))
+        connection.send(frames.frame(lib.EB_SIGNAL, [struct.pack("<ii", pid, signal.SIGKILL)]))
     connection.close()
 
 
@@ -470,7 +472,7 @@ def test_own_output_is_written_as_it_is(place: Place) -> None:
 
 
 def test_reasons_of_strangers_are_no_sequences() -> None:
-    frame = _wire.frame(lib.EB_REFUSED, ["no\33[2J\n\u202eway".encode()])
+    frame = frames.frame(lib.EB_REFUSED, ["no\33[2J\n\u202eway".encode()])
     with pytest.raises(RefusedError) as caught:
         list(_follow.Frames().receive(frame))
     assert str(caught.value).endswith("no\ufffd[2J\ufffd\ufffdway")

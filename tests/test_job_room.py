@@ -12,9 +12,9 @@ import pytest
 from keeper import HELLO, SUPERVISED, keeping, shell
 from wire import Failed
 
-from errand_boy._follow import Follower, Missed
+from errand_boy._jobs.follow import Follower, Missed
+from errand_boy._jobs.ring import RingFile
 from errand_boy._native import lib
-from errand_boy._ring import RingFile
 
 pytestmark = pytest.mark.root
 

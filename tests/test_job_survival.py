@@ -32,10 +32,11 @@ from jobs import (
 )
 
 import errand_boy
-from errand_boy import JobLostError, _wire
-from errand_boy._client import Client
-from errand_boy._jobs import Job, Missed, Output
+from errand_boy import JobLostError
+from errand_boy._client.client import Client
+from errand_boy._jobs.blocking import Job, Missed, Output
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 FEW = 30
 
@@ -132,7 +133,7 @@ def ending_daemon(path: Path) -> Iterator[Client]:
             sock, _ = listener.accept()
             with sock:
                 sock.recv(1 << 16)
-                sock.sendall(_wire.frame(lib.EB_JOB_REPLY, [json.dumps(reply).encode()]))
+                sock.sendall(frames.frame(lib.EB_JOB_REPLY, [json.dumps(reply).encode()]))
                 if reply is entry:
                     listener.close()
 

@@ -25,11 +25,12 @@ from jobs import await_output, files, keeper_of, keepers, keeping_jobs, kill_kee
 
 import errand_boy
 import errand_boy.asyncio
-from errand_boy import JobError, NoJobError, _status
+from errand_boy import JobError, NoJobError
 from errand_boy._cli.detached import _row
-from errand_boy._client import Client
-from errand_boy._job_known import Chooser
-from errand_boy._jobs import Job, Missed, Output
+from errand_boy._client.client import Client
+from errand_boy._jobs.blocking import Job, Missed, Output
+from errand_boy._jobs.state import Chooser
+from errand_boy._wire import status
 
 PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
 
@@ -709,8 +710,8 @@ def test_status(served: tuple[Daemon, Client, Path], client: Client) -> None:
     assert value["jobs"] == {"jobs_running": 1, "jobs_over": 1, "ring_bytes": size}
     (user,) = (user for user in value["users"] if user["uid"] == os.geteuid())
     assert (user["jobs_running"], user["jobs_over"]) == (1, 1)
-    assert "1 jobs running, 1 over, their output in at most" in _status.table(value)
-    assert "\nerrand_boy_jobs_running 1\n" in _status.metrics(value)
+    assert "1 jobs running, 1 over, their output in at most" in status.table(value)
+    assert "\nerrand_boy_jobs_running 1\n" in status.metrics(value)
     running.stop()
 
 

@@ -20,7 +20,8 @@ from conftest import has_ended, run_script, until
 
 import errand_boy
 import errand_boy.asyncio
-from errand_boy import _cgroups, _limits
+from errand_boy._options import limits as _limits
+from errand_boy._process import cgroups
 
 run, Popen = cast(Any, errand_boy.run), cast(Any, errand_boy.Popen)
 REPEAT = int(os.environ.get("ERRAND_BOY_REPEAT", "3"))
@@ -52,7 +53,7 @@ def limits_of(cause: str) -> errand_boy.Limits:
 
 
 def need(by: str) -> None:
-    if by == "cgroup" and _cgroups.directory() is None:
+    if by == "cgroup" and cgroups.directory() is None:
         pytest.skip("no cgroup with controllers is delegated to this process")
 
 
@@ -189,7 +190,7 @@ def test_nothing_is_left_of_the_tree(by: str) -> None:
         assert len(pids) == 2
         assert not any(psutil.pid_exists(pid) for pid in pids)
     if by == "cgroup":
-        assert not list(Path(str(_cgroups.directory())).glob(f"errand-boy-{os.getpid()}-*"))
+        assert not list(Path(str(cgroups.directory())).glob(f"errand-boy-{os.getpid()}-*"))
 
 
 THREE = """
@@ -299,7 +300,7 @@ def test_a_cgroup_that_is_required(client: Any, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(OSError, match="limits_by='cgroup': no cgroup can be had") as caught:
             function()
         assert caught.value.errno == errno.ENOTSUP
-    monkeypatch.setattr(_cgroups, "directory", lambda: None)
+    monkeypatch.setattr(cgroups, "directory", lambda: None)
     with pytest.raises(OSError, match="limits_by='cgroup': no cgroup can be had here") as caught:
         run(["true"], limits={"wall": 1}, limits_by="cgroup")
     assert caught.value.errno == errno.ENOTSUP

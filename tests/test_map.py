@@ -41,7 +41,9 @@ from daemon import started_daemon
 
 import errand_boy
 import errand_boy.asyncio
-from errand_boy import Result, _batch, _helper
+from errand_boy import Result
+from errand_boy._map import batch
+from errand_boy._process import helper
 
 Map = Callable[..., Any]
 
@@ -148,7 +150,7 @@ def test_endless_generator_is_read_lazily(run_map: Map) -> None:
     with closing(run_map(commands(), max_workers=3)) as results:
         for result in itertools.islice(results, 100):
             assert result.returncode == 0
-        assert 100 <= given <= 100 + _batch._LEAST_AHEAD
+        assert 100 <= given <= 100 + batch._LEAST_AHEAD
 
 
 def test_at_most_max_workers_live(run_map: Map, tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_nothing_is_begun_at_the_end(number: int, tmp_path: Path) -> None:
 def test_result_is_public_but_costs_no_import() -> None:
     report = run_script(
         """
-        loaded = [name for name in sys.modules if name in ("errand_boy._map", "errand_boy._result")]
+        loaded = [name for name in sys.modules if name.startswith("errand_boy._map")]
         [result] = subprocess.map([["true"]])
         report([loaded, isinstance(result, subprocess.Result), "Result" in subprocess.__all__])
         """
@@ -624,7 +626,7 @@ def test_connections_are_reused(run_map: Map, tmp_path: Path) -> None:
         results = run_map([["true"], *[SLEEP] * 3], max_workers=4)
         next(results)
         results.close()
-    assert descriptors() <= before + _batch._AHEAD  # those of requests that wait for a place
+    assert descriptors() <= before + batch._AHEAD  # those of requests that wait for a place
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -648,8 +650,8 @@ def test_end_of_the_process_ends_what_runs(number: int, tmp_path: Path) -> None:
 
 
 def owner_pid() -> int:
-    assert _helper.runner.current is not None
-    return _helper.runner.current.pid
+    assert helper.runner.current is not None
+    return helper.runner.current.pid
 
 
 def test_helper_killed(tmp_path: Path) -> None:
@@ -728,7 +730,7 @@ def test_helpers_killed_at_random(tmp_path: Path) -> None:
 
     def kill() -> None:
         while not over.wait(random.random() / 20):
-            current = _helper.runner.current
+            current = helper.runner.current
             if current is not None:
                 with suppress(ProcessLookupError):
                     os.kill(current.pid, signal.SIGKILL)

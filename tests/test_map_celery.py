@@ -22,7 +22,7 @@ from test_celery import LEADS_TWO, Group, StartWorker, app, broker, no_helper_le
 
 import errand_boy
 import errand_boy.asyncio
-from errand_boy import _cluster
+from errand_boy._map import celery_runner
 from errand_boy.celery import Cluster
 
 # Those that pytest finds by their names here.
@@ -199,7 +199,7 @@ def test_result_says_that_a_worker_was_lost(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_cluster, "_CHECK", 0.5)
+    monkeypatch.setattr(celery_runner, "_CHECK", 0.5)
     monkeypatch.setenv("CELERY_TEST_EARLY", "yes")  # acknowledged before they run
     app.conf.task_acks_late = False
     worker = start_worker("threads")
@@ -225,18 +225,20 @@ def test_long_command_does_not_count_as_lost(
     app: Any, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = []
-    monkeypatch.setattr(_cluster, "_CHECK", 0.1)
-    monkeypatch.setattr(_cluster, "_MOST_SILENCES", 1)
-    monkeypatch.setattr(_cluster, "_ANSWER", PATIENCE)  # the worker may answer late, at high load
+    monkeypatch.setattr(celery_runner, "_CHECK", 0.1)
+    monkeypatch.setattr(celery_runner, "_MOST_SILENCES", 1)
+    monkeypatch.setattr(
+        celery_runner, "_ANSWER", PATIENCE
+    )  # the worker may answer late, at high load
     app.conf.task_acks_late = False
     start_worker("threads")
-    look = _cluster.Tasks._look_for_lost
+    look = celery_runner.Tasks._look_for_lost
 
-    def counted(tasks: _cluster.Tasks, now: float) -> None:
+    def counted(tasks: celery_runner.Tasks, now: float) -> None:
         checks.append(now)
         look(tasks, now)
 
-    monkeypatch.setattr(_cluster.Tasks, "_look_for_lost", counted)
+    monkeypatch.setattr(celery_runner.Tasks, "_look_for_lost", counted)
     (result,) = errand_boy.map([["sleep", "3"]], on=app)
     assert result.returncode == 0 and len(checks) > 3
 

@@ -17,7 +17,7 @@ from daemon import started_daemon
 import errand_boy
 import errand_boy.asyncio
 from errand_boy import Retries
-from errand_boy._policy import Halt, Median, Timeout
+from errand_boy._map.policy import Halt, Median, Timeout
 
 Map = Callable[..., Any]
 

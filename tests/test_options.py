@@ -26,10 +26,15 @@ from conftest import find_program, run_script, until
 from test_places import has_user_namespaces
 
 import errand_boy
-from errand_boy import _direct, _options
 from errand_boy._cli import command_options
-from errand_boy.asyncio import connect, create_subprocess_exec, create_subprocess_shell
-from errand_boy.asyncio import run as run_by_asyncio
+from errand_boy._options import table
+from errand_boy._process import direct as _direct
+from errand_boy.asyncio import (
+    connect,
+    create_subprocess_exec,
+    create_subprocess_shell,
+    run as run_by_asyncio,
+)
 
 STATUS = ["grep", "NoNewPrivs", "/proc/self/status"]
 SET, UNSET = b"NoNewPrivs:\t1\n", b"NoNewPrivs:\t0\n"
@@ -476,7 +481,7 @@ def test_command_line(option: str, front: str, root: str, ignores_a_signal: None
 
 def test_table_has_no_hole() -> None:
     """Print a table of the results of the tests above, which pytest -s shows."""
-    assert set(CASES) | set(ELSEWHERE) == _options.NAMES
+    assert set(CASES) | set(ELSEWHERE) == table.NAMES
     assert set(command_options._FORMS) | set(command_options.ABSENT) >= set(CASES)
     fronts = list(dict.fromkeys(front for _, front in cells if front != "all"))
     notes: dict[str, int] = {}
@@ -668,7 +673,7 @@ def test_refusal_without_rights(way: str) -> None:
     """Each error is the kernel's own, and names the option."""
     found = run_script(
         """
-        importlib.import_module("errand_boy._options")  # which others may not be able to read
+        importlib.import_module("errand_boy._options.table")  # which others may not be able to read
         asked = [
             {"nice": -5}, {"oom_score_adj": -500}, {"capabilities": ["kill"]}, {"root": "/"},
             {"scheduler": ("fifo", 1)}, {"rlimits": {"core": (0, 0), "nofile": (1, 1 << 20)}},

@@ -21,7 +21,7 @@ from conftest import find_program
 import errand_boy
 from errand_boy import _hints
 from errand_boy._cli.args import COMMANDS, parser_of
-from errand_boy._start import instead_of
+from errand_boy._process.start import instead_of
 
 PACKAGE = Path(errand_boy.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -272,7 +272,8 @@ def test_built_as_for_another_processor(tree: Path) -> None:
     assert found.returncode == 0, found.stderr
     code = """if True:
         import asyncio, os, errand_boy
-        from errand_boy import _ways, asyncio as ours
+        from errand_boy import asyncio as ours
+        from errand_boy._process import way as _ways
 
         async def run():
             process = await ours.create_subprocess_exec("true")

@@ -11,7 +11,7 @@ import pytest
 from conftest import run_script, script_environment
 
 COUNT = """
-import errand_boy, errand_boy._helper_start
+import errand_boy, errand_boy._process.by_helper
 starts = []
 def count(module, name):
     original = getattr(module, name)
@@ -19,8 +19,8 @@ def count(module, name):
         starts.append(1)
         return original(*args)
     setattr(module, name, counting)
-count(errand_boy._direct, "spawn")
-count(errand_boy._helper_start, "by_helper")
+count(errand_boy._process.direct, "spawn")
+count(errand_boy._process.by_helper, "by_helper")
 def through_us(function):
     del starts[:]
     value = function()

@@ -16,7 +16,7 @@ import pytest
 from conftest import LONGEST_SCRIPT, run_script, started_script
 
 import errand_boy
-from errand_boy import _direct
+from errand_boy._process import direct
 
 run = cast(Any, errand_boy.run)
 MINE = {name: os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")}
@@ -142,7 +142,7 @@ def test_refused_ones_leave_the_direct_way() -> None:
     """EPERM for namespaces does not mean that a filter refuses clone."""
     source = """
         import errand_boy
-        from errand_boy import _direct
+        from errand_boy._process import direct as _direct
         errand_boy.run(["true"], no_new_privs=True)  # nothing is imported after this
         os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
         for _ in range(2):
@@ -155,7 +155,7 @@ def test_refused_ones_leave_the_direct_way() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs the rights of root")
     assert run_script(source) is True
-    assert _direct.works()
+    assert direct.works()
 
 
 # cgroups

@@ -54,9 +54,9 @@ from wire import (
     with_arguments,
 )
 
-from errand_boy import _wire
 from errand_boy._daemon.audit import Ended
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 ASK, TELL_ENDS = lib.EB_ASK, lib.EB_TELL_ENDS
 PEER = (12343, 12344, [12345, 12346])
@@ -117,7 +117,7 @@ def test_empty_payload_is_number_0_without_flags(pool: Pool) -> None:
     with theirs:
         pool.tell(lib.EB_ADOPT, fds=[theirs.fileno()])
     client = Client(ours)
-    client.send(_wire.OPENING)
+    client.send(frames.OPENING)
     assert client.frame()[0] == lib.EB_HELLO
     assert client.status("/bin/true") == 0
     ours.close()
@@ -334,7 +334,7 @@ def test_connection_that_crosses_drain_is_closed_unread(pool: Pool) -> None:
     pool.tell(lib.EB_DRAIN)
     client = pool.unopened()
     with suppress(OSError):
-        client.send(_wire.OPENING + request("/bin/true"))
+        client.send(frames.OPENING + request("/bin/true"))
     assert client.closed()
     pool.told((lib.EB_CLOSED, client.id))
 
@@ -408,7 +408,7 @@ def test_report_adds_up(pool: Pool) -> None:
         assert isinstance(client.run("/none"), Failed)
     for _ in range(2):
         assert isinstance(client.run("/bin"), Failed)
-    client.send(request("/bin/true", options=[_wire.string(lib.EB_TAG_CWD, b"/none")]))
+    client.send(request("/bin/true", options=[frames.string(lib.EB_TAG_CWD, b"/none")]))
     assert isinstance(client.reply(), Failed)
     arguments = ["/bin/sh", "-c", "read x", "", "x" * 300]
     read, write = os.pipe()
@@ -491,10 +491,10 @@ def test_more_kinds_of_failure_than_are_told_apart(pool: Pool) -> None:
     stages = (
         option(lib.EB_TAG_NICE, u32(0)),
         option(lib.EB_TAG_PGROUP, u32(1)),
-        _wire.string(lib.EB_TAG_CWD, b"/none"),
-        _wire.string(lib.EB_TAG_CWD, b"/dev/null"),
-        _wire.string(lib.EB_TAG_CWD, b"/" + b"x" * 300),
-        _wire.string(lib.EB_TAG_CWD, b"/" + b"x/" * 3000),
+        frames.string(lib.EB_TAG_CWD, b"/none"),
+        frames.string(lib.EB_TAG_CWD, b"/dev/null"),
+        frames.string(lib.EB_TAG_CWD, b"/" + b"x" * 300),
+        frames.string(lib.EB_TAG_CWD, b"/" + b"x/" * 3000),
     )
     for extra in stages:
         client.send(request("/none", options=[extra]))
@@ -741,7 +741,7 @@ def test_directories_and_programs_are_opened_with_the_peers_rights(
     secret = public_dir / "secret"
     secret.mkdir(mode=0o700)
     shutil.copy("/bin/true", secret / "true")
-    cwd = _wire.string(lib.EB_TAG_CWD, os.fsencode(secret))
+    cwd = frames.string(lib.EB_TAG_CWD, os.fsencode(secret))
     denied = errno.EACCES
     assert fails(peer, request("/bin/true", options=[cwd])) == (denied, lib.EB_STAGE_CWD)
     assert fails(peer, request(f"{secret}/true")) == (denied, lib.EB_STAGE_EXEC)
@@ -928,7 +928,7 @@ def test_half_a_request_while_a_command_runs_is_not_kept(pool: Pool, witness: Cl
     """No request is allowed then, so the helper does not wait for its rest."""
     client = pool.connect()
     pid = started(client, request("/bin/sleep", "100"))
-    client.send(_wire.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_SPAWN))
+    client.send(frames.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_SPAWN))
     assert client.refusal() == f"SPAWN while this connection's command {pid} is running"
     os.kill(pid, signal.SIGKILL)
 
@@ -946,7 +946,7 @@ def test_descriptors_while_a_command_runs_are_not_kept(pool: Pool, witness: Clie
 def test_descriptors_of_a_request_are_bounded(pool: Pool, witness: Client) -> None:
     client, other = pool.connect(), pool.connect()
     before = pool.descriptors()
-    half = _wire.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_SPAWN) + b"\1"
+    half = frames.HEADER.pack(lib.EB_MAX_FRAME, lib.EB_SPAWN) + b"\1"
     for at in range(6):
         client.send(half[at : at + 1], [0] * 200)
     assert client.refusal() == "more than 1024 descriptors"
@@ -981,9 +981,9 @@ def test_half_a_frame_and_silence(case: str, pool: Pool, witness: Client) -> Non
 
 @with_arguments("--frame-timeout=100")
 def test_half_a_greeting_and_silence(pool: Pool, witness: Client) -> None:
-    for size in range(1, len(_wire.OPENING)):
+    for size in range(1, len(frames.OPENING)):
         client = pool.unopened()
-        client.send(_wire.OPENING[:size])
+        client.send(frames.OPENING[:size])
         assert client.frame()[0] == lib.EB_HELLO
         if size == 1:  # the NUL byte is none of a frame's
             continue

@@ -24,7 +24,7 @@ from test_packaging import copy_sources, needs_setuptools
 
 import errand_boy
 from errand_boy._cli.args import COMMANDS
-from errand_boy._options import NAMES
+from errand_boy._options.table import NAMES
 
 ROOT = Path(__file__).parent.parent
 

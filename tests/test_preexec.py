@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import errand_boy
-from errand_boy import _preexec
+from errand_boy._options import preexec
 
 SCRIPT = """
 grep -E 'Sig|Cpus_allowed_list|Uid|Gid|Groups|Umask' /proc/self/status | grep -v SigQ
@@ -113,8 +113,8 @@ def test_known_beside_parameters_and_options() -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_are_not_known(name: str) -> None:
-    given = dict.fromkeys(_preexec.PARAMETERS)
-    assert _preexec.translate(OTHERS[name], given) is None
+    given = dict.fromkeys(preexec.PARAMETERS)
+    assert preexec.translate(OTHERS[name], given) is None
 
 
 def test_chain_is_a_function() -> None:

@@ -20,18 +20,18 @@ import pytest
 from conftest import PATIENCE, has_ended, script_environment, until
 from daemon import Daemon, activated_daemon, ended, request, send_signal, spawn, started_daemon
 
-from errand_boy import _status, _wire
-from errand_boy._address import Address
-from errand_boy._connection import Connection
 from errand_boy._daemon import listen
 from errand_boy._daemon.limits import Limits, LimitsError, Table
 from errand_boy._daemon.log import Complaints
 from errand_boy._daemon.turns import Turns
 from errand_boy._native import lib
-from errand_boy._wire import Failed, Spawned
+from errand_boy._wire import frames, status as _status
+from errand_boy._wire.address import Address
+from errand_boy._wire.connection import Connection
+from errand_boy._wire.frames import Failed, Spawned
 
 SERVE = [sys.executable, "-m", "errand_boy", "serve"]
-HELLO = _wire.OPENING
+HELLO = frames.OPENING
 NOBODY = 65534
 
 
@@ -58,10 +58,10 @@ def read_all(sock: socket.socket) -> bytes:
 
 def refusal(sock: socket.socket) -> str:
     data = read_all(sock)
-    length, kind = _wire.HEADER.unpack_from(data)
+    length, kind = frames.HEADER.unpack_from(data)
     assert kind == lib.EB_REFUSED
-    assert len(data) == _wire.HEADER.size + length
-    return data[_wire.HEADER.size :].decode()
+    assert len(data) == frames.HEADER.size + length
+    return data[frames.HEADER.size :].decode()
 
 
 def answers(path: str) -> bool:
@@ -87,7 +87,7 @@ def test_bytes_one_by_one_are_a_request_too(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon, daemon.socket() as sock:
         for byte in HELLO:
             sock.sendall(bytes([byte]))
-        assert sock.recv(100) == _wire.HELLO
+        assert sock.recv(100) == frames.HELLO
 
 
 def test_least_busy_helper_serves(tmp_path: Path) -> None:
@@ -353,11 +353,11 @@ def test_commands_have_the_ids_of_who_asked(public_dir: Path, allow: str) -> Non
         script = 'test "$(id -u) $(id -G)" = "65534 65534" || exit 1; exit 42'
         argv = [b"sh", b"-c", script.encode()]
         payload = [
-            _wire.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/sh"]),
-            _wire.strings(lib.EB_TAG_ARGV, argv),
-            _wire.strings(lib.EB_TAG_ENV, [b"PATH=/usr/bin:/bin"]),
+            frames.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/sh"]),
+            frames.strings(lib.EB_TAG_ARGV, argv),
+            frames.strings(lib.EB_TAG_ENV, [b"PATH=/usr/bin:/bin"]),
         ]
-        request = HELLO + _wire.frame(lib.EB_SPAWN, payload)
+        request = HELLO + frames.frame(lib.EB_SPAWN, payload)
         process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-c"),
@@ -416,9 +416,9 @@ def test_half_a_frame_and_the_end(tmp_path: Path) -> None:
     [
         (b"\0" + bytes(9), "must be HELLO, STATUS or JOB"),
         (b"\0" + b"\xff" * 50, "must be HELLO, STATUS or JOB"),
-        (b"\0" + _wire.HEADER.pack(4, lib.EB_HELLO) + b"\x63\0\0\0", "version 1 of the"),
-        (b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + b"\x63\0\0\0", "version 1 of the"),
-        (b"\0" + _wire.HEADER.pack(4, lib.EB_SPAWN) + bytes(4), "must be HELLO, STATUS or JOB"),
+        (b"\0" + frames.HEADER.pack(4, lib.EB_HELLO) + b"\x63\0\0\0", "version 1 of the"),
+        (b"\0" + frames.HEADER.pack(4, lib.EB_STATUS) + b"\x63\0\0\0", "version 1 of the"),
+        (b"\0" + frames.HEADER.pack(4, lib.EB_SPAWN) + bytes(4), "must be HELLO, STATUS or JOB"),
     ],
 )
 def test_garbage_is_refused(tmp_path: Path, first: bytes, reason: str) -> None:
@@ -622,7 +622,7 @@ def test_commands_may_finish(tmp_path: Path) -> None:
         pid = spawn(connection, "/bin/sleep", "100")
         daemon.process.terminate()
         assert daemon.notify.recv(100) == b"STOPPING=1"
-        assert read_all(idle.sock)[len(_wire.HELLO) :] == b""  # at rest, so closed
+        assert read_all(idle.sock)[len(frames.HELLO) :] == b""  # at rest, so closed
         send_signal(connection, pid, signal.SIGTERM)
         assert ended(connection) == -signal.SIGTERM
         assert daemon.process.wait(PATIENCE) == 0

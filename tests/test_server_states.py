@@ -15,10 +15,10 @@ import pytest
 from conftest import PATIENCE
 from daemon import ended, request, send_signal, spawn, started_daemon
 
-from errand_boy import _wire
-from errand_boy._connection import Connection
 from errand_boy._native import lib
-from errand_boy._wire import Failed, Spawned
+from errand_boy._wire import frames
+from errand_boy._wire.connection import Connection
+from errand_boy._wire.frames import Failed, Spawned
 from errand_boy.errors import HelperDiedError, NotServedError
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
@@ -173,7 +173,7 @@ class Machine(BASE):
     @rule(which=WHICH, kind=hypothesis.strategies.sampled_from([0, lib.EB_ADOPT, 200]))
     def say_nonsense(self, which: int, kind: int) -> None:
         connection = self.idle.pop(which % len(self.idle))
-        connection.send(_wire.frame(kind, []))
+        connection.send(frames.frame(kind, []))
         with pytest.raises(OSError, match="refused"):
             connection.receive(PATIENCE)
         connection.close()

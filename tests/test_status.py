@@ -17,7 +17,6 @@ from conftest import PATIENCE, script_environment
 from daemon import ended, request, send_signal, spawn, started_daemon
 
 import errand_boy
-from errand_boy import _wire
 from errand_boy._daemon.helper import Helper
 from errand_boy._daemon.job_index import Index
 from errand_boy._daemon.log import Log
@@ -28,7 +27,8 @@ from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.report import Command, Report
 from errand_boy._daemon.status import of_pool, quantile
 from errand_boy._native import lib
-from errand_boy._wire import Failed
+from errand_boy._wire import frames
+from errand_boy._wire.frames import Failed
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -167,7 +167,7 @@ def test_answer_is_bounded() -> None:
         pool._users[None].helpers.append(helper)
         pool.peers.update((n, (helper, peer)) for n in range(40_000))
         value = of_pool(pool, Index(loop, Options(socket="none"), pool), {helper: report}, peer)
-    frame = _wire.frame(lib.EB_STATUS_REPLY, [json.dumps(value).encode()])
+    frame = frames.frame(lib.EB_STATUS_REPLY, [json.dumps(value).encode()])
     assert len(frame) < 16 << 20
     assert len(value["commands"]) > 5_000
     assert len(value["commands"]) + value["commands_left_out"] == 40_000

@@ -15,11 +15,11 @@ import pytest
 from conftest import until
 from daemon import acting_as, spawn, started_daemon, taken_from
 
-from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
-HELLO = _wire.OPENING
-STATUS = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
+HELLO = frames.OPENING
+STATUS = b"\0" + frames.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
 STRANGER = 12345
 END = b"\r\n\r\n"
 
@@ -139,7 +139,7 @@ def test_helper_taken_over_by_its_user_sends_descriptors(
         with taken_from(helper, 3) as control:
             with stopped(daemon.process.pid):
                 for _ in range(10):
-                    send_lingering(control, _wire.HEADER.pack(0, lib.EB_FULL), lingering)
+                    send_lingering(control, frames.HEADER.pack(0, lib.EB_FULL), lingering)
             daemon.status()
         until(lambda: helper not in daemon.helpers())
         assert "it sent descriptors" in daemon.log()

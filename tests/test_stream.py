@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from wire import NOT_FOUND, USAGE, exited, frame, signal_frame, spawned, u32
 
-from errand_boy import _wire
 from errand_boy._native import lib
-from errand_boy._stream import Ended, Lost, Output, Started, Stream
-from errand_boy._wire import Failed
+from errand_boy._wire import frames
+from errand_boy._wire.frames import Failed
+from errand_boy._wire.stream import Ended, Lost, Output, Started, Stream
 from errand_boy.errors import HelperDiedError, ProtocolError, RefusedError
 
 BOTH = 0b110
 ALL = 0b111
-REQUEST = _wire.frame(lib.EB_SPAWN, [b"whatever"])
+REQUEST = frames.frame(lib.EB_SPAWN, [b"whatever"])
 
 
 def credit(size: int) -> bytes:
@@ -36,7 +36,7 @@ UNREAD = frame(lib.EB_UNREAD)
 BRIEF_END = exited(0, struct.pack("<QiB", 1234, 77, 1))
 
 CONVERSATION = [
-    _wire.HELLO,
+    frames.HELLO,
     spawned(),
     frame(lib.EB_STDOUT, b"out"),
     frame(lib.EB_STDERR, b"err"),
@@ -123,7 +123,7 @@ def test_end_is_that_of_the_command_and_of_its_output(order: list[int]) -> None:
     ends = [OUT_END, ERR_END, exited(9)]
     stream = begun()
     send(stream)
-    list(stream.receive(_wire.HELLO + spawned()))
+    list(stream.receive(frames.HELLO + spawned()))
     for i in order[:2]:
         assert not list(stream.receive(ends[i]))
         assert not stream.is_free
@@ -143,7 +143,7 @@ def test_end_is_that_of_the_command_and_of_its_output(order: list[int]) -> None:
 def test_what_is_not_streamed_is_not_awaited(streams: int, ends: bytes) -> None:
     stream = begun(streams)
     send(stream)
-    found = told(stream.receive(_wire.HELLO + spawned() + ends + exited()))
+    found = told(stream.receive(frames.HELLO + spawned() + ends + exited()))
     assert [event[0] for event in found] == ["started", "ended"]
     assert stream.is_free
 
@@ -151,7 +151,7 @@ def test_what_is_not_streamed_is_not_awaited(streams: int, ends: bytes) -> None:
 def test_brief_command() -> None:
     stream = begun(brief=True)
     send(stream)
-    data = _wire.HELLO + frame(lib.EB_STDOUT, b"x") + OUT_END + ERR_END + BRIEF_END
+    data = frames.HELLO + frame(lib.EB_STDOUT, b"x") + OUT_END + ERR_END + BRIEF_END
     assert told(stream.receive(data)) == [
         ("output", 0, b"x"),
         ("ended", 0, USAGE, (1234, 77, 1)),
@@ -162,7 +162,7 @@ def test_brief_command() -> None:
 def test_failed_start_frees_the_connection() -> None:
     stream = begun()
     send(stream)
-    assert told(stream.receive(_wire.HELLO + NOT_FOUND)) == [
+    assert told(stream.receive(frames.HELLO + NOT_FOUND)) == [
         ("failed", 0, errno.ENOENT, lib.EB_STAGE_EXEC)
     ]
     assert stream.is_free
@@ -172,7 +172,7 @@ def test_one_command_after_another() -> None:
     stream = begun(brief=True)
     for i in range(5):
         send(stream)
-        hello = b"" if i else _wire.HELLO
+        hello = b"" if i else frames.HELLO
         found = told(stream.receive(hello + OUT_END + ERR_END + BRIEF_END))
         assert [event[0] for event in found] == ["ended"]
         stream.begin(BOTH, True, REQUEST)
@@ -186,7 +186,7 @@ def test_input_waits_for_the_start_and_for_credit() -> None:
     window = lib.EB_WINDOW
     stream = begun(ALL, input=data)
     assert send(stream) == REQUEST
-    list(stream.receive(_wire.HELLO + spawned()))
+    list(stream.receive(frames.HELLO + spawned()))
     assert send(stream) == stdin(data[:window])
     list(stream.receive(credit(1000)))
     assert send(stream) == stdin(data[window : window + 1000])
@@ -208,14 +208,14 @@ def test_input_that_fills_the_window_ends_with_the_next_credit() -> None:
     data = bytes(lib.EB_WINDOW)
     stream = begun(ALL, brief=True, input=data)
     assert send(stream) == REQUEST + stdin(data)
-    list(stream.receive(_wire.HELLO + credit(lib.EB_WINDOW)))
+    list(stream.receive(frames.HELLO + credit(lib.EB_WINDOW)))
     assert send(stream) == stdin()
 
 
 def test_unsent_input_keeps_the_connection_from_others() -> None:
     stream = begun(ALL, brief=True, input=bytes(1000))
     stream.count_sent(len(REQUEST) + 10)
-    assert told(stream.receive(_wire.HELLO + OUT_END + ERR_END + BRIEF_END))[0][0] == "ended"
+    assert told(stream.receive(frames.HELLO + OUT_END + ERR_END + BRIEF_END))[0][0] == "ended"
     assert not stream.is_free
 
 
@@ -223,7 +223,7 @@ def test_half_a_frame_behind_the_end_keeps_it_too() -> None:
     for at in range(1, len(UNREAD)):
         stream = begun(brief=True)
         send(stream)
-        list(stream.receive(_wire.HELLO + OUT_END + ERR_END + BRIEF_END + UNREAD[:at]))
+        list(stream.receive(frames.HELLO + OUT_END + ERR_END + BRIEF_END + UNREAD[:at]))
         assert not stream.is_free
 
 
@@ -233,7 +233,7 @@ def test_half_a_frame_behind_the_end_keeps_it_too() -> None:
 def test_kill_needs_no_end_of_output() -> None:
     stream = begun()
     send(stream)
-    list(stream.receive(_wire.HELLO + spawned()))
+    list(stream.receive(frames.HELLO + spawned()))
     assert stream.kill(-77, 77) is None
     assert send(stream) == b"".join(signal_frame(pid, 9) for pid in (-77, 77))
     data = frame(lib.EB_STDOUT, b"x") + exited(9) + frame(lib.EB_STDOUT, b"another's") + OUT_END
@@ -247,7 +247,7 @@ def test_kill_needs_no_end_of_output() -> None:
 def test_kill_of_what_has_exited_is_its_end() -> None:
     stream = begun()
     send(stream)
-    list(stream.receive(_wire.HELLO + spawned() + exited(0)))
+    list(stream.receive(frames.HELLO + spawned() + exited(0)))
     end = stream.kill(77)
     assert end is not None
     assert end.returncode == 0
@@ -263,15 +263,15 @@ def test_kill_of_what_has_exited_is_its_end() -> None:
 def test_loss_at_every_point(reset: bool, brief: bool, with_input: bool) -> None:
     """A request is sent again if nobody has read it, and never if somebody may have read it."""
     data = [OUT_END, ERR_END, BRIEF_END] if brief else [spawned(), OUT_END, ERR_END, exited()]
-    answer = _wire.HELLO + b"".join(data)
+    answer = frames.HELLO + b"".join(data)
     for at in range(len(answer)):
         stream = begun(ALL, brief=brief, input=b"abc" if with_input else None)
         send(stream)
         found = told(stream.receive(answer[:at]))
         send(stream)
         end = stream.end(reset)
-        started = at >= len(_wire.HELLO + data[0])
-        greeted = at >= len(_wire.HELLO)
+        started = at >= len(frames.HELLO + data[0])
+        greeted = at >= len(frames.HELLO)
         # A brief command's input has been sent behind the request: it may be what was not read.
         only = reset and not (brief and with_input)
         assert end.may_resend == (not greeted or (only and not started))
@@ -321,10 +321,10 @@ def test_refusals() -> None:
     found = lost(begun(), refused)
     assert (type(found.error), found.may_resend) == (RefusedError, False)
     assert found.reason == "no, für dich nicht"
-    found = lost(begun(), _wire.HELLO + refused)
+    found = lost(begun(), frames.HELLO + refused)
     assert (type(found.error), found.may_resend) == (ProtocolError, False)
     assert "the helper refused: no, für dich nicht" in str(found.error)
-    assert len(list(begun().receive(refused + _wire.HELLO + spawned()))) == 1  # nothing after it
+    assert len(list(begun().receive(refused + frames.HELLO + spawned()))) == 1  # nothing after it
 
 
 # -- what is not the protocol --
@@ -338,24 +338,24 @@ def test_refusals() -> None:
         exited(),
         UNREAD,
         frame(lib.EB_HELLO, struct.pack("<I", lib.EB_VERSION + 1)),
-        _wire.HELLO * 2,
-        _wire.HELLO + spawned() * 2,
-        _wire.HELLO + spawned(owner=lib.EB_OWNER_CALLER),
-        _wire.HELLO + spawned() + NOT_FOUND,
-        _wire.HELLO + spawned() + OUT_END * 2,
-        _wire.HELLO + spawned() + exited() * 2,
-        _wire.HELLO + spawned() + exited() + OUT_END + ERR_END + OUT_END,  # at rest
-        _wire.HELLO + NOT_FOUND * 2,
-        _wire.HELLO + credit(1),  # more than was ever sent
-        _wire.HELLO + frame(lib.EB_EXITED, b"short"),
-        _wire.HELLO + OUT_END,  # before SPAWNED
-        _wire.HELLO + exited(),
-        _wire.HELLO + spawned() + exited(0x137F),  # stopped
-        _wire.HELLO + spawned() + exited(0x10000),
-        _wire.HELLO + spawned() + BRIEF_END,
-        _wire.HELLO + spawned() + exited(0, b"more"),
-        _wire.HELLO + frame(lib.EB_STATUS_REPLY, b"{}"),
-        _wire.HELLO + spawned() + struct.pack("<IB", lib.EB_MAX_OUTPUT + 1, lib.EB_STDOUT),
+        frames.HELLO * 2,
+        frames.HELLO + spawned() * 2,
+        frames.HELLO + spawned(owner=lib.EB_OWNER_CALLER),
+        frames.HELLO + spawned() + NOT_FOUND,
+        frames.HELLO + spawned() + OUT_END * 2,
+        frames.HELLO + spawned() + exited() * 2,
+        frames.HELLO + spawned() + exited() + OUT_END + ERR_END + OUT_END,  # at rest
+        frames.HELLO + NOT_FOUND * 2,
+        frames.HELLO + credit(1),  # more than was ever sent
+        frames.HELLO + frame(lib.EB_EXITED, b"short"),
+        frames.HELLO + OUT_END,  # before SPAWNED
+        frames.HELLO + exited(),
+        frames.HELLO + spawned() + exited(0x137F),  # stopped
+        frames.HELLO + spawned() + exited(0x10000),
+        frames.HELLO + spawned() + BRIEF_END,
+        frames.HELLO + spawned() + exited(0, b"more"),
+        frames.HELLO + frame(lib.EB_STATUS_REPLY, b"{}"),
+        frames.HELLO + spawned() + struct.pack("<IB", lib.EB_MAX_OUTPUT + 1, lib.EB_STDOUT),
         struct.pack("<IB", 6, lib.EB_SPAWNED),
         b"GET / HTTP/1.1",
     ],
@@ -367,7 +367,7 @@ def test_protocol_errors(data: bytes) -> None:
 
 
 def test_brief_command_tells_of_no_start_and_of_its_time() -> None:
-    for data in _wire.HELLO + spawned(), _wire.HELLO + exited(), OUT_END, BRIEF_END:
+    for data in frames.HELLO + spawned(), frames.HELLO + exited(), OUT_END, BRIEF_END:
         assert type(lost(begun(brief=True), data).error) is ProtocolError
 
 

@@ -32,8 +32,8 @@ from conftest import (
 from daemon import Daemon, started_daemon
 
 import errand_boy
-from errand_boy import _helper
 from errand_boy import terminal as terminals
+from errand_boy._process import helper as _helper
 from errand_boy.terminal import Pty, Terminal
 
 errand: Any = errand_boy  # its parameters are more than a type checker knows

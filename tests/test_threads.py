@@ -13,8 +13,9 @@ import pytest
 from conftest import run_script
 
 import errand_boy
-from errand_boy import _options, _wire
 from errand_boy._native import lib
+from errand_boy._options import table
+from errand_boy._wire import frames
 
 THREADS = 8
 
@@ -54,9 +55,9 @@ def test_options_are_those_of_their_own_thread() -> None:
 
     def encode(number: int) -> None:
         given = {"nice": number}
-        expected = _wire.number(lib.EB_TAG_RENICE, number)
+        expected = frames.number(lib.EB_TAG_RENICE, number)
         for _ in range(3000):
-            assert _options.encode(given, False, False) == (expected, [])
+            assert table.encode(given, False, False) == (expected, [])
 
     assert at_once(*(partial(encode, number) for number in range(THREADS))) == []
 

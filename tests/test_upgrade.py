@@ -35,16 +35,16 @@ from daemon import (
 )
 
 import errand_boy
-from errand_boy import _wire
-from errand_boy._client import Client
-from errand_boy._connection import Connection
+from errand_boy._client.client import Client
 from errand_boy._daemon.limits import Limits
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.status import Reply
 from errand_boy._daemon.turns import Turns
 from errand_boy._native import lib
-from errand_boy._wire import Spawned
+from errand_boy._wire import frames
+from errand_boy._wire.connection import Connection
+from errand_boy._wire.frames import Spawned
 
 COMMANDS, UPGRADES = 1000, 20
 USER = 12345
@@ -264,13 +264,13 @@ def test_first_bytes_that_are_awaited(tmp_path: Path) -> None:
         daemon.socket() as half,
         daemon.socket() as none,
     ):
-        half.sendall(_wire.OPENING[:3])
+        half.sendall(frames.OPENING[:3])
         until(lambda: sockets(open_files(daemon.process.pid)) == 6)
         upgrade(daemon)
-        half.sendall(_wire.OPENING[3:])
-        assert half.recv(100) == _wire.HELLO
-        none.sendall(_wire.OPENING)
-        assert none.recv(100) == _wire.HELLO
+        half.sendall(frames.OPENING[3:])
+        assert half.recv(100) == frames.HELLO
+        none.sendall(frames.OPENING)
+        assert none.recv(100) == frames.HELLO
 
 
 def test_helper_that_dies_meanwhile_is_replaced(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_orphans_are_killed_after_it_as_before(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--pool-size=1") as daemon, daemon.socket() as sock:
         marker = tmp_path / "marker"
         # It takes no notice of SIGTERM; SIGKILL comes 3 seconds later.
-        on_close = _wire.option(lib.EB_TAG_ON_CLOSE, (3000).to_bytes(4, "little"))
+        on_close = frames.option(lib.EB_TAG_ON_CLOSE, (3000).to_bytes(4, "little"))
         connection = Connection(sock)
         connection.open()
         script = f"trap 'echo >{marker}' TERM; while :; do sleep 0.05; done"
@@ -432,16 +432,16 @@ def test_text_request_that_never_becomes_whole(tmp_path: Path) -> None:
 
 
 def status_of(reply: bytes) -> dict[str, Any]:
-    length, kind = _wire.HEADER.unpack_from(reply)
+    length, kind = frames.HEADER.unpack_from(reply)
     assert kind == lib.EB_STATUS_REPLY
-    assert len(reply) == _wire.HEADER.size + length
-    status: dict[str, Any] = json.loads(reply[_wire.HEADER.size :])
+    assert len(reply) == frames.HEADER.size + length
+    status: dict[str, Any] = json.loads(reply[frames.HEADER.size :])
     return status
 
 
 def test_status_request_during_an_upgrade(tmp_path: Path) -> None:
     """The upgrade comes before the helpers have reported."""
-    query = b"\0" + wire.frame(lib.EB_STATUS, _wire.HELLO[-4:])
+    query = b"\0" + wire.frame(lib.EB_STATUS, frames.HELLO[-4:])
     with started_daemon(tmp_path, "--pool-size=1", "--log-level=debug") as daemon:
         (helper,) = daemon.helpers()
         with daemon.socket() as sock:
@@ -577,7 +577,7 @@ def test_daemon_goes_on_if_the_exec_fails(tmp_path: Path, package: Path) -> None
         'os.execv("/nonexistent", ',
     )
     with daemon_of(package, tmp_path, "--pool-size=1") as daemon, daemon.socket() as half:
-        half.sendall(_wire.OPENING[:3])
+        half.sendall(frames.OPENING[:3])
         before = descriptors_of_helper(daemon)
         connection = daemon.connect()
         pid = spawn(connection, "/bin/sleep", "100")
@@ -586,8 +586,8 @@ def test_daemon_goes_on_if_the_exec_fails(tmp_path: Path, package: Path) -> None
         send_signal(connection, pid, signal.SIGKILL)
         assert ended(connection) == -signal.SIGKILL
         connection.close()
-        half.sendall(_wire.OPENING[3:])
-        assert half.recv(100) == _wire.HELLO
+        half.sendall(frames.OPENING[3:])
+        assert half.recv(100) == frames.HELLO
         # What it has kept for the successor is nobody else's.
         until(lambda: descriptors_of_helper(daemon) == before + 1)  # with the other half
 

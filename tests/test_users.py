@@ -27,14 +27,14 @@ from daemon import (
     taken_from,
 )
 
-from errand_boy import _wire
-from errand_boy._connection import Connection
 from errand_boy._native import lib
+from errand_boy._wire import frames
+from errand_boy._wire.connection import Connection
 
 pytestmark = pytest.mark.root
 
 FIRST, SECOND, THIRD = 12345, 12346, 12347
-STATUS = b"\0" + _wire.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
+STATUS = b"\0" + frames.HEADER.pack(4, lib.EB_STATUS) + struct.pack("<I", lib.EB_VERSION)
 
 
 def connect_as(daemon: Daemon, uid: int, groups: Sequence[int] = ()) -> Connection:
@@ -313,10 +313,10 @@ def test_signals_are_sent_with_the_users_rights(public_dir: Path) -> None:
 @pytest.mark.parametrize(
     "nonsense",
     [
-        _wire.HEADER.pack(1 << 30, lib.EB_REPORT),
-        _wire.HEADER.pack(3, lib.EB_WANT) + b"abc",
-        _wire.HEADER.pack(4, lib.EB_REPORT) + b"abcd",
-        _wire.HEADER.pack(8 << 20, lib.EB_REPORT) + bytes(8 << 20),
+        frames.HEADER.pack(1 << 30, lib.EB_REPORT),
+        frames.HEADER.pack(3, lib.EB_WANT) + b"abc",
+        frames.HEADER.pack(4, lib.EB_REPORT) + b"abcd",
+        frames.HEADER.pack(8 << 20, lib.EB_REPORT) + bytes(8 << 20),
     ],
 )
 def test_helper_taken_over_by_its_user_harms_that_user_only(
@@ -377,7 +377,10 @@ def test_number_of_a_helper_that_has_ended_is_not_signalled(public_dir: Path) ->
             server = psutil.Process(daemon.process.pid)
             server.suspend()
             until(lambda: server.status() == psutil.STATUS_STOPPED)
-            good, bad = _wire.HEADER.pack(0, lib.EB_FULL), _wire.HEADER.pack(1 << 30, lib.EB_REPORT)
+            good, bad = (
+                frames.HEADER.pack(0, lib.EB_FULL),
+                frames.HEADER.pack(1 << 30, lib.EB_REPORT),
+            )
             control.sendall(good * 4000 + bad)
             os.kill(helper, signal.SIGKILL)
             until(lambda: psutil.Process(helper).status() == psutil.STATUS_ZOMBIE)
@@ -402,7 +405,7 @@ def test_report_is_not_longer_than_connections_explain(public_dir: Path) -> None
         with taken_from(helper, 3) as control:
             os.kill(helper, signal.SIGSTOP)
             daemon.status()  # and a question stays
-            control.sendall(_wire.HEADER.pack(5000, lib.EB_REPORT))
+            control.sendall(frames.HEADER.pack(5000, lib.EB_REPORT))
             until(lambda: helper not in daemon.helpers())
         assert "it sent a long frame" in daemon.log()
         connection.close()
@@ -421,7 +424,7 @@ def test_helper_speaks_for_its_own_connections_only(public_dir: Path) -> None:
         with taken_from(helper, 3) as control:
             for number in range(10):
                 for kind in (lib.EB_DONE, lib.EB_CLOSED):
-                    control.sendall(_wire.HEADER.pack(4, kind) + struct.pack("<I", number))
+                    control.sendall(frames.HEADER.pack(4, kind) + struct.pack("<I", number))
             daemon.status()
         assert any(h["uid"] == SECOND and h["connections"] == 1 for h in helpers(daemon))
         assert helpers(daemon)
@@ -506,7 +509,7 @@ def members_of(groups: Sequence[int], at_least: int) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("uid", [0, FIRST])
 def test_commands_of_a_killed_helper_end_if_they_were_to(public_dir: Path, uid: int) -> None:
-    tied = _wire.number(lib.EB_TAG_ON_CLOSE, 50)
+    tied = frames.number(lib.EB_TAG_ON_CLOSE, 50)
     reader, writer = os.pipe()
     with open_daemon(public_dir, "--pool-size=1") as daemon, open(os.devnull) as null:
         connections = [connect_as(daemon, uid) for _ in range(4)]
@@ -584,7 +587,7 @@ def test_end_of_a_helper_whose_socket_somebody_keeps(public_dir: Path) -> None:
             if writer == 0:
                 with contextlib.suppress(BaseException):
                     while True:
-                        control.sendall(_wire.HEADER.pack(0, lib.EB_FULL) * 1000)
+                        control.sendall(frames.HEADER.pack(0, lib.EB_FULL) * 1000)
                 os._exit(0)
             os.kill(helper, signal.SIGKILL)
             until(lambda: helper not in daemon.helpers())

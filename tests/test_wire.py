@@ -1,4 +1,4 @@
-"""The C parser of requests against errand_boy._wire, which encodes them."""
+"""The C parser of requests against errand_boy._wire.frames, which encodes them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from errand_boy import _wire
 from errand_boy._native import lib
-from errand_boy._wire import Exited, Failed, Spawned
+from errand_boy._wire import frames
+from errand_boy._wire.frames import Exited, Failed, Spawned
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
@@ -70,69 +70,72 @@ def names(prefix: str) -> set[str]:
     return {name for name in dir(lib) if name.startswith(prefix)}
 
 
-EXECUTABLES = _wire.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a"])
-ARGV = _wire.strings(lib.EB_TAG_ARGV, [b"a"])
+EXECUTABLES = frames.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a"])
+ARGV = frames.strings(lib.EB_TAG_ARGV, [b"a"])
 
 OPTIONS = {
     "EXECUTABLES": (
-        _wire.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a", b"b", b""]),
+        frames.strings(lib.EB_TAG_EXECUTABLES, [b"/bin/a", b"b", b""]),
         listed(b"/bin/a", b"b", b""),
     ),
     "ARGV": (
-        _wire.strings(lib.EB_TAG_ARGV, [b"", b"a b", b"", b"\xff\n", b""]),
+        frames.strings(lib.EB_TAG_ARGV, [b"", b"a b", b"", b"\xff\n", b""]),
         listed(b"", b"a b", b"", b"\xff\n", b""),
     ),
-    "ENV": (_wire.strings(lib.EB_TAG_ENV, [b"A=", b"B=b"]), listed(b"A=", b"B=b")),
-    "FDS": (_wire.numbers(lib.EB_TAG_FDS, [0, 2, 3, 2**31 - 1]), "0 2 3 2147483647"),
-    "CWD_FD": (_wire.option(lib.EB_TAG_CWD_FD), ""),
-    "CWD": (_wire.string(lib.EB_TAG_CWD, b"/a\xff"), b"/a\xff".hex()),
-    "UMASK": (_wire.number(lib.EB_TAG_UMASK, 0o7777), str(0o777)),
-    "SIGMASK": (_wire.option(lib.EB_TAG_SIGMASK, b"\1" + bytes(6) + b"\x80"), str(1 + 2**63)),
-    "SIGDEFAULT": (_wire.option(lib.EB_TAG_SIGDEFAULT, b"\4" + bytes(7)), "4"),
-    "SIGIGN": (_wire.option(lib.EB_TAG_SIGIGN, b"\2" + bytes(7)), "2"),
-    "SETSID": (_wire.option(lib.EB_TAG_SETSID), ""),
-    "PGROUP": (_wire.number(lib.EB_TAG_PGROUP, -5), "-5"),
+    "ENV": (frames.strings(lib.EB_TAG_ENV, [b"A=", b"B=b"]), listed(b"A=", b"B=b")),
+    "FDS": (frames.numbers(lib.EB_TAG_FDS, [0, 2, 3, 2**31 - 1]), "0 2 3 2147483647"),
+    "CWD_FD": (frames.option(lib.EB_TAG_CWD_FD), ""),
+    "CWD": (frames.string(lib.EB_TAG_CWD, b"/a\xff"), b"/a\xff".hex()),
+    "UMASK": (frames.number(lib.EB_TAG_UMASK, 0o7777), str(0o777)),
+    "SIGMASK": (frames.option(lib.EB_TAG_SIGMASK, b"\1" + bytes(6) + b"\x80"), str(1 + 2**63)),
+    "SIGDEFAULT": (frames.option(lib.EB_TAG_SIGDEFAULT, b"\4" + bytes(7)), "4"),
+    "SIGIGN": (frames.option(lib.EB_TAG_SIGIGN, b"\2" + bytes(7)), "2"),
+    "SETSID": (frames.option(lib.EB_TAG_SETSID), ""),
+    "PGROUP": (frames.number(lib.EB_TAG_PGROUP, -5), "-5"),
     "RLIMITS": (
-        _wire.option(lib.EB_TAG_RLIMITS, struct.pack("<BQQBQQ", 0, 1, 2, 15, 3, 2**64 - 1)),
+        frames.option(lib.EB_TAG_RLIMITS, struct.pack("<BQQBQQ", 0, 1, 2, 15, 3, 2**64 - 1)),
         f"0:1:2 15:3:{2**64 - 1}",
     ),
-    "NICE": (_wire.number(lib.EB_TAG_NICE, -20), "-20"),
-    "AFFINITY": (_wire.option(lib.EB_TAG_AFFINITY, b"\1\2\3"), "010203"),
-    "GROUPS": (_wire.numbers(lib.EB_TAG_GROUPS, [0, 2**32 - 2]), f"0 {2**32 - 2}"),
-    "GID": (_wire.number(lib.EB_TAG_GID, 2**32 - 2), str(2**32 - 2)),
-    "UID": (_wire.number(lib.EB_TAG_UID, 12), "12"),
-    "STREAMS": (_wire.option(lib.EB_TAG_STREAMS, b"\2"), "2"),
-    "NULL": (_wire.option(lib.EB_TAG_NULL, b"\0"), "0"),
-    "COALESCE": (_wire.option(lib.EB_TAG_COALESCE), ""),
-    "NO_NEW_PRIVS": (_wire.option(lib.EB_TAG_NO_NEW_PRIVS), ""),
+    "NICE": (frames.number(lib.EB_TAG_NICE, -20), "-20"),
+    "AFFINITY": (frames.option(lib.EB_TAG_AFFINITY, b"\1\2\3"), "010203"),
+    "GROUPS": (frames.numbers(lib.EB_TAG_GROUPS, [0, 2**32 - 2]), f"0 {2**32 - 2}"),
+    "GID": (frames.number(lib.EB_TAG_GID, 2**32 - 2), str(2**32 - 2)),
+    "UID": (frames.number(lib.EB_TAG_UID, 12), "12"),
+    "STREAMS": (frames.option(lib.EB_TAG_STREAMS, b"\2"), "2"),
+    "NULL": (frames.option(lib.EB_TAG_NULL, b"\0"), "0"),
+    "COALESCE": (frames.option(lib.EB_TAG_COALESCE), ""),
+    "NO_NEW_PRIVS": (frames.option(lib.EB_TAG_NO_NEW_PRIVS), ""),
     "SET_RLIMITS": (
-        _wire.option(lib.EB_TAG_SET_RLIMITS, struct.pack("<BQQ", 4, 5, 6)),
+        frames.option(lib.EB_TAG_SET_RLIMITS, struct.pack("<BQQ", 4, 5, 6)),
         "4:5:6",
     ),
-    "CONTROLLING_TERMINAL": (_wire.option(lib.EB_TAG_CONTROLLING_TERMINAL), ""),
-    "FOREGROUND": (_wire.option(lib.EB_TAG_FOREGROUND), ""),
-    "CGROUP": (_wire.option(lib.EB_TAG_CGROUP), ""),
-    "NAMESPACES": (_wire.number(lib.EB_TAG_NAMESPACES, 0x50000000), str(0x50000000)),
-    "SANDBOX": (_wire.option(lib.EB_TAG_SANDBOX), ""),
-    "LIMITS": (_wire.option(lib.EB_TAG_LIMITS, struct.pack("<QQQI", 1, 2, 3, 4)), "1 2 3 4"),
-    "QUEUE": (_wire.option(lib.EB_TAG_QUEUE, struct.pack("<IB", 7, 64)), "7 64"),
-    "SOCKETS": (_wire.option(lib.EB_TAG_SOCKETS, b"\1"), "1"),
-    "RENICE": (_wire.number(lib.EB_TAG_RENICE, -3), "-3"),
-    "SCHEDULER": (_wire.option(lib.EB_TAG_SCHEDULER, struct.pack("<II", 3, 1)), "3 1"),
-    "IONICE": (_wire.number(lib.EB_TAG_IONICE, 3 << 13), str(3 << 13)),
-    "SUPERVISE": (_wire.option(lib.EB_TAG_SUPERVISE, struct.pack("<BI", 1, 250)), "1 250"),
-    "TIMER_SLACK": (_wire.option(lib.EB_TAG_TIMER_SLACK, struct.pack("<Q", 1 << 40)), str(1 << 40)),
+    "CONTROLLING_TERMINAL": (frames.option(lib.EB_TAG_CONTROLLING_TERMINAL), ""),
+    "FOREGROUND": (frames.option(lib.EB_TAG_FOREGROUND), ""),
+    "CGROUP": (frames.option(lib.EB_TAG_CGROUP), ""),
+    "NAMESPACES": (frames.number(lib.EB_TAG_NAMESPACES, 0x50000000), str(0x50000000)),
+    "SANDBOX": (frames.option(lib.EB_TAG_SANDBOX), ""),
+    "LIMITS": (frames.option(lib.EB_TAG_LIMITS, struct.pack("<QQQI", 1, 2, 3, 4)), "1 2 3 4"),
+    "QUEUE": (frames.option(lib.EB_TAG_QUEUE, struct.pack("<IB", 7, 64)), "7 64"),
+    "SOCKETS": (frames.option(lib.EB_TAG_SOCKETS, b"\1"), "1"),
+    "RENICE": (frames.number(lib.EB_TAG_RENICE, -3), "-3"),
+    "SCHEDULER": (frames.option(lib.EB_TAG_SCHEDULER, struct.pack("<II", 3, 1)), "3 1"),
+    "IONICE": (frames.number(lib.EB_TAG_IONICE, 3 << 13), str(3 << 13)),
+    "SUPERVISE": (frames.option(lib.EB_TAG_SUPERVISE, struct.pack("<BI", 1, 250)), "1 250"),
+    "TIMER_SLACK": (
+        frames.option(lib.EB_TAG_TIMER_SLACK, struct.pack("<Q", 1 << 40)),
+        str(1 << 40),
+    ),
     # The same signals as in the two of which these are a part.
-    "SIGNALS_DEFAULT": (_wire.option(lib.EB_TAG_SIGNALS_DEFAULT, b"\4" + bytes(7)), "4"),
-    "SIGNALS_IGNORED": (_wire.option(lib.EB_TAG_SIGNALS_IGNORED, b"\2" + bytes(7)), "2"),
-    "OOM_SCORE_ADJ": (_wire.number(lib.EB_TAG_OOM_SCORE_ADJ, -1000), "-1000"),
-    "ROOT": (_wire.string(lib.EB_TAG_ROOT, b"/r"), b"/r".hex()),
-    "CAPABILITIES": (_wire.option(lib.EB_TAG_CAPABILITIES, b"\1" + bytes(7)), "1"),
+    "SIGNALS_DEFAULT": (frames.option(lib.EB_TAG_SIGNALS_DEFAULT, b"\4" + bytes(7)), "4"),
+    "SIGNALS_IGNORED": (frames.option(lib.EB_TAG_SIGNALS_IGNORED, b"\2" + bytes(7)), "2"),
+    "OOM_SCORE_ADJ": (frames.number(lib.EB_TAG_OOM_SCORE_ADJ, -1000), "-1000"),
+    "ROOT": (frames.string(lib.EB_TAG_ROOT, b"/r"), b"/r".hex()),
+    "CAPABILITIES": (frames.option(lib.EB_TAG_CAPABILITIES, b"\1" + bytes(7)), "1"),
     "TERMINAL": (
-        _wire.option(lib.EB_TAG_TERMINAL, struct.pack("<4IB", 1, 2, 3, 4, 3)),
+        frames.option(lib.EB_TAG_TERMINAL, struct.pack("<4IB", 1, 2, 3, 4, 3)),
         "1 2 3 4 3",
     ),
-    "ON_CLOSE": (_wire.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
+    "ON_CLOSE": (frames.number(lib.EB_TAG_ON_CLOSE, 1500), "1500"),
 }
 WHOLE = b"".join(option for option, _ in OPTIONS.values())
 
@@ -166,8 +169,8 @@ def test_tags_are_consecutive_and_all_tested() -> None:
 
 
 def test_python_has_the_size_of_the_header() -> None:
-    assert _wire.HEADER.size == lib.EB_HEADER_SIZE
-    assert _wire.OPENING[0] == 0
+    assert frames.HEADER.size == lib.EB_HEADER_SIZE
+    assert frames.OPENING[0] == 0
 
 
 def test_environment_that_changes_while_a_request_is_built(tmp_path: Path) -> None:
@@ -204,14 +207,14 @@ def test_all_options(order: int, program: Path) -> None:
 @pytest.mark.parametrize("values", [[], [b""], [b"", b""], [b"a" * 131_071], [b"x"] * 100_000])
 @pytest.mark.parametrize("name", ["EXECUTABLES", "ARGV", "ENV"])
 def test_string_lists(name: str, values: list[bytes], program: Path) -> None:
-    encoded = _wire.strings(getattr(lib, f"EB_TAG_{name}"), values)
+    encoded = frames.strings(getattr(lib, f"EB_TAG_{name}"), values)
     others = [option for option in (EXECUTABLES, ARGV) if option[0] != encoded[0]]
     assert understood(program, *others, encoded)[name] == listed(*values)
 
 
 def test_environment_of_a_mebibyte(program: Path) -> None:
     values = [b"N%d=%s" % (number, b"v" * 1000) for number in range(1060)]
-    encoded = _wire.strings(lib.EB_TAG_ENV, values)
+    encoded = frames.strings(lib.EB_TAG_ENV, values)
     assert len(encoded) > 1 << 20
     assert understood(program, EXECUTABLES, ARGV, encoded)["ENV"] == listed(*values)
 
@@ -220,9 +223,9 @@ def test_most_strings(program: Path) -> None:
     """Each of the two lists ends in NULL; one more string is too many."""
     most = lib.EB_MAX_STRINGS - 3
     values = [b""] * most
-    seen = understood(program, EXECUTABLES, _wire.strings(lib.EB_TAG_ARGV, values))
+    seen = understood(program, EXECUTABLES, frames.strings(lib.EB_TAG_ARGV, values))
     assert seen["ARGV"].count(".") == most
-    one_more = _wire.strings(lib.EB_TAG_ARGV, [*values, b""])
+    one_more = frames.strings(lib.EB_TAG_ARGV, [*values, b""])
     assert run(program, EXECUTABLES + one_more) == f"error {errno.E2BIG}\n"
 
 
@@ -231,53 +234,53 @@ def test_most_strings(program: Path) -> None:
 )
 def test_most_numbers(name: str, most: int, size: int, program: Path) -> None:
     tag = getattr(lib, f"EB_TAG_{name}")
-    seen = understood(program, EXECUTABLES, ARGV, _wire.numbers(tag, range(most)))
+    seen = understood(program, EXECUTABLES, ARGV, frames.numbers(tag, range(most)))
     assert len(seen[name].split()) == most
-    too_many = _wire.numbers(tag, range(most + 1))
+    too_many = frames.numbers(tag, range(most + 1))
     assert run(program, EXECUTABLES + ARGV + too_many).startswith(f"refused: option {name}: ")
 
 
 def test_longest_frame() -> None:
     most = lib.EB_MAX_FRAME
-    assert len(_wire.frame(lib.EB_SPAWN, [bytes(most)])) == lib.EB_HEADER_SIZE + most
+    assert len(frames.frame(lib.EB_SPAWN, [bytes(most)])) == lib.EB_HEADER_SIZE + most
     with pytest.raises(OSError) as caught:
-        _wire.frame(lib.EB_SPAWN, [bytes(most), b"\0"])
+        frames.frame(lib.EB_SPAWN, [bytes(most), b"\0"])
     assert caught.value.errno == errno.E2BIG
 
 
 @pytest.mark.parametrize("values", [[b"\0"], [b"a", b"b\0"], [b"", b"\0a", b""]])
 def test_nul_byte_in_a_string_is_an_error_here(values: list[bytes]) -> None:
     with pytest.raises(ValueError, match="embedded null byte"):
-        _wire.strings(lib.EB_TAG_ARGV, values)
+        frames.strings(lib.EB_TAG_ARGV, values)
     with pytest.raises(ValueError, match="embedded null byte"):
-        _wire.string(lib.EB_TAG_CWD, values[-2:][0] + b"\0")
+        frames.string(lib.EB_TAG_CWD, values[-2:][0] + b"\0")
 
 
 # Replies
 
 
 def test_replies() -> None:
-    spawned = _wire.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_HELPER))
+    spawned = frames.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_HELPER))
     assert isinstance(spawned, Spawned)
     assert (spawned.pid, spawned.by_helper) == (77, True)
-    spawned = _wire.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_CALLER))
+    spawned = frames.reply(lib.EB_SPAWNED, struct.pack("<iB", 77, lib.EB_OWNER_CALLER))
     assert isinstance(spawned, Spawned)
     assert not spawned.by_helper
-    failed = _wire.reply(lib.EB_FAILED, struct.pack("<iiBB", 78, 2, lib.EB_STAGE_EXEC, 7))
+    failed = frames.reply(lib.EB_FAILED, struct.pack("<iiBB", 78, 2, lib.EB_STAGE_EXEC, 7))
     assert isinstance(failed, Failed)
     assert (failed.pid, failed.errno, failed.stage) == (78, 2, lib.EB_STAGE_EXEC)
     assert failed.member == 7
-    exited = _wire.reply(lib.EB_EXITED, struct.pack("<i9Q", 9, *range(9)))
+    exited = frames.reply(lib.EB_EXITED, struct.pack("<i9Q", 9, *range(9)))
     assert isinstance(exited, Exited)
     assert (exited.status, tuple(exited.usage)) == (9, tuple(range(9)))
-    assert _wire.reply(200, b"") is None
+    assert frames.reply(200, b"") is None
 
 
 @pytest.mark.parametrize("kind, size", [("SPAWNED", 5), ("FAILED", 10), ("EXITED", 76)])
 def test_reply_of_another_size(kind: str, size: int) -> None:
     for wrong in (0, size - 1, size + 1):
         with pytest.raises(struct.error):
-            _wire.reply(getattr(lib, f"EB_{kind}"), bytes(wrong))
+            frames.reply(getattr(lib, f"EB_{kind}"), bytes(wrong))
 
 
 # What is not a request

@@ -22,8 +22,8 @@ import pytest
 from conftest import PATIENCE, until
 
 import errand_boy
-from errand_boy import _wire
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 HELPER = os.environ.get("ERRAND_BOY_HELPER") or str(
     Path(errand_boy.__file__).with_name("errand-boy-helper")
@@ -35,11 +35,11 @@ USAGE = tuple(range(1, 10))
 
 
 def frame(kind: int, *parts: bytes) -> bytes:
-    return _wire.frame(kind, parts)
+    return frames.frame(kind, parts)
 
 
 def option(tag: int, value: bytes = b"") -> bytes:
-    return _wire.option(tag, value)
+    return frames.option(tag, value)
 
 
 def u32(*values: int) -> bytes:
@@ -47,7 +47,7 @@ def u32(*values: int) -> bytes:
 
 
 def strings(tag: int, *values: str) -> bytes:
-    return _wire.strings(tag, [os.fsencode(value) for value in values])
+    return frames.strings(tag, [os.fsencode(value) for value in values])
 
 
 def request(*argv: str, options: Sequence[bytes] = (), targets: Sequence[int] = ()) -> bytes:
@@ -58,7 +58,7 @@ def request(*argv: str, options: Sequence[bytes] = (), targets: Sequence[int] = 
         *options,
     ]
     if targets:
-        parts.append(_wire.numbers(lib.EB_TAG_FDS, targets))
+        parts.append(frames.numbers(lib.EB_TAG_FDS, targets))
     return frame(lib.EB_SPAWN, *parts)
 
 
@@ -95,7 +95,7 @@ def spawned(pid: int = 77, owner: int = lib.EB_OWNER_HELPER) -> bytes:
 
 
 def exited(status: int = 0, more: bytes = b"") -> bytes:
-    return frame(lib.EB_EXITED, _wire.EXITED.pack(status, *USAGE), more)
+    return frame(lib.EB_EXITED, frames.EXITED.pack(status, *USAGE), more)
 
 
 NOT_FOUND = frame(lib.EB_FAILED, struct.pack("<iiBB", 0, errno.ENOENT, lib.EB_STAGE_EXEC, 0))
@@ -171,9 +171,9 @@ class Client:
         return data
 
     def frame(self) -> tuple[int, bytes]:
-        header = self._read(_wire.HEADER.size)
-        assert len(header) == _wire.HEADER.size, f"closed after {header!r}"
-        size, kind = _wire.HEADER.unpack(header)
+        header = self._read(frames.HEADER.size)
+        assert len(header) == frames.HEADER.size, f"closed after {header!r}"
+        size, kind = frames.HEADER.unpack(header)
         payload = self._read(size)
         assert len(payload) == size
         return kind, payload
@@ -227,7 +227,7 @@ class Helper:
         self.pidfd = os.pidfd_open(self.pid)
         self.clients: list[Client] = []
         self.control = Client(ours)
-        self.control.send(_wire.OPENING)
+        self.control.send(frames.OPENING)
         self.private = "--private" in arguments
         if self.private:
             kind, payload = self.control.frame()
@@ -247,7 +247,7 @@ class Helper:
 
     def connect(self) -> Client:
         client = self.unopened()
-        client.send(_wire.OPENING)
+        client.send(frames.OPENING)
         assert client.frame() == (lib.EB_HELLO, struct.pack("<I", lib.EB_VERSION))
         return client
 
@@ -356,7 +356,7 @@ class Pool(Helper):
 
     def connect(self) -> PoolClient:
         client = self.unopened()
-        client.send(_wire.OPENING)
+        client.send(frames.OPENING)
         assert client.frame() == (lib.EB_HELLO, u32(lib.EB_VERSION))
         return client
 

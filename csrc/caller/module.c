@@ -130,7 +130,7 @@ static int *integers(PyObject *list, uint32_t *count)
     return values;
 }
 
-/* spawn(owner, options, stdin, stdout, stderr, others, carried, flags, microseconds): see errand_boy/_direct.py. */
+/* spawn(owner, options, stdin, stdout, stderr, others, carried, flags, microseconds): see errand_boy/_process/direct.py. */
 static PyObject *spawn(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct eb_wanted_fds wanted = {0};

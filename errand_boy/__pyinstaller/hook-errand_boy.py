@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 
 import errand_boy
-from errand_boy import _LATER, _direct
+from errand_boy import _LATER
 from errand_boy._cli.args import COMMANDS
+from errand_boy._process import direct
 
 binaries = []
 hiddenimports = [*_LATER.values()]
-if _direct.WITHOUT_C is None:
+if direct.WITHOUT_C is None:
     helper = os.path.join(os.path.dirname(errand_boy.__file__), "errand-boy-helper")
     binaries.append((helper, "errand_boy"))
     hiddenimports.append("_cffi_backend")

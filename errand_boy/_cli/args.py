@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import errand_boy
-from errand_boy import _direct
 from errand_boy._hints import nearest
+from errand_boy._process import direct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def _main(arguments: list[str]) -> int:
         print(f"usage: {USAGE}\nerrand-boy: error: {_unknown(arguments)}", file=sys.stderr)
         return 2
     command = arguments[0]
-    if command != "doctor" and _direct.WITHOUT_C is not None:
-        print(f"errand-boy {command}: {_direct.WITHOUT_C}", file=sys.stderr)
+    if command != "doctor" and direct.WITHOUT_C is not None:
+        print(f"errand-boy {command}: {direct.WITHOUT_C}", file=sys.stderr)
         return 125
     parser = parser_of(command)
     gc.freeze()  # what there is by now stays; to search it all at the end takes 5 ms

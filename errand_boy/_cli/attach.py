@@ -14,8 +14,8 @@ import time
 from errand_boy._cli.escaping import Writer, is_anothers, write_all
 from errand_boy._cli.run import exit_status
 from errand_boy._cli.terminal import Outer, catching
-from errand_boy._jobs import Attachment, Job, Missed
-from errand_boy._modes import Modes
+from errand_boy._jobs.blocking import Attachment, Job, Missed
+from errand_boy._jobs.modes import Modes
 from errand_boy.errors import JobLostError
 
 _CHUNK = 1 << 12  # bytes that are typed at once

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any
 
-    from errand_boy._result import Result
+    from errand_boy._map.result import Result
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def of(options: argparse.Namespace) -> Any:
     try:
         from celery.app.utils import find_app  # noqa: PLC0415
 
-        from errand_boy._cluster import Cluster  # noqa: PLC0415
+        from errand_boy._map.celery_runner import Cluster  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(f"--celery needs Celery ({error}): pip install celery") from None
     sys.path.insert(0, os.getcwd())

@@ -7,8 +7,8 @@ import resource
 import signal
 from collections.abc import Callable, Collection
 
-from errand_boy import _options
 from errand_boy._hints import page
+from errand_boy._options import table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
     name, limits = _named(text, "nofile=1024")
     soft, _, hard = limits.partition(":")
     pair = _limit(soft), _limit(hard or soft)
-    _options.encode({"rlimits": {name: pair}}, False, False)  # raises for an invalid limit
+    table.encode({"rlimits": {name: pair}}, False, False)  # raises for an invalid limit
     return name, pair
 
 
@@ -89,7 +89,7 @@ def _limit(text: str) -> int:
 
 def _own_limit(text: str) -> tuple[str, str]:
     name, value = _named(text, "wall=60 or memory=1G")
-    _options.encode({"limits": {name: value}}, False, False)  # raises for an invalid limit
+    table.encode({"limits": {name: value}}, False, False)  # raises for an invalid limit
     return name, value
 
 
@@ -131,7 +131,7 @@ def _checked(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
             if name == "tree" and value == "cgroup":
                 return value  # with --cgroup, which is another option
             if name not in _REPEATED and name != "cgroup":
-                _options.encode({name: value}, False, False)
+                table.encode({name: value}, False, False)
         except KeyError as error:
             raise argparse.ArgumentTypeError(f"unknown name {error.args[0]}") from None
         except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 
-from errand_boy._batch import NOT_NOW
+from errand_boy._map.batch import NOT_NOW
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

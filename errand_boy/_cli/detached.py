@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from errand_boy._jobs import Job
+    from errand_boy._jobs.blocking import Job
 
 _EXPIRED = 124  # the exit status
 _FAILED = 125
@@ -329,7 +329,7 @@ def _attach(options: argparse.Namespace) -> int:
 def _logs(options: argparse.Namespace) -> int:
     from errand_boy._cli.attach import print_missed  # noqa: PLC0415
     from errand_boy._cli.escaping import Writer  # noqa: PLC0415
-    from errand_boy._jobs import Missed  # noqa: PLC0415
+    from errand_boy._jobs.blocking import Missed  # noqa: PLC0415
 
     job = find(options, options.job)
     writer = Writer(job, raw=options.raw)

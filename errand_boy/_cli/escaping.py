@@ -7,7 +7,7 @@ import os
 import select
 import sys
 
-from errand_boy._jobs import Job
+from errand_boy._jobs.blocking import Job
 
 
 def is_anothers(job: Job) -> bool:

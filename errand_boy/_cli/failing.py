@@ -6,7 +6,7 @@ import argparse
 import re
 
 from errand_boy._cli.parsing import UsageError, number
-from errand_boy._policy import Halt, Retries, Timeout
+from errand_boy._map.policy import Halt, Retries, Timeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from errand_boy._batch import NOT_NOW
 from errand_boy._cli.parsing import UsageError
+from errand_boy._map.batch import NOT_NOW
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

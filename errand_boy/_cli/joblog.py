@@ -8,7 +8,7 @@ import shlex
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from errand_boy._result import Result
+    from errand_boy._map.result import Result
 
 _MOST_SEQ = 1 << 33
 _TITLE = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command MaxRSS\n"

@@ -9,8 +9,6 @@ import signal
 import sys
 from collections.abc import Generator, Sequence
 
-from errand_boy import _map
-from errand_boy._batch import NOT_NOW, Batch
 from errand_boy._cli import (
     cluster,
     command_options,
@@ -27,7 +25,9 @@ from errand_boy._cli import (
 from errand_boy._cli.commands import Commands
 from errand_boy._cli.joblog import JobLog, written
 from errand_boy._cli.parsing import Parser, UsageError, add_socket, message
-from errand_boy._result import Result
+from errand_boy._map import map as _map
+from errand_boy._map.batch import NOT_NOW, Batch
+from errand_boy._map.result import Result
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -193,9 +193,9 @@ def _client(options: argparse.Namespace) -> Any:
     path = options.socket or os.environ.get("ERRAND_BOY_SOCKET")
     if options.local or not path:
         return None
-    from errand_boy import _client  # noqa: PLC0415
+    from errand_boy._client import client  # noqa: PLC0415
 
-    return _client.connect(path)
+    return client.connect(path)
 
 
 def _source(options: argparse.Namespace, given: inputs.Inputs, count: int) -> inputs.Source:
@@ -305,7 +305,7 @@ def _show(source: inputs.Source, commands: Commands) -> int:
 
 
 def _drive(work: Batch, source: inputs.Source) -> Generator[Result, None, None]:
-    """Do as _map.drive, but also wait for input."""
+    """Do as drive of _map/map.py, but also wait for input."""
     wait = _map.waiter(work)
     reads = False
     while True:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import IO, Any, TypeAlias
 
     from errand_boy._cli.commands import Origin
-    from errand_boy._result import Result
+    from errand_boy._map.result import Result
 
     Sink: TypeAlias = "_Live | _Kept"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from errand_boy._batch import NOT_NOW
 from errand_boy._cli.parsing import UsageError, number
+from errand_boy._map.batch import NOT_NOW
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

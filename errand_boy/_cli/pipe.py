@@ -7,9 +7,9 @@ import re
 from collections import deque
 from collections.abc import Sequence
 
-from errand_boy._batch import NOT_NOW
 from errand_boy._cli.inputs import STDIN, Source, open_source, unescaped
 from errand_boy._cli.parsing import UsageError
+from errand_boy._map.batch import NOT_NOW
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

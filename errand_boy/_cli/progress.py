@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errand_boy._progress import Bar, Tally, terminal
+from errand_boy._map.progress import Bar, Tally, terminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from errand_boy._cli.inputs import Source
     from errand_boy._cli.report import Report
-    from errand_boy._result import Result
+    from errand_boy._map.result import Result
     from errand_boy._timers import Timers
 
 _TICK = 1.0  # seconds

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
-    from errand_boy._result import Result
+    from errand_boy._map.result import Result
 
 _MOST_BARS = 20_000  # with more commands, those close together become one bar
 _BINS = 40

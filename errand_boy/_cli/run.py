@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import errand_boy
-from errand_boy import _client, _popen
 from errand_boy._cli.parsing import message
+from errand_boy._client import client as _client
+from errand_boy._process import popen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Literal
 
-    from errand_boy._jobs import JobResult
+    from errand_boy._jobs.blocking import JobResult
 
 _EXPIRED = 124  # the exit status
 
@@ -119,14 +120,14 @@ _LIMITS = {
 }
 
 
-def tell_limit(process: _popen.Popen[Any], argv: Sequence[str]) -> None:
+def tell_limit(process: popen.Popen[Any], argv: Sequence[str]) -> None:
     """Write to standard error which limit the ended command exceeded, if it exceeded one."""
     limit = _LIMITS.get(process.cause or "")
     if limit is not None:
         print(f"errand-boy: {argv[0]}: exceeded its limit {limit}", file=sys.stderr)
 
 
-def exit_status(ended: _popen.Popen[Any] | JobResult) -> int:
+def exit_status(ended: popen.Popen[Any] | JobResult) -> int:
     """Return the exit status for a command that has ended."""
     if ended.cause == "timeout":  # its limit, wall
         return _EXPIRED
@@ -141,7 +142,7 @@ def start(
     *,
     classic: bool = False,
     **options: Any,
-) -> _popen.Popen[Any] | int:
+) -> popen.Popen[Any] | int:
     """Start a command as `run` does; return its process object.
 
     `prepare` is called right before the start of a child of this process, and returns options for
@@ -156,7 +157,7 @@ def start(
                 # A user who names a daemon wants its rights and limits, not those of this process.
                 if not client.address.is_default:
                     raise
-        return _popen.Popen(argv, **{**prepare(), **options})
+        return popen.Popen(argv, **{**prepare(), **options})
     except (OSError, ValueError) as error:
         return failure(error, argv, options)
 
@@ -183,7 +184,7 @@ def failure(error: OSError | ValueError, argv: Sequence[str], options: Mapping[s
 
 
 def _await_end(
-    process: _popen.Popen[Any],
+    process: popen.Popen[Any],
     failures: list[OSError],
     timeout: float | None,
     expired: threading.Event,
@@ -202,7 +203,7 @@ def _await_end(
     os.kill(os.getpid(), signal.SIGCHLD)
 
 
-def _forward(process: _popen.Popen[Any], number: int) -> None:
+def _forward(process: popen.Popen[Any], number: int) -> None:
     if not isinstance(process, _client.Popen):
         process.send_signal(number)
         return

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 import errand_boy
-from errand_boy import _address
 from errand_boy._cli.parsing import Parser, add_socket, group, number, user
+from errand_boy._wire import address
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -180,9 +180,9 @@ def run_server(
     """Become the daemon that `options` describe; return an exit status only if that fails."""
     values = vars(options)
     kept = {name: value for name, value in values.items() if name != "transport"}
-    kept["socket"] = os.path.abspath(options.socket or _address.default_path(classic=classic))
-    kept["job_state"] = options.job_state or _address.job_directory("STATE")
-    kept["job_runtime"] = options.job_runtime or _address.job_directory("RUNTIME")
+    kept["socket"] = os.path.abspath(options.socket or address.default_path(classic=classic))
+    kept["job_state"] = options.job_state or address.job_directory("STATE")
+    kept["job_runtime"] = options.job_runtime or address.job_directory("RUNTIME")
     for name in ("chdir", "limits", "pid_file", "job_state", "job_runtime"):
         if kept[name] is not None:
             kept[name] = os.path.abspath(kept[name])

@@ -7,8 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from errand_boy import _address, _status
 from errand_boy._cli.parsing import Parser, add_socket, number
+from errand_boy._wire import address as _address, status
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -42,12 +42,12 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
         return watch.run(address, options.watch)
     try:
-        value = _status.fetch(address)
-    except _status.NoAnswerError as error:
+        value = status.fetch(address)
+    except status.NoAnswerError as error:
         print(f"errand-boy: {error}", file=sys.stderr)
         return 1
     if options.json:
         print(json.dumps(value, indent=2))
     else:
-        sys.stdout.write(_status.metrics(value) if options.metrics else _status.table(value))
+        sys.stdout.write(status.metrics(value) if options.metrics else status.table(value))
     return 0

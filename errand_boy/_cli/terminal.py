@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from errand_boy import _client, _popen
 from errand_boy._cli.run import exit_status, start, tell_limit
+from errand_boy._client import client
+from errand_boy._process import popen
 from errand_boy.terminal import (
     Pty,
     Terminal,
@@ -154,7 +155,7 @@ def poll_of(wanted: Mapping[int, int]) -> select.poll:
 class _Session:
     def __init__(
         self,
-        process: _popen.Popen[Any],
+        process: popen.Popen[Any],
         outer: Outer,
         arrived: int,
         recording: Recording | None,
@@ -303,7 +304,7 @@ class _Session:
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(OSError):
-            if isinstance(self._process, _client.Popen):
+            if isinstance(self._process, client.Popen):
                 self._process.send_group_signal(number)
             elif self._process.poll() is None:
                 os.killpg(self._process.pid, number)

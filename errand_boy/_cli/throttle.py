@@ -15,8 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from errand_boy._batch import Batch
-    from errand_boy._job import Job
+    from errand_boy._map.batch import Batch
+    from errand_boy._map.command import Job
 
 _INTERVAL = 0.1  # seconds between looks at the kernel's counts
 _PAUSE = 0.5  # seconds between looks at the memory, for those that may have to pause

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 
-from errand_boy import _status
+from errand_boy._wire import status as _status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from errand_boy._address import Address
+    from errand_boy._wire.address import Address
 
 _COUNTED = ("accepted", "started", "ended", "failed")  # the totals whose rates are shown
 

@@ -9,9 +9,9 @@ import socket
 import struct
 import time
 
-from errand_boy import _wire
 from errand_boy._daemon.log import Log
 from errand_boy._daemon.peer import Peer
+from errand_boy._wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Ended:
         """Return how it ended, as `error` and `stage`, or `signal`, or `status`."""
         if self.error:
             name = errno.errorcode.get(self.error, str(self.error))
-            return {"error": name, "stage": _wire.stage_name(self.stage)}
+            return {"error": name, "stage": frames.stage_name(self.stage)}
         if self.returncode >= 0:
             return {"status": self.returncode}
         return {"signal": _SIGNALS.get(-self.returncode, str(-self.returncode))}
@@ -189,7 +189,7 @@ def _outcome_of_job(entry: dict[str, Any]) -> dict[str, object]:
         return {"lost": entry["why"]}
     if "failed" in entry:
         error, stage = entry["failed"][:2]
-        return {"error": errno.errorcode.get(error, str(error)), "stage": _wire.stage_name(stage)}
+        return {"error": errno.errorcode.get(error, str(error)), "stage": frames.stage_name(stage)}
     if "status" not in entry:
         return {}
     status = entry["status"]

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
-from errand_boy import _wire
 from errand_boy._daemon.loop import Loop
 from errand_boy._daemon.memory import open_memory
 from errand_boy._daemon.peer import Credentials
 from errand_boy._daemon.report import FILE_SIZE, Report
 from errand_boy._daemon.strangers import DescriptorsError, receive
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def start(options: Sequence[str], credentials: Credentials | None) -> Process:
             pid = spawn(title, arguments, credentials, (theirs.fileno(), figures))
         undo.pop_all()
     with suppress(OSError):  # it has ended already
-        ours.send(_wire.OPENING, socket.MSG_NOSIGNAL)
+        ours.send(frames.OPENING, socket.MSG_NOSIGNAL)
     return Process(pid, ours, figures, program)
 
 
@@ -142,7 +142,7 @@ class Helper:
 
     def send(self, kind: int, payload: bytes = b"", passed: socket.socket | None = None) -> None:
         """Send a frame and the socket `passed`, and take ownership of it; never wait."""
-        self._outbox.append((_wire.HEADER.pack(len(payload), kind) + payload, passed))
+        self._outbox.append((frames.HEADER.pack(len(payload), kind) + payload, passed))
         self.unsent += passed is not None
         if self.is_ready and len(self._outbox) == 1:
             self._flush()
@@ -213,10 +213,10 @@ class Helper:
             return False
         self._inbox += data
         self._wanted = _READ
-        header = _wire.HEADER.size
+        header = frames.HEADER.size
         at = 0
         while len(self._inbox) - at >= header:
-            length, kind = _wire.HEADER.unpack_from(self._inbox, at)
+            length, kind = frames.HEADER.unpack_from(self._inbox, at)
             if length > self._longest():
                 self._kill("it sent a long frame")
                 return False
@@ -314,7 +314,7 @@ class Helper:
     def unserved(self) -> Unserved:
         """Return the connections that have not been sent to it."""
         return [
-            (_ADOPT.unpack_from(frame, _wire.HEADER.size)[0], passed)
+            (_ADOPT.unpack_from(frame, frames.HEADER.size)[0], passed)
             for frame, passed in self._outbox
             if passed is not None
         ]

@@ -14,8 +14,8 @@ from functools import partial
 
 from errand_boy._daemon.job_files import Files, JobsError, Store, boot_id
 from errand_boy._daemon.loop import Pidfd
-from errand_boy._left import is_left, namespace, seconds_since
 from errand_boy._native import lib
+from errand_boy._orphan import is_left, namespace, seconds_since
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

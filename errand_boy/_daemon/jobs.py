@@ -16,12 +16,12 @@ import time
 from contextlib import suppress
 from functools import partial
 
-from errand_boy import _wire
 from errand_boy._daemon.helper import spawn
 from errand_boy._daemon.job_files import MOST_RING, NAME, WHOMS, JobsError, New, are_steps
 from errand_boy._daemon.job_index import LIVE, Index, Job, User, size_of
 from errand_boy._daemon.strangers import receive
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Jobs:
         Return True if that is done and the caller can close `sock`, and False if a keeper is busy
         and the caller should try again. Raises OSError.
         """
-        take = partial(self._take, sock, 1 + _wire.HEADER.size + len(request))
+        take = partial(self._take, sock, 1 + frames.HEADER.size + len(request))
         try:
             return self._serve(sock, peer, request, take)
         except JobsError as error:
@@ -109,7 +109,7 @@ class Jobs:
 
     def _reply(self, sock: socket.socket, value: object, fd: int | None = None) -> None:
         text = json.dumps(value).encode("ascii")
-        frame = _wire.frame(lib.EB_JOB_REPLY, [text])
+        frame = frames.frame(lib.EB_JOB_REPLY, [text])
         if sock.sendmsg([frame], _rights(fd), socket.MSG_NOSIGNAL) != len(frame):
             raise OSError(errno.EMSGSIZE, "the answer does not fit the socket")
 
@@ -338,8 +338,8 @@ def _rights(fd: int | None) -> list[tuple[int, int, bytes]]:
 
 def _hand_over(keeper: socket.socket, sock: socket.socket) -> None:
     """Have a keeper serve `sock`. Raises OSError."""
-    keeper.send(_wire.OPENING, socket.MSG_NOSIGNAL)
-    frame = _wire.frame(lib.EB_ADOPT, [])
+    keeper.send(frames.OPENING, socket.MSG_NOSIGNAL)
+    frame = frames.frame(lib.EB_ADOPT, [])
     keeper.sendmsg([frame], _rights(sock.fileno()), socket.MSG_NOSIGNAL)
 
 

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 
-from errand_boy import _address
+from errand_boy._wire import address as _address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from errand_boy import _wire
 from errand_boy._daemon.loop import NEWCOMERS, Loop
 from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.strangers import peek
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
-FIRST = 1 + _wire.HEADER.size + 4  # bytes that show which protocol a connection speaks
+FIRST = 1 + frames.HEADER.size + 4  # bytes that show which protocol a connection speaks
 _EDGES = 8  # events in one turn
 _MOST_UNSEEN = 100  # of a user who has too many connections already
 _STRANGERS = 64  # of users who may not use the daemon
@@ -41,9 +41,9 @@ class Newcomer:
         try:
             first, self.has_descriptors = peek(self.sock, size)
             if len(first) == FIRST and first[0] == 0:
-                length, kind = _wire.HEADER.unpack_from(first, 1)
+                length, kind = frames.HEADER.unpack_from(first, 1)
                 if kind == lib.EB_JOB and length <= lib.EB_MAX_JOB:  # with the whole request
-                    size = 1 + _wire.HEADER.size + length
+                    size = 1 + frames.HEADER.size + length
                     first, self.has_descriptors = peek(self.sock, size)
         except BlockingIOError:
             return None

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from errand_boy import _native
 from errand_boy._daemon.loop import Loop
-from errand_boy._left import start_of
+from errand_boy._orphan import start_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

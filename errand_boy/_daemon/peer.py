@@ -7,8 +7,8 @@ import socket
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from errand_boy._address import credentials
 from errand_boy._native import ffi, lib
+from errand_boy._wire.address import credentials
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ import socket
 import time
 from contextlib import suppress
 
-from errand_boy import _wire
 from errand_boy._daemon.audit import Audit, Ended
 from errand_boy._daemon.helper import ID, Helper, Keep, Unserved
 from errand_boy._daemon.limits import Holdings, Limits, LimitsError, Table
@@ -20,6 +19,7 @@ from errand_boy._daemon.turns import Turns
 from errand_boy._daemon.user import User
 from errand_boy._native import lib
 from errand_boy._timers import Timer
+from errand_boy._wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -411,7 +411,7 @@ class Pool:
 
     def _refuse(self, sock: socket.socket, reason: str) -> None:
         with suppress(OSError):
-            sock.send(_wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]]))
+            sock.send(frames.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]]))
         self._loop.closer.close(sock, read=True)
 
     def _forget_users_without_helpers(self) -> None:

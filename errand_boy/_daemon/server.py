@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from errand_boy import _wire
 from errand_boy._daemon import status, strangers, text
 from errand_boy._daemon.job_index import Index
 from errand_boy._daemon.jobs import REQUEST, Jobs
@@ -32,6 +31,7 @@ from errand_boy._daemon.services import Services
 from errand_boy._daemon.upgrade import Successor, check
 from errand_boy._native import lib
 from errand_boy._timers import Timer
+from errand_boy._wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -263,8 +263,8 @@ class Server:
             self.log.debug("accepted", kind="text", pid=peer.pid, uid=peer.uid)
             self._serve_text(sock, peer)
         else:
-            length, kind = _wire.HEADER.unpack_from(first, 1)
-            version = int.from_bytes(first[1 + _wire.HEADER.size : FIRST], "little")
+            length, kind = frames.HEADER.unpack_from(first, 1)
+            version = int.from_bytes(first[1 + frames.HEADER.size : FIRST], "little")
             if not _may_be_first(kind, length):
                 self._refuse(newcomer, first, "the first frame must be HELLO, STATUS or JOB")
             elif version != lib.EB_VERSION:
@@ -295,7 +295,7 @@ class Server:
         self._let_go(peer)
         self.loop.complaints.warning("refused", reason=reason, pid=peer.pid, uid=peer.uid)
         if first[:1] in (b"", b"\0"):
-            answer = _wire.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]])
+            answer = frames.frame(lib.EB_REFUSED, [reason.encode()[: lib.EB_MAX_REASON]])
         else:
             # An answer of the text protocol, as in text.py.
             answer = f"\r\n0:\r\n1:errand-boy: {reason}\r\n\r\n127\r\n\r\n".encode()
@@ -309,7 +309,7 @@ class Server:
 
     def _serve_job(self, newcomer: Newcomer, first: bytes, seconds: float = _BUSY) -> None:
         """Handle a request about jobs, now or when the job's keeper has time."""
-        request = first[1 + _wire.HEADER.size :]
+        request = first[1 + frames.HEADER.size :]
         try:
             is_done = not first or self._job_requests.serve(newcomer.sock, newcomer.peer, request)
         except OSError as error:
@@ -589,4 +589,4 @@ def _may_be_first(kind: int, length: int) -> bool:
 
 def _kind(first: bytes) -> int | None:
     """Return the kind of the first frame, or None if these bytes are not a first frame."""
-    return int(_wire.HEADER.unpack_from(first, 1)[1]) if first[0] == 0 else None
+    return int(frames.HEADER.unpack_from(first, 1)[1]) if first[0] == 0 else None

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from errand_boy import _wire
 from errand_boy._daemon.helper import Helper, Keep
 from errand_boy._daemon.job_index import Index
 from errand_boy._daemon.loop import Loop
@@ -20,6 +19,7 @@ from errand_boy._daemon.peer import Peer
 from errand_boy._daemon.pool import Pool
 from errand_boy._daemon.report import Report
 from errand_boy._native import lib
+from errand_boy._wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Reply:
         # ASCII, because invalid UTF-8 in argv becomes lone surrogates, which must be escaped.
         text = json.dumps(self._describe(self._reports)).encode("ascii")
         self._reports.clear()
-        self.send(_wire.frame(lib.EB_STATUS_REPLY, [text]))
+        self.send(frames.frame(lib.EB_STATUS_REPLY, [text]))
 
     def send(self, answer: bytes) -> None:
         """Send `answer`, or the rest of one."""

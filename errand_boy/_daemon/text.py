@@ -10,12 +10,12 @@ import socket
 import time
 from collections.abc import Callable
 
-from errand_boy import _wire
 from errand_boy._daemon.strangers import receive
 from errand_boy._native import lib
 from errand_boy._spool import Spool, nameless_file
-from errand_boy._stream import Ended, Event, Lost, Output, Stream
-from errand_boy._wire import Failed
+from errand_boy._wire import frames
+from errand_boy._wire.frames import Failed
+from errand_boy._wire.stream import Ended, Event, Lost, Output, Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class _Command:
         self._sock.setblocking(False)
         self._stream = Stream()
         self._request.input.rewind()
-        request = _wire.OPENING + _spawn(bytes(self._request.line))
+        request = frames.OPENING + _spawn(bytes(self._request.line))
         self._stream.begin(_STREAMS, False, request, self._request.input)
         self._send()
 
@@ -318,13 +318,13 @@ class _Command:
 
 
 def _spawn(line: bytes) -> bytes:
-    return _wire.frame(
+    return frames.frame(
         lib.EB_SPAWN,
         [
-            _wire.strings(lib.EB_TAG_EXECUTABLES, [_SHELL]),
-            _wire.strings(lib.EB_TAG_ARGV, [_SHELL, b"-c", line]),
-            _wire.option(lib.EB_TAG_STREAMS, bytes([_STREAMS])),
-            _wire.number(lib.EB_TAG_PGROUP, 0),
+            frames.strings(lib.EB_TAG_EXECUTABLES, [_SHELL]),
+            frames.strings(lib.EB_TAG_ARGV, [_SHELL, b"-c", line]),
+            frames.option(lib.EB_TAG_STREAMS, bytes([_STREAMS])),
+            frames.number(lib.EB_TAG_PGROUP, 0),
         ],
     )
 
@@ -334,7 +334,7 @@ def _failure(reply: Failed) -> tuple[int, str]:
     code = _NOT_RUN if reply.errno == errno.ENOENT else _NOT_RUNNABLE
     if reply.stage == lib.EB_STAGE_EXEC:
         return code, f"{os.fsdecode(_SHELL)}: {reason}"
-    return code, f"cannot start a command: {_wire.stage_name(reply.stage)}: {reason}"
+    return code, f"cannot start a command: {frames.stage_name(reply.stage)}: {reason}"
 
 
 def refusal(reason: str) -> bytes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 from subprocess import PIPE
 
-from errand_boy import _capture, _client, _wire
+from errand_boy._client import capture as _capture, client as _client
+from errand_boy._wire import frames as _frames
 from errand_boy.errors import SessionClosedError
 
 TYPE_CHECKING = False
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from resource import struct_rusage
     from typing import Any
 
-    from errand_boy._client import Client
+    from errand_boy._client.client import Client
 
 _TEXT = ("text", "universal_newlines", "encoding", "errors")
 
@@ -90,7 +91,7 @@ class Ended(subprocess.Popen[bytes]):
     @property
     def rusage(self) -> struct_rusage:
         """The resources used by the command and the children that it has waited for."""
-        return _wire.rusage(self._usage)
+        return _frames.rusage(self._usage)
 
     def send_group_signal(self, sig: int) -> None:
         """Do nothing."""

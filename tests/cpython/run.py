@@ -254,7 +254,7 @@ def replace_popen(undo: ExitStack) -> None:
     errand_boy: Any = importlib.import_module("errand_boy")
     start_helper(errand_boy)
     standard: Any = subprocess.Popen
-    if importlib.import_module("errand_boy._direct").WITHOUT_C is None:
+    if importlib.import_module("errand_boy._process.direct").WITHOUT_C is None:
         start = without_silent_fallback(standard._execute_child)
         undo.enter_context(mock.patch.object(standard, "_execute_child", start))
     undo.enter_context(mock.patch.object(subprocess, "Popen", errand_boy.Popen))
@@ -268,7 +268,7 @@ def replace_asyncio(undo: ExitStack) -> None:
         for name in "create_subprocess_exec", "create_subprocess_shell":
             undo.enter_context(mock.patch.object(module, name, getattr(ours, name)))
     loop: Any = asyncio.SelectorEventLoop
-    make: Any = importlib.import_module("errand_boy._asyncio_transport").make_transport
+    make: Any = importlib.import_module("errand_boy._asyncio.transport").make_transport
     undo.enter_context(mock.patch.object(loop, "_make_subprocess_transport", make))
 
 

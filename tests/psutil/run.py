@@ -85,7 +85,7 @@ def main() -> int:
     if not plain.passed:
         print("  no test passed with nothing replaced")
         return 1
-    if (plain.popen, ours.popen) != ("subprocess", "errand_boy._popen"):
+    if (plain.popen, ours.popen) != ("subprocess", "errand_boy._process.popen"):
         print(f"  Popen was that of {plain.popen}, and then that of {ours.popen}")
         return 1
 

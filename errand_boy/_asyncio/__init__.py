@@ -1,0 +1,1 @@
+"""Commands in an asyncio event loop."""

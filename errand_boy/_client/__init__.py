@@ -1,0 +1,1 @@
+"""The client of a daemon, its captured runs, and the executor."""

@@ -1,0 +1,1 @@
+"""Jobs, commands of a daemon that outlive their client: the client's side."""

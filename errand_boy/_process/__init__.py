@@ -1,0 +1,1 @@
+"""Everything that starts one command, waits for it and ends it."""

@@ -1,0 +1,1 @@
+"""Signatures and parameters, for type checkers only."""

@@ -1,0 +1,1 @@
+"""The protocol: what frames say, and the connections that carry them."""
