@@ -1,8 +1,9 @@
 """A sandbox for untrusted commands: which files and which network they may use.
 
 The kernel enforces it: Landlock for files, TCP ports, signals and abstract sockets, and a small
-seccomp filter for all other kinds of sockets. It needs no privileges, applies to everything that
-the command starts, and can't be undone. The documentation says what it does not cover.
+seccomp filter for all other kinds of sockets and for typing on a terminal. It needs no privileges,
+applies to everything that the command starts, and can't be undone. The documentation says what it
+does not cover.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ class Sandbox:
       RuntimeWarning says once what is not in force, and `missing` lists it.
 
     Signals and abstract Unix sockets reach only processes of the same sandbox; ioctl(2) on a device
-    fails unless the device was open before. The command and its descendants gain no privileges, and
-    can use neither io_uring nor keyrings.
+    fails unless the device was open before. The command and its descendants gain no privileges,
+    can't type on a terminal that they inherit (TIOCSTI), and can use neither io_uring nor keyrings
+    unless `network` is True.
 
     The paths are opened when the object is made, so it applies to the files and directories that
     exist at that time; a path that does not exist raises OSError. Keep the object for further
@@ -88,7 +90,7 @@ class Sandbox:
     __slots__ = ("_arguments", "_ruleset", "missing", "sockets")
 
     missing: tuple[str, ...]  # what is not in force
-    sockets: int | None  # in the format of SOCKETS in a request; None: any
+    sockets: int  # in the format of SOCKETS in a request
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class Sandbox:
         self.missing = missing(version, with_ports=ports is not None)
         if self.missing:
             self._complain(version, strict)
-        self.sockets = None if network is True else lib.EB_SOCKETS_UNIX
+        self.sockets = lib.EB_SOCKETS_ANY if network is True else lib.EB_SOCKETS_UNIX
         if ports is not None:
             self.sockets = lib.EB_SOCKETS_TCP
         if version:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tty
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,14 @@ def syscall(x86, arm, *args):
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
+
+def pair(family):
+    # Any other error comes from the family itself, so the call has reached it.
+    try:
+        socket.socketpair(family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            raise
 
 def mount(source, target, kind, flags):
     if libc.mount(source, target.encode(), kind, flags, None):
@@ -252,6 +261,8 @@ syscall(310, 270, victim, local, 1, struct.pack("PN", address, 8), 1, 0)
     "raw, root": (1, "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)"),
     "packets, root": (1, "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)"),
     "netlink": (1, "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"),
+    "netlink, a pair": (1, "pair(socket.AF_NETLINK)"),
+    "vsock, a pair": (1, "pair(socket.AF_VSOCK)"),
     "abstract socket": (6, "socket.socket(socket.AF_UNIX).connect(abstract)"),
     "abstract datagram": (
         6,
@@ -335,6 +346,64 @@ def test_whole_network(world: World) -> None:
     box = make(network=True)
     assert world.attempt(ESCAPES["UDP"][1], sandbox=box) == "out"
     assert world.attempt(ESCAPES["TCP"][1], sandbox=box) == "out"
+
+
+# Terminals
+
+# Typing on the terminal that is the program's standard input. The kernel takes no notice of the
+# upper half of a request.
+TYPING = {
+    "TIOCSTI": "fcntl.ioctl(0, termios.TIOCSTI, b'x')",
+    "upper half": "syscall(16, 29, 0, 0x700000000 + termios.TIOCSTI, b'x')",
+    "TIOCLINUX": "fcntl.ioctl(0, 0x541C, b'\\3')",
+    "32 bits": """
+import mmap
+if platform.machine() != 'x86_64':
+    fcntl.ioctl(0, termios.TIOCSTI, b'x')
+    return
+low = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40, 7)  # MAP_32BIT
+address = ctypes.addressof(ctypes.c_char.from_buffer(low))
+code = b"\\x53\\xb8\\x36\\0\\0\\0\\x31\\xdb\\xb9" + struct.pack("I", termios.TIOCSTI)
+code += b"\\xba" + struct.pack("I", address + 64) + b"\\xcd\\x80\\x5b\\xc3"  # int 0x80
+low[:] = (code.ljust(64, b"\\0") + b"x").ljust(4096, b"\\0")
+result = ctypes.CFUNCTYPE(ctypes.c_int)(address)()
+if result < 0:
+    raise OSError(-result, os.strerror(-result))
+""",
+}
+
+
+@pytest.mark.parametrize("network", [False, {"connect": [443]}, True])
+@pytest.mark.parametrize("name", TYPING)
+def test_typing_on_the_terminal(name: str, network: Any, world: World) -> None:
+    """Whoever reads from the terminal next takes it for the user's input."""
+    if VERSION < 4 and isinstance(network, dict):
+        pytest.skip("Landlock knows TCP ports from version 4 on")
+    upper, lower = os.openpty()
+    options = {"start_new_session": True, "controlling_terminal": lower, "stdin": lower}
+    box = make(network=network)
+    try:
+        tty.setraw(lower)
+        os.set_blocking(lower, False)
+        try:
+            outside = world.attempt(TYPING[name], **options)
+        except AssertionError:
+            if name == "32 bits":
+                pytest.skip("this kernel runs no 32-bit programs")
+            raise
+        # A pseudo-terminal knows no TIOCLINUX; an administrator may have turned TIOCSTI off.
+        assert outside in ("ENOTTY" if name == "TIOCLINUX" else "out", "EIO")
+        assert outside != "out" or os.read(lower, 1) == b"x"
+        if name == "32 bits" and network is not True:
+            with pytest.raises(AssertionError):  # it is killed
+                world.attempt(TYPING[name], sandbox=box, **options)
+        else:
+            assert world.attempt(TYPING[name], sandbox=box, **options) == "EACCES"
+        with pytest.raises(BlockingIOError):
+            os.read(lower, 1)
+    finally:
+        os.close(upper)
+        os.close(lower)
 
 
 # What it lets in

@@ -197,7 +197,8 @@ enum eb_tag {
     EB_TAG_NAMESPACES = 28,      /* u32: flags of clone(2), CLONE_NEW...; in a new user namespace it has its own user
                                and group, under the same numbers */
     EB_TAG_SANDBOX = 29,         /* carries a descriptor: a Landlock ruleset to apply; implies NO_NEW_PRIVS */
-    EB_TAG_SOCKETS = 30,         /* u8 eb_sockets: no other sockets, no io_uring, no keyrings; implies NO_NEW_PRIVS */
+    EB_TAG_SOCKETS = 30,         /* u8 eb_sockets: no others, no typing on a terminal (TIOCSTI), and unless it is ANY
+                                    no io_uring and no keyrings; implies NO_NEW_PRIVS */
     EB_TAG_RENICE = 31,          /* i32: added to the niceness that the command would otherwise have */
     EB_TAG_SCHEDULER = 32,       /* u32 policy | u32 priority, as sched_setscheduler(2) takes them */
     EB_TAG_IONICE = 33,          /* u32, as ioprio_set(2) takes it */
@@ -241,6 +242,7 @@ enum eb_cause {
 enum eb_sockets {
     EB_SOCKETS_UNIX = 0,
     EB_SOCKETS_TCP = 1, /* and Unix ones */
+    EB_SOCKETS_ANY = 2,
 };
 
 /* The step in which a start failed; the values are in the order of the steps. */

@@ -293,7 +293,7 @@ static int get_value(struct eb_request *q, enum eb_tag tag, struct value v, char
         break;
     case EB_TAG_SOCKETS:
         q->sockets = eb_get_u8(&r);
-        if (q->sockets > EB_SOCKETS_TCP)
+        if (q->sockets > EB_SOCKETS_ANY)
             return malformed(reason, tag, "no such sockets");
         break;
     case EB_TAG_RENICE:

@@ -10,6 +10,7 @@
 #include <linux/seccomp.h>
 #include <netinet/in.h>
 #include <stddef.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 /* These numbers are the same on all architectures; older headers lack them. */
@@ -21,14 +22,22 @@ enum { IO_URING_SETUP = 425, LANDLOCK_RESTRICT_SELF = 446 };
 #define ARCHITECTURE AUDIT_ARCH_AARCH64
 #endif
 
-enum { X32 = 0x40000000 }; /* from this number on, x86-64's calls belong to another interface */
+enum {
+    X32 = 0x40000000, /* from this number on, x86-64's calls belong to another interface */
+    IOCTL_32 = 54,    /* of 32-bit programs, on both */
+};
+
+/* Requests that type on a terminal: whoever reads from it, outside, takes that for the user's input. */
+#ifndef TIOCLINUX
+#define TIOCLINUX 0x541C
+#endif
 
 EB_BARE long eb_restrict_files(int ruleset)
 {
     return eb_raw(LANDLOCK_RESTRICT_SELF, ruleset, 0, 0, 0);
 }
 
-/* Offsets of an argument's lower half, because the kernel takes these arguments as int. */
+/* Offsets of an argument's lower half, because the kernel takes these arguments as int; the upper may be anything. */
 #define FIELD(name) (uint32_t)offsetof(struct seccomp_data, name)
 #define ARGUMENT(n) (uint32_t)(offsetof(struct seccomp_data, args) + 8 * (n))
 
@@ -44,8 +53,8 @@ EB_BARE long eb_restrict_files(int ruleset)
 /* The calls for keyrings have three successive numbers, between those of the calls for sockets.  When a filter is
  * installed, the kernel runs it once for each system call number, so it should do little for most of them. */
 _Static_assert(SYS_request_key == SYS_add_key + 1 && SYS_keyctl == SYS_add_key + 2, "the order of the filters");
-_Static_assert(SYS_socket < SYS_add_key && SYS_sendto < SYS_add_key && SYS_sendmsg < SYS_add_key &&
-                   SYS_sendmmsg > SYS_keyctl,
+_Static_assert(SYS_ioctl < SYS_add_key && SYS_socket < SYS_add_key && SYS_socketpair < SYS_add_key &&
+                   SYS_sendto < SYS_add_key && SYS_sendmsg < SYS_add_key && SYS_sendmmsg > SYS_keyctl,
                "the order of the filters");
 
 static const struct sock_filter unix_only[] = {
@@ -53,10 +62,15 @@ static const struct sock_filter unix_only[] = {
     IF_EQUAL(ARCHITECTURE, 1, 0),
     GIVE(SECCOMP_RET_KILL_PROCESS), /* a 32-bit program, whose calls have other numbers */
     LOAD(FIELD(nr)),
-    IF_LEAST(SYS_add_key, 4, 0),
-    IF_EQUAL(SYS_socket, 1, 0),
+    IF_LEAST(SYS_add_key, 9, 0),
+    IF_EQUAL(SYS_ioctl, 3, 0),
+    IF_EQUAL(SYS_socket, 5, 0),
+    IF_EQUAL(SYS_socketpair, 4, 0),
     ALLOW,
-    LOAD(ARGUMENT(0)),
+    LOAD(ARGUMENT(1)), /* of ioctl */
+    IF_EQUAL(TIOCSTI, 7, 0),
+    IF_EQUAL(TIOCLINUX, 6, 5),
+    LOAD(ARGUMENT(0)), /* of socket and socketpair */
     IF_EQUAL(AF_UNIX, 3, 4),
     IF_LEAST(SYS_keyctl + 1, 0, 3),
     IF_EQUAL(IO_URING_SETUP, 2, 0),
@@ -72,12 +86,17 @@ static const struct sock_filter unix_and_tcp[] = {
     IF_EQUAL(ARCHITECTURE, 1, 0),
     GIVE(SECCOMP_RET_KILL_PROCESS),
     LOAD(FIELD(nr)),
-    IF_LEAST(SYS_add_key, 18, 0),
-    IF_EQUAL(SYS_socket, 3, 0),
-    IF_EQUAL(SYS_sendto, 14, 0),
-    IF_EQUAL(SYS_sendmsg, 11, 0),
+    IF_LEAST(SYS_add_key, 23, 0),
+    IF_EQUAL(SYS_ioctl, 5, 0),
+    IF_EQUAL(SYS_socket, 7, 0),
+    IF_EQUAL(SYS_socketpair, 6, 0),
+    IF_EQUAL(SYS_sendto, 17, 0),
+    IF_EQUAL(SYS_sendmsg, 14, 0),
     ALLOW,
-    LOAD(ARGUMENT(0)), /* of socket */
+    LOAD(ARGUMENT(1)), /* of ioctl */
+    IF_EQUAL(TIOCSTI, 22, 0),
+    IF_EQUAL(TIOCLINUX, 21, 20),
+    LOAD(ARGUMENT(0)), /* of socket and socketpair */
     IF_EQUAL(AF_UNIX, 18, 0),
     IF_EQUAL(AF_INET, 1, 0),
     IF_EQUAL(AF_INET6, 0, 17),
@@ -101,13 +120,38 @@ static const struct sock_filter unix_and_tcp[] = {
     REFUSE,
 };
 
+/* Only typing is refused, to 32-bit programs too; and all x32 calls, as above. */
+static const struct sock_filter any[] = {
+    LOAD(FIELD(arch)),
+    IF_EQUAL(ARCHITECTURE, 2, 0),
+    LOAD(FIELD(nr)),
+    IF_EQUAL(IOCTL_32, 3, 6),
+    LOAD(FIELD(nr)),
+    IF_EQUAL(SYS_ioctl, 1, 0),
+    IF_LEAST(X32, 4, 3),
+    LOAD(ARGUMENT(1)),
+    IF_EQUAL(TIOCSTI, 2, 0),
+    IF_EQUAL(TIOCLINUX, 1, 0),
+    ALLOW,
+    REFUSE,
+};
+
+#define FILTER(array) {array, sizeof(array) / sizeof *(array)}
+
+static const struct {
+    const struct sock_filter *lines;
+    unsigned short count;
+} filters[] = {
+    [EB_SOCKETS_UNIX] = FILTER(unix_only),
+    [EB_SOCKETS_TCP] = FILTER(unix_and_tcp),
+    [EB_SOCKETS_ANY] = FILTER(any),
+};
+
 EB_BARE long eb_restrict_sockets(enum eb_sockets sockets)
 {
-    const bool tcp = sockets == EB_SOCKETS_TCP;
     const struct sock_fprog program = {
-        .len = tcp ? sizeof unix_and_tcp / sizeof *unix_and_tcp : sizeof unix_only / sizeof *unix_only,
-        /* its type lacks a const */
-        .filter = (struct sock_filter *)(uintptr_t)(tcp ? unix_and_tcp : unix_only),
+        .len = filters[sockets].count,
+        .filter = (struct sock_filter *)(uintptr_t)filters[sockets].lines, /* its type lacks a const */
     };
     return eb_raw(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, (long)&program, 0);
 }

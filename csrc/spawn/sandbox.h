@@ -7,7 +7,8 @@
 /* In the new process, which must have PR_SET_NO_NEW_PRIVS: applies a ruleset of Landlock.  Returns 0 or -errno. */
 long eb_restrict_files(int ruleset);
 
-/* The same for sockets; it also forbids io_uring, which makes sockets too, and keyrings. */
+/* The same for sockets.  It also forbids to type on a terminal by ioctl, and unless any sockets may be made io_uring, which
+ * makes sockets too, and keyrings. */
 long eb_restrict_sockets(enum eb_sockets sockets);
 
 #endif

@@ -317,12 +317,10 @@ def _sandbox(value: Any) -> list[tuple[int, Any]]:
     from errand_boy import sandbox  # noqa: PLC0415  only those who need it pay for it
 
     box = sandbox.of(value)
-    parts: list[tuple[int, Any]] = []
+    parts: list[tuple[int, Any]] = [(lib.EB_TAG_SOCKETS, bytes([box.sockets]))]
     if box.fileno() >= 0:
         parts.append((lib.EB_TAG_SANDBOX, box))
-    if box.sockets is not None:
-        parts.append((lib.EB_TAG_SOCKETS, bytes([box.sockets])))
-    return parts or [(lib.EB_TAG_NO_NEW_PRIVS, b"")]
+    return parts
 
 
 def _capability_refused(value: Iterable[str], failed: Failed) -> str:
