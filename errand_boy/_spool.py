@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 
@@ -123,9 +124,7 @@ def nameless_file() -> IO[bytes]:
 def coding(encoding: str | None, errors: str | None) -> tuple[str, str]:
     """Return the encoding and error handler that subprocess uses for these arguments."""
     if not encoding or encoding == "locale":
-        import locale  # noqa: PLC0415
-
-        encoding = locale.getpreferredencoding(False)
+        encoding = io.TextIOWrapper(io.BytesIO()).encoding  # without the module locale
     return encoding, errors or "strict"
 
 

@@ -565,3 +565,21 @@ def test_end_of_the_connection_hangs_up(more: tuple[bytes, ...], pool: Pool) -> 
     screen(client, b"ready\r\n")
     client.sock.close()
     assert gone(pid)
+
+
+def test_input_for_a_terminal_that_nobody_has_open_is_dropped(pool: Pool) -> None:
+    """Linux reports its hang-up for ever, though it takes no input."""
+    client = pool.connect()
+    script = "stty raw -echo; echo ready; exec <&- >&- 2>&-; exec sleep 100"
+    options = [SETSID, terminal(7, 9)]
+    data = streamed("/bin/sh", "-c", script, streams=0b1011, options=options)
+    pid = started(client, data)
+    screen(client, b"ready\n")
+    client.send(frame(lib.EB_STDIN, bytes(lib.EB_WINDOW)))
+    credit = 0
+    while credit < lib.EB_WINDOW:
+        kind, payload = client.frame()
+        if kind == lib.EB_CREDIT:
+            credit += struct.unpack("<I", payload)[0]
+    client.send(signal_frame(pid, signal.SIGKILL))
+    assert gone(pid)

@@ -222,9 +222,10 @@ def test_result_says_that_a_worker_was_lost(
 
 
 def test_long_command_does_not_count_as_lost(
-    app: Any, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+    app: Any, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    checks = []
+    checks = 0
+    enough = tmp_path / "enough"
     monkeypatch.setattr(celery_runner, "_CHECK", 0.1)
     monkeypatch.setattr(celery_runner, "_MOST_SILENCES", 1)
     monkeypatch.setattr(
@@ -235,12 +236,16 @@ def test_long_command_does_not_count_as_lost(
     look = celery_runner.Tasks._look_for_lost
 
     def counted(tasks: celery_runner.Tasks, now: float) -> None:
-        checks.append(now)
+        nonlocal checks
         look(tasks, now)
+        checks += 1
+        if checks == 4:
+            enough.touch()
 
     monkeypatch.setattr(celery_runner.Tasks, "_look_for_lost", counted)
-    (result,) = errand_boy.map([["sleep", "3"]], on=app)
-    assert result.returncode == 0 and len(checks) > 3
+    script = 'until [ -e "$0" ]; do sleep 0.1; done'
+    (result,) = errand_boy.map([["/bin/sh", "-c", script, enough]], on=app)
+    assert result.returncode == 0
 
 
 # -- the command line --

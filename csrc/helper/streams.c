@@ -4,6 +4,7 @@
 #include "helper/terminal.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -79,6 +80,13 @@ static void give_credit(struct eb_connection *c, uint32_t size)
     eb_uncork(c); /* the client may wait for it */
 }
 
+/* No process has the other end open: the terminal, which may be full all the same. */
+static bool is_hung_up(int fd)
+{
+    struct pollfd p = {.fd = fd};
+    return poll(&p, 1, 0) > 0 && (p.revents & POLLHUP) != 0;
+}
+
 /* Returns how many of the bytes are done with. */
 static uint32_t write_input(struct eb_streams *s, const uint8_t *data, uint32_t size)
 {
@@ -87,8 +95,8 @@ static uint32_t write_input(struct eb_streams *s, const uint8_t *data, uint32_t 
     ssize_t n = write(s->fds[0], data, size);
     if (n >= 0)
         return (uint32_t)n;
-    if (errno == EAGAIN || errno == EINTR)
-        return 0;
+    if (errno == EINTR || (errno == EAGAIN && !is_hung_up(s->fds[0])))
+        return 0; /* a hang-up would be reported without end */
     mark_over(s, 0);
     return size;
 }

@@ -59,7 +59,7 @@ struct eb_keeper {
     bool terminal;       /* 0 and 1 are two descriptors of one terminal */
     int fds[3];          /* our ends of the command's standard streams; -1: none, or closed */
     uint8_t over;        /* a mark for the loop, bit n: close that one */
-    uint64_t hung_until; /* of eb_now_ms: no output can be read until then; 0: it can be read */
+    uint64_t hung_until; /* of eb_now_ms: no output can be read, nor input written, until then; 0: they can */
     struct eb_start start;
     pid_t child; /* not yet waited for; 0: none */
     uint8_t exited[EB_MOST_EXITED];

@@ -165,7 +165,7 @@ static void watch_all(int signals, uint64_t now)
     want(EB_KEEPER_START, keeper.state == EB_KEEPER_STARTING, keeper.start.done_fd, 0);
     want(EB_KEEPER_NOTIFY, eb_notify_fd() >= 0, eb_notify_fd(), 0);
     for (int i = 0; i < 3; i++) {
-        const bool wanted = eb_keeper_has(i) && (i == 0 ? eb_attach_has_typed() : keeper.hung_until == 0);
+        const bool wanted = eb_keeper_has(i) && keeper.hung_until == 0 && (i != 0 || eb_attach_has_typed());
         want(EB_KEEPER_STDIN + (unsigned)i, wanted && keeper.state == EB_KEEPER_RUNNING, keeper.fds[i],
              i == 0 ? EPOLLOUT : EPOLLIN);
         if (keeper.fds[i] >= 0 && (keeper.over >> i & 1)) {

@@ -30,6 +30,8 @@ static const unsigned long PROCESS = CLONE_VM | CLONE_CHILD_CLEARTID | SIGCHLD;
  * command is about to be waited for; KNOWN: besides, `status` and `usage` are set. */
 enum { LIVE, BUSY, CLOSED, KNOWN };
 
+enum { CORE_DUMPED = 0x80 }; /* of a status: WCOREFLAG, which musl does not define */
+
 enum {
     GUARD_PAGES = 64 << 10, /* at least a page, whatever its size; below each stack */
     GUARD_STACK = 64 << 10, /* of each stack; two pages of it stay resident */
@@ -145,7 +147,7 @@ EB_BARE void eb_supervisor_note(struct eb_supervisor *s, pid_t pid, int status, 
 static EB_BARE int status_of(const struct siginfo_raw *info)
 {
     return info->code == CLD_EXITED ? (info->status & 0xff) << 8
-                                    : info->status | (info->code == CLD_DUMPED ? WCOREFLAG : 0);
+                                    : info->status | (info->code == CLD_DUMPED ? CORE_DUMPED : 0);
 }
 
 /* Waits for children that have ended.  Returns 1 if there may be more, 0 if the others live, or -ECHILD.  Sets
