@@ -10,7 +10,13 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, CancelledError, as_completed, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -236,12 +242,29 @@ def test_threads_submit_and_cancel_at_random() -> None:
             assert not wait(kept, PATIENCE).not_done
             assert all(f.cancelled() or f.result().returncode == 0 for f in kept)
 
-        threads = [threading.Thread(target=work, args=[seed]) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(2 * PATIENCE)
-            assert not thread.is_alive()
+        with ThreadPoolExecutor(4) as threads:
+            for _ in threads.map(work, range(4)):
+                pass
+
+
+def test_cancelled_as_they_end() -> None:
+    random = Random(1)
+    with Executor(8) as executor:
+        for _ in range(100):
+            futures = [executor.submit(["true"]) for _ in range(8)]
+            wait(random.choices(futures), PATIENCE)
+            for future in futures:
+                future.cancel()
+            assert not wait(futures, PATIENCE).not_done
+            assert all(f.cancelled() or f.result().returncode == 0 for f in futures)
+
+
+def test_many_cancelled_commands_leave_room_for_others(executor: Executor) -> None:
+    for _ in range(100):
+        future = executor.submit(["sleep", "1000"])
+        until(future.running)
+        future.cancel()
+    assert executor.submit(["true"]).result(PATIENCE).returncode == 0
 
 
 def test_no_thread_and_no_descriptor_is_left_while_there_is_nothing_to_do() -> None:

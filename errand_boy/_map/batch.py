@@ -307,7 +307,10 @@ class Batch:
         self._runner.stop(now)
 
     def cancel(self, index: int) -> None:
-        """Do not start the command of this index, or end it. It has no result."""
+        """Do not start the command of this index, or end it. Its result, not yet taken, is dropped.
+
+        Only for results that are not `ordered`.
+        """
         for job in [*self._waiting, *self._delayed]:
             if job.index == index:
                 with suppress(ValueError):
@@ -315,7 +318,9 @@ class Batch:
                 timer = self._delayed.pop(job, None)
                 if timer is not None:
                     timer.cancel()
+                self._free(job)
         self._runner.abandon(index)
+        self._results.drop(index)
 
     # -- the runner's side --
 

@@ -134,6 +134,11 @@ class Results:
         else:
             self._by_index[result.index] = result
 
+    def drop(self, index: int) -> None:
+        """Do without a result that has not been taken, whether it is here or not."""
+        self._done = deque(result for result in self._done if result.index != index)
+        self.taken += 1
+
     def take(self, with_gaps: bool) -> Result | None:
         """Remove and return the next result, or None. `with_gaps`: some will never come."""
         if self._by_index is None:
