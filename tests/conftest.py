@@ -77,7 +77,7 @@ def report(value):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "root: needs the rights of root")
-    config.addinivalue_line("markers", "slow: takes long, as a test that tests/slow.txt names")
+    config.addinivalue_line("markers", "slow: takes long; `python -m pytest` alone leaves it out")
     config.addinivalue_line("markers", "portable: runs through the helper's posix_spawn as well")
     # Inherited from nohup, or as a background job of a shell without job control. Everything that
     # the tests start would ignore them too.
@@ -98,12 +98,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    slow = set((here / "slow.txt").read_text().split())
-    for item in items:
-        name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
-        if item.path.parent == here and not slow.isdisjoint((item.path.name, name)):
-            item.add_marker("slow")
     # `python -m pytest` alone is what a newcomer waits for; a named file, or -m, means all of that.
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("slow")]

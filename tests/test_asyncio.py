@@ -122,6 +122,7 @@ def stopped_helper() -> Iterator[None]:
 # -- what asyncio does --
 
 
+@pytest.mark.slow
 def test_exec_and_communicate(run: Runner, spawn: str, unchanged: None) -> None:
     async def main() -> None:
         pipe = ours.PIPE
@@ -134,6 +135,7 @@ def test_exec_and_communicate(run: Runner, spawn: str, unchanged: None) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_shell_status_and_streams(run: Runner, spawn: str, unchanged: None) -> None:
     async def main() -> None:
         process = await ours.create_subprocess_shell(
@@ -150,6 +152,7 @@ def test_shell_status_and_streams(run: Runner, spawn: str, unchanged: None) -> N
     run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["terminate", "kill", "send_signal"])
 def test_signals(run: Runner, spawn: str, unchanged: None, how: str) -> None:
     async def main() -> None:
@@ -166,6 +169,7 @@ def test_signals(run: Runner, spawn: str, unchanged: None, how: str) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_signal_to_one_that_has_ended_unnoticed(run: Runner, spawn: str, unchanged: None) -> None:
     async def main() -> None:
         process = await ours.create_subprocess_exec("true")
@@ -188,6 +192,7 @@ def test_signal_to_one_that_has_ended_unnoticed(run: Runner, spawn: str, unchang
     run(owned if spawn == "posix" else main)
 
 
+@pytest.mark.slow
 def test_writing_after_the_end(run: Runner, spawn: str, unchanged: None) -> None:
     async def main() -> None:
         process = await ours.create_subprocess_exec("true", stdin=ours.PIPE)
@@ -204,6 +209,7 @@ def test_writing_after_the_end(run: Runner, spawn: str, unchanged: None) -> None
     run(main)
 
 
+@pytest.mark.slow
 def test_drain_waits_for_the_reader(run: Runner, unchanged: None) -> None:
     async def main() -> None:
         reader, writer = os.pipe()
@@ -225,6 +231,7 @@ def test_drain_waits_for_the_reader(run: Runner, unchanged: None) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_output_held_by_a_grandchild(run: Runner, spawn: str, unchanged: None) -> None:
     async def main() -> None:
         process = await ours.create_subprocess_shell(
@@ -278,6 +285,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(run: Runner, unchanged: None, name: str) -> None:
     args, options = ERRORS[name]
@@ -324,6 +332,7 @@ def test_preexec_fn_goes_the_standard_library_s_way(run: Runner, unchanged: None
     run(main)
 
 
+@pytest.mark.slow
 def test_raw_protocol(run: Runner, spawn: str, unchanged: None) -> None:
     seen: list[Any] = []
 
@@ -358,6 +367,7 @@ def test_raw_protocol(run: Runner, spawn: str, unchanged: None) -> None:
     assert seen[-1] == "lost"
 
 
+@pytest.mark.slow
 def test_each_protocol_is_called_in_the_context_of_its_start(run: Runner, spawn: str) -> None:
     start = contextvars.ContextVar[int]("start")
     seen: list[tuple[int, int]] = []
@@ -383,6 +393,7 @@ def test_each_protocol_is_called_in_the_context_of_its_start(run: Runner, spawn:
     assert sorted(seen) == [(number, number) for number in range(5)]
 
 
+@pytest.mark.slow
 def test_without_epoll(run: Runner, spawn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(select, "epoll")
 
@@ -449,6 +460,7 @@ def test_cancelled_in_a_slow_exec(run: Runner, tmp_path: Path, unchanged: None) 
         run(lambda: main(guard))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_helper")
 def test_stopped_helper_does_not_block_the_loop(run: Runner, unchanged: None) -> None:
     async def main() -> None:
@@ -461,6 +473,7 @@ def test_stopped_helper_does_not_block_the_loop(run: Runner, unchanged: None) ->
     run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_helper")
 def test_request_larger_than_the_socket_takes(run: Runner, unchanged: None) -> None:
     size = 100_000
@@ -478,6 +491,7 @@ def test_request_larger_than_the_socket_takes(run: Runner, unchanged: None) -> N
     run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_helper")
 def test_more_descriptors_than_one_message_takes(run: Runner, unchanged: None) -> None:
     count = lib.EB_MAX_FDS_PER_SEND * 2 + 10
@@ -503,6 +517,7 @@ def test_more_descriptors_than_one_message_takes(run: Runner, unchanged: None) -
 # -- cancellation --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [None, asyncio.subprocess.PIPE])
 def test_cancelled_after_each_number_of_turns(
     run: Runner, spawn: str, unchanged: None, output: int | None
@@ -529,6 +544,7 @@ def test_cancelled_after_each_number_of_turns(
     run(main)
 
 
+@pytest.mark.slow
 def test_cancelled_at_random_times(run: Runner, spawn: str, unchanged: None) -> None:
     async def one(chance: random.Random) -> None:
         output = chance.choice([None, ours.PIPE])
@@ -554,6 +570,7 @@ def test_cancelled_at_random_times(run: Runner, spawn: str, unchanged: None) -> 
     run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", range(8))
 def test_loop_closed_right_after_a_cancellation(run: Runner, unchanged: None, turns: int) -> None:
     async def main() -> None:
@@ -569,6 +586,7 @@ def test_loop_closed_right_after_a_cancellation(run: Runner, unchanged: None, tu
     run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", range(8))
 def test_loop_closed_in_a_start(run: Runner, spawn: str, unchanged: None, turns: int) -> None:
     async def main() -> None:
@@ -582,6 +600,7 @@ def test_loop_closed_in_a_start(run: Runner, spawn: str, unchanged: None, turns:
     wait_for_the_forgotten()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [None, asyncio.subprocess.PIPE])
 def test_loop_closed_before_pipes_are_connected(
     run: Runner, spawn: str, unchanged: None, monkeypatch: pytest.MonkeyPatch, output: int | None
@@ -627,6 +646,7 @@ def test_run_ends_with_processes_that_live(unchanged: None) -> None:
 # -- what goes wrong --
 
 
+@pytest.mark.slow
 def test_helper_killed_while_a_start_is_awaited(run: Runner, unchanged: None) -> None:
     async def main() -> None:
         done = await ours.run(["true"])  # so that a connection is there, and greeted
@@ -736,6 +756,7 @@ LOOPS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["asyncio", "uvloop"])
 def test_sigchld_blocked_a_wakeup_fd_and_no_thread(module: str) -> None:
     pytest.importorskip(module)
@@ -756,6 +777,7 @@ def test_sigchld_blocked_a_wakeup_fd_and_no_thread(module: str) -> None:
     ) == ["x", 0, 0, 1, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("watcher", [None, "SafeChildWatcher", "FastChildWatcher",
                                      "ThreadedChildWatcher", "MultiLoopChildWatcher"])  # fmt: skip
@@ -785,6 +807,7 @@ def test_loop_in_another_thread(module: str, watcher: str | None) -> None:
     ) == [["x", 0, 0]]
 
 
+@pytest.mark.slow
 def test_two_loops_at_once(run: Runner, spawn: str, unchanged: None) -> None:
     codes: list[list[int]] = []
 
@@ -802,6 +825,7 @@ def test_two_loops_at_once(run: Runner, spawn: str, unchanged: None) -> None:
     assert codes == [list(range(50))] * 2
 
 
+@pytest.mark.slow
 def test_new_loops_of_many_threads(unchanged: None) -> None:
     # Each new loop checks those of the other threads.
     codes: list[int] = []
@@ -830,6 +854,7 @@ def test_new_loops_of_many_threads(unchanged: None) -> None:
 # -- run --
 
 
+@pytest.mark.slow
 def test_run(run: Runner, spawn: str, unchanged: None) -> None:
     async def main() -> None:
         done = await ours.run(["cat"], input=b"x", capture_output=True)
@@ -849,6 +874,7 @@ def test_run(run: Runner, spawn: str, unchanged: None) -> None:
     run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     [
@@ -903,6 +929,7 @@ def test_run_with_input_of_the_wrong_type(run: Runner, tmp_path: Path) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_run_with_a_timeout(run: Runner, spawn: str, unchanged: None) -> None:
     async def main() -> None:
         for timeout in 0.5, PATIENCE / 2:  # the first may be too short, at high load
@@ -925,6 +952,7 @@ def test_run_with_a_timeout(run: Runner, spawn: str, unchanged: None) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_run_cancelled(run: Runner, spawn: str, unchanged: None) -> None:
     async def main() -> None:
         command = asyncio.ensure_future(ours.run(["sleep", "60"], capture_output=True))
@@ -946,6 +974,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         yield started
 
 
+@pytest.mark.slow
 def test_daemon(run: Runner, daemon: Daemon) -> None:
     async def main() -> None:
         client = ours.connect(daemon.path)
@@ -969,6 +998,7 @@ def test_daemon(run: Runner, daemon: Daemon) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_status_that_comes_with_the_answer(run: Runner, daemon: Daemon) -> None:
     async def main() -> None:
         client = ours.connect(daemon.path)
@@ -983,6 +1013,7 @@ def test_status_that_comes_with_the_answer(run: Runner, daemon: Daemon) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_helper_of_a_daemon_killed(run: Runner, daemon: Daemon) -> None:
     async def main() -> None:
         client = ours.connect(daemon.path)
@@ -1011,6 +1042,7 @@ def test_no_daemon(run: Runner, tmp_path: Path) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_daemon_that_does_not_accept(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -1027,6 +1059,7 @@ def test_daemon_that_does_not_accept(run: Runner, tmp_path: Path) -> None:
     run(main)
 
 
+@pytest.mark.slow
 def test_daemon_s_start_cancelled(run: Runner, daemon: Daemon) -> None:
     async def main() -> None:
         client = ours.connect(daemon.path)

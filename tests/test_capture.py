@@ -130,6 +130,7 @@ def test_much_output(client: Client) -> None:
     assert (done.stdout, done.stderr) == (bytes(20_000_000), bytes(3_000_000))
 
 
+@pytest.mark.slow
 def test_background_holder_of_the_output(client: Client) -> None:
     done = client.run(["sh", "-c", "(sleep 0.5; echo late) & echo early"], capture_output=True)
     assert done.stdout == b"early\nlate\n"
@@ -144,6 +145,7 @@ def test_connections_are_used_again(client: Client, daemon: Daemon) -> None:
     assert len(client._idle) == 1
 
 
+@pytest.mark.slow
 def test_timeout_kills_and_has_the_output_so_far(client: Client, tmp_path: Path) -> None:
     script = f"echo $$ > {tmp_path}/pid; echo early; exec sleep 1000"
     choices: tuple[Any, ...] = ({}, {"text": True})
@@ -155,6 +157,7 @@ def test_timeout_kills_and_has_the_output_so_far(client: Client, tmp_path: Path)
         assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.slow
 def test_timeout_does_not_wait_for_those_who_hold_the_output(client: Client) -> None:
     with pytest.raises(subprocess.TimeoutExpired) as caught:
         client.run(["sh", "-c", "sleep 1000 & echo $!"], capture_output=True, timeout=0.5)
@@ -163,6 +166,7 @@ def test_timeout_does_not_wait_for_those_who_hold_the_output(client: Client) -> 
     process.wait(PATIENCE)
 
 
+@pytest.mark.slow
 def test_time_in_the_queue_does_not_count(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--max-processes=1") as daemon:
         client = errand_boy.connect(daemon.path)

@@ -37,6 +37,8 @@ from kombu.message import Message
 import errand_boy
 from errand_boy.celery import map as cluster_map, run_command
 
+pytestmark = pytest.mark.slow
+
 POOLS = ("prefork", "threads", "gevent", "eventlet")
 COMMANDS = 1000
 LEADS_TWO = 'sleep 1000 & echo "$$ $!" > "$0.new"; mv "$0.new" "$0"; wait'

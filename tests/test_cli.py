@@ -228,6 +228,7 @@ def test_no_other_way_where_a_daemon_is_named(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [[*ERRAND_BOY, "run"], CLASSIC], ids=["run", "classic"])
 def test_local_asks_no_daemon(
     program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +245,7 @@ def test_map_with_local_asks_no_daemon(tmp_path: Path, monkeypatch: pytest.Monke
     assert run("map", "--local", "echo", ":::", "1").stdout == "1\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [[*ERRAND_BOY, "run"], CLASSIC], ids=["run", "classic"])
 @pytest.mark.parametrize("script", ["echo out; exit 3", "kill -TERM $$", "echo err >&2; cat"])
 def test_both_spellings_agree(program: list[str], script: str, daemon: Daemon) -> None:
@@ -259,6 +261,7 @@ def test_both_spellings_agree(program: list[str], script: str, daemon: Daemon) -
 # -- no daemon: what to do --
 
 
+@pytest.mark.slow
 def test_the_suggested_command_works(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "socket"
     code = """if True:

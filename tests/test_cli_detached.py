@@ -75,6 +75,7 @@ def detach(*arguments: str, script: str, **options: Any) -> str:
 # -- without a terminal --
 
 
+@pytest.mark.slow
 def test_start_logs_wait_and_remove() -> None:
     name = detach("--name", "build", script="echo out; echo error >&2; exit 3")
     assert name == "build"
@@ -101,6 +102,7 @@ def test_start_logs_wait_and_remove() -> None:
     assert done.stderr.startswith("errand-boy: ") and "build" in done.stderr
 
 
+@pytest.mark.slow
 def test_list_does_nothing_to_a_terminal() -> None:
     detach(script="exit 0 # \x1b]0;title\x07\n\udcff")
     listed = cli("ps", "--all").stdout
@@ -113,6 +115,7 @@ def test_list_does_nothing_to_a_terminal() -> None:
     assert max(map(len, lines)) == 50
 
 
+@pytest.mark.slow
 def test_whose_jobs() -> None:
     name = detach(script="sleep 1000")
     own = str(os.getuid())
@@ -128,6 +131,7 @@ def test_whose_jobs() -> None:
     assert cli("ps", "--user", "nobody-of-this-name").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "status", "text"),
     [
@@ -144,6 +148,7 @@ def test_start_that_fails(argv: list[str], status: int, text: str) -> None:
     assert cli("ps", "--all", "--quiet").stdout == ""
 
 
+@pytest.mark.slow
 def test_no_daemon(tmp_path: Path) -> None:
     """The command is not started, because nothing would watch over it."""
     made = tmp_path / "made"
@@ -170,6 +175,7 @@ def test_what_makes_no_sense(arguments: list[str], text: str) -> None:
     assert text in done.stderr
 
 
+@pytest.mark.slow
 def test_logs_of_a_time_and_of_the_last_lines() -> None:
     name = detach(script="echo one; echo two; echo three; printf four")
     assert cli("wait", name).returncode == 0
@@ -185,6 +191,7 @@ def test_logs_of_a_time_and_of_the_last_lines() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_logs_say_what_is_lost() -> None:
     name = detach("--ring", "4K", script="seq 10000")
     assert cli("wait", name).returncode == 0
@@ -197,6 +204,7 @@ def test_logs_say_what_is_lost() -> None:
     assert done.stdout.endswith("\n9999\n10000\n")
 
 
+@pytest.mark.slow
 def test_logs_that_nobody_reads() -> None:
     name = detach("--ring", "1M", script="seq 100000")
     assert cli("wait", name).returncode == 0
@@ -209,6 +217,7 @@ def test_logs_that_nobody_reads() -> None:
         assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
 
 
+@pytest.mark.slow
 def test_wait_for_several_and_for_too_long() -> None:
     first = detach(script="exit 2")
     second = detach(script="kill -TERM $$")
@@ -219,6 +228,7 @@ def test_wait_for_several_and_for_too_long() -> None:
     assert f"{third} has not ended" in done.stderr
 
 
+@pytest.mark.slow
 def test_stop() -> None:
     ready = "echo ready; while :; do sleep 0.01; done"
     usual = detach(script=f"trap 'echo got TERM; exit 4' TERM; {ready}")
@@ -231,6 +241,7 @@ def test_stop() -> None:
     assert [cli("wait", name).returncode for name in (usual, own, other)] == [4, 5, 6]
 
 
+@pytest.mark.slow
 def test_remove_what_runs() -> None:
     name = detach(script="sleep 1000")
     done = cli("rm", name)
@@ -274,6 +285,7 @@ def test_command_that_has_lost_its_keeper(daemon: Daemon) -> None:
     assert cli("rm", name).returncode == 0
 
 
+@pytest.mark.slow
 def test_attach_to_the_standard_streams() -> None:
     name = detach("-i", script="cat; echo end >&2; exit 3")
     done = cli("attach", name, input="text\n")
@@ -283,6 +295,7 @@ def test_attach_to_the_standard_streams() -> None:
     assert f"{name} is over" in done.stderr
 
 
+@pytest.mark.slow
 def test_signal_leaves_the_job() -> None:
     name = detach(script="echo ready; read x; sleep 1000")
     with stdlib.Popen([*COMMAND, "attach", name], stdout=stdlib.PIPE, stderr=stdlib.PIPE) as client:
@@ -319,6 +332,7 @@ def test_job_that_reads_nothing(tmp_path: Path) -> None:
 # -- with one --
 
 
+@pytest.mark.slow
 def test_terminal_is_as_large_as_the_one_here_which_is_restored(daemon: Daemon) -> None:
     """The program is left in the middle of a line, with the alternate screen and the mouse on."""
     line = " ".join(COMMAND)
@@ -363,6 +377,7 @@ def attached(screens: Any, name: str, size: tuple[int, int], *options: str) -> A
     return screens.program([*COMMAND, "attach", *options, name], size)
 
 
+@pytest.mark.slow
 def test_vim_in_two_windows_and_over_an_upgrade(
     screens: Any, daemon: Daemon, tmp_path: Path
 ) -> None:
@@ -422,6 +437,7 @@ def test_screen_after_attach_has_the_last_lines(screens: Any) -> None:
         assert screen.end() == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_key_that_is_kept_back(screens: Any) -> None:
     """It is held back only for a while, since it may not begin the detach keys."""
     script = "stty raw -echo; echo ready; dd bs=1 count=1 2>/dev/null | od -An -tx1"
@@ -446,6 +462,7 @@ def test_client_that_is_killed_leaves_the_job(screens: Any) -> None:
         assert first.end() == 3
 
 
+@pytest.mark.slow
 def test_daemon_and_keeper_that_are_killed(screens: Any, tmp_path: Path) -> None:
     script = "echo $$ >$1; echo ready; while read x; do echo got $x; done"
     pid = tmp_path / "pid"
@@ -488,6 +505,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_screen_is_drawn_anew_for_who_has_missed_some(
     screens: Any, daemon: Daemon, tmp_path: Path
 ) -> None:
@@ -506,6 +524,7 @@ def test_screen_is_drawn_anew_for_who_has_missed_some(
         screen.has("drawn")
 
 
+@pytest.mark.slow
 def test_suspended_client(screens: Any) -> None:
     """It stops without its job, and later shows the job's current screen."""
     find_program("vim")

@@ -52,6 +52,7 @@ def counting(path: Path, succeeds_at: int) -> str:
 # -- retries, time-outs, halting --
 
 
+@pytest.mark.slow
 def test_retries_are_runs_in_all_as_in_parallel(tmp_path: Path) -> None:
     log = tmp_path / "log"
     done = run("--retries", 3, "--joblog", log, "--shell", counting(tmp_path / "x", 3), ":::", 1)
@@ -62,6 +63,7 @@ def test_retries_are_runs_in_all_as_in_parallel(tmp_path: Path) -> None:
     assert run("--retries", 0, "--shell", counting(tmp_path / "z", 9), ":::", 1).returncode == 0
 
 
+@pytest.mark.slow
 def test_retry_delay(tmp_path: Path) -> None:
     before = time.monotonic()
     options = ("--retries", 3, "--retry-delay", "0.05s")
@@ -69,12 +71,14 @@ def test_retry_delay(tmp_path: Path) -> None:
     assert time.monotonic() - before >= 0.05 + 0.1
 
 
+@pytest.mark.slow
 def test_timeout_of_a_share_of_the_median() -> None:
     done = run("-j2", "--timeout", "1000%", "sleep", ":::", 0.1, 0.1, 0.1, 1000)
     assert done.returncode == 1
     assert done.stderr == b"errand-boy: sleep 1000: timed out\n"
 
 
+@pytest.mark.slow
 def test_times_have_units() -> None:
     assert run("--timeout", "0.001m", "sleep", ":::", 1000).returncode == 1
     for wrong in ("x", "1w", "-1", "%"):
@@ -83,6 +87,7 @@ def test_times_have_units() -> None:
         assert b"--timeout" in done.stderr
 
 
+@pytest.mark.slow
 def test_halt_done() -> None:
     assert run("-j1", "--halt", "soon,done=2", "echo", ":::", 1, 2, 3, 4).stdout == b"1\n2\n"
     share = run("-j1", "--halt", "now,done=50%", "echo", input=b"1\n2\n3\n4\n")
@@ -92,6 +97,7 @@ def test_halt_done() -> None:
     assert b"halt=later,fail=1 is not" in done.stderr
 
 
+@pytest.mark.slow
 def test_halt_for_a_command_whose_output_outlives_it() -> None:
     script = "sleep 600 & echo $!"
     done = run("--halt", "now,fail=1", "--timeout", 3, "sh", "-c", script, ":::", 1)
@@ -119,12 +125,14 @@ def test_dry_run(tmp_path: Path) -> None:
 # -- waiting --
 
 
+@pytest.mark.slow
 def test_delay() -> None:
     before = time.monotonic()
     assert run("-j4", "--delay", "0.5", "true", ":::", 1, 2, 3, 4).returncode == 0
     assert time.monotonic() - before >= 1.5
 
 
+@pytest.mark.slow
 def test_memfree_and_load() -> None:
     fits = run("--memfree", "1k", "--memsuspend", "1k", "--load", "100000", "echo", ":::", 1, 2)
     assert sorted(fits.stdout.split()) == [b"1", b"2"]
@@ -211,6 +219,7 @@ def test_nice() -> None:
 # -- the job log --
 
 
+@pytest.mark.slow
 def test_resume_failed_runs_what_failed_and_what_is_missing(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = ["sh", "-c", "echo {}; exit {}"]
@@ -224,6 +233,7 @@ def test_resume_failed_runs_what_failed_and_what_is_missing(tmp_path: Path) -> N
     assert run("--resume-failed", *succeeds, ":::", 1).returncode == 2  # of which log?
 
 
+@pytest.mark.slow
 def test_log_that_parallel_wrote(tmp_path: Path) -> None:
     parallel = find_program("parallel")
     log = tmp_path / "log"
@@ -242,6 +252,7 @@ def test_log_with_an_absurd_number(tmp_path: Path) -> None:
     assert b"99999999999999999999" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments_and_resumed(seed: int, tmp_path: Path) -> None:
     """No logged command runs twice, and none is lost."""
@@ -354,6 +365,7 @@ def test_progress_with_tqdm() -> None:
     assert not re.search(r"done[^\r\n]*out", shown)
 
 
+@pytest.mark.slow
 def test_eta_reads_all_before(without_tqdm: dict[str, str], tmp_path: Path) -> None:
     names = tmp_path / "names"
     names.write_text("1\n2\n3\n4\n")
@@ -420,6 +432,7 @@ def big_report(path: Path, count: int) -> None:
     report.write()
 
 
+@pytest.mark.slow
 def test_many_commands_make_no_large_report(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     big_report(path, 100_000)
@@ -429,6 +442,7 @@ def test_many_commands_make_no_large_report(tmp_path: Path) -> None:
     assert sum(bar[5] for bar in json.loads(found[1])) == 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 def test_browser_draws_the_report(tmp_path: Path) -> None:
     path = tmp_path / "report.html"

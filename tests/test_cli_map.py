@@ -36,6 +36,7 @@ def log_rows(path: Path) -> list[list[str]]:
 # -- the lines and the commands --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["{}", "a{}b{}"])
 def test_same_as_xargs(place: str) -> None:
     input = b"".join(b"%d 'x\" \\y \xff\n" % n for n in range(100))
@@ -122,6 +123,7 @@ def test_no_lines() -> None:
     assert (done.stdout, done.stderr, done.returncode) == (b"", b"", 0)
 
 
+@pytest.mark.slow
 def test_output_is_not_mixed() -> None:
     script = "for i in 1 2 3 4 5; do echo {}; echo {} >&2; sleep 0.01; done"
     done = run("-j8", "--shell", script, input=lines(*range(20)))
@@ -171,6 +173,7 @@ def test_lines_are_not_read_ahead_of_need() -> None:
 # -- exit status --
 
 
+@pytest.mark.slow
 def test_exit_status_counts_failures() -> None:
     assert run("--shell", "exit {}", input=lines(0, 1, 2, 0)).returncode == 2
     assert run("--shell", "exit {}", input=lines(*[1] * 100)).returncode == 100
@@ -185,6 +188,7 @@ def test_command_that_does_not_exist() -> None:
     assert message in done.stderr.splitlines()
 
 
+@pytest.mark.slow
 def test_timeout() -> None:
     done = run("--timeout=3", "--shell", "echo {}; exec sleep {}", input=b"1000\n0\n")
     assert sorted(done.stdout.split()) == [b"0", b"1000"]
@@ -248,6 +252,7 @@ def test_job_log_has_the_command_on_one_line(tmp_path: Path) -> None:
     assert [row[8] for row in log_rows(log)] == [r"echo 'a b' 'c\nd'"]
 
 
+@pytest.mark.slow
 def test_resume(tmp_path: Path) -> None:
     log = tmp_path / "log"
     arguments = ["-k", f"--joblog={log}", "--shell", "echo {}; exit 1"]
@@ -270,6 +275,7 @@ def test_resume_after_a_line_was_cut(tmp_path: Path) -> None:
     assert [row[0] for row in log_rows(log)] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill(tmp_path: Path) -> None:
     log, ran = tmp_path / "log", tmp_path / "ran"
     arguments = ["-j2", f"--joblog={log}", "--shell", f"echo {{}} >> {ran}; sleep 0.02"]
@@ -292,6 +298,7 @@ def test_resume_after_a_kill(tmp_path: Path) -> None:
 # -- halting --
 
 
+@pytest.mark.slow
 def test_halt_soon_lets_the_others_end(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -115,6 +115,7 @@ def test_file_that_says_no_number(tmp_path: Path) -> None:
     assert b"contains no number of commands" in done.stderr
 
 
+@pytest.mark.slow
 def test_slots_are_one_command_s_each(tmp_path: Path) -> None:
     # The first three run at the same time.
     script = "mkdir {%} || exit 1; touch seen{%}; until [ -e seen3 ]; do sleep 0.01; done;"
@@ -216,6 +217,7 @@ def test_what_makes_no_sense(arguments: list[str]) -> None:
 # -- commands --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["echo hi {}", "cd / && ls {}", "/bin/echo hi"])
 def test_line_in_quotes_names_the_shell_option(line: str) -> None:
     done = run(line, ":::", "1")
@@ -328,6 +330,7 @@ def test_packing() -> None:
         packed([b"x" * 20], "--xargs", "-s11", "echo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--xargs"], ["--xargs", "--shell"]])
 def test_packed_commands_can_be_started(arguments: list[str]) -> None:
     count = 400_000
@@ -432,6 +435,7 @@ def test_much_output_of_many_is_in_files(tmp_path: Path) -> None:
 # -- by a daemon --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["option", "environment"])
 def test_daemon_runs_the_commands(how: str, tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:

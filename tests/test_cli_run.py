@@ -296,6 +296,7 @@ class Terminal:
         os.close(self.master)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&-", "0<&- 1>&- 2>&-"])
 def test_closed_standard_streams(closed: str) -> None:
     script = f'exec "$@" </dev/null {closed}'

@@ -65,6 +65,7 @@ def outer(*arguments: str, command: Sequence[str] = RUN, pty: Any = (30, 90)) ->
         yield Outer(process)
 
 
+@pytest.mark.slow
 def test_terminal_is_another_of_the_same_size_and_kind() -> None:
     with outer("--", "sh", "-c", "tty; stty size; stty -a; exit 3") as user:
         name = os.readlink(f"/proc/{user.process.pid}/fd/0")
@@ -179,6 +180,7 @@ def test_suspend_and_go_on(by_key: bool) -> None:
         assert user.end() == 5
 
 
+@pytest.mark.slow
 def test_input_that_is_no_terminal() -> None:
     done = errand.run(
         [*RUN, "-t", "sh", "-c", "test -t 0 && cat"],

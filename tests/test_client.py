@@ -78,6 +78,7 @@ def test_communicate_in_text_mode_with_timeout(client: Client) -> None:
         assert process.communicate("foo\n", timeout=20) == ("foo\n", None)
 
 
+@pytest.mark.slow
 def test_communicate_times_out_and_goes_on(client: Client) -> None:
     code = "import sys; print('early', flush=True); print(sys.stdin.read())"
     read, write = os.pipe()
@@ -92,6 +93,7 @@ def test_communicate_times_out_and_goes_on(client: Client) -> None:
         assert process.communicate() == ("early\nlate\n", None)
 
 
+@pytest.mark.slow
 def test_communicate_waits_for_what_outlives_its_pipes(client: Client) -> None:
     command = "exec >&- 2>&-; sleep 0.7; exit 3"
     process = client.Popen(["sh", "-c", command], stdout=-1, stderr=-1)
@@ -425,6 +427,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     os.close(read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignores", [False, True])
 def test_kill_on_client_exit(daemon: Daemon, ignores: bool) -> None:
     """Its process group gets SIGTERM, then SIGKILL. Here a child of the command reports it."""
@@ -503,6 +506,7 @@ def test_refused_to_another_user(public_dir: Path) -> None:
         assert "user 65534 may not use this daemon of user 0" in seen[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipe", [None, subprocess.PIPE])
 def test_helper_killed_with_a_live_command(own_daemon: Daemon, pipe: int | None) -> None:
     client = errand_boy.connect(own_daemon.path)
@@ -526,6 +530,7 @@ def test_helper_killed_with_a_live_command(own_daemon: Daemon, pipe: int | None)
     os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_server_killed_with_a_live_command(own_daemon: Daemon, tmp_path: Path) -> None:
     """Its helper serves it to the end, and the next server gets the path."""
     client = errand_boy.connect(own_daemon.path)
@@ -542,6 +547,7 @@ def test_server_killed_with_a_live_command(own_daemon: Daemon, tmp_path: Path) -
         assert client.call(["true"]) == 0
 
 
+@pytest.mark.slow
 def test_idle_connection_to_a_daemon_that_has_been_restarted(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     client = errand_boy.connect(path)
@@ -569,6 +575,7 @@ def test_helpers_that_are_replaced_lose_no_command(tmp_path: Path) -> None:
         assert it.helpers() != first
 
 
+@pytest.mark.slow
 def test_start_that_waits_for_its_turn(tmp_path: Path) -> None:
     """It can be interrupted, and then never happens."""
     with started_daemon(tmp_path, "--max-processes", 1) as it:
@@ -593,6 +600,7 @@ def test_start_that_waits_for_its_turn(tmp_path: Path) -> None:
         assert run_script(source, args=[it.path, tmp_path / "made"]) == [True, [3, 0], False]
 
 
+@pytest.mark.slow
 def test_interrupt_while_waiting(daemon: Daemon) -> None:
     source = """
 def interrupt(number, frame):
@@ -642,6 +650,7 @@ def test_status(client: Client, daemon: Daemon, tmp_path: Path) -> None:
         errand_boy.connect(tmp_path / "none").status()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", ["before", "after"])
 def test_greenlets_go_on_while_one_waits(daemon: Daemon, patched: str, tmp_path: Path) -> None:
     """Otherwise the greenlet that ends the command would never run."""

@@ -100,16 +100,19 @@ class TestCompletion:
     def shell_is_there(self, shell: str, home: Path) -> None:
         find_program(shell)
 
+    @pytest.mark.slow
     def test_commands(self, shell: str) -> None:
         assert completed(shell, "errand-boy ") >= set(args.COMMANDS)
         assert completed(shell, "errand-boy sta") == {"status"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("command", args.COMMANDS)
     def test_options(self, shell: str, command: str) -> None:
         (outline,) = (outline for outline in outlines() if outline.name == command)
         long = {name for each in outline.options for name in each.names if name.startswith("--")}
         assert completed(shell, f"errand-boy {command} --") == long
 
+    @pytest.mark.slow
     def test_values(self, shell: str) -> None:
         tree = {"process", "group", "cgroup", "all"}
         assert completed(shell, "errand-boy run --tree ") == tree
@@ -121,6 +124,7 @@ class TestCompletion:
         (home / "a-file").touch()
         assert completed(shell, "errand-boy run --record a-f") == {"a-file"}
 
+    @pytest.mark.slow
     def test_the_program(self, shell: str, home: Path) -> None:
         program = home / "bin" / "program-of-this-test"
         program.write_text("")
@@ -129,18 +133,21 @@ class TestCompletion:
             line = f"errand-boy {before} program-of-th"
             assert completed(shell, line) >= {"program-of-this-test"}, line
 
+    @pytest.mark.slow
     def test_names_of_jobs(self, shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with started_job(home, monkeypatch) as name:
             for command in "logs", "attach --read-only", "wait", "stop", "rm":
                 assert completed(shell, f"errand-boy {command} of-th") == {name}
 
 
+@pytest.mark.slow
 def test_bash_takes_an_option_and_its_value_for_three_words(home: Path) -> None:
     find_program("bash")
     assert completed("bash", "errand-boy run --tree = g") == {"group"}
     assert completed("bash", "errand-boy serve --log-format = ") == {"text", "json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
@@ -160,6 +167,7 @@ def test_zsh_at_a_terminal(home: Path, typed: str, line: str) -> None:
     assert completed_by_zsh(home, typed) == line
 
 
+@pytest.mark.slow
 def test_names_of_jobs_by_zsh(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_program("zsh")
     with started_job(home, monkeypatch) as name:

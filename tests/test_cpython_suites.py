@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import script_environment
 
+pytestmark = pytest.mark.slow
+
 RUN = Path(__file__).parent / "cpython" / "run.py"
 NOT_INSTALLED = 77
 LONGEST_SUITE = 300

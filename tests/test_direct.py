@@ -396,6 +396,7 @@ def test_inheritable_descriptors_without_close_fds(subprocess: Any) -> None:
         os.close(write)
 
 
+@pytest.mark.slow
 def test_threads_that_open_and_close_descriptors_all_the_while() -> None:
     over = threading.Event()
 
@@ -439,6 +440,7 @@ def test_numbers_that_c_cannot_hold(option: str, subprocess: Any) -> None:
 # -- threads, signals, forks --
 
 
+@pytest.mark.slow
 def test_storm_of_signals_with_handlers() -> None:
     wrong, handled, foreign = run_script(
         """
@@ -473,6 +475,7 @@ def test_storm_of_signals_with_handlers() -> None:
     assert (wrong, handled, foreign) == (0, True, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["Exception", "TimeoutError"])
 @pytest.mark.parametrize("way", ["direct", "helper"])
 def test_handler_that_raises_loses_no_child(way: str, error: str) -> None:
@@ -550,6 +553,7 @@ def test_exception_as_soon_as_a_request_is_sent(error: str) -> None:
     assert seen == [True, 7, True]
 
 
+@pytest.mark.slow
 def test_threads_that_start_and_end() -> None:
     wrong: list[object] = []
 
@@ -567,6 +571,7 @@ def test_threads_that_start_and_end() -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_forks_in_another_thread() -> None:
     codes = run_script(
         """
@@ -616,6 +621,7 @@ def test_subinterpreter() -> None:
     assert code == [4, "5", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["sys.exit()", "os._exit(0)", "os.kill(os.getpid(), 9)"])
 def test_end_of_the_process_in_the_middle(end: str) -> None:
     for _ in range(5):
@@ -752,6 +758,7 @@ def test_slow_exec_lets_other_threads_have_the_gil(slow: Path) -> None:
 # -- waits --
 
 
+@pytest.mark.slow
 def test_wait_with_a_timeout_ends_with_the_command(subprocess: Any) -> None:
     if not hasattr(subprocess, "helper_pid"):
         pytest.skip("subprocess itself polls before Python 3.15, up to 50 ms late")

@@ -62,6 +62,7 @@ def _try(page: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_its_code_runs(page: Path, tmp_path: Path) -> None:
     if not any(block.mark != "not run" for block in blocks(page)):
@@ -123,6 +124,7 @@ def _texts() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 def test_troubleshooting_has_the_messages_of_the_sources() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r"^### `([^`]*)`$", page, re.MULTILINE)

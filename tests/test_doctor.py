@@ -101,6 +101,7 @@ def test_unknown_way() -> None:
     assert value["way"].startswith("none: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["CLOSE_RANGE", "CLONE"])
 def test_seccomp_filter_is_noticed(call: str) -> None:
     before = f"refuse({call}, errno.EPERM)\n" + (
@@ -143,6 +144,7 @@ def test_without_proc() -> None:
     assert any("mount /proc" in advice for advice in value["advice"])
 
 
+@pytest.mark.slow
 def test_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
     value = found(0, "--socket", daemon.path)
     assert value["daemon"]["answers"]

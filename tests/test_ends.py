@@ -170,12 +170,14 @@ FRONTS: dict[str, Callable[..., bytes]] = {
 NO_TERMINAL = ("celery", "errand-boy run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", FRONTS)
 def test_tree_all_leaves_nothing(front: str, marked: Marked, client: Any) -> None:
     assert FRONTS[front](marked, "all", client) == b"out\n"
     until(marked.are_gone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", [front for front in FRONTS if front not in NO_TERMINAL])
 @pytest.mark.parametrize("tree", ["all", "process"])
 def test_what_was_on_the_terminal_is_kept(
@@ -189,6 +191,7 @@ def test_what_was_on_the_terminal_is_kept(
     until(marked.are_gone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gevent", "eventlet"])
 def test_greenlets_without_a_time_out(name: str) -> None:
     pytest.importorskip(name)
@@ -201,6 +204,7 @@ report(ours.run(["echo", "out"], stdout=-1, stop=15, drain=1).stdout.decode())
     assert run_script(script, name) == "out\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", FRONTS)
 def test_tree_group_leaves_those_that_left_the_session(
     front: str, marked: Marked, client: Any
@@ -218,6 +222,7 @@ def test_tree_group_leaves_those_that_left_the_session(
     until(marked.are_gone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["direct", "helper", "asyncio", "map", "daemon"])
 def test_what_a_group_leaves_is_killed(
     way: str, marked: Marked, client: Any, monkeypatch: pytest.MonkeyPatch
@@ -351,6 +356,7 @@ def test_command_is_as_any_other(marked: Marked) -> None:
     until(marked.are_gone)  # what the command leaves ends with it
 
 
+@pytest.mark.slow
 def test_drain_gives_what_the_command_leaves_time(marked: Marked) -> None:
     script = "(sleep 0.2; echo late) & sleep 1000 & echo early"
     done = ours.run(
@@ -486,6 +492,7 @@ def test_helper_without_close_range(helper_wrapper: Callable[[str], None]) -> No
     assert next(errand_boy.map([["true"]])).returncode == 0
 
 
+@pytest.mark.slow
 def test_supervisor_that_does_not_run_for_long(helper_wrapper: Callable[[str], None]) -> None:
     """On a loaded machine it may have no CPU for seconds. It is not taken for killed."""
     strace = find_program("strace")
@@ -496,6 +503,7 @@ def test_supervisor_that_does_not_run_for_long(helper_wrapper: Callable[[str], N
     assert ours.run(["true"], tree="all").returncode == 0
 
 
+@pytest.mark.slow
 def test_killed_helper_of_the_daemon_leaves_nothing(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon, pytest.MonkeyPatch.context() as monkeypatch:
         marked = Marked(monkeypatch)
@@ -587,6 +595,7 @@ def test_drain_keeps_what_was_read(marked: Marked) -> None:
     until(marked.are_gone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pty", [False, True])
 def test_output_of_the_last_moments_is_kept(pty: bool) -> None:
     script = "trap 'echo bye; exit 4' TERM; echo hello; while :; do sleep 0.01; done"
@@ -597,6 +606,7 @@ def test_output_of_the_last_moments_is_kept(pty: bool) -> None:
     assert caught.value.output.split() == [b"hello", b"bye"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", ["process", "all"])
 def test_drain_of_a_terminal(tree: str, marked: Marked) -> None:
     """A process that ignores the hang-up can't write to it any more, but has it open."""
@@ -614,6 +624,7 @@ def test_drain_of_a_terminal(tree: str, marked: Marked) -> None:
     until(marked.are_gone)
 
 
+@pytest.mark.slow
 def test_stop_of_a_terminal_beside_a_pipe() -> None:
     script = "echo shown; echo piped >&2; exec sleep 1000"
     with pytest.raises(subprocess.TimeoutExpired) as caught:

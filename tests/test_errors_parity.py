@@ -243,6 +243,7 @@ TABLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -293,6 +294,7 @@ def test_commonest_errors(
     assert caught.value.filename == filename
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["arguments", "count", "variables"])
 @pytest.mark.parametrize("stack", ["as it is", "1 MiB"])
 def test_exact_limit_of_arguments_and_environment(what: str, stack: str) -> None:

@@ -22,6 +22,7 @@ def prelude(request: pytest.FixtureRequest) -> str:
     return f"import eventlet\n{request.param}\n"
 
 
+@pytest.mark.slow
 def test_many_at_once(prelude: str, spawn: str) -> None:
     right = run_script(
         prelude
@@ -35,6 +36,7 @@ report(list(eventlet.GreenPool(30).imap(one, range(300))).count(True))
     assert right == 300
 
 
+@pytest.mark.slow
 def test_pipes_text_errors_and_options(prelude: str, spawn: str) -> None:
     out = run_script(
         prelude
@@ -127,6 +129,7 @@ while len(open(f"/proc/self/task/{os.getpid()}/children").read().split()) > 1:  
         assert process.wait(timeout=30) == 0
 
 
+@pytest.mark.slow
 def test_threads_of_the_pool(spawn: str) -> None:
     codes = run_script(
         """
@@ -147,6 +150,7 @@ def test_eventlets_own_tests_pass(tmp_path: Path) -> None:
     run_suite("eventlet", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_daemons_client_lets_others_run(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:
         out = run_script(

@@ -15,6 +15,8 @@ from conftest import find_program
 
 from errand_boy._native import lib
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "build_project.py"
 GIB = 1 << 30

@@ -127,6 +127,7 @@ def test_map(executor: Executor) -> None:
         next(results)  # and the last is cancelled, else the executor's end would wait
 
 
+@pytest.mark.slow
 def test_cancel_ends_what_runs(executor: Executor, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     future = executor.submit(sleeper(pids))
@@ -162,6 +163,7 @@ def test_cancel_of_what_is_to_be_run_again(executor: Executor) -> None:
     assert wait([future], PATIENCE).done == {future}
 
 
+@pytest.mark.slow
 def test_asyncio_waits_and_cancels(executor: Executor, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
 
@@ -295,6 +297,7 @@ def test_what_ends_the_thread_is_told_to_all(tmp_path: Path) -> None:
             assert isinstance(future.exception(PATIENCE), errand_boy.NoDaemonError)
 
 
+@pytest.mark.slow
 def test_the_interpreters_end_waits() -> None:
     script = """
         import errand_boy

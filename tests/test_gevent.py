@@ -26,6 +26,7 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return name
 
 
+@pytest.mark.slow
 def test_no_status_is_lost_among_thousands(loop: str) -> None:
     lost = run_script(
         """
@@ -73,6 +74,7 @@ def test_a_command_may_end_before_its_pid_is_known(loop: str) -> None:
     assert codes == list(range(20))
 
 
+@pytest.mark.slow
 def test_pipes_text_errors_and_options(loop: str, spawn: str) -> None:
     out = run_script(
         """
@@ -197,6 +199,7 @@ def test_a_timeout_during_a_slow_exec_leaves_no_zombie(loop: str, program: Path)
         assert ask(process, "released") == 0
 
 
+@pytest.mark.slow
 def test_threads_with_hubs_of_their_own(loop: str, spawn: str) -> None:
     codes = run_script(
         """
@@ -227,6 +230,7 @@ def test_threads_with_hubs_of_their_own(loop: str, spawn: str) -> None:
     assert codes == [True, True, 30, 30]
 
 
+@pytest.mark.slow
 def test_a_forked_process_starts_commands_too(loop: str, spawn: str) -> None:
     codes = run_script(
         """
@@ -247,6 +251,7 @@ def test_a_forked_process_starts_commands_too(loop: str, spawn: str) -> None:
     assert codes == [0, 3, 4, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_helper")
 def test_a_killed_helper_is_reaped_by_the_loop_and_replaced(loop: str) -> None:
     out = run_script(
@@ -270,10 +275,12 @@ def test_a_killed_helper_is_reaped_by_the_loop_and_replaced(loop: str) -> None:
     assert out == [0, 0, 0, 0, 0, -9, 0]
 
 
+@pytest.mark.slow
 def test_gevents_own_tests_pass(loop: str, tmp_path: Path) -> None:
     run_suite("gevent", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_daemons_client_lets_others_run(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:
         out = run_script(

@@ -115,6 +115,7 @@ def test_start_in_progress_is_brought_to_its_end(tmp_path: Path) -> None:
     errand_boy.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front_end", ["threads", "map", "map with input"])
 def test_each_command_runs_once_whenever_sigterm_comes(front_end: str, tmp_path: Path) -> None:
     log = tmp_path / "log"

@@ -813,6 +813,7 @@ def test_connection_closed_for_writing_still_gets_its_answer(
             os.waitpid(answer.pid, 0)
 
 
+@pytest.mark.slow
 @clone_modes
 def test_connection_closed_during_the_start(helper: Helper, witness: Client) -> None:
     """The new process is still reading the request at that time."""
@@ -853,6 +854,7 @@ def test_second_request_while_the_command_runs_is_refused(helper: Helper, witnes
     os.kill(started.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helper", ["own", "unrelated"], indirect=True)
 def test_end_and_next_request_at_once(helper: Helper) -> None:
     """An older event of epoll must not be taken for the outcome of the next start."""
@@ -898,6 +900,7 @@ def test_wait_status(script: str, status: int, helper: Helper) -> None:
     assert helper.connect().status("/bin/sh", "-c", script) == status
 
 
+@pytest.mark.slow
 @owning_modes
 def test_resource_usage_is_the_commands(helper: Helper) -> None:
     client = helper.connect()
@@ -973,6 +976,7 @@ def deaf(request: pytest.FixtureRequest, helper: Helper) -> tuple[Client, int]:
 own_mode = pytest.mark.parametrize("helper", ["own"], indirect=True)
 
 
+@pytest.mark.slow
 @own_mode
 def test_client_that_does_not_read_holds_up_nobody(
     helper: Helper, witness: Client, deaf: tuple[Client, int]
@@ -984,6 +988,7 @@ def test_client_that_does_not_read_holds_up_nobody(
         assert client.reply() == Failed(0, errno.ENOENT, lib.EB_STAGE_EXEC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shut", [None, socket.SHUT_WR, socket.SHUT_RDWR])
 @own_mode
 def test_client_that_does_not_read_costs_no_processor_time(
@@ -997,6 +1002,7 @@ def test_client_that_does_not_read_costs_no_processor_time(
     assert helper.cpu_seconds() - before < 0.2
 
 
+@pytest.mark.slow
 @own_mode
 def test_client_that_does_not_read_goes_away(
     helper: Helper, witness: Client, deaf: tuple[Client, int]

@@ -187,6 +187,7 @@ def test_request_before_the_streams_end_is_refused(pool: Pool, witness: Client) 
     pool.told((lib.EB_CLOSED, client.id))
 
 
+@pytest.mark.slow
 def test_streamed_command_ends_with_its_client(pool: Pool) -> None:
     client = pool.connect()
     script = "trap '' TERM; echo $$; while :; do sleep 0.01; done"
@@ -419,6 +420,7 @@ def test_client_of_brief_commands_goes(pool: Pool) -> None:
     assert gone(pid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["nothing", "signal", "close", "drain", "end", "server's end"])
 def test_slow_start_of_a_brief_command(what: str, pool: Pool) -> None:
     """Nothing reports its exec. Earlier events count all the same."""

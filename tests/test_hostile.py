@@ -51,6 +51,7 @@ exec(ENDED, namespace)
 ended = namespace["ended"]
 
 
+@pytest.mark.slow
 def test_many_threads_start_at_once(subprocess: Any) -> None:
     barrier = threading.Barrier(32)
     wrong: list[object] = []
@@ -121,6 +122,7 @@ report([*seen, parent == os.getpid(), helper_pid() == before])
     assert run_script(source) == [True] * 5
 
 
+@pytest.mark.slow
 def test_fork_while_other_threads_start_commands() -> None:
     source = """
         start()
@@ -266,6 +268,7 @@ report([outcomes, helper_pid() != before])
     assert len(marks) == len(set(marks))
 
 
+@pytest.mark.slow
 def test_helper_stopped_and_continued() -> None:
     source = """
         start()
@@ -543,6 +546,7 @@ sys.stdin.readline()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "live"),
     [
@@ -603,6 +607,7 @@ def test_main_thread_ends_before_another_that_starts_commands() -> None:
 # Odd moments
 
 
+@pytest.mark.slow
 def test_start_in_a_signal_handler() -> None:
     """The handler also interrupts starts, in any state."""
     source = f"""{ENDED}
@@ -625,6 +630,7 @@ report(only_helper_left())
     assert run_script(source) is True
 
 
+@pytest.mark.slow
 def test_first_start_of_all_in_a_signal_handler_during_another() -> None:
     source = f"""{ENDED}
 handled = 0
@@ -690,6 +696,7 @@ report([outcome, only_helper_left()])
     assert out == '["interrupted", true]\n', err
 
 
+@pytest.mark.slow
 def test_interrupts_at_random_moments_lose_no_child() -> None:
     """The standard library loses one if the signal comes during its fork_exec."""
     source = f"""{ENDED}
@@ -720,6 +727,7 @@ report(only_helper_left())
     assert run_script(source) is True
 
 
+@pytest.mark.slow
 def test_interrupt_while_the_helper_is_stopped_runs_nothing_twice(tmp_path: Path) -> None:
     """The handler's own commands are served afterwards, when the helper continues."""
     lines = tmp_path / "lines"
@@ -749,6 +757,7 @@ report([outcome, only_helper_left()])
     assert lines.read_text() in ("", "x\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("manager", "run"),
     [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "errand_boy"
 MOST_LINES = 600
@@ -87,6 +89,7 @@ def test_a_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
+@pytest.mark.slow
 def test_no_circle_of_imports() -> None:
     graph = {module: imports_of(path) for module, path in MODULES.items()}
     assert graph["errand_boy._process.popen"] >= {

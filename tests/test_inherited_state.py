@@ -388,6 +388,7 @@ def observe(case: Case, implementation: str, work: Path) -> Any:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -438,6 +439,7 @@ def test_root_directory_changed_after_the_helpers_start(tmp_path: Path, saved_gr
     assert compare_scripts(source, [tmp_path, cat, saved_group]) == ["inside", "inside"]
 
 
+@pytest.mark.slow
 def test_two_threads_with_different_masks_at_once() -> None:
     source = """
         start()
@@ -471,6 +473,7 @@ def test_child_changes_nothing_of_its_caller() -> None:
     assert compare_scripts(source, umask=0o26) == [True, 0o26]
 
 
+@pytest.mark.slow
 def test_slices_of_the_cpu_are_usual() -> None:
     """A helper's own are short."""
     source = """

@@ -104,6 +104,7 @@ def test_credit_is_what_the_command_has_read(keeper: Keeper) -> None:
     assert int(text(pieces)) >= 2 * size - 2 * (16 << 10)
 
 
+@pytest.mark.slow
 def test_command_that_does_not_read_holds_up_its_writers_alone(keeper: Keeper) -> None:
     step = keeper.steps("read x; echo now; sleep 100", streams=3, options=[SUPERVISED])
     writer = keeper.visitor(attach(WRITES), typed(bytes(WINDOW)))
@@ -226,6 +227,7 @@ def test_program_is_made_to_redraw(keeper: Keeper) -> None:
     assert set(redrawn.splitlines()) - {b"23 80"} == {b"24 80", b"30 80"}
 
 
+@pytest.mark.slow
 def test_terminal_that_is_opened_again(keeper: Keeper) -> None:
     script = "exec >/dev/null 2>&1 </dev/null; exec 9<&-; sleep 0.3; echo late >/dev/tty; sleep 100"
     start(keeper, script)

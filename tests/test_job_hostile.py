@@ -86,6 +86,7 @@ def test_random_frames(keeper: Keeper) -> None:
     assert lives(keeper)
 
 
+@pytest.mark.slow
 def test_half_a_frame_is_waited_for_so_long(tmp_path: Path) -> None:
     with keeping(tmp_path, "--frame-timeout=2000") as keeper:  # enough for what comes in time
         keeper.start(SLEEP)
@@ -101,6 +102,7 @@ def test_half_a_frame_is_waited_for_so_long(tmp_path: Path) -> None:
         assert idle.pieces() == []
 
 
+@pytest.mark.slow
 def test_request_that_does_not_come(tmp_path: Path) -> None:
     with keeping(tmp_path, "--frame-timeout=300") as keeper:
         assert keeper.starter.frame()[0] == lib.EB_HELLO
@@ -279,6 +281,7 @@ def test_failure_of_a_start_in_its_own_memory_is_told(public_dir: Path, supervis
         assert (answer.errno, answer.stage) == (errno.ENOENT, lib.EB_STAGE_EXEC)
 
 
+@pytest.mark.slow
 def test_idle_keeper_uses_no_cpu_time(keeper: Keeper) -> None:
     """Its clients may be half closed, not reading, or gone."""
     step = keeper.steps(

@@ -186,6 +186,7 @@ def test_who_holds_the_output_at_the_end_does_not_prolong_it(keeper: Keeper) -> 
     assert keeper.wait() == 0
 
 
+@pytest.mark.slow
 def test_tree_and_limits(keeper: Keeper) -> None:
     limits = option(lib.EB_TAG_LIMITS, struct.pack("<QQQI", 200_000, 0, 0, 0))
     keeper.start(shell("sleep 100 & exec sleep 100", options=[SUPERVISED, limits]))
@@ -447,6 +448,7 @@ def test_no_room_for_the_header_of_the_ring(keeper: Keeper) -> None:
     assert keeper.wait() == 0
 
 
+@pytest.mark.slow
 def test_followers_that_do_not_read_the_end(tmp_path: Path) -> None:
     with keeping(tmp_path, "--linger=200") as keeper:
         step = keeper.steps("read x; head -c 1000000 /dev/zero")

@@ -84,6 +84,7 @@ def test_full_disk_loses_the_log_and_not_the_job(tmp_path: Path) -> None:
         assert keeper.journal_path.read_text().count("log_errno") == 1
 
 
+@pytest.mark.slow
 def test_fifo_as_a_log(tmp_path: Path) -> None:
     """A FIFO that nobody reads is refused, and one with a slow reader loses output."""
     log = tmp_path / "log"
@@ -145,6 +146,7 @@ def start_notified(keeper: Keeper, notification: bytes, command: bytes) -> None:
     keeper.starter.send(command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options", "told"),
     [

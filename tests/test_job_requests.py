@@ -61,6 +61,7 @@ def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operation", "request_text", "reason"),
     [
@@ -255,6 +256,7 @@ def restarted(daemon: Daemon, directory: Path) -> AbstractContextManager[tuple[D
     return keeping_jobs(directory)
 
 
+@pytest.mark.slow
 def test_number_of_a_removed_job_is_not_given_again(tmp_path: Path) -> None:
     """Otherwise whoever remembers the number would see another job."""
     with keeping_jobs(tmp_path) as (daemon, client):
@@ -268,6 +270,7 @@ def test_number_of_a_removed_job_is_not_given_again(tmp_path: Path) -> None:
                 job.status()
 
 
+@pytest.mark.slow
 def test_removed_job_whose_keeper_lives_stays_removed(tmp_path: Path) -> None:
     """It waits for a follower that does not read."""
     with keeping_jobs(tmp_path) as (daemon, client):
@@ -302,6 +305,7 @@ def test_log_is_made_with_the_clients_umask(tmp_path: Path) -> None:
 # Users
 
 
+@pytest.mark.slow
 def test_long_time_out(tmp_path: Path) -> None:
     """poll(2) takes less than a month."""
     with keeping_jobs(tmp_path) as (_, client):

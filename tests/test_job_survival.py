@@ -74,6 +74,7 @@ def waiting(path: Path, more: str = "exit 5") -> list[str]:
     return ["/bin/sh", "-c", f"echo begin; cat {path}; {more}"]
 
 
+@pytest.mark.slow
 def test_upgrade(places: Callable[[], Any], tmp_path: Path) -> None:
     with places() as (daemon, client):
         job = client.start(waiting(tmp_path / "fifo"), name="kept")
@@ -95,6 +96,7 @@ def test_upgrade(places: Callable[[], Any], tmp_path: Path) -> None:
         until(lambda: not files(tmp_path))
 
 
+@pytest.mark.slow
 def test_killed_daemon(places: Callable[[], Any], tmp_path: Path) -> None:
     """Its followers notice nothing; the next one finds the jobs."""
     with places() as (daemon, client):
@@ -174,6 +176,7 @@ def test_daemon_that_ends_during_a_start(tmp_path: Path) -> None:
             client.start(["true"])
 
 
+@pytest.mark.slow
 def test_daemon_that_ends_before_the_job(places: Callable[[], Any], tmp_path: Path) -> None:
     """The keeper tells those who wait of the end, but not how the job ended."""
     with places() as (daemon, client):
@@ -196,6 +199,7 @@ def test_daemon_that_ends_before_the_job(places: Callable[[], Any], tmp_path: Pa
         assert client.job(job.id).wait(PATIENCE).returncode == 5
 
 
+@pytest.mark.slow
 def test_end_without_a_daemon(places: Callable[[], Any], tmp_path: Path) -> None:
     with places() as (daemon, client):
         client.start(waiting(tmp_path / "fifo"), name="kept")
@@ -214,6 +218,7 @@ def test_end_without_a_daemon(places: Callable[[], Any], tmp_path: Path) -> None
             assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_stopped_while_no_daemon_knew_it(places: Callable[[], Any], tmp_path: Path) -> None:
     with places() as (daemon, client):
         client.start(["sleep", "1000"], name="kept")
@@ -344,6 +349,7 @@ def test_process_with_the_number_of_a_command_is_left_alone(
     until(lambda: has_ended(pid))
 
 
+@pytest.mark.slow
 def test_killed_keeper_leaves_whole_records(tmp_path: Path) -> None:
     """At any moment of the kill, the kept output is what was written, without a gap."""
     with keeping_jobs(tmp_path) as (_, client):
@@ -366,6 +372,7 @@ def select_for(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
+@pytest.mark.slow
 def test_killed_with_the_daemon(places: Callable[[], Any], tmp_path: Path) -> None:
     with places() as (daemon, client):
         job = client.start(waiting(tmp_path / "fifo"), name="both")
@@ -380,6 +387,7 @@ def test_killed_with_the_daemon(places: Callable[[], Any], tmp_path: Path) -> No
         until(lambda: daemon.status()["jobs"]["jobs_over"] == 1)
 
 
+@pytest.mark.slow
 def test_jobs_after_a_reboot_are_lost(places: Callable[[], Any], tmp_path: Path) -> None:
     """There are no rings and no locks any more, but the list still shows what was running."""
     with places() as (daemon, client):
@@ -409,6 +417,7 @@ def test_jobs_after_a_reboot_are_lost(places: Callable[[], Any], tmp_path: Path)
         until(lambda: not files(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [b"", b"{", b"\0" * 4096, b"[1]\n", b"[" * 60_000, b'{"name": 5, "ring": -1}\n{"pid": "x"}\n'],
@@ -430,6 +439,7 @@ def test_damaged_journal(places: Callable[[], Any], tmp_path: Path, damage: byte
         assert "internal error" not in daemon.log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["run", "state", "run/{uid}", "state/{uid}"])
 def test_directory_that_somebody_removes(tmp_path: Path, part: str) -> None:
     """It is made again for the next job; those that ran can't be reached, which their user is told.
@@ -496,6 +506,7 @@ def test_ring_without_the_last_records(tmp_path: Path) -> None:
         assert Missed(2, len("error\n")) in list(job.logs())
 
 
+@pytest.mark.slow
 def test_keeper_that_does_not_answer(tmp_path: Path) -> None:
     """A stopped keeper delays only its own clients, and these get an error in time."""
     with keeping_jobs(tmp_path, "--patience", "3") as (_, client):
@@ -524,6 +535,7 @@ def test_keeper_that_does_not_answer(tmp_path: Path) -> None:
         job.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(320)
 def test_many_jobs_with_followers_while_the_daemon_changes(
     places: Callable[[], Any], tmp_path: Path

@@ -93,6 +93,7 @@ def test_signal_is_told(client: Client) -> None:
     assert (result.returncode, result.cause) == (-signal.SIGTERM, "signal")
 
 
+@pytest.mark.slow
 def test_limit_is_told(client: Client) -> None:
     result = client.start(sh(FOREVER), limits={"wall": 0.2}).wait(PATIENCE)
     assert (result.returncode, result.cause) == (-signal.SIGKILL, "timeout")
@@ -192,6 +193,7 @@ def test_time_out(client: Client) -> None:
     job.stop()
 
 
+@pytest.mark.slow
 def test_many_wait(client: Client) -> None:
     job = client.start(sh("sleep 0.3; exit 7"))
     found: list[int] = []
@@ -206,6 +208,7 @@ def test_many_wait(client: Client) -> None:
     assert found == [7] * 20
 
 
+@pytest.mark.slow
 def test_nobody_waits(client: Client) -> None:
     """A client that ends at once leaves its job running."""
     script = f"""
@@ -406,6 +409,7 @@ def test_stop_takes_the_steps_of_the_start(client: Client) -> None:
     assert client.job(job.id).stop().returncode == 9
 
 
+@pytest.mark.slow
 def test_stop_takes_further_steps(client: Client) -> None:
     job = client.start(sh("trap '' TERM; echo ready; while :; do sleep 0.02; done"))
     await_output(job, b"ready")
@@ -527,6 +531,7 @@ class Proxy:
             sock.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 def test_follower_goes_on_over_another_connection(client: Client, tmp_path: Path) -> None:
     """Each byte comes once, however often the connection breaks."""
     job = client.start(sh("seq 3000; sleep 0.1; seq 3000; sleep 0.1; seq 3000"))
@@ -715,6 +720,7 @@ def test_status(served: tuple[Daemon, Client, Path], client: Client) -> None:
     running.stop()
 
 
+@pytest.mark.slow
 def test_limits(tmp_path: Path) -> None:
     limits = tmp_path / "limits"
     ring = 3 * (4096 + 2 * 4096)
@@ -793,6 +799,7 @@ def test_place_of_another_daemon(served: tuple[Daemon, Client, Path], client: Cl
             second.jobs()
 
 
+@pytest.mark.slow
 def test_cost_of_a_job(client: Client) -> None:
     """The keeper is small, and the server does not slow jobs down."""
     job = client.start(sh(FOREVER))

@@ -94,7 +94,7 @@ def state():
 """
 
 
-pytestmark = pytest.mark.usefixtures("by_helper")
+pytestmark = [pytest.mark.usefixtures("by_helper"), pytest.mark.slow]
 
 
 def test_two_thousand_direct_starts_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

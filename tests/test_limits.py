@@ -23,6 +23,8 @@ import errand_boy.asyncio
 from errand_boy._options import limits as _limits
 from errand_boy._process import cgroups
 
+pytestmark = pytest.mark.slow
+
 run, Popen = cast(Any, errand_boy.run), cast(Any, errand_boy.Popen)
 REPEAT = int(os.environ.get("ERRAND_BOY_REPEAT", "3"))
 

@@ -58,6 +58,7 @@ def test_busy_owner_delays_only_itself(readable: list[socket.socket]) -> None:
     theirs.close()
 
 
+@pytest.mark.slow
 def test_all_sockets_of_one_owner_have_their_turns(readable: list[socket.socket]) -> None:
     """This also holds if each callback takes its full time, and all are ready again at once."""
     loop = Loop(Log("info", "text"))
@@ -119,6 +120,7 @@ def test_signals_go_before_all(readable: list[socket.socket]) -> None:
     theirs.close()
 
 
+@pytest.mark.slow
 def test_time_on_the_cpu_is_what_counts(readable: list[socket.socket]) -> None:
     """An owner whom another program delayed comes before one who has used the CPU."""
     loop = Loop(Log("info", "text"))
@@ -145,6 +147,7 @@ def spend(seconds: float) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_all_who_are_busy_have_their_share(readable: list[socket.socket]) -> None:
     loop = Loop(Log("info", "text"))
     counts = [0] * 5
@@ -209,6 +212,7 @@ def until(condition):
 """
 
 
+@pytest.mark.slow
 def test_text_connection_that_is_closed_is_gone() -> None:
     """Its buffers are freed too, without waiting for the garbage collector."""
     source = f"""{KEPT}

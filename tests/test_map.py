@@ -104,6 +104,7 @@ def test_results_are_as_by_run(run_map: Map) -> None:
     assert [result.index for result in results] == list(range(6))
 
 
+@pytest.mark.slow
 def test_results_come_in_order(run_map: Map) -> None:
     commands = [shell(f"[ {n % 3} != 0 ] || sleep 0.1; echo {n}") for n in range(30)]
     results = run_map(commands, max_workers=8, text=True)
@@ -153,6 +154,7 @@ def test_endless_generator_is_read_lazily(run_map: Map) -> None:
         assert 100 <= given <= 100 + batch._LEAST_AHEAD
 
 
+@pytest.mark.slow
 def test_at_most_max_workers_live(run_map: Map, tmp_path: Path) -> None:
     log = tmp_path / "log"
     line = f"echo + >> {log}; sleep 0.05; echo - >> {log}"
@@ -162,6 +164,7 @@ def test_at_most_max_workers_live(run_map: Map, tmp_path: Path) -> None:
     assert len(live) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3, 16])
 def test_at_most_max_workers_live_of_quick_commands(
     run_map: Map, workers: int, tmp_path: Path
@@ -186,6 +189,7 @@ def test_quick_commands_and_those_with_options_of_their_own(run_map: Map, tmp_pa
     assert {result.slot for result in found} <= {1, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_begun_at_the_end(number: int, tmp_path: Path) -> None:
     """What has been requested ahead is not run when its map is closed, or its process killed."""
@@ -359,6 +363,7 @@ def test_failing_start_is_a_result(run_map: Map, tmp_path: Path) -> None:
     assert all((r.stdout, r.stderr, r.rusage) == (b"", b"", None) for r in results[:8])
 
 
+@pytest.mark.slow
 def test_endless_failures_do_not_recurse() -> None:
     results = errand_boy.map(itertools.repeat(["a\0b"]), max_workers=1000)
     assert all(result.returncode == 126 for result in itertools.islice(results, 10_000))
@@ -414,6 +419,7 @@ def written_before_the_timeout(run_map: Map, command: list[str], **options: Any)
     return with_enough_time(result)
 
 
+@pytest.mark.slow
 def test_timeout_has_what_was_written(run_map: Map) -> None:
     slow = shell("echo out; echo err >&2; exec sleep 1000")
 
@@ -428,6 +434,7 @@ def test_timeout_has_what_was_written(run_map: Map) -> None:
     assert (second.returncode, second.error) == (0, None)
 
 
+@pytest.mark.slow
 def test_timeout_ends_the_whole_group(run_map: Map, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     command = shell(f"sleep 1000 & echo $! >> {pids}; echo out; wait")
@@ -448,6 +455,7 @@ def test_timeout_of_one_in_another_group() -> None:
     assert result.returncode == -9
 
 
+@pytest.mark.slow
 def test_timeout_does_not_wait_for_the_end_of_output(run_map: Map, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = f"setsid sh -c 'echo $$ >> {pids}; exec sleep 1000' &"
@@ -459,6 +467,7 @@ def test_timeout_does_not_wait_for_the_end_of_output(run_map: Map, tmp_path: Pat
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_timeout_of_output_that_outlives_its_command(run_map: Map, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     command = shell(f"sleep 1000 & echo $! >> {pids}; echo out; exit 3")
@@ -473,11 +482,13 @@ def test_timeout_of_output_that_outlives_its_command(run_map: Map, tmp_path: Pat
     os.kill(pids_in(pids, 1)[-1], signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_result_waits_for_the_end_of_output(run_map: Map) -> None:
     [result] = run_map([shell("(sleep 0.2; echo late) & echo early")])
     assert result.stdout == b"early\nlate\n"
 
 
+@pytest.mark.slow
 def test_timeouts_of_one(run_map: Map, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -492,12 +503,14 @@ def test_timeout_that_poll_cannot_wait_for(run_map: Map) -> None:
     assert [r.error for r in run_map([["true"]], timeout=1e10)] == [None]
 
 
+@pytest.mark.slow
 def test_connections_are_reused_after_timeouts(run_map: Map) -> None:
     commands = [{"args": SLEEP, "timeout": 0.2}, ["echo", "x"]] * 5
     results = list(run_map(commands, max_workers=1))
     assert [r.stdout for r in results] == [b"", b"x\n"] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timeout", [None, 60])
 def test_duration_is_without_the_wait_for_a_turn(tmp_path: Path, timeout: float | None) -> None:
     with started_daemon(tmp_path, "--max-processes=1") as daemon:
@@ -510,6 +523,7 @@ def test_duration_is_without_the_wait_for_a_turn(tmp_path: Path, timeout: float 
     assert sum(durations) <= elapsed  # one after another
 
 
+@pytest.mark.slow
 def test_time_in_a_daemons_queue_does_not_count(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--max-processes=1") as daemon:
         client = errand_boy.connect(daemon.path)
@@ -548,6 +562,7 @@ def test_spooled_output_is_whole(run_map: Map) -> None:
     first.stdout_file.close()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded() -> None:
     report = run_script(
         """
@@ -566,6 +581,7 @@ def test_memory_is_bounded() -> None:
 # -- ending early --
 
 
+@pytest.mark.slow
 def test_closing_ends_what_runs(run_map: Map, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     # A shell with a child, a command that ignores SIGTERM, and one that is stopped.
@@ -582,6 +598,7 @@ def test_closing_ends_what_runs(run_map: Map, tmp_path: Path) -> None:
     assert not psutil.wait_procs(found, timeout=PATIENCE)[1]
 
 
+@pytest.mark.slow
 def test_killing_the_caller_ends_what_runs(tmp_path: Path) -> None:
     """This includes commands that ignore SIGTERM, though the helper has no client left."""
     pids = tmp_path / "pids"
@@ -629,6 +646,7 @@ def test_connections_are_reused(run_map: Map, tmp_path: Path) -> None:
     assert descriptors() <= before + batch._AHEAD  # those of requests that wait for a place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_end_of_the_process_ends_what_runs(number: int, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
@@ -692,6 +710,7 @@ def test_helper_killed_between_maps_is_not_noticed() -> None:
     assert [r.returncode for r in errand_boy.map([["true"]] * 8, max_workers=8)] == [0] * 8
 
 
+@pytest.mark.slow
 def test_helper_killed_between_results(tmp_path: Path) -> None:
     killed = set()
     for result in errand_boy.map([["true"]] * 300, max_workers=4):
@@ -702,6 +721,7 @@ def test_helper_killed_between_results(tmp_path: Path) -> None:
     assert len(killed) == 3
 
 
+@pytest.mark.slow
 def test_helper_that_was_stopped_never_runs_a_command_twice(tmp_path: Path) -> None:
     """Requests that a killed helper had not read go to another one."""
     log = tmp_path / "log"
@@ -718,6 +738,7 @@ def test_helper_that_was_stopped_never_runs_a_command_twice(tmp_path: Path) -> N
     assert sorted(map(int, log.read_text().split())) == list(range(10))
 
 
+@pytest.mark.slow
 def test_helpers_killed_at_random(tmp_path: Path) -> None:
     """Whatever the result says, no command ran twice."""
     log = tmp_path / "log"
@@ -781,6 +802,7 @@ def test_fork_in_the_middle(run_map: Map) -> None:
     assert [int(result.stdout) for result in results] == list(range(1, 50))
 
 
+@pytest.mark.slow
 def test_dropped_by_a_fork(run_map: Map) -> None:
     results = run_map([["sh", "-c", f"sleep 0.2; echo {n}"] for n in range(4)], max_workers=2)
     assert next(results).stdout == b"0\n"
@@ -792,6 +814,7 @@ def test_dropped_by_a_fork(run_map: Map) -> None:
     assert [(r.stdout, r.error) for r in results] == [(b"%d\n" % n, None) for n in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_threads_with_maps_of_their_own(run_map: Map) -> None:
     found: dict[int, list[bytes]] = {}
 
@@ -847,6 +870,7 @@ def test_ids_go_for_the_next_command(what: str) -> None:
     assert all(ids != expected for ids in before)
 
 
+@pytest.mark.slow
 def test_descriptors_run_short() -> None:
     report = run_script(
         """
@@ -860,11 +884,13 @@ def test_descriptors_run_short() -> None:
     assert report == [str(n) for n in range(50)]
 
 
+@pytest.mark.slow
 def test_many_workers(run_map: Map) -> None:
     results = run_map([["echo", str(n)] for n in range(600)], max_workers=200)
     assert [int(result.stdout) for result in results] == list(range(600))
 
 
+@pytest.mark.slow
 def test_eventlet_has_no_poll() -> None:
     pytest.importorskip("eventlet")
     report = run_script(
@@ -887,6 +913,7 @@ def test_eventlet_has_no_poll() -> None:
     assert report[1] > 4  # others ran meanwhile
 
 
+@pytest.mark.slow
 def test_gevent_runs_others_meanwhile() -> None:
     pytest.importorskip("gevent")
     report = run_script(
@@ -957,6 +984,7 @@ def test_progress_bar_on_a_terminal(source: str) -> None:
 # -- the daemon of the environment, and asyncio --
 
 
+@pytest.mark.slow
 def test_daemon_of_the_environment(tmp_path: Path) -> None:
     source = """
         [result] = subprocess.map([["sh", "-c", "echo $PPID"]], text=True)
@@ -1020,6 +1048,7 @@ def test_async_runs_beside_others(run_async: Callable[[Any], Any], async_map: Ma
     assert run_async(main()) == [[b"%d\n" % n] * 20 for n in range(5)]
 
 
+@pytest.mark.slow
 def test_async_timeout_and_failures(run_async: Callable[[Any], Any], async_map: Map) -> None:
     async def main() -> None:
         slow = shell("echo out; exec sleep 1000")

@@ -25,6 +25,8 @@ import errand_boy.asyncio
 from errand_boy._map import celery_runner
 from errand_boy.celery import Cluster
 
+pytestmark = pytest.mark.slow
+
 # Those that pytest finds by their names here.
 __all__ = ["app", "broker", "no_helper_left", "start_worker"]
 

@@ -62,6 +62,7 @@ def runs(path: Path) -> int:
 # -- retries --
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_is_run_again(run_map: Map, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "abcd"]
     commands = [counting(path, at) for path, at in zip(paths, (1, 2, 3, 9), strict=True)]
@@ -83,6 +84,7 @@ def test_retries_of_one_command(run_map: Map, tmp_path: Path) -> None:
     assert [result.runs for result in run_map(commands, retries=1)] == [5, 2]
 
 
+@pytest.mark.slow
 def test_failed_starts_and_timeouts_run_again(run_map: Map, tmp_path: Path) -> None:
     absent, slow = tmp_path / "absent", {"args": ["sleep", "1000"], "timeout": 0.05}
     missing, late = run_map([[str(absent)], slow], retries=2)
@@ -92,6 +94,7 @@ def test_failed_starts_and_timeouts_run_again(run_map: Map, tmp_path: Path) -> N
     assert isinstance(late.error, subprocess.TimeoutExpired)
 
 
+@pytest.mark.slow
 def test_input_is_there_for_each_run(run_map: Map, tmp_path: Path) -> None:
     path = tmp_path / "x"
     command = shell(f"echo x >> {path}; cat; [ $(wc -l < {path}) -ge 3 ]")
@@ -99,6 +102,7 @@ def test_input_is_there_for_each_run(run_map: Map, tmp_path: Path) -> None:
     assert (result.stdout, result.runs) == (b"data", 3)
 
 
+@pytest.mark.slow
 def test_delays_between_runs(run_map: Map, tmp_path: Path) -> None:
     policy = Retries(2, delay=0.05, factor=3)
     before = time.monotonic()
@@ -107,6 +111,7 @@ def test_delays_between_runs(run_map: Map, tmp_path: Path) -> None:
     assert time.monotonic() - before >= 0.05 + 0.15
 
 
+@pytest.mark.slow
 def test_others_run_during_a_delay(tmp_path: Path) -> None:
     commands = [counting(tmp_path / "x", 2), ["true"], ["true"]]
     policy = Retries(1, delay=2)
@@ -156,6 +161,7 @@ def test_halt_soon(run_map: Map, tmp_path: Path) -> None:
     assert len(codes) < len(commands)
 
 
+@pytest.mark.slow
 def test_halt_now(run_map: Map, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     sleeps = shell(f"echo $$ >> {pids}; exec sleep 1000")
@@ -166,6 +172,7 @@ def test_halt_now(run_map: Map, tmp_path: Path) -> None:
     until(lambda: not Path(f"/proc/{pid}").exists())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "count"), [("success=2", 4), ("done=3", 3), ("done=50%", 5)])
 def test_ends_that_count_for_a_halt(run_map: Map, policy: str, count: int) -> None:
     commands = [["false"], ["true"]] * 5
@@ -173,6 +180,7 @@ def test_ends_that_count_for_a_halt(run_map: Map, policy: str, count: int) -> No
     assert len(results) == count
 
 
+@pytest.mark.slow
 def test_retried_failures_do_not_halt(run_map: Map, tmp_path: Path) -> None:
     commands = [counting(tmp_path / str(n), 2) for n in range(5)]
     assert len(list(run_map(commands, retries=1, halt="now,fail=1"))) == 5
@@ -184,6 +192,7 @@ def test_halt_ends_the_wait_for_the_next_run(run_map: Map, tmp_path: Path) -> No
     assert [(result.returncode, result.runs) for result in results] == [(1, 1), (3, 1)]
 
 
+@pytest.mark.slow
 def test_halt_leaves_a_helper_that_works(run_map: Map) -> None:
     for _ in range(5):
         list(run_map([["sleep", "1000"], ["false"]], max_workers=2, halt="now,fail=1"))
@@ -223,6 +232,7 @@ def test_shares(total: int | None, expected: int | None) -> None:
 # -- a share of the median --
 
 
+@pytest.mark.slow
 def test_timeout_of_a_share_of_the_median(run_map: Map) -> None:
     commands = [["sleep", "0.1"]] * 4 + [["sleep", "1000"]]
     results = list(run_map(commands, max_workers=2, timeout="2000%"))
@@ -232,6 +242,7 @@ def test_timeout_of_a_share_of_the_median(run_map: Map) -> None:
     assert [result.returncode for result in results] == [0] * 4
 
 
+@pytest.mark.slow
 def test_commands_that_began_before_there_was_a_median_end_too(run_map: Map) -> None:
     commands = [["sleep", "1000"], ["sleep", "1000"], *[["sleep", "0.1"]] * 3]
     results = list(run_map(commands, max_workers=3, timeout="2000%"))
@@ -269,6 +280,7 @@ def test_median() -> None:
 # -- slots --
 
 
+@pytest.mark.slow
 def test_slots_are_of_those_that_run_at_the_same_time(run_map: Map) -> None:
     results = list(run_map([["true"]] * 50, max_workers=3))
     assert {result.slot for result in results} <= {1, 2, 3}
@@ -294,6 +306,7 @@ def test_iterator_that_grows_by_what_came_out() -> None:
     assert sorted(seen) == list(range(1, 128))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("max_workers", [1, 3, 50])
 def test_build_graph(ordered: bool, max_workers: int) -> None:
@@ -323,6 +336,7 @@ def test_iterator_that_yields_only_none_ends(run_map: Map) -> None:
     assert [result.returncode for result in run_map([["true"], None, ["true"], None])] == [0, 0]
 
 
+@pytest.mark.slow
 def test_graph_with_retries_and_delays(tmp_path: Path) -> None:
     todo = deque([counting(tmp_path / "1", 2)])
     led = []

@@ -125,6 +125,7 @@ def test_user_that_is_none() -> None:
 # -- descriptors --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "workers"), [(64, 120), (256, 120), (1024, 700)])
 def test_helper_without_descriptors_puts_commands_off(limit: int, workers: int) -> None:
     # The commands are slow enough that very many would run at once.

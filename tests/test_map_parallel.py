@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import find_program, script_environment
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 60  # seconds
 
 # The line for parallel; the line for `map`, where that is not the same.

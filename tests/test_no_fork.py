@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import find_program, run_script
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 start()
 options = [

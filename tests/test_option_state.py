@@ -13,6 +13,7 @@ from test_places import needs_users
 SCRIPT = Path(__file__).parents[1] / "bench" / "option_state.py"
 
 
+@pytest.mark.slow
 @needs_users
 @pytest.mark.parametrize("way", ["direct", "helper"])
 def test_caller_is_unchanged(way: str) -> None:

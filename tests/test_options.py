@@ -422,6 +422,7 @@ def expect(option: str, front: str, function: Callable[[], bytes], refused: str 
         cells[option, front] = "yes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", CASES)
 def test_each_front(
     option: str, spawn: str, scope: dict[str, Any], root: str, ignores_a_signal: None
@@ -461,6 +462,7 @@ def test_daemon(option: str, scope: dict[str, Any], client: Any, ignores_a_signa
         expect(option, name, functools.partial(by, case.command, options, of=of))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", CASES)
 @pytest.mark.parametrize("front", CLI)
 def test_command_line(option: str, front: str, root: str, ignores_a_signal: None) -> None:

@@ -43,6 +43,7 @@ def run(client: list[str], *arguments: str, **options: Any) -> tuple[bytes, byte
     return done.stdout, done.stderr, done.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line, data, answer",
     [

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import run_script
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = Path("/proc/sys/vm")
 
 SUPERVISE = """

@@ -88,6 +88,7 @@ def test_cffi_is_the_only_requirement() -> None:
     assert [text.partition(">")[0] for text in needed] == ["cffi"]
 
 
+@pytest.mark.slow
 def test_helper_and_the_callers_side_build_with_musl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # it compiles everything twice
 def test_changed_header_rebuilds_both_programs(tree: Path) -> None:
     assert build(tree).returncode == 0
@@ -210,6 +212,7 @@ def test_changed_header_rebuilds_both_programs(tree: Path) -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=tree, text=True) == "77 0\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["compiler", "headers"])
 def test_build_says_what_is_missing(tree: Path, tmp_path: Path, missing: str) -> None:
     if missing == "compiler":
@@ -240,6 +243,7 @@ def test_zipapp_says_why_it_cannot_work(tmp_path: Path) -> None:
     assert "It can't be loaded from an archive such as a zipapp" in found.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # it analyses for half a minute, where nothing else runs
 def test_application_made_by_pyinstaller(tmp_path: Path) -> None:
     pytest.importorskip("PyInstaller")
@@ -266,6 +270,7 @@ def test_application_made_by_pyinstaller(tmp_path: Path) -> None:
     assert "this program is frozen" in found.stderr
 
 
+@pytest.mark.slow
 def test_built_as_for_another_processor(tree: Path) -> None:
     portable = os.environ.get("CFLAGS", "") + " -DEB_PORTABLE"
     found = build(tree, CFLAGS=portable, ERRAND_BOY_CFLAGS="-DEB_PORTABLE")

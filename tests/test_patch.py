@@ -121,6 +121,7 @@ ORDERS = [
 ] + [("gevent", "errand_boy", "patch"), ("errand_boy", "eventlet", "patch")]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_orders_with_monkey_patching(order: tuple[str, ...]) -> None:
@@ -164,6 +165,7 @@ print(json.dumps(out))
     assert done.stdout.strip() == expected, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("framework", ["gevent", "eventlet"])
 def test_our_module_loads_the_framework_after_patch(framework: str) -> None:
@@ -200,6 +202,7 @@ report(out)
     assert out == [[0, 1], [0, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["before", "after"])
 @pytest.mark.parametrize("policy", ["asyncio", "uvloop"])
 def test_asyncio(policy: str, loaded: str, spawn: str) -> None:
@@ -250,6 +253,7 @@ report(through_us(with_psutil))
     assert out == [["sleep", -15], 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(method: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

@@ -35,6 +35,7 @@ needs_users = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_users
 @pytest.mark.parametrize("names", [["user", "net"], list(NAMES), ["user"]], ids="-".join)
 def test_namespaces(names: list[str], spawn: str, client: Any) -> None:

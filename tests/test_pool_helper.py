@@ -439,6 +439,7 @@ def test_report_adds_up(pool: Pool) -> None:
         each.sock.close()
 
 
+@pytest.mark.slow
 def test_report_has_each_live_command(pool: Pool) -> None:
     clients = [pool.connect() for _ in range(300)]
     for number, client in enumerate(clients):
@@ -471,6 +472,7 @@ def test_start_times_are_in_their_buckets(pool: Pool, tmp_path: Path) -> None:
     assert 20 < first < last < 96
 
 
+@pytest.mark.slow
 def test_time_of_a_brief_start_is_not_that_of_its_command(pool: Pool) -> None:
     """Nothing reports when its program began to run."""
     client = pool.connect()
@@ -584,6 +586,7 @@ def test_close_ends_the_command(pool: Pool, tmp_path: Path) -> None:
     assert witness.read_text() == "TERM\n"
 
 
+@pytest.mark.slow
 def test_close_kills_a_command_that_ignores_term(pool: Pool) -> None:
     client = pool.connect()
     script = "trap '' TERM; echo; while :; do sleep 0.01; done"
@@ -613,6 +616,7 @@ def test_close_ends_the_group(pool: Pool) -> None:
     pool.told((lib.EB_CLOSED, client.id))
 
 
+@pytest.mark.slow
 def test_close_kills_members_that_outlive_their_leader(pool: Pool) -> None:
     client = pool.connect()
     stubborn = "trap '' TERM; echo \\$\\$; while :; do sleep 0.01; done"
@@ -979,6 +983,7 @@ def test_half_a_frame_and_silence(case: str, pool: Pool, witness: Client) -> Non
     pool.told((lib.EB_CLOSED, client.id))
 
 
+@pytest.mark.slow
 @with_arguments("--frame-timeout=100")
 def test_half_a_greeting_and_silence(pool: Pool, witness: Client) -> None:
     for size in range(1, len(frames.OPENING)):
@@ -990,6 +995,7 @@ def test_half_a_greeting_and_silence(pool: Pool, witness: Client) -> None:
         assert client.refusal() == "the rest of a frame has not come in 100 ms"
 
 
+@pytest.mark.slow
 @with_arguments("--frame-timeout=2000")
 def test_each_frame_has_its_own_time(pool: Pool, witness: Client) -> None:
     client = pool.connect()
@@ -1019,6 +1025,7 @@ def test_slow_start_is_no_silence(pool: Pool, public_dir: Path, witness: Client)
         assert ended(client) == 0
 
 
+@pytest.mark.slow
 @with_arguments("--frame-timeout=100")
 def test_silence_between_frames_is_none(pool: Pool) -> None:
     client = pool.connect()
@@ -1048,6 +1055,7 @@ GARBAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GARBAGE)
 def test_garbage_in_every_state(case: str, pool: Pool, witness: Client) -> None:
     data = GARBAGE[case]
@@ -1152,6 +1160,7 @@ def test_no_room_for_connections() -> None:
 lean = pytest.mark.skipif("ERRAND_BOY_HELPER" in os.environ, reason="not the ordinary helper")
 
 
+@pytest.mark.slow
 @lean
 def test_many_idle_connections(pool: Pool) -> None:
     count = 3000
@@ -1166,6 +1175,7 @@ def test_many_idle_connections(pool: Pool) -> None:
         pool.told((lib.EB_CLOSED, client.id))
 
 
+@pytest.mark.slow
 @lean
 def test_rest_beside_a_command_that_does_not_end(pool: Pool) -> None:
     """A burst's memory is given back, though that command is checked again and again."""
@@ -1188,6 +1198,7 @@ def test_rest_beside_a_command_that_does_not_end(pool: Pool) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @lean
 def test_memory_of_live_commands(pool: Pool) -> None:
     count = 5000

@@ -50,6 +50,7 @@ def outcome(source: str, **options: Any) -> Any:
     return run_script(textwrap.dedent(check) + textwrap.dedent(source), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, code",
     [
@@ -82,6 +83,7 @@ def test_poll_tells_a_running_command_from_one_that_has_ended() -> None:
     assert outcome(source) == [[None, None], 0, 0]
 
 
+@pytest.mark.slow
 def test_wait_with_timeout() -> None:
     source = """
         process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
@@ -99,6 +101,7 @@ def test_wait_with_timeout() -> None:
     assert outcome(source) == [expected, 0]
 
 
+@pytest.mark.slow
 def test_communicate() -> None:
     source = """
         sizes = []
@@ -119,6 +122,7 @@ def test_communicate() -> None:
     assert outcome(source) == [[[True, "done\n", 4]] * 3, "", -signal.SIGKILL]
 
 
+@pytest.mark.slow
 def test_functions() -> None:
     source = """
         seen = [subprocess.call(["sh", "-c", "exit 3"])]
@@ -143,6 +147,7 @@ def test_functions() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_signals_reach_the_command_and_no_other() -> None:
     source = """
         other = subprocess.Popen(["sleep", "100"])
@@ -167,6 +172,7 @@ def test_signals_reach_the_command_and_no_other() -> None:
     assert outcome(source) == [term, kill, usr1, term, None, kill]
 
 
+@pytest.mark.slow
 def test_many_at_once_from_threads() -> None:
     source = """
         wrong = []
@@ -208,6 +214,7 @@ def test_wait_in_many_threads_for_one_command() -> None:
     assert outcome(source) == [0] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, error, filename",
     [

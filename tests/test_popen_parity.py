@@ -303,6 +303,7 @@ SWAPS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["subprocess", "errand_boy"])
 def test_spawn_stdout_and_stderr_to_file_swap(implementation: str, tmp_path: Path) -> None:
     with started_script(SWAPS, implementation, [tmp_path, DESCRIPTORS]) as process:
@@ -328,6 +329,7 @@ CLOSED = """
 SUBSETS = ["", "0", "1", "2", "01", "02", "12", "012"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piped", SUBSETS)
 @pytest.mark.parametrize("closed", SUBSETS[1:])
 def test_closed_standard_descriptors_of_the_caller(closed: str, piped: str, tmp_path: Path) -> None:
@@ -346,6 +348,7 @@ def test_closed_standard_descriptors_of_the_caller(closed: str, piped: str, tmp_
     assert observed == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piped", SUBSETS)
 def test_pipe_that_takes_the_number_of_a_closed_standard_descriptor(
     piped: str, tmp_path: Path
@@ -768,6 +771,7 @@ def test_communicate_goes_on_after_a_timeout(subprocess: Any) -> None:
     assert process.communicate(b"more") == (b"early\nmore", None)
 
 
+@pytest.mark.slow
 @pytest.mark.portable
 def test_run_timeout_kills_and_keeps_the_output(subprocess: Any) -> None:
     command = ["sh", "-c", "echo $$; exec tail -f /dev/null"]

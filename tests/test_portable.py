@@ -24,6 +24,7 @@ for module, names in (os, ("pidfd_open", "memfd_create")), (signal, ("pidfd_send
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["errand_boy", "errand_boy-helper"])
 def test_python_that_was_built_for_older_kernels(implementation: str) -> None:
     source = """
@@ -107,6 +108,7 @@ def test_program_that_is_no_helper(tmp_path: Path, command: str) -> None:
         assert ("3: broken" in text) == ("broken" in command)
 
 
+@pytest.mark.slow
 def test_daemon_without_memfd_create_and_clone(public_dir: Path) -> None:
     """Under a filter that refuses both, with a helper that uses posix_spawn."""
     filters = f"""{REFUSING}

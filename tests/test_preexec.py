@@ -77,6 +77,7 @@ def found(module: Any, function: Callable[[], Any], **options: Any) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_known(name: str, spawn: str) -> None:
     if spawn == "posix" and name not in ("setsid", "setpgrp", "setpgid", "umask", "chdir"):
@@ -137,6 +138,7 @@ def test_warning_names_the_option() -> None:
         errand_boy.run(["true"], preexec_fn=lambda: None, check=True)
 
 
+@pytest.mark.slow
 def test_daemon_takes_what_is_known(client: Any) -> None:
     assert found(client, KNOWN["chain"]) == found(subprocess, KNOWN["chain"])
     with pytest.raises(ValueError, match="use rlimits= instead"):

@@ -67,6 +67,7 @@ def test_unicode() -> None:
     process.close()
 
 
+@pytest.mark.slow
 def test_only_what_is_passed_is_inherited() -> None:
     read, write = os.pipe()
     os.set_inheritable(read, True)
@@ -95,6 +96,7 @@ def test_errors(tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.mark.slow
 def test_signals_are_as_ptyprocess_leaves_them() -> None:
     """The signals that this process ignores, including SIGPIPE, and its signal mask."""
     standard = importlib.import_module("ptyprocess").PtyProcess
@@ -119,6 +121,7 @@ def test_a_function_of_ones_own_is_called_in_a_fork(tmp_path: Path) -> None:
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_killed_helper_leaves_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a child of this process, which goes on."""
     monkeypatch.setenv("ERRAND_BOY_SPAWN", "helper")
@@ -153,6 +156,7 @@ def test_killed_caller_leaves_nothing(way: str) -> None:
         until(lambda: all(map(has_ended, pids)), "the end of what was in the terminal")
 
 
+@pytest.mark.slow
 def test_patch_and_unpatch() -> None:
     script = (
         NO_FORK
@@ -218,6 +222,7 @@ def test_no_warning_in_a_threaded_process() -> None:
     assert run_script(script) == 0
 
 
+@pytest.mark.slow
 def test_under_gevent() -> None:
     pytest.importorskip("gevent")
     script = """

@@ -109,6 +109,7 @@ def test_any_child_is_the_command_while_the_helper_lives() -> None:
     assert compare_scripts(source) == [True, 9]
 
 
+@pytest.mark.slow
 def test_resource_usage_of_children_grows() -> None:
     source = """
         start()
@@ -139,6 +140,7 @@ def test_process_times_of_the_child_start_at_nought(subprocess: Any) -> None:
         assert child.cpu_times().user + child.cpu_times().system < 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_helper")
 def test_peak_memory_of_a_child_is_its_own_under_a_caller_of_1_gib() -> None:
     source = """
@@ -159,6 +161,7 @@ def test_peak_memory_of_a_child_is_its_own_under_a_caller_of_1_gib() -> None:
     assert kibibytes < 10 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["errand_boy", "errand_boy-helper"])
 def test_signal_that_dumps_core_before_the_exec_ends_the_child_alone(implementation: str) -> None:
     source = """

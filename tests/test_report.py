@@ -17,6 +17,8 @@ from bench import report, syscalls
 from bench.measure import DAEMON, HELPER, MAP, OURS, SUBPROCESS, Plan, measure
 from bench.throughput import OUR_THREADS
 
+pytestmark = pytest.mark.slow
+
 PLAN = Plan(
     residents=(0.05,),
     descriptors=(100,),

@@ -290,6 +290,7 @@ syscall(429, 429, tree, b'', -100, inside.encode(), 4)
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESCAPES)
 def test_escape(name: str, world: World) -> None:
     since, code = ESCAPES[name]
@@ -313,6 +314,7 @@ def test_escape(name: str, world: World) -> None:
 # The ports of a mapping
 
 
+@pytest.mark.slow
 def test_tcp_ports(world: World) -> None:
     if VERSION < 4:
         pytest.skip("Landlock knows TCP ports from version 4 on")
@@ -467,6 +469,7 @@ CODE = "import sys; open('/etc/hostname')"
 COMMAND = [sys.executable, "-I", "-c", CODE]
 
 
+@pytest.mark.slow
 def test_each_front(spawn: str, client: Any) -> None:
     if spawn == "posix":
         with pytest.raises(OSError, match="sandbox") as caught:

@@ -90,6 +90,7 @@ def test_bytes_one_by_one_are_a_request_too(tmp_path: Path) -> None:
         assert sock.recv(100) == frames.HELLO
 
 
+@pytest.mark.slow
 def test_least_busy_helper_serves(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--pool-size", 3) as daemon:
         connections = [daemon.connect() for _ in range(6)]
@@ -129,6 +130,7 @@ def test_log_as_json(tmp_path: Path) -> None:
     assert all({"time", "level", "message"} <= entry.keys() for entry in entries)
 
 
+@pytest.mark.slow
 def test_classic_spelling(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "errand_boy.run", "--socket"]
     options = {"env": script_environment(), "timeout": PATIENCE, "capture_output": True}
@@ -164,6 +166,7 @@ def test_socket_is_its_users_only(tmp_path: Path) -> None:
         assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_live_socket_is_not_taken_over(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:
         done = serve("--socket", daemon.path)
@@ -208,6 +211,7 @@ def test_wrong_option_is_an_error_of_usage(option: str) -> None:
     assert serve(option).returncode == 2
 
 
+@pytest.mark.slow
 def test_stale_socket_is_replaced(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:
         daemon.process.kill()
@@ -224,6 +228,7 @@ def test_socket_goes_at_the_end(tmp_path: Path) -> None:
         assert not os.path.exists(daemon.path)
 
 
+@pytest.mark.slow
 def test_path_is_free_while_the_last_commands_finish(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as old:
         connection = old.connect()
@@ -392,6 +397,7 @@ while True:
 # -- faults --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [b"", HELLO[:1], HELLO[:7]])
 def test_silence_ends_a_connection_and_nothing_else(tmp_path: Path, first: bytes) -> None:
     with started_daemon(tmp_path, "--patience", 1) as daemon, daemon.socket() as sock:
@@ -411,6 +417,7 @@ def test_half_a_frame_and_the_end(tmp_path: Path) -> None:
         assert daemon.helpers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "reason"),
     [
@@ -428,6 +435,7 @@ def test_garbage_is_refused(tmp_path: Path, first: bytes, reason: str) -> None:
         assert daemon.helpers()
 
 
+@pytest.mark.slow
 def test_shortage_of_descriptors_passes(tmp_path: Path) -> None:
     under = ["/bin/sh", "-c", 'ulimit -n 30; exec "$@"', "sh"]
     with started_daemon(tmp_path, under=under) as daemon:
@@ -454,6 +462,7 @@ def all_descriptors_taken(daemon: Daemon) -> Iterator[None]:
 SHORT = ["/bin/sh", "-c", 'ulimit -n 40; exec "$@"', "sh"]
 
 
+@pytest.mark.slow
 def test_text_request_needs_no_descriptor_to_end(tmp_path: Path) -> None:
     """Nothing is imported or opened when a client ends its side."""
     with started_daemon(tmp_path, under=SHORT) as daemon, daemon.socket() as running:
@@ -475,6 +484,7 @@ def test_text_request_needs_no_descriptor_to_end(tmp_path: Path) -> None:
         assert "internal error" not in daemon.log()
 
 
+@pytest.mark.slow
 def test_client_that_waits_for_a_descriptor_is_refused(tmp_path: Path) -> None:
     with started_daemon(tmp_path, under=SHORT) as daemon, all_descriptors_taken(daemon):
         with daemon.socket() as late:
@@ -496,6 +506,7 @@ def test_strangers_do_not_bring_the_end_nearer(public_dir: Path) -> None:
         assert daemon.process.wait(PATIENCE) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_closed_standard_streams(tmp_path: Path, closed: str) -> None:
     under = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh"]
@@ -585,6 +596,7 @@ def test_counts_of_a_killed_helper_are_not_lost(tmp_path: Path) -> None:
         connection.close()
 
 
+@pytest.mark.slow
 def test_helper_is_not_crowded(tmp_path: Path) -> None:
     """A start copies the helper's table of descriptors."""
     with started_daemon(tmp_path, "--pool-size", 1) as daemon:
@@ -599,6 +611,7 @@ def test_helper_is_not_crowded(tmp_path: Path) -> None:
         until(lambda: len(daemon.helpers()) == 1)
 
 
+@pytest.mark.slow
 def test_helpers_survive_the_server(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as old:
         connection, idle = old.connect(), old.connect()
@@ -630,6 +643,7 @@ def test_commands_may_finish(tmp_path: Path) -> None:
         idle.close()
 
 
+@pytest.mark.slow
 def test_commands_that_do_not_finish_are_terminated(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--grace", 0.1) as daemon:
         connection = daemon.connect()
@@ -687,6 +701,7 @@ def test_commands_that_run_at_the_last_accept_may_finish(tmp_path: Path) -> None
         assert daemon.process.wait(PATIENCE) == 0
 
 
+@pytest.mark.slow
 def test_half_a_text_request_does_not_hold_up_the_end(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--grace", 0.1) as daemon, daemon.socket() as sock:
         sock.sendall(b"sleep 1")
@@ -886,6 +901,7 @@ def test_bytes_that_are_kept_for_a_user(tmp_path: Path) -> None:
         assert answer(1_000_000).startswith(b"\r\n0:1000000\n")
 
 
+@pytest.mark.slow
 def test_starts_beyond_the_rate_wait(tmp_path: Path) -> None:
     file = tmp_path / "limits"
     file.write_text('{"default": {"starts_per_second": 20, "burst": 3}}')

@@ -21,6 +21,8 @@ from errand_boy._wire.connection import Connection
 from errand_boy._wire.frames import Failed, Spawned
 from errand_boy.errors import HelperDiedError, NotServedError
 
+pytestmark = pytest.mark.slow
+
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 stateful = pytest.importorskip("hypothesis.stateful")
 rule, precondition, invariant = stateful.rule, stateful.precondition, stateful.invariant

@@ -11,6 +11,7 @@ from test_wire import COMPILER, CSRC, HERE, compile_c
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs cc: apt-get install gcc")
 
 
+@pytest.mark.slow
 def test_process_that_takes_no_table_of_descriptors_in_time(tmp_path: Path) -> None:
     """Its maker waits for seconds at most, and its end does not count as a program's."""
     sources = [*(CSRC / "spawn").glob("*.c"), *(CSRC / "common").glob("*.c")]

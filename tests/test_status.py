@@ -70,6 +70,7 @@ def test_counts_add_up(tmp_path: Path) -> None:
             connection.close()
 
 
+@pytest.mark.slow
 def test_for_people_and_machines(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:
         connection = daemon.connect()
@@ -88,6 +89,7 @@ def test_for_people_and_machines(tmp_path: Path) -> None:
         connection.close()
 
 
+@pytest.mark.slow
 def test_commands_whose_output_is_captured_have_latencies(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:
         client = errand_boy.connect(daemon.path)
@@ -110,6 +112,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_helper_that_does_not_answer(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--pool-size", 1) as daemon:
         (helper,) = daemon.helpers()
@@ -153,6 +156,7 @@ class FakeHelper:
         return 100
 
 
+@pytest.mark.slow
 def test_answer_is_bounded() -> None:
     """The number and the arguments of commands don't matter."""
     loop = Loop(Log("error", "text"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,12 +69,14 @@ def run(source: str, directory: Path, *under: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=70)
 
 
+@pytest.mark.slow
 def test_ignored_and_blocked_signals_are_not_for_what_the_tests_start(tmp_path: Path) -> None:
     """Under nohup, tests that wait until SIGHUP ends a command would wait for ever."""
     done = run(RESETS, tmp_path, sys.executable, "-c", IGNORING)
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_no_test_lasts_for_ever(tmp_path: Path) -> None:
     """Not even one that waits for a command after it has been interrupted."""
     pytest.importorskip("pytest_timeout")
@@ -96,10 +97,3 @@ def test_report_is_not_interrupted(tmp_path: Path) -> None:
     pytest.importorskip("pytest_timeout")
     done = run(REPORTED, tmp_path)
     assert "Timer: (0.0, 0.0)" in done.stdout
-
-
-def test_slow_tests_are_there() -> None:
-    for name in (HERE / "slow.txt").read_text().split():
-        file, _, function = name.partition("::")
-        text = (HERE / file).read_text()
-        assert not function or re.search(rf"^ *(async )?def {function}\(", text, re.MULTILINE), name

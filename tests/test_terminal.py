@@ -127,6 +127,7 @@ def test_communicate_when_it_is_opened_late(starter: Any) -> None:
     assert process.returncode == 3
 
 
+@pytest.mark.slow
 def test_communicate_when_it_is_opened_again(starter: Any, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -360,6 +361,7 @@ def test_leaving_the_block_hangs_up(starter: Any) -> None:
     assert process.returncode == -signal.SIGHUP
 
 
+@pytest.mark.slow
 def test_end_of_the_terminal_is_not_its_loss() -> None:
     """A command that ends at the end of its input gets no SIGHUP meanwhile."""
     for _ in range(200):
@@ -400,6 +402,7 @@ def test_background_process_gets_the_hang_up(starter: Any) -> None:
         assert process.wait(PATIENCE) == 4
 
 
+@pytest.mark.slow
 def test_terminal_that_the_command_has_left() -> None:
     """It closes the terminal, and goes on."""
     script = "exec </dev/null >/dev/null 2>&1; sleep 0.2; exit 6"
@@ -432,6 +435,7 @@ def test_check_output_is_what_is_on_the_terminal(starter: Any) -> None:
     assert caught.value.output == b"a\r\n"
 
 
+@pytest.mark.slow
 def test_run_timeout(starter: Any) -> None:
     def output(timeout: float) -> Any:
         with pytest.raises(stdlib.TimeoutExpired) as caught:
@@ -441,6 +445,7 @@ def test_run_timeout(starter: Any) -> None:
     assert with_enough_time(output) == b"a\r\n"
 
 
+@pytest.mark.slow
 def test_communicate_goes_on_after_a_timeout(starter: Any) -> None:
     script = "cat; read x </dev/fd/$1; echo end"
     read, write = os.pipe()
@@ -461,6 +466,7 @@ def test_communicate_goes_on_after_a_timeout(starter: Any) -> None:
 MUCH = 100_000_000
 
 
+@pytest.mark.slow
 def test_100_megabytes(starter: Any) -> None:
     script = f"head -c {MUCH} /dev/zero | tr '\\0' x"
     total = 0
@@ -489,6 +495,7 @@ def test_slow_reader_holds_the_command_up_and_loses_nothing(starter: Any) -> Non
     assert text == b"".join(b"%d\r\n" % i for i in range(20000))
 
 
+@pytest.mark.slow
 def test_writer_waits_for_a_command_that_reads_late() -> None:
     """The input is more than the kernel buffers, and the command begins to read on request."""
     lines = [b"%06d\n" % i for i in range(50_000)]
@@ -503,6 +510,7 @@ def test_writer_waits_for_a_command_that_reads_late() -> None:
         assert process.terminal.read().split()[0] == expected
 
 
+@pytest.mark.slow
 def test_many_terminals_at_once(starter: Any, tmp_path: Path) -> None:
     count = 500
     resource = importlib.import_module("resource")
@@ -732,6 +740,7 @@ GREENLETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(GREENLETS))
 def test_greenlets_go_on(name: str) -> None:
     pytest.importorskip(name.partition(",")[0])
@@ -778,6 +787,7 @@ ASYNCIO = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["direct", "daemon"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_asyncio_streams(loop: str, way: str, daemon: Daemon) -> None:
@@ -794,6 +804,7 @@ def test_asyncio_streams(loop: str, way: str, daemon: Daemon) -> None:
     assert others == [0, "", "e\r\n", True, sizes, []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["private", "daemon"])
 def test_map(by: str, daemon: Daemon) -> None:
     source: Any = errand_boy.connect(daemon.path) if by == "daemon" else errand_boy

@@ -196,6 +196,7 @@ def test_pytest_subprocess_does_not_reach_us_but_what_is_patched() -> None:
             errand_boy.unpatch()
 
 
+@pytest.mark.slow
 def test_the_library_does_not_import_pytest() -> None:
     code = """if True:
         import importlib, pkgutil, sys, errand_boy

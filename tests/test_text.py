@@ -214,6 +214,7 @@ def test_command_has_what_the_daemon_has(tmp_path: Path) -> None:
 # Many clients
 
 
+@pytest.mark.slow
 def test_300_clients_at_once(tmp_path: Path) -> None:
     # A daemon starts one more helper for so many, and either may stay.
     with started_daemon(tmp_path) as daemon:
@@ -275,6 +276,7 @@ def test_half_closed_client_closes(daemon: Daemon, command: bytes) -> None:
     wait_for_end(pidfd)
 
 
+@pytest.mark.slow
 def test_whole_group_is_ended(daemon: Daemon) -> None:
     sock, pidfd = started(daemon, b"sh -c 'sleep 1000 & trap \"\" TERM; sleep 1000; cat /dev/zero'")
     sock.close()
@@ -316,6 +318,7 @@ def test_longest_command_line(daemon: Daemon) -> None:
     assert stderr == b"a command line has at most 131071 bytes\n"
 
 
+@pytest.mark.slow
 def test_longest_input(daemon: Daemon) -> None:
     data = bytes(64 * MIB)
     assert ask(daemon, b"wc -c", data) == (b"67108864\n", b"", 0)
@@ -323,6 +326,7 @@ def test_longest_input(daemon: Daemon) -> None:
     assert stderr == b"the input has at most 67108864 bytes\n"
 
 
+@pytest.mark.slow
 def test_longest_errors(daemon: Daemon) -> None:
     stdout, stderr, code = ask(daemon, b"head -c 70000000 /dev/zero >&2; echo fine; exit 7")
     assert (stdout, code) == (b"fine\n", 7)
@@ -345,6 +349,7 @@ def test_browser_is_refused(daemon: Daemon, tmp_path: Path, version: bytes) -> N
     assert ask(daemon, b"echo ' HTTP/1.1'\ntrue") == (b" HTTP/1.1\n", b"", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [b"echo n", b"echo no\r\n\r", b"echo no" + END + b"input\r\n"])
 def test_unfinished_request(tmp_path: Path, part: bytes) -> None:
     with started_daemon(tmp_path, "--patience=0.5") as daemon:
@@ -354,6 +359,7 @@ def test_unfinished_request(tmp_path: Path, part: bytes) -> None:
         assert stderr == b"the request was not complete, and nothing came for 0.5 seconds\n"
 
 
+@pytest.mark.slow
 def test_slow_request_is_no_unfinished_one(tmp_path: Path) -> None:
     with started_daemon(tmp_path, "--patience=2") as daemon:
         sock, late = connected(daemon), connected(daemon)
@@ -368,6 +374,7 @@ def test_slow_request_is_no_unfinished_one(tmp_path: Path) -> None:
         refusal(split(rest(late)))
 
 
+@pytest.mark.slow
 def test_slow_request_is_refused(tmp_path: Path) -> None:
     """It does not help the client to send a byte now and then."""
     with started_daemon(tmp_path, "--patience=0.5") as daemon:
@@ -380,6 +387,7 @@ def test_slow_request_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_bytes_held_for_a_user_are_bounded(daemon: Daemon) -> None:
     """The number of connections does not matter."""
     half = b"cat" + END + bytes(60 * MIB)
@@ -400,6 +408,7 @@ def test_bytes_held_for_a_user_are_bounded(daemon: Daemon) -> None:
     assert ask(daemon, b"wc -c", bytes(10 * MIB)) == (b"10485760\n", b"", 0)
 
 
+@pytest.mark.slow
 def test_full_disk(tmp_path: Path) -> None:
     with started_daemon(tmp_path, env={"TMPDIR": str(tmp_path / "none")}) as daemon:
         stderr = refusal(ask(daemon, b"cat", bytes(MIB)))

@@ -62,6 +62,7 @@ def test_options_are_those_of_their_own_thread() -> None:
     assert at_once(*(partial(encode, number) for number in range(THREADS))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["direct", "helper"])
 def test_environment_that_other_threads_change(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they leave alone is there, once; the rest is as they have set it, or absent."""
@@ -99,6 +100,7 @@ report(at_once(start, *(lambda names=names: change(names) for names in more)))
     assert run_script(source) == []
 
 
+@pytest.mark.slow
 def test_verdict_is_computed_by_many_threads_at_once() -> None:
     for _ in range(100):
         with errand_boy.Popen(["true"]) as process:
@@ -113,6 +115,7 @@ def test_verdict_is_computed_by_many_threads_at_once() -> None:
         assert len(seen) == 8 and all(usage.ru_maxrss > 0 for usage in seen)
 
 
+@pytest.mark.slow
 def test_patch_and_unpatch_in_many_threads() -> None:
     source = f"""{AT_ONCE}
 from subprocess import Popen
@@ -132,6 +135,7 @@ report([errors, dict(vars(Popen)) == before, sys.meta_path == finders])
     assert run_script(source) == [[], True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["direct", "helper"])
 def test_everything_at_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ERRAND_BOY_SPAWN", way)

@@ -46,6 +46,8 @@ from errand_boy._wire import frames
 from errand_boy._wire.connection import Connection
 from errand_boy._wire.frames import Spawned
 
+pytestmark = pytest.mark.slow
+
 COMMANDS, UPGRADES = 1000, 20
 USER = 12345
 

@@ -53,6 +53,7 @@ def test_cause_of_each_front(script: str, cause: str, spawn: str, client: Any) -
     check(SimpleNamespace(**{**outcome, "rusage": SimpleNamespace(**outcome["rusage"])}), cause)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gevent", "eventlet"])
 def test_cause_of_each_front_of_greenlets(name: str, spawn: str) -> None:
     pytest.importorskip(name)
@@ -108,6 +109,7 @@ def test_own_signals_and_those_of_others_are_told_apart() -> None:
     check(process, "signal")
 
 
+@pytest.mark.slow
 def test_timeouts_and_failures_have_a_cause(spawn: str, client: Any) -> None:
     command = ["sh", "-c", "echo so far; exec sleep 1000"]
     for function in run, client.run:
@@ -129,6 +131,7 @@ def test_timeouts_and_failures_have_a_cause(spawn: str, client: Any) -> None:
     check(done, "timeout")
 
 
+@pytest.mark.slow
 def test_usage_is_the_commands(spawn: str) -> None:
     done = run(["python3", "-c", BUSY])
     assert 0.2 <= done.rusage.ru_utime + done.rusage.ru_stime <= done.duration + 0.1

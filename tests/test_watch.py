@@ -76,6 +76,7 @@ def watching(path: str) -> Iterator[Terminal]:
         os.close(master)
 
 
+@pytest.mark.slow
 def test_screen_follows_the_daemon(tmp_path: Path) -> None:
     with started_daemon(tmp_path) as daemon:
         client = errand_boy.connect(daemon.path)

@@ -173,6 +173,7 @@ def test_python_has_the_size_of_the_header() -> None:
     assert frames.OPENING[0] == 0
 
 
+@pytest.mark.slow
 def test_environment_that_changes_while_a_request_is_built(tmp_path: Path) -> None:
     names = "caller/caller common/state common/wire spawn/request"
     sources = [CSRC / f"{name}.c" for name in names.split()]
@@ -298,6 +299,7 @@ def test_every_truncation_is_answered(program: Path) -> None:
     assert good + refused == len(WHOLE)
 
 
+@pytest.mark.slow
 def test_every_byte_may_be_wrong(program: Path) -> None:
     good, errors, refused = map(int, run(program, WHOLE, "corrupt").split())
     assert good + errors + refused == 255 * len(WHOLE)
