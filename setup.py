@@ -22,16 +22,16 @@ HELPER = "errand-boy-helper"
 HELPER_SOURCES = [
     f"csrc/{name}.c"
     for name in (
-        "helper/main",
+        "program/main",
         "helper/loop",
         "helper/frames",
         "helper/command",
         "helper/connection",
         "helper/counters",
-        "helper/process",
+        "owner/process",
         "helper/queue",
-        "helper/self",
-        "helper/stdio",
+        "owner/self",
+        "owner/stdio",
         "common/channel",
         "common/fdpass",
         "spawn/rawclone",
@@ -45,10 +45,10 @@ HELPER_SOURCES = [
         "helper/streams",  # its large buffer lies behind what others touch
         # From here on: what most helpers use once at the most, which helper/rare.c unmaps.
         "helper/rare",
-        "helper/become",
+        "owner/become",
         "helper/control",
         "helper/record",
-        "helper/terminal",
+        "owner/terminal",
         "spawn/child_capabilities",
         "spawn/places",
         "spawn/proctree",

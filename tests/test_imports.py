@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,51 @@ def test_the_daemon_needs_little() -> None:
     assert used <= {*ground, "_wire", "_daemon", "errand_boy"}  # the last for the version
 
 
+def drawing() -> str:
+    """Return who imports from whom, as docs/architecture.md has it: the packages from the top."""
+    names = {0: "ground", 7: "public", len(FLOORS) - 1: "programs"}
+    rows: dict[str, set[str]] = {}
+    for name in reversed(PLACES):
+        rows.setdefault(names.get(PLACES[name][0], name), set())
+    for module, path in MODULES.items():
+        importing, *imported = (
+            names.get(PLACES[part(name)][0], part(name)) for name in (module, *imports_of(path))
+        )
+        rows[importing] |= {*imported} - {importing}
+    columns = list(rows)[1:]
+    lines = [" " * 9 + " ".join(columns)]
+    for row, others in list(rows.items())[:-1]:
+        cells = " ".join(("x" if name in others else "").center(len(name)) for name in columns)
+        lines.append(f"{row:9}{cells}".rstrip())
+    return "\n".join(lines)
+
+
+def test_the_drawing_of_the_packages_is_true() -> None:
+    assert drawing() in (ROOT / "docs/architecture.md").read_text()
+
+
+# A header of one part in C may be included by those above it, and by itself.
+PARTS_IN_C = [["common"], ["spawn"], ["caller", "owner"], ["helper", "keeper"], ["program"]]
+
+
+def test_includes_go_down() -> None:
+    floors = {part: floor for floor, parts in enumerate(PARTS_IN_C) for part in parts}
+    included = {
+        (path.parent.name, header.split("/")[0])
+        for path in (ROOT / "csrc").rglob("*.[ch]")
+        for header in re.findall(r'^#include "(.*)"', path.read_text(), re.MULTILINE)
+    }
+    assert {part for part, _ in included} == floors.keys()
+    assert {
+        (part, other) for part, other in included if part != other and floors[other] >= floors[part]
+    } == set()
+
+
 def test_no_file_is_long() -> None:
     files = [*MODULES.values(), *(ROOT / "csrc").rglob("*.[ch]")]
     lines = {str(path.relative_to(ROOT)): path.read_bytes().count(b"\n") for path in files}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+if __name__ == "__main__":
+    print(drawing())

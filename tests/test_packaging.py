@@ -105,7 +105,7 @@ def test_helper_and_the_callers_side_build_with_musl(
     helper = tmp_path / "helper"
     sources = [
         path
-        for part in ("helper", "keeper", "common", "spawn")
+        for part in ("program", "helper", "keeper", "owner", "spawn", "common")
         for path in ROOT.glob(f"csrc/{part}/*.c")
     ]
     subprocess.run([*compiler, "-static", "-o", helper, *sources], cwd=ROOT, check=True)

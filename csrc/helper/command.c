@@ -3,7 +3,7 @@
 #include "helper/counters.h"
 #include "helper/queue.h"
 #include "helper/rare.h"
-#include "helper/stdio.h"
+#include "owner/stdio.h"
 #include "helper/streams.h"
 #include "spawn/supervisor.h"
 

@@ -16,7 +16,7 @@
 #define EB_COMMAND_H
 
 #include "helper/connection.h"
-#include "helper/process.h"
+#include "owner/process.h"
 #include "helper/record.h"
 
 #include <sys/resource.h>

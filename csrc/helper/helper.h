@@ -12,7 +12,7 @@
 #include <sys/socket.h>
 
 #include "common/clock.h"
-#include "helper/self.h"
+#include "owner/self.h"
 #include "spawn/spawn.h"
 
 /* An epoll event points to a member of this type, which leads to the object that contains it. */

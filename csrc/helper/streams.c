@@ -1,7 +1,7 @@
 #include "helper/streams.h"
 
-#include "helper/stdio.h"
-#include "helper/terminal.h"
+#include "owner/stdio.h"
+#include "owner/terminal.h"
 
 #include <errno.h>
 #include <poll.h>

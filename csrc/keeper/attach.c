@@ -1,6 +1,6 @@
 #include "keeper/attach.h"
 
-#include "helper/terminal.h"
+#include "owner/terminal.h"
 
 #include <errno.h>
 #include <linux/sockios.h>

@@ -1,6 +1,6 @@
 #include "keeper/command.h"
 
-#include "helper/stdio.h"
+#include "owner/stdio.h"
 #include "keeper/attach.h"
 #include "keeper/follow.h"
 #include "keeper/journal.h"

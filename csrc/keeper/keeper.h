@@ -10,8 +10,8 @@
 #define EB_KEEPER_H
 
 #include "common/clock.h"
-#include "helper/process.h"
-#include "helper/self.h"
+#include "owner/process.h"
+#include "owner/self.h"
 #include "spawn/spawn.h"
 
 /* Descriptors with which it is started. */

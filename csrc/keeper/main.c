@@ -16,7 +16,7 @@
 #include "keeper/main.h"
 
 #include "common/rawsys.h"
-#include "helper/become.h"
+#include "owner/become.h"
 #include "keeper/client.h"
 #include "keeper/journal.h"
 #include "keeper/log.h"

@@ -1,6 +1,6 @@
 #include "keeper/notify.h"
 
-#include "helper/stdio.h"
+#include "owner/stdio.h"
 #include "keeper/journal.h"
 
 #include <errno.h>

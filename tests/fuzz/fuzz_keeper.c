@@ -19,7 +19,7 @@
 #include <sys/socket.h>
 
 #include "../c/check.h"
-#include "helper/stdio.h"
+#include "owner/stdio.h"
 #include "keeper/client.h"
 #include "keeper/journal.h"
 #include "keeper/loop.h"

@@ -1,4 +1,4 @@
-#include "helper/process.h"
+#include "owner/process.h"
 
 #include "spawn/supervisor.h"
 

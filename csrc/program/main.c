@@ -18,7 +18,7 @@
  * time is done.
  */
 #include "common/rawsys.h"
-#include "helper/become.h"
+#include "owner/become.h"
 #include "helper/control.h"
 #include "helper/counters.h"
 #include "helper/loop.h"

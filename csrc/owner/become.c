@@ -3,7 +3,7 @@
  * follow those that need the user's rights: the session keyring and the working directory.  Last, the process becomes
  * traceable for its user, like any program that the user has executed; until then nobody may trace it.
  */
-#include "helper/become.h"
+#include "owner/become.h"
 
 #include <errno.h>
 #include <fcntl.h>

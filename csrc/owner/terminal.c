@@ -1,4 +1,4 @@
-#include "helper/terminal.h"
+#include "owner/terminal.h"
 
 #include <fcntl.h>
 #include <sys/ioctl.h>

@@ -1,6 +1,6 @@
-#include "helper/stdio.h"
+#include "owner/stdio.h"
 
-#include "helper/terminal.h"
+#include "owner/terminal.h"
 
 #include <fcntl.h>
 #include <unistd.h>

@@ -1,4 +1,4 @@
-#include "helper/self.h"
+#include "owner/self.h"
 
 #include <errno.h>
 #include <fcntl.h>
