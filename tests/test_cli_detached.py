@@ -242,6 +242,57 @@ def test_stop() -> None:
 
 
 @pytest.mark.slow
+def test_name_that_is_unknown_among_others() -> None:
+    """The others get their turn, and the exit status is the worst."""
+    first, last = detach(script="echo 1; exit 2"), detach(script="echo 2; exit 3")
+    for name in first, last:
+        assert cli("wait", name).returncode in (2, 3)
+    live = detach(script="sleep 1000")
+    for command, status, output in (
+        ("logs", 125, "1\n2\n"),
+        ("wait", 125, ""),
+        ("rm", 125, ""),
+    ):
+        done = cli(command, first, "nope", last)
+        assert (done.returncode, done.stdout) == (status, output), done
+        assert done.stderr.count("\n") == 1
+        assert "nope" in done.stderr
+    assert cli("ps", "--all", "--quiet").stdout == f"{live}\n"
+    other = detach(script="sleep 1000")
+    assert cli("stop", live, "nope", other).returncode == 125
+    assert cli("ps", "--quiet").stdout == ""
+    assert cli("wait", live, other).returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_wait_has_the_highest_status() -> None:
+    assert cli("wait", detach(script="exit 7"), detach(script="exit 0")).returncode == 7
+
+
+def test_interactive_shell_is_stopped_as_by_its_terminal() -> None:
+    done = cli("run", "--detach", "--pty", "--", "env", "PS1=ready>", "bash", "--norc", "-i")
+    name = done.stdout.split()[0]
+    job = errand.connect().job(name)
+    await_output(job, b"ready>")
+    assert cli("stop", name).returncode == 0
+    assert cli("wait", name).returncode == 128 + signal.SIGHUP
+
+
+@pytest.mark.slow
+def test_stop_that_takes_long_says_what_it_waits_for() -> None:
+    name = detach(script="trap '' TERM; echo ready; sleep 1000")
+    until(lambda: cli("logs", name).stdout == "ready\n")
+    command = [*COMMAND, "stop", "--stop", "TERM:1000,KILL", name]
+    with errand.Popen(command, pty=True, env=script_environment(), text=True) as it:
+        text = ""
+        while "\n" not in text:
+            text += it.terminal.read(1000)
+        assert f"errand-boy: waiting for {name} to end" in text
+        errand.connect().job(name).stop(stop=signal.SIGKILL)
+        assert it.wait(PATIENCE) == 0
+
+
+@pytest.mark.slow
 def test_remove_what_runs() -> None:
     name = detach(script="sleep 1000")
     done = cli("rm", name)

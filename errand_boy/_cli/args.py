@@ -27,7 +27,7 @@ COMMANDS = {
     "map": ("map", "run a command for each line of the input or each argument, several at once"),
     "ps": ("detached", "list the commands that run detached"),
     "attach": ("detached", "show a detached command here, and type to it"),
-    "logs": ("detached", "write what a detached command has written"),
+    "logs": ("detached", "write what detached commands have written"),
     "wait": ("detached", "wait for detached commands"),
     "stop": ("detached", "end detached commands"),
     "rm": ("detached", "remove detached commands that are over, and their output"),

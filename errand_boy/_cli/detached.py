@@ -16,6 +16,7 @@ from contextlib import suppress
 import errand_boy
 from errand_boy._cli import command_options
 from errand_boy._cli.parsing import Parser, add_socket, message, number, user
+from errand_boy._cli.waiting import said
 from errand_boy._hints import page
 
 TYPE_CHECKING = False
@@ -111,7 +112,7 @@ def _attach_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _logs_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB", help=_NAME)
+    parser.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
     parser.add_argument("-f", "--follow", action="store_true", help="go on with new output")
     parser.add_argument(
         "--since",
@@ -131,6 +132,7 @@ def _wait_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
     text = "how long to wait for all of them together"
     parser.add_argument("--timeout", type=number(float, 0), metavar="SECONDS", help=text)
+    parser.set_defaults(end=None)
     _add_user(parser)
 
 
@@ -204,6 +206,8 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     """Run the subcommand; return the exit status."""
     options = parser.parse_args(arguments)
     try:
+        if hasattr(options, "jobs"):
+            return max(_of_one(options, name) for name in options.jobs)
         status: int = options.handler(options)
         return status
     except BrokenPipeError:
@@ -211,23 +215,37 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (OSError, ValueError) as error:
-        hint = (
-            "; errand-boy ps --all lists the jobs"
-            if isinstance(error, errand_boy.NoJobError)
-            else ""
-        )
-        print(f"errand-boy: {message(error)}{hint}", file=sys.stderr)
-        return _FAILED
+        return _failed(error)
+
+
+def _of_one(options: argparse.Namespace, name: str) -> int:
+    """Do it with one of several jobs; return the exit status. The others get their turn anyway."""
+    try:
+        status: int = options.handler(options, find(options, name))
+        return status
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        return _failed(error)
+
+
+def _failed(error: OSError | ValueError) -> int:
+    is_unknown = isinstance(error, errand_boy.NoJobError)
+    hint = "; errand-boy ps --all lists the jobs" if is_unknown else ""
+    print(f"errand-boy: {message(error)}{hint}", file=sys.stderr)
+    return _FAILED
 
 
 def find(options: argparse.Namespace, name: str) -> Job:
     """Return a job. Raises what Client.job raises."""
     job = int(name) if name.isdecimal() else name
-    return errand_boy.connect(options.socket).job(job, uid=options.user)
+    with said(f"waiting for the daemon, to ask for {name}"):
+        return errand_boy.connect(options.socket).job(job, uid=options.user)
 
 
 def _ps(options: argparse.Namespace) -> int:
-    jobs = errand_boy.connect(options.socket).jobs(options.all, uid=options.user)
+    with said("waiting for the daemon, to ask for its jobs"):
+        jobs = errand_boy.connect(options.socket).jobs(options.all, uid=options.user)
     if options.quiet:
         print(*dict.fromkeys(job.name for job in jobs), sep="\n", end="\n" if jobs else "")
     elif options.json:
@@ -326,12 +344,11 @@ def _attach(options: argparse.Namespace) -> int:
     return run(job, options.read_only, options.detach_keys, raw=options.raw)
 
 
-def _logs(options: argparse.Namespace) -> int:
+def _logs(options: argparse.Namespace, job: Job) -> int:
     from errand_boy._cli.attach import print_missed  # noqa: PLC0415
     from errand_boy._cli.escaping import Writer  # noqa: PLC0415
     from errand_boy._jobs.blocking import Missed  # noqa: PLC0415
 
-    job = find(options, options.job)
     writer = Writer(job, raw=options.raw)
     at_start = {1: True, 2: True}
     for event in job.logs(options.follow, options.since, options.tail):
@@ -354,36 +371,34 @@ def _logs(options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(options: argparse.Namespace) -> int:
+def _wait(options: argparse.Namespace, job: Job) -> int:
     from errand_boy._cli.run import exit_status  # noqa: PLC0415
 
-    end = None if options.timeout is None else time.monotonic() + options.timeout
-    status = 0
-    for name in options.jobs:
-        job = find(options, name)
-        try:
-            done = job.wait(None if end is None else max(0.0, end - time.monotonic()))
-        except errand_boy.TimeoutExpired:
-            print(f"errand-boy: {job.name} has not ended", file=sys.stderr)
-            return _EXPIRED
-        status = exit_status(done)
-    return status
+    if options.end is None and options.timeout is not None:
+        options.end = time.monotonic() + options.timeout  # of all of them together
+    try:
+        with said(f"waiting for {job.name} to end"):
+            done = job.wait(
+                None if options.end is None else max(0.0, options.end - time.monotonic())
+            )
+    except errand_boy.TimeoutExpired:
+        print(f"errand-boy: {job.name} has not ended", file=sys.stderr)
+        return _EXPIRED
+    return exit_status(done)
 
 
-def _stop(options: argparse.Namespace) -> int:
-    wanted = command_options.given(options)
-    for name in options.jobs:
-        find(options, name).stop(**wanted)
+def _stop(options: argparse.Namespace, job: Job) -> int:
+    with said(f"waiting for {job.name} to end: it has its signal, and gets the next one in time"):
+        job.stop(**command_options.given(options))
     return 0
 
 
-def _rm(options: argparse.Namespace) -> int:
-    for name in options.jobs:
-        find(options, name).remove()
+def _rm(options: argparse.Namespace, job: Job) -> int:
+    job.remove()
     return 0
 
 
-_Handler = Callable[[argparse.Namespace], int]
+_Handler = Callable[..., int]
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], _Handler, str]] = {
     "ps": (_ps_options, _ps, "List the commands that run detached."),
     "attach": (
@@ -393,18 +408,19 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], _Handler, 
         "raw mode, and the command's has the size of the smallest one that is attached. The exit "
         "status is the command's if it ends meanwhile, and 0 after the detach keys.",
     ),
-    "logs": (_logs_options, _logs, "Write the output of a detached command."),
+    "logs": (_logs_options, _logs, "Write the output of detached commands, one after the other."),
     "wait": (
         _wait_options,
         _wait,
-        "Wait for detached commands. The exit status is that of the last one, as run returns it; "
-        "124 after --timeout; 125 if nobody knows how the last one ended.",
+        "Wait for detached commands. The exit status is the highest of theirs, as run returns it; "
+        "124 after --timeout; 125 if nobody knows how one ended, or which it is.",
     ),
     "stop": (
         _stop_options,
         _stop,
         "End detached commands, by default in the way that --stop and --tree of run set, else by "
-        "SIGTERM and, ten seconds later, SIGKILL.",
+        "SIGTERM and, ten seconds later, SIGKILL; one with a terminal also gets SIGHUP after a "
+        "second.",
     ),
     "rm": (_rm_options, _rm, "Remove detached commands that are over, and their output."),
 }

@@ -13,6 +13,7 @@ from functools import partial
 
 import errand_boy
 from errand_boy._cli.parsing import message
+from errand_boy._cli.waiting import said
 from errand_boy._client import client as _client
 from errand_boy._process import popen
 
@@ -152,7 +153,8 @@ def start(
         if socket is not False:
             client = _client.connect(socket, classic=classic)
             try:
-                return client.Popen(argv, **options)
+                with said(f"waiting for the daemon on {client.address.path} to start {argv[0]}"):
+                    return client.Popen(argv, **options)
             except errand_boy.NoDaemonError:
                 # A user who names a daemon wants its rights and limits, not those of this process.
                 if not client.address.is_default:

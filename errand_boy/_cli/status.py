@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from errand_boy._cli.parsing import Parser, add_socket, number
+from errand_boy._cli.waiting import said
 from errand_boy._wire import address as _address, status
 
 
@@ -42,7 +43,8 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
         return watch.run(address, options.watch)
     try:
-        value = status.fetch(address)
+        with said(f"waiting for the daemon on {address.path}"):
+            value = status.fetch(address)
     except status.NoAnswerError as error:
         print(f"errand-boy: {error}", file=sys.stderr)
         return 1

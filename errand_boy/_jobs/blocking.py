@@ -64,8 +64,8 @@ class Job(Known):
     def stop(self, stop: Stop | None = None, tree: str | None = None) -> JobResult:
         """End the job by the steps that it was started with, or by others; return how it ended.
 
-        By default: SIGTERM, and SIGKILL after ten seconds. Raises JobLostError, and ValueError and
-        TypeError for bad steps.
+        By default: SIGTERM, and SIGKILL after ten seconds; with a terminal also SIGHUP after one.
+        Raises JobLostError, and ValueError and TypeError for bad steps.
         """
         self._entry = run(signals.stop(self._client, self.id, self.uid, stop, tree))
         return JobResult(self._entry)

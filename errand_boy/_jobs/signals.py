@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from errand_boy._options.ends import Stop
 
 USUAL_STOP = ((signal.SIGTERM, 10.0), signal.SIGKILL)
+# An interactive shell ignores SIGTERM, but ends when its terminal hangs up.
+_TERMINAL_STOP = ((signal.SIGTERM, 1.0), (signal.SIGHUP, 9.0), signal.SIGKILL)
 
 
 def target(found: Entry) -> tuple[int, int]:
@@ -61,7 +63,8 @@ def stop(client: Client, job: int, uid: int, given: Stop | None, tree: str | Non
         found["whom"] = tree
     if given is None:
         given = [number if s is None else (number, s) for number, s in found.get("stop", ())]
-    ends = Ends(given or USUAL_STOP, found.get("whom") or "process")
+    usual = _TERMINAL_STOP if found.get("pty") else USUAL_STOP
+    ends = Ends(given or usual, found.get("whom") or "process")
     if found["state"] in LIVE:
         yield from _stop(Course(client, job, uid, Follower(quiet=True)), found, ends)
         found = yield from last_entry(client, found)
