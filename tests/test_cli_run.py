@@ -69,6 +69,36 @@ def test_missing_program_is_127_and_named() -> None:
     assert "/none: No such file or directory" in done.stderr
 
 
+def test_missing_program_with_a_space_is_quoted() -> None:
+    assert "errand-boy: '/none at all': No such file or directory" in run("/none at all").stderr
+
+
+def test_environment_and_working_directory(tmp_path: Path, by: str) -> None:
+    variables = tmp_path / "variables"
+    variables.write_bytes(b"# of this test\n\nONE=from the file\nTWO='2'\nBYTES=\xff\n")
+    script = 'echo "$ONE,$TWO,$THREE,$PATH,$(pwd)"; printf %s "$BYTES"'
+    given = ["-C", str(tmp_path), "--env-file", str(variables), "-e", "ONE=a=b", "--env", "THREE="]
+    done = subprocess.run([*RUN, *given, "--", "sh", "-c", script], capture_output=True, timeout=50)
+    assert done.stdout == f"a=b,'2',,{os.environ['PATH']},{tmp_path}\n".encode() + b"\xff"
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "status", "text"),
+    [
+        ("--env", "NAME", 2, "'NAME' is not NAME=VALUE"),
+        ("--env-file", "/none", 2, "/none: No such file or directory"),
+        ("--cwd", "/none", 126, "/none: No such file or directory"),
+    ],
+)
+def test_bad_environment_or_working_directory(
+    option: str, value: str, status: int, text: str
+) -> None:
+    done = run(option, value, "--", "true")
+    assert done.returncode == status
+    assert text in done.stderr
+
+
 def test_program_that_cannot_run_is_126(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a program")
     assert run(str(tmp_path / "text")).returncode == 126

@@ -152,3 +152,47 @@ def test_units_of_systemd(whose: str, tmp_path: Path) -> None:
         env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def printed_unit(program: list[str], *arguments: str) -> str:
+    command = [*program, "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=50).stdout
+
+
+@pytest.mark.parametrize("whose", ["system", "user"])
+def test_printed_unit_is_valid(whose: str, tmp_path: Path) -> None:
+    verify = find_program("systemd-analyze", "systemd")
+    unit = tmp_path / "errand-boy.service"
+    unit.write_text(printed_unit([sys.executable, "-m", "errand_boy"], "--print-unit", whose))
+    done = subprocess.run(
+        [verify, f"--{whose}", "verify", "--man=no", unit],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_printed_unit_fits_the_installation(tmp_path: Path) -> None:
+    """It names the program that prints it, with the options that it was given."""
+    program = tmp_path / "my programs" / "errand-boy"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom errand_boy._cli.args import main\nsys.exit(main())\n"
+    )
+    program.chmod(0o755)
+    options = ["--log-format", "json", "--print-unit", "user", "--grace=70", "--chdir", "/100% $x"]
+    lines = printed_unit([str(program)], *options).splitlines()
+    serve = f'"{program}" serve'
+    started = '--log-format json --grace=70 --chdir "/100%% $$x" --socket %t/errand-boy.sock'
+    assert f"ExecStart={serve} {started}" in lines
+    assert f"ExecReload={serve} --upgrade --socket %t/errand-boy.sock" in lines
+    assert "TimeoutStopSec=100" in lines
+    assert "WantedBy=default.target" in lines
+
+    module = [sys.executable, "-m", "errand_boy"]
+    lines = printed_unit(module, "--print-unit=system", "--socket", "/x").splitlines()
+    assert f"ExecStart={sys.executable} -m errand_boy serve --socket /x" in lines
+    assert f"ExecReload={sys.executable} -m errand_boy serve --upgrade --socket /x" in lines
+    assert "StateDirectory=errand-boy" in lines
+    assert "WantedBy=multi-user.target" in lines

@@ -719,6 +719,34 @@ def test_without_descriptors_it_goes_on(tmp_path: Path) -> None:
         upgrade(daemon)
 
 
+def test_reload_ends_when_there_is_an_upgrade_or_none(tmp_path: Path) -> None:
+    def reload() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "errand_boy", "serve", "--upgrade", "--socket"]
+        environment = script_environment()
+        return subprocess.run(
+            [*command, tmp_path / "socket"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+
+    with started_daemon(tmp_path) as daemon:
+        done = reload()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert daemon.status()["upgrades"]["done"] == 1
+        process = psutil.Process(daemon.process.pid)
+        process.rlimit(psutil.RLIMIT_NOFILE, (60, process.rlimit(psutil.RLIMIT_NOFILE)[1]))
+        done = reload()
+        assert done.returncode == 1
+        assert "errand-boy: no upgrade: " in done.stderr
+        assert "Too many open files" in done.stderr
+        assert daemon.stop() == 0
+    done = reload()
+    assert done.returncode == 1
+    assert str(tmp_path / "socket") in done.stderr
+
+
 def test_limits_are_read_again(tmp_path: Path) -> None:
     file = tmp_path / "limits"
     file.write_text('{"default": {"commands": 2}}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def tell_limit(process: popen.Popen[Any], argv: Sequence[str]) -> None:
     """Write to standard error which limit the ended command exceeded, if it exceeded one."""
     limit = _LIMITS.get(process.cause or "")
     if limit is not None:
-        print(f"errand-boy: {argv[0]}: exceeded its limit {limit}", file=sys.stderr)
+        print(f"errand-boy: {shlex.quote(argv[0])}: exceeded its limit {limit}", file=sys.stderr)
 
 
 def exit_status(ended: popen.Popen[Any] | JobResult) -> int:
@@ -181,7 +182,7 @@ def failure(error: OSError | ValueError, argv: Sequence[str], options: Mapping[s
         hint = "; in the sandbox, programs need --sandbox system=yes or execute=PATH"
     elif error.errno == errno.EPERM and not options.keys().isdisjoint(("user", "group")):
         hint = "; --user and --group need root's rights"
-    print(f"errand-boy: {named}: {error.strerror}{hint}", file=sys.stderr)
+    print(f"errand-boy: {shlex.quote(named)}: {error.strerror}{hint}", file=sys.stderr)
     return 127 if missing and error.filename is not None else 126
 
 

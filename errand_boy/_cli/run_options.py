@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import pwd
+import sys
 from collections.abc import Sequence
 
 from errand_boy._cli import command_options, detached, stats
-from errand_boy._cli.parsing import Parser, add_socket, group, number, user
+from errand_boy._cli.parsing import Parser, add_socket, group, message, number, user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +30,28 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     add_socket(parser, or_local=True)
     command_options.add_options(parser)
+    parser.add_argument(
+        "-C",
+        "--cwd",
+        metavar="DIRECTORY",
+        help="the command's working directory (default: this one)",
+    )
+    parser.add_argument(
+        "-e",
+        "--env",
+        type=_variable,
+        action="append",
+        metavar="NAME=VALUE",
+        help="a variable of the command's environment, besides the present ones; repeatable",
+    )
+    parser.add_argument(
+        "--env-file",
+        type=_variables,
+        action="append",
+        metavar="FILE",
+        help="the same for each line of FILE; lines that begin with # are comments, and quotes are "
+        "part of the value. --env has precedence",
+    )
     # errand-boy map has another --group; errand-boy run --user USER -- errand-boy map does it.
     parser.add_argument(
         "--user",
@@ -73,6 +96,31 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _variables(path: str) -> list[tuple[str, str]]:
+    try:
+        with open(path, encoding=sys.getfilesystemencoding(), errors="surrogateescape") as file:
+            lines = file.read().split("\n")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(message(error)) from None
+    return [_variable(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _surroundings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return Popen's keywords for --cwd, --env and --env-file."""
+    found: dict[str, Any] = {} if options.cwd is None else {"cwd": options.cwd}
+    given = [*(pair for pairs in options.env_file or () for pair in pairs), *(options.env or ())]
+    if given:
+        found["env"] = {**os.environ, **dict(given)}
+    return found
+
+
 def _account(text: str) -> int:
     uid = user(text)
     try:
@@ -100,7 +148,7 @@ def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     if not argv:
         parser.error("which command?")
-    wanted = {**command_options.given(options), **_ids(options)}
+    wanted = {**command_options.given(options), **_ids(options), **_surroundings(options)}
     if options.timeout is not None and (options.pty or options.record is not None):
         parser.error("--timeout can't be given with a terminal")
     if "output" in wanted.get("limits", ()):

@@ -21,12 +21,41 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "commands for this user and for those that the options allow.",
     )
     add_options(parser)
+    parser.add_argument(
+        "--upgrade",
+        action="store_true",
+        help="instead, have the daemon that listens execute the installed version, and wait until "
+        "it has; status 1 if it refuses",
+    )
+    parser.add_argument(
+        "--print-unit",
+        choices=("system", "user"),
+        help="instead, write the service of systemd, of the system or of a user, that runs this "
+        "program with the other options",
+    )
     return parser
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    """Become the daemon; return an exit status only if that fails."""
-    return run_server(parser, parser.parse_args(arguments))
+    """Become the daemon; return an exit status only if that fails, or for something else."""
+    options = parser.parse_args(arguments)
+    if options.upgrade or options.print_unit is not None:
+        from errand_boy._cli import unit  # noqa: PLC0415
+
+        if options.upgrade:
+            return unit.upgrade(options)
+        print(unit.written(options, _without(arguments, "--print-unit")))
+        return 0
+    return run_server(parser, options)
+
+
+def _without(arguments: Sequence[str], option: str) -> list[str]:
+    """Return the arguments without an option and its value."""
+    rest = list(arguments)
+    while option in rest:
+        at = rest.index(option)
+        del rest[at : at + 2]
+    return [word for word in rest if not word.startswith(f"{option}=")]
 
 
 def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> None:
@@ -174,12 +203,15 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
     )
 
 
+_NOT_KEPT = ("transport", "upgrade", "print_unit")
+
+
 def run_server(
     parser: argparse.ArgumentParser, options: argparse.Namespace, *, classic: bool = False
 ) -> int:
     """Become the daemon that `options` describe; return an exit status only if that fails."""
     values = vars(options)
-    kept = {name: value for name, value in values.items() if name != "transport"}
+    kept = {name: value for name, value in values.items() if name not in _NOT_KEPT}
     kept["socket"] = os.path.abspath(options.socket or address.default_path(classic=classic))
     kept["job_state"] = options.job_state or address.job_directory("STATE")
     kept["job_runtime"] = options.job_runtime or address.job_directory("RUNTIME")

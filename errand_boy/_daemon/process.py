@@ -128,7 +128,7 @@ def _replace(server: Server, supervisor: Supervisor, open_files: int) -> None:
         handover.execute(server.successor.version, state)
     except Exception as error:
         handover.undo()
-        server.log.error("no upgrade", reason=repr(error))
+        server.refuse_upgrade(repr(error))
         server.keep_place()
         supervisor.notify("READY=1")
     finally:

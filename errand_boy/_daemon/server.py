@@ -69,6 +69,7 @@ class Server:
         self.loop = Loop(log)
         self.started = time.monotonic()
         self.accepted = 0
+        self._upgrades: dict[str, Any] = {"done": 0, "refused": 0, "reason": None}
         self.refused = 0
         self.texts: set[text.TextConnection] = set()
         self._replies: set[status.Reply] = set()
@@ -364,18 +365,16 @@ class Server:
 
     def _describe(self, reports: status.Reports, peer: Peer) -> dict[str, object]:
         value = status.of_pool(self.pool, self.jobs, reports, peer)
-        value["totals"] = {
-            "accepted": self.accepted,
-            "refused": self.refused,
-            **value["totals"],
-        }
+        totals = {"accepted": self.accepted, "refused": self.refused, **value["totals"]}
         return {
             "version": self.options.version,
             "protocol": lib.EB_VERSION,
             "pid": os.getpid(),
             "socket": self.listener.path,
             "uptime": round(time.monotonic() - self.started, 3),
+            "upgrades": self._upgrades,
             **value,
+            "totals": totals,
         }
 
     # -- handing over to the successor --
@@ -383,7 +382,7 @@ class Server:
     def _upgrade(self) -> None:
         """Have the installed version replace this process's program, if it can."""
         if self._closing or self._is_checking or self.successor is not None:
-            self.log.warning("no upgrade", reason="the daemon is about to end or to be upgraded")
+            self.refuse_upgrade("the daemon is about to end or to be upgraded")
             return
         self._is_checking = True
         check(self.loop, self.pool.processes, self._on_checked)
@@ -391,7 +390,7 @@ class Server:
     def _on_checked(self, found: Successor | str) -> None:
         self._is_checking = False
         if isinstance(found, str):
-            self.log.error("no upgrade", reason=found)
+            self.refuse_upgrade(found)
         elif not self._closing:
             self.successor = found
             if self._awaits_texts():
@@ -408,12 +407,17 @@ class Server:
         return bool(successor and successor.protocol != lib.EB_VERSION and self.texts)
 
     def _on_long_wait(self) -> None:
+        reason = "a close takes too long"
         if self._awaits_texts():
             reason = f"{len(self.texts)} text requests go on"
-        else:
-            reason = "a close takes too long"
-        self.log.error("no upgrade", reason=reason)
+        self.refuse_upgrade(reason)
         self.keep_place()
+
+    def refuse_upgrade(self, reason: str) -> None:
+        """Log, and tell who asks for the status, that there is no upgrade."""
+        self._upgrades["refused"] += 1
+        self._upgrades["reason"] = reason
+        self.log.error("no upgrade", reason=reason)
 
     def may_be_replaced(self) -> bool:
         """Return whether there is a successor that could continue all that goes on."""
@@ -468,6 +472,7 @@ class Server:
             "started": self.started,
             "accepted": self.accepted,
             "refused": self.refused,
+            "upgrades": self._upgrades,
             "admitted": self._admitted,
             "newcomers": known,
             "texts": [connection.state(keep) for connection in self.texts],
@@ -480,6 +485,8 @@ class Server:
         self.started = state["started"]
         self.accepted = state["accepted"]
         self.refused = state["refused"]
+        self._upgrades.update(state.get("upgrades", ()))
+        self._upgrades["done"] += 1
         self._admitted = state["admitted"]
         self.pool.restore(state["pool"])
         self.jobs.start()
