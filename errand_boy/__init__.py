@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from errand_boy._map.signatures import Map
     from errand_boy._options.names import Limits, Options
     from errand_boy._options.preexec import chain
+    from errand_boy._shell.shell import Shell, ShellCommand, ShellResult
     from errand_boy._types.signatures import Call, CheckOutput, Run
     from errand_boy.sandbox import Sandbox
 
@@ -194,6 +195,9 @@ _LATER = {
     "Retries": "errand_boy._map.policy",
     "chain": "errand_boy._options.preexec",
     "Sandbox": "errand_boy.sandbox",
+    "Shell": "errand_boy._shell.shell",
+    "ShellCommand": "errand_boy._shell.shell",
+    "ShellResult": "errand_boy._shell.shell",
 }
 
 _way.daemon = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None
@@ -247,6 +251,9 @@ __all__ = [
     "Retries",
     "Sandbox",
     "SessionClosedError",
+    "Shell",
+    "ShellCommand",
+    "ShellResult",
     "SubprocessError",
     "TimeoutExpired",
     "call",

@@ -21,7 +21,7 @@ FLOORS = [
     ["_types"],
     ["_process"],
     ["_map", "_jobs", "_asyncio"],
-    ["_client"],
+    ["_client", "_shell"],
     [
         "errand_boy asyncio celery eventlet gevent patch ptyprocess testing transports "
         "_doctor _forkpty _patching"
