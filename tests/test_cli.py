@@ -78,7 +78,7 @@ def test_an_unknown_option_shows_the_subcommands_usage(name: str) -> None:
         (["--helpp"], "unknown option --helpp; try --help"),
         (["--pool-size=2"], "; the daemon's come after its name: errand-boy serve --pool-size=2"),
         (["ps", "--no-such-option"], "; errand-boy ps --help lists the options"),
-        (["run", "--cwd=/", "ls"], "; errand-boy run --help lists the options"),  # not --record
+        (["run", "--quux=/", "ls"], "; errand-boy run --help lists the options"),
     ],
 )
 def test_a_misspelt_option(arguments: list[str], hint: str) -> None:
@@ -140,12 +140,12 @@ print("shutil" in sys.modules)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--timeout", "-1"], "--timeout: -1 is not 0 or more"),
+        (["--timeout", "-1"], "--timeout: '-1' is not a duration such as"),
         (["--limit", "wall"], "--limit: 'wall' has no value, as wall=60 or memory=1G has"),
-        (["--limit", "wall=x"], "--limit: limits: wall: 'x' is not a number of seconds"),
+        (["--limit", "wall=x"], "--limit: limits: wall: 'x' is not a duration such as"),
         (["--rlimit", "nofile=many"], "--rlimit: 'many' is not an integer"),
         (["--nice", "abc"], "--nice: 'abc' is not an integer"),
-        (["--drain", "abc"], "--drain: 'abc' is not a number of seconds"),
+        (["--drain", "abc"], "--drain: 'abc' is not a duration such as 10, 1.5s, 500ms, 2m"),
         (["--sandbox", "systems=yes"], "--sandbox: 'systems=yes' is not one of read=PATH"),
     ],
 )
@@ -155,9 +155,24 @@ def test_a_wrong_value(options: list[str], words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--timeout", "20ms"],
+        ["run", "--limit", "wall=0.02s"],
+        ["run", "--timeout", ".02", "--stop", "CONT:1ms,KILL"],
+        ["map", "--timeout", "20ms", "--halt", "now,fail=1"],
+    ],
+)
+def test_durations_are_written_alike(arguments: list[str]) -> None:
+    tail = [":::", "x"] if arguments[0] == "map" else []
+    done = run(*arguments, "--drain", "500ms", "--", "sh", "-c", "exec sleep 1000", *tail)
+    assert done.returncode in (124, 128 + signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["ls -l"], 127, "ls -l: No such file or directory; this is one word"),
+        (["ls -l"], 127, "'ls -l': No such file or directory; this is one word"),
         (["--sandbox", "read=.", "--", "ls"], 126, "ls: Permission denied; in the sandbox"),
         (["--sandbox", "read=/nowhere", "--", "ls"], 126, "/nowhere: sandbox: No such file"),
     ],

@@ -223,7 +223,7 @@ def test_wait_for_several_and_for_too_long() -> None:
     second = detach(script="kill -TERM $$")
     third = detach(script="sleep 1000")
     assert cli("wait", first, second).returncode == 128 + signal.SIGTERM
-    done = cli("wait", "--timeout", "0.1", first, third)
+    done = cli("wait", "--timeout", "100ms", first, third)
     assert done.returncode == 124
     assert f"{third} has not ended" in done.stderr
 
@@ -237,7 +237,7 @@ def test_stop() -> None:
     for name in usual, own, other:
         until(lambda name=name: cli("logs", name).stdout == "ready\n")  # type: ignore[misc]
     assert cli("stop", usual, own).returncode == 0
-    assert cli("stop", "--stop", "USR2:100,KILL", other).returncode == 0
+    assert cli("stop", "--stop", "USR2:2m,KILL", other).returncode == 0
     assert [cli("wait", name).returncode for name in (usual, own, other)] == [4, 5, 6]
 
 

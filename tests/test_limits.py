@@ -20,8 +20,8 @@ from conftest import has_ended, run_script, until
 
 import errand_boy
 import errand_boy.asyncio
-from errand_boy._options import limits as _limits
 from errand_boy._process import cgroups
+from errand_boy._quantities import seconds, size
 
 pytestmark = pytest.mark.slow
 
@@ -268,11 +268,11 @@ def test_bad_limits() -> None:
     bad: list[tuple[Any, str]] = [
         ({"walls": 1}, "limits: 'walls' is not one of wall, cpu"),
         ({"wall": 0}, "limits: wall: 0 is out of range"),
-        ({"wall": "soon"}, "limits: wall: 'soon' is not a number of seconds"),
+        ({"wall": "soon"}, "limits: wall: 'soon' is not a duration"),
         ({"memory": "1 gig"}, "limits: memory: '1 gig' is not a size"),
         ({"processes": 5000}, "limits: processes: 5000 is not from 1 to 4096"),
         ({"output": -1}, "limits: output: -1 is out of range"),
-        ({"cpu": True}, "limits: cpu: True is not a number of seconds"),
+        ({"cpu": True}, "limits: cpu: True is not a duration"),
         ({"open_files": "many"}, "limits: open_files: 'many' is not an integer"),
     ]
     for given, words in bad:
@@ -280,11 +280,11 @@ def test_bad_limits() -> None:
             run(["true"], limits=given)
         with pytest.raises(ValueError, match=words):
             list(errand_boy.map([["true"]], limits=given))
-    size: Any = "1G"
+    no_mapping: Any = "1G"
     with pytest.raises(TypeError, match="limits: '1G' is not a dictionary such as "):
-        run(["true"], limits=size)
+        run(["true"], limits=no_mapping)
     with pytest.raises(TypeError, match="limits: '1G' is not a dictionary such as "):
-        next(errand_boy.map([["true"]], limits=size))
+        next(errand_boy.map([["true"]], limits=no_mapping))
     with pytest.raises(ValueError, match="limits_by: 'luck' is neither"):
         run(["true"], limits={"wall": 1}, limits_by="luck")
     with pytest.raises(
@@ -314,7 +314,19 @@ def test_sizes() -> None:
         ("4096", 4096), ("64K", 65536), ("10M", 10 << 20), ("1.5G", 3 << 29), ("1 GiB", 1 << 30),
         ("2tb", 2 << 40), (77, 77),
     ):  # fmt: skip
-        assert _limits.size(text) == number
+        assert size(text) == number
+
+
+def test_durations() -> None:
+    for text, number in (
+        ("90", 90), ("1.5s", 1.5), ("500ms", 0.5), ("2m", 120), (".5h", 1800), ("1d", 86400),
+        (0.25, 0.25),
+    ):  # fmt: skip
+        assert seconds(text) == number
+    for wrong in "", "-1", "1 week", "m", "1e3", "inf":
+        with pytest.raises(ValueError, match="is not a duration such as 10,"):
+            seconds(wrong)
+    assert run(["sleep", "1000"], limits={"wall": "20ms"}).cause == "timeout"
 
 
 def test_limits_hold_if_nobody_waits() -> None:

@@ -818,6 +818,9 @@ def test_file_of_limits(tmp_path: Path) -> None:
     table.read()
     assert table.of(0) == Limits(commands=1, connections=9)
     assert table.of(12) == table.of(13) == Limits(commands=3, connections=9)
+    file.write_text('{"root": {"commands": 1, "bytes": "64K", "ring": "1G"}}')
+    table.read()
+    assert table.of(0) == Limits(commands=1, bytes=64 << 10, ring=1 << 30)
     for text, reason in (
         ("{", "Expecting"),
         ("[]", "not an object"),
@@ -826,6 +829,8 @@ def test_file_of_limits(tmp_path: Path) -> None:
         ('{"default": {"commands": -1}}', "commands cannot be -1"),
         ('{"default": {"commands": 1.5}}', "commands cannot be 1.5"),
         ('{"default": {"starts_per_second": true}}', "cannot be True"),
+        ('{"default": {"bytes": "much"}}', "'much' is not a size such as"),
+        ('{"default": {"commands": "1K"}}', "commands cannot be '1K'"),
         ('{"0": 5}', "5 is not an object"),
     ):
         file.write_text(text)

@@ -73,7 +73,7 @@ def run(text: bool) -> None:
     errand_boy.run(["ls"], text=text, input="text")
     errand_boy.run(["ls"], timeot=5)  # type: ignore[call-overload]
     errand_boy.run(["ls"], limits={"wal": 60})  # type: ignore[call-overload]
-    errand_boy.run(["ls"], limits={"wall": "soon"})  # type: ignore[call-overload]
+    errand_boy.run(["ls"], limits={"processes": "many"})  # type: ignore[call-overload]
     errand_boy.call(["ls"], limits={"wal": 60})  # type: ignore[arg-type]
     errand_boy.Limits(memory="1G", cpus=2)  # type: ignore[typeddict-unknown-key]
     assert_type(errand_boy.check_output(["ls"]), bytes)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 
 from errand_boy._hints import page
 from errand_boy._options import table
+from errand_boy._quantities import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,13 +69,6 @@ def _integer(text: str) -> int:
         raise ValueError(f"{text!r} is not an integer") from None
 
 
-def _seconds(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number of seconds") from None
-
-
 def _rlimit(text: str) -> tuple[str, tuple[int, int]]:
     name, limits = _named(text, "nofile=1024")
     soft, _, hard = limits.partition(":")
@@ -112,8 +106,8 @@ def _number(word: str) -> int:
 def _steps(text: str) -> list[Any]:
     steps: list[Any] = []
     for word in _listed(text):
-        name, colon, seconds = word.partition(":")
-        steps.append((_number(name), _seconds(seconds)) if colon else _number(name))
+        name, colon, time = word.partition(":")
+        steps.append((_number(name), seconds(time)) if colon else _number(name))
     return steps
 
 
@@ -173,8 +167,8 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "cpu_affinity": ("N,N-N", _cpus, "the CPUs that the command may use"),
     "dies_with_caller": (None, str, "kill the command when errand-boy is killed"),
     "drain": (
-        "SECONDS",
-        _seconds,
+        "TIME",
+        seconds,
         "how long to read output after the command's end; with --tree all, how long its "
         "descendants may go on",
     ),
@@ -182,7 +176,7 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "limits": (
         "NAME=LIMIT",
         _own_limit,
-        "a limit of the command and all that it starts: wall or cpu (seconds), memory, file_size "
+        "a limit of the command and all that it starts: wall or cpu (90, 2m), memory, file_size "
         "(4K, 1G), processes, open_files or, with map, output; repeatable",
     ),
     "namespaces": ("NAME,...", _listed, "give the command new namespaces: user, net, pid, ..."),
@@ -205,9 +199,9 @@ _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {
     "signals_default": ("NAME,...", _signals, "signals that get their default action"),
     "signals_ignored": ("NAME,...", _signals, "signals that the command ignores"),
     "stop": (
-        "SIGNAL[:SECONDS],...",
+        "SIGNAL[:TIME],...",
         _steps,
-        "the signals that end the command, as TERM:5,KILL (default: KILL)",
+        "the signals that end the command, as TERM:5s,KILL (default: KILL)",
     ),
     "timer_slack": ("NANOSECONDS", _integer, "how late timers may be"),
     "tree": (

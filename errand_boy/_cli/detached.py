@@ -15,9 +15,10 @@ from contextlib import suppress
 
 import errand_boy
 from errand_boy._cli import command_options
-from errand_boy._cli.parsing import Parser, add_socket, message, number, user
+from errand_boy._cli.parsing import Parser, add_socket, duration, message, number, size, user
 from errand_boy._cli.waiting import said
 from errand_boy._hints import page
+from errand_boy._quantities import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 _EXPIRED = 124  # the exit status
 _FAILED = 125
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _NAME = "the job's name or number; if several have that name, the newest one"
 
 
@@ -56,13 +55,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ring",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help="how much of each output is kept (default: 256K)",
     )
     group.add_argument("--log", metavar="FILE", help="also write all output to FILE")
     group.add_argument(
-        "--log-size", type=_size, metavar="SIZE", help="rename FILE to FILE.1 at this size"
+        "--log-size", type=size, metavar="SIZE", help="rename FILE to FILE.1 at this size"
     )
     text = "how many renamed files are kept"
     group.add_argument("--log-count", type=number(int, 0), metavar="N", help=text)
@@ -131,7 +130,7 @@ def _logs_options(parser: argparse.ArgumentParser) -> None:
 def _wait_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", metavar="JOB", nargs="+", help=_NAME)
     text = "how long to wait for all of them together"
-    parser.add_argument("--timeout", type=number(float, 0), metavar="SECONDS", help=text)
+    parser.add_argument("--timeout", type=duration, metavar="TIME", help=text)
     parser.set_defaults(end=None)
     _add_user(parser)
 
@@ -160,18 +159,9 @@ def _user(text: str) -> int | str:
     return text if text == "all" else user(text)
 
 
-def _size(text: str) -> int:
-    unit = _BYTES.get(text[-1:].upper())
-    try:
-        return int(text) if unit is None else int(float(text[:-1]) * unit)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64K or 1M") from None
-
-
 def _moment(text: str) -> float:
-    unit = _UNITS.get(text[-1:])
     with suppress(ValueError):
-        return time.time() - (float(text) if unit is None else float(text[:-1]) * unit)
+        return time.time() - seconds(text)
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 
-from errand_boy._cli.parsing import UsageError, number
+from errand_boy._cli.parsing import UsageError, duration, number
 from errand_boy._map.policy import Halt, Retries, Timeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from errand_boy._cli.inputs import Source
-
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=_timeout,
         metavar="TIME",
-        help="kill a command's process group after TIME, in seconds (or 2m, 1.5h, 1d) or as a "
+        help="kill a command's process group after TIME (90, 1.5s, 500ms, 2m, 1h) or a "
         "share of the median duration of the others (200%%); the command then counts as failed",
     )
     group.add_argument(
@@ -33,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--retry-delay",
-        type=seconds,
+        type=duration,
         metavar="TIME",
         default=0.0,
         help="wait TIME before the second run, twice as long before the third, and so on, up to a "
@@ -64,17 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def seconds(text: str) -> float:
-    """Return the seconds of a time on the command line, such as 2m."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([smhd]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text} is not a time such as 10, 2m, 1.5h or 1d")
-    return float(match[1]) * _UNITS[match[2]]
-
-
 def _timeout(text: str) -> float | str:
     if not text.endswith("%"):
-        return seconds(text)
+        return duration(text)
     try:
         Timeout(text)
     except ValueError as error:

@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 
+from errand_boy import _quantities
 from errand_boy._hints import nearest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import Any, NoReturn, TypeVar
+
+    T = TypeVar("T")
 
 _WHERE = (
     "where the daemon listens (default: $ERRAND_BOY_SOCKET, else errand-boy.sock in "
@@ -80,6 +83,23 @@ def number(of: type[int] | type[float], least: float) -> Callable[[str], float]:
 
     parse.__name__ = "number"  # for argparse's own message
     return parse
+
+
+def duration(text: str) -> float:
+    """Return the seconds of a duration such as 2m, for argparse's `type`."""
+    return _parsed(_quantities.seconds, text)
+
+
+def size(text: str) -> int:
+    """Return the bytes of a size such as 64K, for argparse's `type`."""
+    return _parsed(_quantities.size, text)
+
+
+def _parsed(parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def user(text: str) -> int:

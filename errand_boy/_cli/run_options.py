@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from errand_boy._cli import command_options, detached, stats
-from errand_boy._cli.parsing import Parser, add_socket, group, message, number, user
+from errand_boy._cli.parsing import Parser, add_socket, duration, group, message, user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--timeout",
-        type=number(float, 0),
-        metavar="SECONDS",
-        help="end the command after SECONDS, in the way that --stop and --tree set",
+        type=duration,
+        metavar="TIME",
+        help="end the command after TIME (90, 1.5s, 500ms, 2m, 1h), in the way that --stop and "
+        "--tree set",
     )
     parser.add_argument(
         "--stats",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import errand_boy
-from errand_boy._cli.parsing import Parser, add_socket, group, number, user
+from errand_boy._cli.parsing import Parser, add_socket, duration, group, number, user
 from errand_boy._wire import address
 
 
@@ -109,10 +109,10 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
     )
     parser.add_argument(
         "--idle",
-        type=number(float, 0),
-        metavar="SECONDS",
+        type=duration,
+        metavar="TIME",
         default=60.0,
-        help="as root: how long another user's idle helper stays (default: 60)",
+        help="as root: how long another user's idle helper stays (default: 60s)",
     )
     parser.add_argument(
         "--chdir",
@@ -141,15 +141,13 @@ def add_options(parser: argparse.ArgumentParser, *, or_local: bool = False) -> N
     )
     parser.add_argument(
         "--grace",
-        type=number(float, 0),
-        metavar="SECONDS",
+        type=duration,
+        metavar="TIME",
         default=30.0,
-        help="how long commands may go on after the daemon gets SIGTERM or SIGINT (default: 30)",
+        help="how long commands may go on after the daemon gets SIGTERM or SIGINT (default: 30s)",
     )
-    parser.add_argument("--patience", type=number(float, 0), default=30.0, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--helper-patience", type=number(float, 0), default=30.0, help=argparse.SUPPRESS
-    )
+    parser.add_argument("--patience", type=duration, default=30.0, help=argparse.SUPPRESS)
+    parser.add_argument("--helper-patience", type=duration, default=30.0, help=argparse.SUPPRESS)
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from errand_boy._cli.parsing import Parser, add_socket, number
+from errand_boy._cli.parsing import Parser, add_socket, duration
 from errand_boy._cli.waiting import said
 from errand_boy._wire import address as _address, status
 
@@ -26,12 +26,16 @@ def parser(prog: str) -> argparse.ArgumentParser:
     form.add_argument(
         "--watch",
         nargs="?",
-        type=number(float, 0.05),
+        type=_interval,
         const=1.0,
-        metavar="SECONDS",
-        help="show a live screen, with rates, updated every SECONDS (default: 1); needs rich",
+        metavar="TIME",
+        help="show a live screen, with rates, updated every TIME (default: 1s); needs rich",
     )
     return parser
+
+
+def _interval(text: str) -> float:
+    return max(0.05, duration(text))
 
 
 def main(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:

@@ -7,9 +7,7 @@ import re
 import signal
 import time
 
-from errand_boy._cli.failing import seconds
-from errand_boy._cli.parsing import UsageError
-from errand_boy._cli.pipe import size
+from errand_boy._cli.parsing import UsageError, duration, size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("when to start")
     group.add_argument(
         "--delay",
-        type=seconds,
+        type=duration,
         metavar="TIME",
         default=0.0,
         help="wait TIME between two starts",

@@ -8,9 +8,14 @@ import pwd
 from collections.abc import Callable
 from typing import NamedTuple
 
+from errand_boy._quantities import size
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+
+_SIZES = ("bytes", "ring")
 
 
 class Limits(NamedTuple):
@@ -117,12 +122,16 @@ def _uid(name: str) -> int:
 def _with(base: Limits, value: Any) -> Limits:
     if not isinstance(value, dict):
         raise ValueError(f"{value!r} is not an object")
-    for name, number in value.items():
+    given: dict[str, Any] = {}
+    for name, amount in value.items():
         if name not in Limits._fields:
             raise ValueError(f"unknown limit {name!r}")
-        is_whole = name != "starts_per_second"
-        kinds = int if is_whole else (int, float)
-        if isinstance(number, bool) or not isinstance(number, kinds) or not 0 <= number < 1e9:
-            raise ValueError(f"{name} cannot be {number!r}")
-    limits = base._replace(**value)
+        is_size = name in _SIZES
+        number = size(amount) if is_size and isinstance(amount, str) else amount
+        kinds = (int, float) if name == "starts_per_second" else int
+        most = 1 << 50 if is_size else 1e9
+        if isinstance(number, bool) or not isinstance(number, kinds) or not 0 <= number < most:
+            raise ValueError(f"{name} cannot be {amount!r}")
+        given[name] = number
+    limits = base._replace(**given)
     return limits._replace(burst=max(1, limits.burst))

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import re
 import stat
 import struct
 from collections.abc import Iterable, Mapping
@@ -14,13 +13,12 @@ from collections.abc import Iterable, Mapping
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
 from errand_boy._options.names import Limits
+from errand_boy._quantities import A_DURATION, A_SIZE, seconds, size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
-_UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", *"KMGTP"))}
 _ENCODED = struct.Struct("<QQQI")
 _MOST = (1 << 63) - 1
 _SPARE = 200  # processes
@@ -84,8 +82,8 @@ class Bounds:
         found = {}
         if self.cpu is not None:
             # The supervisor is exact; this limit is for the case that it is late.
-            seconds = math.ceil(self.cpu) + 1
-            found["cpu"] = (seconds, seconds + 1)
+            whole = math.ceil(self.cpu) + 1
+            found["cpu"] = (whole, whole + 1)
         if self.processes is not None and not self.by_cgroup and os.geteuid() != 0:
             # This counts all processes of the user, so it only bounds how far a tree can get ahead
             # of the supervisor. It does not apply to root.
@@ -126,23 +124,10 @@ def _processes() -> int:
     return 0
 
 
-_A_SIZE = "a size such as 4096, 64K, 10M or 1.5G"
-
-
-def size(value: Any) -> int:
-    """Return the bytes in `value`, a number or a text such as "1.5G". Raises ValueError."""
-    if isinstance(value, str):
-        found = _SIZE.fullmatch(value.strip())
-        if found is None:
-            raise ValueError(f"{value!r} is not {_A_SIZE}")
-        return int(float(found[1]) * _UNITS[found[2].upper()])
-    return int(value)
-
-
 def _kind(name: str) -> str:
     if name in _SIZES:
-        return _A_SIZE
-    return "a number of seconds" if name in _SECONDS else "an integer"
+        return A_SIZE
+    return A_DURATION if name in _SECONDS else "an integer"
 
 
 def _number(name: str, value: Any) -> float | int:
@@ -152,7 +137,7 @@ def _number(name: str, value: Any) -> float | int:
         if name in _SIZES:
             number: float | int = size(value)
         else:
-            number = float(value) if name in _SECONDS else int(value)
+            number = seconds(value) if name in _SECONDS else int(value)
     except (TypeError, ValueError):
         raise ValueError(f"limits: {name}: {value!r} is not {_kind(name)}") from None
     # With a limit of 0, no command could run.

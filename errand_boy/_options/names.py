@@ -29,12 +29,12 @@ else:
 class Limits(TypedDict, total=False):
     """The limits of a command and all that it starts; the documentation explains each of them.
 
-    `wall` and `cpu` are in seconds; `memory`, `output` and `file_size` in bytes, as a number or a
-    text such as "1.5G".
+    `wall` and `cpu` are in seconds, or a text such as "500ms" or "2m"; `memory`, `output` and
+    `file_size` in bytes, or a text such as "1.5G".
     """
 
-    wall: float
-    cpu: float
+    wall: float | str
+    cpu: float | str
     memory: float | str
     output: float | str
     processes: int
