@@ -89,8 +89,13 @@ def test_a_misspelt_option(arguments: list[str], hint: str) -> None:
 def test_a_program_in_the_place_of_a_command() -> None:
     done = run("ls", "-l", "a b")
     assert (done.returncode, done.stdout) == (2, "")
-    suggestion = "errand-boy run -- ls -l 'a b'"
+    suggestion = "errand-boy ps, or errand-boy run -- ls -l 'a b'"
     assert done.stderr.endswith(f"there is no command ls; try {suggestion}\n")
+
+
+@pytest.mark.parametrize(("name", "likely"), [("restart", "stop"), ("top", "status --watch")])
+def test_a_command_of_other_programs(name: str, likely: str) -> None:
+    assert f"try errand-boy {likely}, or errand-boy run -- {name}" in run(name).stderr
 
 
 def test_a_misspelt_command() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -34,6 +35,31 @@ def log_rows(path: Path) -> list[list[str]]:
 
 
 # -- the lines and the commands --
+
+
+def test_results_as_json() -> None:
+    script = 'printf "out\\377\\n"; echo err >&2; exit "$0"'
+    done = run("-k", "--json", "sh", "-c", script, ":::", "0", "3")
+    assert (done.returncode, done.stderr) == (1, b"")
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(it["seq"], it["values"], it["returncode"], it["failed"]) for it in results] == [
+        (1, ["0"], 0, False),
+        (2, ["3"], 3, True),
+    ]
+    for it in results:
+        assert it["args"] == ["sh", "-c", script, *it["values"]]
+        assert (it["stdout"], it["stderr"], it["error"]) == ("out\ufffd\n", "err\n", None)
+        assert it["duration"] >= 0
+
+
+def test_failures_and_much_output_as_json() -> None:
+    found = json.loads(run("--json", "/none", ":::", "1").stdout)
+    assert (found["returncode"], found["error"]) == (127, "No such file or directory")
+    done = run("--json", "seq", ":::", "300000")  # more than is kept in memory
+    assert json.loads(done.stdout)["stdout"] == "".join(f"{n}\n" for n in range(1, 300001))
+    done = run("--json", "--tag", "true", ":::", "1")
+    assert done.returncode == 2
+    assert b"--json can't be combined with --tag" in done.stderr
 
 
 @pytest.mark.slow

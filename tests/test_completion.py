@@ -17,6 +17,7 @@ from daemon import started_daemon
 import errand_boy
 from errand_boy._cli import args
 from errand_boy._cli.outline import outlines
+from errand_boy._options.limits import NAMES
 
 ERRAND_BOY = [sys.executable, "-m", "errand_boy"]
 SHELLS = ["bash", "zsh", "fish"]
@@ -119,6 +120,8 @@ class TestCompletion:
         assert completed(shell, "errand-boy serve --log-level w") == {"warning"}
         assert completed(shell, "errand-boy completion ") == set(SHELLS)
         assert completed(shell, "errand-boy run --timeout ") <= {""}
+        assert completed(shell, "errand-boy map --limit ") == {f"{name}=" for name in NAMES}
+        assert completed(shell, "errand-boy run --sandbox s") == {"system=yes"}
 
     def test_files(self, shell: str, home: Path) -> None:
         (home / "a-file").touch()
@@ -144,6 +147,8 @@ class TestCompletion:
 def test_bash_takes_an_option_and_its_value_for_three_words(home: Path) -> None:
     find_program("bash")
     assert completed("bash", "errand-boy run --tree = g") == {"group"}
+    program = "errand-boy run --limit wall = 60 errand-b"
+    assert completed("bash", program) >= {"errand-boy"}
     assert completed("bash", "errand-boy serve --log-format = ") == {"text", "json"}
 
 
@@ -154,6 +159,7 @@ def test_bash_takes_an_option_and_its_value_for_three_words(home: Path) -> None:
         ("errand-boy stat\t", "errand-boy status "),
         ("errand-boy run --tree c\t", "errand-boy run --tree cgroup "),
         ("errand-boy run --dies\t", "errand-boy run --dies-with-caller "),
+        ("errand-boy run --limit wa\t60", "errand-boy run --limit wall=60"),
         ("errand-boy completion f\t", "errand-boy completion fish "),
         ("errand-boy run program-of-\t", "errand-boy run program-of-this-test "),
         ("errand-boy run --record a-f\t", "errand-boy run --record a-file "),

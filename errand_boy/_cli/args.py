@@ -102,7 +102,10 @@ _OTHER_NAMES = {
     "jobs": "ps",
     "kill": "stop",
     "list": "ps",
+    "ls": "ps",
+    "restart": "stop",
     "start": "run",
+    "top": "status --watch",
     "version": "--version",
 }
 

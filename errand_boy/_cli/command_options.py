@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 
 from errand_boy._hints import page
 from errand_boy._options import table
+from errand_boy._options.names import Limits
 from errand_boy._quantities import seconds
 
 TYPE_CHECKING = False
@@ -135,11 +136,15 @@ def _checked(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse_and_check
 
 
+_PATHS = ("read", "write", "execute")
+_SWITCHES = ("network", "system")
+
+
 def _box(text: str) -> tuple[str, Any]:
     what, _, value = text.partition("=")
-    if what in ("read", "write", "execute") and value:
+    if what in _PATHS and value:
         return what, value
-    if what in ("network", "system") and value in ("yes", "no"):
+    if what in _SWITCHES and value in ("yes", "no"):
         return what, value == "yes"
     raise ValueError(
         f"{text!r} is not one of read=PATH, write=PATH, execute=PATH, network=yes, system=yes"
@@ -159,6 +164,12 @@ def _boxed(parts: list[tuple[str, Any]]) -> dict[str, Any]:
 _PREFIX = "option_"  # of the names in argparse's namespace
 _REPEATED: dict[str, Callable[[Any], Any]] = {"limits": dict, "rlimits": dict, "sandbox": _boxed}
 _SPELLINGS = {"limits": "limit", "rlimits": "rlimit"}
+
+# For each of these destinations: how its values begin, for completions.
+BEGINNINGS = {
+    _PREFIX + "limits": [f"{name}=" for name in Limits.__annotations__],
+    _PREFIX + "sandbox": [*(f"{name}=" for name in _PATHS), *(f"{name}=yes" for name in _SWITCHES)],
+}
 
 # For each option: the metavar (None: it takes no value), the function that parses it, its help.
 _FORMS: dict[str, tuple[str | None, Callable[[str], Any], str]] = {

@@ -78,6 +78,7 @@ _errand_boy() {{
         elif [[ " $valued " == *" $name "* ]]; then
             [[ ${{COMP_WORDS[at+1]}} != = ]] || ((at++))
             ((at++))
+            [[ ${{COMP_WORDS[at+1]}} != = ]] || ((at += 2)) # as in --limit wall=60
         fi
     done
     if ((at < COMP_CWORD)) || [[ $operands == command && $before == -- ]]; then
@@ -103,7 +104,10 @@ _errand_boy() {{
     directory) COMPREPLY=($(compgen -d -- "$word")) ;;
     user) COMPREPLY=($(compgen -u -- "$word")) ;;
     group) COMPREPLY=($(compgen -g -- "$word")) ;;
-    choice) COMPREPLY=($(compgen -W "$choices" -- "$word")) ;;
+    choice)
+        COMPREPLY=($(compgen -W "$choices" -- "$word"))
+        [[ ${{COMPREPLY[0]}} != *= ]] || compopt -o nospace 2>/dev/null
+        ;;
     value) ;;
     *)
         if [[ $word == -* ]]; then
@@ -204,6 +208,8 @@ def _zsh_specs(option: Option) -> Iterable[str]:
         spec = f"*{name}{'=' if name.startswith('--') and option.metavar else ''}[{text}]"
         if option.metavar:
             action = _ZSH_ACTIONS.get(option.kind) or f"({' '.join(option.choices)})"
+            if any(choice.endswith("=") for choice in option.choices):
+                action = f"{{compadd -S '' -- {' '.join(option.choices)}}}"
             label = option.metavar.replace(":", "\\:")
             spec += f"{'::' if option.is_optional else ':'}{label}:{action}"
         yield spec

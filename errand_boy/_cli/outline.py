@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from errand_boy._cli import command_options
 from errand_boy._cli.args import COMMANDS, parser_of
 
 _FILES = {"FILE", "PATH", "DIRECTORY"}
@@ -13,7 +14,8 @@ class Option:
     """An option of a subcommand.
 
     `names`, `metavar` (None: it takes no value), `is_optional` (the value may be left out), `text`
-    (its help), `group` (the title of the group it is in), `choices`, and `kind`, which is "file",
+    (its help), `group` (the title of the group it is in), `choices` (they
+    may end in =, where a value follows), and `kind`, which is "file",
     "directory", "user", "group", "choice", "value" or "none".
     """
 
@@ -31,6 +33,7 @@ class Option:
             self.metavar = "|".join(map(str, action.choices)) if action.choices else shown
         is_choice = self.metavar is not None and "|" in self.metavar and "=" not in self.metavar
         self.choices = self.metavar.split("|") if self.metavar and is_choice else []
+        self.choices += command_options.BEGINNINGS.get(action.dest, ())
         self.kind = self._kind()
 
     def _kind(self) -> str:

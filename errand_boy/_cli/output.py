@@ -64,6 +64,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         const="none",
         help="let the commands write directly, which may mix parts of lines",
     )
+    form.add_argument(
+        "--json",
+        dest="grouping",
+        action="store_const",
+        const="json",
+        help="write a line of JSON for each command when it ends: its arguments, its return code, "
+        "what it took, and its output",
+    )
     group.add_argument(
         "--tag", action="store_true", help="begin each line with the arguments and a tab"
     )
@@ -116,6 +124,11 @@ class Output:
             )
         if not self.captures and "output" in command_options.given(options).get("limits", ()):
             raise UsageError("--ungroup can't be combined with --limit output: nobody counts it")
+        self._json = options.grouping == "json"
+        if self._json and (tagged or options.results or options.files or options.v):
+            raise UsageError(
+                "--json can't be combined with --tag, --tagstring, --results, --files or -v"
+            )
         self._lines = options.grouping == "lines"
         if self._lines and (options.results or options.files):
             raise UsageError("--line-buffer can't be combined with --results or --files")
@@ -195,6 +208,11 @@ class Output:
         """Write the output of a command, when it is due."""
         index = result.index
         self.before_writing()
+        if self._json:
+            from errand_boy._cli.json_lines import line  # noqa: PLC0415
+
+            sys.stdout.buffer.write(line(result, self._origins[index]))
+            return
         sinks = self._sinks.pop(index, (None, None))
         tag = b"" if self._tag is None else self.tag(index)
         if self._names_command and self._files is None:
