@@ -15,7 +15,10 @@ MOST_LINES = 600
 # From the bottom to the top. The names in one string may import each other, without a circle, and
 # those on the floors below. The strings of one floor know nothing of each other.
 FLOORS = [
-    ["_descriptors _hints _native _orphan _quantities _spool _timers errors sandbox terminal"],
+    [
+        "_descriptors _hints _memory _native _orphan _quantities _spool _timers errors "
+        "sandbox terminal"
+    ],
     ["_wire"],
     ["_options"],
     ["_types"],

@@ -16,10 +16,10 @@ from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from errand_boy._daemon.loop import Loop
-from errand_boy._daemon.memory import open_memory
 from errand_boy._daemon.peer import Credentials
 from errand_boy._daemon.report import FILE_SIZE, Report
 from errand_boy._daemon.strangers import DescriptorsError, receive
+from errand_boy._memory import open_memory
 from errand_boy._native import lib
 from errand_boy._wire import frames
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from errand_boy._daemon.loop import Loop
-from errand_boy._daemon.memory import open_memory
 from errand_boy._descriptors import open_descriptors
+from errand_boy._memory import open_memory
 from errand_boy._native import lib
 
 TYPE_CHECKING = False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterable
 from contextlib import suppress
+
+from errand_boy import _native
 
 
 def _children(pid: int) -> list[int]:
@@ -52,7 +53,7 @@ def send(pid: int, number: int, roots: Iterable[int]) -> None:
     """
     tops = {*roots}
     try:
-        pidfd = os.pidfd_open(pid)
+        pidfd = _native.pidfd_open(pid)
     except OSError:
         return
     try:
@@ -63,6 +64,6 @@ def send(pid: int, number: int, roots: Iterable[int]) -> None:
                 break
         if above:
             with suppress(OSError):
-                signal.pidfd_send_signal(pidfd, number)
+                _native.pidfd_send_signal(pidfd, number, 0)
     finally:
         os.close(pidfd)

@@ -16,6 +16,8 @@ import threading
 import time
 from contextlib import suppress
 
+from errand_boy import _native
+from errand_boy._memory import open_memory
 from errand_boy._options import ends as _ends
 from errand_boy._process.popen import Popen
 from errand_boy._shell import processes
@@ -319,7 +321,7 @@ class Shell:
         own: list[int] = []
         ours: list[int] = []
         try:
-            ours = [os.memfd_create("command"), os.memfd_create("input")]
+            ours = [open_memory("command"), open_memory("input")]
             control, self._control = os.pipe()
             own.append(control)
             ours.append(self._control)
@@ -347,7 +349,7 @@ class Shell:
             for fd in own:
                 os.close(fd)
         self._ours = ours
-        self._pidfd = os.pidfd_open(self._process.pid)
+        self._pidfd = _native.pidfd_open(self._process.pid)
         ours.append(self._pidfd)
         self._files = [f"/dev/fd/{fd}" for fd in high[:2]]
         pipes = (self._process.stdout, self._process.stderr)
@@ -508,7 +510,7 @@ class Shell:
         """Send SIGINT to the shell, which may be in a loop that starts ever new processes."""
         self._interrupted = True
         with suppress(OSError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGINT)
+            _native.pidfd_send_signal(self._pidfd, signal.SIGINT, 0)
 
     def _interrupt_command(self, running: ShellCommand) -> None:
         with self._lock:
