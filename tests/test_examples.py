@@ -190,9 +190,11 @@ def test_printed_unit_fits_the_installation(tmp_path: Path) -> None:
     assert "TimeoutStopSec=100" in lines
     assert "WantedBy=default.target" in lines
 
-    module = [sys.executable, "-m", "errand_boy"]
-    lines = printed_unit(module, "--print-unit=system", "--socket", "/x").splitlines()
-    assert f"ExecStart={sys.executable} -m errand_boy serve --socket /x" in lines
-    assert f"ExecReload={sys.executable} -m errand_boy serve --upgrade --socket /x" in lines
+    python = os.path.abspath(sys.executable)
+    lines = printed_unit(
+        [sys.executable, "-m", "errand_boy"], "--print-unit=system", "--socket", "/x"
+    ).splitlines()
+    assert f"ExecStart={python} -m errand_boy serve --socket /x" in lines
+    assert f"ExecReload={python} -m errand_boy serve --upgrade --socket /x" in lines
     assert "StateDirectory=errand-boy" in lines
     assert "WantedBy=multi-user.target" in lines

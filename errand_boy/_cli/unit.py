@@ -55,7 +55,7 @@ def written(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     is_system = options.print_unit == "system"
     program = [os.path.abspath(sys.argv[0])]
     if os.path.basename(program[0]) == "__main__.py":
-        program = [sys.executable, "-m", "errand_boy"]
+        program = [os.path.abspath(sys.executable), "-m", "errand_boy"]
     serve = " ".join(map(_quoted, [*program, "serve"]))
     path = "/run/errand-boy.sock" if is_system else "%t/errand-boy.sock"
     given = list(map(_quoted, arguments))
