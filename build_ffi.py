@@ -69,6 +69,7 @@ void eb_close_all(const int *fds, const uint8_t *unread, size_t count);
 void eb_trim_heap(void);
 int getsockopt(int sockfd, int level, int name, void *value, unsigned int *size);
 int prctl(int option, ...);
+unsigned long getauxval(unsigned long type);
 int eb_landlock_version(void);
 int eb_landlock_create(uint64_t files, uint64_t network, uint64_t scopes);
 int eb_landlock_allow_path(int ruleset, int fd, uint64_t rights);
@@ -99,7 +100,7 @@ ffibuilder.set_source(
     '#include "caller/direct.h"\n#include "caller/landlock.h"\n#include "caller/launch.h"\n'
     '#include "caller/module.h"\n#include "common/ringfile.h"\n'
     '#include "common/heap.h"\n#include "common/rawsys.h"\n'
-    "#include <sys/prctl.h>\n#include <sys/socket.h>\n",
+    "#include <sys/auxv.h>\n#include <sys/prctl.h>\n#include <sys/socket.h>\n",
     sources=SOURCES,
     depends=sorted(str(path.relative_to(CSRC.parent)) for path in CSRC.rglob("*.h")),
     include_dirs=["csrc"],

@@ -29,6 +29,7 @@ from subprocess import (
     list2cmdline,
 )
 
+from errand_boy._environment import variable as _variable
 from errand_boy._process import way as _way
 from errand_boy._process.functions import NAMES, rebind
 from errand_boy._process.popen import Popen
@@ -200,7 +201,7 @@ _LATER = {
     "ShellResult": "errand_boy._shell.shell",
 }
 
-_way.daemon = connect() if os.environ.get("ERRAND_BOY_SOCKET") else None
+_way.daemon = connect() if _variable("ERRAND_BOY_SOCKET") else None
 
 if TYPE_CHECKING:
     run: Run

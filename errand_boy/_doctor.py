@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import errand_boy
 from errand_boy import _native, sandbox
+from errand_boy._environment import variable
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
 from errand_boy._process import cgroups, direct as _direct, way as _way
@@ -181,7 +182,7 @@ def _helper_program() -> dict[str, Any]:
         return {"path": None, "executable": False}
     from errand_boy._process import helper  # noqa: PLC0415  it can't be imported there
 
-    path = os.environ.get("ERRAND_BOY_HELPER") or helper._EXECUTABLE
+    path = variable("ERRAND_BOY_HELPER") or helper._EXECUTABLE
     return {"path": path, "executable": os.access(path, os.X_OK)}
 
 

@@ -42,6 +42,10 @@ class _Lib:
     def __getattr__(self, name: str) -> Any:
         return 0 if name.startswith("EB_") else _refuse()
 
+    def getauxval(self, kind: int) -> int:
+        """Return whether this process has the rights of another user, the only thing asked."""
+        return int((os.getuid(), os.getgid()) != (os.geteuid(), os.getegid()))
+
 
 def __getattr__(name: str) -> Any:
     """Refuse what needs the functions of the extension's ffi, as soon as that is imported."""

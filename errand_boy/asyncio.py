@@ -18,6 +18,7 @@ from typing import Any, Final
 from errand_boy import _spool
 from errand_boy._asyncio import transport as _transport
 from errand_boy._asyncio.transport import Deferred
+from errand_boy._environment import variable
 from errand_boy._process import child as _child
 
 TYPE_CHECKING = False
@@ -426,7 +427,7 @@ async def _drive(batch: Batch, check: bool) -> AsyncGenerator[Result, None]:
         batch.close()
 
 
-_functions: _Functions = connect() if os.environ.get("ERRAND_BOY_SOCKET") else _Functions(Deferred)
+_functions: _Functions = connect() if variable("ERRAND_BOY_SOCKET") else _Functions(Deferred)
 create_subprocess_exec: Final = _functions.create_subprocess_exec
 create_subprocess_shell: Final = _functions.create_subprocess_shell
 run: Final = _functions.run

@@ -244,12 +244,33 @@ def test_log_that_parallel_wrote(tmp_path: Path) -> None:
     assert done.stdout == b"b\nc\n"
 
 
-def test_log_with_an_absurd_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("digits", [11, 5000])
+def test_log_with_an_absurd_number(tmp_path: Path, digits: int) -> None:
     log = tmp_path / "log"
-    log.write_text("Seq\tHost\tStarttime\n99999999999999999999\t:\t0\n")
+    log.write_text(f"Seq\tHost\tStarttime\n{'9' * digits}\t:\t0\n")
     done = run("--joblog", log, "--resume", "true", ":::", 1)
     assert done.returncode == 125
-    assert b"99999999999999999999" in done.stderr
+    assert f"{digits} digits" in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+
+
+def test_log_with_a_large_number_takes_no_memory(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("Seq\tHost\tStarttime\n8589934592\t:\t0\n")
+    words = [*MAP, "--joblog", str(log), "--resume", "echo", ":::", "1"]
+    few = ["prlimit", f"--as={600 << 20}"]
+    done = subprocess.run([*few, *words], capture_output=True, timeout=PATIENCE)
+    assert (done.stdout, done.returncode) == (b"1\n", 0)
+
+
+@pytest.mark.parametrize("text", ["1\tmilk\n2\teggs\n", "dear diary\n", "no end of line"])
+def test_file_that_is_no_log_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "file"
+    file.write_text(text)
+    done = run("--joblog", file, "--resume", "echo", ":::", 1)
+    assert (done.stdout, done.returncode) == (b"", 125)
+    assert b"not a job log" in done.stderr
+    assert file.read_text() == text
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ MOST_LINES = 600
 # those on the floors below. The strings of one floor know nothing of each other.
 FLOORS = [
     [
-        "_descriptors _hints _memory _native _orphan _quantities _spool _timers errors "
-        "sandbox terminal"
+        "_descriptors _environment _hints _memory _native _orphan _quantities _spool _timers "
+        "errors sandbox terminal"
     ],
     ["_wire"],
     ["_options"],

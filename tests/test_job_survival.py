@@ -470,7 +470,7 @@ def test_directory_that_somebody_removes(tmp_path: Path, part: str) -> None:
         assert client.start(["true"], name="before").wait(PATIENCE).returncode == 0
 
 
-@pytest.mark.parametrize("damage", ["magic", "head", "record", "short", "empty"])
+@pytest.mark.parametrize("damage", ["magic", "offset", "head", "record", "short", "empty"])
 def test_damaged_ring(tmp_path: Path, damage: str) -> None:
     with keeping_jobs(tmp_path) as (_, client):
         job = client.start(["seq", "1000"])
@@ -479,6 +479,8 @@ def test_damaged_ring(tmp_path: Path, damage: str) -> None:
         data = bytearray(ring.read_bytes())
         if damage == "magic":
             data[:4] = b"oops"
+        elif damage == "offset":
+            data[16:24] = b"\xff" * 8
         elif damage == "head":
             data[32:40] = b"\xff" * 8
         elif damage == "record":

@@ -17,6 +17,7 @@ import errand_boy
 from errand_boy._cli import command_options
 from errand_boy._cli.parsing import Parser, add_socket, duration, message, number, size, user
 from errand_boy._cli.waiting import said
+from errand_boy._environment import variable
 from errand_boy._hints import page
 from errand_boy._quantities import seconds
 
@@ -102,7 +103,7 @@ def _attach_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detach-keys",
         metavar="KEYS",
-        default=os.environ.get("ERRAND_BOY_DETACH_KEYS", "^P^Q"),
+        default=variable("ERRAND_BOY_DETACH_KEYS") or "^P^Q",
         help="the keys that detach, such as ^P^Q, ctrl-a,d or none (default: "
         "$ERRAND_BOY_DETACH_KEYS, else ^P^Q)",
     )

@@ -10,28 +10,29 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from errand_boy._map.result import Result
 
-_MOST_SEQ = 1 << 33
+_MOST_DIGITS = 10  # of a command's number
+_PAGE = 256  # numbers
 _TITLE = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command MaxRSS\n"
+_FIRST = b"Seq\tHost\t"  # GNU parallel's title has fewer columns
 
 
 class Seqs:
-    """A set of command numbers, with a bit for each, since there may be millions."""
+    """A set of command numbers, with a bit for each, since there may be millions.
+
+    A large number alone costs no more than a small one.
+    """
 
     def __init__(self) -> None:
-        self._bits = bytearray()
+        self._pages: dict[int, int] = {}
 
     def __contains__(self, seq: object) -> bool:
         assert isinstance(seq, int)
-        return seq >> 3 < len(self._bits) and bool(self._bits[seq >> 3] & 1 << (seq & 7))
+        return bool(self._pages.get(seq // _PAGE, 0) >> seq % _PAGE & 1)
 
     def put(self, seq: int, there: bool) -> None:
         """Add or remove a number."""
-        if seq >> 3 >= len(self._bits):
-            self._bits.extend(bytes((seq >> 3) + 1 - len(self._bits) + (len(self._bits) >> 1)))
-        if there:
-            self._bits[seq >> 3] |= 1 << (seq & 7)
-        else:
-            self._bits[seq >> 3] &= ~(1 << (seq & 7))
+        page, bit = self._pages.get(seq // _PAGE, 0), 1 << seq % _PAGE
+        self._pages[seq // _PAGE] = page | bit if there else page & ~bit
 
 
 class JobLog:
@@ -52,20 +53,26 @@ class JobLog:
             self._write(_TITLE.replace(" ", "\t").encode())
 
     def _read(self, without_failed: bool) -> bool:
-        """Read the existing log; return whether there is anything in it."""
+        """Read the existing log; return whether there is anything in it.
+
+        Raises OSError for another file, which is left as it is.
+        """
         whole = rows = 0
         with open(self._fd, "rb", closefd=False) as file:
             for line in file:
+                if not whole and not (line.startswith(_FIRST) or _FIRST.startswith(line)):
+                    raise OSError(errno.EINVAL, "it is not a job log, and is left as it is")
                 if not line.endswith(b"\n"):  # cut short: that command runs again
                     break
                 whole += len(line)
                 fields = line.split(b"\t", 8)
                 if not fields[0].isdigit():
                     continue
+                if len(fields[0]) > _MOST_DIGITS:
+                    text = f"a command's number in the job log has {len(fields[0])} digits"
+                    raise OSError(errno.EINVAL, text)
                 rows += 1
                 seq = int(fields[0])
-                if seq > _MOST_SEQ:
-                    raise OSError(errno.EINVAL, f"the job log has a command {seq}")
                 is_done = not without_failed or fields[6:8] == [b"0", b"0"]
                 self.count += is_done - (seq in self.done)
                 self.done.put(seq, is_done)  # the last line about a command counts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Generator, Sequence
@@ -25,6 +24,7 @@ from errand_boy._cli import (
 from errand_boy._cli.commands import Commands
 from errand_boy._cli.joblog import JobLog, written
 from errand_boy._cli.parsing import Parser, UsageError, add_socket, message
+from errand_boy._environment import variable
 from errand_boy._map import map as _map
 from errand_boy._map.batch import NOT_NOW, Batch
 from errand_boy._map.result import Result
@@ -190,7 +190,7 @@ def _pipes(options: argparse.Namespace) -> bool:
 
 
 def _client(options: argparse.Namespace) -> Any:
-    path = options.socket or os.environ.get("ERRAND_BOY_SOCKET")
+    path = options.socket or variable("ERRAND_BOY_SOCKET")
     if options.local or not path:
         return None
     from errand_boy._client import client  # noqa: PLC0415

@@ -21,6 +21,7 @@ _STATE = struct.Struct("=5Q")
 _RECORD = struct.Struct("=QQI")
 _MAGIC = b"EBRING1\0"
 _MOST_CAPACITY = 1 << 30  # bytes
+_MOST_OFFSET = 1 << 62  # bytes; with the capacity it is still one for pread
 _CHUNK = 1 << 20  # bytes
 
 
@@ -75,7 +76,7 @@ class _Ring:
         tail: int,
         lost: int,
     ) -> None:
-        if not 0 <= head - tail <= capacity <= _MOST_CAPACITY:
+        if not (0 <= head - tail <= capacity <= _MOST_CAPACITY and offset <= _MOST_OFFSET):
             raise RingError(f"its ring {stream} is impossible")
         self._fd = fd
         self._offset, self._capacity = offset, capacity

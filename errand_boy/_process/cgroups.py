@@ -15,6 +15,7 @@ import select
 import signal
 
 from errand_boy._descriptors import above_standard
+from errand_boy._environment import variable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _found: dict[str | None, str | None] = {}  # the directory for each value of ERR
 
 def directory() -> str | None:
     """Return the directory in which cgroups of commands are made, or None if there is none."""
-    named = os.environ.get("ERRAND_BOY_CGROUP")
+    named = variable("ERRAND_BOY_CGROUP")
     if named not in _found:
         candidates = _candidates() if named is None else [named]
         _found[named] = next(filter(_is_usable, candidates), None)

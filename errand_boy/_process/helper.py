@@ -16,6 +16,7 @@ from collections.abc import Generator
 
 from errand_boy import _native
 from errand_boy._descriptors import above_standard, duplicate
+from errand_boy._environment import variable
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import ffi, lib
 from errand_boy._options.request import Request
@@ -120,8 +121,8 @@ class Helper:
         self._manager = manager
         self.caller = Caller()
         self._owner = os.getpid()
-        path = os.environ.get("ERRAND_BOY_HELPER")
-        posix = os.environ.get("ERRAND_BOY_SPAWN") == "posix" or not lib.EB_HAVE_RAW
+        path = variable("ERRAND_BOY_HELPER")
+        posix = variable("ERRAND_BOY_SPAWN") == "posix" or not lib.EB_HAVE_RAW
         arguments = [b"errand-boy: helper of %d" % self._owner, b"--private"]
         if manager.own_children:
             arguments.append(b"--own-children")

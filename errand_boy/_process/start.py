@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 
+from errand_boy._environment import variable
 from errand_boy._hints import SEE_DOCTOR, page
 from errand_boy._native import lib
 from errand_boy._options import request as _request
@@ -100,7 +101,7 @@ class Owned(Local):
 
     def way(self, with_ids: bool) -> str:
         way = _way.way(with_ids)
-        if way == "subprocess" or os.environ.get("ERRAND_BOY_SPAWN") == "direct":
+        if way == "subprocess" or variable("ERRAND_BOY_SPAWN") == "direct":
             text = "tree='all' and dies_with_caller=True need a helper"
             raise OSError(errno.ENOTSUP, f"{text}, which is not available here{SEE_DOCTOR}")
         return "helper"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 
+from errand_boy._environment import variable
 from errand_boy._hints import SEE_DOCTOR
 from errand_boy._native import lib
 from errand_boy._process import direct
@@ -27,7 +27,7 @@ def way(with_ids: bool) -> str:
     makes its memory undumpable, and a child that is started directly shares the caller's memory.
     "subprocess" is the standard library's own way, for systems that support neither of the others.
     """
-    mode = os.environ.get("ERRAND_BOY_SPAWN")
+    mode = variable("ERRAND_BOY_SPAWN")
     if mode is None:
         if (with_ids or _helper_is_asked_for) and lib.EB_HAVE_RAW:
             return "helper"
@@ -49,7 +49,7 @@ def way(with_ids: bool) -> str:
 
 def reason() -> str:
     """Return in words why the next command, without other ids, is started in its way."""
-    mode = os.environ.get("ERRAND_BOY_SPAWN")
+    mode = variable("ERRAND_BOY_SPAWN")
     if mode is not None:
         return f"ERRAND_BOY_SPAWN={mode} says so"
     if _helper_is_asked_for and lib.EB_HAVE_RAW:

@@ -9,6 +9,7 @@ import stat
 import struct
 
 from errand_boy._descriptors import above_standard
+from errand_boy._environment import variable
 from errand_boy.errors import RefusedError
 
 _NAME = "errand-boy.sock"
@@ -86,7 +87,7 @@ def find(
 
     By default it is the user's own daemon, or the machine's if only that has a socket.
     """
-    path = path or os.environ.get("ERRAND_BOY_SOCKET")
+    path = path or variable("ERRAND_BOY_SOCKET")
     if path:
         return Address(os.path.abspath(path), peer_uid)
     places = _places(classic)
@@ -96,7 +97,7 @@ def find(
 
 def default_path(*, classic: bool = False) -> str:
     """Return the path where a daemon of this user listens by default."""
-    return os.environ.get("ERRAND_BOY_SOCKET") or _places(classic)[0]
+    return variable("ERRAND_BOY_SOCKET") or _places(classic)[0]
 
 
 def classic_directory() -> str:
