@@ -17,7 +17,6 @@ from errand_boy._daemon.peer import Credentials, Peer
 from errand_boy._daemon.report import Report
 from errand_boy._daemon.turns import Turns
 from errand_boy._daemon.user import User
-from errand_boy._environment import variable
 from errand_boy._native import lib
 from errand_boy._timers import Timer
 from errand_boy._wire import frames
@@ -62,7 +61,8 @@ class Pool:
             lib.EB_TELL_ENDS if self.audit is not None else 0
         )
         self._options = [f"--open-files={open_files}"]
-        if variable("ERRAND_BOY_SPAWN") == "posix":  # where clone is forbidden
+        # Not by variable(): the daemon always runs with -I. This is where clone is forbidden.
+        if os.environ.get("ERRAND_BOY_SPAWN") == "posix":
             self._options.append("--posix-spawn")
         most = options.max_child_tasks
         self._more_options = [f"--max-tasks={most}"] if most else []  # keepers don't have it
